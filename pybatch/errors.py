@@ -1,0 +1,29 @@
+"""The errors a user can meet. Each message gives the user's value, the cause and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class PybatchError(Exception):
+    """Base of every error pybatch raises on purpose."""
+
+
+class UsageError(PybatchError, ValueError):
+    """An argument that cannot work: found before anything is measured or written."""
+
+
+class WorkloadError(PybatchError):
+    """A workload's own method failed or returned what it must not. Names the method."""
+
+
+class DeviceError(PybatchError, RuntimeError):
+    """The device asked for is not there or cannot do what was asked."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a measurement; `partial` is the record of what had been measured."""
+
+    def __init__(self, partial: Any) -> None:
+        super().__init__("interrupted; what was measured is in .partial")
+        self.partial = partial

@@ -1,0 +1,371 @@
+"""Frozen records of every result, and their JSON.
+
+One versioned schema, the same on CPU and GPU. A figure that could not be measured is None (JSON null), and a `Note`
+in the same section names the figure and the reason. Nothing here imports torch: saved JSON is read anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pybatch.errors import UsageError
+
+SCHEMA = "pybatch/1"
+
+BatchStatus = Literal["ok", "oom", "predicted_oom", "skipped"]
+NoiseStatus = Literal["resolved", "lower_bound", "unresolved"]
+PointStatus = Literal["reached", "not_reached", "diverged"]
+Limit = Literal["noise", "hardware", "balanced", "unresolved"]
+Evidence = Literal["measured", "modelled", "assumed"]
+
+# Fields so marked stand at the top of the JSON record, beside their section.
+_TOP = {"json": "top"}
+
+
+@dataclass(frozen=True)
+class Note:
+    """Why a figure is null, or what a reader must know of it."""
+
+    figure: str  # path in the record, such as "batches.sm_active"
+    text: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and how a run took place."""
+
+    python: str
+    platform: str
+    pybatch: str
+    torch: str | None
+    commit: str | None  # of the checkout pybatch was run in, "-dirty" appended where it had changes
+    driver: str | None
+    cuda: str | None
+    threads: int
+    seed: int
+    command: str
+    libraries: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device a run was measured on."""
+
+    kind: Literal["cpu", "cuda"]
+    index: int
+    name: str
+    memory_bytes: int | None
+    cores: int | None = None  # CPU: cores usable by this process; GPU: multiprocessors
+    uuid: str | None = None
+    capability: str | None = None  # GPU: "9.0"; CPU: widest vector extension
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Roofs measured on the device, in the workload's dtype; the datasheet is quoted beside them."""
+
+    gemm_flops: float | None  # FLOP/s of a large matrix product on random data
+    copy_bytes_per_s: float | None  # bytes read + written per second by a large copy
+    datasheet_flops: float | None = None
+
+
+@dataclass(frozen=True)
+class WorkloadInfo:
+    """What was run."""
+
+    name: str
+    unit: str  # what one example of a batch is: "images", "sequences"
+    parameters: int
+    dtype: str
+    model: str | None = None
+    examples: int | None = None  # size of the training set; None: unlimited or unknown
+    learning_rate: float | None = None
+    target: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BatchPoint:
+    """One batch size: a full training step (forward, backward, update) on a batch already on the device."""
+
+    batch: int
+    status: BatchStatus
+    step_ms: float | None = None  # median over samples
+    step_ms_low: float | None = None  # 95 % interval of the median
+    step_ms_high: float | None = None
+    samples_per_s: float | None = None
+    host_bound: float | None = None  # share of the step the device waits for the host, 0..1
+    model_flops: float | None = None  # FLOP per step, forward + backward, recomputation excluded
+    mfu_measured: float | None = None  # model FLOP/s over ceilings.gemm_flops
+    mfu_datasheet: float | None = None
+    sm_active: float | None = None
+    sm_occupancy: float | None = None
+    tensor_active: float | None = None
+    dram_active: float | None = None
+    cpu_active: float | None = None  # CPU runs: share of the usable cores kept busy, 0..1
+    memory_bytes: int | None = None  # peak during a step
+    joules_per_sample: float | None = None
+    sm_clock_mhz: float | None = None
+    throttled: bool | None = None
+    samples: int = 0  # steps timed
+    reason: str | None = None  # why status is not ok
+
+
+@dataclass(frozen=True)
+class ThroughputFit:
+    """Step time against batch size, seconds: t(B) = alpha + beta B, or max(floor, alpha + beta B).
+
+    Intervals are 95 % by bootstrap over the measured steps. Sources: SCIENCE definitions in README, "Capacity".
+    """
+
+    model: Literal["affine", "floor"]
+    t0_s: float  # alpha (affine), or the floor: time of a vanishing batch
+    alpha_s: float
+    beta_s: float  # seconds per example
+    ceiling: float  # examples/s as B grows: 1 / beta
+    ceiling_low: float
+    ceiling_high: float
+    half_batch: float  # batch at half the ceiling: alpha / beta for the affine model
+    half_low: float
+    half_high: float
+    saturation_batch: float  # doubling it gains less than `gain`
+    saturation_low: float
+    saturation_high: float
+    gain: float  # 0.05
+    rms_log_error: float  # root mean square of ln(measured / fitted)
+    batches: int  # batch sizes fitted
+
+    def step_s(self, batch: float) -> float:
+        """Modelled seconds per step at this batch size."""
+        time = self.alpha_s + self.beta_s * batch
+        return max(self.t0_s, time) if self.model == "floor" else time
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the device does with this workload at each batch size, and where its ceiling is."""
+
+    t0_ms: float | None
+    ceiling_samples_per_s: float | None
+    half_batch: float | None
+    saturation_batch: float | None  # modelled; a doubling past it gains < 5 %
+    saturation_low: float | None
+    saturation_high: float | None
+    saturation_measured: int | None  # smallest measured batch whose interval reaches 95 % of the ceiling
+    max_batch: int | None  # largest batch that fits in memory
+    max_batch_verified: bool | None  # True: a full step of that batch ran in a fresh process
+    model: ThroughputFit | None
+    drift: float | None = None  # anchor batch at the end over the same at the start, minus 1
+    complete: bool = True  # False: stopped before every batch asked for was measured
+    notes: tuple[Note, ...] = ()
+    device: Device | None = field(default=None, metadata=_TOP)
+    ceilings: Ceilings | None = field(default=None, metadata=_TOP)
+    workload: WorkloadInfo | None = field(default=None, metadata=_TOP)
+    batches: tuple[BatchPoint, ...] = field(default=(), metadata=_TOP)
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """Gradient noise scale of one parameter tensor."""
+
+    name: str
+    b_simple: float | None
+    grad_sq: float
+    trace: float
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """Gradient noise scale B_simple = tr(Sigma) / |G|^2 (McCandlish et al. 2018, eq. 2.9), in examples.
+
+    `resolved`: `low` and `high` bound it at 95 %. `lower_bound`: |G|^2 is not separated from zero, only `low` is
+    known. `unresolved`: neither is. `grad_sq` and `trace` are the unclamped means and may be negative.
+    """
+
+    b_simple: float | None
+    low: float | None
+    high: float | None
+    grad_sq: float | None
+    trace: float | None
+    status: NoiseStatus
+    source: str  # "micro-batches", ...
+    steps: int  # pairs of norms that entered
+    small_batch: float | None = None
+    large_batch: float | None = None
+    skipped: int = 0  # steps left out for a non-finite gradient
+    warmup_steps: int | None = None  # training steps before the measurement
+    loss: float | None = None  # training loss where it was measured
+    learning_rate: float | None = None  # of the warm-up training
+    preconditioned: dict[str, float] | None = None
+    layers: tuple[LayerNoise, ...] = ()
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConvergencePoint:
+    """Steps to one target at one batch size, over seeds."""
+
+    batch: int
+    steps: float | None
+    status: PointStatus
+    seeds: int
+    learning_rate: float | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Steps to target against batch size for one learning-rate rule and one split."""
+
+    rule: str
+    split: Literal["train", "test"]
+    points: tuple[ConvergencePoint, ...]
+    s_min: float | None
+    critical_batch: float | None  # B_50: twice the fewest examples
+    low: float | None
+    high: float | None
+    target: float | None = None
+    regimes: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """Steps to target against batch size, measured by training."""
+
+    curves: tuple[Curve, ...]
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reason:
+    """How a figure of the verdict came about."""
+
+    figure: str
+    text: str  # one sentence
+    evidence: Evidence
+    inputs: dict[str, float | str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer. Every number in `text` stands in a field, and `why(field)` says how it came about."""
+
+    critical_batch: float | None
+    critical_low: float | None
+    critical_high: float | None
+    critical_source: str | None  # "noise" < "branch" < "sweep": the evidence it stands on
+    saturation_batch: float | None
+    best_batch: int | None
+    best_low: float | None
+    best_high: float | None
+    limit: Limit
+    useful_devices: int | None
+    time_to_target: float | None  # seconds on this device at best_batch
+    text: str
+    reasons: tuple[Reason, ...] = ()
+    notes: tuple[Note, ...] = ()
+
+    def why(self, figure: str) -> Reason:
+        """The sentence and the figures behind one field of the verdict."""
+        for reason in self.reasons:
+            if reason.figure == figure:
+                return reason
+        known = ", ".join(reason.figure for reason in self.reasons)
+        raise UsageError(f"no figure {figure!r} in this verdict. Ask for one of: {known}.")
+
+    def to_json(self) -> str:
+        """This verdict alone as JSON; the whole run is `Run.to_json`."""
+        return json.dumps(to_dict(self), indent=2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One saved run: the whole record of DESIGN, as written by `pybatch bench -o`."""
+
+    created: str  # ISO 8601, UTC
+    environment: Environment
+    capacity: Capacity | None = None
+    noise: NoiseScale | None = None
+    convergence: Convergence | None = None
+    verdict: Verdict | None = None
+    complete: bool = True
+    notes: tuple[Note, ...] = ()
+
+    def to_json(self) -> str:
+        """The record as JSON text; non-finite numbers become null."""
+        return json.dumps(to_dict(self), indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Run:
+        """Read a saved record back; raises UsageError on a foreign file or another schema version."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"not a pybatch record: {error}. Give a file written by 'pybatch bench -o'.") from None
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != SCHEMA:
+            raise UsageError(
+                f"record has schema {found!r}, this pybatch reads {SCHEMA!r}. Run the measurement again, "
+                "or read it with the pybatch version named in its environment."
+            )
+        return _run_from_dict(data)
+
+
+_HOISTED = tuple(f.name for f in dataclasses.fields(Capacity) if f.metadata.get("json") == "top")
+
+
+def to_dict(record: Any) -> Any:
+    """A record as plain JSON types, in the order of the schema."""
+    if isinstance(record, Run):
+        body = {f.name: to_dict(getattr(record, f.name)) for f in dataclasses.fields(record)}
+        sections = {name: getattr(record.capacity, name, None) for name in _HOISTED}
+        head = {"schema": SCHEMA, "created": body.pop("created"), "environment": body.pop("environment")}
+        return head | {name: to_dict(value) if value is not None else None for name, value in sections.items()} | body
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {f.name: to_dict(getattr(record, f.name)) for f in dataclasses.fields(record) if not f.metadata}
+    if isinstance(record, Mapping):
+        return {str(key): to_dict(value) for key, value in record.items()}
+    if isinstance(record, tuple | list):
+        return [to_dict(value) for value in record]
+    if isinstance(record, float) and not math.isfinite(record):
+        return None
+    return record
+
+
+def _run_from_dict(data: dict[str, Any]) -> Run:
+    capacity = data.get("capacity")
+    if capacity is not None:
+        data = data | {"capacity": capacity | {name: data.get(name) for name in _HOISTED if name in data}}
+    return _decode(Run, {k: v for k, v in data.items() if k != "schema" and k not in _HOISTED}, "record")
+
+
+def _decode(kind: Any, value: Any, path: str) -> Any:
+    """Build a value of the annotated type from JSON types; the path names what is wrong."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _decode(next(a for a in arguments if a is not type(None)), value, path)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UsageError(f"{path} is {value!r} where the record has an object. The file is damaged.")
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(set(value) - set(hints))
+        if unknown:
+            raise UsageError(f"{path} has unknown keys {unknown}. It was written by a newer pybatch; upgrade to read it.")
+        try:
+            return kind(**{key: _decode(hints[key], item, f"{path}.{key}") for key, item in value.items()})
+        except TypeError as error:
+            raise UsageError(f"{path} is incomplete: {error}. The file is damaged.") from None
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is not Ellipsis:
+            return tuple(_decode(a, v, path) for a, v in zip(arguments, value, strict=True))
+        return tuple(_decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if kind is float and value is not None and not isinstance(value, str):
+        return float(value)
+    return value

@@ -1,0 +1,70 @@
+"""What a workload is, and where pybatch finds the ones that ship.
+
+A workload says what to train: a model, how to draw a batch, and a loss. It knows nothing of timing, devices or printing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+
+Split = Literal["train", "test"]
+
+
+class Workload(ABC):
+    """A training problem of the user's own. Subclass it with `model`, `batch` and `loss`; the rest has defaults.
+
+    Class attributes a subclass may set:
+        name: what the record calls it.
+        unit: what one example is ("images", "sequences").
+        target: loss targets per split, for steps to target: {"train": 0.3, "test": 0.5}.
+        learning_rate: rate of the warm-up training, with pybatch's AdamW; `reference_batch` is its batch size.
+        examples: size of the training set, or None where it is unlimited or unknown.
+        models: names accepted as `Workload(model=...)`, the default first; empty when there is one model only.
+    """
+
+    name: str = "workload"
+    unit: str = "examples"
+    target: dict[str, float] = {}  # noqa: RUF012 - subclasses write a plain class attribute
+    learning_rate: float = 1e-3
+    reference_batch: int = 32
+    examples: int | None = None
+    model_name: str | None = None
+    models: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def model(self) -> torch.nn.Module:
+        """A freshly initialized model on the CPU, drawn from torch's global generator (pybatch seeds it)."""
+
+    @abstractmethod
+    def batch(self, n: int, generator: torch.Generator, split: Split = "train") -> Any:
+        """Draw n examples with `generator` (on the CPU): any nested structure of CPU tensors, n along dimension 0.
+
+        The workloads that ship draw uniformly with replacement, so n may exceed the data set.
+        """
+
+    @abstractmethod
+    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        """Scalar loss: the mean over the examples of the batch."""
+
+
+W = TypeVar("W", bound=type[Workload])
+
+_registry: dict[str, type[Workload]] = {}
+
+
+def register(workload: W) -> W:
+    """Class decorator: make a shipped workload known under its `name`."""
+    _registry[workload.name] = workload
+    return workload
+
+
+def registered() -> dict[str, type[Workload]]:
+    """The shipped workloads by name."""
+    return dict(_registry)
+
+
+Progress = Callable[[str, float], None]  # what is being done, share done in 0..1

@@ -1,0 +1,131 @@
+"""A workload put on a device: its model, its stream of batches, and checked calls to the user's three methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pybatch.errors import UsageError, WorkloadError
+from pybatch.records import WorkloadInfo
+from pybatch.workloads.base import Split, Workload
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Session:
+    """One model of a workload on one device, in training mode.
+
+    Args:
+        workload: what to run.
+        device: where; parameters and batches are moved there.
+        dtype: "fp32", or "bf16" for autocast over fp32 parameters.
+        seed: of the model's initialization and of the stream of batches.
+
+    Every failure of a method of the workload is raised as `WorkloadError` that names the method; running out of
+    memory is passed on unchanged, because it is a measurement and not a fault.
+    """
+
+    def __init__(self, workload: Workload, device: torch.device, dtype: str = "fp32", seed: int = 0) -> None:
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype {dtype!r} is not known. Use one of: {', '.join(DTYPES)}.")
+        self.workload, self.device, self.dtype = workload, device, dtype
+        self.generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self._call("model")
+        if not isinstance(model, torch.nn.Module):
+            raise self._error("model", f"returned {type(model).__name__}, not a torch.nn.Module")
+        self.model = model.to(device).train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise self._error("model", "returned a model without a parameter to train")
+
+    @property
+    def info(self) -> WorkloadInfo:
+        """The workload as the record names it."""
+        work = self.workload
+        return WorkloadInfo(
+            name=work.name,
+            unit=work.unit,
+            parameters=sum(p.numel() for p in self.parameters),
+            dtype=self.dtype,
+            model=work.model_name,
+            examples=work.examples,
+            learning_rate=work.learning_rate,
+            target=dict(work.target),
+        )
+
+    def batch(self, n: int, split: Split = "train") -> Any:
+        """Draw n examples and move them to the device."""
+        batch = self._call("batch", n, self.generator, split)
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+        if not tensors:
+            raise self._error("batch", f"returned {type(batch).__name__} without a tensor in it")
+        sizes = {tuple(t.shape[:1]) for t in tensors if t.ndim}
+        if (n,) not in sizes:
+            shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
+            raise self._error("batch", f"was asked for {n} examples and returned shapes {shapes}; dimension 0 must be {n}")
+        return tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The loss of a batch, under autocast where the dtype asks for it; checked to be one floating-point number.
+
+        Whether it is finite is left to `check_finite`, which synchronizes with the device.
+        """
+        with torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
+            loss = self._call("loss", self.model, batch)
+        if not isinstance(loss, torch.Tensor):
+            raise self._error("loss", f"returned {type(loss).__name__}, not a tensor")
+        if loss.numel() != 1 or not loss.is_floating_point():
+            raise self._error(
+                "loss", f"returned {loss.dtype} of shape {tuple(loss.shape)}, not one number: take the mean over examples"
+            )
+        if not loss.requires_grad:
+            raise self._error("loss", "returned a tensor without a gradient: it must depend on the model's parameters")
+        return loss.reshape(())
+
+    def backward(self, batch: Any) -> torch.Tensor:
+        """Forward and backward; gradients are left in `.grad`. Returns the loss, detached."""
+        loss = self.loss(batch)
+        try:
+            loss.backward()
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise self._error("loss", f"failed in its backward pass: {error}") from error
+        return loss.detach()
+
+    def check_finite(self, loss: torch.Tensor, where: str) -> float:
+        """The loss as a number; a NaN or infinity is the workload's error. Synchronizes."""
+        value = float(loss)
+        if not torch.isfinite(loss):
+            raise self._error("loss", f"returned {value} {where}")
+        return value
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self.workload, method)(*arguments)
+        except (torch.OutOfMemoryError, MemoryError, WorkloadError, UsageError):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise self._error(method, f"raised {type(error).__name__}: {error}") from error
+
+    def _error(self, method: str, what: str) -> WorkloadError:
+        return WorkloadError(f"{type(self.workload).__name__}.{method}() of workload {self.workload.name!r} {what}.")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out; the CPU allocator and cuBLAS raise plain RuntimeErrors."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        part in text
+        for part in ("not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    )
