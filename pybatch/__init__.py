@@ -1,1 +1,49 @@
-"""pybatch."""
+"""pybatch: what batch size, on how many devices, and what does going further cost?
+
+This is the catalogue of what a user may touch. Names are loaded when first used, so that reading saved records needs
+no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pybatch.capacity.measurement import measure_capacity as measure_capacity
+    from pybatch.curves import fit_throughput as fit_throughput
+    from pybatch.noise.micro_batch import measure_noise as measure_noise
+    from pybatch.records import Capacity as Capacity
+    from pybatch.records import NoiseScale as NoiseScale
+    from pybatch.records import Run as Run
+    from pybatch.records import ThroughputFit as ThroughputFit
+    from pybatch.records import Verdict as Verdict
+    from pybatch.verdict import compare as compare
+    from pybatch.workloads.base import Workload as Workload
+
+_HOME = {
+    "Capacity": "pybatch.records",
+    "NoiseScale": "pybatch.records",
+    "Run": "pybatch.records",
+    "ThroughputFit": "pybatch.records",
+    "Verdict": "pybatch.records",
+    "Workload": "pybatch.workloads.base",
+    "compare": "pybatch.verdict",
+    "fit_throughput": "pybatch.curves",
+    "measure_capacity": "pybatch.capacity.measurement",
+    "measure_noise": "pybatch.noise.micro_batch",
+}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pybatch' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

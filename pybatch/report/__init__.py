@@ -1,0 +1,1 @@
+"""Records in, something to read out. Nothing here measures or imports torch."""

@@ -1,0 +1,5 @@
+"""`python -m pybatch` is the `pybatch` command."""
+
+from pybatch.cli import main
+
+main()

@@ -1,0 +1,90 @@
+"""The main job: capacity, then noise, then the verdict, as one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import torch
+
+from pybatch.capacity.measurement import measure_capacity
+from pybatch.device.environment import capture
+from pybatch.device.identity import resolve
+from pybatch.errors import Interrupted, PybatchError
+from pybatch.noise.micro_batch import measure_noise
+from pybatch.records import Capacity, NoiseScale, Note, Run
+from pybatch.verdict import compare
+from pybatch.workloads.base import Progress, Workload
+
+TIME_BUDGET = 60.0  # s; with start-up and the last step in flight a default run stays under 90 s on 2 cores
+_CAPACITY_SHARE = 0.6  # of the budget; the noise scale gets what is left
+
+
+def run_bench(
+    workload: Workload,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str = "fp32",
+    batches: Sequence[int] | None = None,
+    time_budget: float = TIME_BUDGET,
+    seed: int = 0,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Run:
+    """Measure capacity and noise of a workload on a device and compare them.
+
+    Args:
+        workload: what to measure.
+        device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
+        dtype: "fp32" or "bf16" (autocast over fp32 parameters).
+        batches: batch sizes to time, in examples; None chooses them.
+        time_budget: seconds for all measurements together.
+        seed: of the model, the data order and the resampling.
+        command: what the user typed, for the record.
+        progress: called with (what is being done, share done).
+
+    Returns:
+        The whole record. `complete` is False where a part is missing; a note says why.
+
+    Raises:
+        Interrupted: on Ctrl-C, with the run so far in `.partial`.
+        WorkloadError: where the workload fails before anything was measured.
+    """
+    start = time.monotonic()
+    place = resolve(device)
+    environment = capture(seed=seed, command=command)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def finish(capacity: Capacity | None, noise: NoiseScale | None, notes: tuple[Note, ...] = ()) -> Run:
+        complete = capacity is not None and capacity.complete and noise is not None and not notes
+        verdict = compare(capacity, noise) if capacity is not None else None
+        return Run(created, environment, capacity, noise, None, verdict, complete, notes)
+
+    interrupted = (Note("run", "interrupted by Ctrl-C: what was measured until then is kept"),)
+    capacity = noise = None
+    try:
+        capacity = measure_capacity(
+            workload,
+            device=place,
+            dtype=dtype,
+            batches=batches,
+            time_budget=_CAPACITY_SHARE * time_budget,
+            seed=seed,
+            progress=progress,
+        )
+        left = max(0.0, time_budget - (time.monotonic() - start))
+        noise = measure_noise(workload, device=place, dtype=dtype, seed=seed, time_budget=left, progress=progress)
+    except Interrupted as stop:
+        if isinstance(stop.partial, Capacity):
+            capacity = stop.partial
+        else:
+            noise = stop.partial
+        raise Interrupted(finish(capacity, noise, interrupted)) from None
+    except KeyboardInterrupt:
+        raise Interrupted(finish(capacity, noise, interrupted)) from None
+    except PybatchError as error:
+        if capacity is None:
+            raise
+        return finish(capacity, None, (Note("noise", str(error)),))
+    return finish(capacity, noise)

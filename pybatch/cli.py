@@ -1,0 +1,158 @@
+"""The command line: flags in, calls out. Results go to stdout, progress and errors to stderr.
+
+Exit status: 0 done; 2 bad arguments, a missing device, or a workload that fails at once; 3 ran but incomplete, with
+what was measured written all the same.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pybatch.errors import Interrupted, PybatchError, UsageError
+from pybatch.ranges import parse_batches
+from pybatch.records import Run
+from pybatch.report.formats import FORMATS, format_of, print_run, render
+from pybatch.report.output import Output
+from pybatch.report.progress import ProgressLine
+
+DONE, BAD_INPUT, INCOMPLETE = 0, 2, 3
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="What batch size, on how many devices, and what does going further cost? Measured on your model and device.",
+)
+
+
+@app.command()
+def bench(
+    workload: Annotated[str, typer.Option(help="A workload of 'pybatch list', or your own: FILE.py:CLASS.")] = "digits",
+    model: Annotated[str | None, typer.Option(help="One of the workload's models.")] = None,
+    data: Annotated[str | None, typer.Option(help="The workload's data, where it takes a file.")] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Batch sizes: '1,2,8', '16-4096*2', '16-64+16'. Default: chosen by measuring.")
+    ] = None,
+    gpu: Annotated[int | None, typer.Option(help="Measure on this GPU. Default: GPU 0 if there is one.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Measure on the CPU.")] = False,
+    dtype: Annotated[str, typer.Option(help="fp32, or bf16 (autocast over fp32 parameters).")] = "fp32",
+    time_budget: Annotated[float, typer.Option(help="Seconds for all measurements together.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Of the model, the data order and the resampling.")] = 0,
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", help="table, md, json, jsonl or csv. Default: table; with -o, by its ending."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the result here; the table is still printed.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Capacity, noise and verdict: the batch size to use for this workload on this device."""
+    batches = parse_batches(batch) if batch is not None else None
+    format_ = _checked_format(format_, output)
+    if gpu is not None and cpu:
+        raise UsageError("--gpu and --cpu exclude each other. Give one of them.")
+    if not 1 <= time_budget < float("inf"):
+        raise UsageError(f"time budget {time_budget:g} s is out of range. Give at least 1 second; the default is 60.")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed} is out of range. Give a whole number from 0 to 2**63 - 1.")
+    target = Output(output) if output is not None else None
+    try:
+        # Torch takes seconds to import: what can be refused without it has been by now.
+        from pybatch.bench import run_bench
+        from pybatch.device.identity import resolve
+        from pybatch.workloads.finding import find
+
+        device = resolve("cpu" if cpu else f"cuda:{gpu}" if gpu is not None else None)
+        chosen = find(workload, model=model, data=data)
+        try:
+            with ProgressLine(Console(stderr=True), quiet) as progress:
+                run = run_bench(
+                    chosen,
+                    device=device,
+                    dtype=dtype,
+                    batches=batches,
+                    time_budget=time_budget,
+                    seed=seed,
+                    command=shlex.join(["pybatch", *sys.argv[1:]]),
+                    progress=progress,
+                )
+        except Interrupted as stop:
+            run = stop.partial
+        _deliver(run, format_, target)
+    finally:
+        if target is not None:
+            target.discard()
+    raise typer.Exit(DONE if run.complete else INCOMPLETE)
+
+
+def _checked_format(format_: str | None, output: Path | None) -> str:
+    if format_ is None:
+        return format_of(output) if output is not None else "table"
+    if format_ not in FORMATS:
+        raise UsageError(f"format {format_!r} is not known. Use one of: {', '.join(FORMATS)}.")
+    return format_
+
+
+def _deliver(run: Run, format_: str, target: Output | None) -> None:
+    if target is not None:
+        target.write(render(run, format_))
+    if target is not None or format_ == "table":
+        print_run(run, Console())
+    else:
+        sys.stdout.write(render(run, format_))
+    if target is not None:
+        print(f"pybatch: wrote {target.path}", file=sys.stderr)
+
+
+@app.command()
+def doctor() -> None:
+    """What is compiled, which devices are there, which counters can be read, and why one can't."""
+    from pybatch.doctor import examine
+
+    console = Console()
+    for heading, findings in examine():
+        console.print(heading, style="bold", markup=False)
+        for name, value in findings:
+            console.print(f"  {name:<14} {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("list")
+def list_() -> None:
+    """The workloads and optimizers that ship."""
+    from pybatch.doctor import catalogue
+
+    console = Console()
+    for heading, entries in catalogue():
+        console.print(heading, style="bold", markup=False)
+        for name, text in entries:
+            console.print(f"  {name:<14} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"pybatch {installed('pybatch')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The `pybatch` command."""
+    try:
+        app()
+    except PybatchError as error:
+        print(f"pybatch: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Figures as people read them: three significant digits, thousands apart, binary units for memory."""
+
+from __future__ import annotations
+
+import math
+
+_BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
+_DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+
+MISSING = "–"  # a figure that was not measured; the notes say why
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A plain number rounded to so many significant digits: 0.0123, 4.56, 78.9, 1,230."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    rounded = round(value, decimals)
+    return f"{rounded:,.{max(0, decimals)}f}" if abs(rounded) >= 1e-4 else f"{rounded:.{digits - 1}e}"
+
+
+def count(value: float | None) -> str:
+    """A whole number in full, with separators: 4,810."""
+    return MISSING if value is None or not math.isfinite(value) else f"{round(value):,}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """An interval in brackets; an open end is spelled out."""
+    if low is None and high is None:
+        return ""
+    if high is None or not math.isfinite(high):
+        return f"[≥ {number(low)}]"
+    if low is None:
+        return f"[≤ {number(high)}]"
+    return f"[{number(low)} to {number(high)}]"
+
+
+def share(value: float | None) -> str:
+    """A ratio as a percentage: 0.123 -> 12.3 %."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    percent = 100 * value
+    return f"{percent:.0f} %" if abs(percent) >= 99.5 else f"{percent:.1f} %" if abs(percent) >= 0.05 else "< 0.1 %"
+
+
+def memory(bytes_: float | None) -> str:
+    """Bytes in binary units: 1.5 GiB."""
+    if bytes_ is None:
+        return MISSING
+    power = min(len(_BINARY) - 1, int(math.log(max(1.0, abs(bytes_)), 1024)))
+    return f"{number(bytes_ / 1024**power)} {_BINARY[power]}"
+
+
+def rate(value: float | None, unit: str) -> str:
+    """A rate with a decimal prefix: 87.1 GFLOP/s."""
+    if value is None:
+        return MISSING
+    scale, prefix = next((s for s in _DECIMAL if abs(value) >= s[0]), _DECIMAL[-1])
+    return f"{number(value / scale)} {prefix}{unit}"

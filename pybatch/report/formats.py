@@ -1,0 +1,142 @@
+"""A run in the formats of `--format`: table, md, json, jsonl, csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from pybatch.errors import UsageError
+from pybatch.records import Run, to_dict
+from pybatch.report.sections import Section, Table, sections, title
+
+SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".txt": "table"}
+
+
+def format_of(path: Path) -> str:
+    """The format a file's suffix asks for; UsageError where it asks for none."""
+    try:
+        return SUFFIXES[path.suffix.lower()]
+    except KeyError:
+        known = ", ".join(SUFFIXES)
+        raise UsageError(
+            f"output {str(path)!r} ends in no format known here ({known}). Add --format, or such an ending."
+        ) from None
+
+
+def render(run: Run, format_: str) -> str:
+    """The run as text in one of `FORMATS`, ending in a newline."""
+    return FORMATS[format_](run)
+
+
+def print_run(run: Run, console: Console) -> None:
+    """The table format, with the colours and the width of the console it goes to."""
+    console.print(Text(title(run), style="bold"))
+    for section in sections(run):
+        console.print()
+        console.print(Text(section.title, style="bold cyan"))
+        if section.table is not None:
+            console.print(_rich_table(section.table))
+        if section.lines:
+            grid = RichTable.grid(padding=(0, 2))
+            for label, value in section.lines:
+                grid.add_row(Text(label, style="dim"), Text(value.strip()))
+            console.print(Padding(grid, (0, 0, 0, 2)))
+        if section.text:
+            console.print()
+            console.print(Padding(Text(section.text, style="bold"), (0, 0, 0, 2)))
+        for note in section.notes:
+            console.print(Padding(Text(f"· {note}", style="dim"), (0, 0, 0, 2)))
+
+
+def _rich_table(table: Table) -> RichTable:
+    rich = RichTable(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    for head in table.heads:
+        rich.add_column(head, justify="right", no_wrap=True)
+    for row in table.rows:
+        rich.add_row(*(Text(cell) for cell in row))
+    return rich
+
+
+def _plain(run: Run) -> str:
+    text = io.StringIO()
+    print_run(run, Console(file=text, width=80, color_system=None))
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def _markdown(run: Run) -> str:
+    parts = [f"# {_escape(title(run))}"]
+    parts += [_markdown_section(section) for section in sections(run)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_section(section: Section) -> str:
+    parts = [f"## {section.title}"]
+    if section.text:
+        parts.append(_escape(section.text))
+    if section.table is not None:
+        lines = [section.table.heads, ("--:",) * len(section.table.heads), *section.table.rows]
+        parts.append("\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines))
+    if section.lines:
+        parts.append("\n".join(f"- **{label}**: {_escape(value.strip())}" for label, value in section.lines))
+    if section.notes:
+        parts.append("\n".join(f"- {_escape(note)}" for note in section.notes))
+    return "\n\n".join(parts)
+
+
+def _escape(text: str) -> str:
+    for mark in "\\|<>*_`[]":
+        text = text.replace(mark, "\\" + mark)
+    return text.replace("\n", " ")
+
+
+def _rows(run: Run) -> list[dict[str, object]]:
+    """One flat row a batch size, each with what it was measured on."""
+    capacity = run.capacity
+    if capacity is None:
+        return []
+    head = {
+        "created": run.created,
+        "device": capacity.device.name if capacity.device else None,
+        "workload": capacity.workload.name if capacity.workload else None,
+        "dtype": capacity.workload.dtype if capacity.workload else None,
+    }
+    return [head | to_dict(point) for point in capacity.batches]
+
+
+def _csv(run: Run) -> str:
+    """The batches alone: one row each. Capacity, noise and verdict are in the other formats."""
+    rows = _rows(run)
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
+
+
+def _jsonl(run: Run) -> str:
+    """One object a line: each batch, then capacity, noise and verdict; "record" says which."""
+    lines: list[dict[str, object]] = [{"record": "batch"} | row for row in _rows(run)]
+    for name in ("capacity", "noise", "verdict"):
+        section = getattr(run, name)
+        if section is not None:
+            lines.append({"record": name} | to_dict(section))
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+FORMATS: dict[str, Callable[[Run], str]] = {
+    "table": _plain,
+    "md": _markdown,
+    "json": lambda run: run.to_json() + "\n",
+    "jsonl": _jsonl,
+    "csv": _csv,
+}

@@ -1,0 +1,55 @@
+"""An output file that is known to be writable before anything is measured, and is never left half-written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from pybatch.errors import UsageError
+
+
+class Output:
+    """A file to be written at the end of a run. Construct it before measuring: it raises UsageError if it can't be.
+
+    The text goes to a temporary file beside the target, which then takes its place in one step: a reader, or a run
+    cut off, sees the old file or the new one. A target that exists and is no regular file (a pipe, a terminal) is
+    written directly.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary: Path | None = None
+        if path.is_dir():
+            raise UsageError(f"output {str(path)!r} is a folder. Name a file in it.")
+        if path.exists() and not path.is_file():
+            return
+        try:
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError("it is write-protected")
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            os.close(handle)
+        except OSError as error:
+            raise UsageError(
+                f"output {str(path)!r} cannot be written: {error.strerror or error}. Nothing was measured yet; name another path."
+            ) from None
+        self._temporary = Path(name)
+
+    def write(self, text: str) -> None:
+        """Put the text in place."""
+        if self._temporary is None:
+            self.path.write_text(text)
+            return
+        self._temporary.write_text(text)
+        # mkstemp makes the file private; a result is as readable as any file the user makes.
+        mask = os.umask(0)
+        os.umask(mask)
+        self._temporary.chmod(0o666 & ~mask)
+        os.replace(self._temporary, self.path)
+        self._temporary = None
+
+    def discard(self) -> None:
+        """Take back the temporary file of a run that failed. Safe to call twice, and after `write`."""
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+            self._temporary = None

@@ -1,0 +1,42 @@
+"""Progress on stderr: a live line on a terminal, one plain line a stage elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+
+class ProgressLine:
+    """Callable `(text, share done)` for the measuring functions; a context manager for the terminal's sake."""
+
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        self._console, self._quiet = console, quiet
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._stage = ""
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal and not self._quiet:
+            columns = (BarColumn(20), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task("starting", total=1.0)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, text: str, share: float) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=text, completed=min(1.0, max(0.0, share)))
+            return
+        stage = text.split(":", 1)[0]
+        if stage != self._stage and not self._quiet:
+            self._stage = stage
+            self._console.print(f"pybatch: {text}", markup=False, highlight=False, soft_wrap=True)

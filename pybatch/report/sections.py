@@ -1,0 +1,154 @@
+"""A run as titled sections of rows and lines: what every format prints, said once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pybatch import numerals as n
+from pybatch.records import BatchPoint, Capacity, NoiseScale, Note, Run, Verdict
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column heads and rows of finished cells, numbers already formatted."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the report: a title, maybe a table, then labelled lines, then notes."""
+
+    title: str
+    table: Table | None = None
+    lines: tuple[tuple[str, str], ...] = ()
+    text: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def title(run: Run) -> str:
+    """What was measured, and where, in one line."""
+    capacity = run.capacity
+    if capacity is None or capacity.workload is None or capacity.device is None:
+        return "pybatch bench"
+    work, device = capacity.workload, capacity.device
+    model = f"{work.model}, " if work.model else ""
+    place = f"{device.name}, {device.cores} cores" if device.kind == "cpu" and device.cores else device.name
+    return f"{work.name} ({model}{n.count(work.parameters)} parameters, {work.dtype}) on {place}"
+
+
+def sections(run: Run) -> list[Section]:
+    """The sections of a run that were measured, the verdict last."""
+    found = []
+    if run.capacity is not None:
+        found.append(_capacity(run.capacity))
+    if run.noise is not None:
+        found.append(_noise(run.noise, _unit(run)))
+    if run.verdict is not None:
+        found.append(_verdict(run.verdict))
+    if run.notes:
+        found.append(Section("Run", notes=_notes(run.notes)))
+    return found
+
+
+def _unit(run: Run) -> str:
+    workload = run.capacity.workload if run.capacity else None
+    return workload.unit if workload else "examples"
+
+
+def _notes(notes: tuple[Note, ...]) -> tuple[str, ...]:
+    return tuple(f"{note.figure}: {note.text}" for note in notes)
+
+
+def _capacity(capacity: Capacity) -> Section:
+    unit = capacity.workload.unit if capacity.workload else "examples"
+    ceiling = capacity.ceiling_samples_per_s
+    table = Table(
+        heads=("batch", "step ms", "±", f"{unit}/s", "of ceiling", "MFU", "memory"),
+        rows=tuple(_row(point, ceiling) for point in capacity.batches),
+    )
+    fit, lines = capacity.model, []
+    if fit is not None:
+        lines.append(
+            (
+                "ceiling",
+                f"{n.count(ceiling)} {unit}/s {n.interval(fit.ceiling_low, fit.ceiling_high)}, modelled ({fit.model})",
+            )
+        )
+        lines.append(
+            ("half batch", f"{n.number(fit.half_batch)} {n.interval(fit.half_low, fit.half_high)}: half the ceiling")
+        )
+    if capacity.saturation_batch is not None:
+        gain = n.share(fit.gain) if fit else "5 %"
+        where = (
+            f"; {n.count(capacity.saturation_measured)} is the smallest measured near it"
+            if capacity.saturation_measured
+            else ""
+        )
+        band = n.interval(capacity.saturation_low, capacity.saturation_high)
+        lines.append(("saturation", f"{n.number(capacity.saturation_batch)} {band}: doubling gains < {gain}{where}"))
+    if capacity.max_batch is not None:
+        how = "a step of it ran" if capacity.max_batch_verified else "predicted, not run"
+        lines.append(("largest fit", f"{n.count(capacity.max_batch)} ({how})"))
+    if capacity.ceilings is not None:
+        roofs = capacity.ceilings
+        sheet = f", datasheet {n.rate(roofs.datasheet_flops, 'FLOP/s')}" if roofs.datasheet_flops else ""
+        lines.append(
+            (
+                "roofs",
+                f"{n.rate(roofs.gemm_flops, 'FLOP/s')} matrix product{sheet}, {n.rate(roofs.copy_bytes_per_s, 'B/s')} copy",
+            )
+        )
+    return Section("Capacity", table, tuple(lines), notes=_notes(capacity.notes))
+
+
+def _row(point: BatchPoint, ceiling: float | None) -> tuple[str, ...]:
+    if point.status != "ok":
+        return (n.count(point.batch), point.status.replace("_", " "), "", "", "", "", n.memory(point.memory_bytes))
+    spread = None
+    if point.step_ms_low is not None and point.step_ms_high is not None:
+        spread = (point.step_ms_high - point.step_ms_low) / 2
+    share = point.samples_per_s / ceiling if point.samples_per_s and ceiling else None
+    return (
+        n.count(point.batch),
+        n.number(point.step_ms),
+        n.number(spread, 1),
+        n.count(point.samples_per_s),
+        n.share(share),
+        n.share(point.mfu_measured),
+        n.memory(point.memory_bytes),
+    )
+
+
+def _noise(noise: NoiseScale, unit: str) -> Section:
+    if noise.status == "resolved":
+        value = f"{n.number(noise.b_simple)} {n.interval(noise.low, noise.high)} {unit}"
+    elif noise.status == "lower_bound":
+        value = f"at least {n.number(noise.low)} {unit}: |G|² is not separated from zero"
+    else:
+        value = "unresolved"
+    lines = [("B_simple", value)]
+    if noise.warmup_steps is not None:
+        loss = f", where the training loss was {n.number(noise.loss)}" if noise.loss is not None else ""
+        lines.append(("measured", f"after {n.count(noise.warmup_steps)} warm-up steps{loss}"))
+    if noise.steps:
+        pair = ""
+        if noise.small_batch and noise.large_batch:
+            pair = f" of gradients over {n.number(noise.small_batch)} and {n.number(noise.large_batch)} {unit}"
+        lines.append(("from", f"{n.count(noise.steps)} pairs of norms{pair} ({noise.source})"))
+    return Section("Gradient noise scale", lines=tuple(lines), notes=_notes(noise.notes))
+
+
+def _verdict(verdict: Verdict) -> Section:
+    lines = [
+        (
+            "critical batch",
+            f"{n.number(verdict.critical_batch)} {n.interval(verdict.critical_low, verdict.critical_high)}",
+        ),
+        ("best batch", f"{n.count(verdict.best_batch)} {n.interval(verdict.best_low, verdict.best_high)}"),
+        ("limited by", verdict.limit),
+    ]
+    if verdict.useful_devices is not None:
+        lines.append(("devices", f"up to {n.count(verdict.useful_devices)} worth it"))
+    return Section("Verdict", lines=tuple(lines), text=verdict.text, notes=_notes(verdict.notes))

@@ -1,0 +1,27 @@
+"""The checks of ruff, mypy and clang-format, as tests: what they find fails the suite."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CXX = sorted(
+    str(p) for d in ("csrc", "kernels") for p in (ROOT / d).iterdir() if p.suffix in {".h", ".cpp", ".cu", ".cuh"}
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ruff", "check", "."),
+        ("ruff", "format", "--check", "."),
+        ("mypy",),
+        ("clang_format", "--dry-run", "--Werror", *CXX),
+    ],
+    ids=["ruff-check", "ruff-format", "mypy", "clang-format"],
+)
+def test_clean(command):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
