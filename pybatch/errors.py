@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -27,3 +29,11 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, partial: Any) -> None:
         super().__init__("interrupted; what was measured is in .partial")
         self.partial = partial
+
+
+def unknown(what: str, value: str, known: Iterable[str]) -> UsageError:
+    """The error for a name that is not one of `known`: names the nearest, and lists them all."""
+    names = sorted(known)
+    near = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return UsageError(f"{what} {value!r} is not known.{hint} Known: {', '.join(names) or 'none'}.")

@@ -1,0 +1,1 @@
+"""Devices: which one, what it is, its measured ceilings, its counters."""

@@ -1,6 +1,6 @@
 """What a workload is, and where pybatch finds the ones that ship.
 
-A workload says what to train: a model, how to draw a batch, and a loss. It knows nothing of timing, devices or printing.
+A workload says what to train: a model, how to draw a batch, and a loss. It knows nothing of timing, devices, printing.
 """
 
 from __future__ import annotations

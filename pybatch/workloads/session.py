@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pybatch.device.identity import DTYPES
 from pybatch.errors import UsageError, WorkloadError
 from pybatch.records import WorkloadInfo
 from pybatch.workloads.base import Split, Workload
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Session:
@@ -66,7 +65,9 @@ class Session:
         sizes = {tuple(t.shape[:1]) for t in tensors if t.ndim}
         if (n,) not in sizes:
             shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
-            raise self._error("batch", f"was asked for {n} examples and returned shapes {shapes}; dimension 0 must be {n}")
+            raise self._error(
+                "batch", f"was asked for {n} examples and returned shapes {shapes}; dimension 0 must be {n}"
+            )
         return tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -80,7 +81,8 @@ class Session:
             raise self._error("loss", f"returned {type(loss).__name__}, not a tensor")
         if loss.numel() != 1 or not loss.is_floating_point():
             raise self._error(
-                "loss", f"returned {loss.dtype} of shape {tuple(loss.shape)}, not one number: take the mean over examples"
+                "loss",
+                f"returned {loss.dtype} of shape {tuple(loss.shape)}, not one number: take the mean over examples",
             )
         if not loss.requires_grad:
             raise self._error("loss", "returned a tensor without a gradient: it must depend on the model's parameters")
@@ -90,7 +92,7 @@ class Session:
         """Forward and backward; gradients are left in `.grad`. Returns the loss, detached."""
         loss = self.loss(batch)
         try:
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except RuntimeError as error:
@@ -127,5 +129,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     return isinstance(error, RuntimeError) and any(
         part in text
-        for part in ("not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+        for part in (
+            "not enough memory",
+            "can't allocate memory",  # CPU allocator on Linux
+            "out of memory",
+            "std::bad_alloc",
+            "CUBLAS_STATUS_ALLOC_FAILED",
+            "CUDNN_STATUS_ALLOC_FAILED",
+        )
     )
