@@ -127,8 +127,8 @@ def estimate(
         return result("lower_bound", None, low, None, why)
     reasons = {
         "open": "neither |G|^2 nor tr(Sigma) is separated from zero: too few pairs for this much noise",
-        "negative": "|G|^2 or tr(Sigma) is negative beyond its error: the examples of a step are not independent draws, "
-        "or the counts given to accumulate(n) are wrong",
+        "negative": "|G|^2 or tr(Sigma) is negative beyond its error: the examples of a step are not independent "
+        "draws, or the counts given to accumulate(n) are wrong",
     }
     return result("unresolved", None, None, None, reasons[case])
 

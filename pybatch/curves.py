@@ -1,0 +1,223 @@
+"""Curves fitted to measurements, with intervals: step time against batch size. No torch here.
+
+Fits are made in log time (a step time's error is a share of it) with log-parameters (all are positive) and a soft-L1
+loss, so that one disturbed batch size does not bend the curve. One batched Gauss-Newton solver fits the measurement
+and all bootstrap resamples at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pybatch.errors import UsageError
+from pybatch.records import ThroughputFit
+
+Array = NDArray[np.float64]
+Model = Literal["affine", "floor"]
+
+SOFT = 0.05  # log time: residuals past 5 % count linearly; repeats of a steady step agree within that
+RESOLUTION = 1e-5  # log time: smaller residuals are rounding, and a perfect fit must not drive AICc to minus infinity
+REACH = 1e3  # half batch is sought within this factor of the batches measured; beyond, they say nothing about it
+FLOOR_LEAST = 6  # AICc of four unknowns (alpha, beta, floor and the error) is defined from six batch sizes on
+
+
+def fit_throughput(
+    batches: Sequence[int] | NDArray[Any],
+    seconds: Sequence[float] | Sequence[Sequence[float]] | NDArray[Any],
+    *,
+    gain: float = 0.05,
+    seed: int = 0,
+    resamples: int = 400,
+) -> ThroughputFit:
+    """Fit seconds per step against batch size: affine alpha + beta B, or max(floor, alpha + beta B), by AICc.
+
+    Args:
+        batches: [n] batch sizes, at least 3 distinct ones, in any order.
+        seconds: [n] seconds per step, or n sequences of samples (ragged), whose medians are fitted.
+        gain: the saturation batch is the smallest from which on doubling raises throughput by less than this share;
+            (alpha / beta) (1 - gain) / (2 gain) for the affine model, 9.5 half batches at 5 %.
+        seed: of the bootstrap.
+        resamples: bootstrap resamples behind the 95 % intervals.
+
+    The bootstrap draws the samples of each batch size anew, and adds what the model misses beyond their spread as an
+    independent error of each batch size, Student-distributed with the fit's degrees of freedom; with one value per
+    batch size that misfit is all there is.
+
+    A caller should look at `rms_log_error`: where caches overflow at large batches, throughput falls again, neither
+    model can follow, and the ceiling is that of a compromise. Raises UsageError for values that cannot be fitted.
+    """
+    size, samples = _checked(batches, seconds, gain, resamples)
+    data = np.log([np.median(s) for s in samples])
+    models: list[Model] = ["affine", "floor"] if len(np.unique(size)) >= FLOOR_LEAST else ["affine"]
+    fits = {model: _solve(_starts(model, size, data), size, data) for model in models}
+    model = min(models, key=lambda m: _aicc(fits[m][1], len(size), fits[m][0].shape[-1]))
+    best = fits[model][0]
+
+    figures = _figures(best, gain)
+    drawn = _resample(best, size, data, samples, resamples, np.random.default_rng(seed))
+    spread = _figures(_polish(np.repeat(best[None], resamples, axis=0), size, drawn)[0], gain)
+    low, high = np.quantile(spread, [0.025, 0.975], axis=0)
+    low, high = np.minimum(low, figures), np.maximum(high, figures)  # the estimate itself is always compatible
+    beta, alpha = float(np.exp(best[0])), float(np.exp(best[0] + best[1]))
+    return ThroughputFit(
+        model=model,
+        t0_s=float(np.exp(best[2])) if model == "floor" else alpha,
+        alpha_s=alpha,
+        beta_s=beta,
+        ceiling=float(figures[0]),
+        ceiling_low=float(low[0]),
+        ceiling_high=float(high[0]),
+        half_batch=float(figures[1]),
+        half_low=float(low[1]),
+        half_high=float(high[1]),
+        saturation_batch=float(figures[2]),
+        saturation_low=float(low[2]),
+        saturation_high=float(high[2]),
+        gain=gain,
+        rms_log_error=float(np.sqrt(np.mean((data - _log_time(best, size)[0]) ** 2))),
+        batches=len(size),
+    )
+
+
+# Parameters, last axis: ln beta, ln(alpha / beta), and ln floor for the floor model.
+
+
+def _log_time(p: Array, size: Array) -> tuple[Array, Array]:
+    """ln t [..., n] and its Jacobian [..., n, P] at parameters [..., P]."""
+    half = np.exp(p[..., 1:2])
+    value = p[..., 0:1] + np.log(half + size)
+    columns = [np.ones_like(value), half / (half + size)]
+    if p.shape[-1] == 3:
+        flat = p[..., 2:3] > value
+        value = np.where(flat, p[..., 2:3], value)
+        columns = [np.where(flat, 0.0, c) for c in columns] + [np.where(flat, 1.0, 0.0)]
+    return value, np.stack(columns, axis=-1)
+
+
+def _figures(p: Array, gain: float) -> Array:
+    """Ceiling, half batch and saturation batch [..., 3].
+
+    Half batch solves t(B) = 2 beta B; saturation solves 2 t(B) = (1 + gain) t(2B). With t the larger of two pieces,
+    each is the larger of the two pieces' solutions.
+    """
+    beta, half = np.exp(p[..., 0]), np.exp(p[..., 1])
+    saturation = half * (1 - gain) / (2 * gain)
+    if p.shape[-1] == 3:
+        knee = np.exp(p[..., 2]) / beta  # examples the floor would pay for
+        saturation = np.maximum(saturation, (2 * knee / (1 + gain) - half) / 2)
+        half = np.maximum(half, knee / 2)
+    return np.stack([1 / beta, half, saturation], axis=-1)
+
+
+def _limits(size: Array) -> tuple[float, float]:
+    return float(np.log(size.min() / REACH)), float(np.log(size.max() * REACH))
+
+
+def _starts(model: Model, size: Array, data: Array) -> Array:
+    """Starting points [S, P]: half batches over all decades; for a floor also each number of batch sizes on it."""
+    grid = np.linspace(*_limits(size), 40)
+    order = np.argsort(size)
+    starts = []
+    for flat in range(0, 1) if model == "affine" else range(1, len(size) - 1):
+        rest = order[flat:]
+        level = [] if model == "affine" else [np.full_like(grid, data[order[:flat]].mean())]
+        beta = np.median(data[rest] - np.log(np.exp(grid)[:, None] + size[rest]), axis=-1)
+        starts.append(np.stack([beta, grid, *level], axis=-1))
+    return np.concatenate(starts)
+
+
+def _cost(residual: Array) -> Array:
+    """Soft-L1: squares below SOFT, absolute values above; RESOLUTION keeps it from vanishing."""
+    scaled = (residual / SOFT) ** 2
+    return SOFT**2 * np.sum(2 * (np.sqrt(1 + scaled) - 1), axis=-1) + residual.shape[-1] * RESOLUTION**2
+
+
+def _solve(starts: Array, size: Array, data: Array) -> tuple[Array, float]:
+    """The best of all polished starts [P], and its cost."""
+    p, cost = _polish(starts, size, np.broadcast_to(data, (len(starts), len(data))))
+    best = int(np.argmin(cost))
+    return p[best], float(cost[best])
+
+
+def _polish(p: Array, size: Array, data: Array, rounds: int = 60) -> tuple[Array, Array]:
+    """Levenberg-Marquardt on all rows at once: parameters [R, P], ln seconds [R, n] -> parameters, cost [R]."""
+    low, high = _limits(size)
+    damping = np.full(len(p), 1e-3)
+    value, slope = _log_time(p, size)
+    cost = _cost(data - value)
+    idle = 0
+    for _ in range(rounds):
+        residual = data - value
+        weight = 1 / np.sqrt(1 + (residual / SOFT) ** 2)
+        scaled = slope * weight[..., None]
+        normal = np.swapaxes(scaled, -1, -2) @ slope
+        force = np.sum(scaled * residual[..., None], axis=-2)
+        ridge = damping[:, None] * (np.diagonal(normal, axis1=-2, axis2=-1) + 1e-9)
+        step = np.linalg.solve(normal + ridge[..., None] * np.eye(p.shape[-1]), force[..., None])[..., 0]
+        trial = p + np.clip(step, -2.0, 2.0)
+        trial[:, 1] = np.clip(trial[:, 1], low, high)
+        trial_value, trial_slope = _log_time(trial, size)
+        trial_cost = _cost(data - trial_value)
+        better = trial_cost < cost
+        idle = 0 if bool(np.any(trial_cost < cost * (1 - 1e-7))) else idle + 1
+        p = np.where(better[:, None], trial, p)
+        value = np.where(better[:, None], trial_value, value)
+        slope = np.where(better[:, None, None], trial_slope, slope)
+        cost = np.where(better, trial_cost, cost)
+        damping = np.clip(np.where(better, damping / 5, damping * 5), 1e-9, 1e9)
+        if idle == 4:  # damping has grown 600-fold and no row moved: all have arrived
+            break
+    return p, cost
+
+
+def _aicc(cost: float, n: int, parameters: int) -> float:
+    """Akaike's criterion, corrected for few points; the error's size is an unknown as well. Lower is better."""
+    k = parameters + 1
+    correction = 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else 0.0
+    return float(n * np.log(cost / n) + 2 * k + correction)
+
+
+def _resample(
+    best: Array, size: Array, data: Array, samples: list[Array], resamples: int, rng: np.random.Generator
+) -> Array:
+    """ln seconds [resamples, n] as another measurement could have given them."""
+    n, free = len(size), max(len(size) - len(best), 1)
+    fitted = _log_time(best, size)[0]
+    inner = np.zeros((resamples, n))
+    for j, sample in enumerate(samples):
+        if len(sample) > 1:
+            again = rng.integers(0, len(sample), (resamples, len(sample)))
+            inner[:, j] = np.log(np.median(sample[again], axis=1)) - data[j]
+    # Misfit: what the residuals hold beyond the spread of the medians (method of moments).
+    misfit = max(float(np.sum((data - fitted) ** 2)) / free - float(np.mean(inner.var(axis=0))), 0.0)
+    student = rng.standard_normal((resamples, n)) * np.sqrt(free / rng.chisquare(free, (resamples, 1)))
+    drawn: Array = fitted + inner + np.sqrt(misfit) * np.clip(student, -1e3, 1e3)
+    return drawn
+
+
+def _checked(batches: Any, seconds: Any, gain: float, resamples: int) -> tuple[Array, list[Array]]:
+    """Batch sizes [n] and their samples, or a UsageError that says what is wrong with which value."""
+    if not 0 < gain < 1:
+        raise UsageError(f"gain {gain} is not a share. Give a number between 0 and 1, such as 0.05.")
+    if resamples < 20:
+        raise UsageError(f"resamples {resamples} cannot show a 95 % interval. Give 200 or more.")
+    if len(batches) != len(seconds):
+        raise UsageError(f"{len(batches)} batches but {len(seconds)} step times. Give one entry of seconds per batch.")
+    size = np.asarray(batches, dtype=np.float64)
+    samples = [np.atleast_1d(np.asarray(entry, dtype=np.float64)) for entry in seconds]
+    for value, sample in zip(batches, samples, strict=True):
+        if not (np.isfinite(value) and value > 0):
+            raise UsageError(f"batch {value} is not a batch size. Give positive numbers.")
+        if not sample.size:
+            raise UsageError(f"batch {value} has no step time. Leave the batch out.")
+        if sample.ndim != 1 or not (np.isfinite(sample).all() and (sample > 0).all()):
+            bad = next((v for v in sample.ravel().tolist() if not (np.isfinite(v) and v > 0)), sample.shape)
+            raise UsageError(f"batch {value} has step time {bad}. Give finite, positive seconds; leave failures out.")
+    if len(np.unique(size)) < 3:
+        found = ", ".join(f"{v:g}" for v in np.unique(size)) or "none"
+        raise UsageError(f"a throughput fit needs 3 distinct batch sizes, found {found}. Measure more batch sizes.")
+    return size, samples
