@@ -16,9 +16,11 @@ def number(value: float | None, digits: int = 3) -> str:
         return MISSING
     if value == 0:
         return "0"
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
-    rounded = round(value, decimals)
-    return f"{rounded:,.{max(0, decimals)}f}" if abs(rounded) >= 1e-4 else f"{rounded:.{digits - 1}e}"
+    exponent = math.floor(math.log10(abs(value)))
+    if round(abs(value), digits - 1 - exponent) >= 10 ** (exponent + 1):
+        exponent += 1  # 99.96 is read as 100
+    rounded = round(value, digits - 1 - exponent)
+    return f"{rounded:,.{max(0, digits - 1 - exponent)}f}" if exponent >= -4 else f"{rounded:.{digits - 1}e}"
 
 
 def count(value: float | None) -> str:
@@ -42,7 +44,15 @@ def share(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return MISSING
     percent = 100 * value
-    return f"{percent:.0f} %" if abs(percent) >= 99.5 else f"{percent:.1f} %" if abs(percent) >= 0.05 else "< 0.1 %"
+    return (
+        f"{percent:.0f} %"
+        if abs(percent) >= 99.5
+        else f"{percent:.1f} %"
+        if abs(percent) >= 0.05
+        else "< 0.1 %"
+        if percent
+        else "0 %"
+    )
 
 
 def memory(bytes_: float | None) -> str:

@@ -337,6 +337,9 @@ def to_dict(record: Any) -> Any:
     return record
 
 
+_DAMAGED = "The file is damaged, or no pybatch wrote it."
+
+
 def _run_from_dict(data: dict[str, Any]) -> Run:
     capacity = data.get("capacity")
     if capacity is not None:
@@ -350,22 +353,44 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _decode(next(a for a in arguments if a is not type(None)), value, path)
+        choices = [a for a in arguments if a is not type(None)]
+        if len(choices) > 1:  # plain alternatives, such as float | str
+            return value
+        return _decode(choices[0], value, path)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise UsageError(f"{path} is {value!r} where the record has an object. The file is damaged.")
+            raise UsageError(f"{path} is {value!r} where the record has an object. {_DAMAGED}")
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(value) - set(hints))
         if unknown:
-            raise UsageError(f"{path} has unknown keys {unknown}. It was written by a newer pybatch; upgrade to read it.")
+            raise UsageError(
+                f"{path} has unknown keys {unknown}. It was written by a newer pybatch; upgrade to read it."
+            )
         try:
             return kind(**{key: _decode(hints[key], item, f"{path}.{key}") for key, item in value.items()})
         except TypeError as error:
-            raise UsageError(f"{path} is incomplete: {error}. The file is damaged.") from None
+            raise UsageError(f"{path} is incomplete: {error}. {_DAMAGED}") from None
     if origin is tuple:
-        if len(arguments) == 2 and arguments[1] is not Ellipsis:
-            return tuple(_decode(a, v, path) for a, v in zip(arguments, value, strict=True))
-        return tuple(_decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if kind is float and value is not None and not isinstance(value, str):
+        if not isinstance(value, list):
+            raise UsageError(f"{path} is {value!r} where the record has a list. {_DAMAGED}")
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) != len(value):
+            raise UsageError(f"{path} has {len(value)} entries where the record has {len(kinds)}. {_DAMAGED}")
+        return tuple(_decode(k, item, f"{path}[{i}]") for i, (k, item) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UsageError(f"{path} is {value!r} where the record has an object. {_DAMAGED}")
+        return {key: _decode(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    if origin is Literal:
+        if value not in arguments:
+            raise UsageError(f"{path} is {value!r}, which is none of {', '.join(arguments)}. {_DAMAGED}")
+        return value
+    return _decode_plain(kind, value, path)
+
+
+def _decode_plain(kind: type, value: Any, path: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UsageError(f"{path} is {value!r} where the record has a {kind.__name__}. {_DAMAGED}")
     return value

@@ -44,7 +44,7 @@ def print_run(run: Run, console: Console) -> None:
         console.print()
         console.print(Text(section.title, style="bold cyan"))
         if section.table is not None:
-            console.print(_rich_table(section.table))
+            console.print(_rich_table(section.table), crop=False)
         if section.lines:
             grid = RichTable.grid(padding=(0, 2))
             for label, value in section.lines:
@@ -59,8 +59,9 @@ def print_run(run: Run, console: Console) -> None:
 
 def _rich_table(table: Table) -> RichTable:
     rich = RichTable(box=box.SIMPLE, pad_edge=False, show_edge=False)
-    for head in table.heads:
-        rich.add_column(head, justify="right", no_wrap=True)
+    for head, *cells in zip(table.heads, *table.rows, strict=True):
+        # A narrow terminal may wrap lines, but it must not cut figures.
+        rich.add_column(head, justify="right", no_wrap=True, min_width=max(map(len, [head, *cells])))
     for row in table.rows:
         rich.add_row(*(Text(cell) for cell in row))
     return rich

@@ -31,7 +31,8 @@ class Output:
             os.close(handle)
         except OSError as error:
             raise UsageError(
-                f"output {str(path)!r} cannot be written: {error.strerror or error}. Nothing was measured yet; name another path."
+                f"output {str(path)!r} cannot be written: {error.strerror or error}. "
+                "Nothing was measured yet; name another path."
             ) from None
         self._temporary = Path(name)
 

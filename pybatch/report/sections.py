@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pybatch import numerals as n
-from pybatch.records import BatchPoint, Capacity, NoiseScale, Note, Run, Verdict
+from pybatch.records import BatchPoint, Capacity, Ceilings, NoiseScale, Note, Run, Verdict
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,13 @@ def _capacity(capacity: Capacity) -> Section:
         how = "a step of it ran" if capacity.max_batch_verified else "predicted, not run"
         lines.append(("largest fit", f"{n.count(capacity.max_batch)} ({how})"))
     if capacity.ceilings is not None:
-        roofs = capacity.ceilings
-        sheet = f", datasheet {n.rate(roofs.datasheet_flops, 'FLOP/s')}" if roofs.datasheet_flops else ""
-        lines.append(
-            (
-                "roofs",
-                f"{n.rate(roofs.gemm_flops, 'FLOP/s')} matrix product{sheet}, {n.rate(roofs.copy_bytes_per_s, 'B/s')} copy",
-            )
-        )
+        lines.append(("roofs", _roofs(capacity.ceilings)))
     return Section("Capacity", table, tuple(lines), notes=_notes(capacity.notes))
+
+
+def _roofs(roofs: Ceilings) -> str:
+    sheet = f" (datasheet {n.rate(roofs.datasheet_flops, 'FLOP/s')})" if roofs.datasheet_flops else ""
+    return f"{n.rate(roofs.gemm_flops, 'FLOP/s')} matrix product{sheet}, {n.rate(roofs.copy_bytes_per_s, 'B/s')} copy"
 
 
 def _row(point: BatchPoint, ceiling: float | None) -> tuple[str, ...]:

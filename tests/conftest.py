@@ -1,0 +1,109 @@
+"""Shared by the tests: a synthetic record in which every section is filled."""
+
+import pytest
+
+from pybatch import records as r
+
+
+@pytest.fixture
+def fit():
+    return r.ThroughputFit(
+        model="affine",
+        t0_s=2e-3,
+        alpha_s=2e-3,
+        beta_s=1e-4,
+        ceiling=10_000.0,
+        ceiling_low=9_800.0,
+        ceiling_high=10_300.0,
+        half_batch=20.0,
+        half_low=18.0,
+        half_high=22.0,
+        saturation_batch=190.0,
+        saturation_low=171.0,
+        saturation_high=209.0,
+        gain=0.05,
+        rms_log_error=0.01,
+        batches=4,
+    )
+
+
+@pytest.fixture
+def run(fit):
+    points = tuple(
+        r.BatchPoint(
+            batch=batch,
+            status="ok",
+            step_ms=1e3 * fit.step_s(batch),
+            step_ms_low=0.99e3 * fit.step_s(batch),
+            step_ms_high=1.02e3 * fit.step_s(batch),
+            samples_per_s=batch / fit.step_s(batch),
+            model_flops=1e6 * batch,
+            mfu_measured=0.123,
+            memory_bytes=3 * 2**20,
+            samples=25,
+        )
+        for batch in (1, 8, 64, 512)
+    )
+    capacity = r.Capacity(
+        t0_ms=2.0,
+        ceiling_samples_per_s=10_000.0,
+        half_batch=20.0,
+        saturation_batch=190.0,
+        saturation_low=171.0,
+        saturation_high=209.0,
+        saturation_measured=512,
+        max_batch=81_920,
+        max_batch_verified=True,
+        model=fit,
+        drift=0.012,
+        notes=(r.Note("batches.sm_active", "the CPU has no streaming multiprocessors"),),
+        device=r.Device("cpu", 0, "Example CPU", 2**34, cores=2),
+        ceilings=r.Ceilings(1e11, 2e10),
+        workload=r.WorkloadInfo("digits", "images", 4810, "fp32", model="mlp", examples=1437, learning_rate=1e-3),
+        batches=(*points, r.BatchPoint(batch=2**20, status="predicted_oom", reason="needs 40 GiB, 12 GiB are free")),
+    )
+    noise = r.NoiseScale(
+        b_simple=40.0,
+        low=31.0,
+        high=52.0,
+        grad_sq=0.5,
+        trace=20.0,
+        status="resolved",
+        source="micro-batches",
+        steps=512,
+        small_batch=8.0,
+        large_batch=128.0,
+        warmup_steps=100,
+        loss=0.41,
+        learning_rate=1e-3,
+        layers=(r.LayerNoise("0.weight", 12.0, 0.1, 1.2),),
+    )
+    verdict = r.Verdict(
+        critical_batch=40.0,
+        critical_low=31.0,
+        critical_high=52.0,
+        critical_source="noise",
+        saturation_batch=190.0,
+        best_batch=32,
+        best_low=24.0,
+        best_high=34.0,
+        limit="noise",
+        useful_devices=1,
+        time_to_target=None,
+        text="Use batch 32.",
+        reasons=(r.Reason("best_batch", "the batch of least modelled time", "modelled", {"critical_batch": 40.0}),),
+        notes=(r.Note("verdict.time_to_target", "steps to target were not measured"),),
+    )
+    environment = r.Environment(
+        python="3.11.7",
+        platform="Linux",
+        pybatch="0.1.0",
+        torch="2.13.0",
+        commit=None,
+        driver=None,
+        cuda=None,
+        threads=2,
+        seed=0,
+        command="pybatch bench",
+    )
+    return r.Run("2026-01-02T03:04:05+00:00", environment, capacity, noise, None, verdict)

@@ -1,0 +1,296 @@
+"""The command as a user types it: exit status, what goes where, and every bad input of the main job."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from pybatch import cli
+from pybatch.errors import Interrupted, WorkloadError
+from pybatch.records import Run
+
+USER_WORKLOADS = """
+import torch
+import pybatch
+
+class Good(pybatch.Workload):
+    name, unit = "mine", "points"
+    def model(self):
+        return torch.nn.Linear(8, 1)
+    def batch(self, n, generator, split="train"):
+        x = torch.randn(n, 8, generator=generator)
+        return x, x.sum(1, keepdim=True) + torch.randn(n, 1, generator=generator)
+    def loss(self, model, batch):
+        x, y = batch
+        return torch.nn.functional.mse_loss(model(x), y)
+
+class Raises(Good):
+    def batch(self, n, generator, split="train"):
+        raise KeyError("no such column")
+
+class NotANumber(Good):
+    def loss(self, model, batch):
+        return super().loss(model, batch) * float("nan")
+
+class PerExample(Good):
+    def loss(self, model, batch):
+        x, y = batch
+        return (model(x) - y).square().squeeze(1)
+
+class ShortBatch(Good):
+    def batch(self, n, generator, split="train"):
+        return super().batch(7, generator, split)
+
+class NoModel(Good):
+    def model(self):
+        return None
+
+class Slow(Good):
+    def loss(self, model, batch):
+        import time
+        time.sleep(0.05)
+        return super().loss(model, batch)
+
+class NotAWorkload:
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def user_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("user") / "mymodel.py"
+    path.write_text(USER_WORKLOADS)
+    return path
+
+
+@pytest.fixture
+def pybatch(monkeypatch, capsys):
+    """Type a command; returns (exit status, stdout, stderr)."""
+
+    def type_(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pybatch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return type_
+
+
+@pytest.fixture
+def measured(monkeypatch, run):
+    """Replace the measurement by a ready record; returns the arguments it was called with."""
+    import pybatch.bench
+
+    calls = []
+
+    def run_bench(workload, **arguments):
+        calls.append((workload, arguments))
+        return run
+
+    monkeypatch.setattr(pybatch.bench, "run_bench", run_bench)
+    return calls
+
+
+def test_flags_reach_the_measurement(pybatch, measured):
+    status, out, err = pybatch(
+        *"bench --cpu --workload text --model lstm --batch 8-32*2 --dtype bf16 --time-budget 7 --seed 3".split()
+    )
+    assert (status, err) == (0, "")
+    [(workload, arguments)] = measured
+    assert (workload.name, workload.model_name) == ("text", "lstm")
+    assert arguments["device"] == torch.device("cpu")
+    assert arguments["batches"] == [8, 16, 32]
+    assert (arguments["dtype"], arguments["time_budget"], arguments["seed"]) == ("bf16", 7.0, 3)
+    assert arguments["command"] == (
+        "pybatch bench --cpu --workload text --model lstm --batch '8-32*2' --dtype bf16 --time-budget 7 --seed 3"
+    )
+    assert "Use batch 32." in out
+
+
+def test_the_format_goes_to_stdout_alone(pybatch, measured, run):
+    status, out, err = pybatch("bench", "--cpu", "--format", "json")
+    assert (status, err) == (0, "")
+    assert Run.from_json(out) == run
+
+
+def test_output_takes_the_result_and_stdout_the_table(pybatch, measured, run, tmp_path):
+    path = tmp_path / "run.json"
+    status, out, err = pybatch("bench", "--cpu", "-o", path)
+    assert status == 0
+    assert Run.from_json(path.read_text()) == run
+    assert "Use batch 32." in out
+    assert err == f"pybatch: wrote {path}\n"
+
+
+def test_format_outranks_the_ending(pybatch, measured, tmp_path):
+    pybatch("bench", "--cpu", "-o", tmp_path / "run.txt", "--format", "csv")
+    assert (tmp_path / "run.txt").read_text().startswith("created,")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu_is_said_with_the_remedy(pybatch, measured):
+    status, out, err = pybatch("bench", "--gpu", "0")
+    assert (status, out) == (2, "")
+    assert "--cpu" in err
+    assert not measured
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--batch 8-4*2", "batch '8-4*2': start 8 is above stop 4. Write '4-8*2'."),
+        ("--batch many", "'many' is not a batch size or a range"),
+        ("--workload digit", "digits"),
+        ("--workload nofile.py:Thing", "nofile.py"),
+        ("--model resnet152", "resnet152"),
+        ("--dtype fp8", "dtype 'fp8' is not known"),
+        ("--format xml", "format 'xml' is not known. Use one of: table, md, json, jsonl, csv."),
+        ("--gpu 0 --cpu", "--gpu and --cpu exclude each other"),
+        ("--time-budget 0", "time budget 0 s is out of range"),
+        ("--time-budget nan", "time budget nan s is out of range"),
+        ("--seed -1", "seed -1 is out of range"),
+        ("-o run.xls", "'run.xls' ends in no format known here"),
+        ("-o no/such/folder/run.json", "'no/such/folder/run.json' cannot be written: No such file or directory"),
+        ("-o /", "ends in no format"),
+        ("--batch", "--batch"),
+        ("--bach 8", "--bach"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(pybatch, monkeypatch, arguments, says, tmp_path):
+    import pybatch.bench as job
+
+    monkeypatch.setattr(job, "measure_capacity", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.chdir(tmp_path)
+    device = () if "--gpu" in arguments else ("--cpu",)
+    status, out, err = pybatch("bench", *device, *arguments.split())
+    assert (status, out) == (2, "")
+    assert says in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Raises", "Raises.batch() of workload 'mine' raised KeyError: 'no such column'"),
+        ("NotANumber", "NotANumber.loss() of workload 'mine' returned nan"),
+        ("PerExample", "PerExample.loss() of workload 'mine' returned torch.float32 of shape ("),
+        ("ShortBatch", "ShortBatch.batch() of workload 'mine' was asked for"),
+        ("NoModel", "NoModel.model() of workload 'mine' returned NoneType"),
+        ("NotAWorkload", "NotAWorkload"),
+        ("Goood", "Good"),
+    ],
+)
+def test_a_faulty_workload_is_named_with_its_method(pybatch, user_file, name, says):
+    status, out, err = pybatch("bench", "--cpu", "--workload", f"{user_file}:{name}", "--time-budget", "5")
+    assert (status, out) == (2, "")
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_a_user_workload_runs_end_to_end(pybatch, user_file, tmp_path):
+    path = tmp_path / "run.json"
+    status, out, _ = pybatch(
+        "bench", "--cpu", "--workload", f"{user_file}:Good", "--batch", "8-512*4", "--time-budget", "12", "-o", path
+    )
+    run = Run.from_json(path.read_text())
+    assert status == (0 if run.complete else 3)
+    assert [p.batch for p in run.capacity.batches if p.status == "ok"] == [8, 32, 128, 512]
+    assert run.capacity.workload.name == "mine"
+    assert run.noise.status in {"resolved", "lower_bound", "unresolved"}
+    assert run.verdict.text in " ".join(out.split())
+
+
+def test_a_failing_noise_measurement_keeps_the_capacity(pybatch, user_file, monkeypatch, tmp_path):
+    import pybatch.bench as job
+
+    def fail(*arguments, **options):
+        raise WorkloadError("Good.loss() of workload 'mine' returned nan at warm-up step 7.")
+
+    monkeypatch.setattr(job, "measure_noise", fail)
+    path = tmp_path / "run.json"
+    command = (
+        "bench",
+        "--cpu",
+        "--workload",
+        f"{user_file}:Good",
+        "--batch",
+        "8-64*2",
+        "--time-budget",
+        "5",
+        "-o",
+        path,
+    )
+    status, out, _ = pybatch(*command)
+    run = Run.from_json(path.read_text())
+    assert status == 3
+    assert len(run.capacity.batches) == 4
+    assert run.noise is None
+    assert "returned nan at warm-up step 7" in run.notes[0].text
+    assert "returned nan at warm-up step 7" in " ".join(out.split())
+
+
+def test_an_interrupted_run_is_delivered(pybatch, monkeypatch, run):
+    import pybatch.bench as job
+
+    def interrupt(*arguments, **options):
+        raise Interrupted(run.capacity)
+
+    monkeypatch.setattr(job, "measure_capacity", interrupt)
+    status, out, _ = pybatch("bench", "--cpu", "--format", "json")
+    data = json.loads(out)
+    assert status == 3
+    assert data["complete"] is False
+    assert len(data["batches"]) == 5
+    assert data["verdict"]["text"]
+    assert "interrupted" in data["notes"][0]["text"]
+
+
+def test_ctrl_c_writes_what_was_measured(user_file, tmp_path):
+    """The real thing: a process, a signal, a file."""
+    path = tmp_path / "run.json"
+    command = [sys.executable, "-m", "pybatch.cli", "bench", "--cpu", "--workload", f"{user_file}:Slow"]
+    command += ["--batch", "1-4096*2", "--time-budget", "120", "-o", str(path)]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+    ) as process:
+        for line in process.stderr:
+            if "capacity" in line:
+                break
+        time.sleep(6)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 3, out + err
+    run = Run.from_json(path.read_text())
+    assert not run.complete
+    assert run.capacity is not None
+    assert "Traceback" not in err
+
+
+def test_doctor_says_what_is_compiled_and_why_a_counter_is_missing(pybatch):
+    status, out, _ = pybatch("doctor")
+    assert status == 0
+    for word in ("cpp", "cuda", "triton", "vector", "sm_active"):
+        assert word in out
+
+
+def test_list_names_what_ships(pybatch):
+    status, out, _ = pybatch("list")
+    assert status == 0
+    for word in ("digits", "text", "mlp", "transformer", "SGD", "AdamW"):
+        assert word in out
+
+
+def test_version_and_help(pybatch):
+    from importlib.metadata import version
+
+    assert pybatch("--version")[:2] == (0, f"pybatch {version('pybatch')}\n")
+    status, out, _ = pybatch("bench", "--help")
+    assert status == 0
+    assert "16-4096*2" in out
