@@ -26,8 +26,7 @@ class Clock(ABC):
         """Share of a step of `step_s` seconds during which the device waits for the host, 0..1; None for the reason."""
         return None
 
-    @staticmethod
-    def now() -> float:
+    def now(self) -> float:
         """Seconds, for budgets."""
         return time.perf_counter()
 

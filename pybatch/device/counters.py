@@ -120,7 +120,7 @@ def readable(device: torch.device) -> dict[str, str | None]:
         reasons: dict[str, str | None] = dict.fromkeys(FIGURES, _GPU_ONLY)
         domains = _rapl_domains()
         return reasons | {"cpu_active": None, "joules_per_sample": domains if isinstance(domains, str) else None}
-    reasons = dict.fromkeys(FIGURES, _GPM) | {"cpu_active": "this run is on a GPU"}
+    reasons = {**dict.fromkeys(FIGURES, _GPM), "cpu_active": "this run is on a GPU"}
     library: Any = nvml.library()
     gpu = nvml.handle(device)
     if isinstance(gpu, str):

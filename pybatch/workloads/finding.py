@@ -1,0 +1,110 @@
+"""Find a workload by what a user types: a shipped name, or `path/file.py:Class`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pybatch.workloads
+from pybatch.errors import UsageError, WorkloadError, unknown
+from pybatch.workloads.base import Workload, registered
+
+FILE_MODULE = "_pybatch_workload_"  # prefix of the modules made from users' files
+
+
+def shipped() -> dict[str, type[Workload]]:
+    """The workloads that ship, by name: every module of this package is looked through for `@register`."""
+    for module in pkgutil.iter_modules(pybatch.workloads.__path__):
+        importlib.import_module(f"pybatch.workloads.{module.name}")
+    return registered()
+
+
+def find(spec: str, *, model: str | None = None, data: str | None = None) -> Workload:
+    """The workload a user named, constructed.
+
+    Args:
+        spec: a shipped name ("digits"), or "path/file.py:Class" for a subclass of `pybatch.Workload` of the user's own.
+        model: one of the class's `models`; None for its default.
+        data: path of a data file, for a class that takes one.
+
+    Raises:
+        UsageError: no such name, file, class, model or data.
+        WorkloadError: the class's constructor raised.
+    """
+    path, colon, name = spec.rpartition(":")
+    if colon or spec.endswith(".py"):
+        cls = _from_file(spec, path, name)
+    else:
+        known = shipped()
+        if spec not in known:
+            raise unknown("workload", spec, known)
+        cls = known[spec]
+    return _construct(cls, spec, {key: value for key, value in (("model", model), ("data", data)) if value is not None})
+
+
+def load_file(path: Path, name: str | None = None) -> ModuleType:
+    """Run a Python file as a module, once per file; its folder joins `sys.path`, as it does under `python file.py`."""
+    path = path.resolve()
+    name = name or f"{FILE_MODULE}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    description = importlib.util.spec_from_file_location(name, path)
+    if description is None or description.loader is None:
+        raise UsageError(f"workload file '{path}' is not a Python file. Name one that ends in .py.")
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    module = importlib.util.module_from_spec(description)
+    sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up
+    try:
+        description.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise UsageError(f"workload file '{path}' cannot be loaded: {type(error).__name__}: {error}{line}.") from error
+    return module
+
+
+def _from_file(spec: str, path: str, name: str) -> type[Workload]:
+    if not path or not name:
+        raise UsageError(f"workload '{spec}' names no class. Write path/file.py:Class.")
+    if not Path(path).is_file():
+        raise UsageError(f"workload '{spec}': there is no file '{path}'.")
+    module = load_file(Path(path))
+    classes = {
+        key: value
+        for key, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, Workload) and value is not Workload
+    }
+    if name in classes:
+        return classes[name]
+    if hasattr(module, name):
+        raise UsageError(f"workload '{spec}': {name} is not a subclass of pybatch.Workload. Derive it from that.")
+    raise unknown(f"'{path}' has no such workload:", name, classes)
+
+
+def _construct(cls: type[Workload], spec: str, given: dict[str, str]) -> Workload:
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise UsageError(f"workload '{spec}' lacks {missing}. Define what `pybatch.Workload` asks for.")
+    try:
+        takes: Any = inspect.signature(cls).parameters
+    except ValueError:  # a constructor written in C
+        takes = {}
+    for key, value in given.items():
+        if key not in takes:
+            raise UsageError(f"{key} {value!r}: workload '{spec}' takes no {key}. Leave it out.")
+    if "model" in given and cls.models and given["model"] not in cls.models:
+        raise unknown(f"workload '{spec}': model", given["model"], cls.models)
+    try:
+        return cls(**given)
+    except (UsageError, WorkloadError):
+        raise
+    except Exception as error:
+        raise WorkloadError(f"{cls.__name__}() of workload '{spec}' raised {type(error).__name__}: {error}.") from error
