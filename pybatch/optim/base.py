@@ -1,0 +1,406 @@
+"""What every fused optimizer shares: torch's manners outside, one table of tensors inside."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from pybatch import ops
+from pybatch.errors import UsageError
+from pybatch.optim.slots import Slot, check_param, conform, fit_state, own_storage
+from pybatch.records import NoiseScale
+
+EMPTY = 1  # stands for the address of a gradient without elements, because 0 means no gradient
+
+
+class FusedOptimizer(Optimizer):
+    """A `torch.optim.Optimizer` whose step is one pass over memory; subclasses name the rule and its arguments.
+
+    Args:
+        params, defaults: as for torch's base class.
+        max_grad_norm: clip the gradient to this global L2 norm over all groups, with the formula of
+            `torch.nn.utils.clip_grad_norm_`; None: no clipping.
+        noise: collect the gradient noise scale from the micro-batches given to `accumulate`; read it as `.noise`.
+        backend: "cpp", "cuda", "triton"; None: the best one for the parameters' device.
+
+    A step does, in this order: unscale (AMP), verdict on infinities and NaN, noise statistics, clip, decay, update. A
+    step with a non-finite gradient changes nothing and counts in `skipped`. The verdict is taken with `max_grad_norm`,
+    `noise` or a GradScaler, and after `accumulate`, where the gradient is read beforehand anyway; a plain optimizer
+    without any of these behaves as torch's, which takes none. `step` and `accumulate` never wait for the device.
+
+    Parameters and gradients are fp32, bf16 or fp16 and on one device; states are fp32. `state_dict` exchanges with the
+    twin in `torch.optim`; noise statistics travel under the key "pybatch", which the twin ignores. An accumulation
+    under way is not saved.
+    """
+
+    _step_supports_amp_scaling: ClassVar[bool] = True
+
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], *, max_grad_norm: float | None, noise: bool, backend: str | None
+    ) -> None:
+        if max_grad_norm is not None and not float(max_grad_norm) > 0.0:
+            raise UsageError(f"max_grad_norm {max_grad_norm}: a norm is above 0. Give one, or None not to clip.")
+        if backend is not None and backend not in ops.BACKENDS:
+            raise UsageError(f"backend {backend!r} is not known. Use one of: {', '.join(ops.BACKENDS)}, or None.")
+        self._options = {"max_grad_norm": max_grad_norm, "noise": bool(noise), "backend": backend}
+        self._reset()
+        super().__init__(params, defaults)
+
+    # What a subclass gives.
+
+    @classmethod
+    @abstractmethod
+    def _check(cls, group: dict[str, Any]) -> None:
+        """Raise UsageError where a group's own hyper-parameters are outside their range."""
+
+    @classmethod
+    @abstractmethod
+    def _rule(cls, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        """The rule's name in kernels/rules.h, and torch's names of its states in the rule's order."""
+
+    @classmethod
+    @abstractmethod
+    def _hyper(cls, group: dict[str, Any]) -> tuple[float, ...]:
+        """The rule's own hyper-parameters, in its header's order."""
+
+    # What a user calls.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; refuses what no backend can update (complex, sparse, other dtypes) before anything is written."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_hyper(group, "lr")
+            self._check(group)
+            first = sum(len(other["params"]) for other in self.param_groups[:-1])
+            for index, param in enumerate(group["params"], first):
+                check_param(index, param)
+        except UsageError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def accumulate(self, n: float) -> None:
+        """Take the gradients as the mean over a micro-batch of `n` examples: they are added to a private sum.
+
+        `p.grad` is consumed (None afterwards). `step()` then uses the mean over all examples, sum(n g) / sum(n).
+
+        Args:
+            n: examples (or tokens) of this micro-batch, above 0; the next micro-batch may have another number.
+
+        Raises:
+            UsageError: `n` is not above 0, or no parameter has a gradient.
+        """
+        if not (isinstance(n, int | float) and math.isfinite(n) and n > 0):
+            raise UsageError(f"accumulate({n!r}): n is the number of examples in the micro-batch, above 0. Pass len(x).")
+        tensors = self._tensors()
+        grads = self._gradients()
+        if tensors is None or not any(grad is not None for grad in grads):
+            raise UsageError(f"accumulate({n!r}): no parameter has a gradient. Call loss.backward() before it.")
+        if not self._micro_batches:
+            self._first = float(n)
+        fresh = self._give_sums(grads)
+        sums = [self._sums.get(slot.param) for slot in self._slots]
+        tensors.set("grad", [address(grad) for grad in grads])
+        tensors.set("sum", [address(total) for total in sums])
+        tensors.set("fresh", fresh)
+        call = self._call
+        call.weight, call.examples = n / self._first, float(n)
+        self._backend.accumulate(tensors, call)
+        self._examples += n
+        self._micro_batches += 1
+        for slot in self._slots:
+            slot.param.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient, or an accumulated sum if `accumulate` was called since the last.
+
+        Args:
+            closure: as torch's: evaluates the model again and returns the loss.
+
+        Raises:
+            UsageError: a gradient is left that was not accumulated, or is sparse, or of another dtype or device;
+                nothing was written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        accumulated = self._micro_batches > 0
+        tensors = self._tensors()
+        grads: list[torch.Tensor | None] = []
+        if accumulated:
+            self._check_consumed()
+            sources = [self._sums.get(slot.param) for slot in self._slots]
+        else:
+            sources = grads = self._gradients()
+        if tensors is None or not any(source is not None for source in sources):
+            return loss
+        call = self._prepare_call(accumulated)
+        tensors.set("sum" if accumulated else "grad", [address(source) for source in sources])
+        for slot in self._copied:
+            slot.dense.copy_(slot.param)
+        self._backend.step(tensors, call)
+        for slot in self._copied:
+            slot.param.copy_(slot.dense)
+        if accumulated and self._options["noise"] and self._micro_batches < 2:
+            self._single_steps += 1
+        self._forget_sums()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; an accumulated sum that no step has used is discarded."""
+        super().zero_grad(set_to_none)
+        if self._micro_batches:
+            self._forget_sums()
+            if self._ledger is not None:
+                self._ledger.discard()
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """Global L2 norm of the last step's gradient before clipping: 0-d float64 on the device.
+
+        None before the first step; NaN after a step that took no norm (no clipping, no noise, no accumulation).
+        """
+        return None if self._ledger is None else self._ledger["norm"]
+
+    @property
+    def skipped(self) -> int:
+        """Steps that changed nothing because a gradient was not finite. Reading it waits for the device."""
+        return 0 if self._ledger is None else int(self._ledger["skipped"])
+
+    @property
+    def noise(self) -> NoiseScale:
+        """The gradient noise scale of all steps so far with two or more micro-batches. Reading it waits for the device.
+
+        Raises:
+            UsageError: the optimizer was not made with noise=True.
+        """
+        if not self._options["noise"]:
+            raise UsageError(f"{type(self).__name__} was made without noise=True, so no statistics were kept. Set it.")
+        from pybatch.noise import estimator
+
+        ledger = self._ledger
+        pairs = 0.0 if ledger is None else float(ledger["pairs"])
+        return estimator.estimate(
+            np.zeros((0, 3)) if ledger is None else ledger.ring.cpu().numpy(),
+            source="micro-batches",
+            small_batch=float(ledger["small_sum"]) / pairs if ledger is not None and pairs else None,
+            large_batch=float(ledger["large_sum"]) / pairs if ledger is not None and pairs else None,
+            skipped=self.skipped,
+            single=self._single_steps,
+        )
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, readable by the twin; noise statistics are under the key "pybatch"."""
+        state = super().state_dict()
+        if self._ledger is not None:
+            state["pybatch"] = self._ledger.state_dict() | {"single_steps": self._single_steps}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; takes the twin's dictionaries too. States keep fp32 where torch would cast them."""
+        super().load_state_dict(state_dict)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, param in zip(saved_ids, self._params(), strict=True):
+            saved = state_dict["state"].get(i, {})
+            if param.dtype != torch.float32:
+                for name, value in saved.items():
+                    if isinstance(value, torch.Tensor) and name != "step":
+                        self.state[param][name] = value.to(param.device, torch.float32)
+        own = state_dict.get("pybatch")
+        if own is not None:
+            self._ledger = ops.Ledger(own["ledger"].device)
+            self._ledger.load_state_dict(own)
+            self._single_steps = own["single_steps"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_options": self._options, "_copied": self.state_dict().get("pybatch")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For torch's load_state_dict, copies and pickles alike: addresses are taken anew at the next step."""
+        copied = state.pop("_copied", None)
+        ledger, single_steps = self.__dict__.get("_ledger"), self.__dict__.get("_single_steps", 0)
+        self._reset()
+        self._ledger, self._single_steps = ledger, single_steps
+        if copied is not None:
+            self._ledger = ops.Ledger(copied["ledger"].device)
+            self._ledger.load_state_dict(copied)
+            self._single_steps = copied["single_steps"]
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    # Inside.
+
+    def _reset(self) -> None:
+        self._backend: ops.Backend
+        self._list: ops.TensorList | None = None
+        self._ledger: ops.Ledger | None = None
+        self._slots: list[Slot] = []
+        self._copied: list[Slot] = []  # whose parameter is not dense: a copy is updated and written back
+        self._others: list[torch.Tensor] = []  # parameters without gradient or state so far
+        self._rules: list[Any] = []
+        self._sent_hyper: list[Any] = []
+        self._call = ops.Call()
+        self._single_steps = 0
+        self._sums: dict[torch.Tensor, torch.Tensor] = {}
+        self._forget_sums()
+
+    def _forget_sums(self) -> None:
+        self._sums = {}
+        self._micro_batches, self._examples, self._first = 0, 0.0, 1.0
+
+    def _params(self) -> list[torch.Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _tensors(self) -> ops.TensorList | None:
+        """The list, rebuilt where a tensor moved, came in or changed its rule; None where nothing had a gradient yet."""
+        rules = [self._rule(group) for group in self.param_groups]
+        if (
+            rules != self._rules
+            or len(self._slots) + len(self._others) != sum(len(group["params"]) for group in self.param_groups)
+            or any(slot.moved() for slot in self._slots)
+            or any(param.grad is not None for param in self._others)
+        ):
+            self._build(rules)
+        if self._list is None:
+            return None
+        hyper = [self._hyper_row(group) for group in self.param_groups]
+        if hyper != self._sent_hyper:
+            self._list.set_hyper(hyper)
+            self._sent_hyper = hyper
+        for row, group in zip(self._list.hyper, self.param_groups, strict=True):
+            if is_device_scalar(group["lr"]):
+                row[0:1].copy_(group["lr"].reshape(1), non_blocking=True)
+        return self._list
+
+    def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:
+        lr = math.nan if is_device_scalar(group["lr"]) else float(group["lr"])
+        return (lr, float(group["maximize"]), *self._hyper(group))
+
+    def _build(self, rules: list[Any]) -> None:
+        known = {slot.param for slot in self._slots} | set(self._sums)
+        listed, others = [], []
+        index = 0
+        for number, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                wanted = param.grad is not None or param in known or bool(self.state.get(param))
+                if wanted:
+                    check_param(index, param, listed[0][2].device if listed else None)
+                    listed.append((index, number, param))
+                else:
+                    others.append(param)
+                index += 1
+        backend = ops.choose_backend(self._options["backend"], listed[0][2].device) if listed else None
+        slots = [Slot.of(index, param) for index, _, param in listed]
+        entries = []
+        for slot, (_, number, param) in zip(slots, listed, strict=True):
+            rule, names = rules[number]
+            state = self.state[param] if names else {}
+            step = state.get("step", 1.0 if state.get("momentum_buffer") is not None else 0.0)
+            for name in names:
+                state[name] = fit_state(slot, name, state.get(name))
+            entries.append(ops.Entry(slot.dense, tuple(state[name] for name in names), rule, number, step))
+        if backend is not None:
+            device = listed[0][2].device
+            if self._ledger is None:
+                self._ledger = ops.Ledger(device)
+            self._ledger.to(device)
+            self._backend = backend
+            self._list = ops.TensorList(entries, len(self.param_groups), self._ledger, backend)
+            for step, (_, number, param) in zip(self._list.steps, listed, strict=True):
+                if rules[number][1]:
+                    self.state[param]["step"] = step
+        self._copied = [slot for slot in slots if slot.dense.data_ptr() != slot.address]
+        self._slots, self._others, self._rules, self._sent_hyper = slots, others, rules, []
+
+    def _gradients(self) -> list[torch.Tensor | None]:
+        grads: list[torch.Tensor | None] = []
+        for slot in self._slots:
+            grad = slot.param.grad
+            grads.append(grad if grad is None or slot.fits(grad) else conform(slot, grad))
+        return grads
+
+    def _give_sums(self, grads: list[torch.Tensor | None]) -> list[int]:
+        """A sum for every gradient; 1 where it is new. The first fp32 gradient itself becomes the sum: no copy."""
+        taken = {total.data_ptr() for total in self._sums.values()}
+        fresh = [0] * len(grads)
+        for i, (slot, grad) in enumerate(zip(self._slots, grads, strict=True)):
+            if grad is None or slot.param in self._sums:
+                continue
+            fresh[i] = 1
+            usable = grad.dtype == torch.float32 and own_storage(grad) and grad.data_ptr() not in taken
+            total = grad if usable else torch.empty_like(slot.dense, dtype=torch.float32)
+            taken.add(total.data_ptr())
+            self._sums[slot.param] = total
+        return fresh
+
+    def _check_consumed(self) -> None:
+        for index, param in enumerate(self._params()):
+            if param.grad is not None:
+                raise UsageError(
+                    f"step() after accumulate(): parameter {index} of shape {tuple(param.shape)} has a gradient that "
+                    "was not accumulated. Call accumulate(n) after every backward(), the last one too."
+                )
+        if isinstance(getattr(self, "found_inf", None), int):
+            raise UsageError(
+                "GradScaler.step() after accumulate(): the scaler looks for infinities in p.grad, which accumulate() "
+                "has consumed. Let .grad accumulate as in torch, or train in bf16 without a scaler."
+            )
+
+    def _prepare_call(self, accumulated: bool) -> Any:
+        call, options = self._call, self._options
+        limit = options["max_grad_norm"]
+        call.sum = call.known = accumulated
+        call.clip = limit is not None
+        call.norm = not accumulated and (limit is not None or options["noise"])
+        call.max_norm = float(limit) if limit is not None else math.inf
+        call.noise = options["noise"] and self._micro_batches > 1
+        call.inverse = self._first / self._examples if accumulated else 1.0
+        call.examples, call.micro_batches = float(self._examples), float(self._micro_batches)
+        self._amp = [self._amp_scalar(name) for name in ("grad_scale", "found_inf")]  # alive until the next step
+        call.grad_scale, call.found_inf = (0 if scalar is None else scalar.data_ptr() for scalar in self._amp)
+        return call
+
+    def _amp_scalar(self, name: str) -> torch.Tensor | None:
+        value = getattr(self, name, None)
+        if value is None:
+            return None
+        assert self._list is not None
+        return torch.as_tensor(value, dtype=torch.float32, device=self._list.device)
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor's elements are; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr() or EMPTY
+
+
+def is_device_scalar(value: Any) -> bool:
+    """Whether reading this number would wait for a device."""
+    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
+
+
+def check_hyper(group: dict[str, Any], name: str) -> None:
+    """Raise UsageError unless a hyper-parameter is one number of at least 0; one on a device is not read."""
+    value = group[name]
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        raise UsageError(f"{name} is a tensor of shape {tuple(value.shape)}: it must hold one number.")
+    if not is_device_scalar(value) and not float(value) >= 0.0:
+        raise UsageError(f"{name} {value}: it must be at least 0.")
+
+
+def check_torch_flags(differentiable: bool) -> None:
+    """Refuse what torch's flag asks for and a fused pass can't do."""
+    if differentiable:
+        raise UsageError("differentiable=True: a fused step has no gradient of its own. Use the torch.optim twin.")

@@ -1,0 +1,70 @@
+"""Stochastic gradient descent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pybatch.errors import UsageError
+from pybatch.optim.base import FusedOptimizer, check_hyper, check_torch_flags
+
+
+class SGD(FusedOptimizer):
+    """`torch.optim.SGD` in one fused pass (Sutskever et al. 2013 for momentum; decay is coupled, as in torch).
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.
+        foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
+        differentiable: must be False.
+        max_grad_norm, noise, backend: see `FusedOptimizer`.
+
+    Raises:
+        UsageError: a hyper-parameter outside its range.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        noise: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        check_torch_flags(differentiable)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, max_grad_norm=max_grad_norm, noise=noise, backend=backend)
+
+    @classmethod
+    def _check(cls, group: dict[str, Any]) -> None:
+        check_hyper(group, "momentum")
+        check_hyper(group, "weight_decay")
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise UsageError(
+                f"nesterov=True with momentum {group['momentum']} and dampening {group['dampening']}: Nesterov needs "
+                "a momentum above 0 and no dampening. Set momentum=0.9, dampening=0, or nesterov=False."
+            )
+
+    @classmethod
+    def _rule(cls, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        return ("SgdMomentum", ("momentum_buffer",)) if group["momentum"] != 0 else ("Sgd", ())
+
+    @classmethod
+    def _hyper(cls, group: dict[str, Any]) -> tuple[float, ...]:
+        return group["momentum"], group["dampening"], group["weight_decay"], float(group["nesterov"])
