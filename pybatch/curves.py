@@ -110,7 +110,8 @@ def _figures(p: Array, gain: float) -> Array:
         knee = np.exp(p[..., 2]) / beta  # examples the floor would pay for
         saturation = np.maximum(saturation, (2 * knee / (1 + gain) - half) / 2)
         half = np.maximum(half, knee / 2)
-    return np.stack([1 / beta, half, saturation], axis=-1)
+    figures: Array = np.stack([1 / beta, half, saturation], axis=-1)
+    return figures
 
 
 def _limits(size: Array) -> tuple[float, float]:
@@ -122,7 +123,7 @@ def _starts(model: Model, size: Array, data: Array) -> Array:
     grid = np.linspace(*_limits(size), 40)
     order = np.argsort(size)
     starts = []
-    for flat in range(0, 1) if model == "affine" else range(1, len(size) - 1):
+    for flat in range(1) if model == "affine" else range(1, len(size) - 1):
         rest = order[flat:]
         level = [] if model == "affine" else [np.full_like(grid, data[order[:flat]].mean())]
         beta = np.median(data[rest] - np.log(np.exp(grid)[:, None] + size[rest]), axis=-1)
@@ -133,7 +134,8 @@ def _starts(model: Model, size: Array, data: Array) -> Array:
 def _cost(residual: Array) -> Array:
     """Soft-L1: squares below SOFT, absolute values above; RESOLUTION keeps it from vanishing."""
     scaled = (residual / SOFT) ** 2
-    return SOFT**2 * np.sum(2 * (np.sqrt(1 + scaled) - 1), axis=-1) + residual.shape[-1] * RESOLUTION**2
+    cost: Array = SOFT**2 * np.sum(2 * (np.sqrt(1 + scaled) - 1), axis=-1)
+    return cost + residual.shape[-1] * RESOLUTION**2
 
 
 def _solve(starts: Array, size: Array, data: Array) -> tuple[Array, float]:
