@@ -1,0 +1,1 @@
+"""Capacity: throughput against batch size, and the largest batch that fits."""

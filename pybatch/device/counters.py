@@ -114,6 +114,13 @@ def joules(readings: list[Reading]) -> float | None:
     return sum(v for v in values if v is not None) if None not in values else None
 
 
+def cpu_active(readings: list[Reading]) -> float | None:
+    """Share of the usable cores kept busy over regions of one batch, 0..1; None where it was not read."""
+    known = [(r.seconds, r.cpu_active) for r in readings if r.cpu_active is not None]
+    seconds = sum(s for s, _ in known)
+    return sum(s * share for s, share in known) / seconds if seconds > 0 else None
+
+
 def readable(device: torch.device) -> dict[str, str | None]:
     """Every figure of a batch that comes from a counter: None when it can be read here, else why it cannot."""
     if device.type == "cpu":

@@ -71,6 +71,16 @@ class PeakMemory:
         elif (error := _reset_high_water()) is not None:
             self.reason = f"the kernel does not reset the peak resident size ({error})"
 
+    def rebase(self, held_bytes: int) -> None:
+        """Count `held_bytes` as what the work holds now, and the rest of what is in use as the process's own.
+
+        On a CPU the first steps load code and start threads, which resident memory cannot tell from the work's tensors.
+        CUDA's allocator counts tensors only and needs no such correction.
+        """
+        release(self.device)
+        if self.device.type == "cpu":
+            self._baseline = (process_bytes("VmRSS") or 0) - held_bytes
+
     def start(self) -> None:
         """Begin a region."""
         release(self.device)

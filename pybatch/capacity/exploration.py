@@ -1,0 +1,211 @@
+"""A first, quick look at each batch size, in ascending order: does it run, its time, its memory, its FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pybatch.capacity.flops import count_flops
+from pybatch.capacity.step import TrainingStep
+from pybatch.device.clock import Clock
+from pybatch.device.memory import PeakMemory
+from pybatch.errors import WorkloadError
+from pybatch.records import BatchStatus
+from pybatch.workloads.session import is_out_of_memory
+
+_STRIDE = 8  # largest ratio of successive batches, so that memory is known before it can run out
+_GAIN = 0.02  # a doubling that gains less throughput is not worth going on for
+_PATIENCE = 2  # such doublings in a row
+_LEAST = 6  # doublings at least, for a fit
+_LOOK_S = 0.05  # of timed steps at a batch size, where they are short
+_SIGNAL = 1 << 20  # bytes; a peak that grows by less is noise of the allocator
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a first look at one batch size found."""
+
+    batch: int
+    status: BatchStatus
+    reason: str | None = None
+    step_s: float | None = None  # best of a few steps
+    memory_bytes: int | None = None
+    flops: int | None = None
+
+
+class Explorer:
+    """Looks at batch sizes one by one and keeps what it found, in `looks`.
+
+    Args:
+        step: the training step.
+        clock: times it.
+        memory: reads its peak memory.
+        memory_limit: bytes above which a batch is not run but predicted not to fit; None: no prediction.
+    """
+
+    def __init__(self, step: TrainingStep, clock: Clock, memory: PeakMemory, memory_limit: int | None) -> None:
+        self.step, self.clock, self.memory, self.memory_limit = step, clock, memory, memory_limit
+        self.looks: dict[int, Look] = {}
+        self.flops_reason: str | None = None
+
+    @property
+    def working(self) -> list[Look]:
+        """The looks that found the batch to run, ascending."""
+        return sorted((look for look in self.looks.values() if look.status == "ok"), key=lambda look: look.batch)
+
+    def sanity(self, reference: int) -> None:
+        """Run one step of some small batch; raises the workload's error where none of them works.
+
+        Some models refuse one example (batch normalization), so that a failure there is not yet the workload's.
+        """
+        first: WorkloadError | None = None
+        for n in dict.fromkeys((1, 2, reference)):
+            try:
+                self._run(n)
+            except WorkloadError as error:
+                first = first or error
+                continue
+            finally:
+                self.step.clear()
+            self.memory.rebase(self.step.held_bytes)
+            return
+        assert first is not None
+        raise first
+
+    def look(self, n: int) -> Look:
+        """Look at one batch size, unless that was done; never raises for what the batch size itself causes."""
+        if n not in self.looks:
+            predicted = self.predicted_bytes(n)
+            if predicted is not None and self.memory_limit is not None and predicted > self.memory_limit:
+                reason = f"predicted {predicted / 2**30:.3g} GiB, limit {self.memory_limit / 2**30:.3g} GiB"
+                self.looks[n] = Look(n, "predicted_oom", reason)
+            else:
+                self.looks[n] = self._look(n)
+        return self.looks[n]
+
+    def look_again(self, n: int) -> Look:
+        """Time a batch size once more, keeping the better time: for a step that a disturbance may have hit."""
+        before = self.looks[n]
+        try:
+            self.step.load(n)
+            self.clock.time(self.step, 1)
+            seconds = self._best(3)
+        finally:
+            self.step.clear()
+        self.looks[n] = replace(before, step_s=min(seconds, before.step_s or seconds))
+        return self.looks[n]
+
+    def timed(self, n: int, step_s: float) -> None:
+        """Replace a look's rough step time by a measured one."""
+        self.looks[n] = replace(self.looks[n], step_s=step_s)
+
+    def skip(self, n: int, reason: str) -> None:
+        """Note that a batch size is not run, and why."""
+        self.looks[n] = Look(n, "skipped", reason)
+
+    def predicted_bytes(self, n: int) -> float | None:
+        """Peak memory of a step of n examples, from a line through the batches seen; None while that says nothing."""
+        line = self.memory_line()
+        return None if line is None else line[0] + line[1] * n
+
+    def memory_line(self) -> tuple[float, float] | None:
+        """Intercept (bytes) and slope (bytes per example) of peak memory; None where memory does not clearly grow."""
+        points = [(look.batch, look.memory_bytes) for look in self.working if look.memory_bytes is not None]
+        if len(points) < 3:
+            return None
+        n, peak = np.array(points, dtype=float).T
+        slope, intercept = np.polyfit(n, peak, 1)
+        residual = float(np.sqrt(np.mean((peak - intercept - slope * n) ** 2)))
+        grown = slope * (n.max() - n.min())
+        return (float(intercept), float(slope)) if grown > max(_SIGNAL, 4 * residual) else None
+
+    def predicted_s(self, n: int) -> float:
+        """Seconds of a step of n examples, at most: in proportion to the largest batch seen."""
+        last = max((look for look in self.working if look.batch <= n), key=lambda look: look.batch, default=None)
+        return 0.0 if last is None or last.step_s is None else last.step_s * n / last.batch
+
+    def _look(self, n: int) -> Look:
+        try:
+            return self._run(n)
+        except WorkloadError as error:
+            return Look(n, "skipped", str(error))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        finally:
+            self.step.clear()
+        self.memory.start()  # out of `except`, where the traceback no longer holds the step's tensors
+        return Look(n, "oom", reason)
+
+    def _run(self, n: int) -> Look:
+        self.memory.start()
+        self.step.load(n)
+        counted: list[tuple[int | None, str | None]] = []
+        # The first step warms up; nothing that is timed runs under the counter.
+        first = self.clock.time(lambda: counted.append(count_flops(self.step)), 1)[0]
+        self.step.check()
+        seconds = self._best(3 if first < 0.1 else 2)
+        self.step.check()
+        flops, self.flops_reason = counted[0]
+        return Look(n, "ok", None, seconds, self.memory.peak(), flops)
+
+    def _best(self, least: int) -> float:
+        """Best of a few steps, of more where they are short."""
+        best = min(self.clock.time(self.step, least))
+        return min(best, *self.clock.time(self.step, min(50, max(1, int(_LOOK_S / max(best, 1e-6))))))
+
+
+def ladder(batches: Sequence[int]) -> Iterator[int]:
+    """The batch sizes in ascending order, with steps between so that none is more than 8 times the one before."""
+    last = 1
+    for n in sorted(set(batches)):
+        while last * _STRIDE < n:
+            last *= _STRIDE
+            yield last
+        last = n
+        yield n
+
+
+def explore_given(explorer: Explorer, batches: Sequence[int], deadline: float, step_limit: float) -> None:
+    """Look at the batch sizes a user gave. A batch whose steps take too long for the budget is skipped."""
+    for n in ladder(batches):
+        seconds = explorer.predicted_s(n)
+        left = deadline - explorer.clock.now()
+        if seconds > step_limit or 8 * seconds > left:
+            explorer.skip(n, f"a step would take about {seconds:.2g} s, too long for the time budget")
+        else:
+            explorer.look(n)
+
+
+def explore_doubling(explorer: Explorer, deadline: float, step_limit: float) -> str:
+    """Double the batch from 1 on; returns why it ended.
+
+    It ends when two doublings in a row gain less than 2 % throughput, when steps get too long for the budget, or when
+    memory ends. A batch size that the workload refuses is passed over.
+    """
+    n, best, flat = 1, 0.0, 0
+    while True:
+        seconds = explorer.predicted_s(n)
+        if seconds > step_limit or explorer.clock.now() + 8 * seconds > deadline:
+            return f"batch {n} and above would take too long for the time budget ({seconds:.2g} s a step)"
+        look = explorer.look(n)
+        if look.status in ("oom", "predicted_oom"):
+            return f"batch {n} does not fit in memory"
+        if look.step_s is not None:
+            if n / look.step_s <= best * (1 + _GAIN):
+                look = explorer.look_again(n)
+            throughput = n / (look.step_s or math.inf)
+            flat = 0 if throughput > best * (1 + _GAIN) else flat + 1
+            best = max(best, throughput)
+        if flat >= _PATIENCE and len(explorer.working) >= _LEAST:
+            return f"throughput gained less than {_GAIN:.0%} over two doublings up to batch {n}"
+        n *= 2
+
+
+def without_pilots(looks: dict[int, Look], wanted: Sequence[int]) -> list[Look]:
+    """The looks at wanted batch sizes, ascending."""
+    return [looks.get(n) or replace(Look(n, "skipped"), reason="not reached") for n in sorted(set(wanted))]

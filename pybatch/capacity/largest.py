@@ -1,0 +1,172 @@
+"""The largest batch that fits: predicted from the line of peak memory, then run in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pybatch.capacity.exploration import Explorer
+from pybatch.capacity.probe import Outcome, Request
+from pybatch.device import memory
+from pybatch.records import Note
+from pybatch.workloads.base import Workload
+from pybatch.workloads.finding import FILE_MODULE
+
+GPU_SHARE = 0.90  # of free GPU memory: fragmentation and the library's workspaces take the rest
+CPU_SHARE = 0.50  # of available host memory, which other processes need as well
+_MARGIN = 0.97  # of the limit aimed at, so that the line's own error does not decide
+_STEP_LIMIT = 10.0  # seconds; a longer step is not run for verification
+_START_S = 6.0  # seconds to start a process, import torch and make the session, at most
+_FAULT_BYTES_PER_S = 2e9  # at which fresh pages are handed out, at least
+_TRIES = 4
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest batch that fits; `verified` where a full step of it ran in a fresh process."""
+
+    batch: int | None
+    verified: bool | None
+    notes: tuple[Note, ...] = ()
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes a training run may take: 90 % of free GPU memory, or 50 % of available host memory."""
+    share = GPU_SHARE if device.type == "cuda" else CPU_SHARE
+    return int(share * memory.available_bytes(device))
+
+
+def limit_text(device: torch.device, limit: int) -> str:
+    """The limit as a reader should know it."""
+    of = f"{GPU_SHARE:.0%} of free GPU memory" if device.type == "cuda" else f"{CPU_SHARE:.0%} of available host memory"
+    return f"{limit / 2**30:.3g} GiB, {of}"
+
+
+def find_largest(
+    explorer: Explorer,
+    limit: int,
+    deadline: float,
+    *,
+    probe: Callable[[Request, float], Outcome] | None = None,
+) -> Largest:
+    """Predict the largest batch within `limit` bytes and verify it before `deadline` (of the explorer's clock).
+
+    Args:
+        explorer: with its looks at small batches; looks at further ones where memory does not yet clearly grow.
+        limit: bytes, above what the process held before the session.
+        deadline: when to be done.
+        probe: runs a request in a fresh process within so many seconds; a test may replace it.
+    """
+    session, now = explorer.step.session, explorer.clock.now
+    if explorer.memory.reason is not None:
+        return _null(explorer.memory.reason)
+    _extend(explorer, deadline)
+    line = explorer.memory_line()
+    if line is None:
+        seen = [look.batch for look in explorer.working]
+        return _null(f"peak memory does not clearly grow over batches {min(seen)}..{max(seen)}")
+    # Everything a predicted batch must still be checked against lies between these two.
+    fits = explorer.working[-1].batch
+    candidate = max(fits, int((limit * _MARGIN - line[0]) / line[1]))
+    basis = Note("capacity.max_batch", f"memory limit {limit_text(session.device, limit)}")
+    packed = _pack(session.workload)
+    if isinstance(packed, str):
+        return _null(packed, basis)
+    refused: int | None = None
+    reason = ""
+    explorer.step.clear()
+    memory.release(session.device)
+    for attempt in range(_TRIES):
+        expected = explorer.predicted_s(candidate)
+        needed = _START_S + expected + limit / _FAULT_BYTES_PER_S * (session.device.type == "cpu")
+        left = deadline - now()
+        if expected > _STEP_LIMIT or needed > left:
+            cause = (
+                f"one step of it would take about {expected:.2g} s, the check {needed:.2g} s of the {left:.2g} s left"
+            )
+            reason = f"{reason}; {cause}" if reason else cause
+            break
+        request = Request(
+            *packed,
+            path=[entry for entry in sys.path if entry],
+            device=str(session.device),
+            dtype=session.dtype,
+            seed=0,
+            batch=candidate,
+            small=explorer.working[0].batch,
+            limit_bytes=limit,
+            seconds=min(_STEP_LIMIT, left - needed + expected),
+        )
+        outcome = (probe or run_probe)(request, left)
+        if outcome.status == "ok":
+            ran = f"{outcome.steps} full step(s) of batch {candidate} ran in a fresh process"
+            return Largest(candidate, True, (basis, Note("capacity.max_batch_verified", ran)))
+        reason = f"batch {candidate} did not run in a fresh process ({outcome.reason})"
+        if outcome.status != "oom":
+            break
+        refused = candidate
+        # The line is nearly right as a rule: step back a little first, then halve.
+        candidate = max(fits, int(refused * 0.9) if attempt == 0 else (fits + refused) // 2)
+    return Largest(candidate, False, (basis, Note("capacity.max_batch_verified", f"not verified: {reason}")))
+
+
+def run_probe(request: Request, timeout_s: float) -> Outcome:
+    """Run a request in a fresh process; killed at the timeout."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pybatch.capacity.probe"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with child:
+        try:
+            answer, complaint = child.communicate(pickle.dumps(request), timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return Outcome("timeout", reason=f"stopped after {timeout_s:.3g} s")
+        finally:
+            child.kill()
+    if child.returncode == 0:
+        return Outcome(**json.loads(answer))
+    if child.returncode == -9:
+        return Outcome("oom", reason="killed by the system, as it does when memory runs out")
+    last = complaint.decode(errors="replace").strip().splitlines()[-1:]
+    return Outcome("error", reason=f"process ended with status {child.returncode}: {''.join(last)}")
+
+
+def _extend(explorer: Explorer, deadline: float) -> None:
+    """Go on doubling until peak memory clearly grows, for a quarter of the time at most."""
+    end = explorer.clock.now() + (deadline - explorer.clock.now()) / 4
+    n = explorer.working[-1].batch
+    while explorer.memory_line() is None:
+        n *= 2
+        if explorer.clock.now() + 8 * explorer.predicted_s(n) > end or explorer.look(n).status != "ok":
+            return
+
+
+def _pack(workload: Workload) -> tuple[bytes, dict[str, str]] | str:
+    """A workload as another process can load it, with the files its modules were made from; or why it cannot."""
+    module = sys.modules.get(type(workload).__module__)
+    files = {name: str(m.__file__) for name, m in sys.modules.items() if name.startswith(FILE_MODULE)}
+    try:
+        if module is None or module.__name__ == "__main__":
+            raise pickle.PicklingError("its class is in __main__")  # another process has another __main__
+        return pickle.dumps(workload), files
+    except Exception as error:  # pickling runs the user's code and raises what that raises
+        try:
+            import cloudpickle  # type: ignore[import-untyped, unused-ignore]
+        except ImportError:
+            return f"the workload cannot be sent to a fresh process ({error}); with cloudpickle installed it can"
+        try:
+            return cloudpickle.dumps(workload), files
+        except Exception as failure:
+            return f"the workload cannot be sent to a fresh process ({failure})"
+
+
+def _null(reason: str, *notes: Note) -> Largest:
+    return Largest(None, None, (*notes, Note("capacity.max_batch", reason)))

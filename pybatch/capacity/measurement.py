@@ -1,0 +1,193 @@
+"""What a device does with a workload: throughput at each batch size, its ceiling, the largest batch that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from pybatch.capacity import largest, summary
+from pybatch.capacity.exploration import Explorer, explore_doubling, explore_given, without_pilots
+from pybatch.capacity.step import TrainingStep
+from pybatch.capacity.stopping import StoppingRule
+from pybatch.capacity.timing import Rounds, Series, unfinished
+from pybatch.device.ceilings import measure_ceilings
+from pybatch.device.clock import Clock, clock_for
+from pybatch.device.counters import Region
+from pybatch.device.identity import describe, resolve
+from pybatch.device.memory import PeakMemory
+from pybatch.errors import Interrupted, UsageError
+from pybatch.records import BatchPoint, Capacity, Ceilings, Note
+from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.session import Session
+
+# Shares of the time budget.
+_CEILINGS = 0.07
+_EXPLORE = 0.30  # until here, from the start
+_LARGEST = 0.30  # kept for the largest batch, and at most as many seconds as below
+_LARGEST_S = 18.0
+_STEP = 1 / 60  # a step that takes more of it leaves no room for ten at every batch size
+
+
+def measure_capacity(
+    workload: Workload,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str = "fp32",
+    batches: Sequence[int] | None = None,
+    time_budget: float = 45.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+    on_point: Callable[[BatchPoint], None] | None = None,
+    find_max_batch: bool = True,
+) -> Capacity:
+    """Measure throughput against batch size, fit its ceiling, and find the largest batch that fits in memory.
+
+    A step is forward, backward and the update of pybatch's AdamW, on a batch drawn beforehand: the input pipeline is
+    not part of it. Each batch size is timed in several visits in random order until its median is steady.
+
+    Args:
+        workload: what to run.
+        device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
+        dtype: "fp32", or "bf16" for autocast.
+        batches: batch sizes to measure; None doubles from 1 on until throughput no longer grows.
+        time_budget: seconds for everything, ceilings and largest batch included.
+        seed: of the model, the batches and the order of measurement.
+        progress: called with what is being done and the share done, 0..1.
+        on_point: called with every batch size as soon as it is measured.
+        find_max_batch: whether to look for the largest batch that fits, in a fresh process.
+
+    Raises:
+        UsageError: batches or time budget that cannot work.
+        DeviceError: no such device.
+        WorkloadError: a method of the workload failed at every small batch; names the method.
+        Interrupted: Ctrl-C; `partial` is the Capacity measured so far.
+    """
+    if batches is not None and (not batches or any(n < 1 for n in batches)):
+        raise UsageError(f"batches {list(batches)!r}: give at least one, each 1 or more.")
+    if not time_budget > 0:
+        raise UsageError(f"time budget {time_budget!r} s: give more than 0.")
+    place = resolve(device)
+    run = _Measurement(workload, place, dtype, batches, time_budget, seed, clock_for(place), progress, on_point)
+    try:
+        run.measure(find_max_batch)
+    except KeyboardInterrupt:
+        run.notes.append(Note("capacity", "interrupted; what was measured until then stands"))
+        raise Interrupted(replace(run.capacity(), complete=False)) from None
+    return run.capacity()
+
+
+class _Measurement:
+    """One run of `measure_capacity`: its stages, and what they have found so far."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        device: torch.device,
+        dtype: str,
+        batches: Sequence[int] | None,
+        time_budget: float,
+        seed: int,
+        clock: Clock,
+        progress: Progress | None = None,
+        on_point: Callable[[BatchPoint], None] | None = None,
+    ) -> None:
+        self.device, self.dtype, self.batches = device, dtype, batches
+        self.budget, self.seed, self.clock = time_budget, seed, clock
+        self.progress, self.on_point = progress or (lambda text, share: None), on_point
+        self.started = clock.now()
+        self.notes: list[Note] = []
+        self.ceilings: Ceilings | None = None
+        self.complete = True
+        self.largest = largest.Largest(None, None)
+        self.rounds: Rounds | None = None
+        self.limit = largest.memory_limit(device)
+        memory = PeakMemory(device)
+        self.session = Session(workload, device, dtype, seed)
+        self.explorer = Explorer(TrainingStep(self.session), clock, memory, self.limit)
+
+    def measure(self, find_max_batch: bool) -> None:
+        """All stages, in order."""
+        self._tell("first step")
+        self.explorer.sanity(self.session.workload.reference_batch)
+        self._tell("ceilings of the device")
+        self.ceilings = measure_ceilings(self.device, self.dtype, min(3.0, _CEILINGS * self.budget))
+        self._tell("looking for the range of batch sizes")
+        self._explore()
+        reserve = min(_LARGEST * self.budget, _LARGEST_S) if find_max_batch else 0.0
+        self._time(self.started + self.budget - reserve)
+        if find_max_batch and self.explorer.working:
+            self._tell("largest batch that fits")
+            self.largest = largest.find_largest(self.explorer, self.limit, self.started + self.budget)
+        elif not find_max_batch:
+            self.largest = largest.Largest(None, None, (Note("capacity.max_batch", "not asked for"),))
+
+    def capacity(self) -> Capacity:
+        """The record of what has been found so far."""
+        looks = self.explorer.looks
+        wanted = self.batches if self.batches is not None else sorted(looks)
+        points = [self._point(look.batch) for look in without_pilots(looks, wanted)]
+        series = list(self.rounds.series.values()) if self.rounds is not None else []
+        notes = [*self.notes, *self.largest.notes]
+        partial = unfinished(series)
+        if partial:
+            notes.append(
+                Note(
+                    "batches.step_ms", f"the time budget ended before these were steady: {', '.join(map(str, partial))}"
+                )
+            )
+        notes += summary.counter_notes(self.device, points, self.ceilings, self.explorer)
+        return summary.summarize(
+            points,
+            {s.batch: s.blocks for s in series if s.seconds},
+            notes,
+            device=describe(self.device),
+            ceilings=self.ceilings,
+            workload=self.session.info,
+            largest=self.largest,
+            drift=self.rounds.drift if self.rounds is not None else None,
+            complete=self.complete
+            and not any(p.status == "skipped" and p.reason == summary.OUT_OF_TIME for p in points),
+            seed=self.seed,
+        )
+
+    def _explore(self) -> None:
+        deadline = self.started + _EXPLORE * self.budget
+        limit = _STEP * self.budget
+        if self.batches is None:
+            ended = explore_doubling(self.explorer, deadline, limit)
+            self.notes.append(Note("batches", f"doubled from 1 on; {ended}"))
+        else:
+            explore_given(self.explorer, self.batches, deadline, limit)
+
+    def _time(self, deadline: float) -> None:
+        step, explorer = self.explorer.step, self.explorer
+        wanted = {look.batch: look.step_s for look in explorer.working if look.step_s is not None}
+        if self.batches is not None:
+            wanted = {n: seconds for n, seconds in wanted.items() if n in self.batches}
+        if not wanted:
+            return
+        share = max(1.0, 1.5 * (deadline - self.clock.now()) / len(wanted))
+        rule = StoppingRule(max_seconds=share)
+        self.rounds = Rounds(step.load, step, step.check, self.clock, Region(self.device), rule, self.seed)
+        self.rounds.run(wanted, deadline, self._visited)
+        step.clear()
+        for series in self.rounds.series.values():
+            if series.seconds:
+                explorer.timed(series.batch, series.median.value)
+
+    def _visited(self, series: Series) -> None:
+        assert self.rounds is not None
+        every = self.rounds.series.values()
+        done = sum(s.stopped is not None for s in every)
+        self._tell(f"batch {series.batch}: {done} of {len(every)} batch sizes steady")
+        if series.stopped is not None and self.on_point is not None:
+            self.on_point(self._point(series.batch))
+
+    def _point(self, n: int) -> BatchPoint:
+        series = self.rounds.series.get(n) if self.rounds is not None else None
+        return summary.point(self.explorer.looks.get(n), n, series, self.ceilings)
+
+    def _tell(self, text: str) -> None:
+        self.progress(text, min(1.0, (self.clock.now() - self.started) / self.budget))

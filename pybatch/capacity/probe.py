@@ -1,0 +1,125 @@
+"""Run a few full training steps of one large batch in this process, which may run out of memory, and tell how it went.
+
+Started by `capacity.largest` as `python -m pybatch.capacity.probe`: a pickled `Request` on stdin, one line of JSON on
+stdout. What the workload prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run, and within which limits."""
+
+    workload: bytes  # pickled, or cloudpickled where its class cannot be imported
+    files: dict[str, str]  # modules that were made from files: name -> path
+    path: list[str]  # sys.path
+    device: str
+    dtype: str
+    seed: int
+    batch: int
+    small: int  # a batch that is known to run
+    limit_bytes: int
+    seconds: float  # stop after the step during which these end
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How it went. `peak_bytes` is above what the process held before the session was made."""
+
+    status: Literal["ok", "oom", "error", "timeout"]
+    steps: int = 0
+    peak_bytes: int | None = None
+    step_s: list[float] = field(default_factory=list)
+    reason: str | None = None
+
+
+def main() -> None:
+    """Read the request, run it, write the outcome."""
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # the workload's own prints must not reach the answer
+    request: Request = pickle.load(sys.stdin.buffer)
+    answer.write(json.dumps(asdict(run(request))) + "\n")
+    answer.close()
+
+
+def run(request: Request) -> Outcome:
+    """Run the request in this process."""
+    sys.path[:] = list(dict.fromkeys([*sys.path, *request.path]))
+    from pybatch.workloads.finding import load_file
+    from pybatch.workloads.session import is_out_of_memory
+
+    for name, file in request.files.items():
+        load_file(Path(file), name)
+    done: list[float] = []
+    peak: list[int | None] = [None]
+    try:
+        _steps(request, pickle.loads(request.workload), done, peak)
+    except Exception as error:
+        status: Literal["oom", "error"] = "oom" if is_out_of_memory(error) else "error"
+        return Outcome(status, len(done), None, done, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    return Outcome("ok", len(done), peak[0], done)
+
+
+def _steps(request: Request, workload: Any, done: list[float], peak: list[int | None]) -> None:
+    import torch
+
+    from pybatch.capacity.step import TrainingStep
+    from pybatch.device.memory import PeakMemory
+    from pybatch.workloads.session import Session
+
+    device = torch.device(request.device)
+    memory = PeakMemory(device)
+    step = TrainingStep(Session(workload, device, request.dtype, request.seed))
+    step.load(request.small)
+    step()  # threads, their arenas and the optimizer's state exist before the limit is set
+    step.check()
+    step.clear()
+    memory.rebase(step.held_bytes)
+    _limit(device, request.limit_bytes)
+    memory.start()
+    began = time.perf_counter()
+    step.load(request.batch)
+    while len(done) < _STEPS and (not done or time.perf_counter() - began + done[-1] < request.seconds):
+        before = time.perf_counter()
+        step()
+        step.check()
+        done.append(time.perf_counter() - before)
+    if device.type == "cuda" and torch.cuda.memory_stats(device).get("num_alloc_retries", 0):
+        raise MemoryError("the allocator had to free its cache and retry: too close to the limit to be fast")
+    peak[0] = memory.peak()
+
+
+def _limit(device: Any, limit: int) -> None:
+    """Make an overshoot an error in this process, instead of a machine out of memory."""
+    import torch
+
+    from pybatch.device.memory import process_bytes
+
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+        return
+    import resource
+
+    size, resident = process_bytes("VmSize"), process_bytes("VmRSS")
+    if size is not None and resident is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (size + limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+if __name__ == "__main__":
+    # pickle must find Request under its importable name, not under __main__.
+    from pybatch.capacity import probe
+
+    probe.main()

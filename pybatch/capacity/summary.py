@@ -1,0 +1,150 @@
+"""What was looked at and timed, as records: points, fit, notes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pybatch.capacity.exploration import Explorer, Look
+from pybatch.capacity.largest import Largest
+from pybatch.capacity.timing import Series
+from pybatch.curves import fit_throughput
+from pybatch.device import counters
+from pybatch.records import BatchPoint, Capacity, Ceilings, Device, Note, ThroughputFit, WorkloadInfo
+
+OUT_OF_TIME = "the time budget ended before it was timed"
+_NEAR = 0.95  # of the ceiling: a measured batch that reaches this saturates the device
+_DRIFT = 0.05  # change of the anchor's step time that a reader should hear of
+_FITTABLE = 3  # batch sizes
+
+
+def point(look: Look | None, n: int, series: Series | None, ceilings: Ceilings | None) -> BatchPoint:
+    """The record of one batch size."""
+    if look is None:
+        return BatchPoint(n, "skipped", reason=OUT_OF_TIME)
+    if look.status != "ok":
+        return BatchPoint(n, look.status, reason=look.reason)
+    if series is None or not series.seconds:
+        return BatchPoint(n, "skipped", model_flops=look.flops, memory_bytes=look.memory_bytes, reason=OUT_OF_TIME)
+    middle = series.median
+    rate = look.flops / middle.value if look.flops is not None else None
+    gemm = ceilings.gemm_flops if ceilings is not None else None
+    peak = ceilings.datasheet_flops if ceilings is not None else None
+    joules = counters.joules(series.readings)
+    clocks = [r.sm_clock_mhz for r in series.readings if r.sm_clock_mhz is not None]
+    throttled = [r.throttled for r in series.readings if r.throttled is not None]
+    return BatchPoint(
+        batch=n,
+        status="ok",
+        step_ms=middle.value * 1e3,
+        step_ms_low=None if middle.low is None else middle.low * 1e3,
+        step_ms_high=None if middle.high is None else middle.high * 1e3,
+        samples_per_s=n / middle.value,
+        host_bound=series.host_bound,
+        model_flops=look.flops,
+        mfu_measured=rate / gemm if rate is not None and gemm else None,
+        mfu_datasheet=rate / peak if rate is not None and peak else None,
+        cpu_active=counters.cpu_active(series.readings),
+        memory_bytes=look.memory_bytes,
+        joules_per_sample=None if joules is None else joules / (n * len(series.seconds)),
+        sm_clock_mhz=sum(clocks) / len(clocks) if clocks else None,
+        throttled=any(throttled) if throttled else None,
+        samples=len(series.seconds),
+    )
+
+
+def summarize(
+    points: Sequence[BatchPoint],
+    samples: dict[int, list[float]],
+    notes: list[Note],
+    *,
+    device: Device,
+    ceilings: Ceilings | None,
+    workload: WorkloadInfo,
+    largest: Largest,
+    drift: float | None,
+    complete: bool,
+    seed: int,
+) -> Capacity:
+    """The capacity record: the fit over what was timed, and what a reader must know of it."""
+    timed = [p for p in points if p.status == "ok"]
+    fit = None
+    if len(timed) < _FITTABLE:
+        notes.append(Note("capacity.model", f"{len(timed)} batch sizes timed; a fit needs {_FITTABLE}"))
+    else:
+        fit = fit_throughput([p.batch for p in timed], [samples[p.batch] for p in timed], seed=seed)
+        notes += _fit_notes(fit, timed, largest)
+    if drift is not None and abs(drift) > _DRIFT:
+        notes.append(Note("capacity.drift", f"the anchor batch's step time changed by {drift:+.1%} during the run"))
+    notes.append(Note("batches.step_ms", "batch drawn beforehand: the input pipeline is not in the step"))
+    return Capacity(
+        t0_ms=fit.t0_s * 1e3 if fit else None,
+        ceiling_samples_per_s=fit.ceiling if fit else None,
+        half_batch=fit.half_batch if fit else None,
+        saturation_batch=fit.saturation_batch if fit else None,
+        saturation_low=fit.saturation_low if fit else None,
+        saturation_high=fit.saturation_high if fit else None,
+        saturation_measured=_saturation_measured(fit, timed),
+        max_batch=largest.batch,
+        max_batch_verified=largest.verified,
+        model=fit,
+        drift=drift,
+        complete=complete,
+        notes=tuple(notes),
+        device=device,
+        ceilings=ceilings,
+        workload=workload,
+        batches=tuple(points),
+    )
+
+
+def counter_notes(
+    device: torch.device, points: Sequence[BatchPoint], ceilings: Ceilings | None, explorer: Explorer
+) -> list[Note]:
+    """A reason for every figure that is null in all of the timed points."""
+    reasons = {figure: reason for figure, reason in counters.readable(device).items() if reason is not None}
+    reasons.setdefault("joules_per_sample", counters.energy_reason(device))
+    if device.type == "cpu":
+        reasons["host_bound"] = "on a CPU the host is the device"
+        reasons["mfu_datasheet"] = "no datasheet peak is quoted for CPUs"
+    else:
+        reasons["mfu_datasheet"] = "this device is not in the table of datasheet peaks, or TF32 is on"
+    if explorer.memory.reason is not None:
+        reasons["memory_bytes"] = explorer.memory.reason
+    if explorer.flops_reason is not None:
+        reasons["model_flops"] = reasons["mfu_measured"] = explorer.flops_reason
+    timed = [p for p in points if p.status == "ok"]
+    notes = [
+        Note(f"batches.{figure}", reason)
+        for figure, reason in sorted(reasons.items())
+        if timed and all(getattr(p, figure) is None for p in timed)
+    ]
+    if any(p.step_ms_low is None for p in timed):
+        notes.append(Note("batches.step_ms_low", "no interval of a median from fewer than 6 steps"))
+    if ceilings is not None and ceilings.datasheet_flops is None:
+        notes.append(Note("ceilings.datasheet_flops", reasons["mfu_datasheet"]))
+    return notes
+
+
+def _saturation_measured(fit: ThroughputFit | None, timed: Sequence[BatchPoint]) -> int | None:
+    """Smallest measured batch whose throughput interval reaches 95 % of the fitted ceiling."""
+    for p in timed:
+        fastest = p.step_ms_low or p.step_ms
+        if fit is not None and fastest is not None and p.batch / (fastest / 1e3) >= _NEAR * fit.ceiling:
+            return p.batch
+    return None
+
+
+def _fit_notes(fit: ThroughputFit, timed: Sequence[BatchPoint], largest: Largest) -> list[Note]:
+    most = timed[-1].batch
+    notes = []
+    if largest.batch is not None and fit.saturation_batch > largest.batch:
+        text = f"not saturated: memory ends at batch {largest.batch}, below saturation"
+        notes.append(Note("capacity.saturation_batch", text))
+    elif fit.saturation_batch > most:
+        text = f"not saturated: modelled, above the largest measured batch {most}"
+        notes.append(Note("capacity.saturation_batch", text))
+    if _saturation_measured(fit, timed) is None:
+        notes.append(Note("capacity.saturation_measured", f"no measured batch reaches {_NEAR:.0%} of the ceiling"))
+    return notes

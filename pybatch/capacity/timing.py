@@ -1,0 +1,133 @@
+"""Time batch sizes in randomized rounds until each is steady or the time is up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pybatch.capacity.stopping import Median, StoppingRule, blocks, median
+from pybatch.device.clock import Clock, Work
+from pybatch.device.counters import Reading, Region
+
+_QUANTUM_S = 0.25  # of one visit: several visits spread a batch size's steps over the whole run
+_CHUNK_S = 0.05  # between looks at the deadline, which a sudden disturbance must not carry far past
+_LEAST_STEPS = 3  # per visit and per chunk
+_WARM_UP = {"cpu": 1, "cuda": 3}
+
+
+@dataclass
+class Series:
+    """Steps timed at one batch size."""
+
+    batch: int
+    guess_s: float  # step time expected, to plan the next visit
+    seconds: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)  # relative error of the median after each visit
+    readings: list[Reading] = field(default_factory=list)
+    host_bound: float | None = None
+    stopped: str | None = None  # why it is done; None while it is not
+
+    @property
+    def median(self) -> Median:
+        """Median step time with its interval."""
+        return median(self.seconds)
+
+    @property
+    def blocks(self) -> list[float]:
+        """Nearly independent step times, for a bootstrap."""
+        return blocks(self.seconds)
+
+
+class Rounds:
+    """Visits every batch size in random order, again and again, until the rule is met for each or the deadline is near.
+
+    Interleaving makes a slow drift or a passing disturbance touch all batch sizes alike instead of bending the curve.
+    An anchor batch is timed first and once more at the end: `drift` is the change between.
+
+    Args:
+        load: makes the work that follows a step of this batch size.
+        work: one step.
+        check: raises where the last step went wrong.
+        clock, region: time and counters.
+        rule: when a batch size is done.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[int], None],
+        work: Work,
+        check: Callable[[], None],
+        clock: Clock,
+        region: Region,
+        rule: StoppingRule,
+        seed: int,
+    ) -> None:
+        self.load, self.work, self.check = load, work, check
+        self.clock, self.region, self.rule = clock, region, rule
+        self._order = np.random.default_rng(seed)
+        self.series: dict[int, Series] = {}
+        self.drift: float | None = None
+
+    def run(
+        self,
+        guesses: dict[int, float],
+        deadline: float,
+        on_visit: Callable[[Series], None] = lambda series: None,
+    ) -> None:
+        """Time the batch sizes of `guesses` (batch -> expected seconds of a step) until `deadline` of the clock."""
+        self.series = {n: Series(n, guess) for n, guess in guesses.items()}
+        anchor = self.series[sorted(guesses)[len(guesses) // 2]]
+        reserve = self._visit_s(anchor)
+        self._visit(anchor, deadline)
+        first = anchor.median.value if anchor.seconds else None
+        on_visit(anchor)
+        while True:
+            order = self._order.permutation([n for n, series in self.series.items() if series.stopped is None])
+            visited = False
+            for n in order:
+                if self._visit(self.series[int(n)], deadline - reserve):
+                    visited = True
+                    on_visit(self.series[int(n)])
+            if not visited:
+                break
+        last = Series(anchor.batch, anchor.guess_s)
+        if first is not None and self._visit(last, deadline):
+            self.drift = last.median.value / first - 1
+
+    def _visit_s(self, series: Series) -> float:
+        return series.guess_s * (_WARM_UP[self.region.device.type] + self._steps(series))
+
+    def _steps(self, series: Series) -> int:
+        return max(_LEAST_STEPS, math.ceil(_QUANTUM_S / max(series.guess_s, 1e-6)))
+
+    def _visit(self, series: Series, deadline: float) -> bool:
+        """Time some steps of a batch size; False where they do not fit before the deadline."""
+        warm_up, count = _WARM_UP[self.region.device.type], self._steps(series)
+        if self.clock.now() + series.guess_s * (warm_up + count) > deadline:
+            return False
+        self.load(series.batch)
+        self.clock.time(self.work, warm_up)
+        chunk = max(_LEAST_STEPS, math.ceil(_CHUNK_S / max(series.guess_s, 1e-6)))
+        end = min(deadline, self.clock.now() + 2 * max(_QUANTUM_S, _LEAST_STEPS * series.guess_s))
+        seconds: list[float] = []
+        self.region.start()
+        while len(seconds) < count and (not seconds or self.clock.now() < end):
+            seconds += self.clock.time(self.work, min(chunk, count - len(seconds)))
+        series.readings.append(self.region.stop())
+        self.check()
+        series.seconds += seconds
+        series.guess_s = float(np.median(series.seconds))
+        if series.host_bound is None:
+            series.host_bound = self.clock.host_bound(self.work, series.guess_s)
+        series.errors.append(series.median.relative_error)
+        series.stopped = self.rule.met(len(series.seconds), sum(series.seconds), series.errors)
+        return True
+
+
+def unfinished(series: Sequence[Series]) -> list[int]:
+    """Batch sizes that were timed but not until the rule was met."""
+    return sorted(s.batch for s in series if s.seconds and s.stopped is None)
