@@ -17,8 +17,7 @@ from pybatch.records import Capacity, NoiseScale, Note, Run
 from pybatch.verdict import compare
 from pybatch.workloads.base import Progress, Workload
 
-TIME_BUDGET = 60.0  # s; with start-up and the last step in flight a default run stays under 90 s on 2 cores
-_CAPACITY_SHARE = 0.6  # of the budget; the noise scale gets what is left
+_CAPACITY_SHARE = 0.6  # of the time budget; the noise scale gets what is left
 
 
 def run_bench(
@@ -27,7 +26,7 @@ def run_bench(
     device: str | torch.device | None = None,
     dtype: str = "fp32",
     batches: Sequence[int] | None = None,
-    time_budget: float = TIME_BUDGET,
+    time_budget: float,
     seed: int = 0,
     command: str = "",
     progress: Progress | None = None,
@@ -71,10 +70,17 @@ def run_bench(
             batches=batches,
             time_budget=_CAPACITY_SHARE * time_budget,
             seed=seed,
-            progress=progress,
+            progress=_staged(progress, "capacity", 0.0, _CAPACITY_SHARE),
         )
         left = max(0.0, time_budget - (time.monotonic() - start))
-        noise = measure_noise(workload, device=place, dtype=dtype, seed=seed, time_budget=left, progress=progress)
+        noise = measure_noise(
+            workload,
+            device=place,
+            dtype=dtype,
+            seed=seed,
+            time_budget=left,
+            progress=_staged(progress, "noise", _CAPACITY_SHARE, 1.0),
+        )
     except Interrupted as stop:
         if isinstance(stop.partial, Capacity):
             capacity = stop.partial
@@ -88,3 +94,10 @@ def run_bench(
             raise
         return finish(capacity, None, (Note("noise", str(error)),))
     return finish(capacity, noise)
+
+
+def _staged(progress: Progress | None, stage: str, begin: float, end: float) -> Progress | None:
+    """Progress of one stage as progress of the whole."""
+    if progress is None:
+        return None
+    return lambda text, share: progress(f"{stage}: {text}", begin + (end - begin) * share)

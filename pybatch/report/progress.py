@@ -1,12 +1,16 @@
-"""Progress on stderr: a live line on a terminal, one plain line a stage elsewhere."""
+"""Progress on stderr: a live line on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+
+_EVERY = 5.0  # s between plain lines: a log stays short, a reader sees that it lives
 
 
 class ProgressLine:
@@ -16,7 +20,7 @@ class ProgressLine:
         self._console, self._quiet = console, quiet
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._stage = ""
+        self._stage, self._said = "", 0.0
 
     def __enter__(self) -> Self:
         if self._console.is_terminal and not self._quiet:
@@ -36,7 +40,7 @@ class ProgressLine:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=text, completed=min(1.0, max(0.0, share)))
             return
-        stage = text.split(":", 1)[0]
-        if stage != self._stage and not self._quiet:
-            self._stage = stage
+        stage, now = text.split(":", 1)[0], time.monotonic()
+        if not self._quiet and (stage != self._stage or now - self._said >= _EVERY):
+            self._stage, self._said = stage, now
             self._console.print(f"pybatch: {text}", markup=False, highlight=False, soft_wrap=True)
