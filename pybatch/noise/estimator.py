@@ -88,7 +88,7 @@ def estimate(
 
     def result(status: str, value: float | None, low: float | None, high: float | None, why: str = "") -> NoiseScale:
         if why:
-            said.append(Note("noise.b_simple", why))
+            said.insert(0, Note("noise.b_simple", why))  # the first thing to be read of this figure
         known = pairs > 0 and bool(np.isfinite(table).all())
         return NoiseScale(
             b_simple=value,
@@ -142,10 +142,10 @@ def fieller(blocks: Rows, confidence: float = CONFIDENCE) -> tuple[float, float,
     """
     m, count = len(blocks), blocks[:, 0]
     total = count.sum()
-    x, y = blocks[:, 1].sum() / total, blocks[:, 2].sum() / total
+    x, y = (float(v) for v in blocks[:, 1:].sum(axis=0) / total)
     spread = blocks[:, 1:] - count[:, None] * np.array([x, y])
-    vxx, vxy, vyy = (spread.T @ spread)[[0, 0, 1], [0, 1, 1]] * m / (m - 1) / total**2
-    t2 = stats.t.ppf(0.5 + confidence / 2, m - 1) ** 2
+    vxx, vxy, vyy = ((spread.T @ spread)[[0, 0, 1], [0, 1, 1]] * m / (m - 1) / total**2).tolist()
+    t2 = float(stats.t.ppf(0.5 + confidence / 2, m - 1)) ** 2
     # The set is { r : a r^2 - 2 b r + c <= 0 }: those r for which y - r x is not separated from zero.
     a, b, c = x * x - t2 * vxx, x * y - t2 * vxy, y * y - t2 * vyy
     if (x < 0 and a > 0) or (y < 0 and c > 0):

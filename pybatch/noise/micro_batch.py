@@ -1,0 +1,275 @@
+"""The gradient noise scale of a workload from micro-batches, at parameters held fixed after a short training.
+
+Each group of k micro-batches gives one pair of squared norms: of the micro-batches' gradients, and of their mean
+(McCandlish et al. 2018, appendix A.1). Both come from the fused optimizer's own pass, here with a learning rate of 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+
+import torch
+from torch import nn
+
+from pybatch.device.identity import resolve
+from pybatch.errors import Interrupted, UsageError
+from pybatch.optim import SGD, AdamW
+from pybatch.records import NoiseScale, Note
+from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.session import Session
+
+WARMUP_STEPS = 200  # past the first fall of the loss, where the noise scale is least like later training
+WARMUP_SHARE = 0.4  # of the time budget; slower workloads warm up for fewer steps, and the record says so
+CHECK_STEPS = 25  # training steps between looks at the loss, each of which waits for the device
+FIRST_GROUP = 4  # micro-batches per group to begin with
+GROUPS = 32  # the least groups a final answer rests on: one block each in the estimator's interval
+WIDTH = 0.15  # relative half width of the interval at which measuring stops; it moves the best batch by 7 %
+FINITE_SHARE = 0.1  # of the data set, from which on drawing with or without replacement makes a difference
+
+
+def measure_noise(
+    workload: Workload,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str = "fp32",
+    seed: int = 0,
+    time_budget: float = 25.0,
+    warmup_steps: int | None = None,
+    micro_batch: int | None = None,
+    progress: Progress | None = None,
+) -> NoiseScale:
+    """Train shortly, hold the parameters, and measure B_simple there until its interval is narrow or time is up.
+
+    The warm-up uses pybatch's AdamW at the workload's `learning_rate` and `reference_batch`. A pilot with small groups
+    then finds the scale's size; the measurement proper uses groups about as large, which resolve it soonest.
+
+    Args:
+        workload: what to measure.
+        device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
+        dtype: "fp32" or "bf16" (autocast over fp32 parameters).
+        seed: of the model, the data order and dropout.
+        time_budget: seconds, warm-up included.
+        warmup_steps: training steps before; None: 200, or as many as fit in 40 % of the budget. A number is kept to.
+        micro_batch: examples per micro-batch; None: the workload's `reference_batch`. The estimate does not depend on
+            it, its cost does.
+        progress: called with (what is being done, share done).
+
+    Returns:
+        The noise scale in examples, with `warmup_steps`, `loss` (training loss where it was measured) and notes on what
+        confounds it.
+
+    Raises:
+        UsageError: an argument out of range. WorkloadError: the workload fails, or its loss is not finite.
+        Interrupted: on Ctrl-C, `partial` holding the NoiseScale so far, or None.
+    """
+    if not (time_budget > 0 and math.isfinite(time_budget)):
+        raise UsageError(f"time_budget {time_budget} leaves no time to measure the noise scale. Give seconds above 0.")
+    if warmup_steps is not None and warmup_steps < 0:
+        raise UsageError(f"warmup_steps {warmup_steps} is negative. Give 0 or more training steps.")
+    if micro_batch is not None and micro_batch < 1:
+        raise UsageError(f"micro_batch {micro_batch} holds no example. Give 1 or more.")
+    place = resolve(device)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        torch.manual_seed(seed)
+        run = _Measurement(workload, place, dtype, seed, time_budget, progress)
+        try:
+            run.warm_up(warmup_steps)
+            run.measure(micro_batch or max(1, workload.reference_batch))
+        except KeyboardInterrupt:
+            partial = run.result("interrupted before the interval was narrow") if run.measured else None
+            raise Interrupted(partial) from None
+        return run.result()
+
+
+class _Round:
+    """Groups of k micro-batches at fixed parameters, all of one size: nothing chosen from the data enters a mean."""
+
+    def __init__(self, session: Session, micro_batch: int, k: int) -> None:
+        self.session, self.micro_batch, self.k = session, micro_batch, k
+        self.optimizer = SGD(session.parameters, lr=0.0, noise=True)
+        self.groups = 0
+        self.seconds = 0.0  # for all groups, partial ones left out
+        self.loss = torch.zeros((), dtype=torch.float64, device=session.device)
+
+    def run(self, groups: int, deadline: float) -> bool:
+        """Measure up to so many groups altogether; False where the deadline came first."""
+        start, before = time.monotonic(), self.groups
+        while self.groups < groups:
+            self.optimizer.zero_grad()
+            loss = torch.zeros_like(self.loss)
+            for _ in range(self.k):
+                if time.monotonic() >= deadline:
+                    self.optimizer.zero_grad()
+                    return False
+                loss += self.session.backward(self.session.batch(self.micro_batch))
+                self.optimizer.accumulate(self.micro_batch)
+            self.optimizer.step()
+            self.loss += loss
+            self.groups += 1
+        self.session.check_finite(self.loss, f"on batches of {self.micro_batch} at fixed parameters")
+        if self.groups > before:
+            self.seconds += time.monotonic() - start
+        return True
+
+    @property
+    def group_seconds(self) -> float:
+        return self.seconds / max(self.groups, 1)
+
+    def result(self) -> NoiseScale:
+        loss = float(self.loss) / (self.groups * self.k) if self.groups else None
+        return dataclasses.replace(self.optimizer.noise, loss=loss)
+
+
+class _Measurement:
+    """One call of `measure_noise`: the session, the clock, and the best answer so far."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        device: torch.device,
+        dtype: str,
+        seed: int,
+        time_budget: float,
+        progress: Progress | None,
+    ) -> None:
+        self.budget, self.start, self.progress = time_budget, time.monotonic(), progress
+        self.session = Session(workload, device, dtype, seed)
+        self.workload = workload
+        self.warmup_steps = 0
+        self.rounds: list[_Round] = []
+        self.notes: list[Note] = []
+
+    @property
+    def left(self) -> float:
+        return self.start + self.budget - time.monotonic()
+
+    def say(self, what: str) -> None:
+        if self.progress is not None:
+            self.progress(what, min(1.0, 1.0 - self.left / self.budget))
+
+    def warm_up(self, steps: int | None) -> None:
+        """Train; leaves the model where the noise is measured."""
+        wanted, work = WARMUP_STEPS if steps is None else steps, self.workload
+        deadline = self.start + WARMUP_SHARE * self.budget if steps is None else math.inf
+        optimizer = AdamW(self.session.parameters, lr=work.learning_rate)
+        for step in range(wanted):
+            if step % CHECK_STEPS == 0:
+                self.say("noise: warm-up training")
+            if time.monotonic() >= deadline:
+                text = f"{step} of {wanted} steps, to keep within the time budget: the scale usually grows in training"
+                self.notes.append(Note("noise.warmup_steps", text))
+                break
+            optimizer.zero_grad()
+            loss = self.session.backward(self.session.batch(work.reference_batch))
+            if step % CHECK_STEPS == 0 or step == wanted - 1:
+                self.session.check_finite(loss, f"in training step {step + 1} at learning rate {work.learning_rate:g}")
+            optimizer.step()
+            self.warmup_steps = step + 1
+        optimizer.zero_grad()
+
+    def measure(self, micro_batch: int) -> None:
+        """Rounds of growing groups until groups are as large as the scale, then more groups until it is narrow."""
+        k = FIRST_GROUP
+        while True:
+            current = _Round(self.session, micro_batch, k)
+            self.rounds.append(current)
+            if not self._fill(current, GROUPS):
+                return
+            found = current.optimizer.noise
+            wanted = self._group_for(found, micro_batch, k)
+            affordable = int(self.left / (GROUPS * current.group_seconds / k))
+            larger = min(wanted, affordable)
+            if relative_width(found) <= WIDTH or larger < 2 * k:
+                break
+            k = larger
+        while relative_width(found) > WIDTH:
+            # Variance falls with the number of groups; look seldom, because stopping on a look costs coverage.
+            factor = (relative_width(found) / WIDTH) ** 2 * 1.1 if found.status == "resolved" else 2.0
+            if not self._fill(current, math.ceil(current.groups * min(max(factor, 1.25), 4.0))):
+                return
+            found = current.optimizer.noise
+
+    def _fill(self, current: _Round, groups: int) -> bool:
+        while current.groups < groups:
+            self.say("noise: measuring gradients")
+            if not current.run(min(groups, current.groups + max(1, GROUPS // 4)), self.start + self.budget):
+                return False
+        return True
+
+    @staticmethod
+    def _group_for(found: NoiseScale, micro_batch: int, k: int) -> int:
+        """Micro-batches per group that make it about B_simple examples; four times as many where that is not known."""
+        if found.status == "resolved" and found.b_simple is not None:
+            return math.ceil(found.b_simple / micro_batch)
+        return 4 * k
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is at least one pair of norms."""
+        return any(current.groups for current in self.rounds)
+
+    def result(self, why: str = "the time budget ended before the interval was narrow") -> NoiseScale:
+        """The best-resolved round, with what a reader must know of it."""
+        nothing = Note("noise.b_simple", "the time budget ended before the first group of micro-batches")
+        # The last round has the largest groups; an earlier one counts only where the last was cut off too early.
+        found = min(
+            (current.result() for current in reversed(self.rounds) if current.groups),
+            key=lambda n: (_RANK[n.status], relative_width(n)),
+            default=NoiseScale(None, None, None, None, None, "unresolved", "micro-batches", 0, notes=(nothing,)),
+        )
+        notes = list(found.notes) + self.notes
+        if found.status == "resolved" and relative_width(found) > WIDTH:
+            notes.append(Note("noise.low", f"{why}; a longer one narrows it"))
+        if found.skipped:
+            text = f"{found.skipped} groups had a gradient that is not finite and were left out"
+            notes.append(Note("noise.skipped", text))
+        notes += confounds(self.session.model, self.workload.examples, found)
+        work = self.workload
+        return dataclasses.replace(
+            found, warmup_steps=self.warmup_steps, learning_rate=work.learning_rate, notes=tuple(notes)
+        )
+
+
+_RANK = {"resolved": 0, "lower_bound": 1, "unresolved": 2}
+
+
+def relative_width(noise: NoiseScale) -> float:
+    """Half width of the 95 % interval over the estimate; infinite where there is no bounded interval."""
+    if noise.status != "resolved" or noise.b_simple is None or noise.low is None or noise.high is None:
+        return math.inf
+    if noise.high == noise.low:
+        return 0.0  # gradients without any noise
+    if noise.b_simple == 0:
+        return math.inf
+    return (noise.high - noise.low) / 2 / noise.b_simple
+
+
+def confounds(model: nn.Module, examples: int | None, found: NoiseScale) -> list[Note]:
+    """What in the model or the data makes B_simple mean something else than the spread of per-example gradients."""
+    notes = []
+    modules = list(model.modules())
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
+        text = (
+            "the model has BatchNorm: an example's gradient then depends on its micro-batch, so the scale holds for "
+            f"micro-batches of {found.small_batch or 0:g}"
+        )
+        notes.append(Note("noise.b_simple", text))
+    if any(_drops(m) for m in modules):
+        notes.append(Note("noise.b_simple", "dropout was active, as in training: its noise is part of the scale"))
+    size = found.b_simple if found.b_simple is not None else found.low
+    if examples is not None and size is not None and size > FINITE_SHARE * examples:
+        text = (
+            f"a good part of the {examples} examples of the data set: shuffled epochs have less noise than independent "
+            f"draws, 1/B - 1/{examples} in place of 1/B"
+        )
+        notes.append(Note("noise.b_simple", text))
+    return notes
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    share = getattr(module, "dropout", 0.0)  # recurrent and attention modules keep it as a number
+    return isinstance(share, int | float) and share > 0
