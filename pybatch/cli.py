@@ -13,6 +13,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from pybatch.errors import Interrupted, PybatchError, UsageError
 from pybatch.ranges import parse_batches
@@ -117,11 +120,7 @@ def doctor() -> None:
     """What is compiled, which devices are there, which counters can be read, and why one can't."""
     from pybatch.doctor import examine
 
-    console = Console()
-    for heading, findings in examine():
-        console.print(heading, style="bold", markup=False)
-        for name, value in findings:
-            console.print(f"  {name:<14} {value}", markup=False, highlight=False, soft_wrap=True)
+    _print_findings(examine())
 
 
 @app.command("list")
@@ -129,11 +128,19 @@ def list_() -> None:
     """The workloads and optimizers that ship."""
     from pybatch.doctor import catalogue
 
+    _print_findings(catalogue())
+
+
+def _print_findings(findings: list[tuple[str, list[tuple[str, str]]]]) -> None:
     console = Console()
-    for heading, entries in catalogue():
-        console.print(heading, style="bold", markup=False)
-        for name, text in entries:
-            console.print(f"  {name:<14} {text}", markup=False, highlight=False, soft_wrap=True)
+    width = max(len(name) for _, rows in findings for name, _ in rows)
+    for heading, rows in findings:
+        console.print(Text(heading, style="bold"))
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(min_width=width, no_wrap=True)
+        for name, text in rows:
+            grid.add_row(Text(name), Text(text))
+        console.print(Padding(grid, (0, 0, 0, 2)))
 
 
 @app.callback(invoke_without_command=True)

@@ -120,6 +120,12 @@ def test_an_unresolved_noise_scale_prints_no_number_for_it(run, status):
     assert ("B_simple  unresolved" in text) == (status == "unresolved")
 
 
+def test_the_reason_of_a_null_is_in_the_record_and_not_on_a_page_without_the_figure(run):
+    assert "streaming multiprocessors" not in render(run, "table")
+    assert "streaming multiprocessors" in render(run, "json")
+    assert "steps to target were not measured" in " ".join(render(run, "table").split())
+
+
 def test_a_narrow_or_wide_console_loses_no_column(run):
     for width in (60, 200):
         text = io.StringIO()

@@ -9,7 +9,6 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-
 _EVERY = 5.0  # s between plain lines: a log stays short, a reader sees that it lives
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from pybatch import numerals as n
 from pybatch.records import BatchPoint, Capacity, Ceilings, NoiseScale, Note, Run, Verdict
+
+# Figures of the record that are not printed, and so need no explanation when they are null.
+_SEEN = {"batch", "status", "step_ms", "step_ms_low", "step_ms_high", "samples_per_s", "mfu_measured", "memory_bytes"}
+_UNSEEN = {f"batches.{f.name}" for f in fields(BatchPoint) if f.name not in _SEEN} | {"ceilings.datasheet_flops"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def _unit(run: Run) -> str:
 
 
 def _notes(notes: tuple[Note, ...]) -> tuple[str, ...]:
-    return tuple(f"{note.figure}: {note.text}" for note in notes)
+    """What a reader of this page needs: notes on figures that have no place here are left to the record."""
+    return tuple(f"{note.figure}: {note.text}" for note in notes if note.figure not in _UNSEEN)
 
 
 def _capacity(capacity: Capacity) -> Section:
