@@ -91,7 +91,7 @@ void update(const Rule rule, const Chunk& chunk, const G* __restrict g, float sc
     float* __restrict s1 = Rule::states > 1 ? chunk.at<float>(kState1) : nullptr;
     float* __restrict s2 = Rule::states > 2 ? chunk.at<float>(kState2) : nullptr;
     const int64_t n = chunk.size;
-#pragma omp simd
+    // Not "omp simd": GCC then gives s one array per lane and vectorizes nothing. __restrict is enough.
     for (int64_t i = 0; i < n; ++i) {
         float s[kMaxStates];
         if constexpr (Rule::states > 0) s[0] = s0[i];
