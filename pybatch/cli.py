@@ -72,7 +72,9 @@ def bench(
         from pybatch.bench import run_bench
         from pybatch.device.identity import resolve
         from pybatch.workloads.finding import find
+        from pybatch.workloads.session import checked_dtype
 
+        checked_dtype(dtype)
         device = resolve("cpu" if cpu else f"cuda:{gpu}" if gpu is not None else None)
         chosen = find(workload, model=model, data=data)
         try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def measured(monkeypatch, run):
 
 def test_flags_reach_the_measurement(pybatch, measured):
     status, out, err = pybatch(
-        *"bench --cpu --workload text --model lstm --batch 8-32*2 --dtype bf16 --time-budget 7 --seed 3".split()
+        *shlex.split("bench --cpu --workload text --model lstm --batch 8-32*2 --dtype bf16 --time-budget 7 --seed 3")
     )
     assert (status, err) == (0, "")
     [(workload, arguments)] = measured

@@ -13,6 +13,13 @@ from pybatch.records import WorkloadInfo
 from pybatch.workloads.base import Split, Workload
 
 
+def checked_dtype(name: str) -> torch.dtype:
+    """The dtype of this name, for autocast and ceilings; raises UsageError for another."""
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is not known. Use one of: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
 class Session:
     """One model of a workload on one device, in training mode.
 
@@ -27,8 +34,7 @@ class Session:
     """
 
     def __init__(self, workload: Workload, device: torch.device, dtype: str = "fp32", seed: int = 0) -> None:
-        if dtype not in DTYPES:
-            raise UsageError(f"dtype {dtype!r} is not known. Use one of: {', '.join(DTYPES)}.")
+        checked_dtype(dtype)
         self.workload, self.device, self.dtype = workload, device, dtype
         self.generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
@@ -79,14 +85,14 @@ class Session:
             loss = self._call("loss", self.model, batch)
         if not isinstance(loss, torch.Tensor):
             raise self._error("loss", f"returned {type(loss).__name__}, not a tensor")
-        if loss.numel() != 1 or not loss.is_floating_point():
+        if loss.ndim or not loss.is_floating_point():  # shape (1,) too: at batch 1 it may be a loss per example
             raise self._error(
                 "loss",
                 f"returned {loss.dtype} of shape {tuple(loss.shape)}, not one number: take the mean over examples",
             )
         if not loss.requires_grad:
             raise self._error("loss", "returned a tensor without a gradient: it must depend on the model's parameters")
-        return loss.reshape(())
+        return loss
 
     def backward(self, batch: Any) -> torch.Tensor:
         """Forward and backward; gradients are left in `.grad`. Returns the loss, detached."""
