@@ -21,6 +21,7 @@ _GAIN = 0.02  # a doubling that gains less throughput is not worth going on for
 _PATIENCE = 2  # such doublings in a row
 _LEAST = 6  # doublings at least, for a fit
 _LOOK_S = 0.05  # of timed steps at a batch size, where they are short
+_LINE = 4  # of the largest batches make the line: small ones reuse what the allocator kept
 _SIGNAL = 1 << 20  # bytes; a peak that grows by less is noise of the allocator
 
 
@@ -50,6 +51,7 @@ class Explorer:
         self.step, self.clock, self.memory, self.memory_limit = step, clock, memory, memory_limit
         self.looks: dict[int, Look] = {}
         self.flops_reason: str | None = None
+        self._counts: dict[int, int] = {}  # FLOPs counted, by batch size
 
     @property
     def working(self) -> list[Look]:
@@ -116,7 +118,7 @@ class Explorer:
         points = [(look.batch, look.memory_bytes) for look in self.working if look.memory_bytes is not None]
         if len(points) < 3:
             return None
-        n, peak = np.array(points, dtype=float).T
+        n, peak = np.array(points[-_LINE:], dtype=float).T
         slope, intercept = np.polyfit(n, peak, 1)
         residual = float(np.sqrt(np.mean((peak - intercept - slope * n) ** 2)))
         grown = slope * (n.max() - n.min())
@@ -142,16 +144,26 @@ class Explorer:
         return Look(n, "oom", reason)
 
     def _run(self, n: int) -> Look:
-        self.memory.start()
         self.step.load(n)
-        counted: list[tuple[int | None, str | None]] = []
-        # The first step warms up; nothing that is timed runs under the counter.
-        first = self.clock.time(lambda: counted.append(count_flops(self.step)), 1)[0]
+        flops = self._flops(n)
+        self.memory.start()  # the FLOP counter's own step holds more memory than a plain one
+        first = self.clock.time(self.step, 1)[0]
         self.step.check()
         seconds = self._best(3 if first < 0.1 else 2)
-        self.step.check()
-        flops, self.flops_reason = counted[0]
         return Look(n, "ok", None, seconds, self.memory.peak(), flops)
+
+    def _flops(self, n: int) -> int | None:
+        """FLOPs of the loaded step: counted, or on the line of the batches counted where three lie on one exactly."""
+        counts = sorted(self._counts.items())
+        if len(counts) >= 3 and self.flops_reason is None:
+            (n1, f1), (n2, f2), *rest = counts
+            if all((f - f1) * (n2 - n1) == (f2 - f1) * (m - n1) for m, f in rest):
+                return f1 + (f2 - f1) * (n - n1) // (n2 - n1)
+        flops, self.flops_reason = count_flops(self.step)
+        self.step.check()
+        if flops is not None:
+            self._counts[n] = flops
+        return flops
 
     def _best(self, least: int) -> float:
         """Best of a few steps, of more where they are short."""
@@ -190,8 +202,10 @@ def explore_doubling(explorer: Explorer, deadline: float, step_limit: float) -> 
     n, best, flat = 1, 0.0, 0
     while True:
         seconds = explorer.predicted_s(n)
-        if seconds > step_limit or explorer.clock.now() + 8 * seconds > deadline:
-            return f"batch {n} and above would take too long for the time budget ({seconds:.2g} s a step)"
+        if seconds > step_limit:
+            return f"a step of batch {n} would take too long for the time budget ({seconds:.2g} s)"
+        if explorer.clock.now() + 8 * seconds > deadline:
+            return f"the share of the time budget for finding the range ended before batch {n}"
         look = explorer.look(n)
         if look.status in ("oom", "predicted_oom"):
             return f"batch {n} does not fit in memory"

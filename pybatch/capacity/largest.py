@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -23,7 +24,7 @@ CPU_SHARE = 0.50  # of available host memory, which other processes need as well
 _MARGIN = 0.97  # of the limit aimed at, so that the line's own error does not decide
 _STEP_LIMIT = 10.0  # seconds; a longer step is not run for verification
 _START_S = 6.0  # seconds to start a process, import torch and make the session, at most
-_FAULT_BYTES_PER_S = 2e9  # at which fresh pages are handed out, at least
+_FAULT_BYTES_PER_S = 1e9  # at which a system, also a virtual one, hands out fresh pages, at least
 _TRIES = 4
 
 
@@ -34,6 +35,16 @@ class Largest:
     batch: int | None
     verified: bool | None
     notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A batch predicted to be the largest that fits, and how it would be verified."""
+
+    candidate: int
+    fits: int  # the largest batch that has run
+    packed: tuple[bytes, dict[str, str]]
+    notes: tuple[Note, ...]
 
 
 def memory_limit(device: torch.device) -> int:
@@ -48,52 +59,66 @@ def limit_text(device: torch.device, limit: int) -> str:
     return f"{limit / 2**30:.3g} GiB, {of}"
 
 
-def find_largest(
-    explorer: Explorer,
-    limit: int,
-    deadline: float,
-    *,
-    probe: Callable[[Request, float], Outcome] | None = None,
-) -> Largest:
-    """Predict the largest batch within `limit` bytes and verify it before `deadline` (of the explorer's clock).
+def plan_largest(explorer: Explorer, limit: int, deadline: float) -> Plan | Largest:
+    """Predict the largest batch within `limit` bytes; a `Largest` without a batch where that is not possible.
 
     Args:
         explorer: with its looks at small batches; looks at further ones where memory does not yet clearly grow.
         limit: bytes, above what the process held before the session.
-        deadline: when to be done.
-        probe: runs a request in a fresh process within so many seconds; a test may replace it.
+        deadline: of the explorer's clock; at most a quarter of the time until then is used.
     """
-    session, now = explorer.step.session, explorer.clock.now
+    session = explorer.step.session
+    basis = Note("capacity.max_batch", f"memory limit {limit_text(session.device, limit)}")
     if explorer.memory.reason is not None:
         return _null(explorer.memory.reason)
     _extend(explorer, deadline)
     line = explorer.memory_line()
     if line is None:
         seen = [look.batch for look in explorer.working]
-        return _null(f"peak memory does not clearly grow over batches {min(seen)}..{max(seen)}")
-    # Everything a predicted batch must still be checked against lies between these two.
-    fits = explorer.working[-1].batch
-    candidate = max(fits, int((limit * _MARGIN - line[0]) / line[1]))
-    basis = Note("capacity.max_batch", f"memory limit {limit_text(session.device, limit)}")
+        return _null(f"peak memory does not clearly grow over batches {min(seen)}..{max(seen)}", basis)
     packed = _pack(session.workload)
     if isinstance(packed, str):
         return _null(packed, basis)
-    refused: int | None = None
-    reason = ""
+    fits = explorer.working[-1].batch
+    refused = [look.batch for look in explorer.looks.values() if look.status == "oom"]
+    predicted = int((limit * _MARGIN - line[0]) / line[1])
+    return Plan(max(fits, min([predicted, *(n - 1 for n in refused)])), fits, packed, (basis,))
+
+
+def needed_s(explorer: Explorer, candidate: int, limit: int) -> float:
+    """Seconds that verifying a batch takes at most, or infinity where a step of it is too long to be worth it."""
+    expected = explorer.predicted_s(candidate)
+    if expected > _STEP_LIMIT:
+        return math.inf
+    pages = limit / _FAULT_BYTES_PER_S if explorer.step.session.device.type == "cpu" else 0.0
+    return _START_S + expected + pages
+
+
+def verify_largest(
+    explorer: Explorer,
+    plan: Plan,
+    limit: int,
+    deadline: float,
+    probe: Callable[[Request, float], Outcome] | None = None,
+) -> Largest:
+    """Run a plan's batch in a fresh process before `deadline`; where it does not fit, a smaller one.
+
+    `probe` runs a request within so many seconds; a test may replace it.
+    """
+    session, candidate, fits, reason = explorer.step.session, plan.candidate, plan.fits, ""
     explorer.step.clear()
     memory.release(session.device)
     for attempt in range(_TRIES):
-        expected = explorer.predicted_s(candidate)
-        needed = _START_S + expected + limit / _FAULT_BYTES_PER_S * (session.device.type == "cpu")
-        left = deadline - now()
-        if expected > _STEP_LIMIT or needed > left:
+        needed, left = needed_s(explorer, candidate, limit), deadline - explorer.clock.now()
+        if needed > left:
+            step = f"a step of it takes about {explorer.predicted_s(candidate):.2g} s"
             cause = (
-                f"one step of it would take about {expected:.2g} s, the check {needed:.2g} s of the {left:.2g} s left"
+                step if math.isinf(needed) else f"{step}, the check {needed:.2g} s; {max(0.0, left):.2g} s were left"
             )
             reason = f"{reason}; {cause}" if reason else cause
             break
         request = Request(
-            *packed,
+            *plan.packed,
             path=[entry for entry in sys.path if entry],
             device=str(session.device),
             dtype=session.dtype,
@@ -101,19 +126,18 @@ def find_largest(
             batch=candidate,
             small=explorer.working[0].batch,
             limit_bytes=limit,
-            seconds=min(_STEP_LIMIT, left - needed + expected),
+            seconds=min(_STEP_LIMIT, left - _START_S),
         )
         outcome = (probe or run_probe)(request, left)
         if outcome.status == "ok":
             ran = f"{outcome.steps} full step(s) of batch {candidate} ran in a fresh process"
-            return Largest(candidate, True, (basis, Note("capacity.max_batch_verified", ran)))
+            return Largest(candidate, True, (*plan.notes, Note("capacity.max_batch_verified", ran)))
         reason = f"batch {candidate} did not run in a fresh process ({outcome.reason})"
-        if outcome.status != "oom":
+        if outcome.status != "oom" or candidate == fits:
             break
-        refused = candidate
-        # The line is nearly right as a rule: step back a little first, then halve.
-        candidate = max(fits, int(refused * 0.9) if attempt == 0 else (fits + refused) // 2)
-    return Largest(candidate, False, (basis, Note("capacity.max_batch_verified", f"not verified: {reason}")))
+        # The line is nearly right as a rule: step back a little first, then halve the way to what has run.
+        candidate = max(fits, int(candidate * 0.9) if attempt == 0 else (fits + candidate) // 2)
+    return Largest(candidate, False, (*plan.notes, Note("capacity.max_batch_verified", f"not verified: {reason}")))
 
 
 def run_probe(request: Request, timeout_s: float) -> Outcome:

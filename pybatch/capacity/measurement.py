@@ -14,8 +14,8 @@ from pybatch.capacity.stopping import StoppingRule
 from pybatch.capacity.timing import Rounds, Series, unfinished
 from pybatch.device.ceilings import measure_ceilings
 from pybatch.device.clock import Clock, clock_for
-from pybatch.device.counters import Region
-from pybatch.device.identity import describe, resolve
+from pybatch.device.counters import OtherLoad, Region
+from pybatch.device.identity import describe, resolve, usable_cores
 from pybatch.device.memory import PeakMemory
 from pybatch.errors import Interrupted, UsageError
 from pybatch.records import BatchPoint, Capacity, Ceilings, Note
@@ -25,9 +25,11 @@ from pybatch.workloads.session import Session
 # Shares of the time budget.
 _CEILINGS = 0.07
 _EXPLORE = 0.30  # until here, from the start
-_LARGEST = 0.30  # kept for the largest batch, and at most as many seconds as below
-_LARGEST_S = 18.0
+_LARGEST = 0.50  # of what is left then, for the largest batch
 _STEP = 1 / 60  # a step that takes more of it leaves no room for ten at every batch size
+_SPARE = 1.2  # the largest batch is estimated from small ones
+_DISTURBED = 0.1  # of the usable cores, kept busy by others, that a reader should hear of
+_NOT_ASKED = Note("capacity.max_batch", "not asked for")
 
 
 def measure_capacity(
@@ -115,13 +117,19 @@ class _Measurement:
         self.ceilings = measure_ceilings(self.device, self.dtype, min(3.0, _CEILINGS * self.budget))
         self._tell("looking for the range of batch sizes")
         self._explore()
-        reserve = min(_LARGEST * self.budget, _LARGEST_S) if find_max_batch else 0.0
-        self._time(self.started + self.budget - reserve)
+        end, reserve = self.started + self.budget, 0.0
+        plan: largest.Plan | largest.Largest = largest.Largest(None, None, (_NOT_ASKED,))
         if find_max_batch and self.explorer.working:
+            plan = largest.plan_largest(self.explorer, self.limit, end)
+            if isinstance(plan, largest.Plan):
+                needed = largest.needed_s(self.explorer, plan.candidate, self.limit) * _SPARE
+                # Time that would not suffice for the largest batch is better spent on the others.
+                reserve = needed if needed <= _LARGEST * (end - self.clock.now()) else 0.0
+        self._time(end - reserve)
+        if isinstance(plan, largest.Plan):
             self._tell("largest batch that fits")
-            self.largest = largest.find_largest(self.explorer, self.limit, self.started + self.budget)
-        elif not find_max_batch:
-            self.largest = largest.Largest(None, None, (Note("capacity.max_batch", "not asked for"),))
+            plan = largest.verify_largest(self.explorer, plan, self.limit, end)
+        self.largest = plan
 
     def capacity(self) -> Capacity:
         """The record of what has been found so far."""
@@ -170,9 +178,13 @@ class _Measurement:
             return
         share = max(1.0, 1.5 * (deadline - self.clock.now()) / len(wanted))
         rule = StoppingRule(max_seconds=share)
+        others = OtherLoad()
         self.rounds = Rounds(step.load, step, step.check, self.clock, Region(self.device), rule, self.seed)
         self.rounds.run(wanted, deadline, self._visited)
         step.clear()
+        if (busy := others.cores()) is not None and self.device.type == "cpu" and busy > _DISTURBED * usable_cores():
+            text = f"other processes kept {busy:.1f} cores busy meanwhile: times are those of a disturbed machine"
+            self.notes.append(Note("batches.step_ms", text))
         for series in self.rounds.series.values():
             if series.seconds:
                 explorer.timed(series.batch, series.median.value)
