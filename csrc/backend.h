@@ -6,8 +6,8 @@
 namespace pybatch {
 
 // One implementation per vector width of the CPU.
-#define PB_DECLARE_CPU(ISA)                   \
-    namespace ISA {                           \
+#define PB_DECLARE_CPU(ISA)                     \
+    namespace ISA {                             \
     void step(const Table&, const Call&);       \
     void accumulate(const Table&, const Call&); \
     }

@@ -73,13 +73,26 @@ PYBIND11_MODULE(_C, m) {
 #define PB_NUMBER(NUMBER, RULE) rules[#RULE] = py::make_tuple(NUMBER, PB_ISA::RULE::states);
     PB_FOR_EACH_RULE(PB_NUMBER)
 #undef PB_NUMBER
-    for (auto [name, value] : {std::pair{"param", kParam}, {"grad", kGrad}, {"sum", kSum}, {"state0", kState0},
-                               {"numel", kNumel}, {"code", kCode}, {"group", kGroup}, {"fresh", kFresh}})
+    for (auto [name, value] : {std::pair{"param", kParam},
+                               {"grad", kGrad},
+                               {"sum", kSum},
+                               {"state0", kState0},
+                               {"numel", kNumel},
+                               {"code", kCode},
+                               {"group", kGroup},
+                               {"fresh", kFresh}})
         columns[name] = int(value);
-    for (auto [name, value] :
-         {std::pair{"sum_sq", kSumSq}, {"bad", kBad}, {"micro_sq", kMicroSq}, {"norm", kNorm}, {"clip", kClip},
-          {"skipped", kSkipped}, {"pairs", kPairs}, {"small_sum", kSmallSum}, {"large_sum", kLargeSum},
-          {"ring_steps", kRingSteps}, {"ring_length", kRingLength}})
+    for (auto [name, value] : {std::pair{"sum_sq", kSumSq},
+                               {"bad", kBad},
+                               {"micro_sq", kMicroSq},
+                               {"norm", kNorm},
+                               {"clip", kClip},
+                               {"skipped", kSkipped},
+                               {"pairs", kPairs},
+                               {"small_sum", kSmallSum},
+                               {"large_sum", kLargeSum},
+                               {"ring_steps", kRingSteps},
+                               {"ring_length", kRingLength}})
         ledger[name] = int(value);
     dtypes["float32"] = int(kFloat32);
     dtypes["bfloat16"] = int(kBFloat16);
@@ -99,7 +112,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef PB_CUDA
     m.attr("cuda") = true;
     m.def("cuda_step", [](const Table& t, const Call& c, uintptr_t s) { return cuda_step(t, c, (void*)s); });
-    m.def("cuda_accumulate", [](const Table& t, const Call& c, uintptr_t s) { return cuda_accumulate(t, c, (void*)s); });
+    m.def("cuda_accumulate",
+          [](const Table& t, const Call& c, uintptr_t s) { return cuda_accumulate(t, c, (void*)s); });
     m.def("cuda_devices", &cuda_devices);
     m.def("cuda_error", [](int code) { return py::make_tuple(cuda_error_name(code), cuda_error_text(code)); });
     m.attr("cuda_architectures") = PB_CUDA_ARCHITECTURES;

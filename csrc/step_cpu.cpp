@@ -1,8 +1,8 @@
 // The passes over a list of tensors on the CPU: vectorized by the compiler, threaded over chunks.
 // Compiled once per vector width, with PB_ISA naming the width.
 //
-// Sums are float64 per lane and per chunk, and chunks are added in their order: the result does not depend on the number
-// of threads. A float64 sum of float32 squares cannot overflow, so it is non-finite only where an element was.
+// Sums are float64 per lane and per chunk, and chunks are added in their order: the result does not depend on the
+// number of threads. A float64 sum of float32 squares cannot overflow, so it is non-finite only where an element was.
 
 #include <cmath>
 
@@ -211,8 +211,7 @@ void step(const Table& t, const Call& call) {
         if (!verdict.skip) {
             // Backwards: the gradients read last are still in the cache.
 #pragma omp for schedule(dynamic)
-            for (int64_t i = t.chunk_count - 1; i >= 0; --i)
-                update_chunk(t, call, i, verdict.unscaled * verdict.clip);
+            for (int64_t i = t.chunk_count - 1; i >= 0; --i) update_chunk(t, call, i, verdict.unscaled * verdict.clip);
         }
     }
     if (!verdict.skip)

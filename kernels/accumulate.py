@@ -5,7 +5,19 @@ from typing import Any
 import triton
 import triton.language as tl
 from pybatch.kernels.ledger import collect_kernel
-from pybatch.kernels.table import CODE, COLUMNS, DTYPES, FRESH, GRAD, NUMEL, SUM, load_as_f32, load_f32, store_f32, sum_squares
+from pybatch.kernels.table import (
+    CODE,
+    COLUMNS,
+    DTYPES,
+    FRESH,
+    GRAD,
+    NUMEL,
+    SUM,
+    load_as_f32,
+    load_f32,
+    store_f32,
+    sum_squares,
+)
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-// What is decided once per step from the sums on the device: skip or not, the clip coefficient, the pair of noise norms.
+// What is decided once per step from the sums on the device: skip or not, the clip coefficient, the pair of noise
+// norms.
 #pragma once
 
 #include "rule.h"

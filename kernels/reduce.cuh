@@ -1,5 +1,5 @@
-// Sums that come out the same every time: fp32 per thread, a tree of fixed order per block, float64 across blocks in the
-// order of the chunks. No floating-point atomics; an integer ticket finds the block that finishes last.
+// Sums that come out the same every time: fp32 per thread, a tree of fixed order per block, float64 across blocks in
+// the order of the chunks. No floating-point atomics; an integer ticket finds the block that finishes last.
 #pragma once
 
 #include "rule.h"
@@ -33,7 +33,8 @@ __device__ inline Pair block_sum(double small, double large) {
     return total;
 }
 
-// True in every thread of the block that comes here last, after all writes of the others are visible; resets the ticket.
+// True in every thread of the block that comes here last, after all writes of the others are visible; resets the
+// ticket.
 __device__ inline bool is_last_block(unsigned* ticket) {
     __shared__ bool last;
     __threadfence();

@@ -29,12 +29,9 @@ struct SgdMomentum {
     PB_HD static SgdMomentum make(const double* hyper, double step) {
         const double momentum = hyper[SgdHyper::momentum];
         const bool first = step <= 1.0, nesterov = hyper[SgdHyper::nesterov] != 0.0;
-        return {float(hyper[kLearningRate]),
-                float(hyper[SgdHyper::weight_decay]),
-                first ? 0.0f : float(momentum),
-                first ? 1.0f : float(1.0 - hyper[SgdHyper::dampening]),
-                nesterov ? 1.0f : 0.0f,
-                nesterov ? float(momentum) : 1.0f};
+        return {float(hyper[kLearningRate]),    float(hyper[SgdHyper::weight_decay]),
+                first ? 0.0f : float(momentum), first ? 1.0f : float(1.0 - hyper[SgdHyper::dampening]),
+                nesterov ? 1.0f : 0.0f,         nesterov ? float(momentum) : 1.0f};
     }
 
     PB_HD void update(float& p, float g, float* s) const {

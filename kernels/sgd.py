@@ -1,4 +1,4 @@
-"""Triton twin of sgd.h: stochastic gradient descent with momentum, in torch.optim.SGD's form (Sutskever et al. 2013)."""
+"""Triton twin of sgd.h: SGD with momentum, in torch.optim.SGD's form (Sutskever et al. 2013)."""
 
 import triton
 import triton.language as tl

@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(kThreads, kResident) update_kernel(const Table
             with_dtype(int(chunk.row[kCode] % kDtypes), [&](auto type) {
                 using P = decltype(type);
                 switch (chunk.row[kCode] / kDtypes) {
-#define PB_CASE(NUMBER, RULE)                          \
-    case NUMBER:                                       \
+#define PB_CASE(NUMBER, RULE)                       \
+    case NUMBER:                                    \
         update_row<RULE, P>(t, call, chunk, scale); \
         break;
                     PB_FOR_EACH_RULE(PB_CASE)

@@ -47,7 +47,8 @@ __device__ inline void for_each(int size, bool vectors, const Vector& vector, co
     for (int i = whole * kWidth + threadIdx.x; i < size; i += kThreads) scalar(i);
 }
 
-// Sum of squares in fp32. A finite sum may overflow, so the verdict comes from x * 0, which is NaN only for NaN and inf.
+// Sum of squares in fp32. A finite sum may overflow, so the verdict comes from x * 0, which is NaN only for NaN and
+// inf.
 struct Squares {
     float sum = 0.0f, bad = 0.0f;
 

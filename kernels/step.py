@@ -74,7 +74,7 @@ def update_kernel(
     offset = tl.load(chunks + 2 * chunk + 1) * block + tl.arange(0, block)
     mask = offset < tl.load(row + NUMEL)
     source = tl.load(row + (SUM if accumulated else GRAD))
-    skip, norm, coefficient, unscaled = judge(ledger, inverse, max_norm, grad_scale, found_inf, taken, clip)
+    skip, _norm, coefficient, unscaled = judge(ledger, inverse, max_norm, grad_scale, found_inf, taken, clip)
     if (source != 0) & (skip == 0):
         code = tl.load(row + CODE)
         dtype, rule = code % DTYPES, code // DTYPES
@@ -96,7 +96,7 @@ def update_kernel(
                 p, m, v, peak = adamw_update(adam, p, g, m, v, load_f32(a2, offset, mask), True)
                 store_f32(a2, offset, peak, mask)
             else:
-                p, m, v, unused = adamw_update(adam, p, g, m, v, v, False)
+                p, m, v, _unused = adamw_update(adam, p, g, m, v, v, False)
             store_f32(a0, offset, m, mask)
             store_f32(a1, offset, v, mask)
         else:
@@ -105,7 +105,7 @@ def update_kernel(
                 p, b = sgd_update(plain, p, g, load_f32(a0, offset, mask), True)
                 store_f32(a0, offset, b, mask)
             else:
-                p, same = sgd_update(plain, p, g, g, False)
+                p, _same = sgd_update(plain, p, g, g, False)
         store_from_f32(param, dtype, offset, p, mask)
 
 

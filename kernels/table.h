@@ -53,9 +53,9 @@ struct Table {
     float* steps;         // [row_count]: updates each tensor has had
     double* ledger;
     double* ring;
-    double* partials;    // [chunk_count, 2]
-    unsigned* ticket;    // CUDA: blocks done; 0 between launches
-    int64_t elements;    // in all rows
+    double* partials;  // [chunk_count, 2]
+    unsigned* ticket;  // CUDA: blocks done; 0 between launches
+    int64_t elements;  // in all rows
 };
 
 struct Call {

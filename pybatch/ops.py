@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 import torch  # before _C: both then share one OpenMP pool
 
-from pybatch import _C
+from pybatch import _C as _compiled
 from pybatch.errors import DeviceError, UsageError
 
+_C: Any = _compiled
 Call = _C.Call  # the scalars of one step or accumulation
 DTYPES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in _C.dtypes.items()}
 RULES: dict[str, tuple[int, int]] = dict(_C.rules)  # name: (number, states per element)
@@ -252,7 +253,9 @@ def choose_backend(name: str | None, device: torch.device) -> Backend:
         if reason is None:
             return BACKENDS[candidate]()
         reasons[candidate] = reason
-    raise DeviceError(" ".join(f"backend {candidate!r} can't be used: {reason}" for candidate, reason in reasons.items()))
+    raise DeviceError(
+        " ".join(f"backend {candidate!r} can't be used: {reason}" for candidate, reason in reasons.items())
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +18,15 @@ from pybatch.optim.slots import Slot, check_param, conform, fit_state, own_stora
 from pybatch.records import NoiseScale
 
 EMPTY = 1  # stands for the address of a gradient without elements, because 0 means no gradient
+
+
+@dataclass(frozen=True)
+class Options:
+    """pybatch's own arguments of an optimizer."""
+
+    max_grad_norm: float | None
+    noise: bool
+    backend: str | None
 
 
 class FusedOptimizer(Optimizer):
@@ -40,6 +50,7 @@ class FusedOptimizer(Optimizer):
     """
 
     _step_supports_amp_scaling: ClassVar[bool] = True
+    _ledger: ops.Ledger | None
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], *, max_grad_norm: float | None, noise: bool, backend: str | None
@@ -48,7 +59,7 @@ class FusedOptimizer(Optimizer):
             raise UsageError(f"max_grad_norm {max_grad_norm}: a norm is above 0. Give one, or None not to clip.")
         if backend is not None and backend not in ops.BACKENDS:
             raise UsageError(f"backend {backend!r} is not known. Use one of: {', '.join(ops.BACKENDS)}, or None.")
-        self._options = {"max_grad_norm": max_grad_norm, "noise": bool(noise), "backend": backend}
+        self._options = Options(None if max_grad_norm is None else float(max_grad_norm), bool(noise), backend)
         self._reset()
         super().__init__(params, defaults)
 
@@ -98,7 +109,9 @@ class FusedOptimizer(Optimizer):
             UsageError: `n` is not above 0, or no parameter has a gradient.
         """
         if not (isinstance(n, int | float) and math.isfinite(n) and n > 0):
-            raise UsageError(f"accumulate({n!r}): n is the number of examples in the micro-batch, above 0. Pass len(x).")
+            raise UsageError(
+                f"accumulate({n!r}): n is the number of examples in the micro-batch, above 0. Pass len(x)."
+            )
         tensors = self._tensors()
         grads = self._gradients()
         if tensors is None or not any(grad is not None for grad in grads):
@@ -119,7 +132,7 @@ class FusedOptimizer(Optimizer):
             slot.param.grad = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, or an accumulated sum if `accumulate` was called since the last.
 
         Args:
@@ -135,12 +148,11 @@ class FusedOptimizer(Optimizer):
                 loss = closure()
         accumulated = self._micro_batches > 0
         tensors = self._tensors()
-        grads: list[torch.Tensor | None] = []
         if accumulated:
             self._check_consumed()
-            sources = [self._sums.get(slot.param) for slot in self._slots]
+            sources: list[torch.Tensor | None] = [self._sums.get(slot.param) for slot in self._slots]
         else:
-            sources = grads = self._gradients()
+            sources = self._gradients()
         if tensors is None or not any(source is not None for source in sources):
             return loss
         call = self._prepare_call(accumulated)
@@ -150,7 +162,7 @@ class FusedOptimizer(Optimizer):
         self._backend.step(tensors, call)
         for slot in self._copied:
             slot.param.copy_(slot.dense)
-        if accumulated and self._options["noise"] and self._micro_batches < 2:
+        if accumulated and self._options.noise and self._micro_batches < 2:
             self._single_steps += 1
         self._forget_sums()
         return loss
@@ -183,7 +195,7 @@ class FusedOptimizer(Optimizer):
         Raises:
             UsageError: the optimizer was not made with noise=True.
         """
-        if not self._options["noise"]:
+        if not self._options.noise:
             raise UsageError(f"{type(self).__name__} was made without noise=True, so no statistics were kept. Set it.")
         from pybatch.noise import estimator
 
@@ -204,7 +216,7 @@ class FusedOptimizer(Optimizer):
         """As torch's, readable by the twin; noise statistics are under the key "pybatch"."""
         state = super().state_dict()
         if self._ledger is not None:
-            state["pybatch"] = self._ledger.state_dict() | {"single_steps": self._single_steps}
+            state["pybatch"] = self._own_state()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -217,25 +229,16 @@ class FusedOptimizer(Optimizer):
                 for name, value in saved.items():
                     if isinstance(value, torch.Tensor) and name != "step":
                         self.state[param][name] = value.to(param.device, torch.float32)
-        own = state_dict.get("pybatch")
-        if own is not None:
-            self._ledger = ops.Ledger(own["ledger"].device)
-            self._ledger.load_state_dict(own)
-            self._single_steps = own["single_steps"]
+        self._load_own(state_dict.get("pybatch"))
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_options": self._options, "_copied": self.state_dict().get("pybatch")}
+        return super().__getstate__() | {"_options": self._options, "_copied": self._own_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For torch's load_state_dict, copies and pickles alike: addresses are taken anew at the next step."""
         copied = state.pop("_copied", None)
-        ledger, single_steps = self.__dict__.get("_ledger"), self.__dict__.get("_single_steps", 0)
-        self._reset()
-        self._ledger, self._single_steps = ledger, single_steps
-        if copied is not None:
-            self._ledger = ops.Ledger(copied["ledger"].device)
-            self._ledger.load_state_dict(copied)
-            self._single_steps = copied["single_steps"]
+        self._reset(self.__dict__.get("_ledger"), self.__dict__.get("_single_steps", 0))
+        self._load_own(copied)
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -243,17 +246,28 @@ class FusedOptimizer(Optimizer):
 
     # Inside.
 
-    def _reset(self) -> None:
+    def _own_state(self) -> dict[str, Any] | None:
+        if self._ledger is None:
+            return None
+        return self._ledger.state_dict() | {"single_steps": self._single_steps}
+
+    def _load_own(self, saved: dict[str, Any] | None) -> None:
+        if saved is not None:
+            self._ledger = ops.Ledger(saved["ledger"].device)
+            self._ledger.load_state_dict(saved)
+            self._single_steps = saved["single_steps"]
+
+    def _reset(self, ledger: ops.Ledger | None = None, single_steps: int = 0) -> None:
         self._backend: ops.Backend
         self._list: ops.TensorList | None = None
-        self._ledger: ops.Ledger | None = None
+        self._ledger = ledger
         self._slots: list[Slot] = []
         self._copied: list[Slot] = []  # whose parameter is not dense: a copy is updated and written back
         self._others: list[torch.Tensor] = []  # parameters without gradient or state so far
         self._rules: list[Any] = []
         self._sent_hyper: list[Any] = []
         self._call = ops.Call()
-        self._single_steps = 0
+        self._single_steps = single_steps  # steps of one micro-batch, which give no pair of norms
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
         self._forget_sums()
 
@@ -265,7 +279,7 @@ class FusedOptimizer(Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def _tensors(self) -> ops.TensorList | None:
-        """The list, rebuilt where a tensor moved, came in or changed its rule; None where nothing had a gradient yet."""
+        """The list, rebuilt where a tensor moved, came in or changed its rule; None before the first gradient."""
         rules = [self._rule(group) for group in self.param_groups]
         if (
             rules != self._rules
@@ -290,8 +304,10 @@ class FusedOptimizer(Optimizer):
         return (lr, float(group["maximize"]), *self._hyper(group))
 
     def _build(self, rules: list[Any]) -> None:
+        self._list = None
         known = {slot.param for slot in self._slots} | set(self._sums)
-        listed, others = [], []
+        listed: list[tuple[int, int, torch.Tensor]] = []
+        others = []
         index = 0
         for number, group in enumerate(self.param_groups):
             for param in group["params"]:
@@ -302,7 +318,7 @@ class FusedOptimizer(Optimizer):
                 else:
                     others.append(param)
                 index += 1
-        backend = ops.choose_backend(self._options["backend"], listed[0][2].device) if listed else None
+        backend = ops.choose_backend(self._options.backend, listed[0][2].device) if listed else None
         slots = [Slot.of(index, param) for index, _, param in listed]
         entries = []
         for slot, (_, number, param) in zip(slots, listed, strict=True):
@@ -360,13 +376,12 @@ class FusedOptimizer(Optimizer):
             )
 
     def _prepare_call(self, accumulated: bool) -> Any:
-        call, options = self._call, self._options
-        limit = options["max_grad_norm"]
+        call, noise, limit = self._call, self._options.noise, self._options.max_grad_norm
         call.sum = call.known = accumulated
         call.clip = limit is not None
-        call.norm = not accumulated and (limit is not None or options["noise"])
-        call.max_norm = float(limit) if limit is not None else math.inf
-        call.noise = options["noise"] and self._micro_batches > 1
+        call.norm = not accumulated and (limit is not None or noise)
+        call.max_norm = math.inf if limit is None else limit
+        call.noise = noise and self._micro_batches > 1
         call.inverse = self._first / self._examples if accumulated else 1.0
         call.examples, call.micro_batches = float(self._examples), float(self._micro_batches)
         self._amp = [self._amp_scalar(name) for name in ("grad_scale", "found_inf")]  # alive until the next step
