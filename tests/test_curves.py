@@ -1,0 +1,140 @@
+"""The throughput fit: planted curves come back, with intervals that hold them."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.optimize import brentq, least_squares
+
+from pybatch.curves import fit_throughput
+from pybatch.errors import UsageError
+
+BATCHES = 2 ** np.arange(13)
+ALPHA, BETA = 0.008, 2e-4  # half batch 40, ceiling 5000 examples/s
+
+
+def affine(batch):
+    return ALPHA + BETA * np.asarray(batch, dtype=float)
+
+
+def floored(batch):
+    return np.maximum(ALPHA, 0.001 + BETA * np.asarray(batch, dtype=float))
+
+
+def test_affine_is_recovered():
+    fit = fit_throughput(BATCHES, affine(BATCHES))
+    assert fit.model == "affine"
+    assert (fit.alpha_s, fit.beta_s) == pytest.approx((ALPHA, BETA), rel=1e-6)
+    assert fit.t0_s == fit.alpha_s
+    assert (fit.ceiling, fit.half_batch, fit.saturation_batch) == pytest.approx((5000, 40, 380), rel=1e-6)
+    assert fit.rms_log_error < 1e-6
+    assert fit.ceiling_low == pytest.approx(fit.ceiling_high, rel=1e-4)  # no spread, no interval
+
+
+def test_floor_is_recovered():
+    fit = fit_throughput(BATCHES, floored(BATCHES))
+    assert fit.model == "floor"
+    assert (fit.t0_s, fit.alpha_s, fit.beta_s) == pytest.approx((ALPHA, 0.001, BETA), rel=1e-4)
+    assert fit.half_batch == pytest.approx(20, rel=1e-4)  # t(20) = 0.008 = 2 * 20 * beta, on the floor
+
+
+@pytest.mark.parametrize("curve", [affine, floored])
+@pytest.mark.parametrize("gain", [0.02, 0.05, 0.2])
+def test_half_and_saturation_batch_are_what_they_say(curve, gain):
+    """Half the ceiling at half_batch; doubling gains exactly `gain` at saturation_batch and less past it."""
+    fit = fit_throughput(BATCHES, curve(BATCHES), gain=gain)
+
+    def throughput(batch):
+        return batch / fit.step_s(batch)
+
+    def gained(batch):
+        return throughput(2 * batch) / throughput(batch) - 1
+
+    assert throughput(fit.half_batch) == pytest.approx(fit.ceiling / 2, rel=1e-9)
+    assert gained(fit.saturation_batch) == pytest.approx(gain, rel=1e-4)
+    assert all(gained(fit.saturation_batch * more) < gain for more in (1.01, 2, 30))
+    assert gained(fit.saturation_batch * 0.99) > gain
+    if curve is affine:
+        root = brentq(lambda b: 2 * affine(b) / affine(2 * b) - 1 - gain, 1e-3, 1e6)
+        assert fit.saturation_batch == pytest.approx(root, rel=1e-5)
+
+
+def noisy(curve, batches, rng, samples):
+    """Step times with 1 % between batch sizes and 3 % within, or 2 % where there is one value."""
+    if samples == 1:
+        return curve(batches) * np.exp(0.02 * rng.standard_normal(len(batches)))
+    return [
+        curve(b) * np.exp(0.01 * rng.standard_normal() + 0.03 * rng.standard_normal(samples + int(b) % 3))
+        for b in batches
+    ]
+
+
+@pytest.mark.parametrize(("curve", "half", "samples"), [(affine, 40, 1), (affine, 40, 12), (floored, 20, 12)])
+def test_intervals_hold_the_planted_values(curve, half, samples):
+    rng, held, chosen = np.random.default_rng(7), np.zeros(3), 0
+    truth = fit_throughput(BATCHES, curve(BATCHES))
+    planted = (5000, half, truth.saturation_batch)
+    for seed in range(200):
+        fit = fit_throughput(BATCHES, noisy(curve, BATCHES, rng, samples), seed=seed, resamples=200)
+        low = (fit.ceiling_low, fit.half_low, fit.saturation_low)
+        high = (fit.ceiling_high, fit.half_high, fit.saturation_high)
+        held += [a <= p <= b for a, p, b in zip(low, planted, high, strict=True)]
+        chosen += fit.model == truth.model
+    assert (held / 200 >= 0.90).all()
+    assert chosen / 200 >= 0.9
+
+
+def test_one_disturbed_batch_does_not_bend_the_fit():
+    seconds = affine(BATCHES)
+    seconds[4] *= 3
+    fit = fit_throughput(BATCHES, seconds)
+    assert fit.half_batch == pytest.approx(40, rel=0.1)
+    # A plain least-squares fit in log time has no such protection: the same bound catches it.
+    start = np.log([0.01, 1e-4])
+    plain = least_squares(lambda p: np.log(np.exp(p[0]) + np.exp(p[1]) * BATCHES) - np.log(seconds), start)
+    assert abs(math.exp(plain.x[0] - plain.x[1]) / 40 - 1) > 0.1
+
+
+def test_throughput_falling_at_large_batches_shows_as_misfit():
+    """Caches overflow past 1024: no affine curve follows, and the figure for that says so."""
+    seconds = affine(BATCHES) * np.where(BATCHES > 1000, 1.5, 1.0)
+    fit = fit_throughput(BATCHES, seconds)
+    assert fit.rms_log_error > 0.1
+    assert fit.ceiling_low < 5000 / 1.2 < fit.ceiling_high * 1.2
+
+
+def test_samples_are_used_by_their_median_and_order_is_free():
+    samples = [[t, t * 1.001, t * 50] for t in affine(BATCHES)]
+    fit = fit_throughput(BATCHES[::-1], samples[::-1])
+    assert fit.half_batch == pytest.approx(40, rel=0.02)
+    assert fit == fit_throughput(BATCHES[::-1], samples[::-1])  # the seed decides everything
+
+
+def test_flat_step_times_say_that_the_ceiling_is_not_in_sight():
+    fit = fit_throughput([1, 2, 4, 8], [0.01, 0.01, 0.0101, 0.01])
+    assert fit.half_batch > 100 * 8
+
+
+@pytest.mark.parametrize(
+    ("batches", "seconds", "says"),
+    [
+        ([1, 2], [1.0, 2.0], "3 distinct batch sizes, found 1, 2"),
+        ([4, 4, 4], [1.0, 1.0, 1.0], "3 distinct batch sizes, found 4"),
+        ([], [], "found none"),
+        ([1, 2, 3], [1.0, 2.0], "3 batches but 2 step times"),
+        ([1, 2, 4], [1.0, math.nan, 2.0], "batch 2 has step time nan"),
+        ([1, 2, 4], [1.0, 0.0, 2.0], "batch 2 has step time 0.0"),
+        ([1, 2, 4], [[1.0], [1.0, -2.0], [3.0]], "batch 2 has step time -2.0"),
+        ([1, 2, 4], [[1.0], [], [3.0]], "batch 2 has no step time"),
+        ([0, 2, 4], [1.0, 1.0, 2.0], "batch 0 is not a batch size"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(batches, seconds, says):
+    with pytest.raises(UsageError, match=says):
+        fit_throughput(batches, seconds)
+
+
+@pytest.mark.parametrize("option", [{"gain": 0.0}, {"gain": 1.5}, {"resamples": 3}])
+def test_options_out_of_range_are_refused(option):
+    with pytest.raises(UsageError, match=str(next(iter(option.values())))):
+        fit_throughput(BATCHES, affine(BATCHES), **option)

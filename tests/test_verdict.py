@@ -1,0 +1,256 @@
+"""The verdict: what it advises is what brute force finds, and every number it prints can be accounted for."""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+
+from pybatch import numerals
+from pybatch.curves import fit_throughput
+from pybatch.errors import UsageError
+from pybatch.records import (
+    BatchPoint,
+    Capacity,
+    Convergence,
+    ConvergencePoint,
+    Curve,
+    NoiseScale,
+    Note,
+    ThroughputFit,
+    WorkloadInfo,
+)
+from pybatch.verdict import EFFICIENCY, TimeModel, compare
+
+BATCHES = tuple(2**i for i in range(13))
+
+
+def throughput(alpha=0.008, beta=2e-4, floor=None, spread=1.05):
+    half = alpha / beta if floor is None else max(floor / (2 * beta), alpha / beta)
+    return ThroughputFit(
+        model="affine" if floor is None else "floor",
+        t0_s=alpha if floor is None else floor,
+        alpha_s=alpha,
+        beta_s=beta,
+        ceiling=1 / beta,
+        ceiling_low=1 / beta / spread,
+        ceiling_high=1 / beta * spread,
+        half_batch=half,
+        half_low=half / spread,
+        half_high=half * spread,
+        saturation_batch=9.5 * half,
+        saturation_low=9.5 * half / spread,
+        saturation_high=9.5 * half * spread,
+        gain=0.05,
+        rms_log_error=0.01,
+        batches=len(BATCHES),
+    )
+
+
+def capacity(fit=None, max_batch=100_000, examples=None, batches=BATCHES, times=None):
+    fit = fit or throughput()
+    times = times or [1e3 * fit.step_s(b) for b in batches]
+    return Capacity(
+        t0_ms=fit.t0_s * 1e3,
+        ceiling_samples_per_s=fit.ceiling,
+        half_batch=fit.half_batch,
+        saturation_batch=fit.saturation_batch,
+        saturation_low=fit.saturation_low,
+        saturation_high=fit.saturation_high,
+        saturation_measured=512,
+        max_batch=max_batch,
+        max_batch_verified=True,
+        model=fit,
+        workload=WorkloadInfo("planted", "images", 1000, "fp32", examples=examples),
+        batches=tuple(BatchPoint(b, "ok", step_ms=t, samples=10) for b, t in zip(batches, times, strict=True)),
+    )
+
+
+def noise(value, low=None, high=None, status="resolved"):
+    if status == "resolved" and low is None:
+        low, high = value / 1.1, value * 1.1
+    notes = () if status == "resolved" else (Note("noise.b_simple", "|G|^2 is not separated from zero"),)
+    return NoiseScale(value, low, high, 1.0, value, status, "micro-batches", 100, warmup_steps=200, notes=notes)
+
+
+def sweep(critical=200.0, s_min=500.0):
+    points = tuple(ConvergencePoint(b, s_min * (1 + critical / b), "reached", 3, 0.1) for b in BATCHES)
+    good = Curve("tuned", "train", points, s_min, critical, critical / 1.2, critical * 1.2, target=0.3)
+    other = Curve("constant", "train", points, 2 * s_min, 2 * critical, critical, 3 * critical, target=0.3)
+    unfitted = Curve("tuned", "test", (), None, None, None, None)
+    return Convergence((unfitted, other, good))
+
+
+TABLE = {
+    # name: (capacity, noise, steps) -> (limit, best batch, what the text must say)
+    "noise": ((capacity(), noise(40)), ("noise", 32, "Gradient noise sets the limit")),
+    "hardware": ((capacity(), noise(12_000)), ("hardware", 512, "The device sets the limit")),
+    "balanced": ((capacity(), noise(380)), ("balanced", 128, "balanced")),
+    "memory": ((capacity(max_batch=50), noise(12_000)), ("hardware", 32, "largest batch that fits 50")),
+    "data set": ((capacity(examples=100), noise(12_000)), ("hardware", 64, "Use batch 64")),
+    "no noise at all": ((capacity(), noise(0.0, 0.0, 3.0)), ("noise", 1, "Use batch 1 ")),
+    "lower bound above": (
+        (capacity(), noise(None, 900, status="lower_bound")),
+        ("hardware", None, "above what the device can use"),
+    ),
+    "lower bound below": ((capacity(), noise(None, 90, status="lower_bound")), ("unresolved", None, "or larger")),
+    "unresolved": (
+        (capacity(), noise(None, status="unresolved")),
+        ("unresolved", None, "No batch can be advised yet: |G|^2 is not separated"),
+    ),
+    "capacity alone": ((capacity(), None), ("unresolved", None, "Measure the noise scale as well")),
+    "noise alone": ((None, noise(40)), ("unresolved", None, "Capacity was not measured")),
+    "lower bound alone": ((None, noise(None, 90, status="lower_bound")), ("unresolved", None, "at least 90")),
+    "nothing": ((None, None), ("unresolved", None, "no batch can be advised")),
+    "sweep": ((capacity(), noise(12_000), sweep()), ("noise", 64, "fitted to steps")),
+    "floor": ((capacity(throughput(alpha=1e-4, floor=0.008)), noise(40)), ("noise", 32, "Use batch 32")),
+    "three batches": (
+        (Capacity(None, None, None, None, None, None, None, None, None, None), noise(40)),
+        ("unresolved", None, "Too few batch sizes"),
+    ),
+}
+
+
+@pytest.fixture(params=TABLE)
+def case(request):
+    inputs, expected = TABLE[request.param]
+    return compare(*inputs), expected
+
+
+def test_advice(case):
+    verdict, (limit, best, says) = case
+    assert verdict.limit == limit
+    assert verdict.best_batch == best
+    assert says in verdict.text
+    assert verdict.text.count(". ") <= 5
+    if best is not None:
+        assert verdict.best_low <= best <= verdict.best_high
+
+
+def test_every_missing_figure_has_a_note_and_every_given_one_a_reason(case):
+    verdict, _ = case
+    reasons = {r.figure for r in verdict.reasons}
+    for figure in ("critical_batch", "saturation_batch", "best_batch", "useful_devices", "time_to_target"):
+        if getattr(verdict, figure) is None:
+            assert any(n.figure == f"verdict.{figure}" and len(n.text) > 10 for n in verdict.notes), figure
+        else:
+            assert figure in reasons, figure
+    assert "limit" in reasons
+
+
+def numbers_in(text):
+    return re.findall(r"(?<![\w.^|])\d+(?:,\d{3})*(?:\.\d+)?(?![\w^])", text.replace("95 % interval", "interval"))
+
+
+def test_every_number_in_the_text_can_be_accounted_for(case):
+    """It stands in a field of the verdict, or among a reason's inputs, rounded as numerals rounds."""
+    verdict, _ = case
+    known = [getattr(verdict, f) for f in verdict.__dataclass_fields__]
+    known += [value for reason in verdict.reasons for value in reason.inputs.values()]
+    values = [float(v) for v in known if isinstance(v, int | float)]
+    shown = {form for v in values for form in (numerals.count(v), numerals.count(math.ceil(v)))}
+    shown |= {numerals.number(v, digits) for v in values for digits in (1, 2, 3)}
+    assert set(numbers_in(verdict.text)) <= shown
+
+
+def test_an_unaccounted_number_would_be_caught():
+    assert numbers_in("Use batch 64 (95 % interval 1,200 to 3.5, x), |G|^2") == ["64", "1,200", "3.5"]
+
+
+def test_why():
+    verdict = compare(capacity(), noise(40))
+    reason = verdict.why("best_batch")
+    assert reason.inputs["optimum"] == pytest.approx(math.sqrt(40 * 40))
+    assert verdict.why("critical_batch").evidence == "modelled"  # B_simple is measured; that it is critical, is not
+    with pytest.raises(UsageError, match="no figure 'colour'"):
+        verdict.why("colour")
+
+
+FITS = {"affine": throughput(), "floor": throughput(alpha=0.002, floor=0.008), "knee": throughput(1e-5, floor=0.008)}
+
+
+@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("critical", [3.0, 200.0, 5e4])
+@pytest.mark.parametrize("most", [math.inf, 64.0])
+def test_optimum_is_the_least_time(name, critical, most):
+    """Against 20 000 batches tried one by one."""
+    model = TimeModel(FITS[name], critical, most)
+    grid = np.geomspace(1, min(most, 1e6), 20_000)
+    time = [(1 + critical / b) * FITS[name].step_s(b) for b in grid]
+    assert model.time(model.optimum()) <= min(time) * (1 + 1e-9)
+    assert model.optimum() == pytest.approx(grid[np.argmin(time)], rel=2e-3)
+
+
+@pytest.mark.parametrize("critical", [40.0, 5e3, 1e5])
+def test_useful_devices_by_brute_force(critical):
+    """T(1) / (K T(K)) with every batch tried, and against the closed form for the affine model."""
+    fit = throughput()
+    grid = np.geomspace(1, 1e7, 40_001)
+
+    def least(k):
+        return np.min((1 + critical / grid) * (fit.alpha_s + fit.beta_s * grid / k))
+
+    found = TimeModel(fit, critical).useful_devices()
+    assert least(1) / (found * least(found)) >= EFFICIENCY * (1 - 1e-6)
+    assert least(1) / ((found + 1) * least(found + 1)) < EFFICIENCY
+    ratio = math.sqrt(critical / fit.half_batch)
+    assert found == math.floor((1 + (1 + ratio) * (1 / math.sqrt(EFFICIENCY) - 1)) ** 2)
+
+
+def test_more_devices_are_worth_it_where_memory_binds():
+    """One device of little memory is slow; each further one brings memory as well."""
+    assert TimeModel(throughput(), 5e3, 16.0).useful_devices() > TimeModel(throughput(), 5e3).useful_devices()
+
+
+def test_cost_of_going_further_is_the_ratio_of_times():
+    verdict = compare(capacity(), noise(40))
+    inputs, fit = verdict.why("limit").inputs, throughput()
+    examples = (1 + 380 / 40) / (1 + 32 / 40)
+    speed = 380 / fit.step_s(380) / (32 / fit.step_s(32))
+    assert inputs["examples_factor"] == pytest.approx(examples)
+    assert inputs["throughput_factor"] == pytest.approx(speed)
+    assert inputs["time_factor"] == pytest.approx(examples / speed)
+
+
+def test_interval_holds_the_best_batch_of_a_planted_problem():
+    """Critical batch and step times drawn with their errors: the interval of B* covers the true optimum."""
+    rng, held, true = np.random.default_rng(11), 0, math.sqrt(300 * 40)
+    for seed in range(100):
+        drawn = 300 * math.exp(0.1 * rng.standard_normal())
+        seconds = throughput().alpha_s + throughput().beta_s * np.array(BATCHES)
+        fit = fit_throughput(
+            BATCHES, seconds * np.exp(0.03 * rng.standard_normal(len(BATCHES))), seed=seed, resamples=100
+        )
+        found = compare(capacity(fit), noise(drawn, drawn * math.exp(-0.196), drawn * math.exp(0.196)))
+        inputs = found.why("best_batch").inputs
+        held += inputs["optimum_low"] <= true <= inputs["optimum_high"]
+    assert held >= 90
+
+
+def test_measured_times_overrule_a_model_that_misses_them():
+    """A cache cliff at 64 that no affine fit can follow: the batch below it is faster to the loss."""
+    times = [1e3 * throughput().step_s(b) * (2.0 if b >= 64 else 1.0) for b in BATCHES]
+    verdict = compare(capacity(times=times), noise(100))
+    assert verdict.best_batch == 32
+    assert verdict.why("best_batch").evidence == "measured"
+    assert compare(capacity(), noise(100)).best_batch == 64
+
+
+def test_odd_batches_measured_are_kept():
+    verdict = compare(capacity(batches=(10, 30, 60, 150)), noise(100))
+    assert verdict.best_batch == 60
+    assert compare(capacity(batches=(1, 2, 4)), noise(100)).best_batch == 64  # none near: a power of two
+
+
+def test_time_to_target_needs_steps():
+    assert compare(capacity(), noise(200)).time_to_target is None
+    verdict = compare(capacity(), noise(12_000), sweep(200.0, 500.0))
+    steps = 500 * (1 + 200 / verdict.best_batch)
+    assert verdict.time_to_target == pytest.approx(steps * throughput().step_s(verdict.best_batch))
+    assert (verdict.critical_source, verdict.critical_batch) == ("sweep", 200.0)
+
+
+def test_misfit_is_told():
+    poor = dataclasses.replace(throughput(), rms_log_error=0.17)
+    assert any("17 % (rms)" in n.text for n in compare(capacity(poor), noise(40)).notes)
