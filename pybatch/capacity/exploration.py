@@ -16,10 +16,12 @@ from pybatch.errors import WorkloadError
 from pybatch.records import BatchStatus
 from pybatch.workloads.session import is_out_of_memory
 
+OUT_OF_TIME = "the time budget ended before it was timed"
 _STRIDE = 8  # largest ratio of successive batches, so that memory is known before it can run out
 _GAIN = 0.02  # a doubling that gains less throughput is not worth going on for
 _PATIENCE = 2  # such doublings in a row
 _LEAST = 6  # doublings at least, for a fit
+_LOOK_STEPS = 5  # that a look takes, at most, where steps are long
 _LOOK_S = 0.05  # of timed steps at a batch size, where they are short
 _LINE = 4  # of the largest batches make the line: small ones reuse what the allocator kept
 _SIGNAL = 1 << 20  # bytes; a peak that grows by less is noise of the allocator
@@ -35,6 +37,7 @@ class Look:
     step_s: float | None = None  # best of a few steps
     memory_bytes: int | None = None
     flops: int | None = None
+    late: bool = False  # skipped for want of time, not for what the batch is
 
 
 class Explorer:
@@ -80,13 +83,16 @@ class Explorer:
     def look(self, n: int) -> Look:
         """Look at one batch size, unless that was done; never raises for what the batch size itself causes."""
         if n not in self.looks:
-            predicted = self.predicted_bytes(n)
-            if predicted is not None and self.memory_limit is not None and predicted > self.memory_limit:
-                reason = f"predicted {predicted / 2**30:.3g} GiB, limit {self.memory_limit / 2**30:.3g} GiB"
-                self.looks[n] = Look(n, "predicted_oom", reason)
-            else:
-                self.looks[n] = self._look(n)
+            excess = self.excess(n)
+            self.looks[n] = self._look(n) if excess is None else Look(n, "predicted_oom", excess)
         return self.looks[n]
+
+    def excess(self, n: int) -> str | None:
+        """How a step of n examples is predicted to exceed the memory limit, or None."""
+        line = self.memory_line()
+        if line is None or self.memory_limit is None or line[0] + line[1] * n <= self.memory_limit:
+            return None
+        return f"predicted {(line[0] + line[1] * n) / 2**30:.3g} GiB, limit {self.memory_limit / 2**30:.3g} GiB"
 
     def look_again(self, n: int) -> Look:
         """Time a batch size once more, keeping the better time: for a step that a disturbance may have hit."""
@@ -105,13 +111,8 @@ class Explorer:
         self.looks[n] = replace(self.looks[n], step_s=step_s)
 
     def skip(self, n: int, reason: str) -> None:
-        """Note that a batch size is not run, and why."""
-        self.looks[n] = Look(n, "skipped", reason)
-
-    def predicted_bytes(self, n: int) -> float | None:
-        """Peak memory of a step of n examples, from a line through the batches seen; None while that says nothing."""
-        line = self.memory_line()
-        return None if line is None else line[0] + line[1] * n
+        """Note that a batch size is not run for want of time."""
+        self.looks[n] = Look(n, "skipped", reason, late=True)
 
     def memory_line(self) -> tuple[float, float] | None:
         """Intercept (bytes) and slope (bytes per example) of peak memory; None where memory does not clearly grow."""
@@ -125,9 +126,18 @@ class Explorer:
         return (float(intercept), float(slope)) if grown > max(_SIGNAL, 4 * residual) else None
 
     def predicted_s(self, n: int) -> float:
-        """Seconds of a step of n examples, at most: in proportion to the largest batch seen."""
-        last = max((look for look in self.working if look.batch <= n), key=lambda look: look.batch, default=None)
-        return 0.0 if last is None or last.step_s is None else last.step_s * n / last.batch
+        """Seconds of a step of n examples; 0 before any was seen.
+
+        Near the largest batch seen, on the line through the last two; far beyond it in proportion, an upper estimate.
+        """
+        seen = [(look.batch, look.step_s) for look in self.working if look.batch <= n and look.step_s is not None]
+        if not seen:
+            return 0.0
+        last, seconds = seen[-1]
+        if n > _STRIDE * last:
+            return seconds * n / last
+        before, less = seen[-2] if len(seen) > 1 else (0, seconds)
+        return seconds + max(0.0, seconds - less) / (last - before) * (n - last)
 
     def _look(self, n: int) -> Look:
         try:
@@ -137,7 +147,7 @@ class Explorer:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         finally:
             self.step.clear()
         self.memory.start()  # out of `except`, where the traceback no longer holds the step's tensors
@@ -149,7 +159,7 @@ class Explorer:
         self.memory.start()  # the FLOP counter's own step holds more memory than a plain one
         first = self.clock.time(self.step, 1)[0]
         self.step.check()
-        seconds = self._best(3 if first < 0.1 else 2)
+        seconds = self._best(3) if first < 2 * _LOOK_S else min(first, *self.clock.time(self.step, 1))
         return Look(n, "ok", None, seconds, self.memory.peak(), flops)
 
     def _flops(self, n: int) -> int | None:
@@ -186,9 +196,10 @@ def explore_given(explorer: Explorer, batches: Sequence[int], deadline: float, s
     """Look at the batch sizes a user gave. A batch whose steps take too long for the budget is skipped."""
     for n in ladder(batches):
         seconds = explorer.predicted_s(n)
-        left = deadline - explorer.clock.now()
-        if seconds > step_limit or 8 * seconds > left:
+        if explorer.excess(n) is None and seconds > step_limit:
             explorer.skip(n, f"a step would take about {seconds:.2g} s, too long for the time budget")
+        elif explorer.excess(n) is None and explorer.clock.now() + _LOOK_STEPS * seconds > deadline:
+            explorer.skip(n, OUT_OF_TIME)
         else:
             explorer.look(n)
 
@@ -204,7 +215,7 @@ def explore_doubling(explorer: Explorer, deadline: float, step_limit: float) -> 
         seconds = explorer.predicted_s(n)
         if seconds > step_limit:
             return f"a step of batch {n} would take too long for the time budget ({seconds:.2g} s)"
-        if explorer.clock.now() + 8 * seconds > deadline:
+        if explorer.clock.now() + _LOOK_STEPS * seconds > deadline:
             return f"the share of the time budget for finding the range ended before batch {n}"
         look = explorer.look(n)
         if look.status in ("oom", "predicted_oom"):
@@ -220,6 +231,6 @@ def explore_doubling(explorer: Explorer, deadline: float, step_limit: float) -> 
         n *= 2
 
 
-def without_pilots(looks: dict[int, Look], wanted: Sequence[int]) -> list[Look]:
-    """The looks at wanted batch sizes, ascending."""
-    return [looks.get(n) or replace(Look(n, "skipped"), reason="not reached") for n in sorted(set(wanted))]
+def first_line(error: BaseException) -> str:
+    """An error's type and the first line of its text, which may be empty."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from pybatch.capacity import largest, summary
-from pybatch.capacity.exploration import Explorer, explore_doubling, explore_given, without_pilots
+from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, explore_doubling, explore_given
 from pybatch.capacity.step import TrainingStep
 from pybatch.capacity.stopping import StoppingRule
 from pybatch.capacity.timing import Rounds, Series, unfinished
@@ -25,6 +25,7 @@ from pybatch.workloads.session import Session
 # Shares of the time budget.
 _CEILINGS = 0.07
 _EXPLORE = 0.30  # until here, from the start
+_EXPLORE_GIVEN = 0.60  # batches that were asked for come before precision
 _LARGEST = 0.50  # of what is left then, for the largest batch
 _STEP = 1 / 60  # a step that takes more of it leaves no room for ten at every batch size
 _SPARE = 1.2  # the largest batch is estimated from small ones
@@ -101,7 +102,6 @@ class _Measurement:
         self.started = clock.now()
         self.notes: list[Note] = []
         self.ceilings: Ceilings | None = None
-        self.complete = True
         self.largest = largest.Largest(None, None)
         self.rounds: Rounds | None = None
         self.limit = largest.memory_limit(device)
@@ -134,8 +134,8 @@ class _Measurement:
     def capacity(self) -> Capacity:
         """The record of what has been found so far."""
         looks = self.explorer.looks
-        wanted = self.batches if self.batches is not None else sorted(looks)
-        points = [self._point(look.batch) for look in without_pilots(looks, wanted)]
+        wanted = sorted(set(looks if self.batches is None else self.batches))
+        points = [self._point(n) for n in wanted]
         series = list(self.rounds.series.values()) if self.rounds is not None else []
         notes = [*self.notes, *self.largest.notes]
         partial = unfinished(series)
@@ -155,19 +155,17 @@ class _Measurement:
             workload=self.session.info,
             largest=self.largest,
             drift=self.rounds.drift if self.rounds is not None else None,
-            complete=self.complete
-            and not any(p.status == "skipped" and p.reason == summary.OUT_OF_TIME for p in points),
+            complete=not any(p.reason == OUT_OF_TIME or (p.batch in looks and looks[p.batch].late) for p in points),
             seed=self.seed,
         )
 
     def _explore(self) -> None:
-        deadline = self.started + _EXPLORE * self.budget
         limit = _STEP * self.budget
         if self.batches is None:
-            ended = explore_doubling(self.explorer, deadline, limit)
+            ended = explore_doubling(self.explorer, self.started + _EXPLORE * self.budget, limit)
             self.notes.append(Note("batches", f"doubled from 1 on; {ended}"))
         else:
-            explore_given(self.explorer, self.batches, deadline, limit)
+            explore_given(self.explorer, self.batches, self.started + _EXPLORE_GIVEN * self.budget, limit)
 
     def _time(self, deadline: float) -> None:
         step, explorer = self.explorer.step, self.explorer

@@ -57,6 +57,7 @@ def main() -> None:
 def run(request: Request) -> Outcome:
     """Run the request in this process."""
     sys.path[:] = list(dict.fromkeys([*sys.path, *request.path]))
+    from pybatch.capacity.exploration import first_line
     from pybatch.workloads.finding import load_file
     from pybatch.workloads.session import is_out_of_memory
 
@@ -68,7 +69,7 @@ def run(request: Request) -> Outcome:
         _steps(request, pickle.loads(request.workload), done, peak)
     except Exception as error:
         status: Literal["oom", "error"] = "oom" if is_out_of_memory(error) else "error"
-        return Outcome(status, len(done), None, done, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return Outcome(status, len(done), None, done, first_line(error))
     return Outcome("ok", len(done), peak[0], done)
 
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from pybatch.capacity.exploration import Explorer, Look
+from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, Look
 from pybatch.capacity.largest import Largest
 from pybatch.capacity.timing import Series
 from pybatch.curves import fit_throughput
 from pybatch.device import counters
 from pybatch.records import BatchPoint, Capacity, Ceilings, Device, Note, ThroughputFit, WorkloadInfo
 
-OUT_OF_TIME = "the time budget ended before it was timed"
 _NEAR = 0.95  # of the ceiling: a measured batch that reaches this saturates the device
 _DRIFT = 0.05  # change of the anchor's step time that a reader should hear of
 _FITTABLE = 3  # batch sizes

@@ -1,0 +1,196 @@
+"""The largest batch: the plan, the search when it does not fit, and the fresh process it runs in."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pybatch.capacity import largest, probe
+from pybatch.capacity.exploration import Explorer, Look
+from pybatch.capacity.largest import Largest, Plan, plan_largest, verify_largest
+from pybatch.capacity.probe import Outcome, Request
+from pybatch.capacity.step import TrainingStep
+from pybatch.device.clock import WallClock
+from pybatch.device.memory import PeakMemory
+from pybatch.workloads.base import Split, Workload
+from pybatch.workloads.finding import find
+from pybatch.workloads.session import Session
+
+CPU = torch.device("cpu")
+MB = 1_000_000
+
+
+class Wide(Workload):
+    """Memory of about 8 kB per example; fails in a fresh process where `fault` says so."""
+
+    name = "wide"
+
+    def __init__(self, fault: bool = False) -> None:
+        self.fault = fault
+
+    def model(self) -> nn.Module:
+        print("a workload may print")
+        return nn.Linear(1000, 1)
+
+    def batch(self, n: int, generator: torch.Generator, split: Split = "train") -> torch.Tensor:
+        return torch.randn(n, 1000, generator=generator)
+
+    def loss(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        if self.fault and len(batch) > 1:
+            raise KeyError("only here")
+        loss: torch.Tensor = model(batch * 2).square().mean()
+        return loss
+
+
+def explorer(work: Workload | None = None, *, step_s: float = 1e-5, per_example: float = 0.01 * MB) -> Explorer:
+    """An explorer that has looked at some batches: 1 MB + 10 kB and 10 us per example."""
+    found = Explorer(TrainingStep(Session(work or Wide(), CPU)), WallClock(), PeakMemory(CPU), None)
+    for n in (1, 8, 64, 512):
+        found.looks[n] = Look(n, "ok", None, step_s * n, int(1 * MB + per_example * n), 1)
+    return found
+
+
+def plan_of(found: Explorer, limit: int) -> Plan:
+    plan = plan_largest(found, limit, found.clock.now() + 1.0)
+    assert isinstance(plan, Plan)
+    return plan
+
+
+class Process:
+    """A fresh process in which batches up to `fits` run."""
+
+    def __init__(self, fits: int) -> None:
+        self.fits, self.tried = fits, list[int]()
+
+    def __call__(self, request: Request, timeout_s: float) -> Outcome:
+        self.tried.append(request.batch)
+        return Outcome("ok", 3) if request.batch <= self.fits else Outcome("oom", reason="MemoryError")
+
+
+def test_the_plan_extrapolates_the_line_of_memory_to_just_below_the_limit() -> None:
+    plan = plan_of(explorer(), 101 * MB)
+    assert plan.candidate == int((101 * MB * 0.97 - 1 * MB) / 10_000)
+    assert "50% of available host memory" in plan.notes[0].text
+
+
+def test_a_batch_that_ran_in_a_fresh_process_is_verified() -> None:
+    found, process = explorer(), Process(10**9)
+    plan = plan_of(found, 101 * MB)
+    result = verify_largest(found, plan, 101 * MB, found.clock.now() + 100, process)
+    assert (result.batch, result.verified) == (plan.candidate, True)
+    assert process.tried == [plan.candidate]
+
+
+@pytest.mark.parametrize("fits", [9000, 6000, 512])
+def test_a_batch_that_does_not_fit_is_stepped_down_to_one_that_does(fits: int) -> None:
+    found, process = explorer(), Process(fits)
+    plan = plan_of(found, 101 * MB)
+    result = verify_largest(found, plan, 101 * MB, found.clock.now() + 100, process)
+    assert process.tried == sorted(process.tried, reverse=True)
+    assert result.batch is not None
+    if result.verified:
+        assert result.batch <= fits
+    else:
+        assert fits < process.tried[-1]
+        assert "did not run" in result.notes[-1].text
+
+
+def test_without_time_the_prediction_stands_unverified_with_the_reason() -> None:
+    found, process = explorer(), Process(10**9)
+    plan = plan_of(found, 101 * MB)
+    result = verify_largest(found, plan, 101 * MB, found.clock.now() + 1.0, process)
+    assert (result.batch, result.verified, process.tried) == (plan.candidate, False, [])
+    assert "were left" in result.notes[-1].text
+
+
+def test_a_step_of_more_than_ten_seconds_is_not_run() -> None:
+    found, process = explorer(step_s=0.1), Process(10**9)
+    plan = plan_of(found, 101 * MB)
+    assert math.isinf(largest.needed_s(found, plan.candidate, 101 * MB))
+    result = verify_largest(found, plan, 101 * MB, found.clock.now() + 1e6, process)
+    assert (result.verified, process.tried) == (False, [])
+
+
+def test_memory_that_does_not_grow_gives_no_number() -> None:
+    found = explorer(per_example=0.0)
+    found.look = lambda n: Look(n, "skipped")  # type: ignore[method-assign, assignment]
+    result = plan_largest(found, 101 * MB, found.clock.now() + 1.0)
+    assert isinstance(result, Largest)
+    assert result.batch is None
+    assert "does not clearly grow over batches 1..512" in result.notes[-1].text
+
+
+def test_a_batch_that_ran_out_of_memory_bounds_the_plan() -> None:
+    found = explorer()
+    found.looks[1024] = Look(1024, "oom", "MemoryError")
+    assert plan_of(found, 101 * MB).candidate == 1023
+
+
+def test_memory_that_cannot_be_read_gives_no_number() -> None:
+    found = explorer()
+    found.memory.reason = "no such file"
+    result = plan_largest(found, 101 * MB, found.clock.now() + 1.0)
+    assert isinstance(result, Largest)
+    assert (result.batch, result.notes[-1].text) == (None, "no such file")
+
+
+def request(work: Workload, batch: int, limit: int) -> Request:
+    packed = largest._pack(work)
+    assert not isinstance(packed, str)
+    return Request(
+        *packed,
+        path=[str(Path(__file__).parent)],
+        device="cpu",
+        dtype="fp32",
+        seed=0,
+        batch=batch,
+        small=1,
+        limit_bytes=limit,
+        seconds=5.0,
+    )
+
+
+def test_a_fresh_process_runs_full_steps_of_a_users_file(tmp_path: Path) -> None:
+    path = tmp_path / "users.py"
+    path.write_text(Path(__file__).read_text().replace('name = "wide"', 'name = "users"'))
+    outcome = largest.run_probe(request(find(f"{path}:Wide"), 20_000, 1 << 30), 60)
+    assert (outcome.status, outcome.steps) == ("ok", 3)
+    assert outcome.peak_bytes is not None
+    # The batch, 80 MB, and the doubled batch that the backward pass keeps.
+    assert outcome.peak_bytes == pytest.approx(160 * MB, rel=0.25)
+
+
+def test_an_overshoot_is_an_error_in_the_child_and_not_a_machine_out_of_memory() -> None:
+    outcome = largest.run_probe(request(Wide(), 100_000, 300 * MB), 60)
+    assert outcome.status == "oom"
+    assert "memory" in (outcome.reason or "").lower()
+
+
+def test_a_child_that_takes_too_long_is_stopped() -> None:
+    outcome = largest.run_probe(request(Wide(), 10, 300 * MB), 0.05)
+    assert outcome.status == "timeout"
+
+
+def test_a_fault_in_the_child_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_limit", lambda device, limit: None)  # it would stay for this process
+    outcome = probe.run(request(Wide(fault=True), 2, 300 * MB))
+    assert outcome.status == "error"
+    assert "Wide.loss() of workload 'wide' raised KeyError" in (outcome.reason or "")
+
+
+def test_a_class_that_cannot_be_imported_travels_by_value_or_is_refused_with_the_remedy() -> None:
+    class Local(Wide):
+        name = "local"
+
+    packed: Any = largest._pack(Local())
+    if importlib.util.find_spec("cloudpickle") is None:
+        assert "with cloudpickle installed it can" in packed
+    else:
+        assert pickle.loads(packed[0]).name == "local"
