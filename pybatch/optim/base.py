@@ -116,9 +116,9 @@ class FusedOptimizer(Optimizer):
         grads = self._gradients()
         if tensors is None or not any(grad is not None for grad in grads):
             raise UsageError(f"accumulate({n!r}): no parameter has a gradient. Call loss.backward() before it.")
+        fresh = self._give_sums(grads)
         if not self._micro_batches:
             self._first = float(n)
-        fresh = self._give_sums(grads)
         sums = [self._sums.get(slot.param) for slot in self._slots]
         tensors.set("grad", [address(grad) for grad in grads])
         tensors.set("sum", [address(total) for total in sums])
@@ -351,15 +351,21 @@ class FusedOptimizer(Optimizer):
     def _give_sums(self, grads: list[torch.Tensor | None]) -> list[int]:
         """A sum for every gradient; 1 where it is new. The first fp32 gradient itself becomes the sum: no copy."""
         taken = {total.data_ptr() for total in self._sums.values()}
+        given = [grad.data_ptr() for grad in grads if grad is not None and grad.numel()]
+        unshared = len(set(given)) == len(given)
         fresh = [0] * len(grads)
+        for slot, grad in zip(self._slots, grads, strict=True):
+            if grad is not None and grad.data_ptr() in taken and grad.numel():
+                raise UsageError(
+                    f"accumulate(): the gradient of parameter {slot.index} of shape {tuple(grad.shape)} is in the same "
+                    "memory as one accumulated before, which was consumed. Set p.grad to a clone() of your buffer."
+                )
         for i, (slot, grad) in enumerate(zip(self._slots, grads, strict=True)):
             if grad is None or slot.param in self._sums:
                 continue
             fresh[i] = 1
-            usable = grad.dtype == torch.float32 and own_storage(grad) and grad.data_ptr() not in taken
-            total = grad if usable else torch.empty_like(slot.dense, dtype=torch.float32)
-            taken.add(total.data_ptr())
-            self._sums[slot.param] = total
+            usable = unshared and grad.dtype == torch.float32 and own_storage(grad)
+            self._sums[slot.param] = grad if usable else torch.empty_like(slot.dense, dtype=torch.float32)
         return fresh
 
     def _check_consumed(self) -> None:

@@ -41,11 +41,11 @@ def global_norm(grads):
     return np.sqrt(sum((g**2).sum() for g in grads))
 
 
-def follow(params, options, update, lr, steps=6, clip=None, seed=1, optimizer=None):
+def follow(params, options, update, lr, steps=6, clip=None, seed=1, optimizer=None, stored=None):
     """Run `steps` of the optimizer and of `update` (float64) on the same gradients.
 
     Returns `compare` of the two.
-    For narrow dtypes the reference is rounded to the dtype after every step, as stored parameters are.
+    The reference is `stored` in the dtype after every step, as parameters are.
     """
     start = [double(p) for p in params]
     wanted, states = [s.copy() for s in start], [{} for _ in params]
@@ -57,12 +57,25 @@ def follow(params, options, update, lr, steps=6, clip=None, seed=1, optimizer=No
         factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         for i, g in enumerate(grads):
             new = update(wanted[i], g * factor, states[i], lr, **options)
-            wanted[i] = double(torch.from_numpy(np.asarray(new)).to(params[i].dtype))
+            wanted[i] = (stored or rounded)(new, params[i].dtype)
         if optimizer is not None:
             optimizer.step()
             if clip:
                 np.testing.assert_allclose(float(optimizer.grad_norm), norm, rtol=1e-6)
     return compare(params, wanted, start)
+
+
+def rounded(value, dtype):
+    """What is read back after storing a float64 array as `dtype`."""
+    return double(torch.from_numpy(np.asarray(value)).to(dtype))
+
+
+def truncated(value, dtype):
+    """As `rounded`, but bf16 keeps only the upper half of an fp32: so does Triton's interpreter; a GPU rounds."""
+    if dtype != torch.bfloat16:
+        return rounded(value, dtype)
+    bits = np.asarray(value, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32).astype(np.float64)
 
 
 def compare(params, wanted, start):

@@ -1,0 +1,65 @@
+"""Backends: chosen by device, refused with the reason and the remedy."""
+
+import pytest
+import torch
+
+from pybatch import _C, ops
+from pybatch.errors import DeviceError, UsageError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+
+
+def test_cpu_tensors_get_the_cpp_backend():
+    assert ops.choose_backend(None, CPU).name == "cpp"
+    assert ops.choose_backend("cpp", CPU).name == "cpp"
+
+
+def test_cuda_tensors_get_cuda_or_its_twin():
+    assert ops.choose_backend(None, CUDA).name == ("cuda" if _C.cuda else "triton")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "message"),
+    [
+        ("cuda", CPU, "CUDA tensors, these are on cpu. Move the model, or use 'cpp'"),
+        ("cpp", CUDA, "CPU tensors, these are on cuda:0. Use 'cuda' or 'triton'"),
+        ("triton", CPU, "TRITON_INTERPRET=1"),
+    ],
+)
+def test_backend_that_can_not_work_says_why_and_what_to_do(name, device, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(DeviceError, match=message):
+        ops.choose_backend(name, device)
+
+
+def test_cuda_backend_of_a_cpu_build_says_how_to_get_one(monkeypatch):
+    monkeypatch.setattr(ops, "_C", type("Fake", (), {"cuda": False, "cuda_reason": "built where nvcc was not found"}))
+    with pytest.raises(DeviceError, match=r"nvcc was not found. Reinstall with nvcc on PATH, or use 'triton'"):
+        ops.choose_backend("cuda", CUDA)
+
+
+def test_unknown_backend():
+    with pytest.raises(UsageError, match=r"backend 'rocm' is not known. Use one of: cpp, cuda, triton"):
+        ops.choose_backend("rocm", CPU)
+
+
+@pytest.mark.skipif(not _C.cuda, reason="built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_part_without_a_device_gives_the_drivers_error():
+    code = -_C.cuda_devices()
+    assert code > 0
+    name, text = _C.cuda_error(code)
+    assert name.startswith("cudaError")
+    assert text
+
+
+def test_build_describes_itself():
+    build = ops.build()
+    assert build.cpu_width in {"portable", "avx2", "avx512"}
+    assert (build.cuda_architectures is None) == (not build.cuda) == (build.cuda_reason is not None)
+
+
+def test_ledger_of_another_version_is_refused():
+    ledger = ops.Ledger(CPU)
+    with pytest.raises(UsageError, match=r"'ring' has shape \(8, 3\)"):
+        ledger.load_state_dict(ledger.state_dict() | {"ring": torch.zeros(8, 3)})
