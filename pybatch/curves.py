@@ -134,8 +134,10 @@ def _starts(model: Model, size: Array, data: Array) -> Array:
 def _cost(residual: Array) -> Array:
     """Soft-L1: squares below SOFT, absolute values above; RESOLUTION keeps it from vanishing."""
     scaled = (residual / SOFT) ** 2
-    cost: Array = SOFT**2 * np.sum(2 * (np.sqrt(1 + scaled) - 1), axis=-1)
-    return cost + residual.shape[-1] * RESOLUTION**2
+    total: Array = np.sum(2 * (np.sqrt(1 + scaled) - 1), axis=-1)
+    total *= SOFT**2
+    total += residual.shape[-1] * RESOLUTION**2
+    return total
 
 
 def _solve(starts: Array, size: Array, data: Array) -> tuple[Array, float]:

@@ -31,6 +31,7 @@ EFFICIENCY = 0.8  # parallel efficiency below which a further device is not call
 MAX_DEVICES = 65_536  # the search for devices ends here
 NOTICEABLE = 1.1  # a batch measured 10 % faster to the loss overrules the model: above the drift between two runs
 MISFIT = 0.1  # rms of ln(measured / fitted) from which the throughput model's error is worth telling
+DISTURBED = 0.3  # rms from which no advice stands on it: caches and tiles bend curves by less
 
 Inputs = dict[str, float | str | None]
 
@@ -84,6 +85,7 @@ class _Wall:
     value: float
     low: float
     high: float
+    extrapolated: bool = False  # past the largest batch measured
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,9 @@ def _wall(capacity: Capacity | None) -> _Wall | None:
     fit, most = capacity.model, capacity.max_batch
     if most is not None and most < fit.saturation_low:
         return _Wall("largest batch that fits", most, most, most)
-    return _Wall("saturation batch", fit.saturation_batch, fit.saturation_low, fit.saturation_high)
+    largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=math.inf)
+    beyond = fit.saturation_batch > largest
+    return _Wall("saturation batch", fit.saturation_batch, fit.saturation_low, fit.saturation_high, beyond)
 
 
 def _limit(critical: _Critical, wall: _Wall | None) -> tuple[Limit, str]:
@@ -292,7 +296,8 @@ def _saturation_reason(capacity: Capacity) -> Reason:
     fit = capacity.model
     largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=None)
     text = "the batch from which on doubling it gains less than 5 % throughput, by the throughput fit"
-    if largest is not None and capacity.saturation_batch is not None and capacity.saturation_batch > largest:
+    wall = _wall(capacity)
+    if wall is not None and wall.extrapolated:
         text += "; extrapolated past the largest batch measured"
     inputs: Inputs = {
         "low": capacity.saturation_low,
@@ -300,7 +305,7 @@ def _saturation_reason(capacity: Capacity) -> Reason:
         "half_batch": capacity.half_batch,
         "ceiling_samples_per_s": capacity.ceiling_samples_per_s,
         "largest_measured": largest,
-        "rms_log_error": fit.rms_log_error if fit else None,
+        "misfit_percent": 100 * fit.rms_log_error if fit else None,
     }
     return Reason("saturation_batch", text, "modelled", inputs)
 
@@ -344,8 +349,9 @@ def _text(
     further: Inputs,
 ) -> str:
     """Two to five sentences a practitioner can act on; every number in them is a field's or a reason's."""
+    fit = capacity.model if capacity else None
     if best is not None and wall is not None:
-        return " ".join(_advice(critical, wall, limit, best, devices, further))
+        return _distrust(fit) + " ".join(_advice(critical, wall, limit, best, devices, further))
     known = _said(critical)
     if wall is None:
         lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"
@@ -355,7 +361,6 @@ def _text(
             f"The critical batch is {known}: far below it more examples per step save almost as many steps, far "
             f"above it almost none. {lack}, so what batch this device wants is not known."
         )
-    fit = capacity.model if capacity else None
     assert fit is not None  # there is a wall
     device = (
         f"The device reaches half its ceiling at batch {count(math.ceil(fit.half_batch))} and its {wall.name} is "
@@ -363,10 +368,21 @@ def _text(
     )
     if low is not None:
         above = ", above what the device can use" if limit == "hardware" else ""
-        return f"Use batch {count(low)} or larger: the critical batch is {known}{above}. {device}. {_more(critical)}"
-    return (
+        advice = f"Use batch {count(low)} or larger: the critical batch is {known}{above}."
+        return f"{_distrust(fit)}{advice} {device}. {_more(critical)}"
+    return _distrust(fit) + (
         f"No batch can be advised yet: {critical.reason.text}. {device}; below the former it is poorly used, "
         f"past the latter it gains next to nothing. {_more(critical)}"
+    )
+
+
+def _distrust(fit: ThroughputFit | None) -> str:
+    """A sentence to go first where the throughput fit misses so much that nothing can stand on it."""
+    if fit is None or fit.rms_log_error <= DISTURBED:
+        return ""
+    return (
+        f"Measure again before trusting this: step times miss any smooth curve by {number(100 * fit.rms_log_error, 2)} "
+        "%, as on a machine busy with something else. "
     )
 
 
@@ -379,7 +395,7 @@ def _advice(
     further: Inputs,
 ) -> list[str]:
     size = _size(wall.value)
-    two = f"the critical batch is {_said(critical)}, the {wall.name} {size}"
+    two = f"the critical batch is {_said(critical)}, the {wall.name} {size}{' by extrapolation' * wall.extrapolated}"
     because = {
         "noise": f"Gradient noise sets the limit, not the device: {two}.",
         "hardware": f"The device sets the limit, not gradient noise: {two}.",

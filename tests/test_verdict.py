@@ -105,6 +105,10 @@ TABLE = {
     "nothing": ((None, None), ("unresolved", None, "no batch can be advised")),
     "sweep": ((capacity(), noise(12_000), sweep()), ("noise", 64, "fitted to steps")),
     "floor": ((capacity(throughput(alpha=1e-4, floor=0.008)), noise(40)), ("noise", 32, "Use batch 32")),
+    "disturbed": (
+        (capacity(dataclasses.replace(throughput(), rms_log_error=0.52)), noise(None, 90, status="lower_bound")),
+        ("unresolved", None, "by 52 %"),
+    ),
     "three batches": (
         (Capacity(None, None, None, None, None, None, None, None, None, None), noise(40)),
         ("unresolved", None, "Too few batch sizes"),
@@ -253,4 +257,14 @@ def test_time_to_target_needs_steps():
 
 def test_misfit_is_told():
     poor = dataclasses.replace(throughput(), rms_log_error=0.17)
-    assert any("17 % (rms)" in n.text for n in compare(capacity(poor), noise(40)).notes)
+    verdict = compare(capacity(poor), noise(40))
+    assert any("17 % (rms)" in n.text for n in verdict.notes)
+    assert verdict.text.startswith("Use batch")
+    for found in (noise(40), None):
+        useless = compare(capacity(dataclasses.replace(poor, rms_log_error=1.3)), found)
+        assert useless.text.startswith("Measure again before trusting this: step times miss any smooth curve by 130 %")
+
+
+def test_extrapolation_is_told():
+    assert "380 by extrapolation" in compare(capacity(batches=(1, 4, 16, 64)), noise(40)).text
+    assert "extrapolat" not in compare(capacity(), noise(40)).text

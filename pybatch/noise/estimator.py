@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 from pybatch.errors import UsageError
 from pybatch.records import NoiseScale, Note
@@ -145,7 +145,7 @@ def fieller(blocks: Rows, confidence: float = CONFIDENCE) -> tuple[float, float,
     x, y = (float(v) for v in blocks[:, 1:].sum(axis=0) / total)
     spread = blocks[:, 1:] - count[:, None] * np.array([x, y])
     vxx, vxy, vyy = ((spread.T @ spread)[[0, 0, 1], [0, 1, 1]] * m / (m - 1) / total**2).tolist()
-    t2 = float(stats.t.ppf(0.5 + confidence / 2, m - 1)) ** 2
+    t2 = float(stdtrit(m - 1, 0.5 + confidence / 2)) ** 2  # Student's t
     # The set is { r : a r^2 - 2 b r + c <= 0 }: those r for which y - r x is not separated from zero.
     a, b, c = x * x - t2 * vxx, x * y - t2 * vxy, y * y - t2 * vyy
     if (x < 0 and a > 0) or (y < 0 and c > 0):

@@ -156,7 +156,7 @@ class _Measurement:
         optimizer = AdamW(self.session.parameters, lr=work.learning_rate)
         for step in range(wanted):
             if step % CHECK_STEPS == 0:
-                self.say("noise: warm-up training")
+                self.say("warm-up training")
             if time.monotonic() >= deadline:
                 text = f"{step} of {wanted} steps, to keep within the time budget: the scale usually grows in training"
                 self.notes.append(Note("noise.warmup_steps", text))
@@ -179,7 +179,7 @@ class _Measurement:
                 return
             found = current.optimizer.noise
             wanted = self._group_for(found, micro_batch, k)
-            affordable = int(self.left / (GROUPS * current.group_seconds / k))
+            affordable = int(self.left * k / (GROUPS * max(current.group_seconds, 1e-9)))
             larger = min(wanted, affordable)
             if relative_width(found) <= WIDTH or larger < 2 * k:
                 break
@@ -193,7 +193,7 @@ class _Measurement:
 
     def _fill(self, current: _Round, groups: int) -> bool:
         while current.groups < groups:
-            self.say("noise: measuring gradients")
+            self.say("measuring gradients")
             if not current.run(min(groups, current.groups + max(1, GROUPS // 4)), self.start + self.budget):
                 return False
         return True
