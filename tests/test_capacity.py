@@ -221,6 +221,25 @@ def test_a_workload_that_fails_at_every_batch_is_an_error_naming_its_method(loss
         measure_capacity(work, device="cpu", find_max_batch=False)
 
 
+@pytest.mark.parametrize(
+    ("error", "status"), [(MemoryError(), "oom"), (ValueError("worn out"), "skipped")], ids=["memory", "workload"]
+)
+def test_a_batch_that_fails_only_later_keeps_the_others(error: Exception, status: str) -> None:
+    calls = 0
+
+    def later(n: int) -> Exception | None:
+        nonlocal calls
+        calls += n == 64
+        return error if n == 64 and calls > 8 else None
+
+    found = measure(Linear(later), [1, 8, 64, 512])
+    points = by_batch(found)
+    assert points[64].status == status
+    assert points[64].step_ms is None
+    assert [points[n].status for n in (1, 8, 512)] == ["ok"] * 3
+    assert found.model is not None
+
+
 def test_a_step_that_takes_too_long_is_skipped_and_the_record_says_incomplete() -> None:
     found = measure(Linear(), [1, 8, 64, 512, 4096], budget=10.0, clock=PlantedClock(alpha=1e-3, beta=2e-3))
     points = by_batch(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -84,7 +84,9 @@ class Explorer:
         """Look at one batch size, unless that was done; never raises for what the batch size itself causes."""
         if n not in self.looks:
             excess = self.excess(n)
-            self.looks[n] = self._look(n) if excess is None else Look(n, "predicted_oom", excess)
+            self.looks[n] = (
+                self._guarded(n, lambda: self._run(n)) if excess is None else Look(n, "predicted_oom", excess)
+            )
         return self.looks[n]
 
     def excess(self, n: int) -> str | None:
@@ -97,13 +99,14 @@ class Explorer:
     def look_again(self, n: int) -> Look:
         """Time a batch size once more, keeping the better time: for a step that a disturbance may have hit."""
         before = self.looks[n]
-        try:
+
+        def run() -> Look:
             self.step.load(n)
             self.clock.time(self.step, 1)
             seconds = self._best(3)
-        finally:
-            self.step.clear()
-        self.looks[n] = replace(before, step_s=min(seconds, before.step_s or seconds))
+            return replace(before, step_s=min(seconds, before.step_s or seconds))
+
+        self.looks[n] = self._guarded(n, run)
         return self.looks[n]
 
     def timed(self, n: int, step_s: float) -> None:
@@ -139,19 +142,15 @@ class Explorer:
         before, less = seen[-2] if len(seen) > 1 else (0, seconds)
         return seconds + max(0.0, seconds - less) / (last - before) * (n - last)
 
-    def _look(self, n: int) -> Look:
+    def _guarded(self, n: int, run: Callable[[], Look]) -> Look:
         try:
-            return self._run(n)
-        except WorkloadError as error:
-            return Look(n, "skipped", str(error))
+            return run()
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = first_line(error)
+            failure = failed(error)
         finally:
             self.step.clear()
         self.memory.start()  # out of `except`, where the traceback no longer holds the step's tensors
-        return Look(n, "oom", reason)
+        return Look(n, *failure)
 
     def _run(self, n: int) -> Look:
         self.step.load(n)
@@ -229,6 +228,15 @@ def explore_doubling(explorer: Explorer, deadline: float, step_limit: float) -> 
         if flat >= _PATIENCE and len(explorer.working) >= _LEAST:
             return f"throughput gained less than {_GAIN:.0%} over two doublings up to batch {n}"
         n *= 2
+
+
+def failed(error: Exception) -> tuple[BatchStatus, str]:
+    """Status and reason of a batch size whose step raised; what is neither the workload's nor memory's is raised on."""
+    if isinstance(error, WorkloadError):
+        return "skipped", str(error)
+    if is_out_of_memory(error):
+        return "oom", first_line(error)
+    raise error
 
 
 def first_line(error: BaseException) -> str:

@@ -112,9 +112,8 @@ def verify_largest(
         needed, left = needed_s(explorer, candidate, limit), deadline - explorer.clock.now()
         if needed > left:
             step = f"a step of it takes about {explorer.predicted_s(candidate):.2g} s"
-            cause = (
-                step if math.isinf(needed) else f"{step}, the check {needed:.2g} s; {max(0.0, left):.2g} s were left"
-            )
+            check = f"{step}, the check {needed:.2g} s; {max(0.0, left):.2g} s were left"
+            cause = f"{step}; none above {_STEP_LIMIT:g} s is run" if math.isinf(needed) else check
             reason = f"{reason}; {cause}" if reason else cause
             break
         request = Request(

@@ -186,6 +186,8 @@ class _Measurement:
         for series in self.rounds.series.values():
             if series.seconds:
                 explorer.timed(series.batch, series.median.value)
+            if series.seconds and series.stopped is None and self.on_point is not None:
+                self.on_point(self._point(series.batch))
 
     def _visited(self, series: Series) -> None:
         assert self.rounds is not None

@@ -24,6 +24,9 @@ def point(look: Look | None, n: int, series: Series | None, ceilings: Ceilings |
         return BatchPoint(n, "skipped", reason=OUT_OF_TIME)
     if look.status != "ok":
         return BatchPoint(n, look.status, reason=look.reason)
+    if series is not None and series.failure is not None:
+        status, reason = series.failure
+        return BatchPoint(n, status, reason=reason)
     if series is None or not series.seconds:
         return BatchPoint(n, "skipped", model_flops=look.flops, memory_bytes=look.memory_bytes, reason=OUT_OF_TIME)
     middle = series.median

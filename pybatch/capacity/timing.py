@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pybatch.capacity.exploration import failed
 from pybatch.capacity.stopping import Median, StoppingRule, blocks, median
 from pybatch.device.clock import Clock, Work
 from pybatch.device.counters import Reading, Region
+from pybatch.records import BatchStatus
 
 _QUANTUM_S = 0.25  # of one visit: several visits spread a batch size's steps over the whole run
 _CHUNK_S = 0.05  # between looks at the deadline, which a sudden disturbance must not carry far past
@@ -29,6 +31,7 @@ class Series:
     readings: list[Reading] = field(default_factory=list)
     host_bound: float | None = None
     stopped: str | None = None  # why it is done; None while it is not
+    failure: tuple[BatchStatus, str] | None = None  # a step raised: status and reason; there are no times then
 
     @property
     def median(self) -> Median:
@@ -95,7 +98,7 @@ class Rounds:
             if not visited:
                 break
         last = Series(anchor.batch, anchor.guess_s)
-        if first is not None and self._visit(last, deadline):
+        if first is not None and self._visit(last, deadline) and last.seconds:
             self.drift = last.median.value / first - 1
 
     def _visit_s(self, series: Series) -> float:
@@ -109,6 +112,14 @@ class Rounds:
         warm_up, count = _WARM_UP[self.region.device.type], self._steps(series)
         if self.clock.now() + series.guess_s * (warm_up + count) > deadline:
             return False
+        try:
+            self._time(series, warm_up, count, deadline)
+        except Exception as error:
+            series.failure, series.stopped = failed(error), "failed"
+            series.seconds.clear()
+        return True
+
+    def _time(self, series: Series, warm_up: int, count: int, deadline: float) -> None:
         self.load(series.batch)
         self.clock.time(self.work, warm_up)
         chunk = max(_LEAST_STEPS, math.ceil(_CHUNK_S / max(series.guess_s, 1e-6)))
@@ -125,7 +136,6 @@ class Rounds:
             series.host_bound = self.clock.host_bound(self.work, series.guess_s)
         series.errors.append(series.median.relative_error)
         series.stopped = self.rule.met(len(series.seconds), sum(series.seconds), series.errors)
-        return True
 
 
 def unfinished(series: Sequence[Series]) -> list[int]:
