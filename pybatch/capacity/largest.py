@@ -23,7 +23,7 @@ GPU_SHARE = 0.90  # of free GPU memory: fragmentation and the library's workspac
 CPU_SHARE = 0.50  # of available host memory, which other processes need as well
 _MARGIN = 0.97  # of the limit aimed at, so that the line's own error does not decide
 _STEP_LIMIT = 10.0  # seconds; a longer step is not run for verification
-_START_S = 6.0  # seconds to start a process, import torch and make the session, at most
+_START_S = 5.0  # seconds to start a process, import torch and make the session, at most
 _FAULT_BYTES_PER_S = 1e9  # at which a system, also a virtual one, hands out fresh pages, at least
 _TRIES = 4
 

@@ -22,12 +22,12 @@ from pybatch.records import BatchPoint, Capacity, Ceilings, Note
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.session import Session
 
-# Shares of the time budget.
-_CEILINGS = 0.07
-_EXPLORE = 0.30  # until here, from the start
+_CEILINGS = 0.07  # of the time budget
+# Of what is then left of it:
+_EXPLORE = 0.30
 _EXPLORE_GIVEN = 0.60  # batches that were asked for come before precision
-_LARGEST = 0.50  # of what is left then, for the largest batch
-_STEP = 1 / 60  # a step that takes more of it leaves no room for ten at every batch size
+_LARGEST = 0.50  # at most, for the largest batch
+_STEP = 1 / 60  # of the time budget; a step that takes more of it leaves no room for ten at every batch size
 _SPARE = 1.2  # the largest batch is estimated from small ones
 _DISTURBED = 0.1  # of the usable cores, kept busy by others, that a reader should hear of
 _NOT_ASKED = Note("capacity.max_batch", "not asked for")
@@ -162,10 +162,10 @@ class _Measurement:
     def _explore(self) -> None:
         limit = _STEP * self.budget
         if self.batches is None:
-            ended = explore_doubling(self.explorer, self.started + _EXPLORE * self.budget, limit)
+            ended = explore_doubling(self.explorer, self._until(_EXPLORE), limit)
             self.notes.append(Note("batches", f"doubled from 1 on; {ended}"))
         else:
-            explore_given(self.explorer, self.batches, self.started + _EXPLORE_GIVEN * self.budget, limit)
+            explore_given(self.explorer, self.batches, self._until(_EXPLORE_GIVEN), limit)
 
     def _time(self, deadline: float) -> None:
         step, explorer = self.explorer.step, self.explorer
@@ -200,6 +200,11 @@ class _Measurement:
     def _point(self, n: int) -> BatchPoint:
         series = self.rounds.series.get(n) if self.rounds is not None else None
         return summary.point(self.explorer.looks.get(n), n, series, self.ceilings)
+
+    def _until(self, share: float) -> float:
+        """The clock's time when this share of what is left of the budget will have gone."""
+        now = self.clock.now()
+        return now + share * (self.started + self.budget - now)
 
     def _tell(self, text: str) -> None:
         self.progress(text, min(1.0, (self.clock.now() - self.started) / self.budget))

@@ -124,6 +124,9 @@ def counter_notes(
     ]
     if any(p.step_ms_low is None for p in timed):
         notes.append(Note("batches.step_ms_low", "no interval of a median from fewer than 6 steps"))
+    if any(p.mfu_measured is not None and p.mfu_measured > 1 for p in timed):
+        text = "above 1: the matrix product that gave the ceiling was itself disturbed, or smaller ones run faster"
+        notes.append(Note("batches.mfu_measured", text))
     if ceilings is not None and ceilings.datasheet_flops is None:
         notes.append(Note("ceilings.datasheet_flops", reasons["mfu_datasheet"]))
     return notes
