@@ -41,7 +41,8 @@ def _parse_part(part: str, whole: str) -> list[int]:
         factor = float(match[4])
         if factor <= 1:
             raise UsageError(f"batch {whole!r}: factor {match[4]} does not grow. Write a factor above 1, such as '*2'.")
-        sizes, size = [], float(start)
+        sizes: list[int] = []
+        size = float(start)
         while round(size) <= stop and len(sizes) <= _MOST:
             sizes.append(round(size))
             size *= factor

@@ -344,7 +344,8 @@ def _run_from_dict(data: dict[str, Any]) -> Run:
     capacity = data.get("capacity")
     if capacity is not None:
         data = data | {"capacity": capacity | {name: data.get(name) for name in _HOISTED if name in data}}
-    return _decode(Run, {k: v for k, v in data.items() if k != "schema" and k not in _HOISTED}, "record")
+    run: Run = _decode(Run, {k: v for k, v in data.items() if k != "schema" and k not in _HOISTED}, "record")
+    return run
 
 
 def _decode(kind: Any, value: Any, path: str) -> Any:
@@ -357,7 +358,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         if len(choices) > 1:  # plain alternatives, such as float | str
             return value
         return _decode(choices[0], value, path)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UsageError(f"{path} is {value!r} where the record has an object. {_DAMAGED}")
         hints = typing.get_type_hints(kind)

@@ -18,10 +18,11 @@ CXX = sorted(
         ("ruff", "check", "."),
         ("ruff", "format", "--check", "."),
         ("mypy",),
-        ("clang_format", "--dry-run", "--Werror", *CXX),
+        ("clang-format", "--dry-run", "--Werror", *CXX),
     ],
     ids=["ruff-check", "ruff-format", "mypy", "clang-format"],
 )
 def test_clean(command):
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    tool = Path(sys.executable).parent / command[0]  # of this environment, not another one on PATH
+    done = subprocess.run([tool, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
