@@ -132,7 +132,7 @@ def compare(capacity: Capacity | None, noise: NoiseScale | None = None, steps: C
     seconds, seconds_reason = _time_to_target(critical.curve, best, capacity)
     reasons += [seconds_reason] if seconds_reason else []
 
-    absent = "it needs a critical batch and a throughput fit; " + _unknown(critical, capacity)
+    absent = _unknown(capacity)
     for name, value in (("critical_batch", critical.value), ("best_batch", best), ("useful_devices", devices)):
         if value is None:
             notes.append(Note(f"verdict.{name}", critical.reason.text if name == "critical_batch" else absent))
@@ -319,18 +319,19 @@ def _devices_reason(model: TimeModel, devices: int) -> Reason:
     return Reason("useful_devices", text, "modelled", inputs)
 
 
-def _unknown(critical: _Critical, capacity: Capacity | None) -> str:
+def _unknown(capacity: Capacity | None) -> str:
+    """Why figures of the device, or of both sides together, are missing."""
     if capacity is None:
         return "capacity was not measured"
     if capacity.model is None:
         return "too few batch sizes were timed for a throughput fit"
-    return critical.reason.text
+    return "it needs the critical batch, which is not known"
 
 
 def _capacity_notes(capacity: Capacity | None) -> list[Note]:
     notes = []
     if capacity is None or capacity.saturation_batch is None:
-        notes.append(Note("verdict.saturation_batch", _unknown(_from_noise(None), capacity)))
+        notes.append(Note("verdict.saturation_batch", _unknown(capacity)))
     if capacity is not None and capacity.model is not None and capacity.model.rms_log_error > MISFIT:
         error = number(100 * capacity.model.rms_log_error, 2)
         text = f"the throughput model misses the measured step times by {error} % (rms): read the batches' own rows too"
