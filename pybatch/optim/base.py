@@ -116,20 +116,20 @@ class FusedOptimizer(Optimizer):
         grads = self._gradients()
         if tensors is None or not any(grad is not None for grad in grads):
             raise UsageError(f"accumulate({n!r}): no parameter has a gradient. Call loss.backward() before it.")
-        fresh = self._give_sums(grads)
+        read_from = addresses(grads)
+        fresh = self._give_sums(grads, read_from)
         if not self._micro_batches:
             self._first = float(n)
-        sums = [self._sums.get(slot.param) for slot in self._slots]
-        tensors.set("grad", [address(grad) for grad in grads])
-        tensors.set("sum", [address(total) for total in sums])
+        tensors.set("grad", read_from)
+        tensors.set("sum", addresses(self._sums))
         tensors.set("fresh", fresh)
         call = self._call
         call.weight, call.examples = n / self._first, float(n)
         self._backend.accumulate(tensors, call)
         self._examples += n
         self._micro_batches += 1
-        for slot in self._slots:
-            slot.param.grad = None
+        for param in self._listed:
+            param.grad = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -150,13 +150,13 @@ class FusedOptimizer(Optimizer):
         tensors = self._tensors()
         if accumulated:
             self._check_consumed()
-            sources: list[torch.Tensor | None] = [self._sums.get(slot.param) for slot in self._slots]
+            sources = self._sums
         else:
             sources = self._gradients()
         if tensors is None or not any(source is not None for source in sources):
             return loss
         call = self._prepare_call(accumulated)
-        tensors.set("sum" if accumulated else "grad", [address(source) for source in sources])
+        tensors.set("sum" if accumulated else "grad", addresses(sources))
         for slot in self._copied:
             slot.dense.copy_(slot.param)
         self._backend.step(tensors, call)
@@ -268,11 +268,13 @@ class FusedOptimizer(Optimizer):
         self._sent_hyper: list[Any] = []
         self._call = ops.Call()
         self._single_steps = single_steps  # steps of one micro-batch, which give no pair of norms
-        self._sums: dict[torch.Tensor, torch.Tensor] = {}
+        self._listed: list[torch.Tensor] = []  # the slots' parameters
+        self._addresses: list[int] = []  # and where they were
+        self._sums: list[torch.Tensor | None] = []  # fp32 accumulated gradients, by slot
         self._forget_sums()
 
     def _forget_sums(self) -> None:
-        self._sums = {}
+        self._sums = [None] * len(self._slots)
         self._micro_batches, self._examples, self._first = 0, 0.0, 1.0
 
     def _params(self) -> list[torch.Tensor]:
@@ -284,7 +286,7 @@ class FusedOptimizer(Optimizer):
         if (
             rules != self._rules
             or len(self._slots) + len(self._others) != sum(len(group["params"]) for group in self.param_groups)
-            or any(slot.moved() for slot in self._slots)
+            or [param.data_ptr() for param in self._listed] != self._addresses
             or any(param.grad is not None for param in self._others)
         ):
             self._build(rules)
@@ -305,7 +307,8 @@ class FusedOptimizer(Optimizer):
 
     def _build(self, rules: list[Any]) -> None:
         self._list = None
-        known = {slot.param for slot in self._slots} | set(self._sums)
+        known = set(self._listed)
+        sums = dict(zip(self._listed, self._sums, strict=True))
         listed: list[tuple[int, int, torch.Tensor]] = []
         others = []
         index = 0
@@ -338,34 +341,37 @@ class FusedOptimizer(Optimizer):
             for step, (_, number, param) in zip(self._list.steps, listed, strict=True):
                 if rules[number][1]:
                     self.state[param]["step"] = step
+        self._listed = [slot.param for slot in slots]
+        self._addresses = [slot.address for slot in slots]
+        self._sums = [sums.get(param) for param in self._listed]
         self._copied = [slot for slot in slots if slot.dense.data_ptr() != slot.address]
         self._slots, self._others, self._rules, self._sent_hyper = slots, others, rules, []
 
     def _gradients(self) -> list[torch.Tensor | None]:
-        grads: list[torch.Tensor | None] = []
-        for slot in self._slots:
-            grad = slot.param.grad
-            grads.append(grad if grad is None or slot.fits(grad) else conform(slot, grad))
+        """The gradients by slot, in the layout of their parameters."""
+        grads: list[torch.Tensor | None] = [param.grad for param in self._listed]
+        for i, (slot, grad) in enumerate(zip(self._slots, grads, strict=True)):
+            if grad is not None and not slot.fits(grad):
+                grads[i] = conform(slot, grad)
         return grads
 
-    def _give_sums(self, grads: list[torch.Tensor | None]) -> list[int]:
+    def _give_sums(self, grads: list[torch.Tensor | None], read_from: list[int]) -> list[int]:
         """A sum for every gradient; 1 where it is new. The first fp32 gradient itself becomes the sum: no copy."""
-        taken = {total.data_ptr() for total in self._sums.values()}
-        given = [grad.data_ptr() for grad in grads if grad is not None and grad.numel()]
+        given = [place for place in read_from if place > EMPTY]
+        reused = set(given).intersection(addresses(self._sums))
+        if reused:
+            slot = self._slots[next(i for i, place in enumerate(read_from) if place in reused)]
+            raise UsageError(
+                f"accumulate(): the gradient of parameter {slot.index} of shape {tuple(slot.param.shape)} is in the "
+                "same memory as one accumulated before, which was consumed. Set p.grad to a clone() of your buffer."
+            )
         unshared = len(set(given)) == len(given)
         fresh = [0] * len(grads)
-        for slot, grad in zip(self._slots, grads, strict=True):
-            if grad is not None and grad.data_ptr() in taken and grad.numel():
-                raise UsageError(
-                    f"accumulate(): the gradient of parameter {slot.index} of shape {tuple(grad.shape)} is in the same "
-                    "memory as one accumulated before, which was consumed. Set p.grad to a clone() of your buffer."
-                )
-        for i, (slot, grad) in enumerate(zip(self._slots, grads, strict=True)):
-            if grad is None or slot.param in self._sums:
-                continue
-            fresh[i] = 1
-            usable = unshared and grad.dtype == torch.float32 and own_storage(grad)
-            self._sums[slot.param] = grad if usable else torch.empty_like(slot.dense, dtype=torch.float32)
+        for i, grad in enumerate(grads):
+            if grad is not None and self._sums[i] is None:
+                usable = unshared and grad.dtype == torch.float32 and own_storage(grad)
+                self._sums[i] = grad if usable else torch.empty_like(self._slots[i].dense, dtype=torch.float32)
+                fresh[i] = 1
         return fresh
 
     def _check_consumed(self) -> None:
@@ -402,9 +408,9 @@ class FusedOptimizer(Optimizer):
         return torch.as_tensor(value, dtype=torch.float32, device=self._list.device)
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """Where a tensor's elements are; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr() or EMPTY
+def addresses(tensors: list[torch.Tensor | None]) -> list[int]:
+    """Where the elements of each tensor are; 0 for None."""
+    return [0 if tensor is None else tensor.data_ptr() or EMPTY for tensor in tensors]
 
 
 def is_device_scalar(value: Any) -> bool:

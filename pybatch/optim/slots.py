@@ -22,6 +22,7 @@ class Slot:
     dense: torch.Tensor
     address: int
     dtype: torch.dtype
+    device: torch.device
     contiguous: bool
     stride: tuple[int, ...]
 
@@ -30,17 +31,17 @@ class Slot:
         """The slot of a parameter, `index` counted over all groups."""
         value = param.detach()
         dense = value if is_dense(value) else value.clone(memory_format=torch.contiguous_format)
-        return Slot(index, param, dense, value.data_ptr(), value.dtype, dense.is_contiguous(), dense.stride())
-
-    def moved(self) -> bool:
-        """Whether the parameter's memory is no longer where the table says."""
-        return self.param.data_ptr() != self.address
+        return Slot(
+            index, param, dense, value.data_ptr(), value.dtype, value.device, dense.is_contiguous(), dense.stride()
+        )
 
     def fits(self, grad: torch.Tensor) -> bool:
         """Whether the pass can read this gradient as it is."""
-        if grad.dtype is not self.dtype or grad.layout is not torch.strided or grad.device != self.dense.device:
+        if grad.dtype is not self.dtype or grad.device != self.device:
             return False
-        return (self.contiguous and grad.is_contiguous()) or grad.stride() == self.stride
+        if self.contiguous:
+            return grad.is_contiguous()  # False for a sparse one
+        return grad.layout is torch.strided and grad.stride() == self.stride
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

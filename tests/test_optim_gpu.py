@@ -1,0 +1,116 @@
+"""The CUDA and Triton backends on a device, against the float64 reference and against each other."""
+
+import numpy as np
+import pytest
+import torch
+from cases import adamw, problem, sgd
+
+from pybatch import _C
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+BACKENDS = [
+    pytest.param("cuda", marks=pytest.mark.skipif(not _C.cuda, reason="built without CUDA")),
+    "triton",
+]
+CASES = [(case, options) for case in (adamw, sgd) for options in case.VARIANTS]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("case", "options"), CASES)
+@pytest.mark.parametrize("dtype", problem.DTYPES, ids=str)
+@pytest.mark.parametrize("clip", [None, 50.0])
+def test_matches_float64_reference(backend, case, options, dtype, clip):
+    params = problem.tensors(dtype, "cuda")
+    opt = case.optimizer(params, lr=case.LR, max_grad_norm=clip, backend=backend, **options)
+    result = problem.follow(params, options, case.reference, case.LR, clip=clip, optimizer=opt)
+    problem.assert_follows(result, dtype)
+
+
+def accumulate(backend, device, steps=3, bad=False):
+    params = problem.tensors(device=device)
+    opt = adamw.optimizer(params, lr=0.01, max_grad_norm=5.0, noise=True, backend=backend)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        for n in (3, 8, 5):
+            problem.give_gradients(params, generator)
+            if n == 8:
+                params[4].grad = None
+            if bad and step == 1 and n == 5:
+                params[3].grad[7] = float("inf")
+            opt.accumulate(n)
+        opt.step()
+    return params, opt
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [False, True])
+def test_accumulation_and_noise_equal_the_cpu(backend, bad):
+    (a, first), (b, second) = accumulate("cpp", "cpu", bad=bad), accumulate(backend, "cuda", bad=bad)
+    assert first.skipped == second.skipped == int(bad)
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q.cpu(), rtol=1e-5, atol=1e-5)
+    own, twin = (opt.state_dict()["pybatch"] for opt in (first, second))
+    for name in ("ledger", "ring"):
+        torch.testing.assert_close(own[name], twin[name].cpu(), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_give_the_same_bits(backend):
+    (a, first), (b, second) = accumulate(backend, "cuda"), accumulate(backend, "cuda")
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+    assert torch.equal(first.state_dict()["pybatch"]["ring"], second.state_dict()["pybatch"]["ring"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_and_accumulate_do_not_wait_for_the_device(backend):
+    params = problem.tensors(device="cuda")
+    opt = sgd.optimizer(params, lr=torch.tensor(0.1, device="cuda"), max_grad_norm=1.0, noise=True, backend=backend)
+    generator = torch.Generator().manual_seed(0)
+    for checked in (False, True):  # the first step builds the table, which may wait
+        batches = []
+        for _ in range(2):
+            problem.give_gradients(params, generator)
+            batches.append([p.grad for p in params])
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if checked else "default")
+        try:
+            for grads in batches:
+                for p, g in zip(params, grads, strict=True):
+                    p.grad = g
+                opt.accumulate(4)
+            opt.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_work_on_a_side_stream(backend):
+    params, plain = problem.tensors(device="cuda"), problem.tensors(device="cuda")
+    opt = adamw.optimizer(params, lr=0.1, max_grad_norm=1.0, backend=backend)
+    twin = adamw.optimizer(plain, lr=0.1, max_grad_norm=1.0, backend=backend)
+    side = torch.cuda.Stream()
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        problem.give_gradients(plain, generator)
+        twin.step()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            problem.give_gradients(params, torch.Generator().manual_seed(seed))
+            opt.step()
+    torch.cuda.synchronize()
+    assert all(torch.equal(p, q) for p, q in zip(params, plain, strict=True))
+
+
+@pytest.mark.skipif(not _C.cuda, reason="built without CUDA")
+def test_tensor_of_more_than_two_to_the_31_elements():
+    free, _ = torch.cuda.mem_get_info()
+    size = 2**31 + 5
+    if free < 3 * 2 * size:
+        pytest.skip(f"needs {3 * 2 * size / 2**30:.0f} GiB free")
+    p = torch.nn.Parameter(torch.zeros(size, dtype=torch.bfloat16, device="cuda"))
+    p.grad = torch.zeros_like(p)
+    p.grad[-1] = p.grad[0] = 1.0
+    opt = sgd.optimizer([p], lr=1.0, max_grad_norm=10.0, backend="cuda")
+    opt.step()
+    np.testing.assert_allclose(float(opt.grad_norm), 2**0.5, rtol=1e-6)
+    assert (float(p[0].detach()), float(p[-1].detach()), float(p[-2].detach())) == (-1.0, -1.0, 0.0)
