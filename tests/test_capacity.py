@@ -295,6 +295,7 @@ def test_ctrl_c_carries_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> No
     assert not partial.complete
     points = by_batch(partial)
     assert all(points[n].status == "ok" for n in done)
+    assert all(p.reason == "interrupted before it was timed" for p in partial.batches if p.status == "skipped")
     assert partial.model is not None  # three batches are enough for a fit
     assert "interrupted" in notes(partial, "capacity")
     assert partial.workload is not None

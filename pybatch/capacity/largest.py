@@ -129,7 +129,7 @@ def verify_largest(
         )
         outcome = (probe or run_probe)(request, left)
         if outcome.status == "ok":
-            ran = f"{outcome.steps} full step(s) of batch {candidate} ran in a fresh process"
+            ran = f"{outcome.steps} full {'step' if outcome.steps == 1 else 'steps'} of batch {candidate} ran in a fresh process"
             return Largest(candidate, True, (*plan.notes, Note("capacity.max_batch_verified", ran)))
         reason = f"batch {candidate} did not run in a fresh process ({outcome.reason})"
         if outcome.status != "oom" or candidate == fits:

@@ -76,6 +76,7 @@ def measure_capacity(
     try:
         run.measure(find_max_batch)
     except KeyboardInterrupt:
+        run.untimed = "interrupted before it was timed"
         run.notes.append(Note("capacity", "interrupted; what was measured until then stands"))
         raise Interrupted(replace(run.capacity(), complete=False)) from None
     return run.capacity()
@@ -101,6 +102,7 @@ class _Measurement:
         self.progress, self.on_point = progress or (lambda text, share: None), on_point
         self.started = clock.now()
         self.notes: list[Note] = []
+        self.untimed = OUT_OF_TIME  # why a batch size that runs has no times
         self.ceilings: Ceilings | None = None
         self.largest = largest.Largest(None, None)
         self.rounds: Rounds | None = None
@@ -199,7 +201,7 @@ class _Measurement:
 
     def _point(self, n: int) -> BatchPoint:
         series = self.rounds.series.get(n) if self.rounds is not None else None
-        return summary.point(self.explorer.looks.get(n), n, series, self.ceilings)
+        return summary.point(self.explorer.looks.get(n), n, series, self.ceilings, self.untimed)
 
     def _until(self, share: float) -> float:
         """The clock's time when this share of what is left of the budget will have gone."""

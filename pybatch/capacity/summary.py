@@ -18,17 +18,19 @@ _DRIFT = 0.05  # change of the anchor's step time that a reader should hear of
 _FITTABLE = 3  # batch sizes
 
 
-def point(look: Look | None, n: int, series: Series | None, ceilings: Ceilings | None) -> BatchPoint:
+def point(
+    look: Look | None, n: int, series: Series | None, ceilings: Ceilings | None, untimed: str = OUT_OF_TIME
+) -> BatchPoint:
     """The record of one batch size."""
     if look is None:
-        return BatchPoint(n, "skipped", reason=OUT_OF_TIME)
+        return BatchPoint(n, "skipped", reason=untimed)
     if look.status != "ok":
         return BatchPoint(n, look.status, reason=look.reason)
     if series is not None and series.failure is not None:
         status, reason = series.failure
         return BatchPoint(n, status, reason=reason)
     if series is None or not series.seconds:
-        return BatchPoint(n, "skipped", model_flops=look.flops, memory_bytes=look.memory_bytes, reason=OUT_OF_TIME)
+        return BatchPoint(n, "skipped", model_flops=look.flops, memory_bytes=look.memory_bytes, reason=untimed)
     middle = series.median
     rate = look.flops / middle.value if look.flops is not None else None
     gemm = ceilings.gemm_flops if ceilings is not None else None
