@@ -129,7 +129,8 @@ def verify_largest(
         )
         outcome = (probe or run_probe)(request, left)
         if outcome.status == "ok":
-            ran = f"{outcome.steps} full {'step' if outcome.steps == 1 else 'steps'} of batch {candidate} ran in a fresh process"
+            steps = "1 full step" if outcome.steps == 1 else f"{outcome.steps} full steps"
+            ran = f"{steps} of batch {candidate} ran in a fresh process"
             return Largest(candidate, True, (*plan.notes, Note("capacity.max_batch_verified", ran)))
         reason = f"batch {candidate} did not run in a fresh process ({outcome.reason})"
         if outcome.status != "oom" or candidate == fits:
