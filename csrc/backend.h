@@ -1,6 +1,9 @@
 // The two entry points every compiled backend has.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "table.h"
 
 namespace pybatch {
@@ -19,6 +22,8 @@ PB_DECLARE_CPU(avx512)
 
 // The widest vector extension this CPU has, among those compiled in: "portable", "avx2", "avx512".
 const char* cpu_width();
+std::vector<std::string> cpu_widths();        // all that can run here, the widest last
+void set_cpu_width(const std::string& name);  // for tests; throws std::invalid_argument where it can not run
 void cpu_step(const Table&, const Call&);
 void cpu_accumulate(const Table&, const Call&);
 

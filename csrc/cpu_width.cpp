@@ -1,5 +1,9 @@
 // Chooses the compiled vector width once, from what this CPU has.
 
+#include <stdexcept>
+#include <string>
+#include <vector>
+
 #include "backend.h"
 
 namespace pybatch {
@@ -12,27 +16,46 @@ struct Width {
     Pass step, accumulate;
 };
 
-Width widest() {
+// Those this CPU can run, the widest last.
+std::vector<Width> usable() {
+    std::vector<Width> widths{{"portable", portable::step, portable::accumulate}};
 #ifdef PB_X86
     __builtin_cpu_init();
-    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        return {"avx512", avx512::step, avx512::accumulate};
-    if (fma) return {"avx2", avx2::step, avx2::accumulate};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+        widths.push_back({"avx2", avx2::step, avx2::accumulate});
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+            widths.push_back({"avx512", avx512::step, avx512::accumulate});
+    }
 #endif
-    return {"portable", portable::step, portable::accumulate};
+    return widths;
 }
 
-const Width& width() {
-    static const Width chosen = widest();
-    return chosen;
+Width& chosen() {
+    static Width width = usable().back();
+    return width;
 }
 
 }  // namespace
 
-const char* cpu_width() { return width().name; }
-void cpu_step(const Table& table, const Call& call) { width().step(table, call); }
-void cpu_accumulate(const Table& table, const Call& call) { width().accumulate(table, call); }
+const char* cpu_width() { return chosen().name; }
+
+std::vector<std::string> cpu_widths() {
+    std::vector<std::string> names;
+    for (const Width& width : usable()) names.emplace_back(width.name);
+    return names;
+}
+
+void set_cpu_width(const std::string& name) {
+    for (const Width& width : usable())
+        if (name == width.name) {
+            chosen() = width;
+            return;
+        }
+    throw std::invalid_argument("width '" + name + "': this CPU or this build does not have it. See cpu_widths().");
+}
+
+void cpu_step(const Table& table, const Call& call) { chosen().step(table, call); }
+void cpu_accumulate(const Table& table, const Call& call) { chosen().accumulate(table, call); }
 
 }  // namespace pybatch

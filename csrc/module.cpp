@@ -2,6 +2,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "backend.h"
 #include "plan.h"
@@ -66,6 +67,8 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("plan", &plan_chunks, py::arg("sizes"), py::arg("chunk"));
     m.def("cpu_width", &cpu_width);
+    m.def("cpu_widths", &cpu_widths);
+    m.def("set_cpu_width", &set_cpu_width, py::arg("name"));
     m.def("cpu_step", &cpu_step, py::call_guard<py::gil_scoped_release>());
     m.def("cpu_accumulate", &cpu_accumulate, py::call_guard<py::gil_scoped_release>());
 

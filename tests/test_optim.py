@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import adamw, problem, sgd
 
+from pybatch import _C
 from pybatch.errors import UsageError
 
 CASES = [(case, options) for case in (adamw, sgd) for options in case.VARIANTS]
@@ -23,6 +24,30 @@ def test_matches_float64_reference(case, options, dtype, clip):
     opt = case.optimizer(params, lr=case.LR, max_grad_norm=clip, **options)
     result = problem.follow(params, options, case.reference, case.LR, clip=clip, optimizer=opt)
     problem.assert_follows(result, dtype)
+
+
+@pytest.fixture
+def narrower():
+    """Leaves the vector width as it found it."""
+    width = _C.cpu_width()
+    yield _C.set_cpu_width
+    _C.set_cpu_width(width)
+
+
+@pytest.mark.parametrize("width", _C.cpu_widths())
+@each_optimizer
+def test_every_vector_width_matches_the_reference(narrower, width, case):
+    narrower(width)
+    for dtype in problem.DTYPES:
+        params = problem.tensors(dtype)
+        opt = case.optimizer(params, lr=case.LR, max_grad_norm=50.0)
+        result = problem.follow(params, {}, case.reference, case.LR, clip=50.0, optimizer=opt)
+        problem.assert_follows(result, dtype)
+
+
+def test_a_width_this_cpu_lacks_is_refused():
+    with pytest.raises(ValueError, match="width 'avx1024'"):
+        _C.set_cpu_width("avx1024")
 
 
 @each_optimizer
