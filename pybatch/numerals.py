@@ -11,11 +11,11 @@ MISSING = "–"  # a figure that was not measured; the notes say why
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A plain number rounded to so many significant digits: 0.0123, 4.56, 78.9, 1,230."""
+    """A plain number rounded to so many significant digits: 0.0123, 4.56, 78.9, 1,230; a whole one as it is: 32."""
     if value is None or not math.isfinite(value):
         return MISSING
-    if value == 0:
-        return "0"
+    if value == round(value) and abs(value) < 10**digits:
+        return f"{value:.0f}"
     exponent = math.floor(math.log10(abs(value)))
     if round(abs(value), digits - 1 - exponent) >= 10 ** (exponent + 1):
         exponent += 1  # 99.96 is read as 100

@@ -1,19 +1,14 @@
 """Critical batch against capacity: the batch to use, what going further costs, how many devices are worth it.
 
-Pure: records in, Verdict out. Time to a loss is T(B) = S(B) t(B), with S(B) = S_min (1 + B_c / B) optimizer steps
-(McCandlish et al. 2018, eq. 2.11) and t(B) seconds per step. For t = alpha + beta B it is least at
-B* = sqrt(B_c alpha / beta), the geometric mean of critical batch and half batch.
+Pure: records in, Verdict out. `tradeoff` has the model, `advice` the words.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-from pybatch.numerals import count, number
+from pybatch.advice import advise
+from pybatch.numerals import number
 from pybatch.records import (
     Capacity,
     Convergence,
@@ -26,75 +21,10 @@ from pybatch.records import (
     ThroughputFit,
     Verdict,
 )
+from pybatch.tradeoff import EFFICIENCY, Best, Critical, Inputs, TimeModel, Wall
 
-EFFICIENCY = 0.8  # parallel efficiency below which a further device is not called worth it
-MAX_DEVICES = 65_536  # the search for devices ends here
 NOTICEABLE = 1.1  # a batch measured 10 % faster to the loss overrules the model: above the drift between two runs
 MISFIT = 0.1  # rms of ln(measured / fitted) from which the throughput model's error is worth telling
-DISTURBED = 0.3  # rms from which no advice stands on it: caches and tiles bend curves by less
-
-Inputs = dict[str, float | str | None]
-
-
-@dataclass(frozen=True)
-class TimeModel:
-    """Modelled time to a loss: steps 1 + critical / B times t(B / K) on K devices, communication not counted."""
-
-    fit: ThroughputFit
-    critical: float
-    most: float = math.inf  # largest batch on one device
-
-    def optimum(self, devices: Any = 1.0) -> Any:
-        """Global batch of least time: sqrt(B_c K alpha / beta), not below the floor's knee, within memory, >= 1."""
-        fit = self.fit
-        knee = (fit.t0_s - fit.alpha_s) / fit.beta_s if fit.model == "floor" else 0.0
-        free = np.maximum(np.sqrt(self.critical * devices * fit.alpha_s / fit.beta_s), devices * knee)
-        return np.maximum(np.minimum(free, devices * self.most), 1.0)
-
-    def time(self, batch: Any, devices: Any = 1.0) -> Any:
-        """Time to the loss at this global batch, in seconds per S_min: only ratios mean something."""
-        floor = self.fit.t0_s if self.fit.model == "floor" else 0.0
-        step = np.maximum(self.fit.alpha_s + self.fit.beta_s * batch / devices, floor)
-        return (1 + self.critical / batch) * step
-
-    def useful_devices(self) -> int:
-        """Most devices K with T(1) / (K T(K)) >= EFFICIENCY all the way up to K, each K at its own best batch."""
-        k = np.arange(1.0, MAX_DEVICES + 1)
-        time = self.time(self.optimum(k), k)
-        poor = np.flatnonzero(time[0] / (k * time) < EFFICIENCY)
-        return int(poor[0]) if len(poor) else MAX_DEVICES
-
-
-@dataclass(frozen=True)
-class _Critical:
-    """The critical batch with the evidence it stands on."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    source: str | None
-    reason: Reason
-    curve: Curve | None = None  # steps to target, where they were measured
-
-
-@dataclass(frozen=True)
-class _Wall:
-    """What one device can take: its saturation batch, or the largest batch that fits where that is smaller."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    extrapolated: bool = False  # past the largest batch measured
-
-
-@dataclass(frozen=True)
-class _Best:
-    batch: int
-    low: int
-    high: int
-    model: TimeModel
-    reason: Reason
 
 
 def compare(capacity: Capacity | None, noise: NoiseScale | None = None, steps: Convergence | None = None) -> Verdict:
@@ -150,13 +80,13 @@ def compare(capacity: Capacity | None, noise: NoiseScale | None = None, steps: C
         limit=limit,
         useful_devices=devices,
         time_to_target=seconds,
-        text=_text(critical, capacity, wall, limit, best, low, devices, further),
+        text=advise(critical, capacity, wall, limit, best, low, devices, further),
         reasons=tuple(reasons),
         notes=tuple(notes),
     )
 
 
-def _from_steps(steps: Convergence | None) -> _Critical | None:
+def _from_steps(steps: Convergence | None) -> Critical | None:
     """The critical batch of the best-tuned curve that has one, on the training loss if there is a choice."""
     fitted = [c for c in steps.curves if c.critical_batch is not None] if steps else []
     if not fitted:
@@ -165,13 +95,13 @@ def _from_steps(steps: Convergence | None) -> _Critical | None:
     text = f"fitted to measured steps to the {curve.split} loss target, learning-rate rule {curve.rule!r}"
     inputs: Inputs = {"target": curve.target, "s_min": curve.s_min, "points": len(curve.points)}
     reason = Reason("critical_batch", text, "measured", inputs)
-    return _Critical(curve.critical_batch, curve.low, curve.high, "sweep", reason, curve)
+    return Critical(curve.critical_batch, curve.low, curve.high, "sweep", reason, curve)
 
 
-def _from_noise(noise: NoiseScale | None) -> _Critical:
+def _from_noise(noise: NoiseScale | None) -> Critical:
     if noise is None:
         reason = Reason("critical_batch", "neither the noise scale nor steps to a target were measured", "measured")
-        return _Critical(None, None, None, None, reason)
+        return Critical(None, None, None, None, reason)
     inputs: Inputs = {
         "grad_sq": noise.grad_sq,
         "trace": noise.trace,
@@ -183,27 +113,27 @@ def _from_noise(noise: NoiseScale | None) -> _Critical:
         text = (
             "the gradient noise scale tr(Sigma) / |G|^2, taken for the critical batch: right within a factor of several"
         )
-        return _Critical(
+        return Critical(
             noise.b_simple, noise.low, noise.high, "noise", Reason("critical_batch", text, "modelled", inputs)
         )
     why = next((n.text for n in noise.notes if n.figure == "noise.b_simple"), "the noise scale is not resolved")
     reason = Reason("critical_batch", why, "measured", inputs)
     bound = noise.low if noise.status == "lower_bound" else None
-    return _Critical(None, bound, None, "noise" if bound is not None else None, reason)
+    return Critical(None, bound, None, "noise" if bound is not None else None, reason)
 
 
-def _wall(capacity: Capacity | None) -> _Wall | None:
+def _wall(capacity: Capacity | None) -> Wall | None:
     if capacity is None or capacity.model is None:
         return None
     fit, most = capacity.model, capacity.max_batch
     if most is not None and most < fit.saturation_low:
-        return _Wall("largest batch that fits", most, most, most)
+        return Wall("largest batch that fits", most, most, most)
     largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=math.inf)
     beyond = fit.saturation_batch > largest
-    return _Wall("saturation batch", fit.saturation_batch, fit.saturation_low, fit.saturation_high, beyond)
+    return Wall("saturation batch", fit.saturation_batch, fit.saturation_low, fit.saturation_high, beyond)
 
 
-def _limit(critical: _Critical, wall: _Wall | None) -> tuple[Limit, str]:
+def _limit(critical: Critical, wall: Wall | None) -> tuple[Limit, str]:
     """Which of the two is smaller beyond the error of both."""
     if wall is None:
         return "unresolved", "the throughput of this device has no fit to compare with"
@@ -229,7 +159,7 @@ def _most(capacity: Capacity) -> tuple[float, str]:
     return min(((float(b), name) for b, name in bounds if b is not None), default=(math.inf, "nothing"))
 
 
-def _best(critical: _Critical, capacity: Capacity) -> _Best:
+def _best(critical: Critical, capacity: Capacity) -> Best:
     """B*, within memory and data, rounded to a batch people use, and checked against the measured step times."""
     fit, value = capacity.model, critical.value
     assert fit is not None  # the caller has looked
@@ -265,10 +195,10 @@ def _best(critical: _Critical, capacity: Capacity) -> _Best:
         ends[side] = min(optimum * math.exp(apart if side else -apart), most)
     low, high = max(1, math.floor(min(ends[0], batch))), math.ceil(max(ends[1], batch))
     inputs |= {"optimum_low": ends[0], "optimum_high": ends[1]}
-    return _Best(batch, low, high, model, Reason("best_batch", text, evidence, inputs))
+    return Best(batch, low, high, model, Reason("best_batch", text, evidence, inputs))
 
 
-def _further(best: _Best | None, wall: _Wall | None) -> Inputs:
+def _further(best: Best | None, wall: Wall | None) -> Inputs:
     """What going from the best batch to what the device can take costs, as factors; empty where it is no further."""
     if best is None or wall is None or not NOTICEABLE * best.batch <= wall.value <= best.model.most:
         return {}
@@ -281,7 +211,7 @@ def _further(best: _Best | None, wall: _Wall | None) -> Inputs:
 
 
 def _time_to_target(
-    curve: Curve | None, best: _Best | None, capacity: Capacity | None
+    curve: Curve | None, best: Best | None, capacity: Capacity | None
 ) -> tuple[float | None, Reason | None]:
     if curve is None or curve.s_min is None or best is None or capacity is None:
         return None, None
@@ -337,123 +267,3 @@ def _capacity_notes(capacity: Capacity | None) -> list[Note]:
         text = f"the throughput model misses the measured step times by {error} % (rms): read the batches' own rows too"
         notes.append(Note("verdict.saturation_batch", text))
     return notes
-
-
-def _text(
-    critical: _Critical,
-    capacity: Capacity | None,
-    wall: _Wall | None,
-    limit: Limit,
-    best: _Best | None,
-    low: int | None,
-    devices: int | None,
-    further: Inputs,
-) -> str:
-    """Two to five sentences a practitioner can act on; every number in them is a field's or a reason's."""
-    fit = capacity.model if capacity else None
-    if best is not None and wall is not None:
-        return _distrust(fit) + " ".join(_advice(critical, wall, limit, best, devices, further))
-    known = _said(critical)
-    if wall is None:
-        lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"
-        if critical.value is None and critical.low is None:
-            return f"{lack}, and the critical batch is not known ({critical.reason.text}): no batch can be advised."
-        return (
-            f"The critical batch is {known}: far below it more examples per step save almost as many steps, far "
-            f"above it almost none. {lack}, so what batch this device wants is not known."
-        )
-    assert fit is not None  # there is a wall
-    device = (
-        f"The device reaches half its ceiling at batch {count(math.ceil(fit.half_batch))} and its {wall.name} is "
-        f"{_size(wall.value)}"
-    )
-    if low is not None:
-        above = ", above what the device can use" if limit == "hardware" else ""
-        advice = f"Use batch {count(low)} or larger: the critical batch is {known}{above}."
-        return f"{_distrust(fit)}{advice} {device}. {_more(critical)}"
-    return _distrust(fit) + (
-        f"No batch can be advised yet: {critical.reason.text}. {device}; below the former it is poorly used, "
-        f"past the latter it gains next to nothing. {_more(critical)}"
-    )
-
-
-def _distrust(fit: ThroughputFit | None) -> str:
-    """A sentence to go first where the throughput fit misses so much that nothing can stand on it."""
-    if fit is None or fit.rms_log_error <= DISTURBED:
-        return ""
-    return (
-        f"Measure again before trusting this: step times miss any smooth curve by {number(100 * fit.rms_log_error, 2)} "
-        "%, as on a machine busy with something else. "
-    )
-
-
-def _advice(
-    critical: _Critical,
-    wall: _Wall,
-    limit: Limit,
-    best: _Best,
-    devices: int | None,
-    further: Inputs,
-) -> list[str]:
-    size = _size(wall.value)
-    two = f"the critical batch is {_said(critical)}, the {wall.name} {size}{' by extrapolation' * wall.extrapolated}"
-    because = {
-        "noise": f"Gradient noise sets the limit, not the device: {two}.",
-        "hardware": f"The device sets the limit, not gradient noise: {two}.",
-        "balanced": f"Gradient noise and device are balanced: {two}, and their errors overlap.",
-        "unresolved": f"Which of the two sets the limit is not known: {two}.",
-    }
-    said = [
-        f"Use batch {count(best.batch)} (95 % interval {count(best.low)} to {count(best.high)}).",
-        because[limit],
-    ]
-    if further:
-        said.append(
-            f"At batch {size} the device does {_times(further['throughput_factor'])} the examples per second, but "
-            f"training needs {_times(further['examples_factor'])} the examples: the same loss takes "
-            f"{_times(further['time_factor'])} the time."
-        )
-    if devices is not None:
-        worth = (
-            "A second device is not worth it"
-            if devices == 1
-            else f"Up to {count(devices)} devices are worth it (parallel efficiency {number(EFFICIENCY, 1)} or better)"
-        )
-        said.append(f"{worth}, modelled without communication.")
-    if critical.source == "noise":
-        said.append(_trial(best.batch))
-    return said
-
-
-def _said(critical: _Critical) -> str:
-    """The critical batch in words, with its interval and its source."""
-    source = "fitted to steps" if critical.source == "sweep" else "from gradient noise"
-    if critical.value is None:
-        return f"at least {_size(critical.low)} ({source})"
-    if critical.low is None or critical.high is None:
-        return f"{_size(critical.value)} ({source})"
-    return f"{_size(critical.value)} ({_size(critical.low)} to {_size(critical.high)}, {source})"
-
-
-def _size(batch: float | None) -> str:
-    """A modelled batch size: three digits at most, whole from 10 on."""
-    if batch is None or batch < 9.95:
-        return number(batch, 2)
-    return count(batch) if batch < 99.5 else number(batch)
-
-
-def _times(factor: float | str | None) -> str:
-    return f"{number(float(factor or 0.0), 2)} times"
-
-
-def _trial(batch: int) -> str:
-    return (
-        "Gradient noise predicts the critical batch within a factor of several only: before a long run, train briefly "
-        f"at half and at double batch {count(batch)} as well."
-    )
-
-
-def _more(critical: _Critical) -> str:
-    if critical.source is None and not critical.reason.inputs:
-        return "Measure the noise scale as well."
-    return "A longer --time-budget narrows the noise scale."

@@ -18,6 +18,8 @@ FLOORS = {
     "pybatch.curves": 0.7,  # makes records
     "pybatch.kernels": 0,
     "pybatch._C": 0,
+    "pybatch.tradeoff": 0.7,
+    "pybatch.advice": 0.8,
     "pybatch.verdict": 1,
     "pybatch.noise.estimator": 1,
     "pybatch.device": 1,

@@ -26,6 +26,7 @@ from pybatch.report.output import Output
         (0.012345, "0.0123"),
         (1.2345, "1.23"),
         (99.96, "100"),
+        (32.0, "32"),
         (123.4, "123"),
         (12345, "12,300"),
         (-45.67, "-45.7"),
@@ -44,9 +45,9 @@ def test_other_numerals():
     assert numerals.memory(1536) == "1.50 KiB"
     assert numerals.memory(0) == "0 B"
     assert numerals.rate(8.71e10, "FLOP/s") == "87.1 GFLOP/s"
-    assert numerals.interval(1.0, None) == "[≥ 1.00]"
-    assert numerals.interval(None, 2.0) == "[≤ 2.00]"
-    assert numerals.interval(1.0, 2.0) == "[1.00 to 2.00]"
+    assert numerals.interval(1.0, None) == "[≥ 1]"
+    assert numerals.interval(None, 2.0) == "[≤ 2]"
+    assert numerals.interval(1.0, 2.0) == "[1 to 2]"
     assert numerals.interval(None, None) == ""
 
 
@@ -61,7 +62,7 @@ def test_the_table_fits_80_columns_and_is_plain(run):
         "saturation",
         "predicted oom",
         "B_simple",
-        "[31.0 to 52.0]",
+        "[31 to 52]",
         "Use batch 32.",
     ):
         assert expected in text
@@ -69,7 +70,7 @@ def test_the_table_fits_80_columns_and_is_plain(run):
 
 def test_every_figure_of_the_table_is_in_the_record(run):
     row = next(line for line in render(run, "table").splitlines() if line.split()[:1] == ["512"])
-    assert row.split() == ["512", "53.2", "0.8", "9,624", "96.2", "%", "12.3", "%", "3.00", "MiB"]
+    assert row.split() == ["512", "53.2", "0.8", "9,624", "96.2", "%", "12.3", "%", "3", "MiB"]
 
 
 def test_json_is_the_record(run):
@@ -116,7 +117,7 @@ def test_an_unresolved_noise_scale_prints_no_number_for_it(run, status):
         run.noise, status=status, b_simple=None, high=None, low=31.0 if status == "lower_bound" else None
     )
     text = render(dataclasses.replace(run, noise=noise), "table")
-    assert ("at least 31.0 images" in text) == (status == "lower_bound")
+    assert ("at least 31 images" in text) == (status == "lower_bound")
     assert ("B_simple  unresolved" in text) == (status == "unresolved")
 
 

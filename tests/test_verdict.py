@@ -21,7 +21,8 @@ from pybatch.records import (
     ThroughputFit,
     WorkloadInfo,
 )
-from pybatch.verdict import EFFICIENCY, TimeModel, compare
+from pybatch.tradeoff import EFFICIENCY, TimeModel
+from pybatch.verdict import compare
 
 BATCHES = tuple(2**i for i in range(13))
 

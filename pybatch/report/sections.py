@@ -153,5 +153,6 @@ def _verdict(verdict: Verdict) -> Section:
         ("limited by", verdict.limit),
     ]
     if verdict.useful_devices is not None:
-        lines.append(("devices", f"up to {n.count(verdict.useful_devices)} worth it"))
+        devices = f"up to {n.count(verdict.useful_devices)}" if verdict.useful_devices > 1 else "one"
+        lines.append(("devices worth it", f"{devices} (modelled, without communication)"))
     return Section("Verdict", lines=tuple(lines), text=verdict.text, notes=_notes(verdict.notes))

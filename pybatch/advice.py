@@ -1,0 +1,141 @@
+"""The verdict in words: sentences for a practitioner, made from its figures alone."""
+
+from __future__ import annotations
+
+import math
+
+from pybatch.numerals import count, number
+from pybatch.records import Capacity, Limit, ThroughputFit
+from pybatch.tradeoff import EFFICIENCY, Best, Critical, Inputs, Wall
+
+DISTURBED = 0.3  # rms of ln(measured / fitted) from which no advice stands on the fit: caches and tiles bend it less
+
+
+def advise(
+    critical: Critical,
+    capacity: Capacity | None,
+    wall: Wall | None,
+    limit: Limit,
+    best: Best | None,
+    low: int | None,
+    devices: int | None,
+    further: Inputs,
+) -> str:
+    """Two to five sentences a practitioner can act on; every number in them is a field's or a reason's.
+
+    Args:
+        critical: the critical batch, or why it is not known.
+        capacity, wall: what the device does, and the batch past which it gains nothing; None where not measured.
+        limit: which of the two is smaller.
+        best: the batch to use; None where only a bound (`low`) or nothing is known.
+        low: the least batch worth using.
+        devices: how many are worth it.
+        further: what going on to the wall costs, as factors.
+    """
+    fit = capacity.model if capacity else None
+    if best is not None and wall is not None:
+        return _distrust(fit) + " ".join(_advice(critical, wall, limit, best, devices, further))
+    known = _said(critical)
+    if wall is None:
+        lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"
+        if critical.value is None and critical.low is None:
+            return f"{lack}, and the critical batch is not known ({critical.reason.text}): no batch can be advised."
+        return (
+            f"The critical batch is {known}: far below it more examples per step save almost as many steps, far "
+            f"above it almost none. {lack}, so what batch this device wants is not known."
+        )
+    assert fit is not None  # there is a wall
+    device = (
+        f"The device reaches half its ceiling at batch {count(math.ceil(fit.half_batch))} and its {wall.name} is "
+        f"{_size(wall.value)}"
+    )
+    if low is not None:
+        above = ", above what the device can use" if limit == "hardware" else ""
+        advice = f"Use batch {count(low)} or larger: the critical batch is {known}{above}."
+        return f"{_distrust(fit)}{advice} {device}. {_more(critical)}"
+    return _distrust(fit) + (
+        f"No batch can be advised yet: {critical.reason.text}. {device}; below the former it is poorly used, "
+        f"past the latter it gains next to nothing. {_more(critical)}"
+    )
+
+
+def _distrust(fit: ThroughputFit | None) -> str:
+    """A sentence to go first where the throughput fit misses so much that nothing can stand on it."""
+    if fit is None or fit.rms_log_error <= DISTURBED:
+        return ""
+    return (
+        f"Measure again before trusting this: step times miss any smooth curve by {number(100 * fit.rms_log_error, 2)} "
+        "%, as on a machine busy with something else. "
+    )
+
+
+def _advice(
+    critical: Critical,
+    wall: Wall,
+    limit: Limit,
+    best: Best,
+    devices: int | None,
+    further: Inputs,
+) -> list[str]:
+    size = _size(wall.value)
+    two = f"the critical batch is {_said(critical)}, the {wall.name} {size}{' by extrapolation' * wall.extrapolated}"
+    because = {
+        "noise": f"Gradient noise sets the limit, not the device: {two}.",
+        "hardware": f"The device sets the limit, not gradient noise: {two}.",
+        "balanced": f"Gradient noise and device are balanced: {two}, and their errors overlap.",
+        "unresolved": f"Which of the two sets the limit is not known: {two}.",
+    }
+    said = [
+        f"Use batch {count(best.batch)} (95 % interval {count(best.low)} to {count(best.high)}).",
+        because[limit],
+    ]
+    if further:
+        said.append(
+            f"At batch {size} the device does {_times(further['throughput_factor'])} the examples per second, but "
+            f"training needs {_times(further['examples_factor'])} the examples: the same loss takes "
+            f"{_times(further['time_factor'])} the time."
+        )
+    if devices is not None:
+        worth = (
+            "A second device is not worth it"
+            if devices == 1
+            else f"Up to {count(devices)} devices are worth it (parallel efficiency {number(EFFICIENCY, 1)} or better)"
+        )
+        said.append(f"{worth}, modelled without communication.")
+    if critical.source == "noise":
+        said.append(_trial(best.batch))
+    return said
+
+
+def _said(critical: Critical) -> str:
+    """The critical batch in words, with its interval and its source."""
+    source = "fitted to steps" if critical.source == "sweep" else "from gradient noise"
+    if critical.value is None:
+        return f"at least {_size(critical.low)} ({source})"
+    if critical.low is None or critical.high is None:
+        return f"{_size(critical.value)} ({source})"
+    return f"{_size(critical.value)} ({_size(critical.low)} to {_size(critical.high)}, {source})"
+
+
+def _size(batch: float | None) -> str:
+    """A modelled batch size: three digits at most, whole from 10 on."""
+    if batch is None or batch < 9.95:
+        return number(batch, 2)
+    return count(batch) if batch < 99.5 else number(batch)
+
+
+def _times(factor: float | str | None) -> str:
+    return f"{number(float(factor or 0.0), 2)} times"
+
+
+def _trial(batch: int) -> str:
+    return (
+        "Gradient noise predicts the critical batch within a factor of several only: before a long run, train briefly "
+        f"at half and at double batch {count(batch)} as well."
+    )
+
+
+def _more(critical: Critical) -> str:
+    if critical.source is None and not critical.reason.inputs:
+        return "Measure the noise scale as well."
+    return "A longer --time-budget narrows the noise scale."

@@ -1,0 +1,84 @@
+"""Steps against step time: the quantities the verdict weighs, and the model of time to a loss.
+
+Time to a loss is T(B) = S(B) t(B), with S(B) = S_min (1 + B_c / B) optimizer steps (McCandlish et al. 2018, eq. 2.11)
+and t(B) seconds per step. For t = alpha + beta B it is least at B* = sqrt(B_c alpha / beta), the geometric mean of
+critical batch and half batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pybatch.records import Curve, Reason, ThroughputFit
+
+EFFICIENCY = 0.8  # parallel efficiency below which a further device is not called worth it
+MAX_DEVICES = 65_536  # the search for devices ends here
+
+Inputs = dict[str, float | str | None]
+
+
+@dataclass(frozen=True)
+class TimeModel:
+    """Modelled time to a loss: steps 1 + critical / B times t(B / K) on K devices, communication not counted."""
+
+    fit: ThroughputFit
+    critical: float
+    most: float = math.inf  # largest batch on one device
+
+    def optimum(self, devices: Any = 1.0) -> Any:
+        """Global batch of least time: sqrt(B_c K alpha / beta), not below the floor's knee, within memory, >= 1."""
+        fit = self.fit
+        knee = (fit.t0_s - fit.alpha_s) / fit.beta_s if fit.model == "floor" else 0.0
+        free = np.maximum(np.sqrt(self.critical * devices * fit.alpha_s / fit.beta_s), devices * knee)
+        return np.maximum(np.minimum(free, devices * self.most), 1.0)
+
+    def time(self, batch: Any, devices: Any = 1.0) -> Any:
+        """Time to the loss at this global batch, in seconds per S_min: only ratios mean something."""
+        floor = self.fit.t0_s if self.fit.model == "floor" else 0.0
+        step = np.maximum(self.fit.alpha_s + self.fit.beta_s * batch / devices, floor)
+        return (1 + self.critical / batch) * step
+
+    def useful_devices(self) -> int:
+        """Most devices K with T(1) / (K T(K)) >= EFFICIENCY all the way up to K, each K at its own best batch."""
+        k = np.arange(1.0, MAX_DEVICES + 1)
+        time = self.time(self.optimum(k), k)
+        poor = np.flatnonzero(time[0] / (k * time) < EFFICIENCY)
+        return int(poor[0]) if len(poor) else MAX_DEVICES
+
+
+@dataclass(frozen=True)
+class Critical:
+    """The critical batch with the evidence it stands on."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    source: str | None
+    reason: Reason
+    curve: Curve | None = None  # steps to target, where they were measured
+
+
+@dataclass(frozen=True)
+class Wall:
+    """What one device can take: its saturation batch, or the largest batch that fits where that is smaller."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    extrapolated: bool = False  # past the largest batch measured
+
+
+@dataclass(frozen=True)
+class Best:
+    """The batch of least modelled time, in whole examples, with its 95 % interval."""
+
+    batch: int
+    low: int
+    high: int
+    model: TimeModel
+    reason: Reason
