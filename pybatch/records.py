@@ -52,6 +52,7 @@ class Environment:
     seed: int
     command: str
     libraries: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)  # that change speed, where set: OMP_NUM_THREADS, ...
 
 
 @dataclass(frozen=True)

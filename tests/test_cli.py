@@ -288,6 +288,33 @@ def test_list_names_what_ships(pybatch):
         assert word in out
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "passive"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+        ({"GOMP_SPINCOUNT": "100"}, {"GOMP_SPINCOUNT": "100"}),
+    ],
+)
+def test_idle_threads_sleep_unless_the_user_says_otherwise(pybatch, monkeypatch, given, kept):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    pybatch("--version")
+    assert {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ} == kept
+    from pybatch.device.environment import capture
+
+    assert kept.items() <= capture(seed=0).variables.items()
+
+
+def test_a_batch_above_the_data_set_says_how_it_is_drawn(pybatch):
+    _, out, _ = pybatch("bench", "--cpu", "--batch", "512,1024,2048", "--time-budget", "10", "--format", "json")
+    notes = {note["figure"]: note["text"] for note in json.loads(out)["capacity"]["notes"]}
+    assert "above the 1,437 training examples repeats some of them" in notes["batches.batch"]
+    assert "with replacement" in notes["batches.batch"]
+
+
 def test_version_and_help(pybatch):
     from importlib.metadata import version
 

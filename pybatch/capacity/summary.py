@@ -81,6 +81,12 @@ def summarize(
         notes += _fit_notes(fit, timed, largest)
     if drift is not None and abs(drift) > _DRIFT:
         notes.append(Note("capacity.drift", f"the anchor batch's step time changed by {drift:+.1%} during the run"))
+    if workload.examples is not None and timed and timed[-1].batch > workload.examples:
+        text = (
+            f"a batch above the {workload.examples:,} training examples repeats some of them, as {workload.name} draws "
+            "with replacement; its speed is real, but it holds no more information than the whole set"
+        )
+        notes.append(Note("batches.batch", text))
     notes.append(Note("batches.step_ms", "batch drawn beforehand: the input pipeline is not in the step"))
     return Capacity(
         t0_ms=fit.t0_s * 1e3 if fit else None,

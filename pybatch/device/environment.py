@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -13,6 +14,18 @@ from pybatch.device.nvml import driver_version
 from pybatch.records import Environment
 
 _LIBRARIES = ("numpy", "scipy", "scikit-learn", "triton", "psutil", "nvidia-ml-py")
+
+_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "GOMP_CPU_AFFINITY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "OMP_PROC_BIND",
+    "OMP_WAIT_POLICY",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 
 
 def capture(seed: int, command: str | None = None) -> Environment:
@@ -29,6 +42,7 @@ def capture(seed: int, command: str | None = None) -> Environment:
         seed=seed,
         command=" ".join(sys.argv) if command is None else command,
         libraries={name: version for name in _LIBRARIES if (version := _version(name)) is not None},
+        variables={name: os.environ[name] for name in _VARIABLES if name in os.environ},
     )
 
 
