@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
@@ -28,15 +29,15 @@ def count(value: float | None) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{round(value):,}"
 
 
-def interval(low: float | None, high: float | None) -> str:
-    """An interval in brackets; an open end is spelled out."""
+def interval(low: float | None, high: float | None, form: Callable[[float | None], str] = number) -> str:
+    """An interval in brackets, its ends written by `form`; an open end is spelled out."""
     if low is None and high is None:
         return ""
     if high is None or not math.isfinite(high):
-        return f"[≥ {number(low)}]"
+        return f"[≥ {form(low)}]"
     if low is None:
-        return f"[≤ {number(high)}]"
-    return f"[{number(low)} to {number(high)}]"
+        return f"[≤ {form(high)}]"
+    return f"[{form(low)} to {form(high)}]"
 
 
 def share(value: float | None) -> str:

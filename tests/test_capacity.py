@@ -149,6 +149,24 @@ def test_planted_step_times_come_back() -> None:
     assert all(by_batch(found)[p.batch] == p for p in seen)
 
 
+class OverflowingClock(PlantedClock):
+    """Past 1000 examples every one costs twice as much, as where a cache overflows."""
+
+    def time(self, work: Callable[[], object], count: int) -> list[float]:
+        assert self.explorer is not None
+        return [t * (1 + (self.explorer.step.batch_size > 1000)) for t in super().time(work, count)]
+
+
+def test_batches_past_a_fall_in_throughput_do_not_bend_the_fit() -> None:
+    found = measure(Linear(), [1, 8, 64, 512, 1000, 2000, 4000], clock=OverflowingClock())
+    assert found.model is not None
+    assert found.model.batches == 5
+    assert found.half_batch == pytest.approx(200, rel=0.1)
+    assert found.ceiling_samples_per_s == pytest.approx(1e5, rel=0.05)
+    assert any("falls by over 10% past batch 1000" in note.text for note in found.notes)
+    assert [p.batch for p in found.batches] == [1, 8, 64, 512, 1000, 2000, 4000]
+
+
 def test_given_batches_are_the_ones_recorded() -> None:
     found = measure(Linear(), [512, 64, 8])
     assert [p.batch for p in found.batches] == [8, 64, 512]

@@ -291,12 +291,12 @@ def test_list_names_what_ships(pybatch):
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        ({}, {"OMP_WAIT_POLICY": "passive"}),
+        ({}, {"GOMP_SPINCOUNT": "5000"}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
         ({"GOMP_SPINCOUNT": "100"}, {"GOMP_SPINCOUNT": "100"}),
     ],
 )
-def test_idle_threads_sleep_unless_the_user_says_otherwise(pybatch, monkeypatch, given, kept):
+def test_threads_spin_shortly_unless_the_user_says_otherwise(pybatch, monkeypatch, given, kept):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():

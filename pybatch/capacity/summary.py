@@ -16,6 +16,7 @@ from pybatch.records import BatchPoint, Capacity, Ceilings, Device, Note, Throug
 _NEAR = 0.95  # of the ceiling: a measured batch that reaches this saturates the device
 _DRIFT = 0.05  # change of the anchor's step time that a reader should hear of
 _FITTABLE = 3  # batch sizes
+_FALL = 0.1  # below the best throughput: past it caches overflow or memory is scarce, and no ceiling is approached
 
 
 def point(
@@ -77,8 +78,12 @@ def summarize(
     if len(timed) < _FITTABLE:
         notes.append(Note("capacity.model", f"{len(timed)} batch sizes timed; a fit needs {_FITTABLE}"))
     else:
-        fit = fit_throughput([p.batch for p in timed], [samples[p.batch] for p in timed], seed=seed)
+        rising = _before_fall(timed)
+        fit = fit_throughput([p.batch for p in rising], [samples[p.batch] for p in rising], seed=seed)
         notes += _fit_notes(fit, timed, largest)
+        if len(rising) < len(timed):
+            text = f"throughput falls by over {_FALL:.0%} past batch {rising[-1].batch}; the fit is of those up to it"
+            notes.append(Note("capacity.model", text))
     if drift is not None and abs(drift) > _DRIFT:
         notes.append(Note("capacity.drift", f"the anchor batch's step time changed by {drift:+.1%} during the run"))
     if workload.examples is not None and timed and timed[-1].batch > workload.examples:
@@ -140,13 +145,26 @@ def counter_notes(
     return notes
 
 
+def _before_fall(timed: Sequence[BatchPoint]) -> Sequence[BatchPoint]:
+    """The batch sizes up to the last one whose throughput, at its best, is near the highest; all, if too few are left.
+
+    Neither model of `fit_throughput` can fall: larger batches that do would bend the whole curve.
+    """
+    highest = max(p.samples_per_s or 0.0 for p in timed)
+    near = [i for i, p in enumerate(timed) if _fastest(p) >= (1 - _FALL) * highest]
+    rising = timed[: near[-1] + 1]
+    return rising if len(rising) >= _FITTABLE else timed
+
+
+def _fastest(p: BatchPoint) -> float:
+    """Examples/s at the lower end of the step time's interval."""
+    milliseconds = p.step_ms_low or p.step_ms
+    return p.batch / (milliseconds / 1e3) if milliseconds else 0.0
+
+
 def _saturation_measured(fit: ThroughputFit | None, timed: Sequence[BatchPoint]) -> int | None:
     """Smallest measured batch whose throughput interval reaches 95 % of the fitted ceiling."""
-    for p in timed:
-        fastest = p.step_ms_low or p.step_ms
-        if fit is not None and fastest is not None and p.batch / (fastest / 1e3) >= _NEAR * fit.ceiling:
-            return p.batch
-    return None
+    return next((p.batch for p in timed if fit is not None and _fastest(p) >= _NEAR * fit.ceiling), None)
 
 
 def _fit_notes(fit: ThroughputFit, timed: Sequence[BatchPoint], largest: Largest) -> list[Note]:

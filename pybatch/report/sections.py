@@ -149,7 +149,7 @@ def _verdict(verdict: Verdict) -> Section:
             "critical batch",
             f"{n.number(verdict.critical_batch)} {n.interval(verdict.critical_low, verdict.critical_high)}",
         ),
-        ("best batch", f"{n.count(verdict.best_batch)} {n.interval(verdict.best_low, verdict.best_high)}"),
+        ("best batch", f"{n.count(verdict.best_batch)} {n.interval(verdict.best_low, verdict.best_high, n.count)}"),
         ("limited by", verdict.limit),
     ]
     if verdict.useful_devices is not None:
