@@ -47,7 +47,7 @@ def bench(
     gpu: Annotated[int | None, typer.Option(help="Measure on this GPU. Default: GPU 0 if there is one.")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Measure on the CPU.")] = False,
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 (autocast over fp32 parameters).")] = "fp32",
-    time_budget: Annotated[float, typer.Option(help="Seconds for all measurements together.")] = 60.0,
+    time_budget: Annotated[float, typer.Option(help="Seconds for all measurements together.")] = 70.0,
     seed: Annotated[int, typer.Option(help="Of the model, the data order and the resampling.")] = 0,
     format_: Annotated[
         str | None,
@@ -64,7 +64,7 @@ def bench(
     if gpu is not None and cpu:
         raise UsageError("--gpu and --cpu exclude each other. Give one of them.")
     if not 1 <= time_budget < float("inf"):
-        raise UsageError(f"time budget {time_budget:g} s is out of range. Give at least 1 second; the default is 60.")
+        raise UsageError(f"time budget {time_budget:g} s is out of range. Give at least 1 second; the default is 70.")
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed {seed} is out of range. Give a whole number from 0 to 2**63 - 1.")
     target = Output(output) if output is not None else None

@@ -143,7 +143,7 @@ def verify_largest(
 def run_probe(request: Request, timeout_s: float) -> Outcome:
     """Run a request in a fresh process; killed at the timeout."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "pybatch.capacity.probe"],
+        [sys.executable, "-P", "-m", "pybatch.capacity.probe"],  # -P: not a checkout that happens to be here
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
