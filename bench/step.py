@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from pybatch import ops
+from pybatch.device.identity import describe
 from pybatch.optim import AdamW
 
 SHAPES: dict[str, list[tuple[int, ...]]] = {
@@ -66,7 +66,7 @@ def gradients(params: list[torch.nn.Parameter], seed: int) -> list[torch.Tensor]
 class Step:
     """One update: clip to global norm 1, AdamW, noise statistics on our side only. Bytes are of the byte model."""
 
-    name, ours_bytes, torch_bytes = "clip + AdamW", 32, 40
+    name, ours_bytes, torch_bytes = "clip + AdamW + noise", 32, 40
 
     def __init__(self, shapes: list[tuple[int, ...]], device: torch.device) -> None:
         self.ours, self.theirs = parameters(shapes, device), parameters(shapes, device)
@@ -222,7 +222,7 @@ def main() -> None:
     if arguments.output:
         record = {
             "script": "bench/step.py",
-            "device": platform.processor() or platform.machine(),
+            "device": describe(clock.device).name,
             "kind": arguments.device,
             "threads": torch.get_num_threads(),
             "vector_width": ops.build().cpu_width,
