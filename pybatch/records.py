@@ -122,7 +122,7 @@ class BatchPoint:
 class ThroughputFit:
     """Step time against batch size, seconds: t(B) = alpha + beta B, or max(floor, alpha + beta B).
 
-    Intervals are 95 % by bootstrap over the measured steps. Sources: SCIENCE definitions in README, "Capacity".
+    Intervals are 95 % by bootstrap over the measured steps.
     """
 
     model: Literal["affine", "floor"]
@@ -270,6 +270,9 @@ class Verdict:
     text: str
     reasons: tuple[Reason, ...] = ()
     notes: tuple[Note, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
 
     def why(self, figure: str) -> Reason:
         """The sentence and the figures behind one field of the verdict."""
