@@ -6,9 +6,7 @@ import math
 
 from pybatch.numerals import count, number
 from pybatch.records import Capacity, Limit, ThroughputFit
-from pybatch.tradeoff import EFFICIENCY, Best, Critical, Inputs, Wall
-
-DISTURBED = 0.3  # rms of ln(measured / fitted) from which no advice stands on the fit: caches and tiles bend it less
+from pybatch.tradeoff import DISTURBED, EFFICIENCY, Best, Bound, Critical, Inputs, Wall
 
 
 def advise(
@@ -18,6 +16,7 @@ def advise(
     limit: Limit,
     best: Best | None,
     low: int | None,
+    bound: Bound | None,
     devices: int | None,
     further: Inputs,
 ) -> str:
@@ -29,6 +28,7 @@ def advise(
         limit: which of the two is smaller.
         best: the batch to use; None where only a bound (`low`) or nothing is known.
         low: the least batch worth using.
+        bound: what keeps `low` from being larger; None where nothing does.
         devices: how many are worth it.
         further: what going on to the wall costs, as factors.
     """
@@ -51,7 +51,8 @@ def advise(
     )
     if low is not None:
         above = ", above what the device can use" if limit == "hardware" else ""
-        advice = f"Use batch {count(low)} or larger: the critical batch is {known}{above}."
+        reach = f", the largest that {bound.name} allows" if bound else " or larger"
+        advice = f"Use batch {count(low)}{reach}: the critical batch is {known}{above}."
         return f"{_distrust(fit)}{advice} {device}. {_more(critical)}"
     return _distrust(fit) + (
         f"No batch can be advised yet: {critical.reason.text}. {device}; below the former it is poorly used, "
@@ -79,6 +80,7 @@ def _advice(
 ) -> list[str]:
     size = _size(wall.value)
     two = f"the critical batch is {_said(critical)}, the {wall.name} {size}{' by extrapolation' * wall.extrapolated}"
+    beyond = ", by extrapolation past the largest batch timed" if best.extrapolated else ""
     because = {
         "noise": f"Gradient noise sets the limit, not the device: {two}.",
         "hardware": f"The device sets the limit, not gradient noise: {two}.",
@@ -86,7 +88,8 @@ def _advice(
         "unresolved": f"Which of the two sets the limit is not known: {two}.",
     }
     said = [
-        f"Use batch {count(best.batch)} (95 % interval {count(best.low)} to {count(best.high)}).",
+        f"Use batch {count(best.batch)}{beyond} (optimum {_size(best.optimum)}, 95 % interval {count(best.low)} to "
+        f"{count(best.high)}).",
         because[limit],
     ]
     if further:

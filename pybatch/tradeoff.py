@@ -17,6 +17,7 @@ from pybatch.records import Curve, Reason, ThroughputFit
 
 EFFICIENCY = 0.8  # parallel efficiency below which a further device is not called worth it
 MAX_DEVICES = 65_536  # the search for devices ends here
+DISTURBED = 0.3  # rms of ln(measured / fitted) from which no advice stands on the fit: caches and tiles bend it less
 
 Inputs = dict[str, float | str | None]
 
@@ -28,13 +29,18 @@ class TimeModel:
     fit: ThroughputFit
     critical: float
     most: float = math.inf  # largest batch on one device
+    most_global: float = math.inf  # largest batch on all devices together: the data set
+
+    @property
+    def knee(self) -> float:
+        """Batch per device at which a floor ends: smaller ones take the same time. 0 for the affine model."""
+        fit = self.fit
+        return (fit.t0_s - fit.alpha_s) / fit.beta_s if fit.model == "floor" else 0.0
 
     def optimum(self, devices: Any = 1.0) -> Any:
-        """Global batch of least time: sqrt(B_c K alpha / beta), not below the floor's knee, within memory, >= 1."""
-        fit = self.fit
-        knee = (fit.t0_s - fit.alpha_s) / fit.beta_s if fit.model == "floor" else 0.0
-        free = np.maximum(np.sqrt(self.critical * devices * fit.alpha_s / fit.beta_s), devices * knee)
-        return np.maximum(np.minimum(free, devices * self.most), 1.0)
+        """Global batch of least time: sqrt(B_c K alpha / beta), not below the floor's knee, within bounds, >= 1."""
+        free = np.maximum(np.sqrt(self.critical * devices * self.fit.alpha_s / self.fit.beta_s), devices * self.knee)
+        return np.maximum(np.minimum(np.minimum(free, devices * self.most), self.most_global), 1.0)
 
     def time(self, batch: Any, devices: Any = 1.0) -> Any:
         """Time to the loss at this global batch, in seconds per S_min: only ratios mean something."""
@@ -63,6 +69,14 @@ class Critical:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """The largest batch that can be used, and what sets it."""
+
+    value: float
+    name: str | None  # "memory", "the data set"; None: unbounded
+
+
+@dataclass(frozen=True)
 class Wall:
     """What one device can take: its saturation batch, or the largest batch that fits where that is smaller."""
 
@@ -75,10 +89,12 @@ class Wall:
 
 @dataclass(frozen=True)
 class Best:
-    """The batch of least modelled time, in whole examples, with its 95 % interval."""
+    """The batch to use, and the interval of the optimum it was rounded from."""
 
     batch: int
-    low: int
+    optimum: float
+    low: int  # 95 % interval of the optimum, in whole examples
     high: int
+    extrapolated: bool  # past the largest batch timed
     model: TimeModel
     reason: Reason

@@ -10,6 +10,7 @@ import math
 from pybatch.advice import advise
 from pybatch.numerals import number
 from pybatch.records import (
+    BatchPoint,
     Capacity,
     Convergence,
     Curve,
@@ -21,9 +22,10 @@ from pybatch.records import (
     ThroughputFit,
     Verdict,
 )
-from pybatch.tradeoff import EFFICIENCY, Best, Critical, Inputs, TimeModel, Wall
+from pybatch.tradeoff import DISTURBED, EFFICIENCY, Best, Bound, Critical, Inputs, TimeModel, Wall
 
-NOTICEABLE = 1.1  # a batch measured 10 % faster to the loss overrules the model: above the drift between two runs
+NOTICEABLE = 1.1  # a batch surely measured 10 % faster to the loss overrules the model: above the drift between runs
+MULTIPLE = 8  # a batch bounded by memory is rounded down to a multiple of this, which suits every device
 MISFIT = 0.1  # rms of ln(measured / fitted) from which the throughput model's error is worth telling
 
 
@@ -48,12 +50,13 @@ def compare(capacity: Capacity | None, noise: NoiseScale | None = None, steps: C
     if capacity is not None and capacity.saturation_batch is not None:
         reasons.append(_saturation_reason(capacity))
 
-    low = high = devices = None
+    low = high = devices = bound = None
     if best is not None:
         low, high, devices = best.low, best.high, best.model.useful_devices()
         reasons += [best.reason, _devices_reason(best.model, devices)]
     elif critical.low is not None and capacity is not None and fit is not None:
         low = max(1, math.floor(_model(fit, critical.low, capacity).optimum()))
+        bound = _bound(capacity) if low >= math.floor(_bound(capacity).value) else None
         text = "sqrt(critical batch x half batch) at the lower bound of the critical batch: use at least this"
         inputs: Inputs = {"critical_low": critical.low, "half_batch": fit.half_batch}
         reasons.append(Reason("best_low", text, "modelled", inputs))
@@ -80,7 +83,7 @@ def compare(capacity: Capacity | None, noise: NoiseScale | None = None, steps: C
         limit=limit,
         useful_devices=devices,
         time_to_target=seconds,
-        text=advise(critical, capacity, wall, limit, best, low, devices, further),
+        text=advise(critical, capacity, wall, limit, best, low, bound, devices, further),
         reasons=tuple(reasons),
         notes=tuple(notes),
     )
@@ -149,60 +152,96 @@ def _limit(critical: Critical, wall: Wall | None) -> tuple[Limit, str]:
 
 
 def _model(fit: ThroughputFit, critical: float, capacity: Capacity) -> TimeModel:
-    return TimeModel(fit, critical, _most(capacity)[0])
+    memory, data = _bounds(capacity)
+    return TimeModel(fit, critical, memory.value, data.value)
 
 
-def _most(capacity: Capacity) -> tuple[float, str]:
-    """The largest sensible batch on one device, and what sets it."""
+def _bounds(capacity: Capacity) -> tuple[Bound, Bound]:
+    """The largest batch on one device, and the largest at all."""
     examples = capacity.workload.examples if capacity.workload else None
-    bounds = [(capacity.max_batch, "memory"), (examples, "the data set's size")]
-    return min(((float(b), name) for b, name in bounds if b is not None), default=(math.inf, "nothing"))
+    memory = Bound(float(capacity.max_batch), "memory") if capacity.max_batch is not None else Bound(math.inf, None)
+    data = Bound(float(examples), "the data set") if examples is not None else Bound(math.inf, None)
+    return memory, data
+
+
+def _bound(capacity: Capacity) -> Bound:
+    return min(_bounds(capacity), key=lambda bound: bound.value)
 
 
 def _best(critical: Critical, capacity: Capacity) -> Best:
     """B*, within memory and data, rounded to a batch people use, and checked against the measured step times."""
-    fit, value = capacity.model, critical.value
+    fit, value, bound = capacity.model, critical.value, _bound(capacity)
     assert fit is not None  # the caller has looked
     assert value is not None
     model = _model(fit, value, capacity)
     optimum = float(model.optimum())
-    most, bound = _most(capacity)
-    measured = {p.batch: p.step_ms for p in capacity.batches if p.status == "ok" and p.step_ms and p.batch <= most}
-    near = [b for b in measured if 1 / math.sqrt(2) <= b / optimum <= math.sqrt(2)]
-    if near:
-        batch, rounding = min(near, key=lambda b: abs(math.log(b / optimum))), "nearest measured batch"
+    measured = [p for p in capacity.batches if p.status == "ok" and p.step_ms and p.batch <= bound.value]
+    largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=None)
+    at_knee = optimum == model.knee and optimum < bound.value
+    law = "the end of the floor in step time, below which batches take the same time"
+    law = law if at_knee else "sqrt(critical batch x half batch)"
+    near = [p.batch for p in measured if 1 / math.sqrt(2) <= p.batch / optimum <= math.sqrt(2)]
+    if optimum >= bound.value:
+        whole = int(bound.value)
+        batch = whole - whole % MULTIPLE if bound.name == "memory" and whole > MULTIPLE else whole
+        text = f"bounded by {bound.name}, below {law}"
+    elif near:
+        batch = min(near, key=lambda b: abs(math.log(b / optimum)))
+        text = f"{law}, rounded to the nearest measured batch"
     else:
-        batch, rounding = 2 ** round(math.log2(optimum)), "nearest power of two"
-        batch = batch if batch <= most else 2 ** math.floor(math.log2(most))
-    text = f"sqrt(critical batch x half batch), rounded to the {rounding}"
-    evidence: Evidence = "modelled"
-    if optimum >= most:
-        text = f"bounded by {bound}, below sqrt(critical batch x half batch); rounded to the {rounding}"
+        batch = 2 ** round(math.log2(optimum))
+        batch = batch if batch <= bound.value else 2 ** math.floor(math.log2(bound.value))
+        text = f"{law}, rounded to the nearest power of two"
     inputs: Inputs = {"optimum": optimum, "critical_batch": value, "half_batch": fit.half_batch}
-    time = {b: (1 + value / b) * ms for b, ms in measured.items()}
-    if batch in time:
-        fastest = min(time, key=lambda b: time[b])
-        inputs |= {"measured_time_over_least": time[batch] / time[fastest], "fastest_measured": fastest}
-        if time[batch] > NOTICEABLE * time[fastest]:
-            batch, evidence = fastest, "measured"
-            text = "least modelled steps times measured step time; the throughput model misses the measured times here"
-    ends = [
-        float(_model(fit, c if c is not None else value, capacity).optimum()) for c in (critical.low, critical.high)
-    ]
-    # Errors of critical and half batch are independent: in logarithms B* carries half of each, added in quadrature.
-    for side, half in enumerate((fit.half_low, fit.half_high)):
-        apart = math.hypot(math.log(ends[side] / optimum), 0.5 * math.log(half / fit.half_batch))
-        ends[side] = min(optimum * math.exp(apart if side else -apart), most)
-    low, high = max(1, math.floor(min(ends[0], batch))), math.ceil(max(ends[1], batch))
-    inputs |= {"optimum_low": ends[0], "optimum_high": ends[1]}
-    return Best(batch, low, high, model, Reason("best_batch", text, evidence, inputs))
+    inputs["largest_measured"] = largest
+    evidence: Evidence = "modelled"
+    faster = _surely_faster(batch, value, measured) if fit.rms_log_error <= DISTURBED else None
+    if faster is not None:
+        inputs["modelled_batch"] = batch
+        batch, evidence = faster, "measured"
+        text = "least modelled steps times measured step time; the throughput model misses the measured times here"
+    low, high = _interval(critical, capacity, model, at_knee)
+    inputs |= {"optimum_low": low, "optimum_high": high}
+    reason = Reason("best_batch", text, evidence, inputs)
+    return Best(batch, optimum, max(1, math.floor(low)), math.ceil(high), batch > (largest or 0), model, reason)
+
+
+def _interval(critical: Critical, capacity: Capacity, model: TimeModel, at_knee: bool) -> tuple[float, float]:
+    """95 % interval of the optimum.
+
+    Errors of critical and half batch are independent: in logarithms B* carries half of each, added in quadrature. At
+    a floor's knee the half batch is half the knee, whose error the optimum carries whole.
+    """
+    fit, optimum, most = model.fit, float(model.optimum()), _bound(capacity).value
+    ends = []
+    for sign, end, half in ((-1, critical.low, fit.half_low), (1, critical.high, fit.half_high)):
+        moved = float(_model(fit, model.critical if end is None else end, capacity).optimum())
+        device = (1.0 if at_knee else 0.5) * math.log(half / fit.half_batch)
+        ends.append(min(optimum * math.exp(sign * math.hypot(math.log(moved / optimum), device)), most))
+    return ends[0], ends[1]
+
+
+def _surely_faster(batch: int, critical: float, measured: list[BatchPoint]) -> int | None:
+    """A measured batch that reaches the loss NOTICEABLE sooner than this one, beyond the error of both times."""
+
+    def time(p: BatchPoint, milliseconds: float | None) -> float:
+        return (1 + critical / p.batch) * milliseconds if milliseconds is not None else math.nan
+
+    own = next((time(p, p.step_ms_low) for p in measured if p.batch == batch), math.nan)
+    surely = {p.batch: time(p, p.step_ms_high) for p in measured}
+    faster = {b: t for b, t in surely.items() if own > NOTICEABLE * t}
+    return min(faster, key=lambda b: faster[b]) if faster else None
 
 
 def _further(best: Best | None, wall: Wall | None) -> Inputs:
     """What going from the best batch to what the device can take costs, as factors; empty where it is no further."""
-    if best is None or wall is None or not NOTICEABLE * best.batch <= wall.value <= best.model.most:
+    if best is None or wall is None:
         return {}
     model, to = best.model, wall.value
+    if not NOTICEABLE * best.batch <= to <= min(model.most, model.most_global):
+        return {}
+    if model.time(to) < model.time(best.batch):  # where measured times overruled the model, it can't tell the cost
+        return {}
     return {
         "examples_factor": (to + model.critical) / (best.batch + model.critical),
         "time_factor": float(model.time(to) / model.time(best.batch)),
