@@ -80,6 +80,8 @@ def _advice(
 ) -> list[str]:
     size = _size(wall.value)
     two = f"the critical batch is {_said(critical)}, the {wall.name} {size}{' by extrapolation' * wall.extrapolated}"
+    reach = f"optimum {_size(best.optimum)}, 95 % interval {count(best.low)}"
+    end = f"to {count(best.high)}" if best.high is not None else "upwards"
     beyond = ", by extrapolation past the largest batch timed" if best.extrapolated else ""
     because = {
         "noise": f"Gradient noise sets the limit, not the device: {two}.",
@@ -88,8 +90,7 @@ def _advice(
         "unresolved": f"Which of the two sets the limit is not known: {two}.",
     }
     said = [
-        f"Use batch {count(best.batch)}{beyond} (optimum {_size(best.optimum)}, 95 % interval {count(best.low)} to "
-        f"{count(best.high)}).",
+        f"Use batch {count(best.batch)}{beyond} ({reach} {end}).",
         because[limit],
     ]
     if further:

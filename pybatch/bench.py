@@ -12,6 +12,7 @@ from pybatch.capacity.measurement import measure_capacity
 from pybatch.device.environment import capture
 from pybatch.device.identity import resolve
 from pybatch.errors import Interrupted, PybatchError
+from pybatch.noise.estimator import MIN_BLOCKS
 from pybatch.noise.micro_batch import measure_noise
 from pybatch.records import Capacity, NoiseScale, Note, Run
 from pybatch.verdict import compare
@@ -56,9 +57,10 @@ def run_bench(
     created = datetime.now(UTC).isoformat(timespec="seconds")
 
     def finish(capacity: Capacity | None, noise: NoiseScale | None, notes: tuple[Note, ...] = ()) -> Run:
-        complete = capacity is not None and capacity.complete and noise is not None and not notes
+        lacking = _lacking(capacity, noise, time_budget, given=batches is not None) if not notes else ()
+        notes = notes + lacking
         verdict = compare(capacity, noise) if capacity is not None else None
-        return Run(created, environment, capacity, noise, None, verdict, complete, notes)
+        return Run(created, environment, capacity, noise, None, verdict, not notes, notes)
 
     interrupted = (Note("run", "interrupted by Ctrl-C: what was measured until then is kept"),)
     capacity = noise = None
@@ -72,7 +74,9 @@ def run_bench(
             seed=seed,
             progress=_staged(progress, "capacity", 0.0, _CAPACITY_SHARE),
         )
-        left = max(0.0, time_budget - (time.monotonic() - start))
+        left = time_budget - (time.monotonic() - start)
+        if left <= 0:
+            return finish(capacity, None)
         noise = measure_noise(
             workload,
             device=place,
@@ -94,6 +98,19 @@ def run_bench(
             raise
         return finish(capacity, None, (Note("noise", str(error)),))
     return finish(capacity, noise)
+
+
+def _lacking(capacity: Capacity | None, noise: NoiseScale | None, budget: float, given: bool) -> tuple[Note, ...]:
+    """A note for each part that the time budget did not suffice for."""
+    found = []
+    remedy = f"the time budget of {budget:g} s did not suffice; raise --time-budget"
+    if capacity is None or not capacity.complete:
+        found.append(Note("batches", remedy))
+    elif capacity.model is None and not given:
+        found.append(Note("capacity.model", remedy))
+    if noise is None or noise.steps < MIN_BLOCKS:
+        found.append(Note("noise", remedy))
+    return tuple(found)
 
 
 def _staged(progress: Progress | None, stage: str, begin: float, end: float) -> Progress | None:

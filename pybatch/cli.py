@@ -1,11 +1,12 @@
 """The command line: flags in, calls out. Results go to stdout, progress and errors to stderr.
 
 Exit status: 0 done; 2 bad arguments, a missing device, or a workload that fails at once; 3 ran but incomplete, with
-what was measured written all the same.
+what was measured written all the same; 130 interrupted before anything was measured.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -25,7 +26,7 @@ from pybatch.report.formats import FORMATS, format_of, print_run, render
 from pybatch.report.output import Output
 from pybatch.report.progress import ProgressLine
 
-DONE, BAD_INPUT, INCOMPLETE = 0, 2, 3
+DONE, BAD_INPUT, INCOMPLETE, INTERRUPTED = 0, 2, 3, 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -92,11 +93,14 @@ def bench(
                 )
         except Interrupted as stop:
             run = stop.partial
-        _deliver(run, format_, target)
+        delivered = _deliver(run, format_, target)
+    except KeyboardInterrupt:
+        print("pybatch: interrupted before anything was measured; nothing was written", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
     finally:
         if target is not None:
             target.discard()
-    raise typer.Exit(DONE if run.complete else INCOMPLETE)
+    raise typer.Exit(DONE if run.complete and delivered else INCOMPLETE)
 
 
 def _checked_format(format_: str | None, output: Path | None) -> str:
@@ -107,15 +111,27 @@ def _checked_format(format_: str | None, output: Path | None) -> str:
     return format_
 
 
-def _deliver(run: Run, format_: str, target: Output | None) -> None:
+def _deliver(run: Run, format_: str, target: Output | None) -> bool:
+    """Write and print; False where the file could not be written, whose text then goes to stdout."""
+    text, written = render(run, format_), target is None
     if target is not None:
-        target.write(render(run, format_))
-    if target is not None or format_ == "table":
-        print_run(run, Console())
-    else:
-        sys.stdout.write(render(run, format_))
-    if target is not None:
+        try:
+            target.write(text)
+            written = True
+        except OSError as error:
+            what = f"output {str(target.path)!r} cannot be written: {error.strerror}"
+            print(f"pybatch: {what}. The result follows on stdout.", file=sys.stderr)
+    try:
+        if format_ == "table" or (target is not None and written):
+            print_run(run, Console())
+        else:
+            sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if target is not None and written:
         print(f"pybatch: wrote {target.path}", file=sys.stderr)
+    return written
 
 
 @app.command()
@@ -169,6 +185,9 @@ def _shorten_spinning() -> None:
 def main() -> None:
     """The `pybatch` command."""
     _shorten_spinning()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a sign must not lose the result
     try:
         app()
     except PybatchError as error:

@@ -62,6 +62,7 @@ def fit_throughput(
     spread = _figures(_polish(np.repeat(best[None], resamples, axis=0), size, drawn)[0], gain)
     low, high = np.quantile(spread, [0.025, 0.975], axis=0)
     low, high = np.minimum(low, figures), np.maximum(high, figures)  # the estimate itself is always compatible
+    low, high = _opened(low, high, size)
     beta, alpha = float(np.exp(best[0])), float(np.exp(best[0] + best[1]))
     return ThroughputFit(
         model=model,
@@ -70,13 +71,13 @@ def fit_throughput(
         beta_s=beta,
         ceiling=float(figures[0]),
         ceiling_low=float(low[0]),
-        ceiling_high=float(high[0]),
+        ceiling_high=_finite(high[0]),
         half_batch=float(figures[1]),
         half_low=float(low[1]),
-        half_high=float(high[1]),
+        half_high=_finite(high[1]),
         saturation_batch=float(figures[2]),
         saturation_low=float(low[2]),
-        saturation_high=float(high[2]),
+        saturation_high=_finite(high[2]),
         gain=gain,
         rms_log_error=float(np.sqrt(np.mean((data - _log_time(best, size)[0]) ** 2))),
         batches=len(size),
@@ -112,6 +113,23 @@ def _figures(p: Array, gain: float) -> Array:
         half = np.maximum(half, knee / 2)
     figures: Array = np.stack([1 / beta, half, saturation], axis=-1)
     return figures
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _opened(low: Array, high: Array, size: Array) -> tuple[Array, Array]:
+    """Ends of the interval that are those of the search, not of the data: 0 and infinity.
+
+    A half batch without a lower end is a saturation batch without one. One without an upper end has shown no ceiling.
+    """
+    least, most = np.exp(_limits(size))
+    if low[1] < 1.05 * least:
+        low = np.array([low[0], 0.0, 0.0])
+    if high[1] > most / 1.05:
+        high = np.full(3, np.inf)
+    return low, high
 
 
 def _limits(size: Array) -> tuple[float, float]:

@@ -29,6 +29,11 @@ def count(value: float | None) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{round(value):,}"
 
 
+def rounded(value: float | None) -> str:
+    """A count in full from 100 on, three digits below: 1,234 and 0.512."""
+    return number(value) if value is not None and value < 100 else count(value)
+
+
 def interval(low: float | None, high: float | None, form: Callable[[float | None], str] = number) -> str:
     """An interval in brackets, its ends written by `form`; an open end is spelled out."""
     if low is None and high is None:

@@ -131,13 +131,13 @@ class ThroughputFit:
     beta_s: float  # seconds per example
     ceiling: float  # examples/s as B grows: 1 / beta
     ceiling_low: float
-    ceiling_high: float
+    ceiling_high: float | None  # None: the batches measured show no upper end
     half_batch: float  # batch at half the ceiling: alpha / beta for the affine model
     half_low: float
-    half_high: float
+    half_high: float | None
     saturation_batch: float  # doubling it gains less than `gain`
     saturation_low: float
-    saturation_high: float
+    saturation_high: float | None
     gain: float  # 0.05
     rms_log_error: float  # root mean square of ln(measured / fitted)
     batches: int  # batch sizes fitted

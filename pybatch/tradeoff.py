@@ -94,7 +94,7 @@ class Best:
     batch: int
     optimum: float
     low: int  # 95 % interval of the optimum, in whole examples
-    high: int
+    high: int | None  # None: open
     extrapolated: bool  # past the largest batch timed
     model: TimeModel
     reason: Reason

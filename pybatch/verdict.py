@@ -133,7 +133,8 @@ def _wall(capacity: Capacity | None) -> Wall | None:
         return Wall("largest batch that fits", most, most, most)
     largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=math.inf)
     beyond = fit.saturation_batch > largest
-    return Wall("saturation batch", fit.saturation_batch, fit.saturation_low, fit.saturation_high, beyond)
+    high = fit.saturation_high if fit.saturation_high is not None else math.inf
+    return Wall("saturation batch", fit.saturation_batch, fit.saturation_low, high, beyond)
 
 
 def _limit(critical: Critical, wall: Wall | None) -> tuple[Limit, str]:
@@ -201,9 +202,10 @@ def _best(critical: Critical, capacity: Capacity) -> Best:
         batch, evidence = faster, "measured"
         text = "least modelled steps times measured step time; the throughput model misses the measured times here"
     low, high = _interval(critical, capacity, model, at_knee)
-    inputs |= {"optimum_low": low, "optimum_high": high}
+    inputs |= {"optimum_low": low, "optimum_high": high if math.isfinite(high) else None}
     reason = Reason("best_batch", text, evidence, inputs)
-    return Best(batch, optimum, max(1, math.floor(low)), math.ceil(high), batch > (largest or 0), model, reason)
+    upper = math.ceil(high) if math.isfinite(high) else None
+    return Best(batch, optimum, max(1, math.floor(low)), upper, batch > (largest or 0), model, reason)
 
 
 def _interval(critical: Critical, capacity: Capacity, model: TimeModel, at_knee: bool) -> tuple[float, float]:
@@ -216,7 +218,8 @@ def _interval(critical: Critical, capacity: Capacity, model: TimeModel, at_knee:
     ends = []
     for sign, end, half in ((-1, critical.low, fit.half_low), (1, critical.high, fit.half_high)):
         moved = float(_model(fit, model.critical if end is None else end, capacity).optimum())
-        device = (1.0 if at_knee else 0.5) * math.log(half / fit.half_batch)
+        open_end = half is None or half == 0.0
+        device = math.inf if open_end else (1.0 if at_knee else 0.5) * math.log((half or 0.0) / fit.half_batch)
         ends.append(min(optimum * math.exp(sign * math.hypot(math.log(moved / optimum), device)), most))
     return ends[0], ends[1]
 

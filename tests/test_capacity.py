@@ -167,6 +167,13 @@ def test_batches_past_a_fall_in_throughput_do_not_bend_the_fit() -> None:
     assert [p.batch for p in found.batches] == [1, 8, 64, 512, 1000, 2000, 4000]
 
 
+def test_a_slow_model_is_measured_at_enough_batches_for_a_fit() -> None:
+    """Steps of 2 s in 50 s: three sizes and a fit, where ten samples of each would leave room for one."""
+    found = measure(Linear(), budget=50.0, clock=PlantedClock(alpha=2.0, beta=1e-3))
+    assert found.model is not None
+    assert len([p for p in found.batches if p.status == "ok"]) >= 3
+
+
 def test_given_batches_are_the_ones_recorded() -> None:
     found = measure(Linear(), [512, 64, 8])
     assert [p.batch for p in found.batches] == [8, 64, 512]

@@ -57,6 +57,16 @@ class Slow(Good):
         time.sleep(0.05)
         return super().loss(model, batch)
 
+class Above64(Good):
+    def loss(self, model, batch):
+        if len(batch[0]) > 64:
+            raise RuntimeError("too many")
+        return super().loss(model, batch)
+
+class Exits(Good):
+    def model(self):
+        raise SystemExit("bye")
+
 class NotAWorkload:
     pass
 """
@@ -184,6 +194,7 @@ def test_bad_arguments_are_refused_before_anything_is_measured(pybatch, monkeypa
         ("PerExample", "PerExample.loss() of workload 'mine' returned torch.float32 of shape ("),
         ("ShortBatch", "ShortBatch.batch() of workload 'mine' was asked for"),
         ("NoModel", "NoModel.model() of workload 'mine' returned NoneType"),
+        ("Exits", "Exits.model() of workload 'mine' raised SystemExit: bye"),
         ("NotAWorkload", "NotAWorkload"),
         ("Goood", "Good"),
     ],
@@ -198,14 +209,89 @@ def test_a_faulty_workload_is_named_with_its_method(pybatch, user_file, name, sa
 def test_a_user_workload_runs_end_to_end(pybatch, user_file, tmp_path):
     path = tmp_path / "run.json"
     status, out, _ = pybatch(
-        "bench", "--cpu", "--workload", f"{user_file}:Good", "--batch", "8-512*4", "--time-budget", "12", "-o", path
+        "bench", "--cpu", "--workload", f"{user_file}:Good", "--batch", "8-512*4", "--time-budget", "25", "-o", path
     )
     run = Run.from_json(path.read_text())
-    assert status == (0 if run.complete else 3)
+    assert (status, run.complete, run.notes) == (0, True, ())
     assert [p.batch for p in run.capacity.batches if p.status == "ok"] == [8, 32, 128, 512]
     assert run.capacity.workload.name == "mine"
-    assert run.noise.status in {"resolved", "lower_bound", "unresolved"}
+    assert run.noise.status == "resolved"
+    assert run.noise.steps >= 8
     assert run.verdict.text in " ".join(out.split())
+
+
+def test_a_budget_too_short_is_incomplete_and_says_so(pybatch, user_file):
+    command = ("bench", "--cpu", "--workload", f"{user_file}:Slow", "--batch", "1,2,4", "--time-budget", "2")
+    status, out, _ = pybatch(*command, "--format", "json")
+    data = json.loads(out)
+    assert (status, data["complete"]) == (3, False)
+    assert any("the time budget of 2 s did not suffice; raise --time-budget" in note["text"] for note in data["notes"])
+
+
+def test_a_batch_the_workload_refuses_is_never_advised(pybatch, user_file):
+    command = ("bench", "--cpu", "--workload", f"{user_file}:Above64", "--time-budget", "8")
+    _, out, _ = pybatch(*command, "--format", "json")
+    data = json.loads(out)
+    assert 64 <= data["capacity"]["max_batch"] < 128
+    assert data["verdict"]["best_batch"] < 128
+    _, out, _ = pybatch(*command)
+    assert "Above64.loss() of workload 'mine' raised RuntimeError: too many" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("format_", ["table", "md", "json", "jsonl", "csv"])
+def test_any_locale_takes_any_format(format_, run, tmp_path):
+    """In a C locale without UTF-8 mode nothing is lost: the file is UTF-8, and stdout replaces what it lacks."""
+    (tmp_path / "record.json").write_text(run.to_json())
+    code = (
+        "import sys, pathlib, pybatch.cli as cli; from pybatch import Run; from pybatch.report.output import Output\n"
+        "run = Run.from_json(pathlib.Path('record.json').read_text())\n"
+        "def app(): cli._deliver(run, sys.argv[1], Output(pathlib.Path('out'))); cli._deliver(run, sys.argv[1], None)\n"
+        "cli.app = app; cli.main()"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, format_]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
+    assert len((tmp_path / "out").read_text(encoding="utf-8")) > 300
+    assert done.stdout.decode("ascii")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_file_that_fails_at_the_end_loses_nothing(pybatch, measured, run):
+    status, out, err = pybatch("bench", "--cpu", "-o", "/dev/full", "--format", "json")
+    assert status == 3
+    assert Run.from_json(out) == run
+    assert "'/dev/full' cannot be written: No space left on device. The result follows on stdout." in err
+
+
+def test_a_reader_that_leaves_early_is_no_failure(run, tmp_path):
+    (tmp_path / "record.json").write_text(run.to_json())
+    code = (
+        "import pathlib, pybatch.cli as cli; from pybatch import Run\n"
+        "run = Run.from_json(pathlib.Path('record.json').read_text())\n"
+        "cli.app = lambda: [cli._deliver(run, 'json', None) for _ in range(200)]; cli.main()"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'set -o pipefail; {sys.executable} -c "$0" | head -1', code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
+def test_ctrl_c_before_anything_was_measured_says_so(pybatch, monkeypatch, tmp_path):
+    from pybatch.device import identity
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(identity, "resolve", interrupt)
+    status, out, err = pybatch("bench", "-o", tmp_path / "run.json")
+    assert (status, out) == (130, "")
+    assert "interrupted before anything was measured" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_noise_measurement_keeps_the_capacity(pybatch, user_file, monkeypatch, tmp_path):

@@ -138,3 +138,16 @@ def test_what_cannot_be_fitted_is_refused(batches, seconds, says):
 def test_options_out_of_range_are_refused(option):
     with pytest.raises(UsageError, match=str(next(iter(option.values())))):
         fit_throughput(BATCHES, affine(BATCHES), **option)
+
+
+def test_an_end_that_is_the_searchs_and_not_the_datas_is_open():
+    """Batches far below saturation, and noisy: they show no ceiling, and the record says so by null."""
+    rng = np.random.default_rng(3)
+    batches = [1, 2, 4, 8]
+    seconds = [(0.01 + 1e-7 * b) * np.exp(0.05 * rng.standard_normal(20)) for b in batches]
+    fit = fit_throughput(batches, seconds)
+    assert (fit.ceiling_high, fit.half_high, fit.saturation_high) == (None, None, None)
+    assert fit.ceiling_low > 0
+    steady = fit_throughput([1, 8, 64, 512], [0.01 + 1e-4 * b for b in (1, 8, 64, 512)])
+    assert steady.ceiling_high is not None
+    assert steady.half_low > 0

@@ -285,6 +285,14 @@ def test_at_the_end_of_a_floor_the_reason_and_the_error_are_the_floors():
     assert reason.inputs["optimum_high"] == pytest.approx(390 * 1.05, rel=0.01)
 
 
+def test_an_open_interval_of_the_device_opens_the_optimums():
+    fit = dataclasses.replace(throughput(), ceiling_high=None, half_high=None, saturation_high=None, half_low=0.0)
+    verdict = compare(capacity(fit, max_batch=None), noise(1000))
+    assert (verdict.best_low, verdict.best_high) == (1, None)
+    assert "95 % interval 1 upwards" in verdict.text
+    assert verdict.limit == "balanced"
+
+
 def test_odd_batches_measured_are_kept():
     verdict = compare(capacity(batches=(10, 30, 60, 150)), noise(100))
     assert verdict.best_batch == 60

@@ -19,8 +19,10 @@ from pybatch.workloads.session import is_out_of_memory
 OUT_OF_TIME = "the time budget ended before it was timed"
 _STRIDE = 8  # largest ratio of successive batches, so that memory is known before it can run out
 _GAIN = 0.02  # a doubling that gains less throughput is not worth going on for
+_SCARCE = 5  # times the longest step allowed, while too few batch sizes for a fit have run
 _PATIENCE = 2  # such doublings in a row
-_LEAST = 6  # doublings at least, for a fit
+_LEAST = 6  # doublings at least, so that a floor can be told from a line
+_FITTABLE = 3  # batch sizes, the fewest a fit can be made of
 _LOOK_STEPS = 5  # that a look takes, at most, where steps are long
 _LOOK_S = 0.05  # of timed steps at a batch size, where they are short
 _LINE = 4  # of the largest batches make the line: small ones reuse what the allocator kept
@@ -203,18 +205,20 @@ def explore_given(explorer: Explorer, batches: Sequence[int], deadline: float, s
             explorer.look(n)
 
 
-def explore_doubling(explorer: Explorer, deadline: float, step_limit: float) -> str:
+def explore_doubling(explorer: Explorer, deadline: float, step_limit: float, last_deadline: float | None = None) -> str:
     """Double the batch from 1 on; returns why it ended.
 
     It ends when two doublings in a row gain less than 2 % throughput, when steps get too long for the budget, or when
-    memory ends. A batch size that the workload refuses is passed over.
+    memory ends. A batch size that the workload refuses is passed over. Until enough batch sizes for a fit have run,
+    longer steps are allowed, and `last_deadline` counts.
     """
     n, best, flat = 1, 0.0, 0
     while True:
-        seconds = explorer.predicted_s(n)
-        if seconds > step_limit:
+        seconds, scarce = explorer.predicted_s(n), len(explorer.working) < _FITTABLE
+        if seconds > step_limit * (_SCARCE if scarce else 1):
             return f"a step of batch {n} would take too long for the time budget ({seconds:.2g} s)"
-        if explorer.clock.now() + _LOOK_STEPS * seconds > deadline:
+        end = last_deadline if scarce and last_deadline is not None else deadline
+        if explorer.clock.now() + _LOOK_STEPS * seconds > end:
             return f"the share of the time budget for finding the range ended before batch {n}"
         look = explorer.look(n)
         if look.status in ("oom", "predicted_oom"):

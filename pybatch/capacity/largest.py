@@ -73,14 +73,19 @@ def plan_largest(explorer: Explorer, limit: int, deadline: float) -> Plan | Larg
         return _null(explorer.memory.reason)
     _extend(explorer, deadline)
     line = explorer.memory_line()
+    fits = explorer.working[-1].batch
+    failures = [look for look in explorer.looks.values() if look.status in ("oom", "skipped") and not look.late]
+    refused = [look.batch for look in failures if look.batch > fits]
+    if refused:
+        basis = Note("capacity.max_batch", f"below batch {min(refused)}, which does not run; {basis.text}")
+    if line is None and refused:
+        return Largest(fits, True, (basis, Note("capacity.max_batch_verified", f"batch {fits} was the largest to run")))
     if line is None:
         seen = [look.batch for look in explorer.working]
         return _null(f"peak memory does not clearly grow over batches {min(seen)}..{max(seen)}", basis)
     packed = _pack(session.workload)
     if isinstance(packed, str):
         return _null(packed, basis)
-    fits = explorer.working[-1].batch
-    refused = [look.batch for look in explorer.looks.values() if look.status == "oom"]
     predicted = int((limit * _MARGIN - line[0]) / line[1])
     return Plan(max(fits, min([predicted, *(n - 1 for n in refused)])), fits, packed, (basis,))
 

@@ -25,7 +25,7 @@ from pybatch.workloads.session import Session
 _CEILINGS = 0.07  # of the time budget
 # Of what is then left of it:
 _EXPLORE = 0.30
-_EXPLORE_GIVEN = 0.60  # batches that were asked for come before precision
+_EXPLORE_GIVEN = 0.60  # batches that were asked for, and the fewest a fit needs, come before precision
 _LARGEST = 0.50  # at most, for the largest batch
 _STEP = 1 / 60  # of the time budget; a step that takes more of it leaves no room for ten at every batch size
 _SPARE = 1.2  # the largest batch is estimated from small ones
@@ -164,7 +164,7 @@ class _Measurement:
     def _explore(self) -> None:
         limit = _STEP * self.budget
         if self.batches is None:
-            ended = explore_doubling(self.explorer, self._until(_EXPLORE), limit)
+            ended = explore_doubling(self.explorer, self._until(_EXPLORE), limit, self._until(_EXPLORE_GIVEN))
             self.notes.append(Note("batches", f"doubled from 1 on; {ended}"))
         else:
             explore_given(self.explorer, self.batches, self._until(_EXPLORE_GIVEN), limit)

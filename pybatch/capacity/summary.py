@@ -14,6 +14,7 @@ from pybatch.device import counters
 from pybatch.records import BatchPoint, Capacity, Ceilings, Device, Note, ThroughputFit, WorkloadInfo
 
 _NEAR = 0.95  # of the ceiling: a measured batch that reaches this saturates the device
+_NEARLY = 0.90  # the same for its median
 _DRIFT = 0.05  # change of the anchor's step time that a reader should hear of
 _FITTABLE = 3  # batch sizes
 _FALL = 0.1  # below the best throughput: past it caches overflow or memory is scarce, and no ceiling is approached
@@ -163,8 +164,14 @@ def _fastest(p: BatchPoint) -> float:
 
 
 def _saturation_measured(fit: ThroughputFit | None, timed: Sequence[BatchPoint]) -> int | None:
-    """Smallest measured batch whose throughput interval reaches 95 % of the fitted ceiling."""
-    return next((p.batch for p in timed if fit is not None and _fastest(p) >= _NEAR * fit.ceiling), None)
+    """Smallest measured batch whose throughput interval reaches 95 % of the fitted ceiling, its median 90 %.
+
+    The interval alone would let the noisiest batch saturate first.
+    """
+    if fit is None:
+        return None
+    near = (p for p in timed if _fastest(p) >= _NEAR * fit.ceiling)
+    return next((p.batch for p in near if (p.samples_per_s or 0.0) >= _NEARLY * fit.ceiling), None)
 
 
 def _fit_notes(fit: ThroughputFit, timed: Sequence[BatchPoint], largest: Largest) -> list[Note]:

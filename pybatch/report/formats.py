@@ -124,9 +124,14 @@ def _csv(run: Run) -> str:
     return text.getvalue()
 
 
+_PARTS = ("batches", "capacity", "noise", "convergence", "verdict")
+
+
 def _jsonl(run: Run) -> str:
-    """One object a line: each batch, then capacity, noise and verdict; "record" says which."""
-    lines: list[dict[str, object]] = [{"record": "batch"} | row for row in _rows(run)]
+    """One object a line: the run, each batch, then capacity, noise and verdict; "record" says which."""
+    whole = to_dict(run)
+    lines: list[dict[str, object]] = [{"record": "run"} | {name: whole[name] for name in whole if name not in _PARTS}]
+    lines += [{"record": "batch"} | row for row in _rows(run)]
     for name in ("capacity", "noise", "verdict"):
         section = getattr(run, name)
         if section is not None:

@@ -37,11 +37,11 @@ class Output:
         self._temporary = Path(name)
 
     def write(self, text: str) -> None:
-        """Put the text in place."""
+        """Put the text in place, as UTF-8. Raises OSError where that fails only now, as on a full disk."""
         if self._temporary is None:
-            self.path.write_text(text)
+            self.path.write_text(text, encoding="utf-8")
             return
-        self._temporary.write_text(text)
+        self._temporary.write_text(text, encoding="utf-8")
         # mkstemp makes the file private; a result is as readable as any file the user makes.
         mask = os.umask(0)
         os.umask(mask)

@@ -87,7 +87,7 @@ def _capacity(capacity: Capacity) -> Section:
     if capacity.saturation_batch is not None:
         gain = n.share(fit.gain) if fit else "5 %"
         where = (
-            f"; {n.count(capacity.saturation_measured)} is the smallest measured near it"
+            f"; {n.count(capacity.saturation_measured)} is the smallest measured within 5 % of the ceiling"
             if capacity.saturation_measured
             else ""
         )
@@ -98,7 +98,16 @@ def _capacity(capacity: Capacity) -> Section:
         lines.append(("largest fit", f"{n.count(capacity.max_batch)} ({how})"))
     if capacity.ceilings is not None:
         lines.append(("roofs", _roofs(capacity.ceilings)))
-    return Section("Capacity", table, tuple(lines), notes=_notes(capacity.notes))
+    return Section("Capacity", table, tuple(lines), notes=(*_left_out(capacity), *_notes(capacity.notes)))
+
+
+def _left_out(capacity: Capacity) -> tuple[str, ...]:
+    """Why batches have no figures, those of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for point in capacity.batches:
+        if point.status != "ok":
+            reasons.setdefault(point.reason or "no reason was kept", []).append(n.count(point.batch))
+    return tuple(f"batch {', '.join(batches)}: {reason}" for reason, batches in reasons.items())
 
 
 def _roofs(roofs: Ceilings) -> str:
@@ -117,7 +126,7 @@ def _row(point: BatchPoint, ceiling: float | None) -> tuple[str, ...]:
         n.count(point.batch),
         n.number(point.step_ms),
         n.number(spread, 1),
-        n.count(point.samples_per_s),
+        n.rounded(point.samples_per_s),
         n.share(share),
         n.share(point.mfu_measured),
         n.memory(point.memory_bytes),

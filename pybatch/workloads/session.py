@@ -119,7 +119,7 @@ class Session:
             return getattr(self.workload, method)(*arguments)
         except (torch.OutOfMemoryError, MemoryError, WorkloadError, UsageError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if is_out_of_memory(error):
                 raise
             raise self._error(method, f"raised {type(error).__name__}: {error}") from error
