@@ -18,7 +18,7 @@ from pybatch.records import Capacity, NoiseScale, Note, Run
 from pybatch.verdict import compare
 from pybatch.workloads.base import Progress, Workload
 
-_CAPACITY_SHARE = 0.7  # of the time budget; the noise scale gets what is left
+_CAPACITY_SHARE = 0.75  # of the time budget; the noise scale gets what is left
 
 
 def run_bench(
