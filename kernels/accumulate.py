@@ -11,6 +11,7 @@ from pybatch.kernels.table import (
     DTYPES,
     FRESH,
     GRAD,
+    LAUNCH,
     NUMEL,
     SUM,
     load_as_f32,
@@ -50,6 +51,6 @@ def accumulate(tensors: Any, call: Any) -> None:
     ledger = tensors.ledger.values
     if count:
         accumulate_kernel[(count,)](
-            tensors.rows, tensors.chunks, tensors.partials, call.weight, block=tensors.table.chunk
+            tensors.rows, tensors.chunks, tensors.partials, call.weight, block=tensors.table.chunk, **LAUNCH
         )
-    collect_kernel[(1,)](tensors.partials, ledger, count, call.examples, micro=True, block=1024)
+    collect_kernel[(1,)](tensors.partials, ledger, count, call.examples, micro=True, block=1024, **LAUNCH)

@@ -88,6 +88,7 @@ def settle_kernel(
         tl.store(steps + row, step + counted.to(tl.float32), mask=there & has)
     if noise:
         seen, length = tl.load(ledger + RING_STEPS), tl.load(ledger + RING_LENGTH)
+        tl.debug_barrier()  # every warp has read them before one thread writes them back
         if seen >= RING_ROWS * length:
             half = tl.arange(0, RING_ROWS // 2)
             for column in tl.static_range(3):

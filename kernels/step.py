@@ -20,6 +20,7 @@ from pybatch.kernels.table import (
     GROUP,
     HYPER_COLUMNS,
     HYPER_OWN,
+    LAUNCH,
     MAXIMIZE,
     NUMEL,
     PARAM,
@@ -115,8 +116,8 @@ def step(tensors: Any, call: Any) -> None:
     ledger = tensors.ledger.values
     if call.norm:
         if count:
-            norm_kernel[(count,)](tensors.rows, tensors.chunks, tensors.partials, block=block)
-        collect_kernel[(1,)](tensors.partials, ledger, count, 0.0, micro=False, block=1024)
+            norm_kernel[(count,)](tensors.rows, tensors.chunks, tensors.partials, block=block, **LAUNCH)
+        collect_kernel[(1,)](tensors.partials, ledger, count, 0.0, micro=False, block=1024, **LAUNCH)
     decision = {
         "inverse": call.inverse,
         "max_norm": call.max_norm,
@@ -135,10 +136,11 @@ def step(tensors: Any, call: Any) -> None:
             accumulated=call.sum,
             block=block,
             **decision,
+            **LAUNCH,
         )
     settle_kernel[(1,)](
         tensors.rows,
-        len(tensors.entries),
+        tensors.table.row_count,
         SUM.value if call.sum else GRAD.value,
         tensors.steps,
         ledger,
@@ -148,4 +150,5 @@ def step(tensors: Any, call: Any) -> None:
         noise=call.noise,
         block=1024,
         **decision,
+        **LAUNCH,
     )

@@ -9,6 +9,8 @@ SUM_SQ, BAD, MICRO_SQ, NORM, CLIP, SKIPPED, PAIRS = (tl.constexpr(i) for i in ra
 SMALL_SUM, LARGE_SUM, RING_STEPS, RING_LENGTH = (tl.constexpr(i) for i in range(7, 11))
 RING_ROWS = tl.constexpr(256)
 HYPER_COLUMNS, MAXIMIZE, HYPER_OWN = (tl.constexpr(i) for i in (8, 1, 2))
+# Said at every launch, because the default changes in Triton 3.10.
+LAUNCH = {"enable_fp_fusion": True}
 SGD, SGD_MOMENTUM, ADAMW, ADAMW_AMSGRAD = (tl.constexpr(i) for i in range(4))
 
 

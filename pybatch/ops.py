@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -68,8 +69,11 @@ class Ledger:
         self.values, self.ring = self.values.to(device), self.ring.to(device)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Copies of both tensors."""
-        return {"ledger": self.values.clone(), "ring": self.ring.clone()}
+        """Copies of both tensors, without the sums of a step under way."""
+        copied = Ledger(self.values.device)
+        copied.values.copy_(self.values)
+        copied.discard()
+        return {"ledger": copied.values, "ring": self.ring.clone()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what `state_dict` gave; raises UsageError where the shapes are another version's."""
@@ -80,6 +84,7 @@ class Ledger:
                     f"{tuple(own.shape)}. Delete the key 'pybatch' of the state_dict to load the rest."
                 )
             own.copy_(state[name])
+        self.discard()
 
 
 class TensorList:
@@ -91,12 +96,12 @@ class TensorList:
         ledger: the optimizer's scalars, on that device.
         backend: who will run over the list; decides the chunk size.
 
-    `steps` is float32 [tensors]; an element of it is a tensor's step count. Addresses are kept by reference to the
-    tensors, so a table is never left pointing into freed memory; gradients and sums are the caller's to keep.
+    `steps` is float32 [tensors]; an element of it is a tensor's step count. States are kept alive here. Parameters,
+    gradients and sums are not: they are the caller's, who checks before every pass that they are where the table says.
     """
 
     def __init__(self, entries: Sequence[Entry], groups: int, ledger: Ledger, backend: Backend) -> None:
-        self.entries, self.ledger = list(entries), ledger
+        self.states, self.ledger = [entry.states for entry in entries], ledger
         self.device = entries[0].param.device
         column = _C.columns
         host = torch.zeros(len(entries), _C.column_count, dtype=torch.int64)
@@ -204,6 +209,13 @@ class CudaBackend(Backend):
             raise DeviceError(f"CUDA launch on {tensors.device} failed: {name} ({text}).")
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes the tensors' device the current one, where Triton launches and takes its stream from."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
+
+
 class TritonBackend(Backend):
     """Triton over the same tables, where no CUDA build exists. On the CPU only under TRITON_INTERPRET=1."""
 
@@ -212,14 +224,16 @@ class TritonBackend(Backend):
     def step(self, tensors: TensorList, call: Any) -> None:
         from pybatch.kernels import step
 
-        tensors.send()
-        step.step(tensors, call)
+        with on_device(tensors.device):
+            tensors.send()
+            step.step(tensors, call)
 
     def accumulate(self, tensors: TensorList, call: Any) -> None:
         from pybatch.kernels import accumulate
 
-        tensors.send()
-        accumulate.accumulate(tensors, call)
+        with on_device(tensors.device):
+            tensors.send()
+            accumulate.accumulate(tensors, call)
 
 
 BACKENDS: dict[str, type[Backend]] = {kind.name: kind for kind in (CppBackend, CudaBackend, TritonBackend)}
@@ -236,6 +250,8 @@ def why_not(name: str, device: torch.device) -> str | None:
         if not _C.cuda:
             return f"this pybatch was {_C.cuda_reason}. Reinstall with nvcc on PATH, or use 'triton'."
         return None
+    if kind not in ("cuda", "xpu", "cpu"):
+        return f"it works on CUDA and XPU tensors, these are on {device}. Move the model."
     if find_spec("triton") is None:
         return "the package triton is not installed. Install it, or use 'cpp' (CPU) or 'cuda'."
     if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

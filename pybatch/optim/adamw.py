@@ -15,8 +15,8 @@ class AdamW(FusedOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in torch; betas are floats.
-        foreach, fused, capturable: accepted for torch's sake and without effect; the pass is always fused.
-        differentiable: must be False.
+        foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
+        capturable, differentiable: must be False; a step is not yet safe to capture in a CUDA graph.
         max_grad_norm, noise, backend: see `FusedOptimizer`.
 
     Raises:
@@ -41,7 +41,7 @@ class AdamW(FusedOptimizer):
         noise: bool = False,
         backend: str | None = None,
     ) -> None:
-        check_torch_flags(differentiable)
+        check_torch_flags(differentiable, capturable)
         defaults = {
             "lr": lr,
             "betas": betas,

@@ -6,7 +6,8 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from numbers import Real
+from typing import Any, ClassVar, SupportsFloat
 
 import numpy as np
 import torch
@@ -14,10 +15,9 @@ from torch.optim import Optimizer
 
 from pybatch import ops
 from pybatch.errors import UsageError
-from pybatch.optim.slots import Slot, check_param, conform, fit_state, own_storage
+from pybatch.optim.slots import EMPTY, Slot, addresses, check_param, conform, fit_state, fit_sum, own_storage
+from pybatch.optim.watch import Snapshot, layouts
 from pybatch.records import NoiseScale
-
-EMPTY = 1  # stands for the address of a gradient without elements, because 0 means no gradient
 
 
 @dataclass(frozen=True)
@@ -97,34 +97,31 @@ class FusedOptimizer(Optimizer):
             raise
 
     @torch.no_grad()
-    def accumulate(self, n: float) -> None:
+    def accumulate(self, n: SupportsFloat) -> None:
         """Take the gradients as the mean over a micro-batch of `n` examples: they are added to a private sum.
 
         `p.grad` is consumed (None afterwards). `step()` then uses the mean over all examples, sum(n g) / sum(n).
 
         Args:
-            n: examples (or tokens) of this micro-batch, above 0; the next micro-batch may have another number.
-
+            n: examples (or tokens) of this micro-batch, above 0: a number, or a 0-d tensor on the CPU. The next
+                micro-batch may have another number.
         Raises:
             UsageError: `n` is not above 0, or no parameter has a gradient.
         """
-        if not (isinstance(n, int | float) and math.isfinite(n) and n > 0):
-            raise UsageError(
-                f"accumulate({n!r}): n is the number of examples in the micro-batch, above 0. Pass len(x)."
-            )
+        n = check_count(n)
         tensors = self._tensors()
         grads = self._gradients()
         if tensors is None or not any(grad is not None for grad in grads):
             raise UsageError(f"accumulate({n!r}): no parameter has a gradient. Call loss.backward() before it.")
-        read_from = addresses(grads)
+        read_from = addresses(self._slots, grads)
         fresh = self._give_sums(grads, read_from)
         if not self._micro_batches:
-            self._first = float(n)
+            self._first = n
         tensors.set("grad", read_from)
-        tensors.set("sum", addresses(self._sums))
+        tensors.set("sum", addresses(self._slots, self._sums))
         tensors.set("fresh", fresh)
         call = self._call
-        call.weight, call.examples = n / self._first, float(n)
+        call.weight, call.examples = n / self._first, n
         self._backend.accumulate(tensors, call)
         self._examples += n
         self._micro_batches += 1
@@ -146,6 +143,15 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._update()
+        except Exception:
+            if hasattr(self, "grad_scale") and hasattr(self, "found_inf"):
+                del self.grad_scale, self.found_inf  # a GradScaler's, which removes them only after success
+            raise
+        return loss
+
+    def _update(self) -> None:
         accumulated = self._micro_batches > 0
         tensors = self._tensors()
         if accumulated:
@@ -154,18 +160,21 @@ class FusedOptimizer(Optimizer):
         else:
             sources = self._gradients()
         if tensors is None or not any(source is not None for source in sources):
-            return loss
+            return
         call = self._prepare_call(accumulated)
-        tensors.set("sum" if accumulated else "grad", addresses(sources))
+        tensors.set("sum" if accumulated else "grad", addresses(self._slots, sources))
         for slot in self._copied:
             slot.dense.copy_(slot.param)
         self._backend.step(tensors, call)
         for slot in self._copied:
             slot.param.copy_(slot.dense)
+        # Autograd then refuses a graph that saved the parameters as they were, as after torch's step.
+        torch.autograd.graph.increment_version(
+            [param for param, source in zip(self._listed, sources, strict=True) if source is not None]
+        )
         if accumulated and self._options.noise and self._micro_batches < 2:
             self._single_steps += 1
         self._forget_sums()
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; an accumulated sum that no step has used is discarded."""
@@ -237,7 +246,10 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For torch's load_state_dict, copies and pickles alike: addresses are taken anew at the next step."""
         copied = state.pop("_copied", None)
-        self._reset(self.__dict__.get("_ledger"), self.__dict__.get("_single_steps", 0))
+        ledger: ops.Ledger | None = self.__dict__.get("_ledger")
+        if ledger is not None:
+            ledger.discard()
+        self._reset(ledger, self.__dict__.get("_single_steps", 0))
         self._load_own(copied)
         super().__setstate__(state)
         for group in self.param_groups:
@@ -269,7 +281,8 @@ class FusedOptimizer(Optimizer):
         self._call = ops.Call()
         self._single_steps = single_steps  # steps of one micro-batch, which give no pair of norms
         self._listed: list[torch.Tensor] = []  # the slots' parameters
-        self._addresses: list[int] = []  # and where they were
+        self._layouts: tuple[list[Any], ...] = ()  # what their gradients look like, as `layouts` gives it
+        self._snapshot: Snapshot | None = None
         self._sums: list[torch.Tensor | None] = []  # fp32 accumulated gradients, by slot
         self._forget_sums()
 
@@ -285,8 +298,8 @@ class FusedOptimizer(Optimizer):
         rules = [self._rule(group) for group in self.param_groups]
         if (
             rules != self._rules
-            or len(self._slots) + len(self._others) != sum(len(group["params"]) for group in self.param_groups)
-            or [param.data_ptr() for param in self._listed] != self._addresses
+            or self._snapshot is None
+            or not self._snapshot.stands(self.param_groups, self.state)
             or any(param.grad is not None for param in self._others)
         ):
             self._build(rules)
@@ -306,7 +319,7 @@ class FusedOptimizer(Optimizer):
         return (lr, float(group["maximize"]), *self._hyper(group))
 
     def _build(self, rules: list[Any]) -> None:
-        self._list = None
+        self._list = self._snapshot = None  # so that a refusal below is met again by the next call
         known = set(self._listed)
         sums = dict(zip(self._listed, self._sums, strict=True))
         listed: list[tuple[int, int, torch.Tensor]] = []
@@ -323,6 +336,7 @@ class FusedOptimizer(Optimizer):
                 index += 1
         backend = ops.choose_backend(self._options.backend, listed[0][2].device) if listed else None
         slots = [Slot.of(index, param) for index, _, param in listed]
+        kept = [fit_sum(slot, sums.get(slot.param)) for slot in slots]
         entries = []
         for slot, (_, number, param) in zip(slots, listed, strict=True):
             rule, names = rules[number]
@@ -342,10 +356,11 @@ class FusedOptimizer(Optimizer):
                 if rules[number][1]:
                     self.state[param]["step"] = step
         self._listed = [slot.param for slot in slots]
-        self._addresses = [slot.address for slot in slots]
-        self._sums = [sums.get(param) for param in self._listed]
-        self._copied = [slot for slot in slots if slot.dense.data_ptr() != slot.address]
+        self._layouts = layouts([slot.dense for slot in slots])
+        self._sums = kept
+        self._copied = [slot for slot in slots if slot.copy is not None]
         self._slots, self._others, self._rules, self._sent_hyper = slots, others, rules, []
+        self._snapshot = Snapshot(self.param_groups, self.state, self._listed)
 
     def _gradients(self) -> list[torch.Tensor | None]:
         """The gradients by slot, in the layout of their parameters."""
@@ -358,7 +373,7 @@ class FusedOptimizer(Optimizer):
     def _give_sums(self, grads: list[torch.Tensor | None], read_from: list[int]) -> list[int]:
         """A sum for every gradient; 1 where it is new. The first fp32 gradient itself becomes the sum: no copy."""
         given = [place for place in read_from if place > EMPTY]
-        reused = set(given).intersection(addresses(self._sums))
+        reused = set(given).intersection(addresses(self._slots, self._sums))
         if reused:
             slot = self._slots[next(i for i, place in enumerate(read_from) if place in reused)]
             raise UsageError(
@@ -408,9 +423,14 @@ class FusedOptimizer(Optimizer):
         return torch.as_tensor(value, dtype=torch.float32, device=self._list.device)
 
 
-def addresses(tensors: list[torch.Tensor | None]) -> list[int]:
-    """Where the elements of each tensor are; 0 for None."""
-    return [0 if tensor is None else tensor.data_ptr() or EMPTY for tensor in tensors]
+def check_count(n: Any) -> float:
+    """Examples of a micro-batch as a float; raises UsageError unless it is a number above 0 that the host can read."""
+    if is_device_scalar(n):
+        raise UsageError(f"accumulate(): n is a tensor on {n.device}, reading it would wait. Pass a number: len(x).")
+    known = isinstance(n, Real) or (isinstance(n, torch.Tensor) and n.dim() == 0 and not n.is_complex())
+    if not (known and math.isfinite(n) and n > 0):
+        raise UsageError(f"accumulate({n!r}): n is the number of examples in the micro-batch, above 0. Pass len(x).")
+    return float(n)
 
 
 def is_device_scalar(value: Any) -> bool:
@@ -427,7 +447,12 @@ def check_hyper(group: dict[str, Any], name: str) -> None:
         raise UsageError(f"{name} {value}: it must be at least 0.")
 
 
-def check_torch_flags(differentiable: bool) -> None:
-    """Refuse what torch's flag asks for and a fused pass can't do."""
+def check_torch_flags(differentiable: bool, capturable: bool = False) -> None:
+    """Refuse what torch's flags ask for and a fused pass can't do."""
+    if capturable:
+        raise UsageError(
+            "capturable=True: a step takes hyper-parameters from the host, which a CUDA graph would replay as they were. "
+            "Leave it out and step outside the graph, or use the torch.optim twin."
+        )
     if differentiable:
         raise UsageError("differentiable=True: a fused step has no gradient of its own. Use the torch.optim twin.")

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils import _python_dispatch
 
 from pybatch import ops
 from pybatch.errors import UsageError
+
+EMPTY = 1  # stands for the address of a gradient without elements, because 0 means no gradient
 
 
 @dataclass(slots=True)
 class Slot:
     """A parameter of the list.
 
-    `dense` is what the pass updates: the parameter, or a contiguous copy of one whose memory has gaps or overlaps.
+    `copy` is what the pass updates where the parameter's memory has gaps or overlaps; None where it is dense: the
+    parameter's own memory is then not kept alive here.
     """
 
     index: int
     param: torch.Tensor
-    dense: torch.Tensor
-    address: int
+    copy: torch.Tensor | None
     dtype: torch.dtype
     device: torch.device
+    shape: torch.Size
     contiguous: bool
     stride: tuple[int, ...]
 
@@ -30,14 +35,18 @@ class Slot:
     def of(index: int, param: torch.Tensor) -> Slot:
         """The slot of a parameter, `index` counted over all groups."""
         value = param.detach()
-        dense = value if is_dense(value) else value.clone(memory_format=torch.contiguous_format)
-        return Slot(
-            index, param, dense, value.data_ptr(), value.dtype, value.device, dense.is_contiguous(), dense.stride()
-        )
+        copy = None if is_dense(value) else value.clone(memory_format=torch.contiguous_format)
+        dense = value if copy is None else copy
+        return Slot(index, param, copy, dense.dtype, dense.device, dense.shape, dense.is_contiguous(), dense.stride())
+
+    @property
+    def dense(self) -> torch.Tensor:
+        """What the pass updates: the parameter or its copy."""
+        return self.param.detach() if self.copy is None else self.copy
 
     def fits(self, grad: torch.Tensor) -> bool:
         """Whether the pass can read this gradient as it is."""
-        if grad.dtype is not self.dtype or grad.device != self.device:
+        if grad.dtype is not self.dtype or grad.device != self.device or grad.shape != self.shape or grad.is_neg():
             return False
         if self.contiguous:
             return grad.is_contiguous()  # False for a sparse one
@@ -61,13 +70,44 @@ def check_param(index: int, param: torch.Tensor, device: torch.device | None = N
     what = f"parameter {index} of shape {tuple(param.shape)}"
     if hasattr(param, "to_local"):
         raise UsageError(f"{what} is a {type(param).__name__}: sharded parameters are not supported. Use torch.optim.")
+    if is_wrapper(param):
+        raise UsageError(
+            f"{what} is a {type(param.data).__name__}, a wrapper without memory of its own. Use torch.optim."
+        )
     if param.layout is not torch.strided:
         raise UsageError(f"{what} has layout {param.layout}: only dense parameters can be updated. Use torch.optim.")
     if param.dtype not in ops.DTYPES:
         known = ", ".join(str(dtype) for dtype in ops.DTYPES)
-        raise UsageError(f"{what} is {param.dtype}: only {known} can be updated. Convert it, or use torch.optim.")
+        why = " This build's compiler had no _Float16: GCC 12 has." if param.dtype == torch.float16 else ""
+        raise UsageError(f"{what} is {param.dtype}: only {known} can be updated.{why} Convert it, or use torch.optim.")
     if device is not None and param.device != device:
         raise UsageError(f"{what} is on {param.device}, the ones before it on {device}. Use one optimizer per device.")
+    if param.device.type != "meta" and param.numel() and not place(param):
+        raise UsageError(f"{what} has elements but no memory (a {type(param.data).__name__}). Use torch.optim.")
+
+
+is_wrapper: Callable[[object], bool] = _python_dispatch.is_traceable_wrapper_subclass
+
+
+def place(tensor: torch.Tensor) -> int:
+    """Address of the first element; 0 where there is no memory."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a FakeTensor's
+        return 0
+
+
+def addresses(slots: Sequence[Slot], tensors: Sequence[torch.Tensor | None]) -> list[int]:
+    """Where the elements of each slot's tensor are; 0 for None. Raises UsageError where there is no memory."""
+    found = [0 if tensor is None else tensor.data_ptr() or EMPTY for tensor in tensors]
+    if EMPTY in found:
+        for slot, tensor, address in zip(slots, tensors, found, strict=True):
+            if address == EMPTY and tensor is not None and tensor.numel():
+                raise UsageError(
+                    f"the gradient of parameter {slot.index} of shape {tuple(slot.shape)} has elements but no memory "
+                    f"(a {type(tensor).__name__}). Use torch.optim."
+                )
+    return found
 
 
 def conform(slot: Slot, grad: torch.Tensor) -> torch.Tensor:
@@ -77,25 +117,39 @@ def conform(slot: Slot, grad: torch.Tensor) -> torch.Tensor:
         raise UsageError(f"{what} has layout {grad.layout}. Use sparse=False in its module, or torch.optim.SparseAdam.")
     if grad.dtype != slot.dtype:
         raise UsageError(f"{what} is {grad.dtype}, the parameter {slot.dtype}. Convert one to the other's dtype.")
-    if grad.device != slot.dense.device:
-        raise UsageError(f"{what} is on {grad.device}, the parameter on {slot.dense.device}. Move one to the other.")
+    if grad.device != slot.device:
+        raise UsageError(f"{what} is on {grad.device}, the parameter on {slot.device}. Move one to the other.")
+    if grad.shape != slot.shape:
+        raise UsageError(f"{what} has shape {tuple(grad.shape)}. Call zero_grad() after changing a parameter's shape.")
+    if is_wrapper(grad):
+        raise UsageError(f"{what} is a {type(grad).__name__}, without memory of its own. Use torch.optim.")
     return torch.empty_like(slot.dense).copy_(grad)
 
 
 def own_storage(grad: torch.Tensor) -> bool:
-    """Whether the gradient fills a storage of its own: a view into a bucket (DDP) is written by others."""
-    return grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
+    """Whether the gradient fills a storage of its own: a view, as of DDP's bucket, is written by others."""
+    return not grad._is_view() and grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
 
 
 def fit_state(slot: Slot, name: str, saved: torch.Tensor | None) -> torch.Tensor:
     """The fp32 state of a parameter in the layout of its memory: zeros, or what was saved, copied where it must be."""
     if saved is None:
         return torch.zeros_like(slot.dense, dtype=torch.float32)
-    if saved.shape != slot.param.shape:
+    if saved.shape != slot.shape:
         raise UsageError(
             f"state {name!r} of parameter {slot.index} has shape {tuple(saved.shape)}, the parameter "
-            f"{tuple(slot.param.shape)}. Load the state_dict of a model of the same shapes."
+            f"{tuple(slot.shape)}. Load the state_dict of a model of the same shapes."
         )
-    if saved.dtype == torch.float32 and saved.device == slot.dense.device and saved.stride() == slot.stride:
+    if saved.dtype == torch.float32 and saved.device == slot.device and saved.stride() == slot.stride:
         return saved
     return torch.empty_like(slot.dense, dtype=torch.float32).copy_(saved)
+
+
+def fit_sum(slot: Slot, total: torch.Tensor | None) -> torch.Tensor | None:
+    """The accumulated gradient of a parameter that may have moved since; raises UsageError where it was resized."""
+    if total is not None and total.shape != slot.shape:
+        raise UsageError(
+            f"parameter {slot.index} had shape {tuple(total.shape)} in accumulate() and has {tuple(slot.shape)} now. "
+            "Call zero_grad() after changing a parameter's shape."
+        )
+    return None if total is None else fit_state(slot, "sum", total)
