@@ -11,6 +11,8 @@ from pybatch.records import BatchPoint, Capacity, Ceilings, NoiseScale, Note, Ru
 _SEEN = {"batch", "status", "step_ms", "step_ms_low", "step_ms_high", "samples_per_s", "mfu_measured", "memory_bytes"}
 _UNSEEN = {f"batches.{f.name}" for f in fields(BatchPoint) if f.name not in _SEEN} | {"ceilings.datasheet_flops"}
 
+_SOURCES = {"noise": "gradient noise", "branch": "branched runs", "sweep": "steps to target"}
+
 
 @dataclass(frozen=True)
 class Table:
@@ -153,14 +155,13 @@ def _noise(noise: NoiseScale, unit: str) -> Section:
 
 
 def _verdict(verdict: Verdict) -> Section:
-    lines = [
-        (
-            "critical batch",
-            f"{n.number(verdict.critical_batch)} {n.interval(verdict.critical_low, verdict.critical_high)}",
-        ),
-        ("best batch", f"{n.count(verdict.best_batch)} {n.interval(verdict.best_low, verdict.best_high, n.count)}"),
-        ("limited by", verdict.limit),
-    ]
+    critical = f"{n.number(verdict.critical_batch)} {n.interval(verdict.critical_low, verdict.critical_high)}"
+    if verdict.critical_source in _SOURCES:
+        critical += f" by {_SOURCES[verdict.critical_source]}"
+    best, optimum = n.count(verdict.best_batch), n.interval(verdict.best_low, verdict.best_high, n.count)
+    if optimum:
+        best += f", the modelled optimum is in {optimum}"
+    lines = [("critical batch", critical), ("best batch", best), ("limited by", verdict.limit)]
     if verdict.useful_devices is not None:
         devices = f"up to {n.count(verdict.useful_devices)}" if verdict.useful_devices > 1 else "one"
         lines.append(("devices worth it", f"{devices} (modelled, without communication)"))
