@@ -105,6 +105,7 @@ class FusedOptimizer(Optimizer):
         Args:
             n: examples (or tokens) of this micro-batch, above 0: a number, or a 0-d tensor on the CPU. The next
                 micro-batch may have another number.
+
         Raises:
             UsageError: `n` is not above 0, or no parameter has a gradient.
         """
@@ -451,7 +452,7 @@ def check_torch_flags(differentiable: bool, capturable: bool = False) -> None:
     """Refuse what torch's flags ask for and a fused pass can't do."""
     if capturable:
         raise UsageError(
-            "capturable=True: a step takes hyper-parameters from the host, which a CUDA graph would replay as they were. "
+            "capturable=True: a step takes hyper-parameters from the host, a CUDA graph would replay old ones. "
             "Leave it out and step outside the graph, or use the torch.optim twin."
         )
     if differentiable:

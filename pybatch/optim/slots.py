@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -92,8 +93,10 @@ is_wrapper: Callable[[object], bool] = _python_dispatch.is_traceable_wrapper_sub
 def place(tensor: torch.Tensor) -> int:
     """Address of the first element; 0 where there is no memory."""
     try:
-        return tensor.data_ptr()
-    except RuntimeError:  # a FakeTensor's
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return tensor.data_ptr()
+    except RuntimeError:  # a FakeTensor's; older ones warn and give 0
         return 0
 
 
