@@ -1,4 +1,4 @@
-"""Clip + AdamW + noise statistics, and accumulation with micro-batch norms, against torch's chain on this CPU or GPU.
+"""Clip + AdamW, alone and after two micro-batches with noise statistics, and accumulation, against torch's chain.
 
     python bench/step.py [--device cpu|cuda] [--repeats N] [--output FILE]
 
@@ -23,6 +23,7 @@ import torch
 
 from pybatch import ops
 from pybatch.device.identity import describe
+from pybatch.noise.estimator import pair
 from pybatch.optim import AdamW
 
 SHAPES: dict[str, list[tuple[int, ...]]] = {
@@ -64,13 +65,14 @@ def gradients(params: list[torch.nn.Parameter], seed: int) -> list[torch.Tensor]
 
 
 class Step:
-    """One update: clip to global norm 1, AdamW, noise statistics on our side only. Bytes are of the byte model."""
+    """One update: clip to global norm 1, AdamW. Bytes are of the byte model."""
 
-    name, ours_bytes, torch_bytes = "clip + AdamW + noise", 32, 40
+    name, ours_bytes, torch_bytes = "clip + AdamW", 32, 40
+    noise = False
 
     def __init__(self, shapes: list[tuple[int, ...]], device: torch.device) -> None:
         self.ours, self.theirs = parameters(shapes, device), parameters(shapes, device)
-        self.fused = AdamW(self.ours, max_grad_norm=1.0, noise=True)
+        self.fused = AdamW(self.ours, max_grad_norm=1.0, noise=self.noise)
         self.peer = torch.optim.AdamW(self.theirs, fused=True)
         self.prepare(0)
 
@@ -92,6 +94,46 @@ class Step:
         pairs = [(p.detach(), q.detach(), s.detach()) for p, q, s in zip(self.ours, self.theirs, start, strict=True)]
         movement = max(float((q - s).abs().max()) for _, q, s in pairs)
         return max(float((p - q).abs().max()) for p, q, _ in pairs) / movement
+
+
+class NoisyStep(Step):
+    """Two micro-batches and one update: noise statistics on our side, plain sums on torch's."""
+
+    name = "2 micro-batches + clip + AdamW; ours with noise"
+    # Ours: 4 for the first gradient, which becomes the sum, 12 for the second, and 28: the norm came with the sums.
+    # Torch: 12 for the addition, then norm, clip and update.
+    ours_bytes, torch_bytes = 4 + 12 + 28, 12 + 40
+    noise = True
+
+    def prepare(self, seed: int) -> None:
+        if seed < 3:
+            self.batches = [gradients(self.ours, 2 * seed), gradients(self.ours, 2 * seed + 1)]
+        self.first_ours = [g.clone() for g in self.batches[0]]  # both sides write into their first gradient
+        self.first_torch = [g.clone() for g in self.batches[0]]
+
+    def run_ours(self) -> None:
+        for batch in (self.first_ours, self.batches[1]):
+            for p, g in zip(self.ours, batch, strict=True):
+                p.grad = g
+            self.fused.accumulate(8)
+        self.fused.step()
+
+    def run_torch(self) -> None:
+        for p, g in zip(self.theirs, self.first_torch, strict=True):
+            p.grad = g
+        torch._foreach_add_(self.first_torch, self.batches[1])
+        super().run_torch()
+
+    def check(self) -> float:
+        """As a step's. The pair of the last step must be the one a float64 computation gives, within 1e-3."""
+        assert self.fused.noise.steps == 3, "no pair of norms was recorded"
+        small = sum(float((g.double() ** 2).sum()) for batch in self.batches for g in batch) / 2
+        large = sum(float(((a.double() + b) ** 2).sum()) for a, b in zip(*self.batches, strict=True)) / 4
+        assert self.fused._ledger is not None
+        row = self.fused._ledger.ring[2].tolist()
+        want = pair(small, large, 8, 16)
+        error: float = max(abs(got - value) for got, value in zip(row[1:], want, strict=True)) / max(map(abs, want))
+        return max(super().check(), error)
 
 
 class Accumulate:
@@ -151,11 +193,11 @@ def interval(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def measure(kind: type[Step] | type[Accumulate], label: str, clock: Clock, repeats: int) -> dict[str, Any]:
+def measure(kind: type[Step | Accumulate], label: str, clock: Clock, repeats: int) -> dict[str, Any]:
     """Validate, then time both sides."""
     shapes = SHAPES[label]
     case: Step | Accumulate = kind(shapes, clock.device)
-    for seed in range(3 if kind is Step else 1):
+    for seed in range(3 if issubclass(kind, Step) else 1):
         case.prepare(seed)
         case.run_ours()
         case.run_torch()
@@ -210,12 +252,14 @@ def main() -> None:
     arguments = parser.parse_args()
     clock = Clock(torch.device(arguments.device))
     roof = ceilings(clock, max(5, arguments.repeats // 3))
-    rows = [measure(kind, label, clock, arguments.repeats) for kind in (Step, Accumulate) for label in SHAPES]
+    rows = [
+        measure(kind, label, clock, arguments.repeats) for kind in (Step, NoisyStep, Accumulate) for label in SHAPES
+    ]
     print(f"ceilings: copy {roof['copy'] / 1e9:.1f} GB/s, in place {roof['in_place'] / 1e9:.1f} GB/s")
     for row in rows:
         share = row["ours_bytes_per_s"] / max(roof.values())
         print(
-            f"{row['what']:37} {row['shapes']:22} ours {row['ours_ms']:7.2f} ms  torch {row['torch_ms']:7.2f} ms  "
+            f"{row['what']:47} {row['shapes']:22} ours {row['ours_ms']:7.2f} ms  torch {row['torch_ms']:7.2f} ms  "
             f"{row['ratio']:5.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]  "
             f"{row['ours_bytes_per_s'] / 1e9:5.1f} GB/s of the byte model, {share:4.0%} of the ceiling"
         )

@@ -59,6 +59,35 @@ def test_on_without_nvcc_fails_with_cause_and_remedy(tmp_path, without_nvcc):
     assert "PYBATCH_CUDA=auto" in said
 
 
+def broken_nvcc(tools):
+    """An nvcc that is there and can't compile, in a directory of its own on this PATH."""
+    own = Path(tools).parent / "broken"
+    own.mkdir()
+    (own / "nvcc").write_text("#!/bin/sh\necho 'unsupported host compiler' >&2\nexit 1\n")
+    (own / "nvcc").chmod(0o755)
+    return f"{own}{os.pathsep}{tools}"
+
+
+def test_an_nvcc_that_can_not_compile_is_not_called_missing(tmp_path, without_nvcc):
+    path = broken_nvcc(without_nvcc)
+    done = configure(tmp_path / "on", "on", path)
+    said = " ".join(done.stderr.split())
+    assert done.returncode != 0
+    assert "broken/nvcc could not compile" in said
+    assert "CUDAHOSTCXX" in said
+    done = configure(tmp_path / "auto", "auto", path)
+    assert done.returncode == 0, done.stderr
+    assert "CPU part only, built where nvcc could not compile" in done.stdout
+
+
+def test_a_search_for_nvcc_that_failed_is_made_anew(tmp_path, without_nvcc):
+    path = broken_nvcc(without_nvcc)
+    for _ in range(2):
+        done = configure(tmp_path / "build", "auto", path)
+        assert done.returncode == 0, done.stderr
+        assert "Looking for a CUDA compiler" in done.stdout
+
+
 def test_unknown_choice_is_refused(tmp_path, without_nvcc):
     done = configure(tmp_path / "build", "yes", without_nvcc)
     assert done.returncode != 0

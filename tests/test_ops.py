@@ -1,5 +1,7 @@
 """Backends: chosen by device, refused with the reason and the remedy."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -24,6 +26,7 @@ def test_cuda_tensors_get_cuda_or_its_twin():
         ("cuda", CPU, "CUDA tensors, these are on cpu. Move the model, or use 'cpp'"),
         ("cpp", CUDA, "CPU tensors, these are on cuda:0. Use 'cuda' or 'triton'"),
         ("triton", CPU, "TRITON_INTERPRET=1"),
+        ("triton", torch.device("meta"), "CUDA and XPU tensors, these are on meta. Move the model"),
     ],
 )
 def test_backend_that_can_not_work_says_why_and_what_to_do(name, device, message, monkeypatch):
@@ -36,6 +39,23 @@ def test_cuda_backend_of_a_cpu_build_says_how_to_get_one(monkeypatch):
     monkeypatch.setattr(ops, "_C", type("Fake", (), {"cuda": False, "cuda_reason": "built where nvcc was not found"}))
     with pytest.raises(DeviceError, match=r"nvcc was not found. Reinstall with nvcc on PATH, or use 'triton'"):
         ops.choose_backend("cuda", CUDA)
+
+
+def test_triton_launches_on_the_device_of_the_tensors(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+
+    def launch(name):
+        return lambda tensors, call: entered.append(name)
+
+    for name in ("step", "accumulate"):
+        module = pytest.importorskip(f"pybatch.kernels.{name}")
+        monkeypatch.setattr(module, name, launch(name))
+    tensors = type("List", (), {"device": torch.device("cuda:1"), "send": lambda self: entered.append("send")})()
+    backend = ops.TritonBackend()
+    backend.step(tensors, None)
+    backend.accumulate(tensors, None)
+    assert entered == [tensors.device, "send", "step", tensors.device, "send", "accumulate"]
 
 
 def test_unknown_backend():

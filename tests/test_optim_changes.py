@@ -8,6 +8,7 @@ import torch
 from cases import adamw, problem, sgd
 from torch.testing._internal.two_tensor import TwoTensor
 
+from pybatch import ops
 from pybatch.errors import UsageError
 
 both = pytest.mark.parametrize("case", [adamw, sgd], ids=["adamw", "sgd"])
@@ -283,3 +284,10 @@ def test_examples_may_be_any_number_the_host_can_read(n):
 def test_capturable_is_refused():
     with pytest.raises(UsageError, match="capturable=True"):
         adamw.optimizer([param(1.0)], capturable=True)
+
+
+def test_float16_where_the_compiler_has_none_says_which_has(monkeypatch):
+    known = {dtype: code for dtype, code in ops.DTYPES.items() if dtype != torch.float16}
+    monkeypatch.setattr(ops, "DTYPES", known)
+    with pytest.raises(UsageError, match=r"only torch.float32, torch.bfloat16 can be updated.*GCC 12"):
+        sgd.optimizer([torch.nn.Parameter(torch.ones(2, dtype=torch.float16))])

@@ -20,14 +20,14 @@ CASES = [(case, options) for case in (adamw, sgd) for options in case.VARIANTS]
 @pytest.mark.parametrize("dtype", problem.DTYPES, ids=str)
 @pytest.mark.parametrize("clip", [None, 50.0])
 def test_matches_float64_reference(backend, case, options, dtype, clip):
-    params = problem.tensors(dtype, "cuda")
+    params = problem.tensors(dtype, "cuda", backend=backend)
     opt = case.optimizer(params, lr=case.LR, max_grad_norm=clip, backend=backend, **options)
     result = problem.follow(params, options, case.reference, case.LR, clip=clip, optimizer=opt)
     problem.assert_follows(result, dtype)
 
 
-def accumulate(backend, device, steps=3, bad=False):
-    params = problem.tensors(device=device)
+def accumulate(backend, device, steps=3, bad=False, chunk_of=None):
+    params = problem.tensors(device=device, backend=chunk_of or backend)
     opt = adamw.optimizer(params, lr=0.01, max_grad_norm=5.0, noise=True, backend=backend)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
@@ -45,7 +45,7 @@ def accumulate(backend, device, steps=3, bad=False):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [False, True])
 def test_accumulation_and_noise_equal_the_cpu(backend, bad):
-    (a, first), (b, second) = accumulate("cpp", "cpu", bad=bad), accumulate(backend, "cuda", bad=bad)
+    (a, first), (b, second) = accumulate("cpp", "cpu", bad=bad, chunk_of=backend), accumulate(backend, "cuda", bad=bad)
     assert first.skipped == second.skipped == int(bad)
     for p, q in zip(a, b, strict=True):
         torch.testing.assert_close(p, q.cpu(), rtol=1e-5, atol=1e-5)

@@ -28,6 +28,11 @@ for case in (adamw, sgd):
                 params, options, case.reference, case.LR, 3, clip, optimizer=opt, stored=problem.truncated
             )
             problem.assert_follows(result, dtype)
+        if i == 0:  # tensors of several chunks
+            params = problem.tensors(backend="triton")
+            opt = case.optimizer(params, lr=case.LR, max_grad_norm=5.0, backend="triton", **options)
+            result = problem.follow(params, options, case.reference, case.LR, 3, 5.0, optimizer=opt)
+            problem.assert_follows(result, torch.float32)
     for wrong, options in case.WRONG:
         params = problem.tensors(small=True)
         opt = case.optimizer(params, lr=case.LR, backend="triton", **options)
@@ -44,7 +49,8 @@ import torch
 from cases import adamw, problem, sgd
 
 def run(case, backend, dtype, steps):
-    params = problem.tensors(dtype, small=True)
+    small = dtype != torch.float32 or case is not sgd  # the other has tensors of several chunks
+    params = problem.tensors(dtype, small=small, backend="triton")
     opt = case.optimizer(params, lr=0.01, max_grad_norm=5.0, noise=True, backend=backend)
     opt.grad_scale = torch.tensor(4.0)
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +118,7 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pybatch.kernels import accumulate, ledger, step
+from pybatch.kernels import accumulate, ledger, step, table
 
 POINTERS = {"rows": "*i64", "chunks": "*i64", "partials": "*fp64", "hyper": "*fp64", "steps": "*fp32",
             "ledger": "*fp64", "ring": "*fp64"}
@@ -121,13 +127,18 @@ def build(kernel, **constants):
     types = {p.name: "constexpr" if p.name in constants else POINTERS.get(p.name) or p.annotation_type or "i32"
              for p in kernel.params}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    done = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(table.LAUNCH))
+    assert done.asm["cubin"]
+    return done
 
 build(step.norm_kernel, block=1024)
 build(step.update_kernel, block=1024, accumulated=True, taken=True, clip=True)
 build(accumulate.accumulate_kernel, block=1024)
 build(ledger.collect_kernel, block=1024, micro=True)
-build(ledger.settle_kernel, block=1024, source=1, taken=True, clip=True, noise=True)
+settle = build(ledger.settle_kernel, block=1024, source=1, taken=True, clip=True, noise=True)
+# Outside every branch: no warp reads the ring's count of steps after one thread has counted on, nor sums set to 0.
+level = [line for line in settle.asm["ttgir"].splitlines() if line.startswith("    ") and line[4] != " "]
+assert sum("barrier" in line for line in level) == 2, level
 """
 
 
@@ -136,7 +147,12 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-W", "error", "-c", COMPILE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -3,23 +3,28 @@
 import numpy as np
 import torch
 
-CHUNK = 16384  # of the CPU backend; boundaries +-1 are in the shapes
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from pybatch import ops
+
+DTYPES = tuple(ops.DTYPES)  # without float16 where the compiler has none
 
 
-def tensors(dtype=torch.float32, device="cpu", seed=0, small=False):
-    """Parameters as a user may have them: empty, 0-d, around a chunk's end, strided, misaligned, permuted."""
+def tensors(dtype=torch.float32, device="cpu", seed=0, small=False, backend="cpp"):
+    """Parameters as a user may have them: empty, 0-d, around a chunk's end, strided, misaligned, permuted.
+
+    The chunk is the backend's own; `small` takes 64 elements, where only the shapes matter.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator).to(dtype).to(device)
 
-    chunk = 64 if small else CHUNK
+    chunk = 64 if small else ops.BACKENDS[backend].chunk
     made = [draw(5, 3), draw(), draw(0), draw(chunk - 1), draw(chunk), draw(chunk + 1), draw(1)]
     made.append(draw(6, 4)[:, ::2])  # memory with gaps
     made.append(draw(37)[1:])  # not aligned to a vector
     made.append(draw(2, 3, 4, 5).to(memory_format=torch.channels_last))
     made.append(draw(7, 9).t())
+    made.append(draw(2 * chunk + 1))
     return [torch.nn.Parameter(tensor) for tensor in made]
 
 
