@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from pybatch import ops
 from pybatch.errors import UsageError
 from pybatch.optim.slots import EMPTY, Slot, addresses, check_param, conform, fit_state, fit_sum, own_storage
-from pybatch.optim.watch import Snapshot, layouts
+from pybatch.optim.watch import Snapshot
 from pybatch.records import NoiseScale
 
 
@@ -282,7 +282,6 @@ class FusedOptimizer(Optimizer):
         self._call = ops.Call()
         self._single_steps = single_steps  # steps of one micro-batch, which give no pair of norms
         self._listed: list[torch.Tensor] = []  # the slots' parameters
-        self._layouts: tuple[list[Any], ...] = ()  # what their gradients look like, as `layouts` gives it
         self._snapshot: Snapshot | None = None
         self._sums: list[torch.Tensor | None] = []  # fp32 accumulated gradients, by slot
         self._forget_sums()
@@ -357,7 +356,6 @@ class FusedOptimizer(Optimizer):
                 if rules[number][1]:
                     self.state[param]["step"] = step
         self._listed = [slot.param for slot in slots]
-        self._layouts = layouts([slot.dense for slot in slots])
         self._sums = kept
         self._copied = [slot for slot in slots if slot.copy is not None]
         self._slots, self._others, self._rules, self._sent_hyper = slots, others, rules, []
