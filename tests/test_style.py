@@ -26,3 +26,7 @@ def test_clean(command):
     tool = Path(sys.executable).parent / command[0]  # of this environment, not another one on PATH
     done = subprocess.run([tool, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_has_no_gap_left_to_fill():
+    assert "@@" not in (ROOT / "README.md").read_text()
