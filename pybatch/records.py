@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pybatch.codec import decode, encode
 from pybatch.errors import UsageError
 
 SCHEMA = "pybatch/1"
@@ -325,77 +322,16 @@ _HOISTED = tuple(f.name for f in dataclasses.fields(Capacity) if f.metadata.get(
 
 def to_dict(record: Any) -> Any:
     """A record as plain JSON types, in the order of the schema."""
-    if isinstance(record, Run):
-        body = {f.name: to_dict(getattr(record, f.name)) for f in dataclasses.fields(record)}
-        sections = {name: getattr(record.capacity, name, None) for name in _HOISTED}
-        head = {"schema": SCHEMA, "created": body.pop("created"), "environment": body.pop("environment")}
-        return head | {name: to_dict(value) if value is not None else None for name, value in sections.items()} | body
-    if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {f.name: to_dict(getattr(record, f.name)) for f in dataclasses.fields(record) if not f.metadata}
-    if isinstance(record, Mapping):
-        return {str(key): to_dict(value) for key, value in record.items()}
-    if isinstance(record, tuple | list):
-        return [to_dict(value) for value in record]
-    if isinstance(record, float) and not math.isfinite(record):
-        return None
-    return record
-
-
-_DAMAGED = "The file is damaged, or no pybatch wrote it."
+    if not isinstance(record, Run):
+        return encode(record)
+    body = encode(record)
+    head = {"schema": SCHEMA, "created": body.pop("created"), "environment": body.pop("environment")}
+    return head | {name: encode(getattr(record.capacity, name, None)) for name in _HOISTED} | body
 
 
 def _run_from_dict(data: dict[str, Any]) -> Run:
     capacity = data.get("capacity")
-    if capacity is not None:
-        data = data | {"capacity": capacity | {name: data.get(name) for name in _HOISTED if name in data}}
-    run: Run = _decode(Run, {k: v for k, v in data.items() if k != "schema" and k not in _HOISTED}, "record")
+    if isinstance(capacity, dict):
+        data = data | {"capacity": capacity | {name: data[name] for name in _HOISTED if name in data}}
+    run: Run = decode(Run, {k: v for k, v in data.items() if k != "schema" and k not in _HOISTED}, "record")
     return run
-
-
-def _decode(kind: Any, value: Any, path: str) -> Any:
-    """Build a value of the annotated type from JSON types; the path names what is wrong."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        choices = [a for a in arguments if a is not type(None)]
-        if len(choices) > 1:  # plain alternatives, such as float | str
-            return value
-        return _decode(choices[0], value, path)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UsageError(f"{path} is {value!r} where the record has an object. {_DAMAGED}")
-        hints = typing.get_type_hints(kind)
-        unknown = sorted(set(value) - set(hints))
-        if unknown:
-            raise UsageError(
-                f"{path} has unknown keys {unknown}. It was written by a newer pybatch; upgrade to read it."
-            )
-        try:
-            return kind(**{key: _decode(hints[key], item, f"{path}.{key}") for key, item in value.items()})
-        except TypeError as error:
-            raise UsageError(f"{path} is incomplete: {error}. {_DAMAGED}") from None
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise UsageError(f"{path} is {value!r} where the record has a list. {_DAMAGED}")
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(kinds) != len(value):
-            raise UsageError(f"{path} has {len(value)} entries where the record has {len(kinds)}. {_DAMAGED}")
-        return tuple(_decode(k, item, f"{path}[{i}]") for i, (k, item) in enumerate(zip(kinds, value, strict=True)))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise UsageError(f"{path} is {value!r} where the record has an object. {_DAMAGED}")
-        return {key: _decode(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
-    if origin is Literal:
-        if value not in arguments:
-            raise UsageError(f"{path} is {value!r}, which is none of {', '.join(arguments)}. {_DAMAGED}")
-        return value
-    return _decode_plain(kind, value, path)
-
-
-def _decode_plain(kind: type, value: Any, path: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UsageError(f"{path} is {value!r} where the record has a {kind.__name__}. {_DAMAGED}")
-    return value

@@ -71,6 +71,7 @@ def damaged(run, **changes):
         ({"batches": 3}, "record.capacity.batches is 3"),
         ({"batches": [{"batch": 1, "status": "fine"}]}, "status is 'fine'"),
         ({"created": 7}, "record.created is 7"),
+        ({"capacity": "big"}, "record.capacity is 'big'"),
     ],
 )
 def test_a_foreign_or_damaged_record_is_refused_by_name(run, change, says):
