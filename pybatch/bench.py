@@ -101,15 +101,16 @@ def run_bench(
 
 
 def _lacking(capacity: Capacity | None, noise: NoiseScale | None, budget: float, given: bool) -> tuple[Note, ...]:
-    """A note for each part that the time budget did not suffice for."""
+    """A note for each part that is missing, with what may help."""
     found = []
     remedy = f"the time budget of {budget:g} s did not suffice; raise --time-budget"
+    maybe = f"within the time budget of {budget:g} s; raise --time-budget, unless a note above gives another cause"
     if capacity is None or not capacity.complete:
         found.append(Note("batches", remedy))
     elif capacity.model is None and not given:
-        found.append(Note("capacity.model", remedy))
+        found.append(Note("capacity.model", f"too few batch sizes ran for a fit {maybe}"))
     if noise is None or noise.steps < MIN_BLOCKS:
-        found.append(Note("noise", remedy))
+        found.append(Note("noise", f"under {MIN_BLOCKS} pairs of gradient norms were measured {maybe}"))
     return tuple(found)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
 from pybatch.errors import UsageError
-from pybatch.records import NoiseScale, Note
+from pybatch.records import NoiseScale, NoiseStatus, Note
 
 T = TypeVar("T")
 Rows = NDArray[np.float64]
@@ -86,7 +86,9 @@ def estimate(
     if single:
         said.append(Note("noise.steps", f"{single} steps had one micro-batch only and give no pair of norms"))
 
-    def result(status: str, value: float | None, low: float | None, high: float | None, why: str = "") -> NoiseScale:
+    def result(
+        status: NoiseStatus, value: float | None, low: float | None, high: float | None, why: str = ""
+    ) -> NoiseScale:
         if why:
             said.insert(0, Note("noise.b_simple", why))  # the first thing to be read of this figure
         known = pairs > 0 and bool(np.isfinite(table).all())
@@ -96,7 +98,7 @@ def estimate(
             high=high,
             grad_sq=float(table[:, 1].sum() / pairs) if known else None,
             trace=float(table[:, 2].sum() / pairs) if known else None,
-            status=status,  # type: ignore[arg-type]
+            status=status,
             source=source,
             steps=pairs,
             small_batch=small_batch,

@@ -6,7 +6,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar, SupportsFloat
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 
 from pybatch import ops
 from pybatch.errors import UsageError
+from pybatch.optim.arguments import check_count, check_hyper, is_device_scalar
 from pybatch.optim.slots import EMPTY, Slot, addresses, check_param, conform, fit_state, fit_sum, own_storage
 from pybatch.optim.watch import Snapshot
 from pybatch.records import NoiseScale
@@ -420,38 +420,3 @@ class FusedOptimizer(Optimizer):
             return None
         assert self._list is not None
         return torch.as_tensor(value, dtype=torch.float32, device=self._list.device)
-
-
-def check_count(n: Any) -> float:
-    """Examples of a micro-batch as a float; raises UsageError unless it is a number above 0 that the host can read."""
-    if is_device_scalar(n):
-        raise UsageError(f"accumulate(): n is a tensor on {n.device}, reading it would wait. Pass a number: len(x).")
-    known = isinstance(n, Real) or (isinstance(n, torch.Tensor) and n.dim() == 0 and not n.is_complex())
-    if not (known and math.isfinite(n) and n > 0):
-        raise UsageError(f"accumulate({n!r}): n is the number of examples in the micro-batch, above 0. Pass len(x).")
-    return float(n)
-
-
-def is_device_scalar(value: Any) -> bool:
-    """Whether reading this number would wait for a device."""
-    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
-
-
-def check_hyper(group: dict[str, Any], name: str) -> None:
-    """Raise UsageError unless a hyper-parameter is one number of at least 0; one on a device is not read."""
-    value = group[name]
-    if isinstance(value, torch.Tensor) and value.numel() != 1:
-        raise UsageError(f"{name} is a tensor of shape {tuple(value.shape)}: it must hold one number.")
-    if not is_device_scalar(value) and not float(value) >= 0.0:
-        raise UsageError(f"{name} {value}: it must be at least 0.")
-
-
-def check_torch_flags(differentiable: bool, capturable: bool = False) -> None:
-    """Refuse what torch's flags ask for and a fused pass can't do."""
-    if capturable:
-        raise UsageError(
-            "capturable=True: a step takes hyper-parameters from the host, a CUDA graph would replay old ones. "
-            "Leave it out and step outside the graph, or use the torch.optim twin."
-        )
-    if differentiable:
-        raise UsageError("differentiable=True: a fused step has no gradient of its own. Use the torch.optim twin.")

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from pybatch.errors import UsageError
-from pybatch.optim.base import FusedOptimizer, check_hyper, check_torch_flags
+from pybatch.optim.arguments import check_hyper, check_torch_flags
+from pybatch.optim.base import FusedOptimizer
 
 
 class SGD(FusedOptimizer):
