@@ -113,7 +113,10 @@ def _from_noise(noise: NoiseScale | None) -> Critical:
     }
     if noise.status == "resolved" and noise.b_simple is not None:
         # The identification is the model; across McCandlish's tasks the ratio of the two runs from 0.05 to 8.
-        text = "the gradient noise scale tr(Sigma) / |G|^2, taken for the critical batch: elsewhere the two differed by up to 20 times"
+        text = (
+            "the gradient noise scale tr(Sigma) / |G|^2, taken for the critical batch; on published tasks the two "
+            "differed by up to 20 times"
+        )
         return Critical(
             noise.b_simple, noise.low, noise.high, "noise", Reason("critical_batch", text, "modelled", inputs)
         )
