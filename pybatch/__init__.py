@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pybatch.capacity.measurement import measure_capacity as measure_capacity
     from pybatch.curves import fit_throughput as fit_throughput
+    from pybatch.frontier import plan_accumulation as plan_accumulation
     from pybatch.noise.micro_batch import measure_noise as measure_noise
     from pybatch.records import Capacity as Capacity
     from pybatch.records import NoiseScale as NoiseScale
     from pybatch.records import Run as Run
     from pybatch.records import ThroughputFit as ThroughputFit
     from pybatch.records import Verdict as Verdict
+    from pybatch.report.page import write_report as write_report
     from pybatch.verdict import compare as compare
     from pybatch.workloads.base import Workload as Workload
 
@@ -32,6 +34,8 @@ _HOME = {
     "fit_throughput": "pybatch.curves",
     "measure_capacity": "pybatch.capacity.measurement",
     "measure_noise": "pybatch.noise.micro_batch",
+    "plan_accumulation": "pybatch.frontier",
+    "write_report": "pybatch.report.page",
 }
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,7 +1,8 @@
 """The command line: flags in, calls out. Results go to stdout, progress and errors to stderr.
 
-Exit status: 0 done; 2 bad arguments, a missing device, or a workload that fails at once; 3 ran but incomplete, with
-what was measured written all the same; 130 interrupted before anything was measured.
+Exit status: 0 done; 1 a condition of --fail-on does not hold; 2 bad arguments, a missing device, or a workload that
+fails at once; 3 ran but incomplete, with what was measured written all the same; 130 interrupted before anything was
+measured.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from pybatch.commands import saved
 from pybatch.errors import Interrupted, PybatchError, UsageError
 from pybatch.ranges import parse_batches
 from pybatch.records import Run
@@ -35,6 +37,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="What batch size, on how many devices, and what does going further cost? Measured on your model and device.",
 )
+
+
+app.command()(saved.report)
+app.command()(saved.compare)
 
 
 @app.command()

@@ -250,6 +250,28 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class FrontierPoint:
+    """One number of devices at its best batch, against one device at its own: modelled, without communication."""
+
+    devices: int
+    batch: int  # examples per update, over all devices
+    time_factor: float
+    cost_factor: float  # device-seconds
+    energy_factor: float | None = None  # None: energy was not measured at these batches
+
+
+@dataclass(frozen=True)
+class AccumulationPlan:
+    """How a global batch is put together: devices x accumulation x micro_batch."""
+
+    global_batch: int
+    devices: int
+    micro_batch: int  # examples in one pass on one device
+    accumulation: int  # passes before an update
+    step_s: float | None  # modelled seconds per update, without communication; None: no throughput fit
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The answer. Every number in `text` stands in a field, and `why(field)` says how it came about."""
 
@@ -267,6 +289,7 @@ class Verdict:
     text: str
     reasons: tuple[Reason, ...] = ()
     notes: tuple[Note, ...] = ()
+    frontier: tuple[FrontierPoint, ...] = ()  # 1, 2, 4, ... devices
 
     def __str__(self) -> str:
         return self.text
@@ -289,7 +312,7 @@ class Run:
     """One saved run: the whole record of DESIGN, as written by `pybatch bench -o`."""
 
     created: str  # ISO 8601, UTC
-    environment: Environment
+    environment: Environment | None  # None: put together from results that were not saved as a run
     capacity: Capacity | None = None
     noise: NoiseScale | None = None
     convergence: Convergence | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from pybatch.advice import advise
+from pybatch.frontier import doubling, frontier
 from pybatch.numerals import number
 from pybatch.records import (
     BatchPoint,
@@ -15,6 +16,7 @@ from pybatch.records import (
     Convergence,
     Curve,
     Evidence,
+    FrontierPoint,
     Limit,
     NoiseScale,
     Note,
@@ -51,9 +53,15 @@ def compare(capacity: Capacity | None, noise: NoiseScale | None = None, steps: C
         reasons.append(_saturation_reason(capacity))
 
     low = high = devices = bound = None
+    points: tuple[FrontierPoint, ...] = ()
     if best is not None:
         low, high, devices = best.low, best.high, best.model.useful_devices()
         reasons += [best.reason, _devices_reason(best.model, devices)]
+        assert capacity is not None  # there is a best batch
+        points = frontier(best.model, devices, capacity.batches)
+        if twice := doubling(best, capacity.batches):
+            text = "steps 1 + critical batch / batch times the modelled step time, at twice the best batch and at it"
+            reasons.append(Reason("doubling", text, "modelled", twice))
     elif critical.low is not None and capacity is not None and fit is not None:
         low = max(1, math.floor(_model(fit, critical.low, capacity).optimum()))
         bound = _bound(capacity) if low >= math.floor(_bound(capacity).value) else None
@@ -86,6 +94,7 @@ def compare(capacity: Capacity | None, noise: NoiseScale | None = None, steps: C
         text=advise(critical, capacity, wall, limit, best, low, bound, devices, further),
         reasons=tuple(reasons),
         notes=tuple(notes),
+        frontier=points,
     )
 
 

@@ -21,6 +21,8 @@ FLOORS = {
     "pybatch._C": 0,
     "pybatch.tradeoff": 0.7,
     "pybatch.advice": 0.8,
+    "pybatch.frontier": 0.8,
+    "pybatch.comparison": 0.8,
     "pybatch.verdict": 1,
     "pybatch.noise.estimator": 1,
     "pybatch.device": 1,
@@ -32,6 +34,7 @@ FLOORS = {
     "pybatch.capacity": 3,
     "pybatch.bench": 4,
     "pybatch.doctor": 4,
+    "pybatch.commands": 4.5,
     "pybatch.cli": 5,
     "pybatch.__main__": 6,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich import box
@@ -38,10 +38,17 @@ def render(run: Run, format_: str) -> str:
 
 
 def print_run(run: Run, console: Console) -> None:
-    """The table format, with the colours and the width of the console it goes to."""
+    """The table format of a run, with the colours and the width of the console it goes to."""
     console.print(Text(title(run), style="bold"))
-    for section in sections(run):
-        console.print()
+    console.print()
+    print_sections(sections(run), console)
+
+
+def print_sections(parts: Sequence[Section], console: Console) -> None:
+    """Titles, tables, lines and notes, a blank line between sections."""
+    for number, section in enumerate(parts):
+        if number:
+            console.print()
         console.print(Text(section.title, style="bold cyan"))
         if section.table is not None:
             console.print(_rich_table(section.table), crop=False)
@@ -74,9 +81,12 @@ def _plain(run: Run) -> str:
 
 
 def _markdown(run: Run) -> str:
-    parts = [f"# {_escape(title(run))}"]
-    parts += [_markdown_section(section) for section in sections(run)]
-    return "\n\n".join(parts) + "\n"
+    return markdown(title(run), sections(run))
+
+
+def markdown(heading: str, parts: Sequence[Section]) -> str:
+    """Sections under a heading, ending in a newline."""
+    return "\n\n".join([f"# {_escape(heading)}", *(_markdown_section(section) for section in parts)]) + "\n"
 
 
 def _markdown_section(section: Section) -> str:

@@ -165,4 +165,12 @@ def _verdict(verdict: Verdict) -> Section:
     if verdict.useful_devices is not None:
         devices = f"up to {n.count(verdict.useful_devices)}" if verdict.useful_devices > 1 else "one"
         lines.append(("devices worth it", f"{devices} (modelled, without communication)"))
+    twice = next((reason.inputs for reason in verdict.reasons if reason.figure == "doubling"), None)
+    if twice is not None:
+        said = ", ".join(
+            f"{n.number(float(twice[f'{name}_factor'] or 0), 2)} times the {name}"
+            for name in ("steps", "examples", "time", "energy")
+            if twice.get(f"{name}_factor") is not None
+        )
+        lines.append(("twice the batch", f"{said} (modelled)"))
     return Section("Verdict", lines=tuple(lines), text=verdict.text, notes=_notes(verdict.notes))

@@ -1,0 +1,55 @@
+// Draws the figures of the page, in the shades of the reader's theme, and again when the theme changes.
+"use strict";
+(() => {
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const shades = {
+    light: { blue: "#0072b2", orange: "#d55e00", green: "#009e73", red: "#b0305c", purple: "#8e5ea2", sky: "#3a9bd1",
+             gray: "#6e7781", ink: "#1b1f24", grid: "#e4e8ec" },
+    dark: { blue: "#56b4e9", orange: "#f0a04b", green: "#3fc79a", red: "#ff7b9c", purple: "#cc9fdb", sky: "#9ad4f5",
+            gray: "#9aa4af", ink: "#e6edf3", grid: "#2b3138" },
+  };
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+
+  function shade(name, theme) {
+    const [color, percent] = name.slice(1).split("/");
+    const hex = shades[theme][color];
+    if (!percent) return hex;
+    const parts = [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+    return `rgba(${parts.join(",")},${percent / 100})`;
+  }
+  function themed(value, theme) {
+    if (typeof value === "string") return /^@[a-z]+(\/\d+)?$/.test(value) ? shade(value, theme) : value;
+    if (Array.isArray(value)) return value.map((item) => themed(item, theme));
+    if (value && typeof value === "object")
+      return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, themed(item, theme)]));
+    return value;
+  }
+  function layout(given, theme, narrow) {
+    const ink = shades[theme].ink, grid = shades[theme].grid;
+    const axis = (more) => ({ gridcolor: grid, linecolor: grid, zerolinecolor: grid, automargin: true,
+                              exponentformat: "SI", ...more });
+    const base = {
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { color: ink, family: "system-ui, sans-serif", size: narrow ? 11 : 13 },
+      margin: { l: 10, r: 10, t: 10, b: 10 },
+      legend: { orientation: "h", x: 0, y: narrow ? -0.32 : -0.26, xanchor: "left", yanchor: "top" },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: grid, activecolor: ink },
+      hovermode: "closest",
+    };
+    const axes = Object.fromEntries(Object.entries(given).filter(([key]) => /^[xy]axis/.test(key))
+      .map(([key, value]) => [key, axis(value)]));
+    return themed({ ...base, ...given, ...axes }, theme);
+  }
+  function draw(theme) {
+    const narrow = innerWidth < 600;
+    return Promise.all(figures.map(({ name, traces, layout: given }) =>
+      Plotly.react(name, themed(traces, theme), layout(given, theme, narrow),
+                   { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover",
+                     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] })));
+  }
+  const now = () => (dark.matches ? "dark" : "light");
+  dark.addEventListener("change", () => draw(now()));
+  addEventListener("beforeprint", () => draw("light"));
+  addEventListener("afterprint", () => draw(now()));
+  draw(now()).then(() => { document.documentElement.dataset.drawn = String(figures.length); });
+})();

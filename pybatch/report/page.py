@@ -1,0 +1,247 @@
+"""The report: one HTML file with everything in it, for a browser without a network.
+
+Text comes first and stands without JavaScript; every plot has its table behind it. The page forbids itself any request
+by a content security policy.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.resources import files
+from pathlib import Path
+
+from pybatch import numerals as n
+from pybatch.codec import encode
+from pybatch.errors import UsageError
+from pybatch.records import Capacity, Convergence, Environment, NoiseScale, Reason, Run, Verdict
+from pybatch.report.capacity_figures import capacity_figures
+from pybatch.report.figure import Figure
+from pybatch.report.output import Output
+from pybatch.report.sections import Section, Table, sections, title
+
+
+def write_report(records: Sequence[object] | object, path: str | Path) -> None:
+    """Write one self-contained HTML file.
+
+    Args:
+        records: runs, in the order they shall be shown. Loose results (`Capacity`, `NoiseScale`, `Convergence`,
+            `Verdict`) are taken together as one run without an environment.
+        path: where to write; an existing file is replaced in one step.
+
+    Raises:
+        UsageError: there is nothing to report, something is not a record, or the file can't be written.
+    """
+    runs = _runs(records if isinstance(records, Sequence) else [records])
+    output = Output(Path(path))
+    try:
+        output.write(page(runs))
+    finally:
+        output.discard()
+
+
+def _runs(records: Sequence[object]) -> list[Run]:
+    runs = [record for record in records if isinstance(record, Run)]
+    loose: dict[str, object] = {}
+    names = {Capacity: "capacity", NoiseScale: "noise", Convergence: "convergence", Verdict: "verdict"}
+    for record in records:
+        if isinstance(record, Run):
+            continue
+        name = names.get(type(record))
+        if name is None or name in loose:
+            why = f"a second {type(record).__name__}" if name else f"{type(record).__name__} {record!r:.60}"
+            raise UsageError(f"write_report: {why} can't be reported. Give Runs, or one result of each kind.")
+        loose[name] = record
+    if loose:
+        runs.append(Run(created="", environment=None, **loose))  # type: ignore[arg-type]
+    if not runs:
+        raise UsageError("write_report: no records were given. Give at least one.")
+    return runs
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The whole page as text."""
+    figures: list[Figure] = []
+    parts = []
+    for number, run in enumerate(runs):
+        drawn = [_named(figure, number) for figure in capacity_figures(run)]
+        figures += drawn
+        parts.append(_run(run, drawn, number))
+    heading = title(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"
+    nav = ""
+    if len(runs) > 1:
+        nav = "<nav>" + "".join(f'<a href="#run-{i}">{_text(title(run))}</a>' for i, run in enumerate(runs)) + "</nav>"
+    data = [{"name": f.name, "traces": f.traces, "layout": f.layout} for f in figures if f.missing is None]
+    script = _resource("page.js")
+    library = _plotly() if data else ""
+    allowed = " ".join(_digest(code) for code in (library, script)) if data else "'none'"
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            "style-src 'unsafe-inline'",  # plotly sets styles
+            "img-src data: blob:",  # plotly's own download button
+            f"script-src {allowed}",
+        ]
+    )
+    drawing = (
+        f'<script type="application/json" id="figures">{_json(data)}</script>\n'
+        f"<script>{library}</script>\n<script>{script}</script>\n"
+        if data
+        else ""
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<title>pybatch: {_text(heading)}</title>\n<link rel="icon" href="data:,">\n'
+        f"<style>\n{_resource('page.css')}</style>\n</head>\n<body>\n"
+        f"<h1>{_text(heading)}</h1>\n{nav}\n{''.join(parts)}{drawing}</body>\n</html>\n"
+    )
+
+
+def _resource(name: str) -> str:
+    return files("pybatch.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise UsageError("the HTML report needs plotly, which is not installed. Run: pip install plotly") from None
+    code: str = get_plotlyjs()
+    return code
+
+
+def _digest(code: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
+
+
+def _json(data: object) -> str:
+    """JSON that can't end its script element."""
+    return json.dumps(encode(data), separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _named(figure: Figure, number: int) -> Figure:
+    return Figure(f"{figure.name}-{number}", *(getattr(figure, f.name) for f in fields(Figure)[1:]))
+
+
+def _run(run: Run, figures: Sequence[Figure], number: int) -> str:
+    found = sections(run)
+    when = f'<p class="soft">{_text(run.created)}</p>\n' if run.created else ""
+    incomplete = "" if run.complete else "<p><strong>Incomplete:</strong> the notes below say what is missing.</p>\n"
+    parts = [f'<section id="run-{number}">\n{when}{incomplete}']
+    if number or len(figures) == 0:
+        parts.append(f"<h2>{_text(title(run))}</h2>\n")
+    if run.verdict is not None:
+        parts.append(_answer(run.verdict))
+    parts += [_figure(figure) for figure in figures]
+    parts += [_section(section) for section in found]
+    if run.environment is not None:
+        parts.append(_provenance(run.environment, run.capacity))
+    return "".join([*parts, "</section>\n"])
+
+
+def _answer(verdict: Verdict) -> str:
+    """The verdict in a box: what it says, its figures, and the chain behind each on demand."""
+    shown = [
+        ("best batch", n.count(verdict.best_batch), n.interval(verdict.best_low, verdict.best_high, n.count)),
+        (
+            "critical batch",
+            n.number(verdict.critical_batch),
+            n.interval(verdict.critical_low, verdict.critical_high),
+        ),
+        ("saturation batch", n.number(verdict.saturation_batch), ""),
+        ("limited by", verdict.limit, ""),
+        ("devices worth it", n.count(verdict.useful_devices), ""),
+    ]
+    if verdict.time_to_target is not None:
+        shown.append(("time to target", f"{n.number(verdict.time_to_target)} s", ""))
+    cells = "".join(
+        f'<div><div class="name">{_text(name)}</div><div class="value">{_text(value)}</div>'
+        f'<div class="band">{_text(band)}</div></div>'
+        for name, value, band in shown
+    )
+    whys = "".join(_why(reason) for reason in verdict.reasons)
+    return (
+        f'<div class="answer">\n<p class="said">{_text(verdict.text)}</p>\n<div class="figures">{cells}</div>\n'
+        f"{_details('How each figure came about', whys) if whys else ''}</div>\n"
+    )
+
+
+def _why(reason: Reason) -> str:
+    inputs = "".join(
+        f"<tr><th>{_text(name.replace('_', ' '))}</th><td>{_text(_figure_text(value))}</td></tr>"
+        for name, value in reason.inputs.items()
+    )
+    return (
+        f"<h3>{_text(reason.figure.replace('_', ' '))} <span class='soft'>({_text(reason.evidence)})</span></h3>"
+        f"<p>{_text(reason.text)}</p>" + (f"<table class='pairs'>{inputs}</table>" if inputs else "")
+    )
+
+
+def _figure_text(value: float | str | None) -> str:
+    return n.number(value, 4) if isinstance(value, (int, float)) else value or n.MISSING
+
+
+def _details(summary: str, body: str) -> str:
+    return f"<details><summary>{_text(summary)}</summary>\n{body}</details>\n"
+
+
+def _figure(figure: Figure) -> str:
+    head = f"<figure>\n<h3>{_text(figure.title)}</h3>\n"
+    if figure.missing is not None:
+        return f"{head}<figcaption>Not drawn: {_text(figure.missing)}</figcaption>\n</figure>\n"
+    table = _details("Table", _table(figure.table)) if figure.table is not None else ""
+    label = _text(figure.caption)
+    return (
+        f'{head}<div class="plot" id="{_text(figure.name)}" role="img" aria-label="{label}"></div>\n'
+        f"<figcaption>{label}</figcaption>\n{table}</figure>\n"
+    )
+
+
+def _table(table: Table) -> str:
+    heads = "".join(f"<th>{_text(head)}</th>" for head in table.heads)
+    rows = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>\n" for row in table.rows)
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>\n{rows}</tbody></table></div>\n'
+
+
+def _section(section: Section) -> str:
+    parts = [f"<h2>{_text(section.title)}</h2>\n"]
+    if section.text and section.title != "Verdict":  # the verdict's words stand at the top
+        parts.append(f"<p>{_text(section.text)}</p>\n")
+    if section.table is not None:
+        parts.append(_table(section.table))
+    parts.append(_pairs(section.lines))
+    if section.notes:
+        parts.append('<ul class="notes">' + "".join(f"<li>{_text(note)}</li>" for note in section.notes) + "</ul>\n")
+    return "".join(parts)
+
+
+def _pairs(rows: Sequence[tuple[str, str]]) -> str:
+    if not rows:
+        return ""
+    body = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows)
+    return f'<div class="scroll"><table class="pairs">{body}</table></div>\n'
+
+
+def _provenance(environment: Environment, capacity: Capacity | None) -> str:
+    """Everything about where and how a run took place, so that someone else can repeat it."""
+    rows: list[tuple[str, str]] = []
+    for record in (environment, capacity.device if capacity else None, capacity.workload if capacity else None):
+        if record is None:
+            continue
+        for field in fields(record):
+            value = getattr(record, field.name)
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {item}" for key, item in value.items())
+            if value not in (None, ""):
+                rows.append((field.name.replace("_", " "), str(value)))
+    return f"<h2>Provenance</h2>\n{_pairs(rows)}"

@@ -1,0 +1,185 @@
+"""The HTML report: what it says without JavaScript, what a browser draws, and that nothing gets out of its place."""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+
+import pytest
+
+from pybatch.errors import UsageError
+from pybatch.records import Note
+from pybatch.report.capacity_figures import capacity_figures
+from pybatch.report.figure import batch_axis
+from pybatch.report.page import page, write_report
+from pybatch.verdict import compare
+
+HOSTILE = '</script><img src=x onerror="document.title=1"><a href="http://example.org">&amp;'
+
+
+@pytest.fixture
+def judged(run):
+    return dataclasses.replace(run, verdict=compare(run.capacity, run.noise))
+
+
+def hostile(run):
+    workload = dataclasses.replace(run.capacity.workload, name=HOSTILE, unit=HOSTILE, model=HOSTILE)
+    device = dataclasses.replace(run.capacity.device, name=HOSTILE)
+    capacity = dataclasses.replace(run.capacity, workload=workload, device=device, notes=(Note("x", HOSTILE),))
+    return dataclasses.replace(run, capacity=capacity)
+
+
+def embedded(text):
+    return json.loads(re.search(r'<script type="application/json" id="figures">(.*?)</script>', text, re.S)[1])
+
+
+def test_every_figure_is_valid_plotly_and_has_a_table(judged):
+    import plotly.graph_objects as go
+
+    figures = capacity_figures(judged)
+    assert {f.name for f in figures} == {"throughput", "goodput", "step-time", "utilization", "roofs", "frontier"}
+    for figure in figures:
+        plain = json.loads(re.sub(r'"@[a-z]+(/\d+)?"', '"#123456"', json.dumps([figure.traces, figure.layout])))
+        go.Figure(data=plain[0], layout=plain[1])  # refuses an unknown property
+        assert figure.table.rows
+        assert all(len(row) == len(figure.table.heads) for row in figure.table.rows)
+
+
+def test_the_picture_shows_what_the_record_says(judged):
+    throughput = capacity_figures(judged)[0]
+    measured = next(t for t in throughput.traces if t["name"] == "measured")
+    assert measured["x"] == [1, 8, 64, 512]
+    assert measured["y"] == [p.samples_per_s for p in judged.capacity.batches if p.samples_per_s]
+    lines = {t["name"].split()[0]: t["x"][0] for t in throughput.traces if t.get("hoverinfo") == "name"}
+    assert lines == {"critical": 40.0, "saturation": 190.0}
+    goodput = capacity_figures(judged)[1]
+    peak = next(t for t in goodput.traces if t["name"] == "goodput, of its peak")
+    at = peak["x"][peak["y"].index(max(peak["y"]))]
+    assert at == pytest.approx(judged.verdict.why("best_batch").inputs["optimum"], rel=0.05)
+
+
+def test_ticks_are_powers_of_two_and_few():
+    for low, high in ((1, 4096), (1, 2**20), (3, 5), (1, 1)):
+        axis = batch_axis(low, high, "x")
+        assert 1 <= len(axis["tickvals"]) <= 9
+        assert all(value & (value - 1) == 0 for value in axis["tickvals"])
+    assert batch_axis(1, 4096, "x")["ticktext"][-1] == "4k"
+
+
+def test_text_stands_without_scripts(judged):
+    text = re.sub(r"<script.*?</script>", "", page([judged]), flags=re.S)
+    for expected in (judged.verdict.text, "Provenance", "pybatch bench", "Table", "How each figure came about"):
+        assert expected in text
+    for point in judged.capacity.batches:
+        assert f"{point.batch:,}" in text
+
+
+def test_hostile_names_stay_text(judged):
+    text = page([hostile(judged)])
+    assert HOSTILE not in text
+    body = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    assert "<img" not in body
+    assert 'href="http' not in body
+    labels = json.dumps(embedded(text))
+    assert "<img" not in labels
+    assert "<a " not in labels
+
+
+def test_the_page_forbids_itself_everything_but_its_own_scripts(judged):
+    text = page([judged])
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
+    assert policy.startswith("default-src 'none'")
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.S)
+    allowed = {base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in scripts}
+    assert set(re.findall(r"sha256-([^']*)", policy)) == allowed
+    assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="(?!data:)', text)
+
+
+def test_a_run_without_capacity_has_a_page(judged):
+    text = page([dataclasses.replace(judged, capacity=None, verdict=None)])
+    assert "Gradient noise scale" in text
+    assert "plotly" not in text.lower()
+
+
+def test_several_runs_have_distinct_plots(judged):
+    text = page([judged, judged])
+    names = [figure["name"] for figure in embedded(text)]
+    assert len(names) == len(set(names)) == 12
+    assert text.count('class="plot"') == 12
+    assert '<a href="#run-1">' in text
+
+
+def test_loose_results_are_one_run(judged, tmp_path):
+    write_report([judged.capacity, judged.noise, judged.verdict], tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text()
+    assert judged.verdict.text in text
+    assert "Provenance" not in text
+
+
+@pytest.mark.parametrize(("records", "cause"), [([], "no records"), ([3], "int 3"), ("ab", "str")])
+def test_what_is_no_record_is_refused(records, cause, tmp_path):
+    with pytest.raises(UsageError, match=cause):
+        write_report(records, tmp_path / "a.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_loose_results_of_a_kind_are_refused(judged, tmp_path):
+    with pytest.raises(UsageError, match="second NoiseScale"):
+        write_report([judged.noise, judged.noise], tmp_path / "a.html")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        pytest.skip("chromium and chromedriver are not installed")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def visit(browser, path, width, scheme="light"):
+    """Open a page; returns (errors in the console, requests other than the page's own)."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(path.as_uri())
+    WebDriverWait(browser, 30).until(lambda b: b.execute_script("return document.documentElement.dataset.drawn"))
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    return browser.get_log("browser"), [u for u in urls if not u.startswith(("data:", "blob:", path.as_uri()))]
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(browser, judged, tmp_path, width, scheme):
+    path = tmp_path / "report.html"
+    write_report([hostile(judged), judged], path)
+    errors, requests = visit(browser, path, width, scheme)
+    assert errors == []
+    assert requests == []
+    drawn = browser.execute_script(
+        "return [...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.trace').length)"
+    )
+    assert len(drawn) == 12
+    assert min(drawn) > 0
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.title.startswith("pybatch")
+    paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_names_in_axes_are_text():
+    assert batch_axis(1, 8, "<b>")["title"]["text"] == "&lt;b&gt;"
