@@ -6,12 +6,11 @@ import os
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pybatch.device import ceilings, counters, environment, identity, memory, nvml
+from pybatch.device import ceilings, environment, identity, memory
 from pybatch.device.clock import WallClock, clock_for
 from pybatch.errors import DeviceError, UsageError
 
@@ -155,86 +154,6 @@ def test_the_wall_clock_gives_one_time_per_call() -> None:
     assert min(times) >= 0.002
     assert clock.host_bound(lambda: None, 1.0) is None
     assert clock.host_bound_reason
-
-
-def test_a_region_reads_cpu_time_and_nothing_of_a_gpu() -> None:
-    region = counters.Region(CPU)
-    region.start()
-    end = time.perf_counter() + 0.2
-    while time.perf_counter() < end:
-        pass
-    busy = region.stop()
-    region.start()
-    time.sleep(0.2)
-    idle = region.stop()
-    assert busy.cpu_active is not None
-    assert idle.cpu_active is not None
-    assert idle.cpu_active < busy.cpu_active <= 1
-    assert busy.sm_clock_mhz is None
-    assert busy.throttled is None
-    share = counters.cpu_active([busy, idle])
-    assert share is not None
-    assert idle.cpu_active < share < busy.cpu_active
-
-
-def test_energy_is_summed_and_withheld_below_five_seconds() -> None:
-    reading = counters.Reading(seconds=3.0, joules=30.0)
-    assert counters.joules([reading]) is None
-    assert counters.joules([reading, reading]) == 60.0
-    assert counters.joules([reading, reading, counters.Reading(seconds=3.0)]) is None  # a part is unknown
-
-
-def test_every_counter_figure_is_readable_or_has_a_reason() -> None:
-    found = counters.readable(CPU)
-    assert set(found) == set(counters.FIGURES)
-    assert found["cpu_active"] is None
-    assert found["sm_active"]
-
-
-def test_rapl_energy_is_read_in_joules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    domain = tmp_path / "intel-rapl:0"
-    domain.mkdir()
-    (domain / "energy_uj").write_text("1000000\n")
-    monkeypatch.setattr(counters, "_RAPL", tmp_path)
-    assert counters.readable(CPU)["joules_per_sample"] is None
-    region = counters.Region(CPU)
-    region.start()
-    (domain / "energy_uj").write_text("3500000\n")
-    assert region.stop().joules == pytest.approx(2.5)
-    region.start()
-    (domain / "energy_uj").write_text("10\n")  # wrapped around
-    assert region.stop().joules is None
-
-
-def test_nvml_is_asked_by_uuid_and_its_refusals_become_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refused(Exception):
-        pass
-
-    def refuse(*_: object) -> None:
-        raise Refused("no permission")
-
-    asked: list[str] = []
-    library = SimpleNamespace(
-        NVMLError=Refused,
-        NVML_CLOCK_SM=1,
-        nvmlClocksThrottleReasonGpuIdle=1,
-        nvmlClocksThrottleReasonApplicationsClocksSetting=2,
-        nvmlDeviceGetHandleByUUID=lambda uuid: asked.append(uuid) or object(),
-        nvmlDeviceGetClockInfo=lambda handle, kind: 1980,
-        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 1 | 8,
-        nvmlDeviceGetTotalEnergyConsumption=refuse,
-    )
-    monkeypatch.setattr(nvml, "library", lambda: library)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="ab-cd"))
-    gpu = torch.device("cuda", 0)
-    found = counters.readable(gpu)
-    assert found["sm_clock_mhz"] is None
-    assert "no permission" in (found["joules_per_sample"] or "")
-    assert asked == ["GPU-ab-cd"]
-    region = counters.Region(gpu)
-    region.start()
-    reading = region.stop()
-    assert (reading.sm_clock_mhz, reading.throttled, reading.joules) == (1980.0, True, None)
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -14,7 +14,8 @@ from pybatch.capacity.stopping import StoppingRule
 from pybatch.capacity.timing import Rounds, Series, unfinished
 from pybatch.device.ceilings import measure_ceilings
 from pybatch.device.clock import Clock, clock_for
-from pybatch.device.counters import OtherLoad, Region
+from pybatch.device.counters import Region
+from pybatch.device.counters_cpu import OtherLoad
 from pybatch.device.identity import describe, resolve, usable_cores
 from pybatch.device.memory import PeakMemory
 from pybatch.errors import Interrupted, UsageError
@@ -107,6 +108,7 @@ class _Measurement:
         self.largest = largest.Largest(None, None)
         self.rounds: Rounds | None = None
         self.limit = largest.memory_limit(device)
+        self.region = Region(device)
         memory = PeakMemory(device)
         self.session = Session(workload, device, dtype, seed)
         self.explorer = Explorer(TrainingStep(self.session), clock, memory, self.limit)
@@ -147,7 +149,7 @@ class _Measurement:
                     "batches.step_ms", f"the time budget ended before these were steady: {', '.join(map(str, partial))}"
                 )
             )
-        notes += summary.counter_notes(self.device, points, self.ceilings, self.explorer)
+        notes += summary.counter_notes(self.region, points, self.ceilings, self.explorer)
         return summary.summarize(
             points,
             {s.batch: s.blocks for s in series if s.seconds},
@@ -179,7 +181,7 @@ class _Measurement:
         share = max(1.0, 1.5 * (deadline - self.clock.now()) / len(wanted))
         rule = StoppingRule(max_seconds=share)
         others = OtherLoad()
-        self.rounds = Rounds(step.load, step, step.check, self.clock, Region(self.device), rule, self.seed)
+        self.rounds = Rounds(step.load, step, step.check, self.clock, self.region, rule, self.seed)
         self.rounds.run(wanted, deadline, self._visited)
         step.clear()
         if (busy := others.cores()) is not None and self.device.type == "cpu" and busy > _DISTURBED * usable_cores():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from typing import Any
 
 from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, Look
 from pybatch.capacity.largest import Largest
@@ -13,6 +12,7 @@ from pybatch.curves import fit_throughput
 from pybatch.device import counters
 from pybatch.records import BatchPoint, Capacity, Ceilings, Device, Note, ThroughputFit, WorkloadInfo
 
+_AVERAGED = ("sm_active", "sm_occupancy", "tensor_active", "dram_active", "cpu_active", "sm_clock_mhz")
 _NEAR = 0.95  # of the ceiling: a measured batch that reaches this saturates the device
 _NEARLY = 0.90  # the same for its median
 _DRIFT = 0.05  # change of the anchor's step time that a reader should hear of
@@ -38,8 +38,8 @@ def point(
     gemm = ceilings.gemm_flops if ceilings is not None else None
     peak = ceilings.datasheet_flops if ceilings is not None else None
     joules = counters.joules(series.readings)
-    clocks = [r.sm_clock_mhz for r in series.readings if r.sm_clock_mhz is not None]
-    throttled = [r.throttled for r in series.readings if r.throttled is not None]
+    throttled = counters.mean(series.readings, "throttled")
+    read: dict[str, Any] = {figure: counters.mean(series.readings, figure) for figure in _AVERAGED}
     return BatchPoint(
         batch=n,
         status="ok",
@@ -51,12 +51,11 @@ def point(
         model_flops=look.flops,
         mfu_measured=rate / gemm if rate is not None and gemm else None,
         mfu_datasheet=rate / peak if rate is not None and peak else None,
-        cpu_active=counters.cpu_active(series.readings),
         memory_bytes=look.memory_bytes,
         joules_per_sample=None if joules is None else joules / (n * len(series.seconds)),
-        sm_clock_mhz=sum(clocks) / len(clocks) if clocks else None,
-        throttled=any(throttled) if throttled else None,
+        throttled=None if throttled is None else throttled > 0,
         samples=len(series.seconds),
+        **read,
     )
 
 
@@ -116,11 +115,13 @@ def summarize(
 
 
 def counter_notes(
-    device: torch.device, points: Sequence[BatchPoint], ceilings: Ceilings | None, explorer: Explorer
+    region: counters.Region, points: Sequence[BatchPoint], ceilings: Ceilings | None, explorer: Explorer
 ) -> list[Note]:
-    """A reason for every figure that is null in all of the timed points."""
-    reasons = {figure: reason for figure, reason in counters.readable(device).items() if reason is not None}
-    reasons.setdefault("joules_per_sample", counters.energy_reason(device))
+    """A reason for every figure that is null in some of the timed points."""
+    device, reasons = region.device, dict(region.reasons)
+    reasons["joules_per_sample"] = counters.energy_reason(reasons)
+    for figure in counters.GPU_FIGURES:
+        reasons.setdefault(figure, "the steady region of these batches was too short for the counter")
     if device.type == "cpu":
         reasons["host_bound"] = "on a CPU the host is the device"
         reasons["mfu_datasheet"] = "no datasheet peak is quoted for CPUs"
@@ -134,8 +135,12 @@ def counter_notes(
     notes = [
         Note(f"batches.{figure}", reason)
         for figure, reason in sorted(reasons.items())
-        if timed and all(getattr(p, figure) is None for p in timed)
+        if any(getattr(p, figure) is None for p in timed)
     ]
+    impossible = [p for p in timed if p.tensor_active is not None and (p.mfu_datasheet or 0) > 1.1 * p.tensor_active]
+    if impossible:
+        text = "more model FLOPs than the tensor cores were active for: a count is wrong, or other units did the work"
+        notes.append(Note("batches.mfu_datasheet", text))
     if any(p.step_ms_low is None for p in timed):
         notes.append(Note("batches.step_ms_low", "no interval of a median from fewer than 6 steps"))
     if any(p.mfu_measured is not None and p.mfu_measured > 1 for p in timed):
