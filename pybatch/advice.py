@@ -105,7 +105,10 @@ def _advice(
             if devices == 1
             else f"Up to {count(devices)} devices are worth it (parallel efficiency {number(EFFICIENCY, 1)} or better)"
         )
-        said.append(f"{worth}, modelled without communication.")
+        how = "modelled without communication"
+        if best.model.communication is not None:
+            how = f"modelled with the communication measured on {best.model.communication.devices} devices"
+        said.append(f"{worth}, {how}.")
     if critical.source == "noise":
         said.append(_trial(best.batch))
     return said

@@ -77,17 +77,23 @@ def bench(
     target = Output(output) if output is not None else None
     try:
         # Torch takes seconds to import: what can be refused without it has been by now.
+        import torch
+
         from pybatch.bench import run_bench
+        from pybatch.capacity.distributed import launched, local_rank
         from pybatch.device.identity import resolve
+        from pybatch.together import run_bench_together
         from pybatch.workloads.finding import find
         from pybatch.workloads.session import checked_dtype
 
         checked_dtype(dtype)
+        if launched() and not cpu and gpu is None:
+            gpu = local_rank() if torch.cuda.is_available() else None
         device = resolve("cpu" if cpu else f"cuda:{gpu}" if gpu is not None else None)
         chosen = find(workload, model=model, data=data)
         try:
-            with ProgressLine(Console(stderr=True), quiet) as progress:
-                run = run_bench(
+            with ProgressLine(Console(stderr=True), quiet or (launched() and local_rank() > 0)) as progress:
+                measured = (run_bench_together if launched() else run_bench)(
                     chosen,
                     device=device,
                     dtype=dtype,
@@ -97,6 +103,9 @@ def bench(
                     command=shlex.join(["pybatch", *sys.argv[1:]]),
                     progress=progress,
                 )
+                if measured is None:  # one of torchrun's processes: the first one has the result
+                    raise typer.Exit(DONE)
+                run = measured
         except Interrupted as stop:
             run = stop.partial
         delivered = _deliver(run, format_, target)

@@ -169,6 +169,41 @@ class Capacity:
 
 
 @dataclass(frozen=True)
+class DistributedPoint:
+    """A data-parallel step on several devices, each with its own share of the batch."""
+
+    devices: int
+    batch: int  # examples per device
+    compute_ms: float  # median, of the same steps without communication, on all devices at once
+    step_ms: float  # median, of the slowest device in each step
+    step_ms_low: float | None = None
+    step_ms_high: float | None = None
+
+
+@dataclass(frozen=True)
+class CommunicationFit:
+    """T = (T_c^gamma + T_n^gamma)^(1/gamma), T_n a ring all-reduce (Pollux: Qiao et al. 2021)."""
+
+    gamma: float  # 1: computing and communicating one after the other; large: fully overlapped
+    bandwidth_bytes_per_s: float | None  # None: transfer time was not told apart from latency
+    latency_s: float  # per message
+    bytes: int  # of the gradient
+    rms_log_error: float  # root mean square of ln(measured / fitted)
+    devices: int  # most that were measured: beyond, it is a model
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """What several devices do together with this workload."""
+
+    devices: int
+    backend: str  # "nccl", "gloo"
+    points: tuple[DistributedPoint, ...]
+    fit: CommunicationFit | None
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
 class LayerNoise:
     """Gradient noise scale of one parameter tensor."""
 
@@ -251,7 +286,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One number of devices at its best batch, against one device at its own: modelled, without communication."""
+    """One number of devices at its best batch, against one device at its own: modelled."""
 
     devices: int
     batch: int  # examples per update, over all devices
@@ -319,6 +354,7 @@ class Run:
     verdict: Verdict | None = None
     complete: bool = True
     notes: tuple[Note, ...] = ()
+    distributed: Distributed | None = None
 
     def to_json(self) -> str:
         """The record as JSON text; non-finite numbers become null."""

@@ -15,6 +15,7 @@ from pybatch.records import (
     Capacity,
     Convergence,
     Curve,
+    Distributed,
     Evidence,
     FrontierPoint,
     Limit,
@@ -31,13 +32,19 @@ MULTIPLE = 8  # a batch bounded by memory is rounded down to a multiple of this,
 MISFIT = 0.1  # rms of ln(measured / fitted) from which the throughput model's error is worth telling
 
 
-def compare(capacity: Capacity | None, noise: NoiseScale | None = None, steps: Convergence | None = None) -> Verdict:
+def compare(
+    capacity: Capacity | None,
+    noise: NoiseScale | None = None,
+    steps: Convergence | None = None,
+    distributed: Distributed | None = None,
+) -> Verdict:
     """What batch to use, why, and what going further costs.
 
     Args:
         capacity: throughput against batch size on one device.
         noise: the gradient noise scale, taken for the critical batch where `steps` is None.
         steps: measured steps to target; its fitted critical batch goes before the noise scale.
+        distributed: steps on several devices; without it, communication is not counted.
 
     Any of them may be None or unresolved: what then cannot be said is None, and the text and the notes say why.
     """
@@ -46,7 +53,9 @@ def compare(capacity: Capacity | None, noise: NoiseScale | None = None, steps: C
     wall = _wall(capacity)
     limit, why = _limit(critical, wall)
     best = (
-        _best(critical, capacity) if critical.value is not None and capacity is not None and fit is not None else None
+        _best(critical, capacity, distributed)
+        if critical.value is not None and capacity is not None and fit is not None
+        else None
     )
     reasons, notes = [critical.reason], list(_capacity_notes(capacity))
     if capacity is not None and capacity.saturation_batch is not None:
@@ -162,9 +171,11 @@ def _limit(critical: Critical, wall: Wall | None) -> tuple[Limit, str]:
     return "balanced", f"the critical batch and the {wall.name} agree within their errors"
 
 
-def _model(fit: ThroughputFit, critical: float, capacity: Capacity) -> TimeModel:
+def _model(
+    fit: ThroughputFit, critical: float, capacity: Capacity, distributed: Distributed | None = None
+) -> TimeModel:
     memory, data = _bounds(capacity)
-    return TimeModel(fit, critical, memory.value, data.value)
+    return TimeModel(fit, critical, memory.value, data.value, distributed.fit if distributed else None)
 
 
 def _bounds(capacity: Capacity) -> tuple[Bound, Bound]:
@@ -179,12 +190,12 @@ def _bound(capacity: Capacity) -> Bound:
     return min(_bounds(capacity), key=lambda bound: bound.value)
 
 
-def _best(critical: Critical, capacity: Capacity) -> Best:
+def _best(critical: Critical, capacity: Capacity, distributed: Distributed | None) -> Best:
     """B*, within memory and data, rounded to a batch people use, and checked against the measured step times."""
     fit, value, bound = capacity.model, critical.value, _bound(capacity)
     assert fit is not None  # the caller has looked
     assert value is not None
-    model = _model(fit, value, capacity)
+    model = _model(fit, value, capacity, distributed)
     optimum = float(model.optimum())
     measured = [p for p in capacity.batches if p.status == "ok" and p.step_ms and p.batch <= bound.value]
     largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=None)
@@ -293,11 +304,19 @@ def _saturation_reason(capacity: Capacity) -> Reason:
 
 
 def _devices_reason(model: TimeModel, devices: int) -> Reason:
-    text = (
-        f"most devices with a parallel efficiency of at least {EFFICIENCY:g}, each number at its own best batch; "
+    counted = model.communication
+    how = (
         "an upper bound, as communication is not counted"
+        if counted is None
+        else f"with communication as fitted to steps on up to {counted.devices} devices"
+    )
+    text = (
+        f"most devices with a parallel efficiency of {EFFICIENCY:g} or better, each number at its own best batch; {how}"
     )
     inputs: Inputs = {"efficiency": EFFICIENCY, "batch": float(model.optimum(float(devices)))}
+    if counted is not None:
+        inputs |= {"gamma": counted.gamma, "bandwidth_bytes_per_s": counted.bandwidth_bytes_per_s}
+        inputs |= {"latency_s": counted.latency_s, "measured_devices": counted.devices}
     return Reason("useful_devices", text, "modelled", inputs)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from pybatch import numerals as n
 from pybatch.records import BatchPoint, Capacity, Run, ThroughputFit, Verdict
 from pybatch.report.figure import COLORS, MARKERS, Figure, axis, band, batch_axis, line, mark, points, safe, spread
-from pybatch.report.sections import Table
+from pybatch.report.sections import Table, communication
 
 _UTILIZATION = (
     ("mfu_measured", "MFU, of the measured matrix product"),
@@ -318,8 +318,8 @@ def frontier(verdict: Verdict) -> Figure:
     return Figure(
         "frontier",
         "What more devices buy",
-        "Time to the loss against device-seconds, both relative to one device at its best batch. Modelled from one "
-        "device without communication: time on several is a lower bound.",
+        "Time to the loss against device-seconds, both relative to one device at its best batch; "
+        f"{communication(verdict)}.",
         (trace, worth),
         {"xaxis": axis("device-seconds, relative", log=True), "yaxis": axis("time, relative", log=True)},
         Table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from pybatch import numerals as n
-from pybatch.records import BatchPoint, Capacity, Ceilings, NoiseScale, Note, Run, Verdict
+from pybatch.records import BatchPoint, Capacity, Ceilings, Distributed, NoiseScale, Note, Run, Verdict
 
 # Figures of the record that are not printed, and so need no explanation when they are null.
 _SEEN = {"batch", "status", "step_ms", "step_ms_low", "step_ms_high", "samples_per_s", "mfu_measured", "memory_bytes"}
@@ -51,6 +51,8 @@ def sections(run: Run) -> list[Section]:
         found.append(_capacity(run.capacity))
     if run.noise is not None:
         found.append(_noise(run.noise, _unit(run)))
+    if run.distributed is not None:
+        found.append(_distributed(run.distributed))
     if run.verdict is not None:
         found.append(_verdict(run.verdict))
     if run.notes:
@@ -154,6 +156,43 @@ def _noise(noise: NoiseScale, unit: str) -> Section:
     return Section("Gradient noise scale", lines=tuple(lines), notes=_notes(noise.notes))
 
 
+def communication(verdict: Verdict) -> str:
+    """What the verdict's figures of several devices stand on."""
+    inputs = next((r.inputs for r in verdict.reasons if r.figure == "useful_devices"), {})
+    measured = inputs.get("measured_devices")
+    if measured is None:
+        return "modelled, without communication"
+    return f"modelled, with the communication measured on {n.count(float(measured))} devices"
+
+
+def _distributed(found: Distributed) -> Section:
+    table = Table(
+        heads=("devices", "batch each", "compute ms", "step ms", "±", "efficiency"),
+        rows=tuple(
+            (
+                n.count(point.devices),
+                n.count(point.batch),
+                n.number(point.compute_ms),
+                n.number(point.step_ms),
+                n.number(
+                    (point.step_ms_high - point.step_ms_low) / 2 if point.step_ms_high and point.step_ms_low else None,
+                    1,
+                ),
+                n.share(point.compute_ms / point.step_ms),
+            )
+            for point in found.points
+        ),
+    )
+    lines = []
+    if found.fit is not None:
+        fit = found.fit
+        rate = n.rate(fit.bandwidth_bytes_per_s, "B/s")
+        lines.append(("all-reduce", f"{rate}, {n.number(1e6 * fit.latency_s)} µs a message"))
+        misfit = f"misses the measured steps by {n.share(fit.rms_log_error)} (rms)"
+        lines.append(("overlap", f"gamma {n.number(fit.gamma)} (1: none, large: full); the fit {misfit}"))
+    return Section(f"Several devices ({found.backend})", table, tuple(lines), notes=_notes(found.notes))
+
+
 def _verdict(verdict: Verdict) -> Section:
     critical = f"{n.number(verdict.critical_batch)} {n.interval(verdict.critical_low, verdict.critical_high)}"
     if verdict.critical_source in _SOURCES:
@@ -164,7 +203,7 @@ def _verdict(verdict: Verdict) -> Section:
     lines = [("critical batch", critical), ("best batch", best), ("limited by", verdict.limit)]
     if verdict.useful_devices is not None:
         devices = f"up to {n.count(verdict.useful_devices)}" if verdict.useful_devices > 1 else "one"
-        lines.append(("devices worth it", f"{devices} (modelled, without communication)"))
+        lines.append(("devices worth it", f"{devices} ({communication(verdict)})"))
     twice = next((reason.inputs for reason in verdict.reasons if reason.figure == "doubling"), None)
     if twice is not None:
         said = ", ".join(
