@@ -232,17 +232,33 @@ class ConvergencePoint:
 
 @dataclass(frozen=True)
 class StepsFit:
-    """Steps to target against batch size: a fitted model with its critical batches. Intervals are 95 %."""
+    """Steps to target against batch size: a fitted model with its critical batches. Intervals are 95 %.
 
-    model: str
-    s_min: float | None
+    A bound of None is open. Where no batch tested bends the curve, `critical_batch` is None and `low` bounds it; where
+    steps do not fall at all, `high` does.
+    """
+
+    model: str | None  # None: too few batches reached the target for a fit
+    s_min: float | None  # fewest steps, however large the batch
     critical_batch: float | None  # B_50: twice the fewest examples
     low: float | None
     high: float | None
     b20: float | None  # 1.2 times the fewest examples
     b50: float | None
     b_stag: float | None  # doubling it saves less than 10 % of the steps
-    regimes: tuple[tuple[int, str], ...] = ()
+    s_min_low: float | None = None
+    s_min_high: float | None = None
+    b20_low: float | None = None
+    b20_high: float | None = None
+    b_stag_low: float | None = None
+    b_stag_high: float | None = None
+    regimes: tuple[tuple[int, str], ...] = ()  # by the model: linear, diminishing, stagnant, undetermined
+    measured_regimes: tuple[tuple[int, str], ...] = ()  # from the steps saved by doubling, without a model
+    parameters: dict[str, float] = field(default_factory=dict)  # of the model, see `steps_model`
+    candidates: dict[str, float] = field(default_factory=dict)  # AICc of every model tried, above the best
+    rms_log_error: float | None = None  # root mean square of ln(measured / fitted) over the cells that reached
+    batches: int = 0  # batch sizes that reached the target
+    seeds: int = 0
     notes: tuple[Note, ...] = ()
 
 

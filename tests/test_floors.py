@@ -16,7 +16,13 @@ FLOORS = {
     "pybatch.ranges": 0.5,  # these two raise the errors
     "pybatch.codec": 0.5,
     "pybatch.records": 0.6,
+    "pybatch.solver": 0,
     "pybatch.curves": 0.7,  # makes records
+    "pybatch.steps_model": 0.1,
+    "pybatch.regimes": 0.1,
+    "pybatch.steps_data": 0.7,
+    "pybatch.steps_notes": 0.75,
+    "pybatch.steps_fit": 0.8,
     "pybatch.kernels": 0,
     "pybatch._C": 0,
     "pybatch.tradeoff": 0.7,
@@ -41,6 +47,7 @@ TORCH_FREE = (
     "ranges",
     "records",
     "curves",
+    "steps_fit",
     "verdict",
     "noise.estimator",
     "report.formats",
