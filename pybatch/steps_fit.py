@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import log_ndtr
-from scipy.stats import t as student
+from scipy.special import log_ndtr, stdtrit
 
 from pybatch import steps_model, steps_notes
 from pybatch.records import Note, StepsFit
@@ -195,7 +194,7 @@ def _interval(point: Array, spread: Array, freedom: float) -> tuple[Array, Array
     """95 % intervals [4] around the figures [4]: percentiles, widened as Student's t is for few degrees of freedom."""
     low = np.quantile(spread, 0.025, axis=0, method="lower")
     high = np.quantile(spread, 0.975, axis=0, method="higher")
-    wider = float(student.ppf(0.975, freedom)) / 1.96
+    wider = float(stdtrit(freedom, 0.975)) / 1.96
     inside = np.isfinite(point) & (point > 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         down = np.where(inside & (low > 0), point * (np.minimum(low, point) / point) ** wider, low)
