@@ -15,6 +15,7 @@ FLOORS = {
     "pybatch.numerals": 0,
     "pybatch.ranges": 0.5,  # these two raise the errors
     "pybatch.codec": 0.5,
+    "pybatch.scaling": 0.5,
     "pybatch.records": 0.6,
     "pybatch.solver": 0,
     "pybatch.curves": 0.7,  # makes records
@@ -36,6 +37,7 @@ FLOORS = {
     "pybatch.report": 2,
     "pybatch.noise": 3,
     "pybatch.capacity": 3,
+    "pybatch.convergence": 3,
     "pybatch.bench": 4,
     "pybatch.doctor": 4,
     "pybatch.cli": 5,
