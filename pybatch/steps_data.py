@@ -62,10 +62,14 @@ def choose_rates(steps: Array, rates: Array | None = None) -> Choice:
 
 
 def best_rate(steps: Array) -> tuple[NDArray[np.intp], Array]:
-    """Index and median [...] of the best rate, for steps [rates, ..., seeds]."""
+    """Index and median [...] of the best rate, for steps [rates, ..., seeds].
+
+    Of an even number of seeds, the lower middle one counts where the upper did not reach: half of them suffice.
+    """
     ordered = np.sort(np.where(np.isnan(steps), np.inf, steps), axis=-1)
     seeds = steps.shape[-1]
-    median: Array = (ordered[..., (seeds - 1) // 2] + ordered[..., seeds // 2]) / 2
+    lower, upper = ordered[..., (seeds - 1) // 2], ordered[..., seeds // 2]
+    median: Array = np.where(np.isinf(upper), lower, (lower + upper) / 2)
     score = np.where(np.isfinite(median), median, _UNREACHED - np.isfinite(ordered).sum(-1))
     index = np.argmin(score, axis=0)
     return index, np.take_along_axis(median, index[None], 0)[0]
