@@ -41,7 +41,10 @@ app = typer.Typer(
 def bench(
     workload: Annotated[str, typer.Option(help="A workload of 'pybatch list', or your own: FILE.py:CLASS.")] = "digits",
     model: Annotated[str | None, typer.Option(help="One of the workload's models.")] = None,
-    data: Annotated[str | None, typer.Option(help="The workload's data, where it takes a file.")] = None,
+    data: Annotated[str | None, typer.Option(help="The workload's data, where it takes a file or folder.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="A dial of the workload as KEY=VALUE, see 'pybatch list'; any number.")
+    ] = None,
     batch: Annotated[
         str | None, typer.Option(help="Batch sizes: '1,2,8', '16-4096*2', '16-64+16'. Default: chosen by measuring.")
     ] = None,
@@ -78,7 +81,7 @@ def bench(
 
         checked_dtype(dtype)
         device = resolve("cpu" if cpu else f"cuda:{gpu}" if gpu is not None else None)
-        chosen = find(workload, model=model, data=data)
+        chosen = find(workload, model=model, data=data, options=option or ())
         try:
             with ProgressLine(Console(stderr=True), quiet) as progress:
                 run = run_bench(

@@ -86,6 +86,7 @@ class WorkloadInfo:
     examples: int | None = None  # size of the training set; None: unlimited or unknown
     learning_rate: float | None = None
     target: dict[str, float] = field(default_factory=dict)
+    options: dict[str, int | float | str] = field(default_factory=dict)  # the workload's dials
 
 
 @dataclass(frozen=True)
