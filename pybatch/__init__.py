@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from pybatch.records import Capacity as Capacity
     from pybatch.records import NoiseScale as NoiseScale
     from pybatch.records import Run as Run
+    from pybatch.records import StepsFit as StepsFit
     from pybatch.records import ThroughputFit as ThroughputFit
     from pybatch.records import Verdict as Verdict
     from pybatch.report.page import write_report as write_report
+    from pybatch.steps_fit import fit_steps as fit_steps
     from pybatch.verdict import compare as compare
     from pybatch.workloads.base import Workload as Workload
 
@@ -27,10 +29,12 @@ _HOME = {
     "Capacity": "pybatch.records",
     "NoiseScale": "pybatch.records",
     "Run": "pybatch.records",
+    "StepsFit": "pybatch.records",
     "ThroughputFit": "pybatch.records",
     "Verdict": "pybatch.records",
     "Workload": "pybatch.workloads.base",
     "compare": "pybatch.verdict",
+    "fit_steps": "pybatch.steps_fit",
     "fit_throughput": "pybatch.curves",
     "measure_capacity": "pybatch.capacity.measurement",
     "measure_noise": "pybatch.noise.micro_batch",

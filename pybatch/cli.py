@@ -47,7 +47,10 @@ app.command()(saved.compare)
 def bench(
     workload: Annotated[str, typer.Option(help="A workload of 'pybatch list', or your own: FILE.py:CLASS.")] = "digits",
     model: Annotated[str | None, typer.Option(help="One of the workload's models.")] = None,
-    data: Annotated[str | None, typer.Option(help="The workload's data, where it takes a file.")] = None,
+    data: Annotated[str | None, typer.Option(help="The workload's data, where it takes a file or folder.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="A dial of the workload as KEY=VALUE, see 'pybatch list'; any number.")
+    ] = None,
     batch: Annotated[
         str | None, typer.Option(help="Batch sizes: '1,2,8', '16-4096*2', '16-64+16'. Default: chosen by measuring.")
     ] = None,
@@ -90,7 +93,7 @@ def bench(
         if launched() and not cpu and gpu is None:
             gpu = local_rank() if torch.cuda.is_available() else None
         device = resolve("cpu" if cpu else f"cuda:{gpu}" if gpu is not None else None)
-        chosen = find(workload, model=model, data=data)
+        chosen = find(workload, model=model, data=data, options=option or ())
         try:
             with ProgressLine(Console(stderr=True), quiet or (launched() and local_rank() > 0)) as progress:
                 measured = (run_bench_together if launched() else run_bench)(

@@ -1,8 +1,8 @@
 """Curves fitted to measurements, with intervals: step time against batch size. No torch here.
 
 Fits are made in log time (a step time's error is a share of it) with log-parameters (all are positive) and a soft-L1
-loss, so that one disturbed batch size does not bend the curve. One batched Gauss-Newton solver fits the measurement
-and all bootstrap resamples at once.
+loss, so that one disturbed batch size does not bend the curve. One batched solver fits the measurement and all
+bootstrap resamples at once. Steps to target against batch size are fitted in `steps_fit`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from pybatch.errors import UsageError
 from pybatch.records import ThroughputFit
+from pybatch.solver import Array, aicc, minimize
 
-Array = NDArray[np.float64]
 Model = Literal["affine", "floor"]
 
 SOFT = 0.05  # log time: residuals past 5 % count linearly; repeats of a steady step agree within that
@@ -54,7 +54,8 @@ def fit_throughput(
     data = np.log([np.median(s) for s in samples])
     models: list[Model] = ["affine", "floor"] if len(np.unique(size)) >= FLOOR_LEAST else ["affine"]
     fits = {model: _solve(_starts(model, size, data), size, data) for model in models}
-    model = min(models, key=lambda m: _aicc(fits[m][1], len(size), fits[m][0].shape[-1]))
+    n = len(size)
+    model = min(models, key=lambda m: float(aicc(n * np.log(fits[m][1] / n), n, fits[m][0].shape[-1])))
     best = fits[model][0]
 
     figures = _figures(best, gain)
@@ -165,42 +166,19 @@ def _solve(starts: Array, size: Array, data: Array) -> tuple[Array, float]:
     return p[best], float(cost[best])
 
 
-def _polish(p: Array, size: Array, data: Array, rounds: int = 60) -> tuple[Array, Array]:
-    """Levenberg-Marquardt on all rows at once: parameters [R, P], ln seconds [R, n] -> parameters, cost [R]."""
-    low, high = _limits(size)
-    damping = np.full(len(p), 1e-3)
-    value, slope = _log_time(p, size)
-    cost = _cost(data - value)
-    idle = 0
-    for _ in range(rounds):
+def _polish(p: Array, size: Array, data: Array) -> tuple[Array, Array]:
+    """All rows at once: parameters [R, P], ln seconds [R, n] -> parameters, cost [R]."""
+
+    def evaluate(trial: Array) -> tuple[Array, Array, Array]:
+        value, slope = _log_time(trial, size)
         residual = data - value
-        weight = 1 / np.sqrt(1 + (residual / SOFT) ** 2)
-        scaled = slope * weight[..., None]
+        scaled = slope / np.sqrt(1 + (residual / SOFT) ** 2)[..., None]
         normal = np.swapaxes(scaled, -1, -2) @ slope
-        force = np.sum(scaled * residual[..., None], axis=-2)
-        ridge = damping[:, None] * (np.diagonal(normal, axis1=-2, axis2=-1) + 1e-9)
-        step = np.linalg.solve(normal + ridge[..., None] * np.eye(p.shape[-1]), force[..., None])[..., 0]
-        trial = p + np.clip(step, -2.0, 2.0)
-        trial[:, 1] = np.clip(trial[:, 1], low, high)
-        trial_value, trial_slope = _log_time(trial, size)
-        trial_cost = _cost(data - trial_value)
-        better = trial_cost < cost
-        idle = 0 if bool(np.any(trial_cost < cost * (1 - 1e-7))) else idle + 1
-        p = np.where(better[:, None], trial, p)
-        value = np.where(better[:, None], trial_value, value)
-        slope = np.where(better[:, None, None], trial_slope, slope)
-        cost = np.where(better, trial_cost, cost)
-        damping = np.clip(np.where(better, damping / 5, damping * 5), 1e-9, 1e9)
-        if idle == 4:  # damping has grown 600-fold and no row moved: all have arrived
-            break
-    return p, cost
+        return _cost(residual), np.sum(scaled * residual[..., None], axis=-2), normal
 
-
-def _aicc(cost: float, n: int, parameters: int) -> float:
-    """Akaike's criterion, corrected for few points; the error's size is an unknown as well. Lower is better."""
-    k = parameters + 1
-    correction = 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else 0.0
-    return float(n * np.log(cost / n) + 2 * k + correction)
+    low, high = (np.full(p.shape[-1], end) for end in (-np.inf, np.inf))
+    low[1], high[1] = _limits(size)
+    return minimize(p, evaluate, low, high)
 
 
 def _resample(

@@ -86,6 +86,7 @@ class WorkloadInfo:
     examples: int | None = None  # size of the training set; None: unlimited or unknown
     learning_rate: float | None = None
     target: dict[str, float] = field(default_factory=dict)
+    options: dict[str, int | float | str] = field(default_factory=dict)  # the workload's dials
 
 
 @dataclass(frozen=True)
@@ -241,14 +242,60 @@ class NoiseScale:
 
 
 @dataclass(frozen=True)
+class RateSteps:
+    """Steps to one target at one batch size and one learning rate, seed by seed."""
+
+    learning_rate: float
+    steps: tuple[float | None, ...]  # by seed; None where the status is not reached
+    statuses: tuple[PointStatus, ...]  # by seed
+
+
+@dataclass(frozen=True)
 class ConvergencePoint:
-    """Steps to one target at one batch size, over seeds."""
+    """Steps to one target at one batch size, over seeds, at the learning rate the rule gives or the best one tried."""
 
     batch: int
-    steps: float | None
+    steps: float | None  # median over seeds, an unreached target counting as infinite
     status: PointStatus
     seeds: int
     learning_rate: float | None
+    steps_before: float | None = None  # median of the last evaluations above the target: steps lie between the two
+    reached: int = 0  # seeds that reached the target
+    diverged: int = 0  # seeds whose loss became NaN, infinite, or over three times the initial one
+    edge: bool = False  # the best rate is the lowest or highest one tried: a better one may lie beyond
+    rates: tuple[RateSteps, ...] = ()  # every rate tried, ascending
+
+
+@dataclass(frozen=True)
+class StepsFit:
+    """Steps to target against batch size: a fitted model with its critical batches. Intervals are 95 %.
+
+    A bound of None is open. Where no batch tested bends the curve, `critical_batch` is None and `low` bounds it; where
+    steps do not fall at all, `high` does.
+    """
+
+    model: str | None  # None: too few batches reached the target for a fit
+    s_min: float | None  # fewest steps, however large the batch
+    critical_batch: float | None  # B_50: twice the fewest examples
+    low: float | None
+    high: float | None
+    b20: float | None  # 1.2 times the fewest examples
+    b50: float | None
+    b_stag: float | None  # doubling it saves less than 10 % of the steps
+    s_min_low: float | None = None
+    s_min_high: float | None = None
+    b20_low: float | None = None
+    b20_high: float | None = None
+    b_stag_low: float | None = None
+    b_stag_high: float | None = None
+    regimes: tuple[tuple[int, str], ...] = ()  # by the model: linear, diminishing, stagnant, undetermined
+    measured_regimes: tuple[tuple[int, str], ...] = ()  # from the steps saved by doubling, without a model
+    parameters: dict[str, float] = field(default_factory=dict)  # of the model, see `steps_model`
+    candidates: dict[str, float] = field(default_factory=dict)  # AICc of every model tried, above the best
+    rms_log_error: float | None = None  # root mean square of ln(measured / fitted) over the cells that reached
+    batches: int = 0  # batch sizes that reached the target
+    seeds: int = 0
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -264,6 +311,12 @@ class Curve:
     high: float | None
     target: float | None = None
     regimes: tuple[tuple[int, str], ...] = ()
+    fit: StepsFit | None = None
+    cap: int | None = None  # steps after which a trial of this curve was given up, where all batches share one
+    noise_ratio: float | None = None  # B_simple over this critical batch
+    noise_ratio_low: float | None = None
+    noise_ratio_high: float | None = None
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -272,6 +325,14 @@ class Convergence:
 
     curves: tuple[Curve, ...]
     notes: tuple[Note, ...] = ()
+    optimizer: str | None = None
+    seeds: int | None = None
+    trials: int | None = None  # training runs behind the curves
+    base_batch: int | None = None  # B_0, whose tuned rate the fixed rules start from
+    smoothing: str | None = None  # how the train loss was smoothed, and on what the test loss was taken
+    complete: bool = True  # False: stopped before every trial had run
+    device: Device | None = field(default=None, metadata=_TOP)
+    workload: WorkloadInfo | None = field(default=None, metadata=_TOP)
 
 
 @dataclass(frozen=True)
@@ -376,7 +437,12 @@ class Run:
         return _run_from_dict(data)
 
 
-_HOISTED = tuple(f.name for f in dataclasses.fields(Capacity) if f.metadata.get("json") == "top")
+def _hoisted(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(kind) if f.metadata.get("json") == "top")
+
+
+_HOISTED = _hoisted(Capacity)
+_HOISTED_BY = {"capacity": _HOISTED, "convergence": _hoisted(Convergence)}
 
 
 def to_dict(record: Any) -> Any:
@@ -385,12 +451,14 @@ def to_dict(record: Any) -> Any:
         return encode(record)
     body = encode(record)
     head = {"schema": SCHEMA, "created": body.pop("created"), "environment": body.pop("environment")}
-    return head | {name: encode(getattr(record.capacity, name, None)) for name in _HOISTED} | body
+    source = record.convergence if record.capacity is None else record.capacity
+    return head | {name: encode(getattr(source, name, None)) for name in _HOISTED} | body
 
 
 def _run_from_dict(data: dict[str, Any]) -> Run:
-    capacity = data.get("capacity")
-    if isinstance(capacity, dict):
-        data = data | {"capacity": capacity | {name: data[name] for name in _HOISTED if name in data}}
+    for section, names in _HOISTED_BY.items():
+        if isinstance(data.get(section), dict):
+            data = data | {section: data[section] | {name: data[name] for name in names if name in data}}
+            break  # the first one was written there
     run: Run = decode(Run, {k: v for k, v in data.items() if k != "schema" and k not in _HOISTED}, "record")
     return run

@@ -44,6 +44,14 @@ def test_a_saved_run_reads_back_equal(run):
     assert Run.from_json(run.to_json()) == run
 
 
+def test_a_sweep_alone_keeps_its_workload_and_device(run):
+    """They stand at the top of the JSON, beside the section, as those of a capacity do."""
+    where = {"device": run.capacity.device, "workload": run.capacity.workload}
+    alone = Run(run.created, run.environment, convergence=Convergence((), optimizer="SGD", **where))
+    assert json.loads(alone.to_json())["workload"]["name"] == "digits"
+    assert Run.from_json(alone.to_json()) == alone
+
+
 def test_a_run_without_sections_reads_back(run):
     bare = Run(run.created, run.environment, complete=False)
     assert Run.from_json(bare.to_json()) == bare

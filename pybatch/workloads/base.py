@@ -6,10 +6,13 @@ A workload says what to train: a model, how to draw a batch, and a loss. It know
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+
+from pybatch.errors import UsageError, unknown
 
 Split = Literal["train", "test"]
 
@@ -24,6 +27,11 @@ class Workload(ABC):
         learning_rate: rate of the warm-up training, with pybatch's AdamW; `reference_batch` is its batch size.
         examples: size of the training set, or None where it is unlimited or unknown.
         models: names accepted as `Workload(model=...)`, the default first; empty when there is one model only.
+        dials: keyword arguments of the constructor beside `model` and `data`, with what each does; values are int,
+            float or str, as annotated.
+
+    Instance attributes a subclass may set, for the record: `model_name`; `options`, the values of its dials; `data`,
+    the path of the user's file or folder.
     """
 
     name: str = "workload"
@@ -33,7 +41,10 @@ class Workload(ABC):
     reference_batch: int = 32
     examples: int | None = None
     model_name: str | None = None
+    data: str | None = None
+    options: Mapping[str, int | float | str] = MappingProxyType({})
     models: ClassVar[tuple[str, ...]] = ()
+    dials: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @abstractmethod
     def model(self) -> torch.nn.Module:
@@ -49,6 +60,19 @@ class Workload(ABC):
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """Scalar loss: the mean over the examples of the batch."""
+
+
+def chosen_model(name: str, model: str | None, models: tuple[str, ...]) -> str:
+    """The model asked for of a workload, its first if none; raises UsageError for an unknown one."""
+    if model is not None and model not in models:
+        raise unknown(f"workload {name!r}: model", model, models)
+    return model or models[0]
+
+
+def check_dial(name: str, dial: str, value: float, low: float, high: float, what: str) -> None:
+    """Raise UsageError for a dial's value outside low..high; `what` says what is wanted."""
+    if not low <= value <= high:
+        raise UsageError(f"workload {name!r}: {dial}={value:g} is out of range. Give {what}.")
 
 
 W = TypeVar("W", bound=type[Workload])

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,16 +27,17 @@ def shipped() -> dict[str, type[Workload]]:
     return registered()
 
 
-def find(spec: str, *, model: str | None = None, data: str | None = None) -> Workload:
+def find(spec: str, *, model: str | None = None, data: str | None = None, options: Sequence[str] = ()) -> Workload:
     """The workload a user named, constructed.
 
     Args:
         spec: a shipped name ("digits"), or "path/file.py:Class" for a subclass of `pybatch.Workload` of the user's own.
         model: one of the class's `models`; None for its default.
-        data: path of a data file, for a class that takes one.
+        data: path of a data file or folder, for a class that takes one.
+        options: "key=value" for further arguments of the constructor, such as the dials of `pybatch list`.
 
     Raises:
-        UsageError: no such name, file, class, model or data.
+        UsageError: no such name, file, class, model, data or option.
         WorkloadError: the class's constructor raised.
     """
     path, colon, name = spec.rpartition(":")
@@ -46,7 +48,8 @@ def find(spec: str, *, model: str | None = None, data: str | None = None) -> Wor
         if spec not in known:
             raise unknown("workload", spec, known)
         cls = known[spec]
-    return _construct(cls, spec, {key: value for key, value in (("model", model), ("data", data)) if value is not None})
+    given = {key: value for key, value in (("model", model), ("data", data)) if value is not None}
+    return _construct(cls, spec, given, options)
 
 
 def load_file(path: Path, name: str | None = None) -> ModuleType:
@@ -89,22 +92,56 @@ def _from_file(spec: str, path: str, name: str) -> type[Workload]:
     raise unknown(f"'{path}' has no such workload:", name, classes)
 
 
-def _construct(cls: type[Workload], spec: str, given: dict[str, str]) -> Workload:
+def _construct(cls: type[Workload], spec: str, given: dict[str, Any], options: Sequence[str]) -> Workload:
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(cls.__abstractmethods__))
         raise UsageError(f"workload '{spec}' lacks {missing}. Define what `pybatch.Workload` asks for.")
-    try:
-        takes: Any = inspect.signature(cls).parameters
-    except ValueError:  # a constructor written in C
-        takes = {}
+    takes = _parameters(cls)
     for key, value in given.items():
         if key not in takes:
             raise UsageError(f"{key} {value!r}: workload '{spec}' takes no {key}. Leave it out.")
     if "model" in given and cls.models and given["model"] not in cls.models:
         raise unknown(f"workload '{spec}': model", given["model"], cls.models)
+    if "data" in takes and takes["data"].default is inspect.Parameter.empty and "data" not in given:
+        raise UsageError(f"workload '{spec}' reads data of yours. Give its path with --data.")
+    for option in options:
+        key, value = _option(option, spec, takes)
+        if key in given:
+            raise UsageError(f"option '{option}': {key} is given twice. Give it once.")
+        given[key] = value
     try:
         return cls(**given)
     except (UsageError, WorkloadError):
         raise
     except Exception as error:
         raise WorkloadError(f"{cls.__name__}() of workload '{spec}' raised {type(error).__name__}: {error}.") from error
+
+
+def _parameters(cls: type[Workload]) -> Mapping[str, inspect.Parameter]:
+    """The constructor's arguments by name, their annotations as types where these can be found."""
+    try:
+        return inspect.signature(cls, eval_str=True).parameters
+    except (NameError, TypeError, AttributeError):  # annotations that exist for type checkers only
+        return inspect.signature(cls).parameters
+    except ValueError:  # a constructor written in C
+        return {}
+
+
+def _option(option: str, spec: str, takes: Mapping[str, inspect.Parameter]) -> tuple[str, Any]:
+    """The name and the value of "key=value", converted as the constructor's annotation says."""
+    key, equals, text = option.partition("=")
+    if not equals or not key or not text:
+        raise UsageError(f"option '{option}' is no setting. Write key=value.")
+    dials = sorted(name for name in takes if name not in ("model", "data"))
+    if key in ("model", "data"):
+        raise UsageError(f"option '{option}': the {key} has a flag of its own. Write --{key} {text}.")
+    if key not in dials:
+        raise unknown(f"workload '{spec}': option", key, dials)
+    kind = next((k for k in (int, float, str) if takes[key].annotation in (k, k | None)), None)
+    if kind is None:
+        raise UsageError(f"option '{option}': {key} of workload '{spec}' takes no text. Annotate it int, float or str.")
+    try:
+        return key, kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise UsageError(f"option '{option}' of workload '{spec}': {key} is {wanted}. Write {key}=NUMBER.") from None

@@ -60,6 +60,7 @@ class Session:
             examples=work.examples,
             learning_rate=work.learning_rate,
             target=dict(work.target),
+            options=dict(work.options),
         )
 
     def batch(self, n: int, split: Split = "train") -> Any:

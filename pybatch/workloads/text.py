@@ -1,4 +1,4 @@
-"""Language modelling, byte by byte, on prose that comes with Python or on a text file of the user's."""
+"""Language modelling, byte by byte, on prose that comes with Python or on text of the user's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from pybatch.errors import UsageError, unknown
-from pybatch.workloads.base import Split, Workload, register
+from pybatch.workloads import files
+from pybatch.workloads.base import Split, Workload, check_dial, chosen_model, register
 
-LENGTH = 64  # bytes predicted per sequence
 _BYTES = 256
-_WIDTH = 64
-_LEAST = 100 * (LENGTH + 1)  # bytes; the test tenth must hold some sequences
+# Width, layers and heads. "base" has the shape of GPT-2's smallest (Radford et al. 2019), 124M with its vocabulary.
+TRANSFORMERS = {"tiny": (64, 2, 4), "small": (384, 6, 6), "base": (768, 12, 12)}
+LSTMS = {"tiny": (64, 2), "small": (512, 2), "base": (1536, 3)}  # width, layers
+_LEAST = 100  # sequences; the test tenth must hold some
 
 
 @register
@@ -27,7 +29,7 @@ class Text(Workload):
 
     Text: the language reference in CPython's `pydoc_data.topics` (about 0.5 MB), or, where a distribution strips it,
     the standard library's docstrings; or any UTF-8 file (`data`). The first nine tenths train, the last tests.
-    Models: "transformer" (2 layers of width 64, 4 heads; the default) and "lstm" (2 layers of width 64).
+    Models: "transformer" (2 layers of width 64, 4 heads; the default) and "lstm" (2 layers of width 64), or larger.
     """
 
     name = "text"
@@ -36,23 +38,50 @@ class Text(Workload):
     learning_rate = 3e-3
     reference_batch = 32
     models: ClassVar[tuple[str, ...]] = ("transformer", "lstm")
+    dials: ClassVar[dict[str, str]] = {
+        "size": "of the model: tiny, small, base (tiny); base has the shape of GPT-2's smallest",
+        "length": "bytes predicted per sequence (64)",
+        "subset": "share of the training text used, above 0 to 1 (1)",
+    }
 
-    def __init__(self, model: str | None = None, data: str | None = None) -> None:
-        self.model_name = model or self.models[0]
-        if self.model_name not in self.models:
-            raise unknown("workload 'text': model", self.model_name, self.models)
-        self.data = data
-        self.examples = len(_splits(data)["train"]) // LENGTH
+    def __init__(
+        self,
+        model: str | None = None,
+        data: str | None = None,
+        *,
+        size: str = "tiny",
+        length: int = 64,
+        subset: float = 1.0,
+    ) -> None:
+        self.model_name = chosen_model(self.name, model, self.models)
+        if size not in TRANSFORMERS:
+            raise unknown(f"workload {self.name!r}: size", size, TRANSFORMERS)
+        check_dial(self.name, "length", length, 2, 65_536, "2 to 65536 bytes")
+        check_dial(self.name, "subset", subset, 1e-9, 1.0, "a share above 0, at most 1")
+        self.data, self.size, self.length = data, size, length
+        train, test = _splits(data)
+        train = train[: round(subset * len(train))]
+        self.text = {"train": train, "test": test}
+        for split, part in self.text.items():
+            if len(part) < _LEAST * (length + 1) * (1 if split == "train" else 0.1):
+                raise UsageError(
+                    f"data '{data or 'pydoc_data.topics'}' has {len(part)} bytes to {split}; sequences of {length} "
+                    f"need ten times as many. Give more text, or a smaller length."
+                )
+        self.examples = len(train) // length
+        self.options = {"size": size, "length": length, "subset": subset}
 
     def model(self) -> nn.Module:
-        """A fresh model: bytes [n, 64] to logits [n, 64, 256]."""
-        return Transformer() if self.model_name == "transformer" else Lstm()
+        """A fresh model: bytes [n, length] to logits [n, length, 256]."""
+        if self.model_name == "lstm":
+            return Lstm(*LSTMS[self.size])
+        return Transformer(*TRANSFORMERS[self.size], length=self.length)
 
     def batch(self, n: int, generator: torch.Generator, split: Split = "train") -> tuple[torch.Tensor, torch.Tensor]:
-        """Bytes [n, 64] and the bytes that follow them [n, 64]."""
-        text = _splits(self.data)[split]
-        starts = torch.randint(len(text) - LENGTH, (n, 1), generator=generator)
-        window = text[starts + torch.arange(LENGTH + 1)].long()
+        """Bytes [n, length] and the bytes that follow them [n, length]."""
+        text = self.text[split]
+        starts = torch.randint(len(text) - self.length, (n, 1), generator=generator)
+        window = text[starts + torch.arange(self.length + 1)].long()
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
     def loss(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -64,10 +93,10 @@ class Text(Workload):
 class Transformer(nn.Module):
     """Pre-norm decoder with causal attention and learned positions."""
 
-    def __init__(self, width: int = _WIDTH, layers: int = 2, heads: int = 4) -> None:
+    def __init__(self, width: int, layers: int, heads: int, *, length: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(_BYTES, width)
-        self.positions = nn.Embedding(LENGTH, width)
+        self.positions = nn.Embedding(length, width)
         nn.init.normal_(self.tokens.weight, std=0.1)
         nn.init.normal_(self.positions.weight, std=0.1)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
@@ -106,7 +135,7 @@ class Block(nn.Module):
 class Lstm(nn.Module):
     """Two recurrent layers between an embedding and a linear read-out."""
 
-    def __init__(self, width: int = _WIDTH, layers: int = 2) -> None:
+    def __init__(self, width: int, layers: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(_BYTES, width)
         self.recurrent = nn.LSTM(width, width, layers, batch_first=True)
@@ -119,28 +148,33 @@ class Lstm(nn.Module):
         return logits
 
 
-@lru_cache(4)
-def _splits(data: str | None) -> dict[str, torch.Tensor]:
-    text = python_prose() if data is None else _read(data)
+def _splits(data: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training and test text as bytes."""
+    text = python_prose() if data is None else read_text(data)
     every = torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
     cut = len(every) * 9 // 10
-    return {"train": every[:cut], "test": every[cut:]}
+    return every[:cut], every[cut:]
 
 
-def _read(data: str) -> bytes:
-    try:
-        text = Path(data).read_bytes()
-    except OSError as error:
-        raise UsageError(f"data '{data}' cannot be read: {error.strerror}. Give a text file.") from None
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"data '{data}' is not UTF-8 text: byte {error.start} is 0x{text[error.start]:02x}.") from None
-    if len(text) < _LEAST:
-        raise UsageError(f"data '{data}' has {len(text)} bytes; language modelling needs at least {_LEAST}.")
-    return text
+def read_text(data: str) -> bytes:
+    """A UTF-8 file, or all files ending in .txt below a folder, in the order of their paths."""
+    place = Path(data)
+    paths = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
+    if not paths:
+        raise UsageError(f"data '{data}' has no file ending in .txt. Give a text file, or a folder of such files.")
+    parts = []
+    for path in paths:
+        text = files.read(path)
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            wrong = f"byte {error.start} is 0x{text[error.start]:02x}"
+            raise UsageError(f"data '{path}' is not UTF-8 text: {wrong}. Convert it, or leave it out.") from None
+        parts.append(text)
+    return b"\n\n".join(parts)
 
 
+@lru_cache(1)
 def python_prose() -> bytes:
     """English prose of the running Python: its language reference, else the docstrings in its standard library."""
     try:
@@ -166,6 +200,6 @@ def library_docstrings() -> bytes:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 found.append(ast.get_docstring(node) or "")
     text = "\n\n".join(filter(None, found)).encode()
-    if len(text) < _LEAST:
+    if not text:
         raise UsageError("workload 'text': this Python has neither pydoc_data.topics nor sources. Give a file as data.")
     return text

@@ -1,0 +1,1 @@
+"""Steps to target by training: trials, replicas, the store, sweeps, branches."""

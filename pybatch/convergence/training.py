@@ -1,0 +1,149 @@
+"""Running a unit of trials to its targets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pybatch.convergence.replicas import Replicas, Stack, choose, chunks
+from pybatch.convergence.trajectory import SPLITS, Trajectory, crossing_at, next_evaluation
+from pybatch.convergence.trial import End, Outcome, Race, Trial, Unit, diverged
+from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.session import Session
+
+Deliver = Callable[[Outcome], None]
+
+
+def run_unit(
+    workload: Workload,
+    unit: Unit,
+    deliver: Deliver,
+    *,
+    device: torch.device,
+    how: Literal["stacked", "loop"] | None = None,
+    progress: Progress | None = None,
+) -> str | None:
+    """Train every trial of a unit; each outcome is delivered as soon as it is known.
+
+    Args:
+        workload: what is trained; its fingerprint is that of the trials.
+        unit: the trials, their targets and caps.
+        deliver: called with each outcome, once a trial.
+        device: where.
+        how: "stacked" or "loop"; None measures which is faster.
+        progress: called with (what is being done, share done).
+
+    Returns:
+        Why the trials were not stacked, where they could not be; else None.
+    """
+    race = unit.race()
+    if not unit.trials:
+        return None
+    first = Session(workload, torch.device("cpu"), unit.trials[0].dtype, unit.trials[0].seed)
+    size = sum(p.numel() * p.element_size() for p in first.parameters)
+    reason, finished = None, 0
+
+    def delivered(outcome: Outcome) -> None:
+        nonlocal finished
+        finished += 1
+        deliver(outcome)
+
+    def say(step: int, left: int) -> None:
+        if progress is not None:
+            progress(f"batch {unit.trials[0].batch}: step {step}, {left} of {len(unit.trials)} trials left",
+                     finished / len(unit.trials))  # fmt: skip
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for group in chunks(unit.trials, size):
+            replicas, why = choose(workload, group, device, how)
+            reason = reason or why
+            _Training(replicas, race, delivered).run(say)
+    return reason
+
+
+class _Training:
+    """One group of replicas on its way to the targets."""
+
+    def __init__(self, replicas: Replicas, race: Race, deliver: Deliver) -> None:
+        self.replicas, self.race, self.deliver = replicas, race, deliver
+        self.rows = list(range(len(replicas.trials)))  # of the tables below, one for each replica still held
+        self.trials = list(replicas.trials)
+        self.alive = [True] * len(self.trials)
+        self.seconds = [0.0] * len(self.trials)
+        self.steps: list[int] = []
+        self.losses: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])  # per evaluation, [trials] each
+        self.how = "stacked" if isinstance(replicas, Stack) else "loop"
+
+    def run(self, say: Callable[[int, int], None]) -> None:
+        """Train until no replica is left."""
+        self._evaluate(0)
+        while any(self.alive):
+            start, step = time.perf_counter(), self.steps[-1]
+            say(step, sum(self.alive))
+            then = next_evaluation(step)
+            held = [row for row in self.rows if self.alive[row]]
+            self.replicas.advance(then - step)
+            self._evaluate(then)
+            for row in held:
+                self.seconds[row] += (time.perf_counter() - start) / len(held)
+            self._shrink()
+
+    def _evaluate(self, step: int) -> None:
+        self.steps.append(step)
+        for column, found in zip(self.losses, self.replicas.evaluate(), strict=True):
+            values = np.full(len(self.trials), np.nan, dtype=np.float32)
+            values[self.rows] = found
+            column.append(values)
+        steps, i = np.asarray(self.steps, dtype=np.int32), len(self.steps) - 1
+        live = [row for row in self.rows if self.alive[row]]
+        for row in live:
+            for split, losses in zip(SPLITS, self.losses, strict=True):
+                self._look(steps, i, row, split, losses)
+        for row in live:
+            if (end := self._end(row, step)) is not None:
+                self.alive[row] = False
+                self.deliver(self._outcome(row, end))
+
+    def _look(self, steps: np.ndarray, i: int, row: int, split: str, losses: list[np.ndarray]) -> None:
+        target = self.race.targets.get(split)
+        trial = self.trials[row]
+        if target is None or trial.seed in self.race.found.get(split, {}).get(trial.lr, {}):
+            return
+        tail = max(0, i - 40)  # more evaluations than the smoothing window and the one before it ever hold
+        column = np.asarray([values[row] for values in losses[tail:]], dtype=np.float32)
+        if (crossing := crossing_at(steps[tail:], column, i - tail, target)) is not None:
+            self.race.record(split, trial.lr, trial.seed, crossing)
+
+    def _end(self, row: int, step: int) -> End | None:
+        trial, train = self.trials[row], self.losses[0]
+        if self.race.met(trial.lr, trial.seed):
+            return "met"
+        if diverged(step, float(train[-1][row]), float(train[0][row]), trial.scaled.warmup_steps):
+            return "diverged"
+        return "capped" if self.race.over(trial.lr, trial.seed, step) else None
+
+    def _outcome(self, row: int, end: End) -> Outcome:
+        train, test = (np.asarray([v[row] for v in losses], dtype=np.float32) for losses in self.losses)
+        trajectory = Trajectory(np.asarray(self.steps, dtype=np.int32), train, test)
+        return Outcome(self.trials[row], end, trajectory, self.seconds[row], self.how)
+
+    def _shrink(self) -> None:
+        """Drop finished replicas: at once from a loop, and from a stack when they are half of it."""
+        left = [i for i, row in enumerate(self.rows) if self.alive[row]]
+        if not left or len(left) == len(self.rows):
+            return
+        if self.how == "loop" or 2 * len(left) <= len(self.rows):
+            self.replicas.keep(left)
+            self.rows = [self.rows[i] for i in left]
+
+
+def initial_losses(workload: Workload, trial: Trial, device: torch.device) -> dict[str, float]:
+    """Losses before the first step, by split."""
+    from pybatch.convergence.replicas import Loop
+
+    train, test = Loop(workload, [trial], device).evaluate()
+    return {"train": train[0], "test": test[0]}

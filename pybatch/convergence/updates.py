@@ -1,0 +1,155 @@
+"""The update of a whole stack of replicas: parameters [R, ...] with a learning rate for each of the R."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pybatch import optim
+from pybatch.errors import unknown
+from pybatch.optim import FusedOptimizer
+
+
+def optimizer_class(name: str) -> Callable[..., FusedOptimizer]:
+    """A pybatch optimizer by its name in any case; raises UsageError for another."""
+    known = {entry.lower(): entry for entry in optim.__all__ if entry != "FusedOptimizer"}
+    if name.lower() not in known:
+        raise unknown("optimizer", name, known)
+    cls: Callable[..., FusedOptimizer] = getattr(optim, known[name.lower()])
+    return cls
+
+
+class Update(ABC):
+    """An optimizer over stacked parameters; `keep` drops replicas together with their states."""
+
+    @abstractmethod
+    def step(self, params: Sequence[Tensor], lrs: Sequence[float]) -> None:
+        """Update the parameters [R, ...] in place by their `.grad`, replica r at the rate lrs[r]."""
+
+    @abstractmethod
+    def keep(self, index: Tensor) -> None:
+        """Keep the states of these replicas only."""
+
+
+def update_for(name: str, group: Mapping[str, Any]) -> Update:
+    """The batched form of an optimizer where there is one; else the optimizer itself, over views of the stack."""
+    plain = not group.get("maximize") and not group.get("amsgrad")
+    if name == "sgd" and plain:
+        return StackedSGD(group)
+    if name == "adamw" and plain:
+        return StackedAdamW(group)
+    return Views(name, group)
+
+
+def _per_replica(values: Sequence[float], like: Tensor) -> Tensor:
+    rates = torch.tensor(values, dtype=like.dtype, device=like.device)
+    return rates.view(-1, *[1] * (like.ndim - 1))
+
+
+class StackedSGD(Update):
+    """`pybatch.optim.SGD` on stacks."""
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        self.group = group
+        self.buffers: list[Tensor] = []
+
+    def step(self, params: Sequence[Tensor], lrs: Sequence[float]) -> None:
+        """As `Update.step`."""
+        group, grads = self.group, [p.grad for p in params if p.grad is not None]
+        if group["weight_decay"]:
+            grads = [g.add_(p, alpha=group["weight_decay"]) for p, g in zip(params, grads, strict=True)]
+        if group["momentum"]:
+            if not self.buffers:
+                self.buffers = [g.clone() for g in grads]
+            else:
+                torch._foreach_mul_(self.buffers, group["momentum"])
+                torch._foreach_add_(self.buffers, grads, alpha=1 - group["dampening"])
+            if group["nesterov"]:
+                torch._foreach_add_(grads, self.buffers, alpha=group["momentum"])
+            else:
+                grads = self.buffers
+        for p, g in zip(params, grads, strict=True):
+            p.addcmul_(g, _per_replica([-lr for lr in lrs], p))
+
+    def keep(self, index: Tensor) -> None:
+        """As `Update.keep`."""
+        self.buffers = [b[index] for b in self.buffers]
+
+
+class StackedAdamW(Update):
+    """`pybatch.optim.AdamW` on stacks."""
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        self.group = group
+        self.first: list[Tensor] = []
+        self.second: list[Tensor] = []
+        self.steps = 0
+
+    def step(self, params: Sequence[Tensor], lrs: Sequence[float]) -> None:
+        """As `Update.step`."""
+        (beta1, beta2), eps, decay = self.group["betas"], self.group["eps"], self.group["weight_decay"]
+        grads = [p.grad for p in params if p.grad is not None]
+        if not self.first:
+            self.first = [torch.zeros_like(g) for g in grads]
+            self.second = [torch.zeros_like(g) for g in grads]
+        self.steps += 1
+        torch._foreach_lerp_(self.first, grads, 1 - beta1)
+        torch._foreach_mul_(self.second, beta2)
+        torch._foreach_addcmul_(self.second, grads, grads, 1 - beta2)
+        root = (1 - beta2**self.steps) ** 0.5
+        for p, m, v in zip(params, self.first, self.second, strict=True):
+            if decay:
+                p.mul_(_per_replica([1 - lr * decay for lr in lrs], p))
+            direction = m / v.sqrt().div_(root).add_(eps)
+            p.addcmul_(direction, _per_replica([-lr / (1 - beta1**self.steps) for lr in lrs], p))
+
+    def keep(self, index: Tensor) -> None:
+        """As `Update.keep`."""
+        self.first = [b[index] for b in self.first]
+        self.second = [b[index] for b in self.second]
+
+
+class Views(Update):
+    """Any optimizer: one parameter group a replica, whose parameters are the replica's slices of the stacks."""
+
+    def __init__(self, name: str, group: Mapping[str, Any]) -> None:
+        self.cls, self.group = optimizer_class(name), group
+        self.optimizer: FusedOptimizer | None = None
+        self.slices: list[list[Tensor]] = []
+        self.source: list[int] = []
+        self.states: list[list[dict[str, Any]]] = []
+
+    def step(self, params: Sequence[Tensor], lrs: Sequence[float]) -> None:
+        """As `Update.step`."""
+        if self.optimizer is None or self.source != [p.data_ptr() for p in params]:
+            self._rebuild(params)
+        assert self.optimizer is not None
+        for p, column in zip(params, zip(*self.slices, strict=True), strict=True):
+            assert p.grad is not None
+            for piece, grad in zip(column, p.grad.unbind(0), strict=True):
+                piece.grad = grad
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        self.optimizer.step()
+
+    def keep(self, index: Tensor) -> None:
+        """As `Update.keep`."""
+        if self.optimizer is not None:
+            state = self.optimizer.state
+            self.states = [[state[piece] for piece in self.slices[r]] for r in index.tolist()]
+            self.optimizer = None
+
+    def _rebuild(self, params: Sequence[Tensor]) -> None:
+        self.slices = [[p.detach()[r].requires_grad_() for p in params] for r in range(len(params[0]))]
+        self.source = [p.data_ptr() for p in params]
+        options = {key: value for key, value in self.group.items() if key != "lr"}
+        groups = [{"params": pieces} for pieces in self.slices]
+        self.optimizer = self.cls(groups, lr=float(self.group["lr"]), **options)
+        for pieces, states in zip(self.slices, self.states, strict=False):
+            for piece, state in zip(pieces, states, strict=True):
+                self.optimizer.state[piece] = state
+        self.states = []

@@ -1,0 +1,253 @@
+"""Fit of steps to target against batch size, with intervals: the critical batch from anybody's numbers. No torch here.
+
+Log steps in log-parameters. Errors are normal in log steps, with tails that count linearly (soft-L1); a run that did
+not reach the target within its cap T counts by its probability, 1 - Phi((ln T - mu) / sigma); a diverged run is a
+label, never a value. The candidates of `steps_model` are compared by AICc.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import log_ndtr, stdtrit
+
+from pybatch import steps_model, steps_notes
+from pybatch.records import Note, StepsFit
+from pybatch.regimes import Regimes, of_doubling, of_model
+from pybatch.solver import Array, Evaluate, aicc, minimize
+from pybatch.steps_data import CENSORED, REACHED, Cells, Table, best_rate, cells, checked, choose_rates
+
+SOFT = 3.0  # standard deviations from which on a residual counts linearly
+RESOLUTION = 2e-3  # log steps: steps are whole numbers, and a perfect fit must not drive AICc to minus infinity
+LEAST = 3  # batch sizes that must reach the target for a fit
+LEAST_THREE = 5  # batch sizes for a model of three unknowns
+
+
+def fit_steps(
+    batches: Sequence[int] | ArrayLike,
+    steps: ArrayLike,
+    *,
+    model: str | None = None,
+    cap: ArrayLike | None = None,
+    rates: ArrayLike | None = None,
+    seed: int = 0,
+    resamples: int = 400,
+) -> StepsFit:
+    """Critical batch sizes from steps to target at several batch sizes.
+
+    Args:
+        batches: [n] distinct batch sizes, in any order.
+        steps: [n], or [n, seeds], or with `rates` [rates, n, seeds]: steps to the target; math.inf where it was not
+            reached within the cap, math.nan where the run diverged.
+        model: one of `steps_model.MODELS` ("hyperbola", ...); None: the best by AICc.
+        cap: steps at which runs were given up, a number or [n]; None: the largest number in `steps`, which it cannot
+            have been below.
+        rates: [rates] or [rates, n] learning rates of the first axis, nan for a slot not used. Each batch size takes
+            the rate of the least median, unreached counting as infinite, and takes it anew in each resample.
+        seed: of the bootstrap.
+        resamples: bootstrap resamples behind the 95 % intervals; whole seeds are drawn. What they cannot show (a
+            single seed, a model's misfit) is added as independent errors, and the ends are widened as few seeds ask.
+
+    Returns:
+        The fit, with notes on what a reader must know. Where under three batch sizes reach the target in most of
+        their seeds, its figures are None and a note says what to change.
+
+    Raises:
+        UsageError: values that cannot be steps or batch sizes.
+    """
+    table = checked(batches, steps, model, cap, rates, resamples)
+    chosen = choose_rates(table.steps, table.rates)
+    picked = np.take_along_axis(table.steps, chosen.index[None, :, None], 0)[0]
+    notes = steps_notes.of_data(table, picked, chosen, cap is not None)
+    reached = int(np.isfinite(chosen.median).sum())
+    if reached < LEAST:
+        notes.insert(0, steps_notes.of_nothing(table, picked, reached, LEAST))
+        nothing = (None,) * 8
+        return StepsFit(*nothing, batches=reached, seeds=picked.shape[1], notes=tuple(notes))
+
+    data = cells(picked[None], table.caps)
+    models = [model] if model is not None else _candidates(reached)
+    fits = [_fit(name, table.size, data) for name in models]
+    best = min(fits, key=lambda fit: fit.score)
+    least = float(table.size.min())
+    point = steps_model.figures(best.model, best.p[None], least)[0]
+    drawn, freedom = _resample(table, best, data, resamples, np.random.default_rng(seed))
+    spread = _refit(fits, best.sigma, drawn, table.size, least)
+    low, high = _interval(point, spread, freedom)
+    medians = best_rate(np.where(drawn.kind == REACHED, np.exp(drawn.log), np.inf)[None])[1]
+    regimes = of_model(table.size, spread[:, 1], spread[:, 3]), of_doubling(table.size, medians)
+    return _record(table, fits, best, point, low, high, regimes, data, notes)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    model: str
+    p: Array  # [P]
+    sigma: float  # of the error in log steps
+    score: float  # AICc
+
+
+def _candidates(reached: int) -> list[str]:
+    return [name for name, unknowns in steps_model.NAMES.items() if len(unknowns) < 3 or reached >= LEAST_THREE]
+
+
+def _evaluator(model: str, size: Array, data: Cells, sigma: float) -> Evaluate:
+    """Minus log likelihood, without its ln sigma, as `minimize` wants it."""
+    reached, censored = data.kind == REACHED, data.kind == CENSORED
+    any_censored = bool(censored.any())
+
+    def evaluate(p: Array) -> tuple[Array, Array, Array]:
+        value, slope = steps_model.log_steps(model, p, size)
+        z = (data.log - value[..., None]) / sigma
+        root = np.sqrt(1 + (z / SOFT) ** 2)
+        cost = np.sum(np.where(reached, SOFT**2 * (root - 1), 0.0), (-2, -1))
+        force = np.where(reached, z / root, 0.0)
+        weight = np.where(reached, 1 / root, 0.0)
+        if any_censored:
+            at = np.where(censored, z, 0.0)
+            log_survival = log_ndtr(-at)
+            hazard = np.exp(-(at**2) / 2 - 0.5 * math.log(2 * math.pi) - log_survival)
+            cost = cost - np.sum(np.where(censored, log_survival, 0.0), (-2, -1))
+            force = np.where(censored, hazard, force)
+            weight = np.where(censored, hazard * (hazard - at), weight)
+        pull, stiff = force.sum(-1) / sigma, weight.sum(-1) / sigma**2
+        normal = np.swapaxes(slope, -1, -2) @ (slope * stiff[..., None])
+        return cost, np.sum(slope * pull[..., None], -2), normal
+
+    return evaluate
+
+
+def _fit(model: str, size: Array, data: Cells) -> _Fit:
+    """The point estimate: the best of many starts, the error's size found in turn with the parameters."""
+    kind, log = data.kind[0], data.log[0]
+    counts = (kind > 0).sum(-1)
+    seen = counts > 0
+    level = log[seen].sum(-1) / counts[seen]
+    p, sigma = steps_model.starts(model, size[seen], level), 0.1  # a usual spread between seeds, to begin with
+    bounds = steps_model.limits(model, size)
+    p, cost = minimize(p, _evaluator(model, size, data, sigma), *bounds)
+    p = p[[int(np.argmin(cost))]]
+    for _ in range(4):
+        residual = (log - steps_model.log_steps(model, p, size)[0][0][:, None])[kind == REACHED]
+        for _ in range(10):
+            soft = residual**2 / np.sqrt(1 + (residual / (SOFT * sigma)) ** 2)
+            sigma = math.hypot(math.sqrt(float(np.mean(soft))), RESOLUTION)
+        p, cost = minimize(p, _evaluator(model, size, data, sigma), *bounds)
+    likelihood = 2 * int((kind == REACHED).sum()) * math.log(sigma) + 2 * float(cost[0])
+    return _Fit(model, p[0], sigma, float(aicc(likelihood, int((kind > 0).sum()), p.shape[-1])))
+
+
+def _resample(table: Table, fit: _Fit, data: Cells, resamples: int, rng: np.random.Generator) -> tuple[Cells, float]:
+    """Cells [resamples, n, seeds] as another experiment could have given them, and the degrees of freedom behind.
+
+    Whole seeds are drawn, and the rate is chosen anew. That understates the variance by the factor (m - 1) / m of m
+    seeds; independent errors make up for it. A batch size's own misfit beyond the spread of its seeds is added too.
+    """
+    m = table.steps.shape[-1]
+    index = rng.integers(0, m, (resamples, m))
+    again = np.moveaxis(table.steps[..., index], 2, 1)  # [rates, resamples, n, seeds]
+    rate, _ = best_rate(again)
+    drawn = cells(np.take_along_axis(again, rate[None, ..., None], 0)[0], table.caps)
+
+    reached = data.kind[0] == REACHED
+    counts = reached.sum(-1)
+    value = steps_model.log_steps(fit.model, fit.p[None], table.size)[0][0]
+    residual = np.where(reached, data.log[0] - value[:, None], 0.0)
+    middle = residual.sum(-1) / np.maximum(counts, 1)
+    within = np.where(reached, residual - middle[:, None], 0.0)
+    inner = float(np.sum(within**2)) / max(int((counts - 1).clip(0).sum()), 1)
+    met = counts > 0
+    free = max(int(met.sum()) - len(fit.p), 1)
+    # Method of moments: the spread of the means beyond that of their seeds; an outlier counts as in the fit.
+    misfit = float(np.sum(np.clip(middle[met], -SOFT * fit.sigma, SOFT * fit.sigma) ** 2)) / free
+    misfit = max(misfit - inner * float(np.mean(1 / counts[met])), 0.0)
+    noise = math.sqrt(inner / m) * rng.standard_normal(drawn.log.shape)
+    noise += math.sqrt(misfit) * rng.standard_normal((*drawn.log.shape[:2], 1))
+    log = np.where(drawn.kind == REACHED, drawn.log + noise, drawn.log)
+    if m == 1:
+        return Cells(log, drawn.kind), float(free)
+    pooled = max(int(counts.sum()) - len(fit.p), 1)
+    return Cells(log, drawn.kind), m**2 / (m - 1 + 1 / pooled)  # Satterthwaite
+
+
+def _refit(fits: list[_Fit], sigma: float, drawn: Cells, size: Array, least: float) -> Array:
+    """Figures [R, 4] of the best model of each resample."""
+    count = (drawn.kind > 0).sum((-2, -1))
+    scores, found = [], []
+    for fit in fits:
+        low, high = steps_model.limits(fit.model, size)
+        inside = np.clip(fit.p, low + 1.0, high - 1.0) if len(fit.p) > 1 else fit.p  # no slope at the very limits
+        start = np.repeat(np.where(np.isfinite(low), inside, fit.p)[None], len(count), axis=0)
+        p, cost = minimize(start, _evaluator(fit.model, size, drawn, sigma), low, high, rounds=30)
+        scores.append(aicc(2 * cost, count, p.shape[-1]))
+        found.append(steps_model.figures(fit.model, p, least))
+    best = np.argmin(scores, axis=0)
+    spread: Array = np.stack(found)[best, np.arange(len(count))]
+    return spread
+
+
+def _interval(point: Array, spread: Array, freedom: float) -> tuple[Array, Array]:
+    """95 % intervals [4] around the figures [4]: percentiles, widened as Student's t is for few degrees of freedom."""
+    low = np.quantile(spread, 0.025, axis=0, method="lower")
+    high = np.quantile(spread, 0.975, axis=0, method="higher")
+    wider = float(stdtrit(freedom, 0.975)) / 1.96
+    inside = np.isfinite(point) & (point > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        down = np.where(inside & (low > 0), point * (np.minimum(low, point) / point) ** wider, low)
+        up = np.where(inside & np.isfinite(high), point * (np.maximum(high, point) / point) ** wider, high)
+    return np.minimum(down, point), np.maximum(up, point)
+
+
+def _record(
+    table: Table,
+    fits: list[_Fit],
+    best: _Fit,
+    point: Array,
+    low: Array,
+    high: Array,
+    regimes: tuple[Regimes, Regimes],
+    data: Cells,
+    notes: list[Note],
+) -> StepsFit:
+    size, unknowns = table.size, steps_model.NAMES[best.model]
+    parameters = dict(zip(unknowns, np.exp(best.p).tolist(), strict=True))
+    notes = notes + steps_notes.of_fit(best.model, point, size, parameters.get("alpha"))
+    residual = data.log[0] - steps_model.log_steps(best.model, best.p[None], size)[0][0][:, None]
+    if best.model == "inverse":
+        low = np.minimum(low, size.max())
+    elif best.model == "flat":
+        high[1:] = np.maximum(high[1:], size.min())
+    s_min, b20, b50, b_stag = (_known(v) for v in point)
+    lows, highs = [_known(v) for v in low], [_known(v) for v in high]
+    return StepsFit(
+        model=best.model,
+        s_min=s_min,
+        critical_batch=b50,
+        low=lows[2],
+        high=highs[2],
+        b20=b20,
+        b50=b50,
+        b_stag=b_stag,
+        s_min_low=lows[0],
+        s_min_high=highs[0],
+        b20_low=lows[1],
+        b20_high=highs[1],
+        b_stag_low=lows[3],
+        b_stag_high=highs[3],
+        regimes=regimes[0],
+        measured_regimes=regimes[1],
+        parameters=parameters,
+        candidates={fit.model: fit.score - best.score for fit in fits},
+        rms_log_error=float(np.sqrt(np.mean(residual[data.kind[0] == REACHED] ** 2))),
+        batches=int((data.kind[0] == REACHED).any(-1).sum()),
+        seeds=table.steps.shape[-1],
+        notes=tuple(notes),
+    )
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) and value > 0 else None

@@ -1,0 +1,93 @@
+"""What a reader of a fit of steps to target must know, as notes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pybatch.numerals import number
+from pybatch.records import Note
+from pybatch.solver import Array
+from pybatch.steps_data import Choice, Table
+
+FEW_STEPS = 10.0  # S_min below which a step is too coarse a unit: the models fail there
+
+
+def of_data(table: Table, picked: Array, chosen: Choice, capped: bool) -> list[Note]:
+    """On the runs that went into a fit: which did not reach, diverged, or had their best rate at the edge.
+
+    Args:
+        table: all runs.
+        picked: [n, seeds] steps at the chosen rates.
+        chosen: the rates.
+        capped: whether the cap is known.
+    """
+    notes, size = [], table.size
+    diverged = np.isnan(picked)
+    if diverged.any():
+        text = f"runs that diverged are left out: {_counted(size, diverged)}. A smaller learning rate may reach"
+        notes.append(Note("points.steps", text))
+    missed = np.isposinf(picked)
+    if missed.any():
+        known = "" if capped else ", the cap taken as the largest number of steps given"
+        text = f"runs that did not reach the target count as longer than their cap{known}: {_counted(size, missed)}"
+        notes.append(Note("points.steps", text))
+    if chosen.edge.any():
+        text = (
+            f"the best learning rate is at the edge of those tried at batch {_listed(size[chosen.edge])}: a better one "
+            "may lie beyond. Extend the grid"
+        )
+        notes.append(Note("points.learning_rate", text))
+    if picked.shape[1] == 1:
+        notes.append(Note("low", "one seed: the interval rests on how far single batch sizes miss the curve"))
+    return notes
+
+
+def of_nothing(table: Table, picked: Array, reached: int, least: int) -> Note:
+    """Why there is no fit, and what to change."""
+    if not reached and np.isnan(picked).all():
+        return Note("critical_batch", "every run diverged. Lower the learning rates")
+    if not reached:
+        return Note("critical_batch", "no batch size reached the target. Raise the cap on steps, or ease the target")
+    of = f"{reached} of {len(table.size)} batch sizes reached the target in most of their seeds"
+    change = "Measure more batch sizes" if reached == len(table.size) else "Raise the cap on steps, or ease the target"
+    return Note("critical_batch", f"{of}, a fit needs {least}. {change}")
+
+
+def of_fit(model: str, point: Array, size: Array, exponent: float | None) -> list[Note]:
+    """On the model that won.
+
+    Args:
+        model: its name.
+        point: [4] S_min, B_20, B_50, B_stag.
+        size: [n] batch sizes tested, ascending.
+        exponent: of the power model.
+    """
+    smallest, largest = number(float(size.min())), number(float(size.max()))
+    if model == "inverse":
+        text = f"steps fall as 1 / batch throughout: the critical batch is above {largest}, the largest tested"
+        return [Note("critical_batch", text)]
+    if model == "flat":
+        text = f"more batch saves no steps: the critical batch is below {smallest}, the smallest tested"
+        return [Note("critical_batch", text)]
+    notes = []
+    for name, value in (("critical_batch", point[2]), ("b20", point[1]), ("b_stag", point[3])):
+        if not size.min() <= value <= size.max():
+            side = f"above {largest}, the largest" if value > size.max() else f"below {smallest}, the smallest"
+            notes.append(Note(name, f"extrapolated: {number(float(value))} is {side} batch tested"))
+    if point[0] < FEW_STEPS:
+        text = f"only {number(float(point[0]))} steps: so few are too coarse for a fit. Take a harder target"
+        notes.append(Note("s_min", text))
+    if exponent is not None and exponent < 1:
+        text = f"with this model examples fall without end as batches do: the fewest are taken at batch {smallest}"
+        notes.append(Note("critical_batch", text))
+    return notes
+
+
+def _counted(size: Array, marked: NDArray[np.bool_]) -> str:
+    counts = marked.sum(1)
+    return ", ".join(f"{c} of {marked.shape[1]} at batch {b:g}" for b, c in zip(size, counts, strict=True) if c)
+
+
+def _listed(size: Array) -> str:
+    return ", ".join(f"{b:g}" for b in size)
