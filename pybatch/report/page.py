@@ -20,9 +20,10 @@ from pybatch.codec import encode
 from pybatch.errors import UsageError
 from pybatch.records import Capacity, Convergence, Environment, NoiseScale, Reason, Run, Verdict
 from pybatch.report.capacity_figures import capacity_figures
+from pybatch.report.convergence_figures import convergence_figures
 from pybatch.report.figure import Figure
 from pybatch.report.output import Output
-from pybatch.report.sections import Section, Table, sections, title
+from pybatch.report.sections import Section, Table, sections, title, unit_of
 
 
 def write_report(records: Sequence[object] | object, path: str | Path) -> None:
@@ -68,7 +69,11 @@ def page(runs: Sequence[Run]) -> str:
     figures: list[Figure] = []
     parts = []
     for number, run in enumerate(runs):
-        drawn = [_named(figure, number) for figure in capacity_figures(run)]
+        found = capacity_figures(run)
+        if run.convergence is not None:
+            place = 2 if run.capacity is not None else 0  # after throughput and goodput
+            found[place:place] = convergence_figures(run.convergence, unit_of(run))
+        drawn = [_named(figure, number) for figure in found]
         figures += drawn
         parts.append(_run(run, drawn, number))
     heading = title(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"

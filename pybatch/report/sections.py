@@ -50,7 +50,7 @@ def sections(run: Run) -> list[Section]:
     if run.capacity is not None:
         found.append(_capacity(run.capacity))
     if run.noise is not None:
-        found.append(_noise(run.noise, _unit(run)))
+        found.append(_noise(run.noise, unit_of(run)))
     if run.distributed is not None:
         found.append(_distributed(run.distributed))
     if run.verdict is not None:
@@ -60,9 +60,12 @@ def sections(run: Run) -> list[Section]:
     return found
 
 
-def _unit(run: Run) -> str:
-    workload = run.capacity.workload if run.capacity else None
-    return workload.unit if workload else "examples"
+def unit_of(run: Run) -> str:
+    """What an example of this run's batches is called."""
+    for part in (run.capacity, run.convergence):
+        if part is not None and part.workload is not None:
+            return part.workload.unit
+    return "examples"
 
 
 def _notes(notes: tuple[Note, ...]) -> tuple[str, ...]:
