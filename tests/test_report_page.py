@@ -10,10 +10,12 @@ import shutil
 import pytest
 
 from pybatch.errors import UsageError
-from pybatch.records import Note
+from pybatch.records import Convergence, ConvergencePoint, Curve, Note, RateSteps
 from pybatch.report.capacity_figures import capacity_figures
+from pybatch.report.convergence_figures import convergence_figures
 from pybatch.report.figure import batch_axis
 from pybatch.report.page import page, write_report
+from pybatch.steps_fit import fit_steps
 from pybatch.verdict import compare
 
 HOSTILE = '</script><img src=x onerror="document.title=1"><a href="http://example.org">&amp;'
@@ -58,6 +60,63 @@ def test_the_picture_shows_what_the_record_says(judged):
     peak = next(t for t in goodput.traces if t["name"] == "goodput, of its peak")
     at = peak["x"][peak["y"].index(max(peak["y"]))]
     assert at == pytest.approx(judged.verdict.why("best_batch").inputs["optimum"], rel=0.05)
+
+
+def curve(rule="tuned"):
+    """Perfect hyperbola, one rate that diverges and one that is too slow; the largest batch fails."""
+    made = []
+    for batch in (8, 16, 32, 64, 128):
+        steps = 50 * (1 + 40 / batch)
+        rates = (
+            RateSteps(0.01, (None, None), ("not_reached", "not_reached")),
+            RateSteps(0.1, (steps - 1, steps + 1), ("reached", "reached")),
+            RateSteps(1.0, (None, None), ("diverged", "diverged")),
+        )
+        made.append(ConvergencePoint(batch, steps, "reached", 2, 0.1, reached=2, rates=rates))
+    made.append(ConvergencePoint(256, None, "diverged", 2, None, diverged=2))
+    fit = fit_steps([p.batch for p in made[:-1]], [p.steps for p in made[:-1]])
+    return Curve(rule, "train", tuple(made), fit.s_min, fit.critical_batch, fit.low, fit.high, target=0.1, fit=fit)
+
+
+def test_convergence_is_drawn_with_its_fit_and_its_failures():
+    import plotly.graph_objects as go
+
+    figures = convergence_figures(Convergence((curve(),)), "images")
+    assert [f.name for f in figures] == ["steps-0", "examples-0", "rates-0-0"]
+    for figure in figures:
+        plain = json.loads(re.sub(r'"@[a-z]+(/\d+)?"', '"#123456"', json.dumps([figure.traces, figure.layout])))
+        go.Figure(data=plain[0], layout=plain[1])
+    steps, examples, rates = figures
+    by_name = {trace["name"]: trace for trace in steps.traces}
+    assert by_name["tuned"]["y"] == [50 * (1 + 40 / b) for b in (8, 16, 32, 64, 128)]
+    assert by_name["tuned"]["error_y"]["array"] == pytest.approx([1.0] * 5)
+    assert by_name["tuned: diverged"]["x"] == [256]
+    drawn = by_name["fit: tuned (hyperbola)"]
+    wanted = [50 * (1 + 40 / x) for x in drawn["x"]]
+    assert drawn["y"] == pytest.approx(wanted, rel=1e-3)
+    cost = next(t for t in examples.traces if t["name"] == "tuned")
+    assert cost["y"] == pytest.approx([(b + 40) / 48 for b in (8, 16, 32, 64, 128)])
+    heat = rates.traces[0]
+    assert heat["text"][0][0] == "not reached"
+    assert heat["text"][2][0] == "diverged"
+    assert [10**z for z in heat["z"][1][:5]] == pytest.approx(by_name["tuned"]["y"])
+    assert heat["z"][0][0] is None
+
+
+def test_a_target_that_nothing_reached_is_said():
+    never = ConvergencePoint(8, None, "not_reached", 2, 0.1)
+    figures = convergence_figures(Convergence((Curve("sqrt", "test", (never,), None, None, None, None),)))
+    assert all(f.missing for f in figures)
+
+
+def test_a_sweep_of_two_thousand_trials_is_small(judged):
+    curves = tuple(
+        dataclasses.replace(curve(rule), split=split)
+        for rule in ("tuned", "sqrt", "linear", "constant")
+        for split in ("train", "test")
+    )
+    text = page([dataclasses.replace(judged, convergence=Convergence(curves))])
+    assert len(text.encode()) < 8e6
 
 
 def test_ticks_are_powers_of_two_and_few():

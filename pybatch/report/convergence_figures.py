@@ -43,15 +43,15 @@ def _steps(curves: Sequence[Curve], goal: str, number: int, unit: str) -> Figure
     if not known:
         return Figure(name, title, "", table=_table(curves, unit), missing="No batch size reached this target.")
     low, high = float(min(sizes)), float(max(sizes))
-    top = 1.6 * max([*known, *(curve.cap or 0 for curve in curves)])
+    top, bottom = 1.6 * max([*known, *(curve.cap or 0 for curve in curves)]), min(known) / 2
     traces: list[dict[str, Any]] = []
     first = min((p for found in reached.values() for p in found), key=lambda p: (p.batch, p.steps))
     ideal = [(first.steps or 0) * first.batch / b for b in (low, high)]
     traces.append(line("ideal: steps ∝ 1/batch", [low, high], ideal, "@gray", dash="dot"))
     judge = min(curves, key=lambda c: (c.critical_batch is None, c.rule != "tuned"))
     if judge.critical_batch is not None:
-        ends = (min([*known, *ideal]) / 1.3, top)
-        traces += mark(f"critical batch ({judge.rule})", judge.critical_batch, ends, "@orange", (judge.low, judge.high))
+        span = (judge.low, judge.high)
+        traces += mark(f"critical batch ({judge.rule})", judge.critical_batch, (bottom, top), "@orange", span)
     for i, curve in enumerate(curves):
         color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
         traces += _fitted(curve, low, high, color)
@@ -80,7 +80,13 @@ def _steps(curves: Sequence[Curve], goal: str, number: int, unit: str) -> Figure
         tuple(traces),
         {
             "xaxis": batch_axis(low, high, f"batch size ({unit})"),
-            "yaxis": axis("steps to target", log=True, values=[*known, top]),
+            # The ideal line may leave the picture below: it would press all points together.
+            "yaxis": axis(
+                "steps to target",
+                log=True,
+                values=[*known, top],
+                range=[math.log10(bottom), math.log10(1.3 * top)],
+            ),
         },
         _table(curves, unit),
     )
