@@ -17,11 +17,13 @@ from pybatch.errors import UsageError
 from pybatch.records import ThroughputFit
 from pybatch.solver import Array, aicc, minimize
 
-Model = Literal["affine", "floor"]
+Model = Literal["affine", "floor", "wave"]
 
 SOFT = 0.05  # log time: residuals past 5 % count linearly; repeats of a steady step agree within that
+_FINE = 256  # wave sizes up to here are tried one by one, larger ones in eights
 RESOLUTION = 1e-5  # log time: smaller residuals are rounding, and a perfect fit must not drive AICc to minus infinity
 REACH = 1e3  # half batch is sought within this factor of the batches measured; beyond, they say nothing about it
+WAVE_LEAST = 3  # batch sizes that share a wave with another, past the first wave: fewer show no steps
 FLOOR_LEAST = 6  # AICc of four unknowns (alpha, beta, floor and the error) is defined from six batch sizes on
 
 
@@ -33,7 +35,12 @@ def fit_throughput(
     seed: int = 0,
     resamples: int = 400,
 ) -> ThroughputFit:
-    """Fit seconds per step against batch size: affine alpha + beta B, or max(floor, alpha + beta B), by AICc.
+    """Fit seconds per step against batch size by AICc: affine, floor or wave.
+
+    affine  alpha + beta B
+    floor   max(floor, alpha + beta B)
+    wave    alpha + beta w ceil(B / w): the device works in waves of w examples, and a begun wave takes a whole one's
+            time (tile quantization). Considered where batch sizes between multiples of w were measured.
 
     Args:
         batches: [n] batch sizes, at least 3 distinct ones, in any order.
@@ -54,9 +61,16 @@ def fit_throughput(
     data = np.log([np.median(s) for s in samples])
     models: list[Model] = ["affine", "floor"] if len(np.unique(size)) >= FLOOR_LEAST else ["affine"]
     fits = {model: _solve(_starts(model, size, data), size, data) for model in models}
-    n = len(size)
-    model = min(models, key=lambda m: float(aicc(n * np.log(fits[m][1] / n), n, fits[m][0].shape[-1])))
+    n, unknowns = len(size), {"affine": 2, "floor": 3, "wave": 3}
+    waves = _waves(size, data) if n >= FLOOR_LEAST else None
+    if waves is not None:
+        models.append("wave")
+        fits["wave"] = waves[1:]
+    model = min(models, key=lambda m: float(aicc(n * np.log(fits[m][1] / n), n, unknowns[m])))
     best = fits[model][0]
+    wave = waves[0] if waves is not None and model == "wave" else None
+    if wave is not None:
+        size = wave * np.ceil(size / wave)  # on whole waves the curve is affine
 
     figures = _figures(best, gain)
     drawn = _resample(best, size, data, samples, resamples, np.random.default_rng(seed))
@@ -82,7 +96,38 @@ def fit_throughput(
         gain=gain,
         rms_log_error=float(np.sqrt(np.mean((data - _log_time(best, size)[0]) ** 2))),
         batches=len(size),
+        wave=wave,
     )
+
+
+def _waves(size: Array, data: Array) -> tuple[int, Array, float] | None:
+    """The best wave size with its affine fit over whole waves, and the cost; None where no size could show waves."""
+    most, distinct = int(size.max() / 2), np.unique(size)
+    found: dict[tuple[int, ...], tuple[float, int, int]] = {}  # by which sizes share a wave
+    for wave in (w for w in range(2, most + 1) if w <= _FINE or w % 8 == 0):
+        begun = np.ceil(distinct / wave)
+        shared = int(np.sum(begun > 1)) - len(np.unique(begun[begun > 1]))
+        if shared < WAVE_LEAST:
+            continue
+        # Waves that part the sizes alike fit alike: take the one whose multiples were measured.
+        key = tuple(begun.astype(int))
+        ends = int(np.sum(distinct % wave == 0))
+        if key not in found or ends > -found[key][1]:
+            found[key] = (_relative_misfit(wave * np.ceil(size / wave), data), -ends, wave)
+    if not found:
+        return None
+    wave = min(found.values())[2]
+    whole = wave * np.ceil(size / wave)
+    p, cost = _solve(_starts("affine", whole, data), whole, data)
+    # The best of many: what choosing among them explains of pure noise is not evidence of waves.
+    return wave, p, cost * len(found) ** (2 / len(size))
+
+
+def _relative_misfit(size: Array, data: Array) -> float:
+    """Sum of squared relative errors of the best affine curve, which is linear in its unknowns: for screening."""
+    rows = np.stack([np.ones_like(size), size], -1) / np.exp(data)[:, None]
+    residual = rows @ np.linalg.lstsq(rows, np.ones(len(size)), rcond=None)[0] - 1
+    return float(np.sum(np.minimum(residual**2, SOFT**2)))
 
 
 # Parameters, last axis: ln beta, ln(alpha / beta), and ln floor for the floor model.

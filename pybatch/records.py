@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -118,12 +119,12 @@ class BatchPoint:
 
 @dataclass(frozen=True)
 class ThroughputFit:
-    """Step time against batch size, seconds: t(B) = alpha + beta B, or max(floor, alpha + beta B).
+    """Step time against batch size, seconds: t(B) = alpha + beta B, max(floor, alpha + beta B), or in waves.
 
     Intervals are 95 % by bootstrap over the measured steps.
     """
 
-    model: Literal["affine", "floor"]
+    model: Literal["affine", "floor", "wave"]
     t0_s: float  # alpha (affine), or the floor: time of a vanishing batch
     alpha_s: float
     beta_s: float  # seconds per example
@@ -139,9 +140,12 @@ class ThroughputFit:
     gain: float  # 0.05
     rms_log_error: float  # root mean square of ln(measured / fitted)
     batches: int  # batch sizes fitted
+    wave: int | None = None  # examples the device takes at once: t = alpha + beta wave ceil(B / wave)
 
     def step_s(self, batch: float) -> float:
         """Modelled seconds per step at this batch size."""
+        if self.wave is not None:
+            batch = self.wave * math.ceil(batch / self.wave)
         time = self.alpha_s + self.beta_s * batch
         return max(self.t0_s, time) if self.model == "floor" else time
 

@@ -151,3 +151,28 @@ def test_an_end_that_is_the_searchs_and_not_the_datas_is_open():
     steady = fit_throughput([1, 8, 64, 512], [0.01 + 1e-4 * b for b in (1, 8, 64, 512)])
     assert steady.ceiling_high is not None
     assert steady.half_low > 0
+
+
+def waved(batch, wave=24):
+    return ALPHA + BETA * wave * np.ceil(np.asarray(batch, dtype=float) / wave)
+
+
+@pytest.mark.parametrize("wave", [16, 24, 132])
+def test_a_step_quantized_device_names_its_waves(wave):
+    batches = np.arange(wave // 4, 6 * wave, wave // 4)
+    rng = np.random.default_rng(0)
+    fit = fit_throughput(batches, waved(batches, wave) * np.exp(0.01 * rng.standard_normal(len(batches))))
+    assert (fit.model, fit.wave) == ("wave", wave)
+    assert fit.beta_s == pytest.approx(BETA, rel=0.05)
+    assert fit.step_s(wave + 1) == pytest.approx(fit.step_s(2 * wave))
+    assert fit.step_s(2 * wave) == pytest.approx(waved(2 * wave, wave), rel=0.02)
+
+
+def test_a_smooth_device_has_no_waves():
+    batches, rng = np.arange(4, 200, 6), np.random.default_rng(1)
+    named = [fit_throughput(batches, noisy(affine, batches, rng, 1), resamples=20).wave for _ in range(20)]
+    assert sum(wave is not None for wave in named) <= 2
+
+
+def test_powers_of_two_cannot_show_waves():
+    assert fit_throughput(BATCHES, waved(BATCHES, 64)).model == "floor"

@@ -182,6 +182,11 @@ def _saturation_measured(fit: ThroughputFit | None, timed: Sequence[BatchPoint])
 def _fit_notes(fit: ThroughputFit, timed: Sequence[BatchPoint], largest: Largest) -> list[Note]:
     most = timed[-1].batch
     notes = []
+    if fit.wave is not None:
+        text = (
+            f"step time rises in steps of {fit.wave} examples: a batch just above a multiple of {fit.wave} is wasteful"
+        )
+        notes.append(Note("capacity.model", text))
     if largest.batch is not None and fit.saturation_batch > largest.batch:
         text = f"not saturated: memory ends at batch {largest.batch}, below saturation"
         notes.append(Note("capacity.saturation_batch", text))
