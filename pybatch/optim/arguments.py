@@ -35,6 +35,12 @@ def check_hyper(group: dict[str, Any], name: str) -> None:
         raise UsageError(f"{name} {value}: it must be at least 0.")
 
 
+def check_betas(betas: Any, usual: tuple[float, float] = (0.9, 0.999)) -> None:
+    """Raise UsageError unless these are two numbers from 0 to below 1."""
+    if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+        raise UsageError(f"betas {betas}: both must be at least 0 and below 1. The usual ones are {usual}.")
+
+
 def check_torch_flags(differentiable: bool, capturable: bool = False) -> None:
     """Refuse what torch's flags ask for and a fused pass can't do."""
     if capturable:
