@@ -5,8 +5,8 @@
 #include <pybind11/stl.h>
 
 #include "backend.h"
+#include "constants.h"
 #include "plan.h"
-#include "rules.h"
 
 namespace py = pybind11;
 using namespace pybatch;
@@ -44,6 +44,11 @@ PYBIND11_MODULE(_C, m) {
     address(table, "chunks", &Table::chunks);
     address(table, "hyper", &Table::hyper);
     address(table, "steps", &Table::steps);
+    address(table, "starts", &Table::starts);
+    address(table, "share", &Table::share);
+    address(table, "norms", &Table::norms);
+    address(table, "carried", &Table::carried);
+    address(table, "layers", &Table::layers);
     address(table, "ledger", &Table::ledger);
     address(table, "ring", &Table::ring);
     address(table, "partials", &Table::partials);
@@ -56,11 +61,15 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("sum", &Call::sum)
         .def_readwrite("noise", &Call::noise)
         .def_readwrite("clip", &Call::clip)
+        .def_readwrite("row_norms", &Call::row_norms)
+        .def_readwrite("prepare", &Call::prepare)
+        .def_readwrite("follow", &Call::follow)
         .def_readwrite("max_norm", &Call::max_norm)
         .def_readwrite("inverse", &Call::inverse)
         .def_readwrite("examples", &Call::examples)
         .def_readwrite("micro_batches", &Call::micro_batches)
         .def_readwrite("weight", &Call::weight)
+        .def_readwrite("seed", &Call::seed)
         .def_readwrite("threads", &Call::threads);
     address(call, "grad_scale", &Call::grad_scale);
     address(call, "found_inf", &Call::found_inf);
@@ -70,53 +79,21 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_widths", &cpu_widths);
     m.def("set_cpu_width", &set_cpu_width, py::arg("name"));
     m.def("cpu_step", &cpu_step, py::call_guard<py::gil_scoped_release>());
+    m.def("cpu_norm", &cpu_norm, py::call_guard<py::gil_scoped_release>());
+    m.def("cpu_prepare", &cpu_prepare, py::call_guard<py::gil_scoped_release>());
+    m.def("cpu_update", &cpu_update, py::call_guard<py::gil_scoped_release>());
     m.def("cpu_accumulate", &cpu_accumulate, py::call_guard<py::gil_scoped_release>());
 
-    py::dict rules, columns, ledger, dtypes;
-#define PB_NUMBER(NUMBER, RULE) rules[#RULE] = py::make_tuple(NUMBER, PB_ISA::RULE::states);
-    PB_FOR_EACH_RULE(PB_NUMBER)
-#undef PB_NUMBER
-    for (auto [name, value] : {std::pair{"param", kParam},
-                               {"grad", kGrad},
-                               {"sum", kSum},
-                               {"state0", kState0},
-                               {"numel", kNumel},
-                               {"code", kCode},
-                               {"group", kGroup},
-                               {"fresh", kFresh}})
-        columns[name] = int(value);
-    for (auto [name, value] : {std::pair{"sum_sq", kSumSq},
-                               {"bad", kBad},
-                               {"micro_sq", kMicroSq},
-                               {"norm", kNorm},
-                               {"clip", kClip},
-                               {"skipped", kSkipped},
-                               {"pairs", kPairs},
-                               {"small_sum", kSmallSum},
-                               {"large_sum", kLargeSum},
-                               {"ring_steps", kRingSteps},
-                               {"ring_length", kRingLength}})
-        ledger[name] = int(value);
-    dtypes["float32"] = int(kFloat32);
-    dtypes["bfloat16"] = int(kBFloat16);
-#ifdef __FLT16_MAX__
-    dtypes["float16"] = int(kFloat16);
-#endif
-    m.attr("rules") = rules;  // name: (number, states)
-    m.attr("columns") = columns;
-    m.attr("column_count") = int(kColumns);
-    m.attr("ledger") = ledger;
-    m.attr("ledger_size") = int(kLedgerSize);
-    m.attr("ring_rows") = kRingRows;
-    m.attr("dtypes") = dtypes;
-    m.attr("dtype_count") = int(kDtypes);
-    m.attr("hyper_columns") = int(PB_ISA::kHyperColumns);
+    export_constants(m);
 
 #ifdef PB_CUDA
     m.attr("cuda") = true;
-    m.def("cuda_step", [](const Table& t, const Call& c, uintptr_t s) { return cuda_step(t, c, (void*)s); });
-    m.def("cuda_accumulate",
-          [](const Table& t, const Call& c, uintptr_t s) { return cuda_accumulate(t, c, (void*)s); });
+    for (auto [name, entry] : {std::pair{"cuda_step", cuda_step},
+                               {"cuda_norm", cuda_norm},
+                               {"cuda_prepare", cuda_prepare},
+                               {"cuda_update", cuda_update},
+                               {"cuda_accumulate", cuda_accumulate}})
+        m.def(name, [entry = entry](const Table& t, const Call& c, uintptr_t s) { return entry(t, c, (void*)s); });
     m.def("cuda_devices", &cuda_devices);
     m.def("cuda_error", [](int code) { return py::make_tuple(cuda_error_name(code), cuda_error_text(code)); });
     m.attr("cuda_architectures") = PB_CUDA_ARCHITECTURES;

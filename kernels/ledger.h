@@ -57,11 +57,11 @@ PB_HD void add_pair(double* row, double micro_sq, double sum_sq, const Call& cal
     row[2] += (small - large) / (1.0 / small_n - 1.0 / large_n);
 }
 
-// Once per tensor of a noise step, before settle(). A tensor without gradient gets no pair.
+// Once per tensor, before settle(). A tensor without gradient gets no pair.
 PB_HD void settle_layer(double* layer, bool has_gradient, RingPlace place, const Call& call, const Verdict& v) {
     double* ring = layer + kLayerColumns;
-    if (place.fold) fold_ring(ring, kLayerBlocks);
-    if (has_gradient && !v.skip)
+    if (call.noise && place.fold) fold_ring(ring, kLayerBlocks);
+    if (call.noise && has_gradient && !v.skip)
         add_pair(ring + 3 * (place.row / kLayerRatio), layer[kLayerMicroSq], layer[kLayerSumSq], call, v);
     layer[kLayerMicroSq] = layer[kLayerSumSq] = 0.0;
 }

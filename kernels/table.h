@@ -104,7 +104,7 @@ struct Call {
     bool norm;                // step: take the norm of the gradients first
     bool known;               // step: accumulate() left the norm in the ledger, and each tensor's in Table.norms
     bool sum;                 // step: the gradient is the sum column
-    bool noise;               // step: add a pair of norms to the rings; accumulate: keep the tensors' own sums
+    bool noise;               // step: add a pair of norms to the rings
     bool clip;                // step: clip to max_norm
     bool row_norms;           // step: some rule has Norms::gradient; then norm or known is set
     bool prepare;             // step: some rule has Norms::direction
