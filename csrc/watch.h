@@ -28,6 +28,10 @@ class Watch {
     std::pair<int64_t, int64_t> gradients(const pybind11::list& params, const pybind11::list& dtypes, Numbers address,
                                           Numbers dtype) const;
 
+    // Version counters of tensors, which torch counts up with every change in place. Writes them and returns the
+    // indices of those that differ from what stood there.
+    static std::vector<int64_t> versions(const pybind11::list& tensors, Numbers version);
+
   private:
     struct View {  // memory and layout as read; equal numbers mean equal dtypes and devices
         uintptr_t data = 0;
