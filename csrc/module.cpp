@@ -7,6 +7,7 @@
 #include "backend.h"
 #include "constants.h"
 #include "plan.h"
+#include "watch.h"
 
 namespace py = pybind11;
 using namespace pybatch;
@@ -73,6 +74,14 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("threads", &Call::threads);
     address(call, "grad_scale", &Call::grad_scale);
     address(call, "found_inf", &Call::found_inf);
+
+    py::class_<Watch>(m, "Watch")
+        .def(py::init<const py::list&, const py::list&, const py::list&, const py::dict&>(), py::arg("groups"),
+             py::arg("memory"), py::arg("others"), py::arg("state"))
+        .def("stands", &Watch::stands, py::arg("groups"), py::arg("memory"), py::arg("state"))
+        .def("gradients", &Watch::gradients, py::arg("params"), py::arg("dtypes"), py::arg("address").noconvert(),
+             py::arg("dtype").noconvert())
+        .def_static("versions", &Watch::versions, py::arg("tensors"), py::arg("version").noconvert());
 
     m.def("plan", &plan_chunks, py::arg("sizes"), py::arg("chunk"));
     m.def("cpu_width", &cpu_width);

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch  # before _C: both then share one OpenMP pool
-
 from numpy.typing import ArrayLike
 
 from pybatch import _C as _compiled
@@ -24,6 +23,7 @@ from pybatch.errors import DeviceError, UsageError
 
 _C: Any = _compiled
 Call = _C.Call  # the scalars of one step or accumulation
+Watch = _C.Watch  # whether the tensors a table was built from still stand; see csrc/watch.h
 Reduce = Callable[[list[torch.Tensor]], None]  # sums float64 tensors over processes, in place
 
 
