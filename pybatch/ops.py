@@ -223,6 +223,23 @@ class TensorList:
         if self.layers is not None:
             self.layers[:, :LAYER_SUMS] = 0.0
 
+    def take_over(self, part: TensorList, rows: Sequence[int]) -> None:
+        """Add what an accumulation over `part`, a list of these rows of this one, left in its own ledger and norms."""
+        place = torch.as_tensor(rows).to(self.device, non_blocking=True)
+        self.norms[place] = part.norms
+        self.ledger.values[_C.ledger["bad"]].add_(part.ledger.values[_C.ledger["bad"]])
+        self.ledger.values[_C.ledger["micro_sq"]].add_(part.ledger.values[_C.ledger["micro_sq"]])
+        if self.layers is not None and part.layers is not None:
+            micro = _C.layer["micro_sq"]
+            self.layers[place, micro] += part.layers[:, micro]
+            self.layers[place, _C.layer["sum_sq"]] = part.layers[:, _C.layer["sum_sq"]]
+        part.discard()
+
+    def sum_up(self, rows: Sequence[int]) -> None:
+        """Take the square of all sums from those of these rows, which accumulations over parts have left."""
+        place = torch.as_tensor(rows).to(self.device, non_blocking=True)
+        self.ledger.values[_C.ledger["sum_sq"]] = self.norms[place, _C.row_norms["direction_sq"]].sum()
+
     def set_hyper(self, values: Sequence[Sequence[float]]) -> None:
         """Hyper-parameters per group: learning rate, maximize, then the rule's own in its header's order."""
         host = torch.zeros(self.hyper.shape, dtype=torch.float64)
