@@ -13,10 +13,10 @@ from pybatch.optim.options import Options, Rule
 
 
 class LARS(FusedOptimizer):
-    """LARS in one fused pass (You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks", algorithm 1).
+    """LARS in one fused pass (You, Gitman & Ginsburg 2017, "Large Batch Training of Convolutional Networks").
 
-    rate = trust |p| / (|g| + wd |p| + eps), 1 where |p| or |g| is 0;  m <- momentum m + rate (g + wd p);  p <- p - lr m.
-    The norms are of one parameter each; |g| is taken after clipping.
+    Algorithm 1: rate = trust |p| / (|g| + wd |p| + eps);  m <- momentum m + rate (g + wd p);  p <- p - lr m. The norms
+    are of one parameter each, |g| after clipping; the rate is 1 where either is 0.
 
     Biases and the scales of normalization layers have no use for a rate of their own: by default every parameter with
     at most one dimension takes a step of plain momentum SGD, without weight decay.
