@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from pybatch.errors import UsageError
 from pybatch.optim.slots import Slot, addresses, fit_sum, own_storage
@@ -63,7 +64,7 @@ class Sums:
             )
         unshared = len(set(given)) == len(given)
         fresh = [0] * len(slots)
-        for i in np.flatnonzero(found.addresses):
+        for i in np.flatnonzero(found.addresses).tolist():
             if self.tensors[i] is None:
                 grad = found.copies.get(i, slots[i].param.grad)
                 assert grad is not None
@@ -85,7 +86,12 @@ def add(sums: Sums, tables: Tables, found: Gradients, call: Any, n: float, *, pa
     assert tables.first is not None
     assert tables.backend is not None
     fresh = sums.give(tables.slots, found)
-    columns = {"grad": found.addresses, "grad_type": found.codes, "sum": addresses(sums.tensors), "fresh": fresh}
+    columns: dict[str, ArrayLike] = {
+        "grad": found.addresses,
+        "grad_type": found.codes,
+        "sum": addresses(sums.tensors),
+        "fresh": fresh,
+    }
     call.weight, call.examples = sums.weight(n), n
     rows = np.flatnonzero(found.addresses)
     tensors = tables.part(rows) if partly else tables.first
@@ -123,7 +129,12 @@ class Collector:
             if collector is not None:
                 collector._add(param)
 
-        self._handles = [param.register_post_accumulate_grad_hook(ready) for param in params if param.requires_grad]
+        # torch's own function has no types.
+        self._handles: list[Any] = [
+            param.register_post_accumulate_grad_hook(ready)  # type: ignore[no-untyped-call]
+            for param in params
+            if param.requires_grad
+        ]
 
     def _add(self, param: torch.Tensor) -> None:
         if param in self._seen:
@@ -165,5 +176,3 @@ def prepare(call: Any, sums: Sums, limit: float | None, noise: bool) -> None:
     call.noise = noise and sums.micro_batches > 1
     call.inverse = sums.inverse if accumulated else 1.0
     call.examples, call.micro_batches = float(sums.examples), float(sums.micro_batches)
-
-

@@ -45,6 +45,10 @@ class FusedOptimizer(Optimizer):
     """
 
     _step_supports_amp_scaling: ClassVar[bool] = True
+    _ledger: ops.Ledger | None
+    _tables: Tables | None
+    _saved_layers: dict[int, torch.Tensor]
+    _seed: int
     rule_options: ClassVar[tuple[str, ...]] = ()  # names of the group options that `_rule` reads
 
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
@@ -172,7 +176,7 @@ class FusedOptimizer(Optimizer):
         """
         if not self._options.noise:
             raise UsageError(f"{type(self).__name__} was made without noise=True, so no statistics were kept. Set it.")
-        return statistics.noise(self._ledger, self._tables, statistics.names(self.param_groups), self._single_steps)
+        return statistics.noise(self._ledger, self._layers(), statistics.names(self.param_groups), self._single_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, readable by the twin; what only pybatch has is under the key "pybatch"."""
@@ -217,7 +221,10 @@ class FusedOptimizer(Optimizer):
     def _own_state(self) -> dict[str, Any] | None:
         if self._ledger is None:
             return None
-        return statistics.save(self._ledger, self._tables) | {"single_steps": self._single_steps, "seed": self._seed}
+        return statistics.save(self._ledger, self._layers()) | {"single_steps": self._single_steps, "seed": self._seed}
+
+    def _layers(self) -> dict[int, torch.Tensor]:
+        return self._saved_layers | ({} if self._tables is None else self._tables.layers())
 
     def _load_own(self, saved: dict[str, Any] | None) -> None:
         if saved is not None:
@@ -225,8 +232,8 @@ class FusedOptimizer(Optimizer):
             self._single_steps, self._seed = saved["single_steps"], saved.get("seed", self._seed)
 
     def _reset(self, ledger: ops.Ledger | None = None, single_steps: int = 0, seed: int | None = None) -> None:
-        self._tables: Tables | None = None
-        self._saved_layers: dict[int, torch.Tensor] = {}
+        self._tables = None
+        self._saved_layers = {}
         self._ledger = ledger
         self._sums = Sums()
         self._call, self._follow = ops.Call(), ops.Call()

@@ -1,4 +1,4 @@
-"""How a 16-bit parameter is stored: as it is, rounded stochastically, or beside the fp32 master it is the rounding of."""
+"""How a 16-bit parameter is stored: as it is, rounded stochastically, or as the rounding of an fp32 master."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DTensor parameters (FSDP2, tensor parallelism): the local shard is updated, squared norms are summed over the mesh."""
+"""DTensor parameters (FSDP2, tensor parallelism): local shards are updated, squared norms summed over the mesh."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def local_gradient(what: str, param: Any, grad: Any) -> torch.Tensor:
 
 
 def like(param: Any, value: torch.Tensor) -> torch.Tensor:
-    """A DTensor of the parameter's mesh and placements around a local tensor, so that checkpoints know it is a shard."""
+    """A DTensor around a local tensor, placed as the parameter: checkpoints then know it is a shard."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -88,12 +88,10 @@ class Processes:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         for dimension in range(self.mesh.ndim):
             dist.all_reduce(flat, group=self.mesh.get_group(dimension))
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
 def processes(params: Sequence[torch.Tensor]) -> Processes | None:
     """The processes of these parameters; None where none is a DTensor."""
     return Processes(params) if any(is_sharded(param) for param in params) else None
-
-

@@ -146,9 +146,7 @@ def own_storage(grad: torch.Tensor) -> bool:
     return not grad._is_view() and grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
 
 
-def fit_state(
-    slot: Slot, name: str, saved: torch.Tensor | None, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def fit_state(slot: Slot, name: str, saved: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A state of a parameter in the layout of its memory: zeros, or what was saved, copied where it must be."""
     if saved is None:
         return torch.zeros_like(slot.dense, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 
 from pybatch import ops
 from pybatch.noise import estimator
-from pybatch.optim.tables import Groups, Tables
+from pybatch.optim.hyper import Groups
 from pybatch.records import LayerNoise, NoiseScale
 
 SOURCE = "micro-batches"
+Layers = Mapping[int, torch.Tensor]
 
 
 def names(groups: Groups) -> list[str]:
@@ -22,11 +24,12 @@ def names(groups: Groups) -> list[str]:
     return [str(i) if name is None else name for i, name in enumerate(given)]
 
 
-def noise(ledger: ops.Ledger | None, tables: Tables | None, named: list[str], single: int) -> NoiseScale:
+def noise(ledger: ops.Ledger | None, layers: Layers, named: list[str], single: int) -> NoiseScale:
     """The noise scale in total and by parameter; waits for the device.
 
     Args:
-        ledger, tables: of the optimizer; None before its first gradient.
+        ledger: the optimizer's; None before its first gradient.
+        layers: float64 [ops.LAYER_SIZE] by index of parameter.
         named: names of all parameters.
         single: steps of one micro-batch, which give no pair of norms.
     """
@@ -41,29 +44,29 @@ def noise(ledger: ops.Ledger | None, tables: Tables | None, named: list[str], si
         skipped=int(ledger["skipped"]),
         single=single,
     )
-    return dataclasses.replace(total, layers=_layers(tables, named))
+    return dataclasses.replace(total, layers=_entries(layers, named))
 
 
-def _layers(tables: Tables | None, named: list[str]) -> tuple[LayerNoise, ...]:
+def _entries(layers: Layers, named: list[str]) -> tuple[LayerNoise, ...]:
     """One entry for each parameter that has had a pair of norms."""
-    if tables is None or tables.first is None or tables.first.layers is None:
+    if not layers:
         return ()
-    rings = tables.first.layers[:, ops.LAYER_SUMS :].cpu().numpy()
     found = []
-    for slot, ring in zip(tables.slots, rings, strict=True):
+    rings = torch.stack([layers[index][ops.LAYER_SUMS :] for index in sorted(layers)]).cpu().numpy()
+    for index, ring in zip(sorted(layers), rings, strict=True):
         own = estimator.estimate(ring.reshape(-1, 3), source=SOURCE)
         if own.grad_sq is not None and own.trace is not None:
-            found.append(LayerNoise(named[slot.index], own.b_simple, own.grad_sq, own.trace))
+            found.append(LayerNoise(named[index], own.b_simple, own.grad_sq, own.trace))
     return tuple(found)
 
 
-def save(ledger: ops.Ledger, tables: Tables | None) -> dict[str, Any]:
-    """For a state_dict: the ledger, and the statistics of single parameters with their indices."""
+def save(ledger: ops.Ledger, layers: Layers) -> dict[str, Any]:
+    """For a state_dict: copies of the ledger, and of the statistics of single parameters with their indices."""
     state: dict[str, Any] = dict(ledger.state_dict())
-    if tables is not None and tables.first is not None and tables.first.layers is not None:
-        layers = tables.first.layers.clone()
-        layers[:, : ops.LAYER_SUMS] = 0.0  # of a step under way
-        state |= {"layers": layers, "layer_indices": [slot.index for slot in tables.slots]}
+    if layers:
+        rows = torch.stack([layers[index] for index in sorted(layers)])
+        rows[:, : ops.LAYER_SUMS] = 0.0  # of a step under way
+        state |= {"layers": rows, "layer_indices": sorted(layers)}
     return state
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,14 +13,13 @@ from numpy.typing import NDArray
 from pybatch import ops
 from pybatch.errors import UsageError
 from pybatch.optim import masters, sharding
-from pybatch.optim.arguments import check_capturable, is_device_scalar
+from pybatch.optim.arguments import check_capturable
+from pybatch.optim.hyper import Groups, HyperOf, HyperRows
 from pybatch.optim.options import Options, Rule
 from pybatch.optim.slots import Slot, check_param, conform, fit_state
 
-Groups = list[dict[str, Any]]
 State = dict[Any, dict[str, Any]]
 RuleOf = Callable[[dict[str, Any], torch.Tensor], Rule]
-HyperOf = Callable[[dict[str, Any], Rule], tuple[float, ...]]
 _DTYPES = [torch.zeros(1, dtype=dtype) for dtype in sorted(ops.DTYPES, key=ops.DTYPES.__getitem__)]
 
 
@@ -48,32 +46,6 @@ class Staged(NamedTuple):
     slot: int
     tensor: torch.Tensor
     group: int
-
-
-class HyperRows:
-    """The rows of hyper-parameters of one list: one per group and rule."""
-
-    def __init__(self) -> None:
-        self.of: dict[tuple[int, Rule], int] = {}
-        self._sent: list[tuple[float, ...]] = []
-
-    def row(self, group: int, rule: Rule) -> int:
-        """The row of this group and rule, made where there is none."""
-        return self.of.setdefault((group, rule), len(self.of))
-
-    def send(self, tensors: ops.TensorList, groups: Groups, hyper_of: HyperOf, maximize: bool) -> None:
-        """Bring the list's hyper-parameters up to date; a learning rate on a device is copied there."""
-        values = []
-        for number, rule in self.of:
-            group = groups[number]
-            lr = math.nan if is_device_scalar(group["lr"]) else float(group["lr"])
-            values.append((lr, float(maximize and group["maximize"]), *hyper_of(group, rule)))
-        if values != self._sent:
-            tensors.set_hyper(values)
-            self._sent = values
-        for row, (number, _) in zip(tensors.hyper, self.of, strict=True):
-            if is_device_scalar(groups[number]["lr"]):
-                row[0:1].copy_(groups[number]["lr"].reshape(1), non_blocking=True)
 
 
 class Tables:
@@ -105,7 +77,8 @@ class Tables:
         numbers: list[int] = []
         found: list[tuple[int, torch.Tensor]] = []
         self.others: list[torch.Tensor] = []  # parameters without gradient or state so far
-        index, device = 0, None
+        index = 0
+        device: torch.device | None = None
         for number, group in enumerate(groups):
             for param in group["params"]:
                 if param.grad is not None or param in known or bool(state.get(param)):
@@ -120,18 +93,20 @@ class Tables:
             check_capturable(groups, device)
         self.backend = ops.choose_backend(options.backend, device) if device is not None else None
         self.slots = [Slot.of(index, param) for index, param in found]
-        self.params = [slot.param for slot in self.slots]
+        self.params: list[torch.Tensor] = [slot.param for slot in self.slots]
         self.group_of = numbers
         self.copied = [slot for slot in self.slots if slot.copy is not None]
         self.processes = sharding.processes(self.params)
         self.ledger = ledger
         self.staged: list[Staged] = []
-        self.first: ops.TensorList | None = None
-        self.second: ops.TensorList | None = None
+        self.first: ops.TensorList | None
+        self.second: ops.TensorList | None
         self.masters: dict[int, tuple[str, torch.Tensor]] = {}  # by slot
         self._rows, self._more_rows = HyperRows(), HyperRows()
         self._parts: dict[bytes, ops.TensorList] = {}
-        if device is not None:
+        if device is None:
+            self.first = self.second = None
+        else:
             self._make_lists(groups, state, options, rule_of, device, previous, layers)
         self._sharded = any(slot.sharded for slot in self.slots)
         self._memory = [slot.memory for slot in self.slots]
@@ -153,6 +128,7 @@ class Tables:
     ) -> None:
         assert self.backend is not None
         rules = [rule_of(groups[number], slot.param) for number, slot in zip(self.group_of, self.slots, strict=True)]
+        steps = [_steps_so_far(state.get(slot.param, {})) for slot in self.slots]
         kept = [self._fit_states(i, slot, rules[i], state, options) for i, slot in enumerate(self.slots)]
         if self.ledger is None:
             self.ledger = ops.Ledger(device)
@@ -161,15 +137,13 @@ class Tables:
         for i, (slot, rule, number) in enumerate(zip(self.slots, rules, self.group_of, strict=True)):
             own = state[slot.param] if kept[i] else {}
             states = tuple(sharding.local(own[name]) for name in rule.states)
-            step = own.get("step", 1.0 if own.get("momentum_buffer") is not None else 0.0)
+            step = steps[i]
             share = 1.0 if self.processes is None else self.processes.share(slot.param)
             stored = masters.storage(slot, options)[0]
             master = self.masters[i][1] if i in self.masters else None
             if rule.then is None:
                 row = self._rows.row(number, rule)
-                entries.append(
-                    ops.Entry(slot.dense, states, rule.name, row, step, stored, master, slot.index, share)
-                )
+                entries.append(ops.Entry(slot.dense, states, rule.name, row, step, stored, master, slot.index, share))
                 continue
             if self.processes is not None and slot.sharded and slot.shape != slot.param.shape:
                 raise UsageError(
@@ -186,6 +160,7 @@ class Tables:
         self.first = ops.TensorList(entries, len(self._rows.of), self.ledger, self.backend, kept_layers)
         if previous is not None and previous.first is not None:
             self._take_over(self.first, previous.first, previous.params)
+        self.second = None
         if more:
             self.second = ops.TensorList(more, len(self._more_rows.of), self.ledger, self.backend)
             self.second.set("grad_type", [ops.DTYPES[torch.bfloat16]] * len(more))
@@ -232,18 +207,18 @@ class Tables:
         if new.layers is not None and old.layers is not None:
             new.layers[to] = old.layers[of].to(new.device)
 
-    def layers(self) -> dict[torch.Tensor, torch.Tensor]:
-        """Noise statistics per parameter, float64 [ops.LAYER_SIZE] each; empty without noise=True."""
+    def layers(self) -> dict[int, torch.Tensor]:
+        """Noise statistics by index of parameter, float64 [ops.LAYER_SIZE] each; empty without noise=True."""
         if self.first is None or self.first.layers is None:
             return {}
-        return dict(zip(self.params, self.first.layers, strict=True))
+        return {slot.index: row for slot, row in zip(self.slots, self.first.layers, strict=True)}
 
     def stands(self, groups: Groups, state: State) -> bool:
         """Whether nothing was replaced, resized, moved or cast since, and no other parameter has got a gradient."""
         if self._sharded:
             self._memory = [slot.memory for slot in self.slots]
         lists = [group["params"] for group in groups]
-        return ops.Watch.stands(self._watch, lists, self._memory, state)
+        return bool(self._watch.stands(lists, self._memory, state))
 
     def _follow_writes(self) -> None:
         """Bring up to date what was derived from parameters that others have written in place since."""
@@ -327,6 +302,18 @@ class Tables:
                 ops.Entry(slot.dense, (), "Sgd", 0, 0.0, share=share) for slot, share in zip(slots, shares, strict=True)
             ]
             layers = self.first.layers
-            own = None if layers is None else torch.zeros(len(slots), ops.LAYER_SIZE, dtype=layers.dtype, device=layers.device)
+            own = (
+                None
+                if layers is None
+                else torch.zeros(len(slots), ops.LAYER_SIZE, dtype=layers.dtype, device=layers.device)
+            )
             self._parts[key] = ops.TensorList(entries, 1, ops.Ledger(self.first.device), self.backend, own)
         return self._parts[key]
+
+
+def _steps_so_far(own: Mapping[str, Any]) -> torch.Tensor | float:
+    """Updates a parameter has had; the twin of a rule with momentum alone does not count them, and has had one."""
+    counted: torch.Tensor | float | None = own.get("step")
+    if counted is not None:
+        return counted
+    return 1.0 if own.get("momentum_buffer") is not None else 0.0
