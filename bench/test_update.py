@@ -6,7 +6,8 @@ flushes the cache and interleaves the two sides.
 
 import pytest
 import torch
-from step import SHAPES, gradients, parameters
+from shapes import SHAPES
+from tensors import gradients, parameters
 
 from pybatch.optim import SGD, AdamW
 

@@ -92,7 +92,7 @@ class Muon(FusedOptimizer):
             "maximize": maximize,
             "capturable": capturable,
         }
-        self._adamw = {"eps": adamw_eps}
+        self._adamw: dict[str, Any] = {"eps": adamw_eps}
         if adamw_lr is not None:
             self._adamw["lr"] = adamw_lr
         if adamw_weight_decay is not None:

@@ -37,10 +37,11 @@ def orthogonalize(
     count = max(1, PART // matrices[0].numel())
     for first in range(0, len(matrices), count):
         part = list(matrices[first : first + count])
-        torch._foreach_copy_(part, list(_iterate(torch.stack(part), *coefficients, steps, eps)))
+        torch._foreach_copy_(part, list(_iterate(torch.stack(part), coefficients, steps, eps)))
 
 
-def _iterate(x: torch.Tensor, a: float, b: float, c: float, steps: int, eps: float) -> torch.Tensor:
+def _iterate(x: torch.Tensor, coefficients: Sequence[float], steps: int, eps: float) -> torch.Tensor:
+    a, b, c = coefficients
     tall = x.size(1) > x.size(2)
     # Summed in fp32; dividing by its bf16 rounding leaves the largest singular value at most 0.4 % above 1.
     norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32).clamp_(min=eps)
