@@ -11,6 +11,7 @@ from cases.problem import compare, double, same_bits
 
 from pybatch import _C, ops
 
+CHUNK = ops.CppBackend.chunk
 rules = pytest.mark.parametrize("rule", lists.RULES)
 with_norms = pytest.mark.parametrize("rule", [name for name, of in ops.RULES.items() if of.norms != "none"])
 
@@ -253,3 +254,21 @@ def test_fp32_parameters_take_16_bit_gradients(rule):
         setup.step(low, norm=True)
         other.step([g.float() for g in low], norm=True)
     assert same_bits(setup.bits(), other.bits())
+
+
+@pytest.mark.parametrize("begin", [2**31, 2**32, 2**32 + 2**31 - CHUNK])
+def test_elements_past_two_to_the_31(begin):
+    # A table whose only chunk is far out: addresses are of a tensor that would begin `begin` elements earlier.
+    far, near = make("AdamWAmsgrad", [CHUNK]), make("AdamWAmsgrad", [CHUNK])
+    far.list.rows[0, _C.columns["numel"]] = begin + CHUNK
+    far.list.chunks[0, 1] = begin // CHUNK
+    for column in ("param", "state0"):
+        first = _C.columns[column]
+        far.list.rows[0, first : first + (3 if column == "state0" else 1)] -= 4 * begin
+    grads = gradients(far, 1)[0]
+    near.step(grads, norm=True)
+    call = far.call(grads, norm=True)
+    far.list.rows[0, _C.columns["grad"]] -= 4 * begin
+    far.backend.step(far.list, call)
+    assert same_bits(far.bits(), near.bits())
+    assert float(far.ledger["norm"]) == float(near.ledger["norm"])

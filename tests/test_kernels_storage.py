@@ -123,17 +123,17 @@ def fmix32(h):
     return h ^ (h >> np.uint32(16))
 
 
-def random_bits(seed, salt, step, count):
-    """What kernels/storage.h documents, in NumPy."""
+def random_bits(seed, salt, step, count, begin=0):
+    """What kernels/storage.h documents, in NumPy: of elements [begin, begin + count)."""
 
     def mix(key, word):
         with np.errstate(over="ignore"):
             return fmix32((key ^ np.asarray(word, dtype=np.uint32)) + np.uint32(0x9E3779B9))
 
     key = np.uint32(0)
-    for word in (seed & 0xFFFFFFFF, seed >> 32, salt, step, 0):
+    for word in (seed & 0xFFFFFFFF, seed >> 32, salt, step, begin >> 32):
         key = mix(key, word)
-    return mix(key, np.arange(count))
+    return mix(key, (begin + np.arange(count)) & 0xFFFFFFFF)
 
 
 def test_the_hash_is_the_published_one():
@@ -212,3 +212,20 @@ def test_random_bits_depend_on_seed_tensor_and_step_and_on_nothing_else(name):
     for other in (result(4), result(3 + 2**40), result(3, steps=2), result(3, position=1)):
         agreement = (base == other).double().mean()  # of independent halves: 0.5, +- 0.0023
         assert 0.49 < agreement < 0.51
+
+
+@pytest.mark.parametrize("begin", [2**31, 2**32 + 3 * CHUNK])
+def test_random_bits_past_two_to_the_32_elements(begin):
+    values = np.random.default_rng(0).standard_normal(CHUNK).astype(np.float32)
+    passage = Passage("bfloat16_stochastic", [CHUNK])
+    tensors = passage.setup.list
+    # The only chunk is far out: its address is of a tensor that would begin `begin` elements earlier.
+    tensors.rows[0, _C.columns["numel"]] = begin + CHUNK
+    tensors.rows[0, _C.columns["param"]] -= 2 * begin
+    tensors.chunks[0, 1] = begin // CHUNK
+    target = torch.from_numpy(values)
+    call = passage.setup.call([target])
+    tensors.rows[0, _C.columns["grad"]] -= 4 * begin
+    passage.setup.backend.step(tensors, call)
+    wanted = rounded(values, random_bits(7, 0, 1, CHUNK, begin), "bfloat16")
+    np.testing.assert_array_equal(passage.setup.params[0].float().numpy(), wanted)
