@@ -75,7 +75,8 @@ def catalogue() -> Findings:
         models = f" Models: {', '.join(kind.models)}." if kind.models else ""
         workloads.append((name, _summary(kind) + models))
     workloads.append(("FILE.py:CLASS", "A pybatch.Workload of your own."))
-    optimizers = [(name, _summary(getattr(optim, name))) for name in optim.__all__ if name != "FusedOptimizer"]
+    names = sorted((name for name in optim.__all__ if name != "FusedOptimizer"), key=str.casefold)
+    optimizers = [(name, _summary(getattr(optim, name))) for name in names]
     return [("Workloads (pybatch bench --workload NAME)", workloads), ("Optimizers (pybatch.optim.NAME)", optimizers)]
 
 

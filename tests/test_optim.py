@@ -192,6 +192,28 @@ def test_lion_moves_nothing_where_the_sign_is_of_zero():
     assert p.tolist() == [0.5, 2.0, 3.5]
 
 
+@each_optimizer
+def test_noise_statistics_do_not_depend_on_the_rule(case):
+    rings = []
+    for kind in (case, sgd):
+        params = problem.tensors(small=True)
+        opt = kind.optimizer(params, lr=kind.LR, max_grad_norm=1.0, noise=True)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for n in (4, 8):
+                problem.give_gradients(params, generator)
+                opt.accumulate(n)
+            opt.step()
+        rings.append(opt.noise)
+    mine, plain = rings
+    assert mine.steps == 3
+    assert (mine.grad_sq, mine.trace) == (plain.grad_sq, plain.trace)
+    # Muon lists its parameters in another order.
+    assert sorted((layer.grad_sq, layer.trace) for layer in mine.layers) == sorted(
+        (layer.grad_sq, layer.trace) for layer in plain.layers
+    )
+
+
 BAD_ARGUMENTS = [
     (adamw, {"lr": -1.0}, "lr -1.0"),
     (adamw, {"betas": (0.9, 1.0)}, "betas"),

@@ -33,22 +33,23 @@ def build(shape, layout, dtype, generator):
     case=cases,
     rows=st.lists(tensors, min_size=1, max_size=6),
     beyond=st.sampled_from([None, -1, 0, 1]),  # elements past the end of a chunk, where there is a tensor of that size
+    master=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_any_list_follows_the_reference(case, rows, beyond, seed):
+def test_any_list_follows_the_reference(case, rows, beyond, master, seed):
     case, options = case
     generator = torch.Generator().manual_seed(seed)
     params = [build(*row, generator) for row in rows]
     if beyond is not None:
         params.append(torch.nn.Parameter(torch.randn(16384 + beyond, generator=generator)))
-    opt = case.optimizer(params, lr=case.LR, **options)
+    opt = case.optimizer(params, lr=case.LR, master_weights=master, **options)
     start = [problem.double(p) for p in params]
     wanted, states = [s.copy() for s in start], [{} for _ in params]
     for _ in range(2):
         problem.give_gradients(params, generator)
         for i, p in enumerate(params):
             new = case.reference(wanted[i], problem.double(p.grad), states[i], case.LR, **options)
-            wanted[i] = problem.rounded(new, p.dtype)
+            wanted[i] = new if master else problem.rounded(new, p.dtype)
         opt.step()
     for p, w, s in zip(params, wanted, start, strict=True):
         allowed = 1e-5 * np.abs(w - s).max(initial=0.0) + 8 * torch.finfo(p.dtype).eps

@@ -1,5 +1,7 @@
 """16-bit parameters: masters and remainders follow an fp32 run to the bit, stochastic rounding is unbiased."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -157,6 +159,24 @@ def test_a_non_finite_step_leaves_masters_and_parameters(case, kind):
     assert same_bits(masters, kept(opt, params))
     assert len(masters) == (0 if "stochastic_rounding" in kind else len(params))
     assert opt.skipped == 1
+
+
+@optimizers(OPTIMIZERS)
+@pytest.mark.parametrize("kind", [{}, *KINDS], ids=str)
+def test_a_state_dict_goes_on_to_the_bit(case, kind):
+    """Moments, masters, the stream of random bits and LARS's carried norms."""
+    runs = [problem.tensors(torch.bfloat16, small=True) for _ in range(2)]
+    options = next((options for options in case.VARIANTS if "skip" in options), {})
+    first, again = (case.optimizer(params, lr=case.LR, max_grad_norm=1.0, **options, **kind) for params in runs)
+    problem.train(first, runs[0], 3)
+    with torch.no_grad():
+        for p, q in zip(*runs, strict=True):
+            q.copy_(p)
+    again.load_state_dict(copy.deepcopy(first.state_dict()))
+    problem.train(first, runs[0], 3, seed=4)
+    problem.train(again, runs[1], 3, seed=4)
+    assert same_bits(*runs)
+    assert same_bits(kept(first, runs[0]), kept(again, runs[1]))
 
 
 def test_muon_moves_narrow_matrices_by_stochastic_rounding_too():

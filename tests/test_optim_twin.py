@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from cases import adamw, problem, sgd
+from cases import adamw, lion, problem, sgd
 from cases.catalogue import EXACT, optimizers, variants
 from cases.problem import close, train
 
@@ -185,3 +185,13 @@ def test_grad_scaler_with_clipping_clips_the_unscaled_gradient():
     scaler.step(opt)
     np.testing.assert_allclose(float(opt.grad_norm), 0.2, rtol=1e-6)
     np.testing.assert_allclose(problem.double(p), -0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", lion.VARIANTS[:3], ids=str)  # it knows no maximize
+def test_lion_is_optimis(options):
+    """Torch has no Lion; torch-optimi has one."""
+    optimi = pytest.importorskip("optimi")
+    ours, theirs = problem.tensors(small=True), problem.tensors(small=True)
+    train(lion.optimizer(ours, lr=lion.LR, **options), ours, 5)
+    train(optimi.Lion(theirs, lr=lion.LR, triton=False, **options), theirs, 5)
+    close(ours, theirs)
