@@ -87,6 +87,13 @@ class Ledger:
         self.values[_C.ledger["norm"]] = torch.nan
         self.ring = torch.zeros(_C.ring_rows, 3, dtype=torch.float64, device=device)
 
+    @classmethod
+    def of(cls, values: torch.Tensor, ring: torch.Tensor) -> Ledger:
+        """A ledger over tensors of another one."""
+        ledger = cls.__new__(cls)
+        ledger.values, ledger.ring = values, ring
+        return ledger
+
     def __getitem__(self, name: str) -> torch.Tensor:
         """A copy of one scalar, 0-d float64 on the device; names as in kernels/table.h."""
         return self.values[_C.ledger[name]].clone()

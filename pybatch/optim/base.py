@@ -93,6 +93,7 @@ class FusedOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def accumulate(self, n: SupportsFloat) -> None:
         """Take the gradients as the mean over a micro-batch of `n` examples: they are added to a private sum.
@@ -123,6 +124,7 @@ class FusedOptimizer(Optimizer):
         """
         return self._collect(check_count(n))
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, or an accumulated sum if `accumulate` was called since the last.
