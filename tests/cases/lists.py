@@ -75,12 +75,13 @@ class Setup:
     shares: list | None = None
     layers: torch.Tensor | None = None
     maximize: bool = False
+    backend: ops.Backend = field(default_factory=ops.CppBackend)
     ledger: ops.Ledger = field(init=False)
 
     def __post_init__(self):
         count = ops.RULES[self.rule].states
         storage = self.storage or ""
-        self.backend, self.ledger = ops.CppBackend(), ops.Ledger(CPU)
+        self.ledger = ops.Ledger(CPU)
         self.states = [tuple(torch.zeros(len(p)) for _ in range(count)) for p in self.params]
         self.masters = [None] * len(self.params)
         if storage.endswith("_master"):
