@@ -54,6 +54,8 @@ PYBIND11_MODULE(_C, m) {
     address(table, "ring", &Table::ring);
     address(table, "partials", &Table::partials);
     address(table, "ticket", &Table::ticket);
+    // For code in C that takes the structs themselves.
+    table.def_property_readonly("address", [](const Table& t) { return reinterpret_cast<uintptr_t>(&t); });
 
     py::class_<Call> call(m, "Call");
     call.def(py::init([] { return Call{}; }))
@@ -74,6 +76,7 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("threads", &Call::threads);
     address(call, "grad_scale", &Call::grad_scale);
     address(call, "found_inf", &Call::found_inf);
+    call.def_property_readonly("address", [](const Call& c) { return reinterpret_cast<uintptr_t>(&c); });
 
     py::class_<Watch>(m, "Watch")
         .def(py::init<const py::list&, const py::list&, const py::list&, const py::dict&>(), py::arg("groups"),
