@@ -213,6 +213,7 @@ class TensorList:
     def send(self) -> None:
         """Bring the device's table up to date; no synchronization."""
         if self._stale and self.rows is not self._host:
+            refuse_capture(self.device, "a gradient, a sum or a parameter is in another place than in the step before")
             # A pinned block of its own per upload: torch's pinned allocator keeps it until the copy is done.
             self.rows.copy_(self._host.pin_memory(), non_blocking=True)
         self._stale = False
@@ -249,10 +250,20 @@ class TensorList:
 
     def set_hyper(self, values: Sequence[Sequence[float]]) -> None:
         """Hyper-parameters per group: learning rate, maximize, then the rule's own in its header's order."""
+        refuse_capture(self.device, "a hyper-parameter has changed")
         host = torch.zeros(self.hyper.shape, dtype=torch.float64)
         for row, group in zip(host, values, strict=True):
             row[: len(group)] = torch.tensor(group, dtype=torch.float64)
         self.hyper.copy_(host.pin_memory() if self.device.type == "cuda" else host, non_blocking=True)
+
+
+def refuse_capture(device: torch.device, why: str) -> None:
+    """Raise UsageError where a CUDA graph is being captured, which must hold no upload from the host."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise UsageError(
+            f"step() in the capture of a CUDA graph: {why}, so tables would have to be uploaded. Take a step before the "
+            "capture, keep gradients in place by zero_grad(set_to_none=False), and give lr as a tensor on the device."
+        )
 
 
 def _scalar(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:

@@ -252,6 +252,8 @@ class FusedOptimizer(Optimizer):
         options = [tuple([group.get(name) for name in self.rule_options]) for group in self.param_groups]
         tables = self._tables
         if tables is None or options != self._sent_options or not tables.stands(self.param_groups, self.state):
+            if tables is not None and tables.first is not None:
+                ops.refuse_capture(tables.first.device, "parameters, states or options have changed")
             self._sent_options = []  # so that a refusal below is met again by the next call
             made = Tables(
                 self.param_groups, self.state, self._options, self._rule, self._ledger, tables, self._saved_layers
