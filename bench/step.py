@@ -67,7 +67,10 @@ class Case(Protocol):
     chain: str
     ours_bytes: int
     tolerance: float
-    sides: Mapping[str, Callable[[], object]]
+
+    @property
+    def sides(self) -> Mapping[str, Callable[[], object]]:
+        """Runs by name."""
 
     def prepare(self, seed: int | None) -> None:
         """Inputs of the next run: fresh ones of a seed, or the last ones again."""
@@ -81,21 +84,20 @@ class Side:
 
     def __init__(self, params: Params, optimizer: Any, masters: Params | None, clip: bool, scaler: bool) -> None:
         self.params, self.optimizer, self.masters, self.clip = params, optimizer, masters, clip
-        for tensor in [*params, *(masters or [])]:
-            tensor.grad = torch.empty_like(tensor)
+        self.grads, self.master_grads = _give_memory(params), _give_memory(masters or [])
         device = params[0].device
         self.scaler = torch.amp.GradScaler(device.type, init_scale=SCALE) if scaler else None
         if self.scaler is not None:
             self.scaler.scale(torch.ones((), device=device))  # which makes the scale
 
     def give(self, grads: list[torch.Tensor]) -> None:
-        torch._foreach_copy_([p.grad for p in self.params], grads)
+        torch._foreach_copy_(self.grads, grads)
 
     @torch.no_grad()
     def __call__(self) -> None:
         updated = self.params if self.masters is None else self.masters
         if self.masters is not None:  # the user's casts
-            torch._foreach_copy_([m.grad for m in self.masters], [p.grad for p in self.params])
+            torch._foreach_copy_(self.master_grads, self.grads)
         if self.scaler is not None and self.clip:
             self.scaler.unscale_(self.optimizer)
         if self.clip:
@@ -106,7 +108,15 @@ class Side:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         if self.masters is not None:
-            torch._foreach_copy_(self.params, self.masters)
+            torch._foreach_copy_(list[torch.Tensor](self.params), list[torch.Tensor](self.masters))
+
+
+def _give_memory(params: Params) -> list[torch.Tensor]:
+    """Gradients that stay where they are."""
+    grads = [torch.zeros_like(p) for p in params]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    return grads
 
 
 def ours(name: str, params: Params, chain: str, precision: str) -> Any:
@@ -218,8 +228,8 @@ def _quartiles(seconds: list[float]) -> list[float]:
 
 def makers(name: str, precision: str, chain: str) -> Callable[[Shapes, torch.device], Case] | None:
     """What makes this case; None where there is none."""
-    special = {"noise": NoisyStep, "accumulate": Accumulate}.get(chain)
-    if special is not None:
+    if chain in ("noise", "accumulate"):
+        special: Callable[[Shapes, torch.device], Case] = NoisyStep if chain == "noise" else Accumulate
         return special if (name, precision) == ("AdamW", "fp32") else None
     if chain == "scaler" and (precision != "fp32" or name not in ("SGD", "Adam", "AdamW")):
         return None  # a GradScaler needs a torch optimizer, and has fp32 parameters
