@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import problem
 
-from pybatch import _C, optim, ops
+from pybatch import _C, ops, optim
 from pybatch.errors import UsageError
 
 BACKENDS = [
