@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cases import adam, adamw, lamb, lars, lion, muon, problem, sgd
-from cases.catalogue import EXACT, OPTIMIZERS, optimizers, variants, wrong_rules
+from cases.catalogue import EXACT, OPTIMIZERS, optimizers, variants, whole, wrong_rules
 from cases.problem import same_bits, train
 
 from pybatch import _C
@@ -40,8 +40,8 @@ def test_every_vector_width_matches_the_reference(narrower, width, case):
     narrower(width)
     for dtype in problem.DTYPES:
         params = problem.tensors(dtype)
-        opt = case.optimizer(params, lr=case.LR, max_grad_norm=50.0)
-        result = problem.follow(params, {}, case.reference, case.LR, clip=50.0, optimizer=opt)
+        opt = case.optimizer(params, lr=case.LR, max_grad_norm=50.0, **whole(case))
+        result = problem.follow(params, whole(case), case.reference, case.LR, clip=50.0, optimizer=opt)
         problem.assert_follows(result, dtype)
 
 
@@ -190,6 +190,51 @@ def test_lion_moves_nothing_where_the_sign_is_of_zero():
     p.grad = torch.tensor([1.0, 0.0, -1.0])
     opt.step()
     assert p.tolist() == [0.5, 2.0, 3.5]
+
+
+@optimizers(EXACT)
+@pytest.mark.parametrize("dtype", problem.DTYPES, ids=str)
+def test_accumulated_micro_batches_are_used_as_their_mean(case, dtype):
+    """Rules with norms take the mean's, which no pass over gradients has seen."""
+    params, options = problem.tensors(dtype), whole(case)
+    opt = case.optimizer(params, lr=case.LR, max_grad_norm=50.0, master_weights=True, **options)
+    start = [problem.double(p) for p in params]
+    wanted, states = [s.copy() for s in start], [{} for _ in params]
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        means = [np.zeros(p.shape) for p in params]
+        for n in (4, 12):
+            problem.give_gradients(params, generator)
+            means = [mean + n / 16 * problem.double(p.grad) for mean, p in zip(means, params, strict=True)]
+            opt.accumulate(n)
+        opt.step()
+        factor = min(1.0, 50.0 / (problem.global_norm(means) + 1e-6))
+        for i, mean in enumerate(means):
+            wanted[i] = case.reference(wanted[i], factor * mean, states[i], case.LR, **options)
+    values = [opt.state[p].get("master", p) for p in params]
+    error, movement, share = problem.compare(values, wanted, start)
+    assert error <= 1e-5 * movement + 1e-6
+    assert share < 1e-5
+
+
+@each_optimizer
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_a_scaled_loss_gives_the_same_bits(case, accumulated):
+    """The scale is a power of 2, so that no rounding differs; LARS's and Muon's norms must be unscaled too."""
+    runs = []
+    for scale in (None, 1024.0):
+        params = problem.tensors(small=True)
+        opt = case.optimizer(params, lr=case.LR, max_grad_norm=5.0, **whole(case))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            problem.give_gradients(params, generator, scale or 1.0)
+            if scale is not None:
+                opt.grad_scale, opt.found_inf = torch.tensor(scale), torch.zeros(())
+            if accumulated:
+                opt.accumulate(4)
+            opt.step()
+        runs.append([*params, opt.grad_norm])
+    assert same_bits(*runs)
 
 
 @each_optimizer

@@ -45,6 +45,11 @@ def test_matches_float64_reference(case, options, dtype, clip):
     assert_follows(result, dtype)
 
 
+def test_a_step_that_does_nothing_fails_the_same_check():
+    with pytest.raises(AssertionError):
+        assert_follows(problem.follow(matrices(), {}, muon.reference, muon.LR), torch.float32)
+
+
 @wrong_rules([muon])
 def test_a_wrong_rule_fails_the_same_check(case, wrong, options):
     params = matrices()

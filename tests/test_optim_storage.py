@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import lion, muon, problem, sgd
-from cases.catalogue import EXACT, OPTIMIZERS, optimizers
+from cases.catalogue import EXACT, OPTIMIZERS, optimizers, whole
 from cases.problem import same_bits
 
 NARROW = [dtype for dtype in problem.DTYPES if dtype != torch.float32]
@@ -28,7 +28,7 @@ def step_both(opt, params, others_opt, others, generator, scale=1.0):
 @pytest.mark.parametrize(("kind", "dtype"), MASTERS, ids=str)
 @pytest.mark.parametrize("clip", [None, 50.0])
 def test_masters_are_what_an_fp32_run_gives_to_the_bit(case, kind, dtype, clip):
-    options = next((options for options in case.VARIANTS if "skip" in options), {})
+    options = whole(case)
     params = problem.tensors(dtype)
     wide = [torch.nn.Parameter(torch.empty_like(p, dtype=torch.float32).copy_(p)) for p in params]
     opt = case.optimizer(params, lr=case.LR, max_grad_norm=clip, master_weights=kind, **options)
@@ -166,7 +166,7 @@ def test_a_non_finite_step_leaves_masters_and_parameters(case, kind):
 def test_a_state_dict_goes_on_to_the_bit(case, kind):
     """Moments, masters, the stream of random bits and LARS's carried norms."""
     runs = [problem.tensors(torch.bfloat16, small=True) for _ in range(2)]
-    options = next((options for options in case.VARIANTS if "skip" in options), {})
+    options = whole(case)
     first, again = (case.optimizer(params, lr=case.LR, max_grad_norm=1.0, **options, **kind) for params in runs)
     problem.train(first, runs[0], 3)
     with torch.no_grad():

@@ -34,3 +34,8 @@ def wrong_rules(cases):
 def optimizers(cases):
     """Parametrize over case."""
     return pytest.mark.parametrize("case", cases, ids=label)
+
+
+def whole(case):
+    """Options with which the optimizer's own rule takes every tensor of the problem, none is skipped."""
+    return next((options for options in case.VARIANTS if options.get("skip") is False), {})
