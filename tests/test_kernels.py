@@ -214,6 +214,13 @@ def test_zero_norms_leave_the_rate_alone(rule):
         np.testing.assert_allclose(double(p), w, rtol=1e-6)
 
 
+def test_lion_does_not_move_where_nothing_pulls():
+    setup = lists.Setup([torch.ones(3)], "Lion")
+    setup.step([torch.tensor([0.0, -0.0, 1.0])])
+    decayed = 1.0 - lists.LR * 0.3
+    torch.testing.assert_close(setup.params[0], torch.tensor([decayed, decayed, decayed - lists.LR]))
+
+
 @rules
 def test_after_accumulating_the_step_is_the_same(rule):
     setup, plain = make(rule), make(rule)

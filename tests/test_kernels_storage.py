@@ -96,8 +96,8 @@ class Passage:
 
 
 def patterns():
-    """Special values, and every pattern of the low half around some high halves."""
-    high = np.array([0x0000, 0x0080, 0x3F7F, 0x3F80, 0x7F7F, 0xBF80, 0xFF7F], dtype=np.uint32)
+    """Special values, and patterns of the low half beside some high halves: small, large, NaN of many kinds."""
+    high = np.array([0x0000, 0x0080, 0x3F7F, 0x3F80, 0x7F7F, 0x7F80, 0x7FFF, 0xBF80, 0xFF7F], dtype=np.uint32)
     bits = (high[:, None] << 16 | np.arange(0, 0x10000, 7, dtype=np.uint32)).ravel()
     return np.concatenate([np.array(SPECIAL, np.float32), bits.view(np.float32)])
 
@@ -161,8 +161,8 @@ def rounded(values, random, name):
 @pytest.mark.parametrize("seed", [0, 7, 2**63 + 5])
 def test_stochastic_rounding_is_what_it_says(name, seed):
     rng = np.random.default_rng(0)
-    values = np.concatenate([patterns(), rng.standard_normal(CHUNK + 77), rng.standard_normal(4000) * 2.0**-20])
-    values = values.astype(np.float32)
+    drawn = np.concatenate([rng.standard_normal(CHUNK + 77), rng.standard_normal(4000) * 2.0**-20])
+    values = np.concatenate([patterns(), drawn.astype(np.float32)])
     passage = Passage(f"{name}_stochastic", [3, len(values)], seed)
     for step in (1, 2):
         passage.step([torch.zeros(3), torch.from_numpy(values)])
