@@ -10,8 +10,8 @@ import torch
 from pybatch.errors import UsageError
 from pybatch.optim.arguments import check_betas, check_hyper, check_torch_flags
 from pybatch.optim.base import FusedOptimizer
-from pybatch.optim.lars import check_skip, skipped
 from pybatch.optim.options import Options, Rule
+from pybatch.optim.skipping import check_skip, skipped
 
 
 class LAMB(FusedOptimizer):

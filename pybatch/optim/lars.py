@@ -10,6 +10,7 @@ from pybatch.errors import UsageError
 from pybatch.optim.arguments import check_hyper, check_torch_flags
 from pybatch.optim.base import FusedOptimizer
 from pybatch.optim.options import Options, Rule
+from pybatch.optim.skipping import check_skip, skipped
 
 
 class LARS(FusedOptimizer):
@@ -108,17 +109,3 @@ class LARS(FusedOptimizer):
         if rule.name == "SgdMomentum":
             return momentum, 0.0, 0.0, nesterov  # no dampening, no decay
         return momentum, group["weight_decay"], group["trust_coefficient"], group["eps"], nesterov
-
-
-def skipped(group: dict[str, Any], param: torch.Tensor) -> bool:
-    """Whether a parameter is left out of layer-wise rates: by its group's "skip", or by its dimensions."""
-    return param.dim() <= 1 if group["skip"] is None else bool(group["skip"])
-
-
-def check_skip(value: Any) -> None:
-    """Raise UsageError unless a group's "skip" is None, True or False."""
-    if value is not None and not isinstance(value, bool):
-        raise UsageError(
-            f"skip {value!r}: it is None (parameters with at most one dimension), True (all) or False (none). "
-            'Put the parameters to skip into a group of their own: {"params": [...], "skip": True}.'
-        )
