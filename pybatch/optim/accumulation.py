@@ -83,8 +83,6 @@ def add(sums: Sums, tables: Tables, found: Gradients, call: Any, n: float, *, pa
         n: examples of the micro-batch.
         partly: only some of the gradients are there; the others' sums are not read, and `close` must follow.
     """
-    assert tables.first is not None
-    assert tables.backend is not None
     fresh = sums.give(tables.slots, found)
     columns: dict[str, ArrayLike] = {
         "grad": found.addresses,
@@ -106,7 +104,6 @@ def add(sums: Sums, tables: Tables, found: Gradients, call: Any, n: float, *, pa
 
 def close(sums: Sums, tables: Tables) -> None:
     """After a micro-batch that was added partly: the norm of all sums is that of its parts."""
-    assert tables.first is not None
     tables.first.sum_up([i for i, total in enumerate(sums.tensors) if total is not None])
 
 

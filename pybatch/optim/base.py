@@ -223,7 +223,8 @@ class FusedOptimizer(Optimizer):
     def _own_state(self) -> dict[str, Any] | None:
         if self._ledger is None:
             return None
-        return statistics.save(self._ledger, self._layers()) | {"single_steps": self._single_steps, "seed": self._seed}
+        own = statistics.save(self._ledger, self._layers()) | {"single_steps": self._single_steps}
+        return own | {"seed": self._seed} if self._options.stochastic else own
 
     def _layers(self) -> dict[int, torch.Tensor]:
         return self._saved_layers | ({} if self._tables is None else self._tables.layers())
@@ -231,7 +232,9 @@ class FusedOptimizer(Optimizer):
     def _load_own(self, saved: dict[str, Any] | None) -> None:
         if saved is not None:
             self._ledger, self._saved_layers = statistics.load(saved)
-            self._single_steps, self._seed = saved["single_steps"], saved.get("seed", self._seed)
+            self._single_steps = saved["single_steps"]
+            if self._options.stochastic:
+                self._seed = saved.get("seed", self._seed)
 
     def _reset(self, ledger: ops.Ledger | None = None, single_steps: int = 0, seed: int | None = None) -> None:
         self._tables = None
@@ -252,17 +255,17 @@ class FusedOptimizer(Optimizer):
         options = [tuple([group.get(name) for name in self.rule_options]) for group in self.param_groups]
         tables = self._tables
         if tables is None or options != self._sent_options or not tables.stands(self.param_groups, self.state):
-            if tables is not None and tables.first is not None:
+            if tables is not None:
                 ops.refuse_capture(tables.first.device, "parameters, states or options have changed")
             self._sent_options = []  # so that a refusal below is met again by the next call
-            made = Tables(
+            made = Tables.make(
                 self.param_groups, self.state, self._options, self._rule, self._ledger, tables, self._saved_layers
             )
+            if made is None:
+                return None
             self._sums.tensors = self._sums.moved(tables, made)
             self._ledger, self._tables, self._sent_options = made.ledger, made, options
             tables = made
-        if tables.first is None:
-            return None
         tables.send_hyper(self.param_groups, self._hyper)
         return tables
 
@@ -302,7 +305,7 @@ class FusedOptimizer(Optimizer):
 
     def _discard(self) -> None:
         self._forget_sums()
-        if self._tables is not None and self._tables.first is not None:
+        if self._tables is not None:
             self._tables.first.discard()
 
     def _forget_sums(self) -> None:
@@ -314,7 +317,6 @@ class FusedOptimizer(Optimizer):
             amp.check_consumed(self, self._params())
         if tables is None:
             return
-        assert tables.first is not None
         if accumulated:
             sources = np.array(addresses(self._sums.tensors), dtype=np.int64)
         else:

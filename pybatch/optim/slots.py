@@ -129,7 +129,7 @@ def conform(slot: Slot, grad: torch.Tensor) -> torch.Tensor:
     if grad.layout is not torch.strided:
         raise UsageError(f"{what} has layout {grad.layout}. Use sparse=False in its module, or torch.optim.SparseAdam.")
     if grad.dtype not in ops.DTYPES:
-        raise UsageError(f"{what} is {grad.dtype}, the parameter {slot.dtype}. Convert one to the other's dtype.")
+        raise UsageError(f"{what} is {grad.dtype}, the parameter {slot.dtype}. Convert it to the parameter's dtype.")
     if grad.device != slot.device:
         raise UsageError(f"{what} is on {grad.device}, the parameter on {slot.device}. Move one to the other.")
     if grad.shape != slot.shape:
