@@ -102,6 +102,24 @@ def fully_sharded(kind, **more):
     return net, opt
 
 
+def accumulated(in_backward):
+    """FSDP2 with micro-batches: every process has the same data, so its mean is the whole batch's."""
+    net = model()
+    for layer in (net[0], net[2], net):
+        fully_shard(layer)
+    opt = optim.AdamW(net.parameters(), lr=0.05, max_grad_norm=0.1, noise=True)
+    for step in range(STEPS):
+        for n in COUNTS:
+            if in_backward:
+                with opt.accumulating(n):
+                    (net(data(step, n)) ** 2).sum(1).mean().backward()
+            else:
+                (net(data(step, n)) ** 2).sum(1).mean().backward()
+                opt.accumulate(n)
+        opt.step()
+    return [whole(p) for p in net.parameters()], float(opt.grad_norm), opt.noise.trace
+
+
 def resumed(folder):
     """FSDP2 through a distributed checkpoint in mid-training."""
     net, opt = fully_sharded("adamw")
@@ -152,6 +170,7 @@ def main(rank, rendezvous, output):
     for kind in ("sgd", "adamw", "lamb"):
         net, opt = fully_sharded(kind)
         found["fsdp", kind] = [whole(p) for p in net.parameters()], float(opt.grad_norm)
+    found["accumulate"], found["accumulating"] = accumulated(False), accumulated(True)
     folder = [tempfile.mkdtemp()] if rank == 0 else [None]
     dist.broadcast_object_list(folder)
     found["resumed"] = resumed(folder[0])

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from pybatch import optim
+
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
@@ -79,6 +81,21 @@ def test_fully_sharded_model_trains_as_the_plain_one(sharded, kind):
     for p, q in zip(net.parameters(), params, strict=True):
         torch.testing.assert_close(p.detach(), q, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(norm, float(opt.grad_norm), rtol=1e-5)
+
+
+def test_micro_batches_of_a_fully_sharded_model(sharded):
+    net = worker.model()
+    opt = optim.AdamW(net.parameters(), lr=0.05, max_grad_norm=0.1, noise=True)
+    for step in range(worker.STEPS):
+        for n in worker.COUNTS:
+            (net(worker.data(step, n)) ** 2).sum(1).mean().backward()
+            opt.accumulate(n)
+        opt.step()
+    for name in ("accumulate", "accumulating"):
+        params, norm, trace = sharded[name]
+        for p, q in zip(net.parameters(), params, strict=True):
+            torch.testing.assert_close(p.detach(), q, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose((norm, trace), (float(opt.grad_norm), opt.noise.trace), rtol=1e-4)
 
 
 def test_distributed_checkpoint_goes_on_and_states_are_sharded(sharded):

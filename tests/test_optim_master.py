@@ -145,6 +145,19 @@ def test_the_twin_loads_it_and_gives_it_back(dtype, master):
     assert torch.equal(value(fresh, params[0]), now)
 
 
+def test_a_remainder_follows_a_write_that_comes_with_a_new_gradient():
+    """The table is made anew then, and must not lose sight of the write."""
+    p, late = simple(torch.bfloat16), simple(torch.bfloat16)
+    opt = sgd.optimizer([p, late], lr=1e-4, master_weights="remainder")
+    train(opt, [p], 5)
+    assert opt.state[p]["remainder"].any()
+    with torch.no_grad():
+        p.fill_(3.0)
+    p.grad, late.grad = torch.zeros_like(p), torch.zeros_like(late)
+    opt.step()
+    assert torch.equal(value(opt, p), torch.full((257,), 3.0))
+
+
 def test_remainder_of_fp16_is_refused():
     p = simple(torch.float16)
     opt = sgd.optimizer([p], master_weights="remainder")
@@ -153,6 +166,7 @@ def test_remainder_of_fp16_is_refused():
     with pytest.raises(UsageError, match=r"parameter 0 of shape \(257,\) is torch.float16.*master_weights=True"):
         opt.step()
     assert torch.equal(p.detach(), before)
+    assert not opt.state.get(p)
 
 
 def test_fp32_parameters_need_no_master():

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, SupportsFloat
 
 import numpy as np
 import torch
-from torch.optim import Optimizer
 
 from pybatch import ops
 from pybatch.errors import UsageError
@@ -17,12 +16,13 @@ from pybatch.optim import accumulation, amp, statistics
 from pybatch.optim.accumulation import Sums
 from pybatch.optim.arguments import check_count, check_hyper
 from pybatch.optim.options import Options, Rule
+from pybatch.optim.saving import SavedOptimizer
 from pybatch.optim.slots import addresses, check_param
 from pybatch.optim.tables import Tables
 from pybatch.records import NoiseScale
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(SavedOptimizer):
     """A `torch.optim.Optimizer` whose step is one pass over memory; subclasses name the rules and their arguments.
 
     Args:
@@ -45,10 +45,6 @@ class FusedOptimizer(Optimizer):
     """
 
     _step_supports_amp_scaling: ClassVar[bool] = True
-    _ledger: ops.Ledger | None
-    _tables: Tables | None
-    _saved_layers: dict[int, torch.Tensor]
-    _seed: int
     rule_options: ClassVar[tuple[str, ...]] = ()  # names of the group options that `_rule` reads
 
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
@@ -180,61 +176,7 @@ class FusedOptimizer(Optimizer):
             raise UsageError(f"{type(self).__name__} was made without noise=True, so no statistics were kept. Set it.")
         return statistics.noise(self._ledger, self._layers(), statistics.names(self.param_groups), self._single_steps)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, readable by the twin; what only pybatch has is under the key "pybatch"."""
-        state = super().state_dict()
-        if self._ledger is not None:
-            state["pybatch"] = self._own_state()
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; takes the twin's dictionaries too. States keep fp32 where torch would cast them."""
-        super().load_state_dict(state_dict)
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, param in zip(saved_ids, self._params(), strict=True):
-            saved = state_dict["state"].get(i, {})
-            if param.dtype != torch.float32:
-                for name, value in saved.items():
-                    if isinstance(value, torch.Tensor) and name != "step":
-                        dtype = torch.float32 if value.is_floating_point() else value.dtype
-                        self.state[param][name] = value.to(param.device, dtype)
-        self._load_own(state_dict.get("pybatch"))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_options": self._options, "_copied": self._own_state()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """For torch's load_state_dict, copies and pickles alike: addresses are taken anew at the next step."""
-        copied = state.pop("_copied", None)
-        ledger: ops.Ledger | None = self.__dict__.get("_ledger")
-        if ledger is not None:
-            ledger.discard()
-        seed: int | None = self.__dict__.get("_seed")
-        self._options = state.pop("_options", None) or self._options
-        self._reset(ledger, self.__dict__.get("_single_steps", 0), seed)
-        self._load_own(copied)
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-
     # Inside.
-
-    def _own_state(self) -> dict[str, Any] | None:
-        if self._ledger is None:
-            return None
-        own = statistics.save(self._ledger, self._layers()) | {"single_steps": self._single_steps}
-        return own | {"seed": self._seed} if self._options.stochastic else own
-
-    def _layers(self) -> dict[int, torch.Tensor]:
-        return self._saved_layers | ({} if self._tables is None else self._tables.layers())
-
-    def _load_own(self, saved: dict[str, Any] | None) -> None:
-        if saved is not None:
-            self._ledger, self._saved_layers = statistics.load(saved)
-            self._single_steps = saved["single_steps"]
-            if self._options.stochastic:
-                self._seed = saved.get("seed", self._seed)
 
     def _reset(self, ledger: ops.Ledger | None = None, single_steps: int = 0, seed: int | None = None) -> None:
         self._tables = None
@@ -246,9 +188,6 @@ class FusedOptimizer(Optimizer):
         self._single_steps = single_steps  # steps of one micro-batch, which give no pair of norms
         self._seed = self._options.seed if seed is None else seed
         self._sent_options: list[tuple[Any, ...]] = []
-
-    def _params(self) -> list[torch.Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
 
     def _current(self) -> Tables | None:
         """The tables, made anew where a tensor moved, came in or changed its rule; None before the first gradient."""
