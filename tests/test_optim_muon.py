@@ -171,6 +171,22 @@ def test_what_is_no_hidden_matrix_goes_by_adamw():
     assert same_bits(ours.values(), others.values())
 
 
+def test_a_groups_own_rate_is_muons_unless_it_says_otherwise():
+    params = model()
+    opt = Muon([params["embedding"]], lr=0.1, adamw_lr=0.02, adamw_weight_decay=0.0)
+    opt.add_param_group({"params": [params["hidden"], params["bias"]], "lr": 0.05, "weight_decay": 0.3})
+    opt.add_param_group({"params": [params["scale"]], "use_muon": False, "lr": 0.07, "eps": 1e-4})
+    opt.add_param_group({"params": [params["head"]], "use_muon": False})
+    names = ("use_muon", "lr", "weight_decay", "eps")
+    assert [tuple(group[name] for name in names) for group in opt.param_groups] == [
+        (True, 0.1, 0.1, 1e-7),
+        (True, 0.05, 0.3, 1e-7),
+        (False, 0.02, 0.0, 1e-8),
+        (False, 0.07, 0.0, 1e-4),
+        (False, 0.02, 0.0, 1e-8),
+    ]
+
+
 def test_schedulers_drive_both_rates():
     params = list(model().values())
     opt = Muon(params, lr=0.1, adamw_lr=0.02)

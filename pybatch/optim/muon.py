@@ -22,23 +22,23 @@ class Muon(FusedOptimizer):
 
     m <- m + (1 - momentum) (g - m);  u = g + momentum (m - g) with nesterov, else m;  o = NewtonSchulz(u);
     p <- p (1 - lr wd) - lr adjust(shape) o.  The products are in bf16, over all matrices of one shape at once; the
-    moments are in fp32. https://kellerjordan.github.io/posts/muon/
+    momentum is in fp32, and a bf16 copy of each matrix is kept to work in. https://kellerjordan.github.io/posts/muon/
 
     Unlike torch's, one optimizer takes all parameters of a model: those with two dimensions by Muon, the others by
     AdamW. **Embeddings and the output head have two dimensions too and belong to AdamW: name them.**
 
         Muon([{"params": hidden}, {"params": [embedding, head], "use_muon": False}], lr=0.02, adamw_lr=3e-4)
 
-    A group without "use_muon" is split in two by dimensions, so that `param_groups` and schedulers see both rates; a
-    group's own lr then holds for both parts. An AdamW group has AdamW's lr, betas, eps and weight_decay.
+    A group without "use_muon" is split in two by dimensions, so that `param_groups` and schedulers see both rates; its
+    lr, weight_decay and eps are Muon's, the AdamW part takes the adamw_ ones. A group with use_muon=False gives AdamW's
+    lr, betas, eps and weight_decay itself; what it leaves out are the adamw_ ones.
 
     Args:
         params, lr, weight_decay, momentum, nesterov: as in `torch.optim.Muon`.
         ns_coefficients, eps, ns_steps: of Newton-Schulz; eps is the smallest Frobenius norm that is divided by.
         adjust_lr_fn: None or "original": lr sqrt(max(1, rows / columns)); "match_rms_adamw" (Liu et al. 2025):
             0.2 lr sqrt(max(rows, columns)), with which AdamW's lr and weight_decay can be kept.
-        adamw_lr, adamw_weight_decay: of AdamW groups that give none; None: those of Muon.
-        adamw_betas, adamw_eps: the same.
+        adamw_lr, adamw_weight_decay, adamw_betas, adamw_eps: of AdamW groups; None: as Muon's.
         maximize, capturable: as in torch's other optimizers.
         foreach, fused: accepted for torch's sake and without effect.
         differentiable: must be False.
@@ -111,7 +111,9 @@ class Muon(FusedOptimizer):
         before = len(self.param_groups)
         try:
             for part in _parts(param_group):
-                super().add_param_group(part if part["use_muon"] else {**self._adamw, **part})
+                if not part["use_muon"]:
+                    part = {**self._adamw, **part} if "use_muon" in param_group else {**part, **self._adamw}
+                super().add_param_group(part)
         except Exception:
             del self.param_groups[before:]
             raise
