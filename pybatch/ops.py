@@ -156,6 +156,7 @@ class TensorList:
     ) -> None:
         self.states, self.ledger, self.layers = [entry.states for entry in entries], ledger, layers
         self.masters = [entry.master for entry in entries]
+        self.rules = tuple(sorted({RULES[entry.rule].number for entry in entries}))
         norms = {RULES[entry.rule].norms for entry in entries}
         self.row_norms, self.prepare = "gradient" in norms, "direction" in norms
         self.device = entries[0].param.device
