@@ -100,12 +100,14 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef PB_CUDA
     m.attr("cuda") = true;
-    for (auto [name, entry] : {std::pair{"cuda_step", cuda_step},
-                               {"cuda_norm", cuda_norm},
-                               {"cuda_prepare", cuda_prepare},
-                               {"cuda_update", cuda_update},
-                               {"cuda_accumulate", cuda_accumulate}})
-        m.def(name, [entry = entry](const Table& t, const Call& c, uintptr_t s) { return entry(t, c, (void*)s); });
+    const auto launch = [&m](const char* name, int (*entry)(const Table&, const Call&, void*)) {
+        m.def(name, [entry](const Table& t, const Call& c, uintptr_t s) { return entry(t, c, (void*)s); });
+    };
+    launch("cuda_step", cuda_step);
+    launch("cuda_norm", cuda_norm);
+    launch("cuda_prepare", cuda_prepare);
+    launch("cuda_update", cuda_update);
+    launch("cuda_accumulate", cuda_accumulate);
     m.def("cuda_devices", &cuda_devices);
     m.def("cuda_error", [](int code) { return py::make_tuple(cuda_error_name(code), cuda_error_text(code)); });
     m.attr("cuda_architectures") = PB_CUDA_ARCHITECTURES;
