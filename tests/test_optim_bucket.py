@@ -205,6 +205,20 @@ def test_two_backwards_are_refused(bucket):
         twice()
 
 
+def test_a_gradient_written_again_is_refused(bucket):
+    """As DistributedDataParallel does, whose all-reduce ends after the hooks."""
+    net = model()
+    opt = sgd.optimizer(net.parameters(), lr=1.0)
+
+    def late():
+        with opt.accumulating(2):
+            loss_of(net, batches()[0]).backward()
+            net[-1].weight.grad = torch.ones(WIDTH, WIDTH)
+
+    with pytest.raises(UsageError, match=r"parameter 7 of shape \(32, 32\) was written again.*no_sync"):
+        late()
+
+
 def test_no_gradient_and_bad_counts_are_refused():
     net = model()
     opt = sgd.optimizer(net.parameters(), lr=1.0)

@@ -118,6 +118,7 @@ class Collector:
     def __init__(self, params: list[torch.Tensor], flush: Callable[[], None]) -> None:
         self._flush, self._waiting = flush, 0
         self._seen: set[torch.Tensor] = set()
+        self._taken: set[torch.Tensor] = set()  # of them, those that were handed over
         self._index = {param: i for i, param in enumerate(params)}
         me = weakref.ref(self)
 
@@ -145,7 +146,23 @@ class Collector:
         self._waiting += 0 if grad is None else grad.numel() * grad.element_size()
         if self._waiting >= BUCKET_BYTES:
             self._waiting = 0
+            self._taken |= self._seen
             self._flush()
+
+    def finish(self) -> None:
+        """Hand over what is left.
+
+        Raises:
+            UsageError: a gradient was written again after it was handed over.
+        """
+        for param in self._taken:
+            if param.grad is not None:
+                raise UsageError(
+                    f"accumulating(): the gradient of parameter {self._index[param]} of shape {tuple(param.shape)} was "
+                    "written again after it was taken, as DistributedDataParallel does when its all-reduce is done. "
+                    "Call accumulate(n) after backward(), or use its no_sync()."
+                )
+        self._flush()
 
     def remove(self) -> None:
         """Take the hooks off the parameters."""

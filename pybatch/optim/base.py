@@ -112,11 +112,11 @@ class FusedOptimizer(SavedOptimizer):
         """As `accumulate`, but while backward() runs: `with opt.accumulating(len(x)): loss.backward()`.
 
         Gradients are added to the sum 64 MiB at a time, so that a second set of them never exists as a whole. An
-        exception inside discards the sums of the step.
+        exception inside discards the sums of the step. DistributedDataParallel writes gradients once more when its
+        all-reduce is done: there it can be used under `no_sync()` only.
 
         Raises:
-            UsageError: `n` is not above 0, a parameter has a gradient already, none gets one, or one gets its gradient
-                in two parts.
+            UsageError: `n` is not above 0, a parameter has a gradient already, none gets one, or one gets it twice.
         """
         return self._collect(check_count(n))
 
@@ -231,7 +231,7 @@ class FusedOptimizer(SavedOptimizer):
         collector = accumulation.Collector(params, flush)
         try:
             yield
-            flush()
+            collector.finish()
         except BaseException:
             self._discard()
             raise
