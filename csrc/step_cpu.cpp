@@ -25,7 +25,7 @@ double row_sum(const Table& t, int64_t row, int column) {
     return sum;
 }
 
-// Adds the squares of the gradient (or of the parameter) of a chunk.
+// Sums of squares over a chunk: of the gradient a step takes, of the parameter.
 double gradient_squares(const Chunk& chunk, bool sum) {
     Lanes squares;
     Buffers buffers;
@@ -44,6 +44,7 @@ double param_squares(const Chunk& chunk) {
 
 // The norm phase.
 
+// Whether |p|^2 of the row is kept from one update to the next.
 bool carries(const int64_t* row) { return norms_of(row[kCode] / kStorages) == Norms::gradient; }
 
 void take_squares(const Table& t, const Call& call, int64_t i) {
