@@ -153,7 +153,10 @@ class Update:
         others, self.missing = peers(name, device)
         made = {"ours": Side(params, ours(name, params, chain, precision), None, False, chain == "scaler")}
         for peer, kind in others.items():
-            made[peer] = self._side(kind)
+            try:
+                made[peer] = self._side(kind)
+            except Exception as error:  # of another package, another version
+                self.missing[peer] = f"not timed: {type(error).__name__}: {error}"
         self.sides = made
 
     def _side(self, peer: Peer) -> Side:
@@ -177,13 +180,19 @@ class Update:
 
 
 def measure(case: Case, label: str, clock: Clock, repeats: int) -> dict[str, Any]:
-    """Validate, then time. A peer that gives something else is reported and not timed."""
+    """Validate, then time. A peer that fails or gives something else is reported and not timed."""
+    failed: dict[str, str] = {}
     for seed in range(VALIDATION_STEPS):
         case.prepare(seed)
-        for run in case.sides.values():
-            run()
-    errors = case.errors()
-    agree = {name for name, error in errors.items() if error < case.tolerance}
+        for name, run in case.sides.items():
+            try:
+                run()
+            except Exception as error:
+                if name == "ours":
+                    raise
+                failed[name] = f"not timed: {type(error).__name__}: {error}"
+    errors = {name: value for name, value in case.errors().items() if name not in failed}
+    agree = {name for name, value in errors.items() if value < case.tolerance}
     what = f"{case.optimizer}, {case.precision}, {case.chain}, {label}"
     if not agree:
         raise SystemExit(f"{what}: no peer agrees with ours, nothing is timed. Deviations over movement: {errors}")
@@ -203,20 +212,20 @@ def measure(case: Case, label: str, clock: Clock, repeats: int) -> dict[str, Any
         "ours_bytes_per_element": case.ours_bytes,
         "ours_bytes_per_s": elements * case.ours_bytes / ours_s,
         "peers": {},
-        "missing": dict(getattr(case, "missing", {})),
+        "missing": getattr(case, "missing", {}) | failed,
     }
-    for name, error in errors.items():
+    for name, deviation in errors.items():
         if name not in agree:
-            row["missing"][name] = f"not timed: deviates by {error:.1e} of the movement"
+            row["missing"][name] = f"not timed: deviates by {deviation:.1e} of the movement"
             continue
-        value, low, high = ratio(times["ours"], times[name])
+        middle, low, high = ratio(times["ours"], times[name])
         row["peers"][name] = {
             "ms": 1e3 * statistics.median(times[name]),
             "quartiles_ms": _quartiles(times[name]),
-            "ratio": value,
+            "ratio": middle,
             "ratio_low": low,
             "ratio_high": high,
-            "deviation_over_movement": error,
+            "deviation_over_movement": deviation,
         }
     return row
 

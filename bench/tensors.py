@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,8 +23,8 @@ def gradients(params: Params, seed: int, scale: float = 1.0) -> list[torch.Tenso
 
 
 def share(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], start: Sequence[torch.Tensor]) -> float:
-    """Sum of deviations over the sum of movements, of all elements."""
+    """Sum of deviations over the sum of movements, of all elements; infinite where theirs did not move."""
     with torch.no_grad():
         apart = sum(float((p.double() - q).abs().sum()) for p, q in zip(ours, theirs, strict=True))
         moved = sum(float((q.double() - s).abs().sum()) for q, s in zip(theirs, start, strict=True))
-    return apart / moved
+    return apart / moved if moved else math.inf

@@ -48,6 +48,27 @@ def test_a_peer_that_does_something_else_is_not_timed(clock, monkeypatch):
         step.measure(step.makers("SGD", "fp32", "clip")(TINY, CPU), "tiny", clock, repeats=2)
 
 
+def test_a_peer_that_fails_is_reported(clock, monkeypatch):
+    class Broken:
+        def __init__(self, params):
+            pass
+
+        def step(self):
+            raise RuntimeError("no kernel image")
+
+    def unmade(params):
+        raise TypeError("unexpected keyword")
+
+    others = {"broken": peers.Peer(Broken), "unmade": peers.Peer(unmade), **peers.of_torch("AdamW")}
+    monkeypatch.setattr(step, "peers", lambda name, device: (others, {}))
+    row = step.measure(step.makers("AdamW", "fp32", "clip")(TINY, CPU), "tiny", clock, repeats=2)
+    assert set(row["peers"]) == {"torch fused", "torch foreach"}
+    assert row["missing"] == {
+        "broken": "not timed: RuntimeError: no kernel image",
+        "unmade": "not timed: TypeError: unexpected keyword",
+    }
+
+
 def test_byte_models_are_those_of_the_design():
     clipped = {name: step.our_bytes(name, "fp32", "clip") for name in step.OPTIMIZERS}
     assert clipped == {"SGD": 24, "Adam": 32, "AdamW": 32, "Lion": 24, "LARS": 24, "LAMB": 44, "Muon": 28}
