@@ -1,9 +1,11 @@
-"""Clip + AdamW, alone and after two micro-batches with noise statistics, and accumulation, against torch's chain.
+"""Optimizer steps against torch's chains and other fused optimizers; accumulation and noise statistics.
 
-    python bench/step.py [--device cpu|cuda] [--repeats N] [--output FILE]
+    python bench/step.py [--device cpu|cuda] [--repeats N] [--optimizers AdamW,LAMB] [--precisions fp32,bf16]
+                         [--chains update,clip,scaler,noise,accumulate] [--shapes "GPT-2 124M"] [--output FILE]
 
-Validated on the same inputs before anything is timed. Random data, last-level cache flushed before every sample, the
-two sides interleaved in one process. The ratio is of the medians; its interval is from resampling the pairs.
+Validated on the same inputs before anything is timed. Random data, last-level cache flushed before every sample, all
+sides interleaved in one process. A ratio is of medians; its interval is from resampling the pairs. Without filters the
+cases are those named in `selection`. The table goes to stdout; results to bench/results/<device>.json.
 """
 
 from __future__ import annotations
@@ -11,271 +13,330 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
+from accumulation import Accumulate, NoisyStep
+from peers import BETAS, DECAY, LAMB_EPS, LION_BETAS, LR, MOMENTUM, TRUST, Params, Peer, peers
+from shapes import SHAPES, Shapes
+from tensors import gradients, parameters, share
+from timing import Clock, ceilings, interleave, ratio
 
-from pybatch import ops
+from pybatch import ops, optim
 from pybatch.device.identity import describe
-from pybatch.noise.estimator import pair
-from pybatch.optim import AdamW
+from pybatch.records import Device
 
-SHAPES: dict[str, list[tuple[int, ...]]] = {
-    "one tensor of 32 M": [(32 << 20,)],
-    "1000 tensors of 64x64": [(64, 64)] * 1000,
-}
-MICRO_BATCHES = 4
-FLUSH_BYTES = 256 << 20  # several times any last-level cache met so far
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "Lion", "LARS", "LAMB", "Muon")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # bf16: parameters and gradients, with fp32 masters
+CHAINS = ("update", "clip", "scaler", "noise", "accumulate")
+VALIDATION_STEPS = 3
+SCALE = 1024.0  # of the loss, where there is a GradScaler
 
-
-class Clock:
-    """Seconds a call takes, with a cold cache, on either device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.flush = torch.randn(FLUSH_BYTES // 4, device=device)
-
-    def __call__(self, work: Callable[[], object]) -> float:
-        self.flush.add_(1.0)
-        self._wait()
-        start = time.perf_counter()
-        work()
-        self._wait()
-        return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+# Bytes read + written per element by our update alone: parameter 8, gradient 4, 8 for every state. With masters the
+# parameter is written (2), the master read and written (8), the gradient 2. LARS reads the gradient once more for its
+# norm; LAMB reads it, both states and the parameter once more. Muon: without the matrix products between its passes.
+STATES = {"SGD": 1, "Adam": 2, "AdamW": 2, "Lion": 1, "LARS": 1, "LAMB": 2}
 
 
-def parameters(shapes: list[tuple[int, ...]], device: torch.device) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
+def our_bytes(name: str, precision: str, chain: str) -> int:
+    """The byte model of one step of ours."""
+    value, grad = (8, 4) if precision == "fp32" else (2 + 8, 2)
+    read = 4  # a parameter's truth
+    if name == "Muon":
+        total = (grad + 8 + 2) + (value + 2)
+    else:
+        total = value + grad + 8 * STATES[name]
+        total += {"LARS": grad, "LAMB": read + 8}.get(name, 0)  # LAMB's second pass needs no gradient
+    if chain != "update" and name != "LARS":
+        total += grad
+    if chain == "scaler":
+        total += 2 * grad  # GradScaler's own search for infinities, which reads and writes
+    return total
 
 
-def gradients(params: list[torch.nn.Parameter], seed: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(p.shape, generator=generator).to(p.device) for p in params]
+class Case(Protocol):
+    """What is timed: sides by name, "ours" first, over the same inputs."""
+
+    optimizer: str
+    precision: str
+    chain: str
+    ours_bytes: int
+    tolerance: float
+
+    @property
+    def sides(self) -> Mapping[str, Callable[[], object]]:
+        """Runs by name."""
+
+    def prepare(self, seed: int | None) -> None:
+        """Inputs of the next run: fresh ones of a seed, or the last ones again."""
+
+    def errors(self) -> dict[str, float]:
+        """Deviation of ours from each other side, after some runs."""
 
 
-class Step:
-    """One update: clip to global norm 1, AdamW. Bytes are of the byte model."""
+class Side:
+    """One optimizer at the end of its chain, with parameters of its own; `clip`: torch clips before it."""
 
-    name, ours_bytes, torch_bytes = "clip + AdamW", 32, 40
-    noise = False
+    def __init__(self, params: Params, optimizer: Any, masters: Params | None, clip: bool, scaler: bool) -> None:
+        self.params, self.optimizer, self.masters, self.clip = params, optimizer, masters, clip
+        self.grads, self.master_grads = _give_memory(params), _give_memory(masters or [])
+        device = params[0].device
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=SCALE) if scaler else None
+        if self.scaler is not None:
+            self.scaler.scale(torch.ones((), device=device))  # which makes the scale
 
-    def __init__(self, shapes: list[tuple[int, ...]], device: torch.device) -> None:
-        self.ours, self.theirs = parameters(shapes, device), parameters(shapes, device)
-        self.fused = AdamW(self.ours, max_grad_norm=1.0, noise=self.noise)
-        self.peer = torch.optim.AdamW(self.theirs, fused=True)
-        self.prepare(0)
+    def give(self, grads: list[torch.Tensor]) -> None:
+        torch._foreach_copy_(self.grads, grads)
 
-    def prepare(self, seed: int) -> None:
-        if seed < 3:  # fresh gradients while validating; the same ones while timing
-            for p, q, g in zip(self.ours, self.theirs, gradients(self.ours, seed), strict=True):
-                p.grad, q.grad = g, g.clone()
-
-    def run_ours(self) -> None:
-        self.fused.step()
-
-    def run_torch(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.theirs, 1.0, foreach=True)
-        self.peer.step()
-
-    def check(self) -> float:
-        """Largest deviation over largest movement."""
-        start = parameters([tuple(p.shape) for p in self.ours], self.ours[0].device)
-        pairs = [(p.detach(), q.detach(), s.detach()) for p, q, s in zip(self.ours, self.theirs, start, strict=True)]
-        movement = max(float((q - s).abs().max()) for _, q, s in pairs)
-        return max(float((p - q).abs().max()) for p, q, _ in pairs) / movement
-
-
-class NoisyStep(Step):
-    """Two micro-batches and one update: noise statistics on our side, plain sums on torch's."""
-
-    name = "2 micro-batches + clip + AdamW; ours with noise"
-    # Ours: 4 for the first gradient, which becomes the sum, 12 for the second, and 28: the norm came with the sums.
-    # Torch: 12 for the addition, then norm, clip and update.
-    ours_bytes, torch_bytes = 4 + 12 + 28, 12 + 40
-    noise = True
-
-    def prepare(self, seed: int) -> None:
-        if seed < 3:
-            self.batches = [gradients(self.ours, 2 * seed), gradients(self.ours, 2 * seed + 1)]
-        self.first_ours = [g.clone() for g in self.batches[0]]  # both sides write into their first gradient
-        self.first_torch = [g.clone() for g in self.batches[0]]
-
-    def run_ours(self) -> None:
-        for batch in (self.first_ours, self.batches[1]):
-            for p, g in zip(self.ours, batch, strict=True):
-                p.grad = g
-            self.fused.accumulate(8)
-        self.fused.step()
-
-    def run_torch(self) -> None:
-        for p, g in zip(self.theirs, self.first_torch, strict=True):
-            p.grad = g
-        torch._foreach_add_(self.first_torch, self.batches[1])
-        super().run_torch()
-
-    def check(self) -> float:
-        """As a step's. The pair of the last step must be the one a float64 computation gives, within 1e-3."""
-        assert self.fused.noise.steps == 3, "no pair of norms was recorded"
-        small = sum(float((g.double() ** 2).sum()) for batch in self.batches for g in batch) / 2
-        large = sum(float(((a.double() + b) ** 2).sum()) for a, b in zip(*self.batches, strict=True)) / 4
-        assert self.fused._ledger is not None
-        row = self.fused._ledger.ring[2].tolist()
-        want = pair(small, large, 8, 16)
-        error: float = max(abs(got - value) for got, value in zip(row[1:], want, strict=True)) / max(map(abs, want))
-        return max(super().check(), error)
+    @torch.no_grad()
+    def __call__(self) -> None:
+        updated = self.params if self.masters is None else self.masters
+        if self.masters is not None:  # the user's casts
+            torch._foreach_copy_(self.master_grads, self.grads)
+        if self.scaler is not None and self.clip:
+            self.scaler.unscale_(self.optimizer)
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(updated, 1.0, foreach=True)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if self.masters is not None:
+            torch._foreach_copy_(list[torch.Tensor](self.params), list[torch.Tensor](self.masters))
 
 
-class Accumulate:
-    """Micro-batches added to a sum, with the norm of each: torch takes the norm, then adds. No update is timed."""
-
-    name = f"{MICRO_BATCHES} micro-batches, summed with norms"
-    # Ours: 4 for the first, which becomes the sum, then 12 each. Torch: 4 for the norm, and 12 for every addition.
-    ours_bytes, torch_bytes = 4 + 12 * (MICRO_BATCHES - 1), 4 + 16 * (MICRO_BATCHES - 1)
-
-    def __init__(self, shapes: list[tuple[int, ...]], device: torch.device) -> None:
-        self.ours, self.theirs = parameters(shapes, device), parameters(shapes, device)
-        self.fused = AdamW(self.ours, noise=True)
-        self.batches = [gradients(self.ours, seed) for seed in range(MICRO_BATCHES)]
-        self.prepare(0)
-
-    def prepare(self, seed: int) -> None:
-        self.fused.zero_grad()
-        self.first_ours = [g.clone() for g in self.batches[0]]  # both sides write into their first gradient
-        self.first_torch = [g.clone() for g in self.batches[0]]
-
-    def run_ours(self) -> None:
-        for batch in [self.first_ours, *self.batches[1:]]:
-            for p, g in zip(self.ours, batch, strict=True):
-                p.grad = g
-            self.fused.accumulate(8)
-
-    def run_torch(self) -> None:
-        total: list[torch.Tensor] = []
-        self.norms = []
-        for batch in [self.first_torch, *self.batches[1:]]:
-            for p, g in zip(self.theirs, batch, strict=True):
-                p.grad = g
-            grads = [p.grad for p in self.theirs if p.grad is not None]
-            self.norms.append(torch.nn.utils.get_total_norm(grads, foreach=True))
-            if total:
-                torch._foreach_add_(total, grads)
-            else:
-                total = grads
-            for p in self.theirs:
-                p.grad = None
-
-    def check(self) -> float:
-        pairs = zip(self.first_ours, self.first_torch, strict=True)
-        error = max(float((a - b).abs().max()) / float(b.abs().max()) for a, b in pairs)
-        # Against float64: torch's own fp32 norm of one tensor of 32 M is off by 2e-3.
-        want = sum(8.0 * float((g.double() ** 2).sum()) for batch in self.batches for g in batch)
-        assert self.fused._ledger is not None
-        return max(error, abs(float(self.fused._ledger["micro_sq"]) / want - 1.0))
+def _give_memory(params: Params) -> list[torch.Tensor]:
+    """Gradients that stay where they are."""
+    grads = [torch.zeros_like(p) for p in params]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    return grads
 
 
-def interval(ours: list[float], theirs: list[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of median(theirs) / median(ours), resampling interleaved pairs."""
-    pairs = np.array([ours, theirs])
-    index = np.random.default_rng(0).integers(0, pairs.shape[1], (2000, pairs.shape[1]))
-    medians = np.median(pairs[:, index], axis=2)
-    low, high = np.quantile(medians[1] / medians[0], [0.025, 0.975])
-    return float(low), float(high)
-
-
-def measure(kind: type[Step | Accumulate], label: str, clock: Clock, repeats: int) -> dict[str, Any]:
-    """Validate, then time both sides."""
-    shapes = SHAPES[label]
-    case: Step | Accumulate = kind(shapes, clock.device)
-    for seed in range(3 if issubclass(kind, Step) else 1):
-        case.prepare(seed)
-        case.run_ours()
-        case.run_torch()
-    error = case.check()
-    if not error < 1e-3:
-        raise SystemExit(f"{kind.name}, {label}: results differ by {error:.1e} of the movement; not timed")
-    times: dict[str, list[float]] = {"ours": [], "torch": []}
-    for i in range(repeats):
-        case.prepare(3 + i)
-        order = [("ours", case.run_ours), ("torch", case.run_torch)]
-        for name, run in order if i % 2 else order[::-1]:
-            times[name].append(clock(run))
-    elements = sum(math.prod(shape) for shape in shapes)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    spread = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
-    low, high = interval(times["ours"], times["torch"])
-    return {
-        "what": kind.name,
-        "shapes": label,
-        "error_over_movement": error,
-        "ours_ms": median["ours"] * 1e3,
-        "torch_ms": median["torch"] * 1e3,
-        "ours_quartiles_ms": [spread["ours"][0] * 1e3, spread["ours"][2] * 1e3],
-        "torch_quartiles_ms": [spread["torch"][0] * 1e3, spread["torch"][2] * 1e3],
-        "ratio": median["torch"] / median["ours"],
-        "ratio_low": low,
-        "ratio_high": high,
-        "ours_bytes_per_s": elements * kind.ours_bytes / median["ours"],
-        "torch_bytes_per_s": elements * kind.torch_bytes / median["torch"],
-        "repeats": repeats,
+def ours(name: str, params: Params, chain: str, precision: str) -> Any:
+    """Our optimizer with the setting of the peers."""
+    own: dict[str, dict[str, Any]] = {
+        "SGD": {"momentum": MOMENTUM},
+        "Adam": {"betas": BETAS},
+        "AdamW": {"betas": BETAS},
+        "Lion": {"betas": LION_BETAS},
+        "LARS": {"momentum": MOMENTUM, "trust_coefficient": TRUST, "skip": False},
+        "LAMB": {"betas": BETAS, "eps": LAMB_EPS, "skip": False},
+        "Muon": {},
     }
+    return getattr(optim, name)(
+        params,
+        lr=LR,
+        weight_decay=DECAY[name],
+        **own[name],
+        max_grad_norm=None if chain == "update" else 1.0,
+        master_weights=precision != "fp32",
+    )
 
 
-def ceilings(clock: Clock, repeats: int) -> dict[str, float]:
-    """Bytes read + written per second on 256 MiB: a copy, and an update in place (no write-allocate traffic)."""
-    source = torch.randn(FLUSH_BYTES // 4, device=clock.device)
-    target = torch.empty_like(source)
-    works = {"copy": lambda: target.copy_(source), "in_place": lambda: target.add_(1.0)}
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            times[name].append(clock(work))
-    return {name: 2 * FLUSH_BYTES / statistics.median(values) for name, values in times.items()}
+class Update:
+    """A step at the end of a chain: "update" alone, "clip" before it, or "scaler": unscale and search infinities."""
+
+    def __init__(self, name: str, precision: str, chain: str, shapes: Shapes, device: torch.device) -> None:
+        self.optimizer, self.precision, self.chain = name, precision, chain
+        self.ours_bytes = our_bytes(name, precision, chain)
+        # torch's fp32 norm of one tensor of 32 M is off by 2e-3; bf16 rounds what lies between two of its values.
+        self.tolerance = 0.05 if precision != "fp32" or name == "Muon" else 5e-3
+        self.shapes, self.device, self.dtype = shapes, device, PRECISIONS[precision]
+        params = parameters(shapes, device, self.dtype)
+        others, self.missing = peers(name, device)
+        made = {"ours": Side(params, ours(name, params, chain, precision), None, False, chain == "scaler")}
+        for peer, kind in others.items():
+            try:
+                made[peer] = self._side(kind)
+            except Exception as error:  # of another package, another version
+                self.missing[peer] = f"not timed: {type(error).__name__}: {error}"
+        self.sides = made
+
+    def _side(self, peer: Peer) -> Side:
+        params, masters = parameters(self.shapes, self.device, self.dtype), None
+        if self.dtype != torch.float32 and not peer.own_master:
+            masters = [torch.nn.Parameter(p.detach().float()) for p in params]
+        optimizer = peer.make(params if masters is None else masters)
+        return Side(params, optimizer, masters, self.chain != "update", self.chain == "scaler")
+
+    def prepare(self, seed: int | None) -> None:
+        if seed is not None:
+            scale = SCALE if self.chain == "scaler" else 1.0
+            self.grads = gradients(self.sides["ours"].params, seed, scale)
+        for side in self.sides.values():
+            side.give(self.grads)
+
+    def errors(self) -> dict[str, float]:
+        start = parameters(self.shapes, self.device, self.dtype)
+        mine = self.sides["ours"].params
+        return {name: share(mine, side.params, start) for name, side in self.sides.items() if name != "ours"}
+
+
+def measure(case: Case, label: str, clock: Clock, repeats: int) -> dict[str, Any]:
+    """Validate, then time. A peer that fails or gives something else is reported and not timed."""
+    failed: dict[str, str] = {}
+    for seed in range(VALIDATION_STEPS):
+        case.prepare(seed)
+        for name, run in case.sides.items():
+            try:
+                run()
+            except Exception as error:
+                if name == "ours":
+                    raise
+                failed[name] = f"not timed: {type(error).__name__}: {error}"
+    errors = {name: value for name, value in case.errors().items() if name not in failed}
+    agree = {name for name, value in errors.items() if value < case.tolerance}
+    what = f"{case.optimizer}, {case.precision}, {case.chain}, {label}"
+    if not agree:
+        raise SystemExit(f"{what}: no peer agrees with ours, nothing is timed. Deviations over movement: {errors}")
+    sides = {name: run for name, run in case.sides.items() if name == "ours" or name in agree}
+    times = interleave(sides, lambda: case.prepare(None), clock, repeats)
+    elements = sum(math.prod(shape) for shape in SHAPES[label])
+    ours_s = statistics.median(times["ours"])
+    row: dict[str, Any] = {
+        "optimizer": case.optimizer,
+        "precision": case.precision,
+        "chain": case.chain,
+        "shapes": label,
+        "elements": elements,
+        "repeats": repeats,
+        "ours_ms": 1e3 * ours_s,
+        "ours_quartiles_ms": _quartiles(times["ours"]),
+        "ours_bytes_per_element": case.ours_bytes,
+        "ours_bytes_per_s": elements * case.ours_bytes / ours_s,
+        "peers": {},
+        "missing": getattr(case, "missing", {}) | failed,
+    }
+    for name, deviation in errors.items():
+        if name not in agree:
+            row["missing"][name] = f"not timed: deviates by {deviation:.1e} of the movement"
+            continue
+        middle, low, high = ratio(times["ours"], times[name])
+        row["peers"][name] = {
+            "ms": 1e3 * statistics.median(times[name]),
+            "quartiles_ms": _quartiles(times[name]),
+            "ratio": middle,
+            "ratio_low": low,
+            "ratio_high": high,
+            "deviation_over_movement": deviation,
+        }
+    return row
+
+
+def _quartiles(seconds: list[float]) -> list[float]:
+    quarters = statistics.quantiles(seconds, n=4)
+    return [1e3 * quarters[0], 1e3 * quarters[2]]
+
+
+def makers(name: str, precision: str, chain: str) -> Callable[[Shapes, torch.device], Case] | None:
+    """What makes this case; None where there is none."""
+    if chain in ("noise", "accumulate"):
+        special: Callable[[Shapes, torch.device], Case] = NoisyStep if chain == "noise" else Accumulate
+        return special if (name, precision) == ("AdamW", "fp32") else None
+    if chain == "scaler" and (precision != "fp32" or name not in ("SGD", "Adam", "AdamW")):
+        return None  # a GradScaler needs a torch optimizer, and has fp32 parameters
+    return lambda shapes, device: Update(name, precision, chain, shapes, device)
+
+
+def selection(name: str, precision: str, chain: str, label: str, device: torch.device) -> bool:
+    """The cases of a run without filters: all chains and shapes of AdamW, the others with clipping."""
+    if name == "AdamW":
+        return precision == "fp32" or chain == "clip"
+    if chain != "clip":
+        return False
+    if name == "Muon":  # its matrix products take seconds on a CPU
+        return label != "one tensor of 32 M" and (label != "GPT-2 124M" or device.type == "cuda")
+    return label in ("one tensor of 32 M", "1000 tensors of 64x64")
+
+
+def chosen(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, str, str, str]]:
+    """Optimizer, precision, chain and shapes of every case to run."""
+    filters = (arguments.optimizers, arguments.precisions, arguments.chains, arguments.shapes)
+    for name in arguments.optimizers or OPTIMIZERS:
+        for precision in arguments.precisions or PRECISIONS:
+            for chain in arguments.chains or CHAINS:
+                for label in arguments.shapes or SHAPES:
+                    if makers(name, precision, chain) is not None and (
+                        any(filters) or selection(name, precision, chain, label, device)
+                    ):
+                        yield name, precision, chain, label
+
+
+def listed(known: Collection[str]) -> Callable[[str], list[str]]:
+    """Reader of a comma-separated choice."""
+
+    def read(text: str) -> list[str]:
+        given = text.split(",")
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not known. Use: {', '.join(known)}")
+        return given
+
+    return read
 
 
 def main() -> None:
-    """Measure and print; `--output` writes the JSON."""
+    """Measure, print each case as it is done, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--optimizers", type=listed(OPTIMIZERS))
+    parser.add_argument("--precisions", type=listed(PRECISIONS))
+    parser.add_argument("--chains", type=listed(CHAINS))
+    parser.add_argument("--shapes", type=listed(SHAPES))
+    parser.add_argument("--output", type=Path, help="default: bench/results/<device>.json")
     arguments = parser.parse_args()
-    clock = Clock(torch.device(arguments.device))
+    device = torch.device(arguments.device)
+    identity, clock = describe(device), Clock(device)
     roof = ceilings(clock, max(5, arguments.repeats // 3))
-    rows = [
-        measure(kind, label, clock, arguments.repeats) for kind in (Step, NoisyStep, Accumulate) for label in SHAPES
-    ]
-    print(f"ceilings: copy {roof['copy'] / 1e9:.1f} GB/s, in place {roof['in_place'] / 1e9:.1f} GB/s")
-    for row in rows:
-        share = row["ours_bytes_per_s"] / max(roof.values())
-        print(
-            f"{row['what']:47} {row['shapes']:22} ours {row['ours_ms']:7.2f} ms  torch {row['torch_ms']:7.2f} ms  "
-            f"{row['ratio']:5.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]  "
-            f"{row['ours_bytes_per_s'] / 1e9:5.1f} GB/s of the byte model, {share:4.0%} of the ceiling"
-        )
-    if arguments.output:
-        record = {
-            "script": "bench/step.py",
-            "device": describe(clock.device).name,
-            "kind": arguments.device,
-            "threads": torch.get_num_threads(),
-            "vector_width": ops.build().cpu_width,
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "ceilings_bytes_per_s": roof,
-            "results": rows,
-        }
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"ceilings: copy {roof['copy'] / 1e9:.1f} GB/s, in place {roof['in_place'] / 1e9:.1f} GB/s", flush=True)
+    rows = []
+    for name, precision, chain, label in chosen(arguments, device):
+        make = makers(name, precision, chain)
+        assert make is not None
+        row = measure(make(SHAPES[label], device), label, clock, arguments.repeats)
+        rows.append(row)
+        print(line(row, max(roof.values())), flush=True)
+    output = arguments.output or Path(__file__).parent / "results" / f"{slug(identity)}.json"
+    record = {
+        "script": "bench/step.py",
+        "device": identity.name,
+        "kind": arguments.device,
+        "threads": torch.get_num_threads(),
+        "vector_width": ops.build().cpu_width,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "ceilings_bytes_per_s": roof,
+        "results": rows,
+    }
+    output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def slug(identity: Device) -> str:
+    """A device's name as a file name: amd-epyc-2-cores."""
+    cores = f" {identity.cores} cores" if identity.cores else ""
+    return re.sub("[^a-z0-9]+", "-", (identity.name + cores).lower()).strip("-")
+
+
+def line(row: dict[str, Any], roof: float) -> str:
+    """One case in one line of the table, one more for every peer that could not be timed for a reason of its own."""
+    against = "  ".join(
+        f"{name} {peer['ms']:.2f} ms {peer['ratio']:.2f}x [{peer['ratio_low']:.2f}, {peer['ratio_high']:.2f}]"
+        for name, peer in row["peers"].items()
+    )
+    notes = "".join(f"\n    {name}: {why}" for name, why in row["missing"].items() if why.startswith("not timed"))
+    return (
+        f"{row['optimizer']:6}{row['precision']:5}{row['chain']:46}{row['shapes']:23}{row['ours_ms']:8.2f} ms "
+        f"{row['ours_bytes_per_s'] / 1e9:6.1f} GB/s of the byte model, {row['ours_bytes_per_s'] / roof:4.0%} of the "
+        f"ceiling | {against}{notes}"
+    )
 
 
 if __name__ == "__main__":

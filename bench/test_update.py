@@ -1,31 +1,27 @@
-"""One optimizer step, side by side: `pytest bench --benchmark-enable --benchmark-group-by=param:shapes`.
+"""One optimizer step, side by side: `pytest bench --benchmark-enable --benchmark-group-by=param:name,param:shapes`.
 
 A quick look at each step's own time, with a warm cache. The ratios that are quoted come from step.py, which validates,
-flushes the cache and interleaves the two sides.
+flushes the cache and interleaves the sides.
 """
 
 import pytest
 import torch
-from step import SHAPES, gradients, parameters
+from peers import peers
+from shapes import SHAPES
+from step import OPTIMIZERS, ours
+from tensors import gradients, parameters
 
-from pybatch.optim import SGD, AdamW
-
-OPTIMIZERS = {
-    "pybatch AdamW": lambda params: AdamW(params),
-    "torch AdamW fused": lambda params: torch.optim.AdamW(params, fused=True),
-    "torch AdamW foreach": lambda params: torch.optim.AdamW(params, foreach=True),
-    "pybatch SGD": lambda params: SGD(params, lr=1e-3, momentum=0.9),
-    "torch SGD fused": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9, fused=True),
-    "torch SGD foreach": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9, foreach=True),
-}
+CPU = torch.device("cpu")
+MAKERS = {name: {"ours": lambda params, name=name: ours(name, params, "update", "fp32")} for name in OPTIMIZERS}
+for name, makers in MAKERS.items():
+    makers |= {peer: kind.make for peer, kind in peers(name, CPU)[0].items()}
 
 
-@pytest.mark.parametrize("shapes", SHAPES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_step(benchmark, name, shapes):
-    cpu = torch.device("cpu")
-    params = parameters(SHAPES[shapes], cpu)
+@pytest.mark.parametrize("shapes", ["one tensor of 32 M", "1000 tensors of 64x64"])
+@pytest.mark.parametrize(("name", "side"), [(name, side) for name, makers in MAKERS.items() for side in makers])
+def test_step(benchmark, name, side, shapes):
+    params = parameters(SHAPES[shapes], CPU)
     for param, grad in zip(params, gradients(params, 0), strict=True):
         param.grad = grad
-    optimizer = OPTIMIZERS[name](params)
+    optimizer = MAKERS[name][side](params)
     benchmark.pedantic(optimizer.step, rounds=15, warmup_rounds=2)

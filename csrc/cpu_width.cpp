@@ -13,19 +13,22 @@ using Pass = void (*)(const Table&, const Call&);
 
 struct Width {
     const char* name;
-    Pass step, accumulate;
+    Pass step, norm, prepare, update, accumulate;
 };
+
+#define PB_WIDTH(ISA) \
+    Width { #ISA, ISA::step, ISA::norm, ISA::prepare, ISA::update, ISA::accumulate }
 
 // Those this CPU can run, the widest last.
 std::vector<Width> usable() {
-    std::vector<Width> widths{{"portable", portable::step, portable::accumulate}};
+    std::vector<Width> widths{PB_WIDTH(portable)};
 #ifdef PB_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-        widths.push_back({"avx2", avx2::step, avx2::accumulate});
+        widths.push_back(PB_WIDTH(avx2));
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-            widths.push_back({"avx512", avx512::step, avx512::accumulate});
+            widths.push_back(PB_WIDTH(avx512));
     }
 #endif
     return widths;
@@ -56,6 +59,9 @@ void set_cpu_width(const std::string& name) {
 }
 
 void cpu_step(const Table& table, const Call& call) { chosen().step(table, call); }
+void cpu_norm(const Table& table, const Call& call) { chosen().norm(table, call); }
+void cpu_prepare(const Table& table, const Call& call) { chosen().prepare(table, call); }
+void cpu_update(const Table& table, const Call& call) { chosen().update(table, call); }
 void cpu_accumulate(const Table& table, const Call& call) { chosen().accumulate(table, call); }
 
 }  // namespace pybatch

@@ -5,8 +5,9 @@
 #include <pybind11/stl.h>
 
 #include "backend.h"
+#include "constants.h"
 #include "plan.h"
-#include "rules.h"
+#include "watch.h"
 
 namespace py = pybind11;
 using namespace pybatch;
@@ -44,10 +45,17 @@ PYBIND11_MODULE(_C, m) {
     address(table, "chunks", &Table::chunks);
     address(table, "hyper", &Table::hyper);
     address(table, "steps", &Table::steps);
+    address(table, "starts", &Table::starts);
+    address(table, "share", &Table::share);
+    address(table, "norms", &Table::norms);
+    address(table, "carried", &Table::carried);
+    address(table, "layers", &Table::layers);
     address(table, "ledger", &Table::ledger);
     address(table, "ring", &Table::ring);
     address(table, "partials", &Table::partials);
     address(table, "ticket", &Table::ticket);
+    // For code in C that takes the structs themselves.
+    table.def_property_readonly("address", [](const Table& t) { return reinterpret_cast<uintptr_t>(&t); });
 
     py::class_<Call> call(m, "Call");
     call.def(py::init([] { return Call{}; }))
@@ -56,67 +64,50 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("sum", &Call::sum)
         .def_readwrite("noise", &Call::noise)
         .def_readwrite("clip", &Call::clip)
+        .def_readwrite("row_norms", &Call::row_norms)
+        .def_readwrite("prepare", &Call::prepare)
+        .def_readwrite("follow", &Call::follow)
         .def_readwrite("max_norm", &Call::max_norm)
         .def_readwrite("inverse", &Call::inverse)
         .def_readwrite("examples", &Call::examples)
         .def_readwrite("micro_batches", &Call::micro_batches)
         .def_readwrite("weight", &Call::weight)
+        .def_readwrite("seed", &Call::seed)
         .def_readwrite("threads", &Call::threads);
     address(call, "grad_scale", &Call::grad_scale);
     address(call, "found_inf", &Call::found_inf);
+    call.def_property_readonly("address", [](const Call& c) { return reinterpret_cast<uintptr_t>(&c); });
+
+    py::class_<Watch>(m, "Watch")
+        .def(py::init<const py::list&, const py::list&, const py::list&, const py::dict&>(), py::arg("groups"),
+             py::arg("memory"), py::arg("others"), py::arg("state"))
+        .def("stands", &Watch::stands, py::arg("groups"), py::arg("memory"), py::arg("state"))
+        .def("gradients", &Watch::gradients, py::arg("params"), py::arg("dtypes"), py::arg("address").noconvert(),
+             py::arg("dtype").noconvert())
+        .def_static("versions", &Watch::versions, py::arg("tensors"), py::arg("version").noconvert());
 
     m.def("plan", &plan_chunks, py::arg("sizes"), py::arg("chunk"));
     m.def("cpu_width", &cpu_width);
     m.def("cpu_widths", &cpu_widths);
     m.def("set_cpu_width", &set_cpu_width, py::arg("name"));
     m.def("cpu_step", &cpu_step, py::call_guard<py::gil_scoped_release>());
+    m.def("cpu_norm", &cpu_norm, py::call_guard<py::gil_scoped_release>());
+    m.def("cpu_prepare", &cpu_prepare, py::call_guard<py::gil_scoped_release>());
+    m.def("cpu_update", &cpu_update, py::call_guard<py::gil_scoped_release>());
     m.def("cpu_accumulate", &cpu_accumulate, py::call_guard<py::gil_scoped_release>());
 
-    py::dict rules, columns, ledger, dtypes;
-#define PB_NUMBER(NUMBER, RULE) rules[#RULE] = py::make_tuple(NUMBER, PB_ISA::RULE::states);
-    PB_FOR_EACH_RULE(PB_NUMBER)
-#undef PB_NUMBER
-    for (auto [name, value] : {std::pair{"param", kParam},
-                               {"grad", kGrad},
-                               {"sum", kSum},
-                               {"state0", kState0},
-                               {"numel", kNumel},
-                               {"code", kCode},
-                               {"group", kGroup},
-                               {"fresh", kFresh}})
-        columns[name] = int(value);
-    for (auto [name, value] : {std::pair{"sum_sq", kSumSq},
-                               {"bad", kBad},
-                               {"micro_sq", kMicroSq},
-                               {"norm", kNorm},
-                               {"clip", kClip},
-                               {"skipped", kSkipped},
-                               {"pairs", kPairs},
-                               {"small_sum", kSmallSum},
-                               {"large_sum", kLargeSum},
-                               {"ring_steps", kRingSteps},
-                               {"ring_length", kRingLength}})
-        ledger[name] = int(value);
-    dtypes["float32"] = int(kFloat32);
-    dtypes["bfloat16"] = int(kBFloat16);
-#ifdef __FLT16_MAX__
-    dtypes["float16"] = int(kFloat16);
-#endif
-    m.attr("rules") = rules;  // name: (number, states)
-    m.attr("columns") = columns;
-    m.attr("column_count") = int(kColumns);
-    m.attr("ledger") = ledger;
-    m.attr("ledger_size") = int(kLedgerSize);
-    m.attr("ring_rows") = kRingRows;
-    m.attr("dtypes") = dtypes;
-    m.attr("dtype_count") = int(kDtypes);
-    m.attr("hyper_columns") = int(PB_ISA::kHyperColumns);
+    export_constants(m);
 
 #ifdef PB_CUDA
     m.attr("cuda") = true;
-    m.def("cuda_step", [](const Table& t, const Call& c, uintptr_t s) { return cuda_step(t, c, (void*)s); });
-    m.def("cuda_accumulate",
-          [](const Table& t, const Call& c, uintptr_t s) { return cuda_accumulate(t, c, (void*)s); });
+    const auto launch = [&m](const char* name, int (*entry)(const Table&, const Call&, void*)) {
+        m.def(name, [entry](const Table& t, const Call& c, uintptr_t s) { return entry(t, c, (void*)s); });
+    };
+    launch("cuda_step", cuda_step);
+    launch("cuda_norm", cuda_norm);
+    launch("cuda_prepare", cuda_prepare);
+    launch("cuda_update", cuda_update);
+    launch("cuda_accumulate", cuda_accumulate);
     m.def("cuda_devices", &cuda_devices);
     m.def("cuda_error", [](int code) { return py::make_tuple(cuda_error_name(code), cuda_error_text(code)); });
     m.attr("cuda_architectures") = PB_CUDA_ARCHITECTURES;

@@ -1,147 +1,247 @@
 // The passes over a list of tensors on the CPU: vectorized by the compiler, threaded over chunks.
 // Compiled once per vector width, with PB_ISA naming the width.
 //
-// Sums are float64 per lane and per chunk, and chunks are added in their order: the result does not depend on the
-// number of threads. A float64 sum of float32 squares cannot overflow, so it is non-finite only where an element was.
+// Sums are per chunk, chunks are added in their order within a tensor, and tensors in theirs: the result does not
+// depend on the number of threads. A pass is called by every thread of a parallel region and ends with a barrier.
 
 #include <cmath>
 
 #include "backend.h"
+#include "chunk.h"
+#include "lanes.h"
 #include "ledger.h"
-#include "number.h"
 #include "rules.h"
 
 namespace pybatch::PB_ISA {
 namespace {
 
-constexpr int kLanes = 32;            // independent sums: enough to hide the latency of an add at every width
 constexpr int64_t kSerial = 1 << 15;  // elements; below it waking the threads takes longer than the work
 
-struct Chunk {
-    const int64_t* row;
-    int64_t index, begin, size;
+bool has_gradient(const int64_t* row, const Call& call) { return row[call.sum ? kSum : kGrad] != 0; }
 
-    Chunk(const Table& t, int64_t i)
-        : row(t.rows + t.chunks[2 * i] * kColumns), index(t.chunks[2 * i]), begin(t.chunks[2 * i + 1] * t.chunk) {
-        const int64_t left = row[kNumel] - begin;
-        size = left < t.chunk ? left : t.chunk;
+double row_sum(const Table& t, int64_t row, int column) {
+    double sum = 0.0;
+    for (int64_t i = t.starts[row]; i < t.starts[row + 1]; ++i) sum += t.partials[2 * i + column];
+    return sum;
+}
+
+// Sums of squares over a chunk: of the gradient a step takes, of the parameter.
+double gradient_squares(const Chunk& chunk, bool sum) {
+    Lanes squares;
+    Buffers buffers;
+    for_blocks(chunk, gradient_in_place(chunk, sum),
+               [&](int64_t first, int64_t n) { squares.add(load_gradient(chunk, sum, first, n, buffers.grad), n); });
+    return squares.sum();
+}
+
+double param_squares(const Chunk& chunk) {
+    Lanes squares;
+    Buffers buffers;
+    for_blocks(chunk, chunk.storage() == kFloat32,
+               [&](int64_t first, int64_t n) { squares.add(load_param(chunk, first, n, buffers.param), n); });
+    return squares.sum();
+}
+
+// The norm phase.
+
+// Whether |p|^2 of the row is kept from one update to the next.
+bool carries(const int64_t* row) { return norms_of(row[kCode] / kStorages) == Norms::gradient; }
+
+void take_squares(const Table& t, const Call& call, int64_t i) {
+    const Chunk chunk(t, i);
+    double* squares = t.partials + 2 * i;
+    squares[0] = squares[1] = 0.0;
+    if (!has_gradient(chunk.row, call)) return;
+    if (call.norm) squares[1] = gradient_squares(chunk, call.sum);
+    if (carries(chunk.row) && std::isnan(t.carried[chunk.index])) squares[0] = param_squares(chunk);
+}
+
+void sum_norms(const Table& t, const Call& call) {
+    double total = 0.0;
+    for (int64_t row = 0; row < t.row_count; ++row) {
+        double* norms = t.norms + row * kRowNorms;
+        if (call.norm) total += norms[kDirectionSq] = t.share[row] * row_sum(t, row, 1);
+        const int64_t* columns = t.rows + row * kColumns;
+        if (!carries(columns) || !has_gradient(columns, call)) continue;
+        if (std::isnan(t.carried[row])) t.carried[row] = row_sum(t, row, 0);
+        norms[kParamSq] = t.share[row] * t.carried[row];
     }
+    if (!call.norm) return;
+    t.ledger[kSumSq] = total;
+    t.ledger[kBad] = std::isfinite(total) ? 0.0 : 1.0;
+}
 
-    template <class T>
-    T* at(int column) const {
-        return reinterpret_cast<T*>(row[column]) + begin;
+void norm_pass(const Table& t, const Call& call) {
+    if (!call.norm && !(call.known && call.row_norms)) return;
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < t.chunk_count; ++i) take_squares(t, call, i);
+#pragma omp single
+    sum_norms(t, call);
+}
+
+// The prepare phase, of rules with Norms::direction.
+
+template <class Rule>
+void prepare_block(const Rule rule, const float* __restrict p, const float* __restrict g, float factor,
+                   float* __restrict s0, float* __restrict s1, float* __restrict direction, int64_t n) {
+    static_assert(Rule::states == 2, "a rule with another number of states needs its own pointers here");
+    for (int64_t i = 0; i < n; ++i) {
+        float s[kMaxStates] = {s0[i], s1[i]};
+        rule.prepare(g[i] * factor, s);
+        direction[i] = rule.direction(p[i], s);
+        s0[i] = s[0];
+        s1[i] = s[1];
+    }
+}
+
+struct Scalars {
+    const double* hyper;
+    double step;   // 1, 2, ...
+    float factor;  // from the stored gradient to what update() sees
+
+    Scalars(const Table& t, const Chunk& chunk, double scale)
+        : hyper(t.hyper + chunk.row[kGroup] * kHyperColumns), step(double(t.steps[chunk.index]) + 1.0) {
+        factor = float(hyper[kMaximize] != 0.0 ? -scale : scale);
     }
 };
 
-struct Lanes {
-    double lane[kLanes] = {};
-
-    double sum() const {
-        double partial[kLanes];
-        for (int i = 0; i < kLanes; ++i) partial[i] = lane[i];
-        for (int half = kLanes / 2; half > 0; half /= 2)
-            for (int i = 0; i < half; ++i) partial[i] += partial[i + half];
-        return partial[0];
+template <class Rule>
+void prepare_rule(const Table& t, const Call& call, const Chunk& chunk, double scale, double* squares) {
+    if constexpr (Rule::norms == Norms::direction) {
+        const Scalars scalars(t, chunk, scale);
+        const Rule rule = Rule::make(scalars.hyper, scalars.step, 0.0, 0.0);
+        Lanes param, direction;
+        Buffers buffers;
+        for_blocks(chunk, false, [&](int64_t first, int64_t n) {
+            const float* p = load_param(chunk, first, n, buffers.param);
+            const float* g = load_gradient(chunk, call.sum, first, n, buffers.grad);
+            prepare_block(rule, p, g, scalars.factor, chunk.at<float>(kState0, first), chunk.at<float>(kState1, first),
+                          buffers.direction, n);
+            param.add(p, n);
+            direction.add(buffers.direction, n);
+        });
+        squares[0] = param.sum();
+        squares[1] = direction.sum();
     }
-};
-
-template <class G>
-double sum_squares(const G* g, int64_t n) {
-    Lanes sum;
-    const int64_t whole = n - n % kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-#pragma omp simd
-        for (int l = 0; l < kLanes; ++l) {
-            const double x = load(g[i + l]);
-            sum.lane[l] += x * x;
-        }
-    }
-    for (int64_t i = whole; i < n; ++i) {
-        const double x = load(g[i]);
-        sum.lane[i - whole] += x * x;
-    }
-    return sum.sum();
 }
 
-// sum = [sum +] weight * g, with the sums of squares of g and of the new sum.
-template <bool fresh, class G>
-void add(const G* g, float* sum, float weight, int64_t n, double* squares) {
-    Lanes small, large;
-    const auto one = [&](int64_t i, int l) {
-        const float x = load(g[i]);
-        const float s = fresh ? weight * x : sum[i] + weight * x;
-        sum[i] = s;
-        small.lane[l] += double(x) * double(x);
-        large.lane[l] += double(s) * double(s);
-    };
-    const int64_t whole = n - n % kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-#pragma omp simd
-        for (int l = 0; l < kLanes; ++l) one(i + l, l);
+void prepare_chunk(const Table& t, const Call& call, int64_t i, double scale) {
+    const Chunk chunk(t, i);
+    if (!has_gradient(chunk.row, call)) return;
+    switch (chunk.rule()) {
+#define PB_CASE(NUMBER, RULE) \
+    case NUMBER:              \
+        return prepare_rule<RULE>(t, call, chunk, scale, t.partials + 2 * i);
+        PB_FOR_EACH_RULE(PB_CASE)
+#undef PB_CASE
     }
-    for (int64_t i = whole; i < n; ++i) one(i, int(i - whole));
-    squares[0] = small.sum();
-    squares[1] = large.sum();
 }
 
-template <class Rule, class P, class G>
-void update(const Rule rule, const Chunk& chunk, const G* __restrict g, float scale) {
-    P* __restrict p = chunk.at<P>(kParam);
-    float* __restrict s0 = Rule::states > 0 ? chunk.at<float>(kState0) : nullptr;
-    float* __restrict s1 = Rule::states > 1 ? chunk.at<float>(kState1) : nullptr;
-    float* __restrict s2 = Rule::states > 2 ? chunk.at<float>(kState2) : nullptr;
-    const int64_t n = chunk.size;
+void prepare_pass(const Table& t, const Call& call, const Verdict& verdict) {
+    if (!call.prepare || verdict.skip) return;
+    // Backwards: the gradients read last are still in the cache.
+#pragma omp for schedule(dynamic)
+    for (int64_t i = t.chunk_count - 1; i >= 0; --i) prepare_chunk(t, call, i, verdict.unscaled * verdict.clip);
+#pragma omp single
+    for (int64_t row = 0; row < t.row_count; ++row) {
+        const int64_t* columns = t.rows + row * kColumns;
+        if (norms_of(columns[kCode] / kStorages) != Norms::direction || !has_gradient(columns, call)) continue;
+        for (int column = 0; column < kRowNorms; ++column)
+            t.norms[row * kRowNorms + column] = t.share[row] * row_sum(t, row, column);
+    }
+}
+
+// The update phase.
+
+template <class Rule>
+void update_block(const Rule rule, float* __restrict p, const float* __restrict g, float factor, float* __restrict s0,
+                  float* __restrict s1, float* __restrict s2, int64_t n) {
     // Not "omp simd": GCC then gives s one array per lane and vectorizes nothing. __restrict is enough.
     for (int64_t i = 0; i < n; ++i) {
         float s[kMaxStates];
         if constexpr (Rule::states > 0) s[0] = s0[i];
         if constexpr (Rule::states > 1) s[1] = s1[i];
         if constexpr (Rule::states > 2) s[2] = s2[i];
-        float value = load(p[i]);
-        rule.update(value, load(g[i]) * scale, s);
-        store(p[i], value);
-        if constexpr (Rule::states > 0) s0[i] = s[0];
-        if constexpr (Rule::states > 1) s1[i] = s[1];
-        if constexpr (Rule::states > 2) s2[i] = s[2];
+        float value = p[i];
+        float grad = 0.0f;
+        if constexpr (Rule::norms != Norms::direction) grad = g[i] * factor;
+        rule.update(value, grad, s);
+        p[i] = value;
+        if constexpr (Rule::norms != Norms::direction) {  // else prepare() wrote them
+            if constexpr (Rule::states > 0) s0[i] = s[0];
+            if constexpr (Rule::states > 1) s1[i] = s[1];
+            if constexpr (Rule::states > 2) s2[i] = s[2];
+        }
     }
 }
 
-template <class Rule, class P>
-void update_row(const Table& t, const Call& call, const Chunk& chunk, double scale) {
-    const double* hyper = t.hyper + chunk.row[kGroup] * kHyperColumns;
-    const Rule rule = Rule::make(hyper, double(t.steps[chunk.index]) + 1.0);
-    const float factor = float(hyper[kMaximize] != 0.0 ? -scale : scale);
-    if (call.sum)
-        update<Rule, P, float>(rule, chunk, chunk.at<float>(kSum), factor);
-    else
-        update<Rule, P, P>(rule, chunk, chunk.at<P>(kGrad), factor);
+template <class Rule>
+void update_rule(const Table& t, const Call& call, const Chunk& chunk, double scale, double* squares) {
+    const Scalars scalars(t, chunk, scale);
+    const double* norms = t.norms + chunk.index * kRowNorms;
+    const double unit = Rule::norms == Norms::gradient ? scale * scale : 1.0;
+    const Rule rule = Rule::make(scalars.hyper, scalars.step, norms[kParamSq], unit * norms[kDirectionSq]);
+    const uint32_t key =
+        is_stochastic(chunk.storage()) ? random_key(call.seed, chunk.row[kSalt], scalars.step, chunk.begin) : 0u;
+    const auto state = [&](int number, int64_t first) {
+        return number < Rule::states ? chunk.at<float>(kState0 + number, first) : nullptr;
+    };
+    Lanes param;
+    Buffers buffers;
+    const bool in_place =
+        Rule::norms == Norms::none && chunk.storage() == kFloat32 && gradient_in_place(chunk, call.sum);
+    for_blocks(chunk, in_place, [&](int64_t first, int64_t n) {
+        float* p = load_param(chunk, first, n, buffers.param);
+        const float* g = nullptr;
+        if constexpr (Rule::norms != Norms::direction) g = load_gradient(chunk, call.sum, first, n, buffers.grad);
+        update_block(rule, p, g, scalars.factor, state(0, first), state(1, first), state(2, first), n);
+        store_param(chunk, first, n, p, key);
+        if constexpr (Rule::norms == Norms::gradient) param.add(load_param(chunk, first, n, buffers.param), n);
+    });
+    if constexpr (Rule::norms == Norms::gradient) squares[0] = param.sum();
 }
 
-// Calls work(element type) for the row's dtype; the switch is per chunk, so the loops stay free of it.
-template <class Work>
-void with_dtype(int dtype, const Work& work) {
-    switch (dtype) {
-        case kFloat32:
-            return work(float());
-        case kBFloat16:
-            return work(bfloat16());
-#ifdef PB_FLOAT16
-        case kFloat16:
-            return work(float16());
-#endif
-    }
-}
-
-void take_squares(const Table& t, const Call& call, int64_t i) {
+void update_chunk(const Table& t, const Call& call, int64_t i, double scale) {
     const Chunk chunk(t, i);
-    double* squares = t.partials + 2 * i;
-    squares[0] = squares[1] = 0.0;
-    if (!chunk.row[call.sum ? kSum : kGrad]) return;
-    if (call.sum)
-        squares[1] = sum_squares(chunk.at<float>(kSum), chunk.size);
-    else
-        with_dtype(int(chunk.row[kCode] % kDtypes),
-                   [&](auto type) { squares[1] = sum_squares(chunk.at<decltype(type)>(kGrad), chunk.size); });
+    if (!has_gradient(chunk.row, call)) return;
+    switch (chunk.rule()) {
+#define PB_CASE(NUMBER, RULE) \
+    case NUMBER:              \
+        return update_rule<RULE>(t, call, chunk, scale, t.partials + 2 * i);
+        PB_FOR_EACH_RULE(PB_CASE)
+#undef PB_CASE
+    }
+}
+
+void update_pass(const Table& t, const Call& call, const Verdict& verdict) {
+    if (verdict.skip) return;
+    const double scale = verdict.unscaled * verdict.clip;
+    const int64_t last = t.chunk_count - 1;
+    const bool backwards = !call.prepare;  // against the order of the pass before
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i <= last; ++i) update_chunk(t, call, backwards ? last - i : i, scale);
+}
+
+// After the last element was written, by one thread.
+void finish(const Table& t, const Call& call, const Verdict& verdict) {
+    const RingPlace place = ring_place(t.ledger);
+    for (int64_t row = 0; row < t.row_count; ++row) {
+        const int64_t* columns = t.rows + row * kColumns;
+        const bool taken = has_gradient(columns, call);
+        if (taken && !verdict.skip) {
+            t.steps[row] += 1.0f;
+            if (call.row_norms && carries(columns)) t.carried[row] = row_sum(t, row, 0);
+        }
+        if (t.layers && !call.follow) settle_layer(t.layers + row * kLayerSize, taken, place, call, verdict);
+    }
+    settle(t.ledger, t.ring, call, verdict);
+}
+
+// accumulate(): sum = [sum +] weight * g, with the sums of squares of g and of the new sum.
+
+template <bool fresh>
+void add_block(const float* g, float* sum, float weight, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) sum[i] = fresh ? weight * g[i] : sum[i] + weight * g[i];
 }
 
 void add_chunk(const Table& t, const Call& call, int64_t i) {
@@ -149,82 +249,70 @@ void add_chunk(const Table& t, const Call& call, int64_t i) {
     double* squares = t.partials + 2 * i;
     squares[0] = squares[1] = 0.0;
     if (!chunk.row[kSum]) return;
-    float* sum = chunk.at<float>(kSum);
     if (!chunk.row[kGrad]) {  // this micro-batch did not touch the tensor
-        squares[1] = sum_squares(sum, chunk.size);
+        squares[1] = gradient_squares(chunk, true);
         return;
     }
     const float weight = float(call.weight);
     if (chunk.row[kGrad] == chunk.row[kSum] && weight == 1.0f) {  // the gradient is the sum: nothing to write
-        squares[0] = squares[1] = sum_squares(sum, chunk.size);
+        squares[0] = squares[1] = gradient_squares(chunk, true);
         return;
     }
-    with_dtype(int(chunk.row[kCode] % kDtypes), [&](auto type) {
-        const auto* g = chunk.at<decltype(type)>(kGrad);
-        chunk.row[kFresh] ? add<true>(g, sum, weight, chunk.size, squares)
-                          : add<false>(g, sum, weight, chunk.size, squares);
+    Lanes small, large;
+    Buffers buffers;
+    for_blocks(chunk, false, [&](int64_t first, int64_t n) {
+        const float* g = load_gradient(chunk, false, first, n, buffers.grad);
+        float* sum = chunk.at<float>(kSum, first);
+        small.add(g, n);
+        chunk.row[kFresh] ? add_block<true>(g, sum, weight, n) : add_block<false>(g, sum, weight, n);
+        large.add(sum, n);
     });
-}
-
-void update_chunk(const Table& t, const Call& call, int64_t i, double scale) {
-    const Chunk chunk(t, i);
-    if (!chunk.row[call.sum ? kSum : kGrad]) return;
-    with_dtype(int(chunk.row[kCode] % kDtypes), [&](auto type) {
-        using P = decltype(type);
-        switch (chunk.row[kCode] / kDtypes) {
-#define PB_CASE(NUMBER, RULE) \
-    case NUMBER:              \
-        return update_row<RULE, P>(t, call, chunk, scale);
-            PB_FOR_EACH_RULE(PB_CASE)
-#undef PB_CASE
-        }
-    });
-}
-
-void sum_partials(const Table& t, double& small, double& large) {
-    small = large = 0.0;
-    for (int64_t i = 0; i < t.chunk_count; ++i) {
-        small += t.partials[2 * i];
-        large += t.partials[2 * i + 1];
-    }
+    squares[0] = small.sum();
+    squares[1] = large.sum();
 }
 
 }  // namespace
 
 void step(const Table& t, const Call& call) {
-    Verdict verdict;
 #pragma omp parallel num_threads(call.threads) if (t.elements > kSerial)
     {
-        if (call.norm) {
-#pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < t.chunk_count; ++i) take_squares(t, call, i);
-#pragma omp single
-            {
-                double small, large;
-                sum_partials(t, small, large);
-                t.ledger[kSumSq] = large;
-                t.ledger[kBad] = std::isfinite(large) ? 0.0 : 1.0;
-            }
-        }
-#pragma omp single
-        verdict = judge(t.ledger, call);
-        if (!verdict.skip) {
-            // Backwards: the gradients read last are still in the cache.
-#pragma omp for schedule(dynamic)
-            for (int64_t i = t.chunk_count - 1; i >= 0; --i) update_chunk(t, call, i, verdict.unscaled * verdict.clip);
-        }
+        norm_pass(t, call);
+        const Verdict verdict = judge(t.ledger, call);
+        prepare_pass(t, call, verdict);
+        update_pass(t, call, verdict);
     }
-    if (!verdict.skip)
-        for (int64_t row = 0; row < t.row_count; ++row)
-            if (t.rows[row * kColumns + (call.sum ? kSum : kGrad)]) t.steps[row] += 1.0f;
-    settle(t.ledger, t.ring, call, verdict);
+    finish(t, call, judge(t.ledger, call));
+}
+
+void norm(const Table& t, const Call& call) {
+#pragma omp parallel num_threads(call.threads) if (t.elements > kSerial)
+    norm_pass(t, call);
+}
+
+void prepare(const Table& t, const Call& call) {
+#pragma omp parallel num_threads(call.threads) if (t.elements > kSerial)
+    prepare_pass(t, call, judge(t.ledger, call));
+}
+
+void update(const Table& t, const Call& call) {
+    const Verdict verdict = judge(t.ledger, call);
+#pragma omp parallel num_threads(call.threads) if (t.elements > kSerial)
+    update_pass(t, call, verdict);
+    finish(t, call, verdict);
 }
 
 void accumulate(const Table& t, const Call& call) {
 #pragma omp parallel for num_threads(call.threads) schedule(dynamic) if (t.elements > kSerial)
     for (int64_t i = 0; i < t.chunk_count; ++i) add_chunk(t, call, i);
-    double small, large;
-    sum_partials(t, small, large);
+    double small = 0.0, large = 0.0;
+    for (int64_t row = 0; row < t.row_count; ++row) {
+        const double row_small = t.share[row] * row_sum(t, row, 0), row_large = t.share[row] * row_sum(t, row, 1);
+        small += row_small;
+        large += t.norms[row * kRowNorms + kDirectionSq] = row_large;
+        if (!t.layers) continue;
+        t.layers[row * kLayerSize + kLayerMicroSq] += call.examples * row_small;
+        t.layers[row * kLayerSize + kLayerSumSq] = row_large;
+    }
     t.ledger[kSumSq] = large;
     t.ledger[kMicroSq] += call.examples * small;
     if (!std::isfinite(small) || !std::isfinite(large)) t.ledger[kBad] = 1.0;

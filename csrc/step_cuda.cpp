@@ -9,15 +9,29 @@ namespace pybatch {
 
 namespace PB_ISA {
 cudaError_t launch_norm(const Table& table, const Call& call, cudaStream_t stream);
+cudaError_t launch_prepare(const Table& table, const Call& call, cudaStream_t stream);
 cudaError_t launch_update(const Table& table, const Call& call, cudaStream_t stream);
 cudaError_t launch_accumulate(const Table& table, const Call& call, cudaStream_t stream);
 }  // namespace PB_ISA
 
+int cuda_norm(const Table& table, const Call& call, void* stream) {
+    if (!call.norm && !(call.known && call.row_norms)) return cudaSuccess;
+    return PB_ISA::launch_norm(table, call, static_cast<cudaStream_t>(stream));
+}
+
+int cuda_prepare(const Table& table, const Call& call, void* stream) {
+    if (!call.prepare) return cudaSuccess;
+    return PB_ISA::launch_prepare(table, call, static_cast<cudaStream_t>(stream));
+}
+
+int cuda_update(const Table& table, const Call& call, void* stream) {
+    return PB_ISA::launch_update(table, call, static_cast<cudaStream_t>(stream));
+}
+
 int cuda_step(const Table& table, const Call& call, void* stream) {
-    const auto on = static_cast<cudaStream_t>(stream);
-    if (call.norm)
-        if (const cudaError_t error = PB_ISA::launch_norm(table, call, on)) return error;
-    return PB_ISA::launch_update(table, call, on);
+    if (const int error = cuda_norm(table, call, stream)) return error;
+    if (const int error = cuda_prepare(table, call, stream)) return error;
+    return cuda_update(table, call, stream);
 }
 
 int cuda_accumulate(const Table& table, const Call& call, void* stream) {

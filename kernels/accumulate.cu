@@ -1,29 +1,27 @@
 // Adds a micro-batch's gradients to their sums and takes the norms of both, in one read of each.
 
-#include "step.cuh"
+#include "chunk.cuh"
 
 namespace pybatch::PB_ISA {
 namespace {
 
 template <class G>
 __device__ void add(const G* g, float* sum, float weight, bool fresh, int size, Squares& small, Squares& large) {
-    const auto one = [&](float x, float old) {
-        const float s = fresh ? weight * x : fmaf(weight, x, old);
-        small.add(x);
-        large.add(s);
-        return s;
-    };
-    for_each(
-        size, aligned(g) && aligned(sum),
-        [&](int i) {
-            const Pack<G> gradient = reinterpret_cast<const Pack<G>*>(g)[i];
-            Pack<float> total{};
-            if (!fresh) total = reinterpret_cast<const Pack<float>*>(sum)[i];
+    const bool grad_vectors = aligned(g);
+    for_each(size, aligned(sum), [&](auto width, int i) {
+        constexpr int N = decltype(width)::value;
+        const Pack<G, N> gradient = fetch<N>(g + i, grad_vectors);
+        Pack<float, N> total{};
+        if (!fresh) total = fetch<N>(sum + i, true);
 #pragma unroll
-            for (int j = 0; j < kWidth; ++j) total.item[j] = one(load(gradient.item[j]), total.item[j]);
-            reinterpret_cast<Pack<float>*>(sum)[i] = total;
-        },
-        [&](int i) { sum[i] = one(load(g[i]), fresh ? 0.0f : sum[i]); });
+        for (int j = 0; j < N; ++j) {
+            const float x = load(gradient.item[j]);
+            total.item[j] = fresh ? weight * x : fmaf(weight, x, total.item[j]);
+            small.add(x);
+            large.add(total.item[j]);
+        }
+        write(sum + i, total);
+    });
 }
 
 __global__ void __launch_bounds__(kThreads, kResident) accumulate_kernel(const Table t, const Call call) {
@@ -38,32 +36,35 @@ __global__ void __launch_bounds__(kThreads, kResident) accumulate_kernel(const T
             } else if (chunk.row[kGrad] == chunk.row[kSum] && weight == 1.0f) {  // the gradient is the sum
                 small = large = squares<float>(sum, chunk.size);
             } else {
-                with_dtype(int(chunk.row[kCode] % kDtypes), [&](auto type) {
+                with_type(chunk.row[kGradType], [&](auto type) {
                     add(chunk.at<const decltype(type)>(kGrad), sum, weight, chunk.row[kFresh] != 0, chunk.size, small,
                         large);
                 });
             }
         }
-        const Pair pair = block_sum(small.value(), large.value());
-        if (threadIdx.x == 0) {
-            t.partials[2 * blockIdx.x] = pair.small;
-            t.partials[2 * blockIdx.x + 1] = pair.large;
-        }
+        store_partial(t, blockIdx.x, small, large);
     }
     if (!is_last_block(t.ticket)) return;
-    const Pair total = sum_partials(t);
+    const Pair total = sum_chunks(t);
     if (threadIdx.x == 0) {
-        t.ledger[kSumSq] = total.large;
-        t.ledger[kMicroSq] += call.examples * total.small;
-        if (isnan(total.small) || isnan(total.large)) t.ledger[kBad] = 1.0;
+        t.ledger[kSumSq] = total.second;
+        t.ledger[kMicroSq] += call.examples * total.first;
+        if (isnan(total.first) || isnan(total.second)) t.ledger[kBad] = 1.0;
     }
+    for_each_row(t, [&](int64_t row, const Pair& sums) {
+        const double large = t.share[row] * sums.second;
+        t.norms[row * kRowNorms + kDirectionSq] = large;
+        if (!t.layers) return;
+        double* layer = t.layers + row * kLayerSize;
+        layer[kLayerMicroSq] += call.examples * t.share[row] * sums.first;
+        layer[kLayerSumSq] = large;
+    });
 }
 
 }  // namespace
 
 cudaError_t launch_accumulate(const Table& table, const Call& call, cudaStream_t stream) {
-    accumulate_kernel<<<blocks(table), kThreads, 0, stream>>>(table, call);
-    return cudaGetLastError();
+    return launch(accumulate_kernel, table, call, stream);
 }
 
 }  // namespace pybatch::PB_ISA

@@ -9,27 +9,42 @@ namespace pybatch::PB_ISA {
 
 constexpr int kThreads = 256;
 constexpr int kResident = 3;  // blocks per multiprocessor: 85 registers a thread, so no rule spills
+constexpr unsigned kWarp = 0xffffffffu;
 
+// The two sums of a chunk; Table.partials holds them.
 struct Pair {
-    double small, large;
+    double first, second;
+
+    __device__ void add(const Pair& other) {
+        first += other.first;
+        second += other.second;
+    }
 };
 
-// Adds both numbers over the block; the result is valid in thread 0. Every thread must call it.
-__device__ inline Pair block_sum(double small, double large) {
-    __shared__ Pair warps[kThreads / 32];
+// Written by other blocks of this launch: not from the L1 cache.
+__device__ inline Pair load_partial(const Table& t, int64_t chunk) {
+    return {__ldcg(t.partials + 2 * chunk), __ldcg(t.partials + 2 * chunk + 1)};
+}
+
+// Adds over the warp; valid in every lane. Every lane must call it.
+__device__ inline Pair warp_sum(Pair sum) {
     for (int offset = 16; offset > 0; offset /= 2) {
-        small += __shfl_down_sync(0xffffffffu, small, offset);
-        large += __shfl_down_sync(0xffffffffu, large, offset);
+        const Pair other{__shfl_xor_sync(kWarp, sum.first, offset), __shfl_xor_sync(kWarp, sum.second, offset)};
+        sum.add(other);
     }
+    return sum;
+}
+
+// Adds over the block; valid in thread 0. Every thread must call it.
+__device__ inline Pair block_sum(Pair sum) {
+    __shared__ Pair warps[kThreads / 32];
+    sum = warp_sum(sum);
     __syncthreads();  // an earlier call may still be reading
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = {small, large};
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
     __syncthreads();
     Pair total{0.0, 0.0};
     if (threadIdx.x == 0)
-        for (const Pair& warp : warps) {
-            total.small += warp.small;
-            total.large += warp.large;
-        }
+        for (const Pair& warp : warps) total.add(warp);
     return total;
 }
 
@@ -48,14 +63,40 @@ __device__ inline bool is_last_block(unsigned* ticket) {
     return last;
 }
 
-// Sum of all partials, in the order of the chunks within each thread and of the threads within the block.
-__device__ inline Pair sum_partials(const Table& t) {
-    double small = 0.0, large = 0.0;
+// Sum over all chunks, each by its tensor's share, in the order of the chunks within each thread and of the threads
+// within the block; valid in thread 0.
+__device__ inline Pair sum_chunks(const Table& t) {
+    Pair sum{0.0, 0.0};
     for (int64_t i = threadIdx.x; i < t.chunk_count; i += kThreads) {
-        small += __ldcg(t.partials + 2 * i);  // written by other blocks of this launch: not from the L1 cache
-        large += __ldcg(t.partials + 2 * i + 1);
+        const double share = t.share[t.chunks[2 * i]];
+        const Pair chunk = load_partial(t, i);
+        sum.add({share * chunk.first, share * chunk.second});
     }
-    return block_sum(small, large);
+    return block_sum(sum);
+}
+
+// Calls use(row, sums of the row's chunks) once per row, by one thread of the block. Every thread must call it.
+template <class Use>
+__device__ inline void for_each_row(const Table& t, const Use& use) {
+    constexpr int64_t kFew = 16;  // chunks one lane adds by itself; more are spread over its warp
+    const int lane = threadIdx.x % 32;
+    for (int64_t first = threadIdx.x - lane; first < t.row_count; first += kThreads) {
+        const int64_t row = first + lane;
+        const bool there = row < t.row_count;
+        const int64_t begin = there ? t.starts[row] : 0, end = there ? t.starts[row + 1] : 0;
+        const bool few = end - begin <= kFew;
+        Pair sums{0.0, 0.0};
+        for (int64_t i = begin; few && i < end; ++i) sums.add(load_partial(t, i));
+        for (unsigned rest = __ballot_sync(kWarp, !few); rest; rest &= rest - 1) {
+            const int owner = __ffs(int(rest)) - 1;
+            const int64_t start = __shfl_sync(kWarp, begin, owner), stop = __shfl_sync(kWarp, end, owner);
+            Pair part{0.0, 0.0};
+            for (int64_t i = start + lane; i < stop; i += 32) part.add(load_partial(t, i));
+            part = warp_sum(part);
+            if (lane == owner) sums = part;
+        }
+        if (there) use(row, sums);
+    }
 }
 
 }  // namespace pybatch::PB_ISA

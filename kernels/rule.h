@@ -1,11 +1,16 @@
 // The contract of an update rule: its arithmetic is written once, for the CPU loop and the CUDA kernel.
 //
 // A rule is a struct with
-//   states                          how many fp32 state values an element has (at most kMaxStates)
-//   static Rule make(hyper, step)   the scalars of one tensor, in double, from its group's row and its step (1, 2, ...)
-//   void update(p, g, s) const      one element: parameter and states in place, g already unscaled, averaged, clipped
-// Elementwise rules need no more. A rule that needs norms of its whole tensor first (LARS, LAMB) gets them as a further
-// argument of make(): they are a tensor's scalars too, and update() stays elementwise.
+//   states                how many fp32 state values an element has (at most kMaxStates)
+//   norms                 which norms of its whole tensor it needs first
+//   static Rule make(hyper, step, param_sq, direction_sq)
+//                         the scalars of one tensor, in double, from its group's row, its step (1, 2, ...) and, where
+//                         the rule has norms, |p|^2 and the other norm, squared
+//   void update(p, g, s)  one element: parameter and states in place, g already unscaled, averaged, clipped
+// Norms::gradient (LARS): the other norm is |g|^2, of the g that update() sees.
+// Norms::direction (LAMB): two more functions. prepare(g, s) writes the states, direction(p, s) gives what the other
+// norm is taken of; update() then reads the states only, its g is 0. prepare() is called on a rule made of zero norms.
+// update() stays elementwise for all of them.
 #pragma once
 
 #include <math.h>
@@ -26,6 +31,8 @@
 namespace pybatch::PB_ISA {
 
 constexpr int kMaxStates = 3;
+
+enum class Norms { none, gradient, direction };
 
 // Columns of a group's row of hyper-parameters (float64) that every rule shares; a rule's own start at kHyperOwn.
 constexpr int kLearningRate = 0;

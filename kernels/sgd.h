@@ -13,9 +13,10 @@ struct SgdHyper {
 
 struct Sgd {
     static constexpr int states = 0;
+    static constexpr Norms norms = Norms::none;
     float lr, decay;
 
-    PB_HD static Sgd make(const double* hyper, double) {
+    PB_HD static Sgd make(const double* hyper, double, double, double) {
         return {float(hyper[kLearningRate]), float(hyper[SgdHyper::weight_decay])};
     }
 
@@ -24,9 +25,10 @@ struct Sgd {
 
 struct SgdMomentum {
     static constexpr int states = 1;  // momentum_buffer
+    static constexpr Norms norms = Norms::none;
     float lr, decay, keep, add, ahead_g, ahead_b;
 
-    PB_HD static SgdMomentum make(const double* hyper, double step) {
+    PB_HD static SgdMomentum make(const double* hyper, double step, double, double) {
         const double momentum = hyper[SgdHyper::momentum];
         const bool first = step <= 1.0, nesterov = hyper[SgdHyper::nesterov] != 0.0;
         return {float(hyper[kLearningRate]),    float(hyper[SgdHyper::weight_decay]),

@@ -2,13 +2,29 @@
 
 import triton
 import triton.language as tl
+from pybatch.kernels.rule import Rule
+from pybatch.kernels.table import HYPER_OWN
 
 
 @triton.jit
-def make(hyper, step, own: tl.constexpr):
-    """The scalars of one tensor, in float64, from its group's row and its step."""
-    lr, weight_decay = tl.load(hyper), tl.load(hyper + own + 2)
-    momentum, dampening, nesterov = tl.load(hyper + own), tl.load(hyper + own + 1), tl.load(hyper + own + 3)
+def make(hyper, step, param_sq, direction_sq):
+    """Learning rate and decay."""
+    return tl.load(hyper).to(tl.float32), tl.load(hyper + HYPER_OWN + 2).to(tl.float32)
+
+
+@triton.jit
+def update(scalars, p, g, s0, s1, s2):
+    """One block of elements."""
+    lr, decay = scalars
+    return p - lr * (g + decay * p), s0, s1, s2
+
+
+@triton.jit
+def make_with_momentum(hyper, step, param_sq, direction_sq):
+    """The scalars of one tensor."""
+    lr, weight_decay = tl.load(hyper), tl.load(hyper + HYPER_OWN + 2)
+    momentum, dampening = tl.load(hyper + HYPER_OWN), tl.load(hyper + HYPER_OWN + 1)
+    nesterov = tl.load(hyper + HYPER_OWN + 3)
     keep = tl.where(step <= 1.0, 0.0, momentum)  # the first momentum is the gradient itself
     add = tl.where(step <= 1.0, 1.0, 1.0 - dampening)
     ahead_b = tl.where(nesterov != 0.0, momentum, 1.0)
@@ -23,11 +39,13 @@ def make(hyper, step, own: tl.constexpr):
 
 
 @triton.jit
-def update(scalars, p, g, s0, momentum: tl.constexpr):
-    """One block of elements: parameter and momentum after the update."""
+def update_with_momentum(scalars, p, g, s0, s1, s2):
+    """One block of elements."""
     lr, decay, keep, add, ahead_g, ahead_b = scalars
     g = g + decay * p
-    if momentum:
-        s0 = keep * s0 + add * g
-        g = ahead_g * g + ahead_b * s0
-    return p - lr * g, s0
+    s0 = keep * s0 + add * g
+    return p - lr * (ahead_g * g + ahead_b * s0), s0, s1, s2
+
+
+SGD = Rule(0, make, update)
+SGD_MOMENTUM = Rule(1, make_with_momentum, update_with_momentum)

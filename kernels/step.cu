@@ -1,133 +1,264 @@
-// The update over a list of tensors: the norm of the gradients, then load -> rule -> store. One launch each, any model.
+// The update over a list of tensors: norms, then load -> rule -> store. One launch a phase, any model.
 
-#include "step.cuh"
+#include "ledger.h"
+#include "memory.cuh"
 
 namespace pybatch::PB_ISA {
 namespace {
 
+__device__ Squares gradient_squares(const Chunk& chunk, bool sum) {
+    if (sum) return squares(chunk.at<const float>(kSum), chunk.size);
+    Squares total;
+    with_type(chunk.row[kGradType],
+              [&](auto type) { total = squares(chunk.at<const decltype(type)>(kGrad), chunk.size); });
+    return total;
+}
+
+__device__ Squares param_squares(const Chunk& chunk) {
+    const Stored memory(chunk, kGrad, 0u);
+    Squares total;
+    for_each(chunk.size, vectors(chunk), [&](auto width, int i) {
+        constexpr int N = decltype(width)::value;
+        Stored::Bits<N> bits;
+        memory.fetch_param(bits, i);
+#pragma unroll
+        for (int j = 0; j < N; ++j) total.add(memory.param_of(bits, j));
+    });
+    return total;
+}
+
 __global__ void __launch_bounds__(kThreads, kResident) norm_kernel(const Table t, const Call call) {
-    double value = 0.0;
-    const int source = call.sum ? kSum : kGrad;
+    const int source = source_of(call);
     if (int64_t(blockIdx.x) < t.chunk_count) {
         const Chunk chunk(t, blockIdx.x);
+        Squares param, gradient;
         if (chunk.row[source]) {
-            if (call.sum)
-                value = squares(chunk.at<const float>(kSum), chunk.size).value();
-            else
-                with_dtype(int(chunk.row[kCode] % kDtypes), [&](auto type) {
-                    value = squares(chunk.at<const decltype(type)>(kGrad), chunk.size).value();
-                });
+            if (call.norm) gradient = gradient_squares(chunk, call.sum);
+            if (carries(chunk.row) && isnan(t.carried[chunk.index])) param = param_squares(chunk);
         }
-        const Pair sum = block_sum(0.0, value);
-        if (threadIdx.x == 0) {
-            t.partials[2 * blockIdx.x] = 0.0;
-            t.partials[2 * blockIdx.x + 1] = sum.large;
-        }
+        store_partial(t, blockIdx.x, param, gradient);
     }
     if (!is_last_block(t.ticket)) return;
-    const Pair total = sum_partials(t);
-    if (threadIdx.x == 0) {
-        t.ledger[kSumSq] = total.large;
-        t.ledger[kBad] = isnan(total.large) ? 1.0 : 0.0;
+    if (call.norm) {
+        const double total = sum_chunks(t).second;
+        if (threadIdx.x == 0) {
+            t.ledger[kSumSq] = total;
+            t.ledger[kBad] = isnan(total) ? 1.0 : 0.0;
+        }
     }
+    if (!call.row_norms) return;
+    for_each_row(t, [&](int64_t row, const Pair& sums) {
+        double* norms = t.norms + row * kRowNorms;
+        const int64_t* columns = t.rows + row * kColumns;
+        if (call.norm) norms[kDirectionSq] = t.share[row] * sums.second;
+        if (!carries(columns) || !columns[source]) return;
+        if (isnan(t.carried[row])) t.carried[row] = sums.first;
+        norms[kParamSq] = t.share[row] * t.carried[row];
+    });
 }
 
-template <class Rule, class P, class G>
-__device__ void update(const Rule& shared_rule, const Chunk& chunk, const G* g, float scale) {
-    const Rule rule = shared_rule;
-    P* p = chunk.at<P>(kParam);
-    float* states[kMaxStates];
-    bool vectors = aligned(p) && aligned(g);
-    for (int k = 0; k < Rule::states; ++k) {
-        states[k] = chunk.at<float>(kState0 + k);
-        vectors = vectors && aligned(states[k]);
-    }
-    for_each(
-        chunk.size, vectors,
-        [&](int i) {
-            Pack<P> value = reinterpret_cast<const Pack<P>*>(p)[i];
-            const Pack<G> gradient = reinterpret_cast<const Pack<G>*>(g)[i];
-            Pack<float> state[kMaxStates];
-#pragma unroll
-            for (int k = 0; k < Rule::states; ++k) state[k] = reinterpret_cast<const Pack<float>*>(states[k])[i];
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) {
-                float s[kMaxStates], x = load(value.item[j]);
-#pragma unroll
-                for (int k = 0; k < Rule::states; ++k) s[k] = state[k].item[j];
-                rule.update(x, load(gradient.item[j]) * scale, s);
-                store(value.item[j], x);
-#pragma unroll
-                for (int k = 0; k < Rule::states; ++k) state[k].item[j] = s[k];
-            }
-            reinterpret_cast<Pack<P>*>(p)[i] = value;
-#pragma unroll
-            for (int k = 0; k < Rule::states; ++k) reinterpret_cast<Pack<float>*>(states[k])[i] = state[k];
-        },
-        [&](int i) {
-            float s[kMaxStates], x = load(p[i]);
-#pragma unroll
-            for (int k = 0; k < Rule::states; ++k) s[k] = states[k][i];
-            rule.update(x, load(g[i]) * scale, s);
-            store(p[i], x);
-#pragma unroll
-            for (int k = 0; k < Rule::states; ++k) states[k][i] = s[k];
-        });
-}
-
-template <class Rule, class P>
-__device__ void update_row(const Table& t, const Call& call, const Chunk& chunk, double scale) {
-    __shared__ Rule rule;  // its scalars take double powers: once per block, not per thread
-    const double* hyper = t.hyper + chunk.row[kGroup] * kHyperColumns;
-    if (threadIdx.x == 0) rule = Rule::make(hyper, double(t.steps[chunk.index]) + 1.0);
+// The scalars of a tensor's rule take double powers: once per block, not per thread.
+template <class Rule>
+__device__ Rule make_rule(const Table& t, const Chunk& chunk, double param_sq, double direction_sq) {
+    __shared__ Rule rule;
+    if (threadIdx.x == 0)
+        rule = Rule::make(t.hyper + chunk.row[kGroup] * kHyperColumns, double(t.steps[chunk.index]) + 1.0, param_sq,
+                          direction_sq);
     __syncthreads();
-    const float factor = float(hyper[kMaximize] != 0.0 ? -scale : scale);
-    if (call.sum)
-        update<Rule, P, float>(rule, chunk, chunk.at<const float>(kSum), factor);
+    return rule;
+}
+
+// From the stored gradient to what the rule sees.
+__device__ float gradient_factor(const Table& t, const Chunk& chunk, double scale) {
+    return float(t.hyper[chunk.row[kGroup] * kHyperColumns + kMaximize] != 0.0 ? -scale : scale);
+}
+
+template <class Rule>
+struct States {
+    float* state[kMaxStates];
+
+    __device__ explicit States(const Chunk& chunk) {
+#pragma unroll
+        for (int k = 0; k < Rule::states; ++k) state[k] = chunk.at<float>(kState0 + k);
+    }
+    template <int N>
+    __device__ void fetch_all(Pack<float, N>* packs, int i) const {
+#pragma unroll
+        for (int k = 0; k < Rule::states; ++k) packs[k] = fetch<N>(state[k] + i, true);
+    }
+    template <int N>
+    __device__ void write_all(const Pack<float, N>* packs, int i) const {
+#pragma unroll
+        for (int k = 0; k < Rule::states; ++k) write(state[k] + i, packs[k]);
+    }
+};
+
+// All states of element j of the packs, and back.
+template <class Rule, int N>
+__device__ void take(const Pack<float, N>* packs, int j, float* s) {
+#pragma unroll
+    for (int k = 0; k < Rule::states; ++k) s[k] = packs[k].item[j];
+}
+template <class Rule, int N>
+__device__ void give(Pack<float, N>* packs, int j, const float* s) {
+#pragma unroll
+    for (int k = 0; k < Rule::states; ++k) packs[k].item[j] = s[k];
+}
+
+// Calls work(rule of that number, of no use but its type).
+template <class Work>
+__device__ void with_rule(int64_t number, const Work& work) {
+    switch (number) {
+#define PB_CASE(NUMBER, RULE) \
+    case NUMBER:              \
+        return work(RULE{});
+        PB_FOR_EACH_RULE(PB_CASE)
+#undef PB_CASE
+    }
+}
+
+// Calls work(memory): Plain where everything is fp32, which is compiled for each rule without a conversion.
+template <class Work>
+__device__ void with_memory(const Chunk& chunk, int source, uint32_t key, const Work& work) {
+    if (chunk.storage() == kFloat32 && (source == kSum || chunk.row[kGradType] == kGradFloat32))
+        work(Plain(chunk, source, key));
     else
-        update<Rule, P, P>(rule, chunk, chunk.at<const P>(kGrad), factor);
+        work(Stored(chunk, source, key));
+}
+
+template <class Rule>
+__device__ void prepare(const Table& t, const Chunk& chunk, int64_t number, int source, double scale) {
+    const Rule rule = make_rule<Rule>(t, chunk, 0.0, 0.0);
+    const float factor = gradient_factor(t, chunk, scale);
+    const States<Rule> states(chunk);
+    Squares param, direction;
+    with_memory(chunk, source, 0u, [&](const auto& memory) {
+        for_each(chunk.size, vectors(chunk), [&](auto width, int i) {
+            constexpr int N = decltype(width)::value;
+            typename std::decay_t<decltype(memory)>::template Bits<N> bits;
+            Pack<float, N> packs[kMaxStates];
+            memory.fetch_param(bits, i);
+            memory.fetch_grad(bits, i);
+            states.fetch_all(packs, i);
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                float s[kMaxStates];
+                take<Rule>(packs, j, s);
+                rule.prepare(memory.grad_of(bits, j) * factor, s);
+                const float p = memory.param_of(bits, j);
+                param.add(p);
+                direction.add(rule.direction(p, s));
+                give<Rule>(packs, j, s);
+            }
+            states.write_all(packs, i);
+        });
+    });
+    store_partial(t, number, param, direction);
+}
+
+__global__ void __launch_bounds__(kThreads, kResident) prepare_kernel(const Table t, const Call call) {
+    const Verdict verdict = judge(t.ledger, call);
+    if (verdict.skip) return;
+    const int source = source_of(call);
+    if (int64_t(blockIdx.x) < t.chunk_count) {
+        const int64_t number = t.chunk_count - 1 - blockIdx.x;  // backwards: the gradients read last are in the cache
+        const Chunk chunk(t, number);
+        if (chunk.row[source])
+            with_rule(chunk.rule(), [&](auto type) {
+                using Rule = decltype(type);
+                if constexpr (Rule::norms == Norms::direction)
+                    prepare<Rule>(t, chunk, number, source, verdict.unscaled * verdict.clip);
+            });
+    }
+    if (!is_last_block(t.ticket)) return;
+    for_each_row(t, [&](int64_t row, const Pair& sums) {
+        const int64_t* columns = t.rows + row * kColumns;
+        if (!columns[source] || norms_of(columns[kCode] / kStorages) != Norms::direction) return;
+        t.norms[row * kRowNorms + kParamSq] = t.share[row] * sums.first;
+        t.norms[row * kRowNorms + kDirectionSq] = t.share[row] * sums.second;
+    });
+}
+
+template <class Rule>
+__device__ void update(const Table& t, const Call& call, const Chunk& chunk, int64_t number, double scale) {
+    constexpr bool prepared = Rule::norms == Norms::direction;  // then states are final and the gradient is not needed
+    constexpr bool carried = Rule::norms == Norms::gradient;
+    const double* norms = t.norms + chunk.index * kRowNorms;
+    const Rule rule = make_rule<Rule>(t, chunk, norms[kParamSq], (carried ? scale * scale : 1.0) * norms[kDirectionSq]);
+    const float factor = gradient_factor(t, chunk, scale);
+    const uint32_t key = is_stochastic(chunk.storage())
+                             ? random_key(call.seed, chunk.row[kSalt], double(t.steps[chunk.index]) + 1.0, chunk.begin)
+                             : 0u;
+    const States<Rule> states(chunk);
+    Squares after;
+    with_memory(chunk, source_of(call), key, [&](const auto& memory) {
+        for_each(chunk.size, vectors(chunk), [&](auto width, int i) {
+            constexpr int N = decltype(width)::value;
+            typename std::decay_t<decltype(memory)>::template Bits<N> bits;
+            Pack<float, N> packs[kMaxStates], values;
+            memory.fetch_param(bits, i);
+            if constexpr (!prepared) memory.fetch_grad(bits, i);
+            states.fetch_all(packs, i);
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                float s[kMaxStates], g = 0.0f;
+                take<Rule>(packs, j, s);
+                if constexpr (!prepared) g = memory.grad_of(bits, j) * factor;
+                values.item[j] = memory.param_of(bits, j);
+                rule.update(values.item[j], g, s);
+                give<Rule>(packs, j, s);
+            }
+            memory.put(i, values);
+            if constexpr (!prepared) states.write_all(packs, i);
+            if constexpr (carried)
+                for (float p : values.item) after.add(p);
+        });
+    });
+    if constexpr (carried) store_partial(t, number, after, Squares());
 }
 
 __global__ void __launch_bounds__(kThreads, kResident) update_kernel(const Table t, const Call call) {
     __shared__ Verdict verdict;
-    const int source = call.sum ? kSum : kGrad;
+    const int source = source_of(call);
     if (threadIdx.x == 0) verdict = judge(t.ledger, call);
     __syncthreads();
     if (int64_t(blockIdx.x) < t.chunk_count && !verdict.skip) {
-        // Backwards: the gradients the norm read last are still in the cache.
-        const Chunk chunk(t, t.chunk_count - 1 - blockIdx.x);
-        if (chunk.row[source]) {
-            const double scale = verdict.unscaled * verdict.clip;
-            with_dtype(int(chunk.row[kCode] % kDtypes), [&](auto type) {
-                using P = decltype(type);
-                switch (chunk.row[kCode] / kDtypes) {
-#define PB_CASE(NUMBER, RULE)                       \
-    case NUMBER:                                    \
-        update_row<RULE, P>(t, call, chunk, scale); \
-        break;
-                    PB_FOR_EACH_RULE(PB_CASE)
-#undef PB_CASE
-                }
+        // Against the order of the pass before: the gradients it read last are still in the cache.
+        const int64_t number = call.prepare ? int64_t(blockIdx.x) : t.chunk_count - 1 - blockIdx.x;
+        const Chunk chunk(t, number);
+        if (chunk.row[source])
+            with_rule(chunk.rule(), [&](auto type) {
+                update<decltype(type)>(t, call, chunk, number, verdict.unscaled * verdict.clip);
             });
-        }
     }
     if (!is_last_block(t.ticket)) return;  // every block has read its step and the ledger by now
-    if (!verdict.skip)
-        for (int64_t row = threadIdx.x; row < t.row_count; row += kThreads)
-            if (t.rows[row * kColumns + source]) t.steps[row] += 1.0f;
+    if (call.row_norms && !verdict.skip)
+        for_each_row(t, [&](int64_t row, const Pair& sums) {
+            const int64_t* columns = t.rows + row * kColumns;
+            if (columns[source] && carries(columns)) t.carried[row] = sums.first;
+        });
+    const RingPlace place = ring_place(t.ledger);
+    for (int64_t row = threadIdx.x; row < t.row_count; row += kThreads) {
+        const bool taken = t.rows[row * kColumns + source] != 0;
+        if (taken && !verdict.skip) t.steps[row] += 1.0f;
+        if (t.layers && !call.follow) settle_layer(t.layers + row * kLayerSize, taken, place, call, verdict);
+    }
+    __syncthreads();  // every thread has read the ledger
     if (threadIdx.x == 0) settle(t.ledger, t.ring, call, verdict);
 }
 
 }  // namespace
 
 cudaError_t launch_norm(const Table& table, const Call& call, cudaStream_t stream) {
-    norm_kernel<<<blocks(table), kThreads, 0, stream>>>(table, call);
-    return cudaGetLastError();
+    return launch(norm_kernel, table, call, stream);
+}
+
+cudaError_t launch_prepare(const Table& table, const Call& call, cudaStream_t stream) {
+    return launch(prepare_kernel, table, call, stream);
 }
 
 cudaError_t launch_update(const Table& table, const Call& call, cudaStream_t stream) {
-    update_kernel<<<blocks(table), kThreads, 0, stream>>>(table, call);
-    return cudaGetLastError();
+    return launch(update_kernel, table, call, stream);
 }
 
 }  // namespace pybatch::PB_ISA

@@ -1,55 +1,140 @@
-"""Triton twin of step.cu: the norm of the gradients, then load -> rule -> store, over a list of tensors.
+"""Triton twin of step.cu: norms, then load -> rule -> store, over a list of tensors.
 
-Four small launches where CUDA C++ needs two: the sums and the bookkeeping have a program of their own, because Triton
-gives no ordering between the programs of one launch.
+A phase is one launch over the list, and small ones for the sums and the bookkeeping, which CUDA C++ leaves to the block
+that finishes last: Triton gives no ordering between the programs of one launch.
 """
 
 from typing import Any
 
 import triton
 import triton.language as tl
-from pybatch.kernels import adamw, sgd
-from pybatch.kernels.ledger import collect_kernel, judge, settle_kernel
+from pybatch.kernels.ledger import collect_kernel, collect_rows_kernel, judge, settle_kernel, settle_rows_kernel
+from pybatch.kernels.rules import selection, with_norms
+from pybatch.kernels.storage import load_param, random_bits, store_param
 from pybatch.kernels.table import (
-    ADAMW,
-    ADAMW_AMSGRAD,
+    BFLOAT16_STOCHASTIC,
     CODE,
-    COLUMNS,
-    DTYPES,
+    DIRECTION_SQ,
+    FLOAT16_STOCHASTIC,
     GRAD,
+    GRAD_TYPE,
     GROUP,
     HYPER_COLUMNS,
-    HYPER_OWN,
     LAUNCH,
     MAXIMIZE,
-    NUMEL,
-    PARAM,
-    SGD_MOMENTUM,
+    PARAM_SQ,
+    ROW_NORMS,
+    SALT,
     STATE0,
+    STORAGES,
     SUM,
+    contains,
     load_as_f32,
     load_f32,
+    locate,
     store_f32,
-    store_from_f32,
     sum_squares,
 )
 
-adamw_make, adamw_update = adamw.make, adamw.update
-sgd_make, sgd_update = sgd.make, sgd.update
+
+@triton.jit
+def load_gradient(row, offset, mask, accumulated: tl.constexpr):
+    """The gradient a step takes: the fp32 sum, or the gradient in its own dtype."""
+    if accumulated:
+        g = load_f32(tl.load(row + SUM), offset, mask)
+    else:
+        g = load_as_f32(tl.load(row + GRAD), tl.load(row + GRAD_TYPE), offset, mask)
+    return g
 
 
 @triton.jit
-def norm_kernel(rows, chunks, partials, block: tl.constexpr):
-    """One program a chunk: the sum of squares of its gradient."""
-    chunk = tl.program_id(0).to(tl.int64)
-    row = rows + tl.load(chunks + 2 * chunk) * COLUMNS
-    offset = tl.load(chunks + 2 * chunk + 1) * block + tl.arange(0, block)
-    value = tl.zeros((), tl.float64)
-    grad = tl.load(row + GRAD)
-    if grad != 0:
-        value = sum_squares(load_as_f32(grad, tl.load(row + CODE) % DTYPES, offset, offset < tl.load(row + NUMEL)))
-    tl.store(partials + 2 * chunk, 0.0)
-    tl.store(partials + 2 * chunk + 1, value)
+def load_states(row, offset, mask, count: tl.constexpr):
+    """Three blocks, zeros past the rule's count."""
+    zero = tl.where(mask, 0.0, 0.0)
+    s0, s1, s2 = zero, zero, zero
+    if count > 0:
+        s0 = load_f32(tl.load(row + STATE0), offset, mask)
+    if count > 1:
+        s1 = load_f32(tl.load(row + STATE0 + 1), offset, mask)
+    if count > 2:
+        s2 = load_f32(tl.load(row + STATE0 + 2), offset, mask)
+    return s0, s1, s2
+
+
+@triton.jit
+def store_states(row, offset, mask, s0, s1, s2, count: tl.constexpr):
+    """Write them back."""
+    if count > 0:
+        store_f32(tl.load(row + STATE0), offset, s0, mask)
+    if count > 1:
+        store_f32(tl.load(row + STATE0 + 1), offset, s1, mask)
+    if count > 2:
+        store_f32(tl.load(row + STATE0 + 2), offset, s2, mask)
+
+
+@triton.jit
+def norm_kernel(
+    rows,
+    chunks,
+    partials,
+    carried,
+    carriers: tl.constexpr,
+    accumulated: tl.constexpr,
+    gradients: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One program a chunk: the sums of squares of its parameter (rules in `carriers`) and of its gradient."""
+    chunk, index, row, offset, mask = locate(rows, chunks, block)
+    param, gradient = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
+    if tl.load(row + (SUM if accumulated else GRAD)) != 0:
+        if gradients:
+            gradient = sum_squares(load_gradient(row, offset, mask, accumulated))
+        code = tl.load(row + CODE)
+        held = tl.load(carried + index)
+        if contains(carriers, code // STORAGES) & (held != held):
+            param = sum_squares(load_param(row, code % STORAGES, offset, mask))
+    tl.store(partials + 2 * chunk, param)
+    tl.store(partials + 2 * chunk + 1, gradient)
+
+
+@triton.jit
+def prepare_kernel(
+    rows,
+    chunks,
+    hyper,
+    steps,
+    partials,
+    ledger,
+    inverse: tl.float64,
+    max_norm: tl.float64,
+    grad_scale: tl.int64,
+    found_inf: tl.int64,
+    rules: tl.constexpr,
+    accumulated: tl.constexpr,
+    taken: tl.constexpr,
+    clip: tl.constexpr,
+    follow: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One program a chunk: the states, and the sums of squares of parameter and direction."""
+    chunk, index, row, offset, mask = locate(rows, chunks, block)
+    skip, _norm, coefficient, unscaled = judge(ledger, inverse, max_norm, grad_scale, found_inf, taken, clip, follow)
+    if (tl.load(row + (SUM if accumulated else GRAD)) != 0) & (skip == 0):
+        code = tl.load(row + CODE)
+        group = hyper + tl.load(row + GROUP) * HYPER_COLUMNS
+        step = tl.load(steps + index).to(tl.float64) + 1.0
+        factor = tl.where(tl.load(group + MAXIMIZE) != 0.0, -unscaled, unscaled) * coefficient
+        for i in tl.static_range(len(rules)):
+            if code // STORAGES == rules[i][0]:
+                scalars = rules[i][4](group, step, factor * 0.0, factor * 0.0)
+                p = load_param(row, code % STORAGES, offset, mask)
+                g = load_gradient(row, offset, mask, accumulated) * factor.to(tl.float32)
+                s0, s1, s2 = load_states(row, offset, mask, rules[i][1])
+                s0, s1, s2 = rules[i][6](scalars, g, s0, s1, s2)
+                store_states(row, offset, mask, s0, s1, s2, rules[i][1])
+                direction = rules[i][7](scalars, p, s0, s1, s2)
+                tl.store(partials + 2 * chunk, sum_squares(p))
+                tl.store(partials + 2 * chunk + 1, sum_squares(tl.where(mask, direction, 0.0)))
 
 
 @triton.jit
@@ -58,97 +143,200 @@ def update_kernel(
     chunks,
     hyper,
     steps,
+    norms,
+    partials,
     ledger,
     inverse: tl.float64,
     max_norm: tl.float64,
     grad_scale: tl.int64,
     found_inf: tl.int64,
+    seed_low: tl.int64,
+    seed_high: tl.int64,
+    rules: tl.constexpr,
+    prepared: tl.constexpr,
+    carriers: tl.constexpr,
     accumulated: tl.constexpr,
     taken: tl.constexpr,
     clip: tl.constexpr,
+    follow: tl.constexpr,
     block: tl.constexpr,
 ):
     """One program a chunk: the whole update of its elements."""
-    chunk = tl.program_id(0).to(tl.int64)
-    index = tl.load(chunks + 2 * chunk)
-    row = rows + index * COLUMNS
-    offset = tl.load(chunks + 2 * chunk + 1) * block + tl.arange(0, block)
-    mask = offset < tl.load(row + NUMEL)
-    source = tl.load(row + (SUM if accumulated else GRAD))
-    skip, _norm, coefficient, unscaled = judge(ledger, inverse, max_norm, grad_scale, found_inf, taken, clip)
-    if (source != 0) & (skip == 0):
+    chunk, index, row, offset, mask = locate(rows, chunks, block)
+    skip, _norm, coefficient, unscaled = judge(ledger, inverse, max_norm, grad_scale, found_inf, taken, clip, follow)
+    if (tl.load(row + (SUM if accumulated else GRAD)) != 0) & (skip == 0):
         code = tl.load(row + CODE)
-        dtype, rule = code % DTYPES, code // DTYPES
+        storage = code % STORAGES
         group = hyper + tl.load(row + GROUP) * HYPER_COLUMNS
         step = tl.load(steps + index).to(tl.float64) + 1.0
-        factor = unscaled * coefficient
-        factor = tl.where(tl.load(group + MAXIMIZE) != 0.0, -factor, factor).to(tl.float32)
-        if accumulated:
-            g = load_f32(source, offset, mask) * factor
-        else:
-            g = load_as_f32(source, dtype, offset, mask) * factor
-        param = tl.load(row + PARAM)
-        p = load_as_f32(param, dtype, offset, mask)
-        a0, a1, a2 = tl.load(row + STATE0), tl.load(row + STATE0 + 1), tl.load(row + STATE0 + 2)
-        if rule >= ADAMW:
-            adam = adamw_make(group, step, HYPER_OWN)
-            m, v = load_f32(a0, offset, mask), load_f32(a1, offset, mask)
-            if rule == ADAMW_AMSGRAD:
-                p, m, v, peak = adamw_update(adam, p, g, m, v, load_f32(a2, offset, mask), True)
-                store_f32(a2, offset, peak, mask)
-            else:
-                p, m, v, _unused = adamw_update(adam, p, g, m, v, v, False)
-            store_f32(a0, offset, m, mask)
-            store_f32(a1, offset, v, mask)
-        else:
-            plain = sgd_make(group, step, HYPER_OWN)
-            if rule == SGD_MOMENTUM:
-                p, b = sgd_update(plain, p, g, load_f32(a0, offset, mask), True)
-                store_f32(a0, offset, b, mask)
-            else:
-                p, _same = sgd_update(plain, p, g, g, False)
-        store_from_f32(param, dtype, offset, p, mask)
+        factor = tl.where(tl.load(group + MAXIMIZE) != 0.0, -unscaled, unscaled) * coefficient
+        own = norms + index * ROW_NORMS
+        param_sq, direction_sq = tl.load(own + PARAM_SQ), tl.load(own + DIRECTION_SQ)
+        random = tl.zeros((block,), tl.uint32)
+        if (storage == BFLOAT16_STOCHASTIC) | (storage == FLOAT16_STOCHASTIC):
+            low, high = tl.full((), seed_low, tl.int64), tl.full((), seed_high, tl.int64)
+            random = random_bits(low, high, tl.load(row + SALT), step.to(tl.int64), offset)
+        p = load_param(row, storage, offset, mask)
+        g = p
+        if not contains(prepared, code // STORAGES):  # else the states are final and no gradient is needed
+            g = load_gradient(row, offset, mask, accumulated) * factor.to(tl.float32)
+        for i in tl.static_range(len(rules)):
+            if code // STORAGES == rules[i][0]:
+                if rules[i][3]:  # the norm of the gradient as this rule sees it
+                    direction_sq = direction_sq * factor * factor
+                scalars = rules[i][4](group, step, param_sq, direction_sq)
+                s0, s1, s2 = load_states(row, offset, mask, rules[i][1])
+                p, s0, s1, s2 = rules[i][5](scalars, p, g, s0, s1, s2)
+                if not rules[i][2]:
+                    store_states(row, offset, mask, s0, s1, s2, rules[i][1])
+        store_param(row, storage, offset, p, mask, random)
+        if contains(carriers, code // STORAGES):
+            tl.debug_barrier()  # the parameter is read again as it was stored
+            tl.store(partials + 2 * chunk, sum_squares(load_param(row, storage, offset, mask)))
 
 
-def step(tensors: Any, call: Any) -> None:
-    """One update of a `pybatch.ops.TensorList`."""
-    count, block = len(tensors.chunks), tensors.table.chunk
-    ledger = tensors.ledger.values
-    if call.norm:
-        if count:
-            norm_kernel[(count,)](tensors.rows, tensors.chunks, tensors.partials, block=block, **LAUNCH)
-        collect_kernel[(1,)](tensors.partials, ledger, count, 0.0, micro=False, block=1024, **LAUNCH)
-    decision = {
+def _source(call: Any) -> int:
+    return int(SUM.value if call.sum else GRAD.value)
+
+
+def _decision(call: Any) -> dict[str, Any]:
+    """The arguments of `judge`."""
+    return {
         "inverse": call.inverse,
         "max_norm": call.max_norm,
         "grad_scale": call.grad_scale,
         "found_inf": call.found_inf,
         "taken": call.norm or call.known,
         "clip": call.clip,
+        "follow": call.follow,
     }
+
+
+def collect_rows(tensors: Any, source: int, examples: float = 0.0, **how: Any) -> None:
+    """Launch `collect_rows_kernel`."""
+    how = {"carriers": (), "prepared": (), "gradients": False, "micro": False} | how
+    collect_rows_kernel[(tensors.table.row_count,)](
+        tensors.rows,
+        tensors.starts,
+        tensors.share,
+        tensors.norms,
+        tensors.carried,
+        tensors.partials if tensors.layers is None else tensors.layers,
+        tensors.partials,
+        examples,
+        source=source,
+        layered=tensors.layers is not None,
+        block=64,
+        **how,
+        **LAUNCH,
+    )
+
+
+def norm(tensors: Any, call: Any) -> None:
+    """The norm phase of a `pybatch.ops.TensorList`, where the call needs it."""
+    if not call.norm and not (call.known and call.row_norms):
+        return
+    count, carriers = len(tensors.chunks), with_norms("gradient", tensors.rules)
+    if count:
+        norm_kernel[(count,)](
+            tensors.rows,
+            tensors.chunks,
+            tensors.partials,
+            tensors.carried,
+            carriers=carriers,
+            accumulated=call.sum,
+            gradients=call.norm,
+            block=tensors.table.chunk,
+            **LAUNCH,
+        )
+    if call.norm:
+        collect(tensors, 0.0, micro=False)
+    if call.row_norms:
+        collect_rows(tensors, _source(call), carriers=carriers, gradients=call.norm)
+
+
+def collect(tensors: Any, examples: float, micro: bool) -> None:
+    """Launch `collect_kernel`."""
+    collect_kernel[(1,)](
+        tensors.chunks,
+        tensors.share,
+        tensors.partials,
+        tensors.ledger.values,
+        len(tensors.chunks),
+        examples,
+        micro=micro,
+        block=1024,
+        **LAUNCH,
+    )
+
+
+def prepare(tensors: Any, call: Any) -> None:
+    """The prepare phase, where the call needs it."""
+    count, prepared = len(tensors.chunks), with_norms("direction", tensors.rules)
+    if not call.prepare or not count:
+        return
+    prepare_kernel[(count,)](
+        tensors.rows,
+        tensors.chunks,
+        tensors.hyper,
+        tensors.steps,
+        tensors.partials,
+        tensors.ledger.values,
+        rules=selection(prepared),
+        accumulated=call.sum,
+        block=tensors.table.chunk,
+        **_decision(call),
+        **LAUNCH,
+    )
+    collect_rows(tensors, _source(call), prepared=prepared)
+
+
+def update(tensors: Any, call: Any) -> None:
+    """The update phase and the bookkeeping."""
+    count, decision = len(tensors.chunks), _decision(call)
     if count:
         update_kernel[(count,)](
             tensors.rows,
             tensors.chunks,
             tensors.hyper,
             tensors.steps,
-            ledger,
+            tensors.norms,
+            tensors.partials,
+            tensors.ledger.values,
+            seed_low=call.seed & 0xFFFFFFFF,
+            seed_high=call.seed >> 32,
+            rules=selection(tensors.rules),
+            prepared=with_norms("direction", tensors.rules),
+            carriers=with_norms("gradient", tensors.rules),
             accumulated=call.sum,
-            block=block,
+            block=tensors.table.chunk,
             **decision,
             **LAUNCH,
         )
-    settle_kernel[(1,)](
+    noise = {"examples": call.examples, "micro_batches": call.micro_batches, "noise": call.noise}
+    settle_rows_kernel[(tensors.table.row_count,)](
         tensors.rows,
-        tensors.table.row_count,
-        SUM.value if call.sum else GRAD.value,
+        tensors.starts,
         tensors.steps,
-        ledger,
-        tensors.ledger.ring,
-        examples=call.examples,
-        micro_batches=call.micro_batches,
-        noise=call.noise,
-        block=1024,
+        tensors.carried,
+        tensors.partials if tensors.layers is None else tensors.layers,
+        tensors.partials,
+        tensors.ledger.values,
+        source=_source(call),
+        carriers=with_norms("gradient", tensors.rules) if call.row_norms else (),
+        layered=tensors.layers is not None,
+        block=64,
+        **noise,
         **decision,
         **LAUNCH,
     )
+    if not call.follow:
+        del decision["follow"]
+        settle_kernel[(1,)](tensors.ledger.values, tensors.ledger.ring, **noise, **decision, **LAUNCH)
+
+
+def step(tensors: Any, call: Any) -> None:
+    """One update: all phases."""
+    norm(tensors, call)
+    prepare(tensors, call)
+    update(tensors, call)

@@ -14,14 +14,31 @@ enum Column : int {
     kState0,  // addresses of fp32 states, in the rule's order; 0 past its count
     kState1,
     kState2,
+    kMaster,  // address of the fp32 master copy, or of the 16-bit remainder; 0: none
     kNumel,
-    kCode,   // rule * kDtypes + dtype
-    kGroup,  // row of the hyper-parameters
-    kFresh,  // accumulate: 1 where the sum holds nothing yet
+    kCode,      // rule * kStorages + storage
+    kGradType,  // GradType of kGrad
+    kGroup,     // row of the hyper-parameters
+    kFresh,     // accumulate: 1 where the sum holds nothing yet
+    kSalt,      // stochastic rounding: the parameter's index over all groups
     kColumns
 };
 
-enum Dtype : int { kFloat32, kBFloat16, kFloat16, kDtypes };
+// Dtype of a gradient; the first three storages have the same numbers.
+enum GradType : int { kGradFloat32, kGradBFloat16, kGradFloat16, kGradTypes };
+
+// How a parameter is kept between steps; rules compute on its fp32 value. storage.h holds the conversions.
+enum Storage : int {
+    kFloat32,
+    kBFloat16,
+    kFloat16,
+    kBFloat16Master,      // kMaster is the fp32 truth; the parameter is only written, rounded to nearest
+    kFloat16Master,       // the same
+    kBFloat16Remainder,   // kMaster holds the 16 low bits of the fp32 value whose rounded high half is the parameter
+    kBFloat16Stochastic,  // no master: rounded up with a probability equal to the distance
+    kFloat16Stochastic,
+    kStorages
+};
 
 // Scalars that stay on the device, float64 [kLedgerSize].
 enum Ledger : int {
@@ -36,6 +53,7 @@ enum Ledger : int {
     kLargeSum,    // noise: sum over pairs of the large batch size
     kRingSteps,   // noise: steps the ring has seen, since its last folding counted in blocks
     kRingLength,  // noise: steps per row of the ring, a power of two
+    kSkip,        // 1: the last step was left out
     kLedgerSize = 16
 };
 
@@ -43,14 +61,37 @@ enum Ledger : int {
 // kRingLength consecutive steps; a full ring folds adjacent rows together.
 constexpr int kRingRows = 256;
 
+// Noise per tensor, float64 [tensors, kLayerSize]: two sums since the last step, then a ring of kLayerBlocks rows like
+// the one above. It folds when that one folds: row r there is row r / kLayerRatio here.
+enum Layer : int {
+    kLayerMicroSq,  // sum over micro-batches of n_i |g_i|^2, as kMicroSq
+    kLayerSumSq,    // squares of the accumulated gradient, as kSumSq
+    kLayerColumns
+};
+constexpr int kLayerBlocks = 32;
+constexpr int kLayerSize = kLayerColumns + 3 * kLayerBlocks;
+constexpr int kLayerRatio = kRingRows / kLayerBlocks;
+
+// Norms of one tensor, float64 [tensors, kRowNorms]; between the phases Python may sum them over processes.
+enum RowNorm : int {
+    kParamSq,      // squares of the parameter before the update
+    kDirectionSq,  // Norms::gradient: of the gradient as stored; Norms::direction: of the rule's direction
+    kRowNorms
+};
+
 struct Table {
     const int64_t* rows;
     int64_t row_count;
     const int64_t* chunks;  // [chunk_count, 2]: row, chunk within the row
     int64_t chunk_count;
-    int64_t chunk;        // elements per chunk
-    const double* hyper;  // [groups, kHyperColumns]
-    float* steps;         // [row_count]: updates each tensor has had
+    const int64_t* starts;  // [row_count + 1]: first chunk of each row
+    int64_t chunk;          // elements per chunk, a power of two
+    const double* hyper;    // [groups, kHyperColumns]
+    float* steps;           // [row_count]: updates each tensor has had
+    const double* share;    // [row_count]: this process's share of a tensor's squares in sums over all processes
+    double* norms;          // [row_count, kRowNorms]
+    double* carried;        // [row_count]: |p|^2 the last update left; NaN: take it anew
+    double* layers;         // [row_count, kLayerSize], or null
     double* ledger;
     double* ring;
     double* partials;  // [chunk_count, 2]
@@ -58,17 +99,22 @@ struct Table {
     int64_t elements;  // in all rows
 };
 
+// A step has three phases: norm (where asked), prepare (where asked), update, with what is decided once at its end.
 struct Call {
     bool norm;                // step: take the norm of the gradients first
-    bool known;               // step: accumulate() left the norm in the ledger
+    bool known;               // step: accumulate() left the norm in the ledger, and each tensor's in Table.norms
     bool sum;                 // step: the gradient is the sum column
-    bool noise;               // step: add a pair of norms to the ring
+    bool noise;               // step: add a pair of norms to the rings
     bool clip;                // step: clip to max_norm
+    bool row_norms;           // step: some rule has Norms::gradient; then norm or known is set
+    bool prepare;             // step: some rule has Norms::direction
+    bool follow;              // step: skip where the last step on this ledger was skipped; no clipping, no bookkeeping
     double max_norm;          // global L2 norm
     double inverse;           // step: factor from the sum to the mean over all examples
     double examples;          // step: N of all micro-batches; accumulate: n of this one
     double micro_batches;     // step: k
     double weight;            // accumulate: factor of this gradient in the sum
+    uint64_t seed;            // stochastic rounding
     const float* grad_scale;  // AMP, on the device, or null
     const float* found_inf;   // AMP, on the device, or null
     int threads;              // CPU

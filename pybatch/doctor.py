@@ -76,7 +76,8 @@ def catalogue() -> Findings:
         workloads.append((name, _summary(kind) + models))
         workloads += [("", f"--option {dial}=  {what}") for dial, what in kind.dials.items()]
     workloads.append(("FILE.py:CLASS", "A pybatch.Workload of your own."))
-    optimizers = [(name, _summary(getattr(optim, name))) for name in optim.__all__ if name != "FusedOptimizer"]
+    names = sorted((name for name in optim.__all__ if name != "FusedOptimizer"), key=str.casefold)
+    optimizers = [(name, _summary(getattr(optim, name))) for name in names]
     return [("Workloads (pybatch bench --workload NAME)", workloads), ("Optimizers (pybatch.optim.NAME)", optimizers)]
 
 

@@ -8,23 +8,42 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch  # before _C: both then share one OpenMP pool
+from numpy.typing import ArrayLike
 
 from pybatch import _C as _compiled
 from pybatch.errors import DeviceError, UsageError
 
 _C: Any = _compiled
 Call = _C.Call  # the scalars of one step or accumulation
+Watch = _C.Watch  # whether the tensors a table was built from still stand; see csrc/watch.h
+Reduce = Callable[[list[torch.Tensor]], None]  # sums float64 tensors over processes, in place
+
+
+class Rule(NamedTuple):
+    """An update rule of kernels/rules.h."""
+
+    number: int
+    states: int  # fp32 values per element
+    norms: Literal["none", "gradient", "direction"]  # of its whole tensor, which it needs first
+
+
 DTYPES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in _C.dtypes.items()}
-RULES: dict[str, tuple[int, int]] = dict(_C.rules)  # name: (number, states per element)
+STORAGES: dict[str, int] = dict(_C.storages)  # such as "float32", "bfloat16_master"; see kernels/table.h
+RULES: dict[str, Rule] = {name: Rule(*of) for name, of in _C.rules.items()}
 HYPER_COLUMNS: int = _C.hyper_columns
-MAX_STATES = _C.columns["numel"] - _C.columns["state0"]
+MAX_STATES: int = _C.max_states
+LEDGER_SUMS = ("sum_sq", "bad", "micro_sq")
+assert [_C.ledger[name] for name in LEDGER_SUMS] == [0, 1, 2]
+LAYER_SIZE: int = _C.layer_size  # float64 values a tensor's own noise statistics take
+LAYER_SUMS: int = _C.layer["ring"]  # of them, the first are sums of the step under way; then [blocks, 3]
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,10 @@ class Entry:
         rule: name in RULES.
         group: row of the hyper-parameters.
         step: updates it has had so far.
+        storage: name in STORAGES; None: the parameter's dtype, without more.
+        master: fp32 copy of the same layout for storage "..._master", int16 tensor for "..._remainder".
+        salt: number that makes a tensor's random bits its own ("..._stochastic").
+        share: this process's share of the tensor's squares in sums over processes; below 1 where it is replicated.
     """
 
     param: torch.Tensor
@@ -44,6 +67,15 @@ class Entry:
     rule: str
     group: int
     step: torch.Tensor | float
+    storage: str | None = None
+    master: torch.Tensor | None = None
+    salt: int = 0
+    share: float = 1.0
+
+    @property
+    def storage_name(self) -> str:
+        """Name in STORAGES."""
+        return self.storage or str(self.param.dtype).removeprefix("torch.")
 
 
 class Ledger:
@@ -55,14 +87,25 @@ class Ledger:
         self.values[_C.ledger["norm"]] = torch.nan
         self.ring = torch.zeros(_C.ring_rows, 3, dtype=torch.float64, device=device)
 
+    @classmethod
+    def of(cls, values: torch.Tensor, ring: torch.Tensor) -> Ledger:
+        """A ledger over tensors of another one."""
+        ledger = cls.__new__(cls)
+        ledger.values, ledger.ring = values, ring
+        return ledger
+
     def __getitem__(self, name: str) -> torch.Tensor:
         """A copy of one scalar, 0-d float64 on the device; names as in kernels/table.h."""
         return self.values[_C.ledger[name]].clone()
 
+    @property
+    def sums(self) -> torch.Tensor:
+        """What passes of a step under way add up: a view, float64 [3]."""
+        return self.values[: len(LEDGER_SUMS)]
+
     def discard(self) -> None:
         """Forget the sums of a step that will not be taken."""
-        for name in ("sum_sq", "bad", "micro_sq"):
-            self.values[_C.ledger[name]] = 0.0
+        self.sums.zero_()
 
     def to(self, device: torch.device) -> None:
         """Move to another device, in place of the old tensors."""
@@ -96,32 +139,54 @@ class TensorList:
         ledger: the optimizer's scalars, on that device.
         backend: who will run over the list; decides the chunk size.
 
-    `steps` is float32 [tensors]; an element of it is a tensor's step count. States are kept alive here. Parameters,
-    gradients and sums are not: they are the caller's, who checks before every pass that they are where the table says.
+        layers: noise per tensor, float64 [tensors, LAYER_SIZE] on that device, updated in place; None: not kept.
+
+    `steps` is float32 [tensors]; an element of it is a tensor's step count. States and masters are kept alive here.
+    Parameters, gradients and sums are not: they are the caller's, who checks before every pass that they are where the
+    table says.
     """
 
-    def __init__(self, entries: Sequence[Entry], groups: int, ledger: Ledger, backend: Backend) -> None:
-        self.states, self.ledger = [entry.states for entry in entries], ledger
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        groups: int,
+        ledger: Ledger,
+        backend: Backend,
+        layers: torch.Tensor | None = None,
+    ) -> None:
+        self.states, self.ledger, self.layers = [entry.states for entry in entries], ledger, layers
+        self.masters = [entry.master for entry in entries]
+        self.rules = tuple(sorted({RULES[entry.rule].number for entry in entries}))
+        norms = {RULES[entry.rule].norms for entry in entries}
+        self.row_norms, self.prepare = "gradient" in norms, "direction" in norms
         self.device = entries[0].param.device
         column = _C.columns
         host = torch.zeros(len(entries), _C.column_count, dtype=torch.int64)
         for row, entry in zip(host.numpy(), entries, strict=True):
-            number, states = RULES[entry.rule]
-            assert len(entry.states) == states <= MAX_STATES
+            rule = RULES[entry.rule]
+            assert len(entry.states) == rule.states <= MAX_STATES
+            assert (entry.master is not None) == entry.storage_name.endswith(("_master", "_remainder"))
             row[column["param"]] = entry.param.data_ptr()
             for i, state in enumerate(entry.states):
                 row[column["state0"] + i] = state.data_ptr()
             row[column["numel"]] = entry.param.numel()
-            row[column["code"]] = number * _C.dtype_count + DTYPES[entry.param.dtype]
+            row[column["code"]] = rule.number * _C.storage_count + STORAGES[entry.storage_name]
+            row[column["grad_type"]] = DTYPES[entry.param.dtype]
             row[column["group"]] = entry.group
+            row[column["salt"]] = entry.salt
+            if entry.master is not None:
+                row[column["master"]] = entry.master.data_ptr()
         self._host, self._columns, self._stale = host, host.numpy(), True
-        self._sent: dict[str, list[int]] = {}
         chunks = torch.from_numpy(_C.plan([entry.param.numel() for entry in entries], backend.chunk))
         device = self.device
         self.rows = host if device.type == "cpu" else torch.empty_like(host, device=device)
         self.chunks = chunks.to(device)
+        self.starts = torch.searchsorted(chunks[:, 0].contiguous(), torch.arange(len(entries) + 1)).to(device)
         self.hyper = torch.zeros(groups, HYPER_COLUMNS, dtype=torch.float64, device=device)
         self.steps = torch.stack([_scalar(entry.step, device) for entry in entries])
+        self.share = torch.tensor([entry.share for entry in entries], dtype=torch.float64).to(device)
+        self.norms = torch.zeros(len(entries), _C.row_norm_count, dtype=torch.float64, device=device)
+        self.carried = torch.full((len(entries),), torch.nan, dtype=torch.float64, device=device)
         self.partials = torch.zeros(len(chunks), 2, dtype=torch.float64, device=device)
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
         table = _C.Table()
@@ -129,30 +194,77 @@ class TensorList:
         table.chunks, table.chunk_count, table.chunk = self.chunks.data_ptr(), len(chunks), backend.chunk
         table.hyper, table.steps = self.hyper.data_ptr(), self.steps.data_ptr()
         table.ledger, table.ring = ledger.values.data_ptr(), ledger.ring.data_ptr()
+        table.starts, table.share = self.starts.data_ptr(), self.share.data_ptr()
+        table.norms, table.carried = self.norms.data_ptr(), self.carried.data_ptr()
+        table.layers = 0 if layers is None else layers.data_ptr()
         table.partials, table.ticket = self.partials.data_ptr(), self.ticket.data_ptr()
         table.elements = sum(entry.param.numel() for entry in entries)
         self.table = table
 
-    def set(self, name: str, values: list[int]) -> None:
-        """Fill a column of the table ("grad", "sum", "fresh"), one value per tensor."""
-        if self._sent.get(name) != values:
-            self._columns[:, _C.columns[name]] = values
-            self._sent[name] = values
+    def set(self, name: str, values: ArrayLike) -> None:
+        """Fill a column of the table ("grad", "grad_type", "sum", "fresh"), one value per tensor.
+
+        "grad_type" is from DTYPES, and the parameter's dtype until it is set.
+        """
+        column = self._columns[:, _C.columns[name]]
+        if not np.array_equal(column, values):
+            column[:] = values
             self._stale = True
 
     def send(self) -> None:
         """Bring the device's table up to date; no synchronization."""
         if self._stale and self.rows is not self._host:
+            refuse_capture(self.device, "a gradient, a sum or a parameter is in another place than in the step before")
             # A pinned block of its own per upload: torch's pinned allocator keeps it until the copy is done.
             self.rows.copy_(self._host.pin_memory(), non_blocking=True)
         self._stale = False
 
+    def forget(self, rows: Sequence[int] | None = None) -> None:
+        """Say that these parameters (None: all) were written by others: norms carried from the last update are void."""
+        if rows is None:
+            self.carried.fill_(torch.nan)
+        elif rows:
+            self.carried[torch.as_tensor(rows).to(self.device, non_blocking=True)] = torch.nan
+
+    def discard(self) -> None:
+        """Forget the sums of a step that will not be taken."""
+        self.ledger.discard()
+        if self.layers is not None:
+            self.layers[:, :LAYER_SUMS] = 0.0
+
+    def take_over(self, part: TensorList, rows: Sequence[int]) -> None:
+        """Add what an accumulation over `part`, a list of these rows of this one, left in its own ledger and norms."""
+        place = torch.as_tensor(rows).to(self.device, non_blocking=True)
+        self.norms[place] = part.norms
+        self.ledger.values[_C.ledger["bad"]].add_(part.ledger.values[_C.ledger["bad"]])
+        self.ledger.values[_C.ledger["micro_sq"]].add_(part.ledger.values[_C.ledger["micro_sq"]])
+        if self.layers is not None and part.layers is not None:
+            micro = _C.layer["micro_sq"]
+            self.layers[place, micro] += part.layers[:, micro]
+            self.layers[place, _C.layer["sum_sq"]] = part.layers[:, _C.layer["sum_sq"]]
+        part.discard()
+
+    def sum_up(self, rows: Sequence[int]) -> None:
+        """Take the square of all sums from those of these rows, which accumulations over parts have left."""
+        place = torch.as_tensor(rows).to(self.device, non_blocking=True)
+        self.ledger.values[_C.ledger["sum_sq"]] = self.norms[place, _C.row_norms["direction_sq"]].sum()
+
     def set_hyper(self, values: Sequence[Sequence[float]]) -> None:
         """Hyper-parameters per group: learning rate, maximize, then the rule's own in its header's order."""
+        refuse_capture(self.device, "a hyper-parameter has changed")
         host = torch.zeros(self.hyper.shape, dtype=torch.float64)
         for row, group in zip(host, values, strict=True):
             row[: len(group)] = torch.tensor(group, dtype=torch.float64)
         self.hyper.copy_(host.pin_memory() if self.device.type == "cuda" else host, non_blocking=True)
+
+
+def refuse_capture(device: torch.device, why: str) -> None:
+    """Raise UsageError where a CUDA graph is being captured, which must hold no upload from the host."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise UsageError(
+            f"step() in the capture of a CUDA graph: {why}, so tables would have to be uploaded. Take a step before the "
+            "capture, keep gradients in place by zero_grad(set_to_none=False), and give lr as a tensor on the device."
+        )
 
 
 def _scalar(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
@@ -160,18 +272,40 @@ def _scalar(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
 
 
 class Backend(ABC):
-    """Runs the two passes over a list. Nothing here waits for the device."""
+    """Runs the passes over a list. Nothing here waits for the device."""
 
     name: ClassVar[str]
     chunk: ClassVar[int]  # elements a block works on at a time
 
-    @abstractmethod
-    def step(self, tensors: TensorList, call: Any) -> None:
-        """One update of every tensor with a gradient: norm where `call.norm`, verdict, clip, rule, bookkeeping."""
+    def step(self, tensors: TensorList, call: Any, reduce: Reduce | None = None) -> None:
+        """One update of every tensor with a gradient: norm where `call.norm`, verdict, clip, rule, bookkeeping.
 
-    @abstractmethod
+        Args:
+            tensors: the list.
+            call: its scalars; what follows from the rules (`row_norms`, `prepare`, a `norm` they need) is set here.
+            reduce: sums the norms over the processes that share the tensors; the phases then run apart.
+        """
+        call.row_norms, call.prepare = tensors.row_norms, tensors.prepare
+        call.norm = call.norm or (tensors.row_norms and not call.known)
+        if reduce is None:
+            self._run("step", tensors, call)
+            return
+        if call.norm or call.known:
+            self._run("norm", tensors, call)
+            sums = [tensors.ledger.sums, tensors.norms]
+            reduce(sums if tensors.layers is None else [*sums, tensors.layers[:, :LAYER_SUMS]])
+        if call.prepare:
+            self._run("prepare", tensors, call)
+            reduce([tensors.norms])
+        self._run("update", tensors, call)
+
     def accumulate(self, tensors: TensorList, call: Any) -> None:
         """Add the gradients to the sums; squares of both go to the ledger."""
+        self._run("accumulate", tensors, call)
+
+    @abstractmethod
+    def _run(self, entry: str, tensors: TensorList, call: Any) -> None:
+        """Start "step", one of its phases "norm", "prepare", "update", or "accumulate"."""
 
 
 class CppBackend(Backend):
@@ -179,13 +313,9 @@ class CppBackend(Backend):
 
     name, chunk = "cpp", 16384  # 64 KiB of fp32 gradient: large enough to stream, small enough to balance
 
-    def step(self, tensors: TensorList, call: Any) -> None:
+    def _run(self, entry: str, tensors: TensorList, call: Any) -> None:
         call.threads = torch.get_num_threads()
-        _C.cpu_step(tensors.table, call)
-
-    def accumulate(self, tensors: TensorList, call: Any) -> None:
-        call.threads = torch.get_num_threads()
-        _C.cpu_accumulate(tensors.table, call)
+        getattr(_C, f"cpu_{entry}")(tensors.table, call)
 
 
 class CudaBackend(Backend):
@@ -193,17 +323,10 @@ class CudaBackend(Backend):
 
     name, chunk = "cuda", 32768  # 128 elements a thread: enough in flight, and 3000 blocks at 100 M parameters
 
-    def step(self, tensors: TensorList, call: Any) -> None:
-        self._launch(_C.cuda_step, tensors, call)
-
-    def accumulate(self, tensors: TensorList, call: Any) -> None:
-        self._launch(_C.cuda_accumulate, tensors, call)
-
-    @staticmethod
-    def _launch(entry: Any, tensors: TensorList, call: Any) -> None:
+    def _run(self, entry: str, tensors: TensorList, call: Any) -> None:
         with torch.cuda.device(tensors.device):
             tensors.send()
-            code = entry(tensors.table, call, torch.cuda.current_stream().cuda_stream)
+            code = getattr(_C, f"cuda_{entry}")(tensors.table, call, torch.cuda.current_stream().cuda_stream)
         if code:
             name, text = _C.cuda_error(code)
             raise DeviceError(f"CUDA launch on {tensors.device} failed: {name} ({text}).")
@@ -221,19 +344,12 @@ class TritonBackend(Backend):
 
     name, chunk = "triton", 4096
 
-    def step(self, tensors: TensorList, call: Any) -> None:
-        from pybatch.kernels import step
+    def _run(self, entry: str, tensors: TensorList, call: Any) -> None:
+        from pybatch.kernels import accumulate, step
 
         with on_device(tensors.device):
             tensors.send()
-            step.step(tensors, call)
-
-    def accumulate(self, tensors: TensorList, call: Any) -> None:
-        from pybatch.kernels import accumulate
-
-        with on_device(tensors.device):
-            tensors.send()
-            accumulate.accumulate(tensors, call)
+            getattr(accumulate if entry == "accumulate" else step, entry)(tensors, call)
 
 
 BACKENDS: dict[str, type[Backend]] = {kind.name: kind for kind in (CppBackend, CudaBackend, TritonBackend)}

@@ -1,7 +1,9 @@
 """Backends: chosen by device, refused with the reason and the remedy."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,14 +50,32 @@ def test_triton_launches_on_the_device_of_the_tensors(monkeypatch):
     def launch(name):
         return lambda tensors, call: entered.append(name)
 
-    for name in ("step", "accumulate"):
-        module = pytest.importorskip(f"pybatch.kernels.{name}")
-        monkeypatch.setattr(module, name, launch(name))
-    tensors = type("List", (), {"device": torch.device("cuda:1"), "send": lambda self: entered.append("send")})()
-    backend = ops.TritonBackend()
-    backend.step(tensors, None)
-    backend.accumulate(tensors, None)
-    assert entered == [tensors.device, "send", "step", tensors.device, "send", "accumulate"]
+    step, accumulate = (pytest.importorskip(f"pybatch.kernels.{name}") for name in ("step", "accumulate"))
+    for name in ("step", "norm", "prepare", "update"):
+        monkeypatch.setattr(step, name, launch(name))
+    monkeypatch.setattr(accumulate, "accumulate", launch("accumulate"))
+    device = torch.device("cuda:1")
+    tensors = SimpleNamespace(
+        device=device,
+        send=lambda: entered.append("send"),
+        row_norms=False,
+        prepare=True,
+        ledger=ops.Ledger(CPU),
+        norms="norms",
+        layers=None,
+    )
+    backend, call = ops.TritonBackend(), ops.Call()
+
+    def launched(work):
+        entered.clear()
+        work()
+        return entered
+
+    assert launched(lambda: backend.step(tensors, call)) == [device, "send", "step"]
+    assert launched(lambda: backend.accumulate(tensors, call)) == [device, "send", "accumulate"]
+    call.norm = True
+    names = launched(lambda: backend.step(tensors, call, lambda sums: entered.append(sums[-1])))
+    assert names == [device, "send", "norm", "norms", device, "send", "prepare", "norms", device, "send", "update"]
 
 
 def test_unknown_backend():
@@ -83,3 +103,27 @@ def test_ledger_of_another_version_is_refused():
     ledger = ops.Ledger(CPU)
     with pytest.raises(UsageError, match=r"'ring' has shape \(8, 3\)"):
         ledger.load_state_dict(ledger.state_dict() | {"ring": torch.zeros(8, 3)})
+
+
+def test_a_table_is_uploaded_only_where_it_changed():
+    params = [torch.ones(3), torch.ones(2)]
+    entries = [ops.Entry(p, (), "Sgd", 0, 0.0) for p in params]
+    tensors = ops.TensorList(entries, 1, ops.Ledger(CPU), ops.CppBackend())
+    tensors.send()
+    tensors.set("grad", [p.data_ptr() for p in params])
+    assert tensors._stale
+    tensors.send()
+    tensors.set("grad", np.array([p.data_ptr() for p in params]))
+    assert not tensors._stale
+
+
+def test_a_rule_that_needs_norms_gets_them_from_the_call():
+    p, g = torch.ones(3), torch.ones(3)
+    for rule, norm, prepare in (("Sgd", False, False), ("Lars", True, False), ("Lamb", False, True)):
+        states = tuple(torch.zeros(3) for _ in range(ops.RULES[rule].states))
+        tensors = ops.TensorList([ops.Entry(p, states, rule, 0, 0.0)], 1, ops.Ledger(CPU), ops.CppBackend())
+        tensors.set("grad", [g.data_ptr()])
+        call = ops.Call()
+        call.inverse = 1.0
+        ops.CppBackend().step(tensors, call)
+        assert (call.norm, call.row_norms, call.prepare) == (norm, norm, prepare)

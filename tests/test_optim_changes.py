@@ -281,9 +281,13 @@ def test_examples_may_be_any_number_the_host_can_read(n):
     assert float(p.detach()) == -4.0
 
 
-def test_capturable_is_refused():
-    with pytest.raises(UsageError, match="capturable=True"):
-        adamw.optimizer([param(1.0)], capturable=True)
+def test_capturable_is_refused_on_the_cpu_as_by_the_twin():
+    for kind, error in ((adamw.optimizer, UsageError), (adamw.twin, AssertionError)):
+        p = param(1.0)
+        opt = kind([p], capturable=True)
+        p.grad = torch.ones(1)
+        with pytest.raises(error, match="capturable=True"):
+            opt.step()
 
 
 def test_float16_where_the_compiler_has_none_says_which_has(monkeypatch):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from cases import adamw, problem, sgd
+from cases.catalogue import EXACT, OPTIMIZERS, optimizers, variants, whole
 
 from pybatch import _C
 
@@ -12,11 +13,11 @@ BACKENDS = [
     pytest.param("cuda", marks=pytest.mark.skipif(not _C.cuda, reason="built without CUDA")),
     "triton",
 ]
-CASES = [(case, options) for case in (adamw, sgd) for options in case.VARIANTS]
+KINDS = [{}, {"master_weights": True}, {"master_weights": "remainder"}, {"stochastic_rounding": 5}]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("case", "options"), CASES)
+@variants(EXACT)
 @pytest.mark.parametrize("dtype", problem.DTYPES, ids=str)
 @pytest.mark.parametrize("clip", [None, 50.0])
 def test_matches_float64_reference(backend, case, options, dtype, clip):
@@ -24,6 +25,39 @@ def test_matches_float64_reference(backend, case, options, dtype, clip):
     opt = case.optimizer(params, lr=case.LR, max_grad_norm=clip, backend=backend, **options)
     result = problem.follow(params, options, case.reference, case.LR, clip=clip, optimizer=opt)
     problem.assert_follows(result, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@optimizers(OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [dtype for dtype in problem.DTYPES if dtype != torch.float32], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_storages_equal_the_cpu(backend, case, dtype, kind):
+    if kind.get("master_weights") == "remainder" and dtype != torch.bfloat16:
+        pytest.skip("a remainder is of bf16")
+    sides = []
+    for device, name in (("cpu", "cpp"), ("cuda", backend)):
+        params = problem.tensors(dtype, device, backend=backend)
+        opt = case.optimizer(params, lr=case.LR, max_grad_norm=50.0, backend=name, **whole(case), **kind)
+        problem.train(opt, params, 2)
+        sides.append(torch.cat([p.detach().cpu().flatten() for p in params]))
+    own, twin = sides
+    if case in EXACT:  # fp32 arithmetic in another order moves few values to their neighbour
+        torch.testing.assert_close(twin, own, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
+        assert (own != twin).double().mean() < 0.01
+    else:
+        assert (own.double() - twin.double()).norm() < case.NOISE * own.double().norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@optimizers(OPTIMIZERS)
+def test_every_optimizer_gives_the_same_bits_twice(backend, case):
+    ends = []
+    for _ in range(2):
+        params = problem.tensors(torch.bfloat16, "cuda", backend=backend)
+        opt = case.optimizer(params, lr=case.LR, max_grad_norm=50.0, backend=backend, stochastic_rounding=3)
+        problem.train(opt, params, 3)
+        ends.append(params)
+    assert problem.same_bits(*ends)
 
 
 def accumulate(backend, device, steps=3, bad=False, chunk_of=None):

@@ -1,4 +1,4 @@
-"""The Triton twin on CPU tensors, in Triton's interpreter, against the same float64 reference.
+"""The Triton twin on CPU tensors, in Triton's interpreter, against the C++ core, which the float64 references check.
 
 The interpreter must be chosen before Triton is imported, so the checks run in a process of their own.
 """
@@ -14,35 +14,108 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 
-REFERENCE = """
-import torch
-from cases import adamw, problem, sgd
+LISTS = """
+import math, torch
+from cases import lists
+from pybatch import _C, ops
 
-for case in (adamw, sgd):
-    for i, options in enumerate(case.VARIANTS):
-        for dtype in problem.DTYPES if i == 0 else (torch.float32,):
-            clip = 5.0 if i % 2 else None
-            params = problem.tensors(dtype, small=True)
-            opt = case.optimizer(params, lr=case.LR, max_grad_norm=clip, backend="triton", **options)
-            result = problem.follow(
-                params, options, case.reference, case.LR, 3, clip, optimizer=opt, stored=problem.truncated
-            )
-            problem.assert_follows(result, dtype)
-        if i == 0:  # tensors of several chunks
-            params = problem.tensors(backend="triton")
-            opt = case.optimizer(params, lr=case.LR, max_grad_norm=5.0, backend="triton", **options)
-            result = problem.follow(params, options, case.reference, case.LR, 3, 5.0, optimizer=opt)
-            problem.assert_follows(result, torch.float32)
-    for wrong, options in case.WRONG:
-        params = problem.tensors(small=True)
-        opt = case.optimizer(params, lr=case.LR, backend="triton", **options)
-        result = problem.follow(params, options, wrong, case.LR, steps=3, optimizer=opt)
-        try:
-            problem.assert_follows(result, torch.float32)
-        except AssertionError:
-            continue
-        raise SystemExit(f"{wrong.__name__} passed")
+class Triton(ops.TritonBackend):
+    chunk = 64
+
+COUNTS = [5, 0, 1, 63, 64, 65, 64 * 3 + 33]
+
+def make(backend, rule, storage=None, layered=False):
+    dtype = getattr(torch, (storage or "float32").split("_")[0])
+    layers = torch.zeros(len(COUNTS), ops.LAYER_SIZE, dtype=torch.float64) if layered else None
+    return lists.Setup(lists.draw(COUNTS, dtype, seed=5), rule, storage, layers=layers, backend=backend)
+
+def both(*args, **more):
+    return make(ops.CppBackend(), *args, **more), make(Triton(), *args, **more)
+
+def assert_same(own, twin, storage=None):
+    \"\"\"Equal but for fp32 arithmetic in another order, which can move a 16-bit value to its neighbour.\"\"\"
+    unit = torch.finfo(own.params[0].dtype).eps if storage else 0.0
+    for a, b in zip(own.params, twin.params, strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-5 + unit, atol=1e-5)
+        assert a.dtype == torch.float32 or (a != b).double().sum() <= 1
+    for a, b in zip(own.values(), twin.values(), strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-5 + unit, atol=1e-5)
+    for a, b in zip(sum(own.states, ()), sum(twin.states, ()), strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-5 + unit, atol=1e-5 + unit)
+    assert torch.equal(own.list.steps, twin.list.steps)
+    torch.testing.assert_close(twin.ledger.values, own.ledger.values, rtol=1e-5, atol=1e-5, equal_nan=True)
+    if ops.RULES[own.rule].norms != "none":
+        torch.testing.assert_close(twin.list.norms, own.list.norms, rtol=1e-4, atol=1e-5)
 """
+
+RULES = (
+    LISTS
+    + """
+for rule in ops.RULES:
+    own, twin = both(rule)
+    for setup in (own, twin):
+        grads = lists.draw(COUNTS, torch.bfloat16, seed=1)
+        grads[2] = None
+        setup.step(grads, norm=True, clip=True, max_norm=3.0)
+        setup.step(lists.draw(COUNTS, seed=2), lambda tensors: None, norm=True)
+    assert_same(own, twin)
+"""
+)
+
+STORAGES = (
+    LISTS
+    + """
+for storage in ops.STORAGES:
+    for rule in ("MuonMove", "Lars"):  # without and with a norm of what was stored
+        own, twin = both(rule, storage)
+        for setup in (own, twin):
+            for seed in (1, 2):
+                setup.step(lists.draw(COUNTS, seed=seed), norm=True)
+        assert_same(own, twin, storage)
+    if storage.endswith("_stochastic"):
+        own, twin = both("MuonMove", storage)
+        for setup in (own, twin):
+            setup.list.set_hyper([[torch.finfo(setup.params[0].dtype).eps / 4, 0.0, 0.0, 1.0]])
+            for p in setup.params:
+                p.fill_(1.0)
+            setup.step([torch.ones(n) for n in COUNTS])
+        assert all(torch.equal(a, b) for a, b in zip(own.params, twin.params, strict=True))
+        assert 0 < (torch.cat(own.params) != 1.0).double().mean() < 1
+"""
+)
+
+ACCUMULATE = (
+    LISTS
+    + """
+for rule in ("Lars", "Lamb"):
+    setups = both(rule, layered=True)
+    for step in range(3):
+        for setup in setups:
+            if step == 2:  # as if full
+                generator = torch.Generator().manual_seed(0)
+                setup.layers[:, ops.LAYER_SUMS :].copy_(torch.randn(len(COUNTS), 96, generator=generator))
+                setup.ledger.ring.copy_(torch.randn(256, 3, generator=generator))
+                setup.ledger.values[_C.ledger["ring_steps"]] = 256.0
+            for i in range(3):
+                grads = lists.draw(COUNTS, torch.bfloat16 if step else torch.float32, seed=9 * step + i)
+                if i:
+                    grads[4 - i] = None
+                if step == 1 and i == 1:
+                    grads[5][7] = math.inf
+                setup.accumulate(grads, 4.0, first=not i, weight=1.0 + i)
+            setup.step([None] * len(COUNTS), sum=True, known=True, noise=True, clip=True, max_norm=9.0,
+                       inverse=1 / 6, examples=12.0, micro_batches=3.0)
+    assert float(setups[0].ledger["skipped"]) == 1.0 and float(setups[1].ledger["ring_length"]) == 2.0
+    assert_same(*setups)
+    torch.testing.assert_close(setups[1].layers, setups[0].layers, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(setups[1].ledger.ring, setups[0].ledger.ring, rtol=1e-4, atol=1e-2)
+    for setup in setups:  # a second pass on the same ledger
+        setup.ledger.values[_C.ledger["skip"]] = 0.0
+        setup.step(lists.draw(COUNTS, seed=1), follow=True, clip=True, max_norm=1e-9)
+    if rule == "Lamb":
+        assert_same(*setups)
+"""
+)
 
 SAME_AS_CPP = """
 import torch
@@ -65,46 +138,21 @@ def run(case, backend, dtype, steps):
         opt.step()
     return params, opt
 
-for case in (adamw, sgd):
-    for dtype in (torch.float32, torch.bfloat16):
-        (a, first), (b, second) = run(case, "cpp", dtype, 4), run(case, "triton", dtype, 4)
-        assert first.skipped == second.skipped == 1
-        unit = torch.finfo(dtype).eps * 8
-        for p, q in zip(a, b, strict=True):
-            torch.testing.assert_close(p, q, rtol=unit, atol=unit)
-        own, twin = first.state_dict()["pybatch"], second.state_dict()["pybatch"]
-        torch.testing.assert_close(own["ledger"], twin["ledger"], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(own["ring"], twin["ring"], rtol=1e-4, atol=1e-3)
-"""
-
-FOLD = """
-import torch
-from pybatch.optim import SGD
-
-rings = []
-for backend in ("cpp", "triton"):
-    p = torch.nn.Parameter(torch.zeros(3))
-    opt = SGD([p], lr=0.0, noise=True, backend=backend)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(2):
-        p.grad = torch.randn(3, generator=generator)
-        opt.accumulate(2)
-    opt.step()
-    ring = opt._ledger.ring  # filled by hand: 256 steps of the interpreter take a minute
-    ring.copy_(torch.randn(ring.shape, generator=generator, dtype=torch.float64))
-    opt._ledger.values[9] = 256.0
-    for _ in range(2):
-        p.grad = torch.randn(3, generator=generator)
-        opt.accumulate(2)
-    opt.step()
-    rings.append((ring.clone(), opt._ledger["ring_length"], opt._ledger["ring_steps"]))
-for a, b in zip(*rings, strict=True):
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-assert float(rings[0][1]) == 2.0
+for case, dtype in ((adamw, torch.bfloat16), (sgd, torch.float32)):
+    (a, first), (b, second) = run(case, "cpp", dtype, 3), run(case, "triton", dtype, 3)
+    assert first.skipped == second.skipped == 1
+    unit = torch.finfo(dtype).eps * 8
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, rtol=unit, atol=unit)
+    own, twin = first.state_dict()["pybatch"], second.state_dict()["pybatch"]
+    torch.testing.assert_close(own["ledger"], twin["ledger"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(own["ring"], twin["ring"], rtol=1e-4, atol=1e-3)
 """
 
 
-@pytest.mark.parametrize("program", [REFERENCE, SAME_AS_CPP, FOLD], ids=["reference", "same-as-cpp", "fold"])
+@pytest.mark.parametrize(
+    "program", [RULES, STORAGES, ACCUMULATE, SAME_AS_CPP], ids=["rules", "storages", "accumulate", "optimizers"]
+)
 def test_in_the_interpreter(program):
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)}
     done = subprocess.run(
@@ -118,10 +166,10 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pybatch.kernels import accumulate, ledger, step, table
+from pybatch.kernels import accumulate, ledger, rules, step, table
 
-POINTERS = {"rows": "*i64", "chunks": "*i64", "partials": "*fp64", "hyper": "*fp64", "steps": "*fp32",
-            "ledger": "*fp64", "ring": "*fp64"}
+POINTERS = {"rows": "*i64", "chunks": "*i64", "starts": "*i64", "steps": "*fp32"} | dict.fromkeys(
+    ["partials", "hyper", "ledger", "ring", "share", "norms", "carried", "layers"], "*fp64")
 
 def build(kernel, **constants):
     types = {p.name: "constexpr" if p.name in constants else POINTERS.get(p.name) or p.annotation_type or "i32"
@@ -131,11 +179,21 @@ def build(kernel, **constants):
     assert done.asm["cubin"]
     return done
 
-build(step.norm_kernel, block=1024)
-build(step.update_kernel, block=1024, accumulated=True, taken=True, clip=True)
+decision = {"taken": True, "clip": True, "follow": False}
+lars, lamb = rules.with_norms("gradient", rules.RULES), rules.with_norms("direction", rules.RULES)
+build(step.norm_kernel, block=256, carriers=lars, accumulated=False, gradients=True)
+build(step.prepare_kernel, block=256, rules=rules.selection(lamb), accumulated=False, **decision)
+every = {"rules": rules.selection(rules.RULES), "prepared": lamb, "carriers": lars}
+build(step.update_kernel, block=256, accumulated=False, **every, **decision)
+move = {"rules": rules.selection([10]), "prepared": (), "carriers": ()}
+build(step.update_kernel, block=256, accumulated=True, taken=False, clip=False, follow=True, **move)
 build(accumulate.accumulate_kernel, block=1024)
 build(ledger.collect_kernel, block=1024, micro=True)
-settle = build(ledger.settle_kernel, block=1024, source=1, taken=True, clip=True, noise=True)
+rows = {"block": 64, "source": 1, "layered": True}
+build(ledger.collect_rows_kernel, carriers=lars, prepared=(), gradients=True, micro=True, **rows)
+build(ledger.collect_rows_kernel, carriers=(), prepared=lamb, gradients=False, micro=False, **rows)
+build(ledger.settle_rows_kernel, carriers=lars, noise=True, **rows, **decision)
+settle = build(ledger.settle_kernel, taken=True, clip=True, noise=True)
 # Outside every branch: no warp reads the ring's count of steps after one thread has counted on, nor sums set to 0.
 level = [line for line in settle.asm["ttgir"].splitlines() if line.startswith("    ") and line[4] != " "]
 assert sum("barrier" in line for line in level) == 2, level
@@ -166,10 +224,21 @@ def test_constants_are_the_compiled_modules():
         assert getattr(table, name.upper()).value == value
     for name, value in _C.ledger.items():
         assert getattr(table, name.upper()).value == value
-    for name, value in _C.dtypes.items():
+    for name, value in (_C.dtypes | _C.storages | _C.row_norms).items():
         assert getattr(table, name.upper()).value == value
-    assert (table.COLUMNS.value, table.DTYPES.value) == (_C.column_count, _C.dtype_count)
+    for name, value in _C.layer.items():
+        assert getattr(table, f"LAYER_{name.upper()}").value == value
+    assert (table.COLUMNS.value, table.STORAGES.value) == (_C.column_count, _C.storage_count)
     assert (table.RING_ROWS.value, table.HYPER_COLUMNS.value) == (_C.ring_rows, _C.hyper_columns)
-    numbers = {"Sgd": table.SGD, "SgdMomentum": table.SGD_MOMENTUM, "AdamW": table.ADAMW}
-    numbers["AdamWAmsgrad"] = table.ADAMW_AMSGRAD
-    assert {name: number for name, (number, _) in _C.rules.items()} == {k: v.value for k, v in numbers.items()}
+    assert (table.LAYER_BLOCKS.value, table.LAYER_SIZE.value) == (_C.layer_blocks, _C.layer_size)
+    assert table.ROW_NORMS.value == _C.row_norm_count
+
+
+def test_rules_are_the_compiled_modules():
+    from pybatch.kernels.rules import RULES
+
+    from pybatch import _C
+
+    assert {number: (rule.states, rule.norms) for number, rule in RULES.items()} == {
+        number: (states, norms) for number, states, norms in _C.rules.values()
+    }

@@ -1,7 +1,12 @@
 """Fused optimizers: drop-in for `torch.optim`, with clipping and noise statistics in the same pass."""
 
+from pybatch.optim.adam import Adam
 from pybatch.optim.adamw import AdamW
 from pybatch.optim.base import FusedOptimizer
+from pybatch.optim.lamb import LAMB
+from pybatch.optim.lars import LARS
+from pybatch.optim.lion import Lion
+from pybatch.optim.muon import Muon
 from pybatch.optim.sgd import SGD
 
-__all__ = ["SGD", "AdamW", "FusedOptimizer"]
+__all__ = ["LAMB", "LARS", "SGD", "Adam", "AdamW", "FusedOptimizer", "Lion", "Muon"]

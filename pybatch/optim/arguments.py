@@ -35,12 +35,19 @@ def check_hyper(group: dict[str, Any], name: str) -> None:
         raise UsageError(f"{name} {value}: it must be at least 0.")
 
 
-def check_torch_flags(differentiable: bool, capturable: bool = False) -> None:
+def check_betas(betas: Any, usual: tuple[float, float] = (0.9, 0.999)) -> None:
+    """Raise UsageError unless these are two numbers from 0 to below 1."""
+    if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+        raise UsageError(f"betas {betas}: both must be at least 0 and below 1. The usual ones are {usual}.")
+
+
+def check_torch_flags(differentiable: bool) -> None:
     """Refuse what torch's flags ask for and a fused pass can't do."""
-    if capturable:
-        raise UsageError(
-            "capturable=True: a step takes hyper-parameters from the host, a CUDA graph would replay old ones. "
-            "Leave it out and step outside the graph, or use the torch.optim twin."
-        )
     if differentiable:
         raise UsageError("differentiable=True: a fused step has no gradient of its own. Use the torch.optim twin.")
+
+
+def check_capturable(groups: list[dict[str, Any]], device: torch.device) -> None:
+    """Refuse capturable=True where there are no graphs to capture, as torch does at the first step."""
+    if device.type != "cuda" and any(group.get("capturable") for group in groups):
+        raise UsageError(f"capturable=True: the parameters are on {device}, only CUDA has graphs. Leave it out.")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from pybatch.errors import UsageError
 from pybatch.optim.arguments import check_hyper, check_torch_flags
 from pybatch.optim.base import FusedOptimizer
+from pybatch.optim.options import Options, Rule
 
 
 class SGD(FusedOptimizer):
@@ -18,11 +19,13 @@ class SGD(FusedOptimizer):
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.
         foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
         differentiable: must be False.
-        max_grad_norm, noise, backend: see `FusedOptimizer`.
+        max_grad_norm, noise, master_weights, stochastic_rounding, backend: see `FusedOptimizer`.
 
     Raises:
         UsageError: a hyper-parameter outside its range.
     """
+
+    rule_options: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def __init__(
         self,
@@ -39,6 +42,8 @@ class SGD(FusedOptimizer):
         fused: bool | None = None,
         max_grad_norm: float | None = None,
         noise: bool = False,
+        master_weights: bool | Literal["remainder"] = False,
+        stochastic_rounding: bool | int = False,
         backend: str | None = None,
     ) -> None:
         check_torch_flags(differentiable)
@@ -50,7 +55,14 @@ class SGD(FusedOptimizer):
             "nesterov": nesterov,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, max_grad_norm=max_grad_norm, noise=noise, backend=backend)
+        options = Options(
+            max_grad_norm=max_grad_norm,
+            noise=noise,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            backend=backend,
+        )
+        super().__init__(params, defaults, options)
 
     @classmethod
     def _check(cls, group: dict[str, Any]) -> None:
@@ -63,9 +75,9 @@ class SGD(FusedOptimizer):
             )
 
     @classmethod
-    def _rule(cls, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        return ("SgdMomentum", ("momentum_buffer",)) if group["momentum"] != 0 else ("Sgd", ())
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
+        return Rule("SgdMomentum", ("momentum_buffer",)) if group["momentum"] != 0 else Rule("Sgd")
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any]) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
         return group["momentum"], group["dampening"], group["weight_decay"], float(group["nesterov"])

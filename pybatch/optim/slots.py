@@ -11,6 +11,7 @@ from torch.utils import _python_dispatch
 
 from pybatch import ops
 from pybatch.errors import UsageError
+from pybatch.optim import sharding
 
 EMPTY = 1  # stands for the address of a gradient without elements, because 0 means no gradient
 
@@ -20,38 +21,50 @@ class Slot:
     """A parameter of the list.
 
     `copy` is what the pass updates where the parameter's memory has gaps or overlaps; None where it is dense: the
-    parameter's own memory is then not kept alive here.
+    parameter's own memory is then not kept alive here. Shape and layout are of the local shard of a DTensor.
     """
 
     index: int
     param: torch.Tensor
     copy: torch.Tensor | None
+    sharded: bool
     dtype: torch.dtype
     device: torch.device
     shape: torch.Size
-    contiguous: bool
     stride: tuple[int, ...]
 
     @staticmethod
     def of(index: int, param: torch.Tensor) -> Slot:
         """The slot of a parameter, `index` counted over all groups."""
-        value = param.detach()
+        sharded = sharding.is_sharded(param)
+        value = sharding.local(param).detach()
         copy = None if is_dense(value) else value.clone(memory_format=torch.contiguous_format)
         dense = value if copy is None else copy
-        return Slot(index, param, copy, dense.dtype, dense.device, dense.shape, dense.is_contiguous(), dense.stride())
+        return Slot(index, param, copy, sharded, dense.dtype, dense.device, dense.shape, dense.stride())
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """The tensor whose memory and layout decide whether a table still stands."""
+        return sharding.local(self.param) if self.sharded else self.param
 
     @property
     def dense(self) -> torch.Tensor:
         """What the pass updates: the parameter or its copy."""
-        return self.param.detach() if self.copy is None else self.copy
+        return self.memory.detach() if self.copy is None else self.copy
+
+    @property
+    def what(self) -> str:
+        """How messages name the parameter."""
+        return f"parameter {self.index} of shape {tuple(self.param.shape)}"
 
     def fits(self, grad: torch.Tensor) -> bool:
         """Whether the pass can read this gradient as it is."""
-        if grad.dtype is not self.dtype or grad.device != self.device or grad.shape != self.shape or grad.is_neg():
+        if grad.layout is not torch.strided or grad.dtype not in ops.DTYPES or grad.device != self.device:
             return False
-        if self.contiguous:
-            return grad.is_contiguous()  # False for a sparse one
-        return grad.layout is torch.strided and grad.stride() == self.stride
+        if grad.shape != self.shape or grad.is_neg() or is_wrapper(grad):
+            return False
+        strides = zip(grad.stride(), self.stride, self.shape, strict=True)
+        return not grad.numel() or all(own == wanted or size == 1 for own, wanted, size in strides)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -69,8 +82,9 @@ def is_dense(tensor: torch.Tensor) -> bool:
 def check_param(index: int, param: torch.Tensor, device: torch.device | None = None) -> None:
     """Raise UsageError for a parameter no backend can update; `device` is where the others are."""
     what = f"parameter {index} of shape {tuple(param.shape)}"
-    if hasattr(param, "to_local"):
-        raise UsageError(f"{what} is a {type(param).__name__}: sharded parameters are not supported. Use torch.optim.")
+    if sharding.is_sharded(param):
+        sharding.check(what, param)
+        param = sharding.local(param)
     if is_wrapper(param):
         raise UsageError(
             f"{what} is a {type(param.data).__name__}, a wrapper without memory of its own. Use torch.optim."
@@ -100,33 +114,31 @@ def place(tensor: torch.Tensor) -> int:
         return 0
 
 
-def addresses(slots: Sequence[Slot], tensors: Sequence[torch.Tensor | None]) -> list[int]:
-    """Where the elements of each slot's tensor are; 0 for None. Raises UsageError where there is no memory."""
-    found = [0 if tensor is None else tensor.data_ptr() or EMPTY for tensor in tensors]
-    if EMPTY in found:
-        for slot, tensor, address in zip(slots, tensors, found, strict=True):
-            if address == EMPTY and tensor is not None and tensor.numel():
-                raise UsageError(
-                    f"the gradient of parameter {slot.index} of shape {tuple(slot.shape)} has elements but no memory "
-                    f"(a {type(tensor).__name__}). Use torch.optim."
-                )
-    return found
+def addresses(tensors: Sequence[torch.Tensor | None]) -> list[int]:
+    """Where the elements of each tensor are; 0 for None."""
+    return [0 if tensor is None else tensor.data_ptr() or EMPTY for tensor in tensors]
 
 
 def conform(slot: Slot, grad: torch.Tensor) -> torch.Tensor:
-    """A copy of the gradient in the layout of its parameter; raises UsageError where there can be none."""
-    what = f"the gradient of parameter {slot.index} of shape {tuple(slot.param.shape)}"
+    """The gradient, or a copy of it in the layout of its parameter; raises UsageError where there can be none."""
+    what = f"the gradient of {slot.what}"
+    if slot.sharded:
+        grad = sharding.local_gradient(what, slot.param, grad)
+    if slot.fits(grad) and (grad.data_ptr() or not grad.numel()):
+        return grad
     if grad.layout is not torch.strided:
         raise UsageError(f"{what} has layout {grad.layout}. Use sparse=False in its module, or torch.optim.SparseAdam.")
-    if grad.dtype != slot.dtype:
-        raise UsageError(f"{what} is {grad.dtype}, the parameter {slot.dtype}. Convert one to the other's dtype.")
+    if grad.dtype not in ops.DTYPES:
+        raise UsageError(f"{what} is {grad.dtype}, the parameter {slot.dtype}. Convert it to the parameter's dtype.")
     if grad.device != slot.device:
         raise UsageError(f"{what} is on {grad.device}, the parameter on {slot.device}. Move one to the other.")
     if grad.shape != slot.shape:
         raise UsageError(f"{what} has shape {tuple(grad.shape)}. Call zero_grad() after changing a parameter's shape.")
     if is_wrapper(grad):
         raise UsageError(f"{what} is a {type(grad).__name__}, without memory of its own. Use torch.optim.")
-    return torch.empty_like(slot.dense).copy_(grad)
+    if grad.numel() and not place(grad):
+        raise UsageError(f"{what} has elements but no memory (a {type(grad).__name__}). Use torch.optim.")
+    return torch.empty_like(slot.dense, dtype=grad.dtype).copy_(grad)
 
 
 def own_storage(grad: torch.Tensor) -> bool:
@@ -134,18 +146,20 @@ def own_storage(grad: torch.Tensor) -> bool:
     return not grad._is_view() and grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
 
 
-def fit_state(slot: Slot, name: str, saved: torch.Tensor | None) -> torch.Tensor:
-    """The fp32 state of a parameter in the layout of its memory: zeros, or what was saved, copied where it must be."""
+def fit_state(slot: Slot, name: str, saved: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A state of a parameter in the layout of its memory: zeros, or what was saved, copied where it must be."""
     if saved is None:
-        return torch.zeros_like(slot.dense, dtype=torch.float32)
+        return torch.zeros_like(slot.dense, dtype=dtype)
+    if slot.sharded and sharding.is_sharded(saved):
+        saved = sharding.local(saved)
     if saved.shape != slot.shape:
         raise UsageError(
             f"state {name!r} of parameter {slot.index} has shape {tuple(saved.shape)}, the parameter "
             f"{tuple(slot.shape)}. Load the state_dict of a model of the same shapes."
         )
-    if saved.dtype == torch.float32 and saved.device == slot.device and saved.stride() == slot.stride:
+    if saved.dtype == dtype and saved.device == slot.device and saved.stride() == slot.stride:
         return saved
-    return torch.empty_like(slot.dense, dtype=torch.float32).copy_(saved)
+    return torch.empty_like(slot.dense, dtype=dtype).copy_(saved)
 
 
 def fit_sum(slot: Slot, total: torch.Tensor | None) -> torch.Tensor | None:

@@ -99,3 +99,22 @@ def assert_follows(result, dtype):
     assert movement > (100 * unit if dtype == torch.float32 else unit)
     assert error <= 1e-5 * movement + 2 * unit
     assert share < {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}[dtype]
+
+
+def train(opt, params, steps, seed=3):
+    """Steps on random gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        give_gradients(params, generator)
+        opt.step()
+        opt.zero_grad()
+
+
+def same_bits(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def close(params, others, rtol=2e-5):
+    """Raise AssertionError where two lists of parameters are apart by more than fp32 arithmetic in another order."""
+    for p, q in zip(params, others, strict=True):
+        np.testing.assert_allclose(double(p), double(q), rtol=rtol, atol=rtol)

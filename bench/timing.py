@@ -1,0 +1,64 @@
+"""Timing that the step benchmarks share: a cold cache before every sample, sides interleaved, intervals of ratios."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+FLUSH_BYTES = 256 << 20  # several times any last-level cache met so far
+
+
+class Clock:
+    """Seconds a call takes, with a cold cache, on either device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flush = torch.randn(FLUSH_BYTES // 4, device=device)
+
+    def __call__(self, work: Callable[[], object]) -> float:
+        self.flush.add_(1.0)
+        self._wait()
+        start = time.perf_counter()
+        work()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def interleave(
+    sides: Mapping[str, Callable[[], object]], prepare: Callable[[], object], clock: Clock, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds per side; the order turns by one side every repeat. `prepare` runs untimed before each repeat."""
+    names = list(sides)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(repeats):
+        prepare()
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(clock(sides[name]))
+    return times
+
+
+def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    """median(theirs) / median(ours) and its 95 % bootstrap interval, resampling interleaved pairs."""
+    pairs = np.array([ours, theirs])
+    index = np.random.default_rng(0).integers(0, pairs.shape[1], (2000, pairs.shape[1]))
+    medians = np.median(pairs[:, index], axis=2)
+    low, high = np.quantile(medians[1] / medians[0], [0.025, 0.975])
+    return statistics.median(theirs) / statistics.median(ours), float(low), float(high)
+
+
+def ceilings(clock: Clock, repeats: int) -> dict[str, float]:
+    """Bytes read + written per second on 256 MiB: a copy, and an update in place (no write-allocate traffic)."""
+    source = torch.randn(FLUSH_BYTES // 4, device=clock.device)
+    target = torch.empty_like(source)
+    works = {"copy": lambda: target.copy_(source), "in_place": lambda: target.add_(1.0)}
+    times = interleave(works, lambda: None, clock, repeats)
+    return {name: 2 * FLUSH_BYTES / statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,16 @@
+// What the Python and Triton sides read of the ABI, so that nothing of it is written twice.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pybatch {
+
+// Adds the attributes
+//   rules         {name: (number, states, "none" | "gradient" | "direction")}
+//   columns, ledger, layer, row_norms   {name: index}, and column_count, ledger_size, layer_size, row_norm_count
+//   storages      {name: number}, and storage_count; without fp16 where the compiler has none
+//   dtypes        {name: number} of gradients
+//   ring_rows, layer_blocks, hyper_columns, max_states
+void export_constants(pybind11::module_& m);
+
+}  // namespace pybatch

@@ -1,0 +1,261 @@
+// Tensors are read through DLPack's C table: no torch headers, no Python object made, nothing copied. torch before 2.10
+// has no such table, and a table refuses some tensors: their Python methods are called instead.
+
+#include "watch.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+
+#include "dlpack.h"
+
+namespace py = pybind11;
+
+namespace pybatch {
+namespace {
+
+// A method without arguments, or an attribute, of torch.Tensor. Where C implements it, C is called: a lookup by name
+// costs as much as the answer.
+class Asked {
+  public:
+    Asked(const py::object& type, const char* name)
+        : name_(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name))) {
+        const py::object found = type.attr(name_);
+        if (Py_IS_TYPE(found.ptr(), &PyMethodDescr_Type)) {
+            const auto* method = reinterpret_cast<PyMethodDescrObject*>(found.ptr())->d_method;
+            if (method->ml_flags == METH_NOARGS) call_ = method->ml_meth;
+        } else if (Py_IS_TYPE(found.ptr(), &PyGetSetDescr_Type)) {
+            const auto* attribute = reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset;
+            get_ = attribute->get;
+            closure_ = attribute->closure;
+        }
+    }
+
+    // The method's result or the attribute's value; `tensor` is a torch.Tensor.
+    py::object of(PyObject* tensor) const {
+        PyObject* value = call_ ? call_(tensor, nullptr) : get_ ? get_(tensor, closure_) : slow(tensor);
+        if (!value) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(value);
+    }
+
+  private:
+    PyObject* slow(PyObject* tensor) const {
+        PyObject* value = PyObject_GetAttr(tensor, name_.ptr());
+        if (!value || !PyCallable_Check(value)) return value;
+        PyObject* result = PyObject_CallNoArgs(value);
+        Py_DECREF(value);
+        return result;
+    }
+
+    py::object name_;
+    PyCFunction call_ = nullptr;
+    getter get_ = nullptr;
+    void* closure_ = nullptr;
+};
+
+struct Torch {
+    py::object type = py::module_::import("torch").attr("Tensor");
+    Asked grad{type, "grad"}, is_neg{type, "is_neg"}, data_ptr{type, "data_ptr"};
+    Asked size{type, "size"}, stride{type, "stride"}, dtype{type, "dtype"}, device{type, "device"};
+    Asked version{type, "_version"};
+    dlpack::ExchangeTable* table = nullptr;
+
+    Torch() {
+        if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return;
+        const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+        table = static_cast<dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kTableName));
+        if (!table) PyErr_Clear();
+        if (table && (table->major != dlpack::kMajor || !table->read)) table = nullptr;
+    }
+};
+
+const Torch& torch() {
+    static const Torch* const made = new Torch;  // never destroyed: Python may be gone by then
+    return *made;
+}
+
+constexpr size_t kAhead = 6;  // tensors
+
+// Most of the time goes into waiting for memory. A tensor's object holds the address of what it is about in the first
+// word after Python's own two; were it another word, this would only be of no use.
+void prefetch(PyObject* tensor) {
+    const char* about = reinterpret_cast<char**>(tensor)[2];
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(about + 64 * line);
+}
+
+bool is_tensor(PyObject* object) {
+    const auto type = reinterpret_cast<PyTypeObject*>(torch().type.ptr());
+    return PyObject_TypeCheck(object, type);
+}
+
+std::vector<int64_t> numbers(const py::object& tuple) { return tuple.cast<std::vector<int64_t>>(); }
+
+std::vector<py::object> items(const py::list& list) {
+    std::vector<py::object> out;
+    for (py::handle item : list) out.push_back(py::reinterpret_borrow<py::object>(item));
+    return out;
+}
+
+bool same_items(const py::list& list, const std::vector<py::object>& kept) {
+    if (size_t(list.size()) != kept.size()) return false;
+    for (size_t i = 0; i < kept.size(); ++i)
+        if (PyList_GET_ITEM(list.ptr(), py::ssize_t(i)) != kept[i].ptr()) return false;
+    return true;
+}
+
+// Calls work(value) for every value of every tensor's state; stops where it says false.
+template <class Work>
+bool each_value(const py::dict& state, const Work& work) {
+    PyObject *key, *own, *name, *value;
+    for (py::ssize_t i = 0; PyDict_Next(state.ptr(), &i, &key, &own);) {
+        if (!PyDict_Check(own)) {
+            if (!work(own)) return false;
+            continue;
+        }
+        for (py::ssize_t j = 0; PyDict_Next(own, &j, &name, &value);)
+            if (!work(value)) return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+bool Watch::View::same_layout(const View& other) const {
+    return dtype == other.dtype && device == other.device && dimensions == other.dimensions &&
+           std::equal(sizes, sizes + dimensions, other.sizes) &&
+           std::equal(strides, strides + dimensions, other.strides);
+}
+
+int64_t Watch::View::elements() const {
+    int64_t product = 1;
+    for (size_t d = 0; d < dimensions; ++d) product *= sizes[d];
+    return product;
+}
+
+void Watch::View::hold() {
+    std::vector<int64_t> copy(sizes, sizes + dimensions);
+    copy.insert(copy.end(), strides, strides + dimensions);
+    held = std::move(copy);
+    sizes = held.data();
+    strides = sizes + dimensions;
+}
+
+bool Watch::read(PyObject* tensor, View& view) {
+    dlpack::Tensor out;
+    if (torch().table && torch().table->read(tensor, &out) == 0) {
+        view.data = reinterpret_cast<uintptr_t>(out.data) + out.byte_offset;
+        view.dtype = int64_t(out.dtype.code) | int64_t(out.dtype.bits) << 8 | int64_t(out.dtype.lanes) << 16;
+        view.device = int64_t(out.device.type) << 32 | uint32_t(out.device.index);
+        view.dimensions = size_t(out.dimensions);
+        view.sizes = out.sizes;
+        view.strides = out.strides;
+        return true;
+    }
+    PyErr_Clear();
+    try {
+        view.data = torch().data_ptr.of(tensor).cast<uintptr_t>();
+        view.held = numbers(torch().size.of(tensor));
+        view.dimensions = view.held.size();
+        for (int64_t stride : numbers(torch().stride.of(tensor))) view.held.push_back(stride);
+        view.sizes = view.held.data();
+        view.strides = view.sizes + view.dimensions;
+        view.dtype = -int64_t(reinterpret_cast<uintptr_t>(torch().dtype.of(tensor).ptr()));
+        view.device = -int64_t(py::hash(torch().device.of(tensor))) | 1;
+        return true;
+    } catch (py::error_already_set&) {  // without memory: sparse, fake, a wrapper
+        return false;
+    }
+}
+
+Watch::Watch(const py::list& groups, const py::list& memory, const py::list& others, const py::dict& state)
+    : others_(items(others)), views_(memory.size()) {
+    for (py::handle group : groups) members_.push_back(items(py::reinterpret_borrow<py::list>(group)));
+    for (size_t i = 0; i < views_.size(); ++i) {
+        if (!read(PyList_GET_ITEM(memory.ptr(), py::ssize_t(i)), views_[i]))
+            throw py::value_error("a tensor of the table has no memory");
+        views_[i].hold();
+    }
+    each_value(state, [&](PyObject* value) {
+        View view;
+        places_.push_back(is_tensor(value) && read(value, view) ? view.data : 0);
+        values_.push_back(py::reinterpret_borrow<py::object>(value));
+        return true;
+    });
+}
+
+bool Watch::stands(const py::list& groups, const py::list& memory, const py::dict& state) const {
+    if (size_t(groups.size()) != members_.size() || size_t(memory.size()) != views_.size()) return false;
+    for (size_t i = 0; i < members_.size(); ++i)
+        if (!same_items(py::reinterpret_borrow<py::list>(groups[i]), members_[i])) return false;
+    View view;
+    for (size_t i = 0; i < views_.size(); ++i) {
+        if (i + kAhead < views_.size()) prefetch(PyList_GET_ITEM(memory.ptr(), py::ssize_t(i + kAhead)));
+        if (!read(PyList_GET_ITEM(memory.ptr(), py::ssize_t(i)), view) || view.data != views_[i].data ||
+            !view.same_layout(views_[i]))
+            return false;
+    }
+    for (const py::object& other : others_)
+        if (!torch().grad.of(other.ptr()).is_none()) return false;
+    return same_state(state);
+}
+
+bool Watch::same_state(const py::dict& state) const {
+    size_t i = 0;
+    View view;
+    const bool same = each_value(state, [&](PyObject* value) {
+        if (i == values_.size() || value != values_[i].ptr()) return false;
+        if (i + kAhead < values_.size() && places_[i + kAhead]) prefetch(values_[i + kAhead].ptr());
+        const uintptr_t place = places_[i++];
+        return place == 0 || (read(value, view) && view.data == place);
+    });
+    return same && i == values_.size();
+}
+
+std::pair<int64_t, int64_t> Watch::gradients(const py::list& params, const py::list& dtypes, Numbers address,
+                                             Numbers dtype) const {
+    View view;
+    std::vector<int64_t> codes;
+    for (py::handle sample : dtypes) {
+        if (!read(sample.ptr(), view)) throw py::type_error("a sample of a dtype has no memory");
+        codes.push_back(view.dtype);
+    }
+    if (size_t(params.size()) != views_.size() || size_t(address.size()) != views_.size() ||
+        size_t(dtype.size()) != views_.size())
+        throw py::value_error("params, address and dtype need one item for each tensor of the table");
+    int64_t bad = -1, count = 0;
+    for (size_t i = 0; i < views_.size(); ++i) {
+        const py::object grad = torch().grad.of(PyList_GET_ITEM(params.ptr(), py::ssize_t(i)));
+        address.mutable_data()[i] = 0;
+        if (grad.is_none()) continue;
+        ++count;
+        const View& own = views_[i];
+        bool fits = read(grad.ptr(), view) && view.device == own.device && view.dimensions == own.dimensions &&
+                    std::equal(view.sizes, view.sizes + view.dimensions, own.sizes);
+        const int64_t elements = own.elements();
+        for (size_t d = 0; fits && elements && d < own.dimensions; ++d)
+            fits = own.sizes[d] == 1 || view.strides[d] == own.strides[d];
+        const auto code = std::find(codes.begin(), codes.end(), view.dtype);
+        fits = fits && code != codes.end() && (view.data != 0 || elements == 0);
+        fits = fits && torch().is_neg.of(grad.ptr()).ptr() == Py_False;
+        if (fits) {
+            address.mutable_data()[i] = elements ? int64_t(view.data) : 1;
+            dtype.mutable_data()[i] = code - codes.begin();
+        } else if (bad < 0) {
+            bad = int64_t(i);
+        }
+    }
+    return {bad, count};
+}
+
+std::vector<int64_t> Watch::versions(const py::list& tensors, Numbers version) {
+    if (tensors.size() != size_t(version.size())) throw py::value_error("version needs one item a tensor");
+    std::vector<int64_t> changed;
+    for (py::ssize_t i = 0; i < version.size(); ++i) {
+        const auto now = torch().version.of(PyList_GET_ITEM(tensors.ptr(), i)).cast<int64_t>();
+        if (now != version.data()[i]) changed.push_back(i);
+        version.mutable_data()[i] = now;
+    }
+    return changed;
+}
+
+}  // namespace pybatch

@@ -1,0 +1,57 @@
+// What a table of tensors was built from, and whether all of it still stands: looked at in every step, so in one call.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace pybatch {
+
+class Watch {
+  public:
+    using Numbers = pybind11::array_t<int64_t, pybind11::array::c_style>;
+
+    // groups: [[parameter]]; memory: the tensors in the table; others: parameters that are not in it;
+    // state: {parameter: {name: value}}, all as they are now.
+    Watch(const pybind11::list& groups, const pybind11::list& memory, const pybind11::list& others,
+          const pybind11::dict& state);
+
+    // Whether nothing was replaced, resized, moved or cast since, and none of the others has got a gradient.
+    bool stands(const pybind11::list& groups, const pybind11::list& memory, const pybind11::dict& state) const;
+
+    // Reads .grad of `params`, one per tensor of the table. Writes its address (0: no gradient, 1: one without
+    // elements) and dtype (a position in `dtypes`). Returns the index of the first that a pass can't read as it is
+    // (another layout, shape, device or dtype, negated, without memory), or -1; and how many there are.
+    std::pair<int64_t, int64_t> gradients(const pybind11::list& params, const pybind11::list& dtypes, Numbers address,
+                                          Numbers dtype) const;
+
+    // Version counters of tensors, which torch counts up with every change in place. Writes them and returns the
+    // indices of those that differ from what stood there.
+    static std::vector<int64_t> versions(const pybind11::list& tensors, Numbers version);
+
+  private:
+    struct View {  // memory and layout as read; equal numbers mean equal dtypes and devices
+        uintptr_t data = 0;
+        int64_t dtype = 0, device = 0;
+        size_t dimensions = 0;
+        const int64_t *sizes = nullptr, *strides = nullptr;  // the tensor's own, or `held`
+        std::vector<int64_t> held;
+
+        bool same_layout(const View& other) const;
+        int64_t elements() const;
+        void hold();  // keeps a copy of the layout
+    };
+
+    static bool read(PyObject* tensor, View& view);
+    bool same_state(const pybind11::dict& state) const;
+
+    std::vector<std::vector<pybind11::object>> members_;  // kept, so that no address of an object is given out again
+    std::vector<pybind11::object> others_, values_;
+    std::vector<View> views_;
+    std::vector<uintptr_t> places_;  // of values_; 0 where it is not a tensor
+};
+
+}  // namespace pybatch

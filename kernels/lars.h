@@ -1,0 +1,36 @@
+// LARS: You, Gitman & Ginsburg 2017, "Large Batch Training of Convolutional Networks", algorithm 1 (eps added to the
+// denominator of the local rate; a rate of 1 where either norm is 0).
+#pragma once
+
+#include "rule.h"
+
+namespace pybatch::PB_ISA {
+
+struct LarsHyper {
+    static constexpr int momentum = kHyperOwn, weight_decay = kHyperOwn + 1, trust = kHyperOwn + 2, eps = kHyperOwn + 3,
+                         nesterov = kHyperOwn + 4;
+};
+
+struct Lars {
+    static constexpr int states = 1;  // momentum_buffer
+    static constexpr Norms norms = Norms::gradient;
+    float lr, local, decay, momentum, ahead_g, ahead_b;
+
+    PB_HD static Lars make(const double* hyper, double, double param_sq, double grad_sq) {
+        const double p = sqrt(param_sq), g = sqrt(grad_sq), decay = hyper[LarsHyper::weight_decay];
+        const double momentum = hyper[LarsHyper::momentum];
+        const bool nesterov = hyper[LarsHyper::nesterov] != 0.0;
+        const double local =
+            p == 0.0 || g == 0.0 ? 1.0 : hyper[LarsHyper::trust] * p / (g + decay * p + hyper[LarsHyper::eps]);
+        return {float(hyper[kLearningRate]),      float(local), float(decay), float(momentum), nesterov ? 1.0f : 0.0f,
+                nesterov ? float(momentum) : 1.0f};
+    }
+
+    PB_HD void update(float& p, float g, float* s) const {
+        g = local * (g + decay * p);
+        s[0] = momentum * s[0] + g;
+        p -= lr * (ahead_g * g + ahead_b * s[0]);
+    }
+};
+
+}  // namespace pybatch::PB_ISA

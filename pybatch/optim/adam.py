@@ -1,0 +1,87 @@
+"""Adam, with coupled or decoupled weight decay."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from pybatch.optim.arguments import check_betas, check_hyper, check_torch_flags
+from pybatch.optim.base import FusedOptimizer
+from pybatch.optim.options import Options, Rule
+
+
+class Adam(FusedOptimizer):
+    """`torch.optim.Adam` in one fused pass (Kingma & Ba 2015, algorithm 1; `amsgrad`: Reddi et al. 2018).
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as in torch; betas are floats.
+        foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
+        differentiable: must be False.
+        decoupled_weight_decay: as in torch: True is `AdamW`; False adds the decay to the gradient.
+        max_grad_norm, noise, master_weights, stochastic_rounding, backend: see `FusedOptimizer`.
+
+    Raises:
+        UsageError: a hyper-parameter outside its range.
+    """
+
+    rule_options: ClassVar[tuple[str, ...]] = ("amsgrad", "decoupled_weight_decay")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        noise: bool = False,
+        master_weights: bool | Literal["remainder"] = False,
+        stochastic_rounding: bool | int = False,
+        backend: str | None = None,
+    ) -> None:
+        check_torch_flags(differentiable)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "capturable": capturable,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        options = Options(
+            max_grad_norm=max_grad_norm,
+            noise=noise,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            backend=backend,
+        )
+        super().__init__(params, defaults, options)
+
+    @classmethod
+    def _check(cls, group: dict[str, Any]) -> None:
+        check_betas(group["betas"])
+        check_hyper(group, "eps")
+        check_hyper(group, "weight_decay")
+
+    @classmethod
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
+        name = "AdamW" if group["decoupled_weight_decay"] else "Adam"
+        if group["amsgrad"]:
+            return Rule(name + "Amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+        return Rule(name, ("exp_avg", "exp_avg_sq"))
+
+    @classmethod
+    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+        beta1, beta2 = group["betas"]
+        return float(beta1), float(beta2), group["eps"], group["weight_decay"]

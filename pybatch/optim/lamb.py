@@ -1,0 +1,104 @@
+"""LAMB: layer-wise adaptive moments."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from pybatch.errors import UsageError
+from pybatch.optim.arguments import check_betas, check_hyper, check_torch_flags
+from pybatch.optim.base import FusedOptimizer
+from pybatch.optim.options import Options, Rule
+from pybatch.optim.skipping import check_skip, skipped
+
+
+class LAMB(FusedOptimizer):
+    """LAMB in two fused passes (You et al. 2020, "Large Batch Optimization for Deep Learning", algorithm 2).
+
+    u = m^ / (sqrt(v^) + eps) + wd p, with Adam's bias-corrected moments;  p <- p - lr min(|p| / |u|, max_ratio) u.
+    The norms are of one parameter each, and the ratio is 1 where either is 0.
+
+    Biases and the scales of normalization layers have no use for a ratio: by default every parameter with at most one
+    dimension takes Adam's step, without weight decay.
+
+    Args:
+        params, lr, betas, eps: as in `torch.optim.AdamW`; betas are floats, eps is the paper's 1e-6.
+        weight_decay: added to Adam's direction, so the ratio scales it too.
+        max_ratio: upper bound of the ratio |p| / |u|; None: no bound. 10 is common.
+        skip: None: parameters with at most one dimension take Adam's step; True: all of the group; False: none. An
+            option of param groups too: {"params": biases, "skip": True}.
+        maximize, capturable: as in torch.
+        foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
+        differentiable: must be False.
+        max_grad_norm, noise, master_weights, stochastic_rounding, backend: see `FusedOptimizer`.
+
+    Raises:
+        UsageError: a hyper-parameter outside its range.
+    """
+
+    rule_options: ClassVar[tuple[str, ...]] = ("skip",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 1e-2,
+        max_ratio: float | None = None,
+        *,
+        skip: bool | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        noise: bool = False,
+        master_weights: bool | Literal["remainder"] = False,
+        stochastic_rounding: bool | int = False,
+        backend: str | None = None,
+    ) -> None:
+        check_torch_flags(differentiable)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "max_ratio": max_ratio,
+            "skip": skip,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        options = Options(
+            max_grad_norm=max_grad_norm,
+            noise=noise,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            backend=backend,
+        )
+        super().__init__(params, defaults, options)
+
+    @classmethod
+    def _check(cls, group: dict[str, Any]) -> None:
+        check_betas(group["betas"])
+        check_hyper(group, "eps")
+        check_hyper(group, "weight_decay")
+        check_skip(group["skip"])
+        bound = group["max_ratio"]
+        if bound is not None and not float(bound) > 0.0:
+            raise UsageError(f"max_ratio {bound}: it must be above 0. 10 is common; None sets no bound.")
+
+    @classmethod
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
+        return Rule("AdamW" if skipped(group, param) else "Lamb", ("exp_avg", "exp_avg_sq"))
+
+    @classmethod
+    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+        beta1, beta2 = group["betas"]
+        if rule.name == "AdamW":
+            return float(beta1), float(beta2), group["eps"], 0.0
+        bound = math.inf if group["max_ratio"] is None else float(group["max_ratio"])
+        return float(beta1), float(beta2), group["eps"], group["weight_decay"], bound

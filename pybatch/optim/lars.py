@@ -1,0 +1,111 @@
+"""LARS: layer-wise adaptive rate scaling."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from pybatch.errors import UsageError
+from pybatch.optim.arguments import check_hyper, check_torch_flags
+from pybatch.optim.base import FusedOptimizer
+from pybatch.optim.options import Options, Rule
+from pybatch.optim.skipping import check_skip, skipped
+
+
+class LARS(FusedOptimizer):
+    """LARS in one fused pass (You, Gitman & Ginsburg 2017, "Large Batch Training of Convolutional Networks").
+
+    Algorithm 1: rate = trust |p| / (|g| + wd |p| + eps);  m <- momentum m + rate (g + wd p);  p <- p - lr m. The norms
+    are of one parameter each, |g| after clipping; the rate is 1 where either is 0.
+
+    Biases and the scales of normalization layers have no use for a rate of their own: by default every parameter with
+    at most one dimension takes a step of plain momentum SGD, without weight decay.
+
+    Args:
+        params: as in torch.
+        lr: global learning rate.
+        momentum: at least 0.
+        weight_decay: coupled, and part of the local rate.
+        trust_coefficient: the paper's eta, above 0.
+        eps: added to the denominator of the local rate; the paper has none.
+        nesterov: look ahead by the momentum, as `torch.optim.SGD` does.
+        skip: None: parameters with at most one dimension are updated by plain momentum SGD; True: all of the group;
+            False: none. An option of param groups too: {"params": biases, "skip": True}.
+        maximize, capturable: as in torch.
+        foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
+        differentiable: must be False.
+        max_grad_norm, noise, master_weights, stochastic_rounding, backend: see `FusedOptimizer`.
+
+    Raises:
+        UsageError: a hyper-parameter outside its range.
+    """
+
+    rule_options: ClassVar[tuple[str, ...]] = ("skip",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        eps: float = 0.0,
+        nesterov: bool = False,
+        *,
+        skip: bool | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        noise: bool = False,
+        master_weights: bool | Literal["remainder"] = False,
+        stochastic_rounding: bool | int = False,
+        backend: str | None = None,
+    ) -> None:
+        check_torch_flags(differentiable)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "nesterov": nesterov,
+            "skip": skip,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        options = Options(
+            max_grad_norm=max_grad_norm,
+            noise=noise,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            backend=backend,
+        )
+        super().__init__(params, defaults, options)
+
+    @classmethod
+    def _check(cls, group: dict[str, Any]) -> None:
+        for name in ("momentum", "weight_decay", "trust_coefficient", "eps"):
+            check_hyper(group, name)
+        check_skip(group["skip"])
+        if group["trust_coefficient"] == 0:
+            raise UsageError("trust_coefficient 0: nothing would move. The paper's is 0.001.")
+        if group["nesterov"] and group["momentum"] <= 0:
+            raise UsageError(
+                f"nesterov=True with momentum {group['momentum']}: Nesterov needs a momentum above 0. "
+                "Set momentum=0.9, or nesterov=False."
+            )
+
+    @classmethod
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
+        return Rule("SgdMomentum" if skipped(group, param) else "Lars", ("momentum_buffer",))
+
+    @classmethod
+    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+        momentum, nesterov = group["momentum"], float(group["nesterov"])
+        if rule.name == "SgdMomentum":
+            return momentum, 0.0, 0.0, nesterov  # no dampening, no decay
+        return momentum, group["weight_decay"], group["trust_coefficient"], group["eps"], nesterov

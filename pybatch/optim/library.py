@@ -1,0 +1,128 @@
+"""The fused passes as operators of torch, `torch.ops.pybatch.step` and `.accumulate`: one call for a list of tensors.
+
+For code that is compiled, exported or run on FakeTensors. The optimizers do not go through them: they keep their tables
+from step to step, and these operators build one in every call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pybatch import ops
+from pybatch.errors import UsageError
+from pybatch.optim.slots import is_dense
+
+_RULES = {rule.number: name for name, rule in ops.RULES.items()}
+_STORAGES = {number: name for name, number in ops.STORAGES.items()}
+
+
+@torch.library.custom_op("pybatch::step", mutates_args=("params", "states", "masters", "steps", "ledger", "ring"))
+def step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    steps: Tensor,
+    ledger: Tensor,
+    ring: Tensor,
+    hyper: Tensor,
+    rules: Sequence[int],
+    rows: Sequence[int],
+    storages: Sequence[int],
+    max_norm: float | None = None,
+    seed: int = 0,
+) -> None:
+    """One update of a list of tensors, clipped to the global norm `max_norm`.
+
+    Args:
+        params: dense tensors on one device.
+        grads: of the same shapes and strides.
+        states: fp32, those of the first parameter in the order of its rule, then the second's, ...
+        masters: one per parameter: fp32 master or int16 remainder where its storage has one, else without elements.
+        steps: float32 [params]: updates each has had.
+        ledger, ring: `ops.Ledger`'s tensors.
+        hyper: float64 [rows, ops.HYPER_COLUMNS].
+        rules, storages: numbers as in kernels/rules.h and kernels/table.h.
+        rows: row of `hyper` of each parameter.
+        max_norm: None: not clipped.
+        seed: of stochastic rounding.
+
+    Raises:
+        UsageError: tensors that do not belong together, or are not dense.
+    """
+    if not params:
+        return
+    _check_lists(params, grads)
+    left, entries = list(states), []
+    for i, (param, master) in enumerate(zip(params, masters, strict=True)):
+        name, stored = _RULES[rules[i]], _STORAGES[storages[i]]
+        own, left = left[: ops.RULES[name].states], left[ops.RULES[name].states :]
+        kept = master if master.numel() or stored.endswith(("_master", "_remainder")) else None
+        entries.append(ops.Entry(param, tuple(own), name, rows[i], steps[i], stored, kept, salt=i))
+    backend = ops.choose_backend(None, params[0].device)
+    tensors = ops.TensorList(entries, len(hyper), ops.Ledger.of(ledger, ring), backend)
+    tensors.hyper.copy_(hyper)
+    _set_gradients(tensors, grads)
+    call = ops.Call()
+    call.norm = call.clip = max_norm is not None
+    call.max_norm = math.inf if max_norm is None else max_norm
+    call.inverse, call.seed = 1.0, seed
+    backend.step(tensors, call)
+    steps.copy_(tensors.steps)
+
+
+@torch.library.custom_op("pybatch::accumulate", mutates_args=("sums", "ledger"))
+def accumulate(
+    sums: Sequence[Tensor], grads: Sequence[Tensor], ledger: Tensor, ring: Tensor, examples: float, weight: float
+) -> None:
+    """Add `weight` times the gradients, means over `examples`, to fp32 sums, and the squares of both to the ledger.
+
+    Args:
+        sums: fp32 tensors on one device.
+        grads: of the same shapes and strides.
+        ledger, ring: `ops.Ledger`'s tensors.
+        examples: of the micro-batch.
+        weight: factor of the gradients.
+
+    Raises:
+        UsageError: tensors that do not belong together, or are not dense.
+    """
+    if not sums:
+        return
+    _check_lists(sums, grads)
+    entries = [ops.Entry(total, (), "Sgd", 0, 0.0) for total in sums]
+    backend = ops.choose_backend(None, sums[0].device)
+    tensors = ops.TensorList(entries, 1, ops.Ledger.of(ledger, ring), backend)
+    _set_gradients(tensors, grads)
+    tensors.set("sum", [total.data_ptr() for total in sums])
+    call = ops.Call()
+    call.examples, call.weight = examples, weight
+    backend.accumulate(tensors, call)
+
+
+def _check_lists(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
+        if not is_dense(tensor) or grad.shape != tensor.shape or grad.stride() != tensor.stride():
+            raise UsageError(
+                f"tensor {i} of shape {tuple(tensor.shape)} and strides {tensor.stride()} has a gradient of shape "
+                f"{tuple(grad.shape)} and strides {grad.stride()}: both must be dense and alike."
+            )
+
+
+def _set_gradients(tensors: ops.TensorList, grads: Sequence[Tensor]) -> None:
+    tensors.set("grad", [grad.data_ptr() or 1 for grad in grads])
+    tensors.set("grad_type", [ops.DTYPES[grad.dtype] for grad in grads])
+
+
+@step.register_fake
+def _(*_args: object, **_options: object) -> None:
+    return None
+
+
+@accumulate.register_fake
+def _(*_args: object, **_options: object) -> None:
+    return None

@@ -1,0 +1,194 @@
+"""Muon: momentum orthogonalized by Newton-Schulz, and AdamW for what is no hidden matrix."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from pybatch.errors import UsageError
+from pybatch.optim import newton_schulz
+from pybatch.optim.arguments import check_betas, check_hyper, check_torch_flags
+from pybatch.optim.base import FusedOptimizer
+from pybatch.optim.options import Options, Rule
+
+ADJUSTMENTS = (None, "original", "match_rms_adamw")
+
+
+class Muon(FusedOptimizer):
+    """`torch.optim.Muon` with its element-wise parts fused and its matrix products batched (Jordan et al. 2024).
+
+    m <- m + (1 - momentum) (g - m);  u = g + momentum (m - g) with nesterov, else m;  o = NewtonSchulz(u);
+    p <- p (1 - lr wd) - lr adjust(shape) o.  The products are in bf16, over all matrices of one shape at once; the
+    momentum is in fp32, and a bf16 copy of each matrix is kept to work in. https://kellerjordan.github.io/posts/muon/
+
+    Unlike torch's, one optimizer takes all parameters of a model: those with two dimensions by Muon, the others by
+    AdamW. **Embeddings and the output head have two dimensions too and belong to AdamW: name them.**
+
+        Muon([{"params": hidden}, {"params": [embedding, head], "use_muon": False}], lr=0.02, adamw_lr=3e-4)
+
+    A group without "use_muon" is split in two by dimensions, so that `param_groups` and schedulers see both rates; its
+    lr, weight_decay and eps are Muon's, the AdamW part takes the adamw_ ones. A group with use_muon=False gives AdamW's
+    lr, betas, eps and weight_decay itself; what it leaves out are the adamw_ ones.
+
+    Args:
+        params, lr, weight_decay, momentum, nesterov: as in `torch.optim.Muon`.
+        ns_coefficients, eps, ns_steps: of Newton-Schulz; eps is the smallest Frobenius norm that is divided by.
+        adjust_lr_fn: None or "original": lr sqrt(max(1, rows / columns)); "match_rms_adamw" (Liu et al. 2025):
+            0.2 lr sqrt(max(rows, columns)), with which AdamW's lr and weight_decay can be kept.
+        adamw_lr, adamw_weight_decay, adamw_betas, adamw_eps: of AdamW groups; None: as Muon's.
+        maximize, capturable: as in torch's other optimizers.
+        foreach, fused: accepted for torch's sake and without effect.
+        differentiable: must be False.
+        max_grad_norm, noise, master_weights, stochastic_rounding, backend: see `FusedOptimizer`.
+
+    Raises:
+        UsageError: a hyper-parameter outside its range, or use_muon=True for a parameter that is no matrix.
+    """
+
+    rule_options: ClassVar[tuple[str, ...]] = ("use_muon", "adjust_lr_fn")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = newton_schulz.COEFFICIENTS,
+        eps: float = newton_schulz.EPS,
+        ns_steps: int = newton_schulz.STEPS,
+        adjust_lr_fn: str | None = None,
+        *,
+        adamw_lr: float | torch.Tensor | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        noise: bool = False,
+        master_weights: bool | Literal["remainder"] = False,
+        stochastic_rounding: bool | int = False,
+        backend: str | None = None,
+    ) -> None:
+        check_torch_flags(differentiable)
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "use_muon": True,
+            "betas": adamw_betas,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        self._adamw: dict[str, Any] = {"eps": adamw_eps}
+        if adamw_lr is not None:
+            self._adamw["lr"] = adamw_lr
+        if adamw_weight_decay is not None:
+            self._adamw["weight_decay"] = adamw_weight_decay
+        options = Options(
+            max_grad_norm=max_grad_norm,
+            noise=noise,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            backend=backend,
+        )
+        super().__init__(params, defaults, options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; a group that does not say "use_muon" becomes two where it holds matrices and other parameters."""
+        before = len(self.param_groups)
+        try:
+            for part in _parts(param_group):
+                if not part["use_muon"]:
+                    part = {**self._adamw, **part} if "use_muon" in param_group else {**part, **self._adamw}
+                super().add_param_group(part)
+        except Exception:
+            del self.param_groups[before:]
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_adamw": self._adamw}
+
+    @classmethod
+    def _check(cls, group: dict[str, Any]) -> None:
+        check_hyper(group, "weight_decay")
+        check_hyper(group, "eps")
+        if not isinstance(group["use_muon"], bool):
+            raise UsageError(f"use_muon {group['use_muon']!r}: it is True (Muon) or False (AdamW).")
+        if not group["use_muon"]:
+            check_betas(group["betas"])
+            return
+        check_hyper(group, "momentum")
+        if group["adjust_lr_fn"] not in ADJUSTMENTS:
+            raise UsageError(f"adjust_lr_fn {group['adjust_lr_fn']!r} is not known. Use one of: {ADJUSTMENTS}.")
+        if len(group["ns_coefficients"]) != 3:
+            raise UsageError(
+                f"ns_coefficients {group['ns_coefficients']}: there are three, as in (3.4445, -4.775, 2.0315)."
+            )
+        if not 0 <= group["ns_steps"] < 100:
+            raise UsageError(f"ns_steps {group['ns_steps']}: it must be from 0 to 99. 5 is the usual number.")
+        for param in group["params"]:
+            if param.dim() != 2:
+                raise UsageError(
+                    f"use_muon=True with a parameter of shape {tuple(param.shape)}: only matrices can be "
+                    "orthogonalized. Leave use_muon out, and AdamW takes what has another number of dimensions."
+                )
+
+    @classmethod
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
+        if not group["use_muon"]:
+            return Rule("AdamW", ("exp_avg", "exp_avg_sq"))
+        factor = adjustment(group["adjust_lr_fn"], *param.shape)
+        return Rule("MuonMomentum", ("momentum_buffer",), extra=(factor,), then="MuonMove")
+
+    @classmethod
+    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+        if rule.name == "AdamW":
+            beta1, beta2 = group["betas"]
+            return float(beta1), float(beta2), group["eps"], group["weight_decay"]
+        if rule.name == "MuonMove":
+            return group["weight_decay"], *rule.extra
+        return group["momentum"], float(group["nesterov"])
+
+    def _transform(self, staged: list[torch.Tensor], groups: list[dict[str, Any]]) -> None:
+        """Orthogonalize in place, all matrices of one shape in memory and of equal options at once."""
+        alike: dict[Any, list[torch.Tensor]] = defaultdict(list)
+        for matrix, group in zip(staged, groups, strict=True):
+            memory = matrix if matrix.is_contiguous() else matrix.mT  # orthogonalizing does not care which
+            options = (tuple(group["ns_coefficients"]), group["ns_steps"], group["eps"])
+            alike[(memory.shape, options)].append(memory)
+        for (_, (coefficients, steps, eps)), matrices in alike.items():
+            newton_schulz.orthogonalize(matrices, coefficients, steps, eps)
+
+
+def adjustment(name: str | None, rows: int, columns: int) -> float:
+    """Factor of the learning rate of a matrix; names as in `torch.optim.Muon`'s adjust_lr_fn."""
+    if name == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns)) if columns else 1.0
+
+
+def _parts(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group, or its matrices and its other parameters where it does not say which it holds."""
+    params = group["params"]
+    if "use_muon" in group or isinstance(params, set):  # torch refuses a set
+        return [{"use_muon": True, **group}]
+    params = [params] if isinstance(params, torch.Tensor) else list(params)
+    named = [entry[1] if isinstance(entry, tuple) else entry for entry in params]  # as named_parameters() gives them
+    matrices = [isinstance(param, torch.Tensor) and param.dim() == 2 for param in named]
+    split = {
+        use: [entry for entry, matrix in zip(params, matrices, strict=True) if matrix is use] for use in (True, False)
+    }
+    return [{**group, "params": part, "use_muon": use} for use, part in split.items() if part or (use and not params)]

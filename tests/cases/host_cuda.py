@@ -1,0 +1,45 @@
+"""The CUDA kernels compiled for the host (tests/cuda_on_host), as a backend of CPU tensors."""
+
+import ctypes
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+from pybatch import ops
+from pybatch.errors import DeviceError
+
+ROOT = Path(__file__).parent.parent.parent
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+
+
+def compile_kernels(folder):
+    """Build the kernels into a folder; returns the library."""
+    library = folder / "cuda_on_host.so"
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    includes = [f"-I{ROOT / name}" for name in ("tests/cuda_on_host", "kernels", "csrc")]
+    options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *WARNINGS, *includes]
+    source = ROOT / "tests/cuda_on_host/kernels.cpp"
+    done = subprocess.run(
+        [*compiler, *options, "-o", library, source], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library))
+
+
+class HostCuda(ops.CudaBackend):
+    """CUDA blocks one after another; `backwards`: blocks, warps and lanes from the last to the first."""
+
+    chunk = 2048  # two vectors a thread
+
+    def __init__(self, library, backwards=False):
+        self.library, self.backwards, self.launches = library, backwards, 0
+
+    def _run(self, entry, tensors, call):
+        count = ctypes.c_uint(0)
+        table, scalars = ctypes.c_void_p(tensors.table.address), ctypes.c_void_p(call.address)
+        run = getattr(self.library, f"host_{entry}")
+        error = run(table, scalars, ctypes.c_bool(self.backwards), ctypes.byref(count))
+        if error:
+            raise DeviceError(f"{entry}: error {error}: the threads of a block parted at a barrier.")
+        self.launches = count.value

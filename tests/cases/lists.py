@@ -1,0 +1,151 @@
+"""Lists of plain tensors for the kernels, below any optimizer: every rule with its hyper-parameters and reference."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from cases import adam, adamw, lamb, lars, lion, sgd
+
+from pybatch import ops
+
+LR = 0.05
+CPU = torch.device("cpu")
+
+
+def _momentum(p, g, state, lr, momentum, nesterov):
+    b = state["b"] = momentum * state.get("b", 0.0) + (1 - momentum) * g
+    return momentum * b + (1 - momentum) * g if nesterov else b
+
+
+def _move(p, g, state, lr, weight_decay, adjustment):
+    return p * (1 - lr * weight_decay) - lr * adjustment * g
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Its own hyper-parameters, and the same for the float64 reference."""
+
+    hyper: tuple[float, ...]
+    reference: object
+    options: dict[str, object]
+
+
+_ADAM = {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.3}
+_ADAM_HYPER = (0.8, 0.9, 1e-3, 0.3)
+RULES = {
+    "Sgd": Rule((0.0, 0.0, 0.2, 0.0), sgd.reference, {"weight_decay": 0.2}),
+    "SgdMomentum": Rule((0.9, 0.0, 0.1, 1.0), sgd.reference, {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
+    "AdamW": Rule(_ADAM_HYPER, adamw.reference, _ADAM),
+    "AdamWAmsgrad": Rule(_ADAM_HYPER, adamw.reference, _ADAM | {"amsgrad": True}),
+    "Adam": Rule(_ADAM_HYPER, adam.reference, _ADAM),
+    "AdamAmsgrad": Rule(_ADAM_HYPER, adam.reference, _ADAM | {"amsgrad": True}),
+    "Lion": Rule((0.9, 0.98, 0.3), lion.reference, {"betas": (0.9, 0.98), "weight_decay": 0.3}),
+    "Lars": Rule(
+        (0.9, 0.05, 0.5, 1e-8, 1.0),
+        lars.reference,
+        {"momentum": 0.9, "weight_decay": 0.05, "trust_coefficient": 0.5, "eps": 1e-8, "nesterov": True, "skip": False},
+    ),
+    "Lamb": Rule((*_ADAM_HYPER, math.inf), lamb.reference, _ADAM | {"skip": False}),
+    "MuonMomentum": Rule((0.9, 1.0), _momentum, {"momentum": 0.9, "nesterov": True}),
+    "MuonMove": Rule((0.1, 1.5), _move, {"weight_decay": 0.1, "adjustment": 1.5}),
+}
+
+
+def sizes(chunk=ops.CppBackend.chunk):
+    """Empty, one element, around a chunk's end, two chunks and a bit."""
+    return [5, 0, 1, chunk - 1, chunk, chunk + 1, 37, 2 * chunk + 33]
+
+
+def draw(counts, dtype=torch.float32, seed=0):
+    """Random tensors of these sizes; every other one does not start at a vector's boundary."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(n + i % 2, generator=generator).to(dtype) for i, n in enumerate(counts)]
+    return [tensor[i % 2 :] for i, tensor in enumerate(made)]
+
+
+@dataclass
+class Setup:
+    """A list of tensors and what it was made from; `step` sets the gradients and runs the backend."""
+
+    params: list
+    rule: str
+    storage: str | None = None
+    seed: int = 7
+    shares: list | None = None
+    layers: torch.Tensor | None = None
+    maximize: bool = False
+    backend: ops.Backend = field(default_factory=ops.CppBackend)
+    ledger: ops.Ledger = field(init=False)
+
+    def __post_init__(self):
+        count = ops.RULES[self.rule].states
+        storage = self.storage or ""
+        self.ledger = ops.Ledger(CPU)
+        self.states = [tuple(torch.zeros(len(p)) for _ in range(count)) for p in self.params]
+        self.masters = [None] * len(self.params)
+        if storage.endswith("_master"):
+            self.masters = [p.float() for p in self.params]
+        elif storage.endswith("_remainder"):
+            self.masters = [torch.zeros(len(p), dtype=torch.int16) for p in self.params]
+        shares = self.shares or [1.0] * len(self.params)
+        entries = [
+            ops.Entry(p, states, self.rule, 0, 0.0, self.storage, master, salt, share)
+            for salt, (p, states, master, share) in enumerate(
+                zip(self.params, self.states, self.masters, shares, strict=True)
+            )
+        ]
+        self.list = ops.TensorList(entries, 1, self.ledger, self.backend, self.layers)
+        self.set_rate(LR)
+
+    def set_rate(self, lr):
+        self.list.set_hyper([[lr, float(self.maximize), *RULES[self.rule].hyper]])
+
+    def call(self, grads, **scalars):
+        """The call of one step on these gradients (None: no gradient)."""
+        self.list.set("grad", [0 if g is None else g.data_ptr() or 1 for g in grads])
+        self.list.set("grad_type", [0 if g is None else ops.DTYPES[g.dtype] for g in grads])
+        call = ops.Call()
+        call.inverse, call.seed = 1.0, self.seed
+        for name, value in scalars.items():
+            setattr(call, name, value)
+        return call
+
+    def step(self, grads, reduce=None, **scalars):
+        self.backend.step(self.list, self.call(grads, **scalars), reduce)
+
+    def accumulate(self, grads, n, first=False, weight=1.0):
+        if first:
+            self.sums = [torch.empty(len(p)) for p in self.params]
+            self.list.set("sum", [s.data_ptr() or 1 for s in self.sums])
+        self.list.set("fresh", [int(first)] * len(self.params))
+        self.backend.accumulate(self.list, self.call(grads, examples=n, weight=weight))
+
+    def values(self):
+        """The parameters' fp32 values: masters where there are any."""
+        if (self.storage or "").endswith("_remainder"):
+            return [join(p, low) for p, low in zip(self.params, self.masters, strict=True)]
+        return [p.float() if m is None else m for p, m in zip(self.params, self.masters, strict=True)]
+
+    def bits(self):
+        """All that a step writes."""
+        return [t.clone() for t in [*self.params, *[s for of in self.states for s in of], *self.values()]]
+
+
+def join(param, low):
+    """The fp32 value of bf16 plus remainder."""
+    high = param.view(torch.int16).numpy().astype(np.int64) & 0xFFFF
+    bits = ((high << 16) + low.numpy().astype(np.int64)) & 0xFFFFFFFF
+    return torch.from_numpy(bits.astype(np.uint32).view(np.float32))
+
+
+def follow(setup, gradients, reference, lr=LR, scale=1.0):
+    """Float64 parameters after one step per item of `gradients`, from the setup's present ones."""
+    rule = RULES[setup.rule]
+    wanted = [p.double().numpy().copy() for p in setup.params]
+    states = [{} for _ in wanted]
+    for grads in gradients:
+        for i, g in enumerate(grads):
+            if g is not None:
+                wanted[i] = reference(wanted[i], g.double().numpy() * scale, states[i], lr, **rule.options)
+    return wanted
