@@ -1,0 +1,404 @@
+"""Per-example gradient norms of an ordinary forward and backward pass.
+
+Inside the `with` block every torch function that meets a trainable parameter is seen. Supported ones get the parameter
+through a gate: an identity whose backward runs once all uses have delivered their gradients, which is when the norms
+are taken and what was kept for them is let go. A parameter met anywhere else is refused by name. What can't be seen
+(a custom autograd function, say) reaches the parameter beside its gate, and is noticed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pybatch.errors import UsageError
+from pybatch.noise.per_example.broadcast import ELEMENTWISE, EXPANDING, SELECTING, collapse, expand_to_batch
+from pybatch.noise.per_example.layers import MICRO_BATCHES, RULES, Rule, batch_norm_refusal
+from pybatch.noise.per_example.products import choose
+from pybatch.noise.per_example.refusals import refuse_modules
+from pybatch.noise.per_example.uses import Dense, Route, Use, squared_norms, sum_squares
+
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass
+class ExampleNorms:
+    """Squared per-example gradient norms of one batch; filled when the `with` block ends.
+
+    Attributes:
+        by_parameter: |g_i|^2 of each trainable parameter, float64 [n], by its first name in the model. g_i is the
+            gradient of example i's own loss: for a mean over tokens, of the mean over its own tokens.
+        mean_sq: |mean gradient|^2 of each parameter, 0-d float64: of the loss as it was, divided by n for a sum.
+        weights: what each example counts for in the mean, float64 [n]: ones, or its tokens.
+    """
+
+    by_parameter: dict[str, Tensor]
+    mean_sq: dict[str, Tensor]
+    weights: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """|g_i|^2 over all parameters, float64 [n]."""
+        return torch.stack([sq.to(self.weights.device) for sq in self.by_parameter.values()]).sum(0)
+
+    @property
+    def sq_small(self) -> Tensor:
+        """Mean of |g_i|^2 by weight, 0-d: the small norm of `estimator.pair`, of examples of `n_large / n`."""
+        return (self.total * self.weights).sum() / self.weights.sum()
+
+    @property
+    def sq_large(self) -> Tensor:
+        """|mean gradient|^2 over all parameters, 0-d: the large norm of `estimator.pair`."""
+        return torch.stack([sq.to(self.weights.device) for sq in self.mean_sq.values()]).sum()
+
+    @property
+    def n_large(self) -> Tensor:
+        """Examples, or tokens, behind the mean gradient, 0-d."""
+        return self.weights.sum()
+
+
+class ExampleRecorder:
+    """Takes the exact per-example gradient norms of a model's backward passes, without forming the gradients.
+
+    Args:
+        model: its parameters that require a gradient are measured. Nothing of it is changed.
+        backend: "torch", "triton", or None for Triton on GPUs that have it and torch elsewhere.
+        route: how products over a sequence are formed (Li et al. 2022; Bu et al. 2022, "Scalable and Efficient Training
+            of Large Convolutional Neural Networks with Differential Privacy"); "auto" chooses by shape.
+
+    Raises UsageError for a model with BatchNorm in training, recurrent or fused attention layers, compiled or sharded
+    parts. Other operations on parameters are refused in the forward pass, by name. A batch dimension that is not the
+    first is noticed by its size: `checked` is True once two batch sizes have been seen.
+
+        recorder = ExampleRecorder(model)
+        with recorder.record(len(x)) as norms:
+            loss_fn(model(x), y).backward()
+        norms.total  # float64 [len(x)]
+
+    The loss must be a sum or mean of losses of the examples, each independent of the others.
+    """
+
+    def __init__(self, model: nn.Module, *, backend: str | None = None, route: Route = "auto") -> None:
+        refuse_modules(model)
+        self.model, self.route = model, route
+        self.products = choose(backend, next(model.parameters()).device)
+        self._sizes: set[int] = set()
+        self._unbatched: dict[str, bool] = {}  # per looked-up parameter: whether its index carries no batch
+
+    @property
+    def checked(self) -> bool:
+        """Whether two batch sizes have shown that dimension 0 is the batch wherever a parameter is used."""
+        return len(self._sizes) > 1
+
+    @contextmanager
+    def record(self, n: int, *, reduction: Reduction = "mean", weights: Tensor | None = None) -> Iterator[ExampleNorms]:
+        """Measure the one forward and backward pass made inside the block.
+
+        Args:
+            n: examples in the batch, along dimension 0 of everything that meets a parameter.
+            reduction: of the loss over the examples. With `weights` the mean is weighted by them.
+            weights: [n], for a mean over tokens: how many each example has. One without any has norm 0.
+
+        Raises UsageError on leaving the block where no backward pass ran; inside it for whatever can't be measured.
+        """
+        if reduction not in ("mean", "sum"):
+            raise UsageError(f"reduction {reduction!r} is not known. Use 'mean' or 'sum'.")
+        if n < 1:
+            raise UsageError(f"n {n} holds no example. Give the number of examples in the batch.")
+        if weights is not None and (weights.shape != (n,) or reduction != "mean"):
+            raise UsageError(
+                f"weights of shape {tuple(weights.shape)} with reduction {reduction!r}: give one weight for each of "
+                f"the {n} examples, with reduction 'mean'."
+            )
+        watch = _Pass(self, n)
+        norms = ExampleNorms({}, {}, torch.ones(n, dtype=torch.float64))
+        try:
+            with watch:
+                yield norms
+        finally:
+            watch.close()
+        if not watch.squares:
+            raise UsageError(
+                "per-example norms: no gradient arrived inside the block. Run forward and backward pass in it."
+            )
+        device = next(iter(watch.squares.values())).device
+        share = torch.ones(n, dtype=torch.float64, device=device) if weights is None else weights.to(device).double()
+        factor = torch.where(share > 0, share.sum() / share, 0.0) if reduction == "mean" else share
+        for name, parameter in watch.names.items():
+            squares = watch.squares.get(name)
+            if squares is None:  # it had no part in this loss
+                squares = torch.zeros(n, dtype=torch.float64, device=parameter.device)
+            norms.by_parameter[name] = squares * factor.to(squares.device).square()
+            mean_sq = watch.means.get(name, squares.new_zeros(()))
+            norms.mean_sq[name] = mean_sq / n**2 if reduction == "sum" else mean_sq
+        norms.weights = share
+        self._sizes.add(n)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Which parameter a tensor is made of, and which elements of it (None: all, in order)."""
+
+    name: str
+    elements: Callable[[], Tensor] | None = None
+
+
+class _Gate(torch.autograd.Function):
+    """An identity between a parameter and its uses; its backward runs once, with their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, arrived: Callable[[Tensor], None]) -> Tensor:
+        ctx.arrived = arrived
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.arrived(grad)
+        return grad, None
+
+
+class _Pass(TorchFunctionMode):
+    """One forward and backward pass under watch."""
+
+    def __init__(self, recorder: ExampleRecorder, n: int) -> None:
+        super().__init__()
+        self.recorder, self.n, self.open = recorder, n, True
+        self.names = {name: p for name, p in recorder.model.named_parameters() if p.requires_grad}
+        self.squares: dict[str, Tensor] = {}
+        self.means: dict[str, Tensor] = {}
+        self._uses: dict[str, list[Use]] = {}
+        self._gates: dict[str, Tensor] = {}
+        self._through: dict[str, int] = {}  # address of the gradient that came through the gate
+        self._sources: Any = WeakIdKeyDictionary()
+        for name, p in self.names.items():
+            self._sources[p] = _Source(name)
+        self._hooks = [_hook(p, partial(self._leaf, name)) for name, p in self.names.items()]
+
+    def close(self) -> None:
+        """Let go of everything but the results."""
+        self.open = False
+        for hook in self._hooks:
+            hook.remove()
+        self._gates.clear()
+        self._uses.clear()
+        self._sources = WeakIdKeyDictionary()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch for every function of its interface."""
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled() or not self.open:
+            return func(*args, **kwargs)
+        met = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf in self._sources]
+        rule = RULES.get(func)
+        if not met:
+            if rule is not None and rule.name == "batch_norm" and rule.bind(args, kwargs)["training"]:
+                raise UsageError(f"per-example norms: {batch_norm_refusal('training')}")
+            return func(*args, **kwargs)
+        if rule is not None:
+            return self._ruled(func, rule, met, args, kwargs)
+        if func in ELEMENTWISE:
+            return self._elementwise(func, met, args, kwargs)
+        if func in SELECTING or func in EXPANDING:
+            return self._moved(func, met, args, kwargs)
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            # Shapes, dtypes and other things without a gradient are free to be read, and so is the parameter itself.
+            if isinstance(leaf, Tensor) and leaf.requires_grad and not any(leaf is m for m in met):
+                raise self._refusal(func, met, "is not among the operations whose per-example gradients are known")
+        return result
+
+    def _ruled(self, func: Any, rule: Rule, met: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = rule.bind(args, kwargs)
+        lead, *_ = bound.values()
+        parts = rule.parts(**bound)
+        wanted = {self._sources[bound[key]].name: part for key, part in parts.items() if self._is_whole(bound[key])}
+        if len(wanted) != len(met):
+            raise self._refusal(func, met, "is known for whole parameters in their usual places only")
+        if rule.name == "embedding" and self._is_unbatched(next(iter(wanted)), lead):
+            return self._moved(func, met, args, kwargs, index=lead)
+        if lead.shape[0] != self.n:
+            why = (
+                f"has an input of shape {tuple(lead.shape)}, and the batch has {self.n} examples: the batch dimension "
+                "must be the first, and examples must not be split or merged"
+            )
+            raise self._refusal(func, met, why)
+        output = func(*self._gated(args), **self._gated(kwargs))
+        if output.requires_grad:
+            version = lead._version
+            _hook(output, lambda grad: self._arrived(wanted, grad, func, met, lead._version == version))
+        return output
+
+    def _is_whole(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value in self._sources and self._sources[value].elements is None
+
+    def _is_unbatched(self, name: str, index: Tensor) -> bool:
+        """Whether a lookup is the same for all examples, as of positions; settled by the first size that tells."""
+        has_size = index.ndim > 0 and index.shape[0] == self.n
+        if index.ndim > 1 and index.shape[0] not in (1, self.n):
+            return False  # neither one row nor one for each example: refused
+        if self.n == 1:
+            return not has_size
+        unbatched = self.recorder._unbatched.setdefault(name, not has_size)
+        if not unbatched and not has_size:
+            raise UsageError(
+                f"per-example norms: parameter {name!r} is looked up by an index that had the batch's size before and "
+                f"has shape {tuple(index.shape)} for {self.n} examples now: it carries no batch dimension, and the "
+                "earlier norms are wrong. Begin with a batch of another size."
+            )
+        return unbatched
+
+    def _elementwise(self, func: Any, met: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        others = [
+            leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf not in self._sources
+        ]
+        shape = torch.broadcast_shapes(*(t.shape for t in (*others, *met)))  # type: ignore[no-untyped-call]
+        if not any(t.ndim == len(shape) > 0 and t.shape[0] == self.n for t in others) or shape[0] != self.n:
+            raise self._refusal(func, met, "does not combine it with a tensor that has the batch dimension in front")
+        replaced: dict[int, Tensor] = {}
+        for own in met:
+            source = self._sources[own]
+            expanded = expand_to_batch(self._open(own), shape)
+            if expanded is None:
+                why = f"has shape {tuple(own.shape)}, with a size of its own where the batch dimension is"
+                raise self._refusal(func, met, why)
+            self._watch_dense(expanded, source, own.shape)
+            replaced[id(own)] = expanded
+        return func(*_replace(args, replaced), **_replace(kwargs, replaced))
+
+    def _moved(
+        self,
+        func: Any,
+        met: list[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        index: Tensor | None = None,
+    ) -> Any:
+        """A selection of a parameter's elements, or its expansion to the batch."""
+        own = met[0]
+        if any(m is not own for m in met):
+            raise self._refusal(func, met, "takes more than one of them")
+        source = self._sources[own]
+        opened = self._open(own)
+        result = func(*_replace(args, {id(own): opened}), **_replace(kwargs, {id(own): opened}))
+        if not isinstance(result, Tensor) or not result.requires_grad:
+            return result
+        if func in EXPANDING and result.ndim and result.shape[0] == self.n != 1 and _grows(own, result):
+            self._watch_dense(result, source, own.shape)
+            return result
+        if func is Tensor.repeat:
+            raise self._refusal(func, met, "repeats it inside an example. Use expand")
+        parameter = self.names[source.name]
+
+        def elements() -> Tensor:
+            if source.elements is not None:
+                numbers = source.elements()
+            else:
+                numbers = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
+            moved: Tensor = (
+                numbers[index]
+                if index is not None
+                else func(*_replace(args, {id(own): numbers}), **_replace(kwargs, {id(own): numbers}))
+            )
+            return moved
+
+        self._sources[result] = _Source(source.name, elements)
+        return result
+
+    def _watch_dense(self, expanded: Tensor, source: _Source, own: torch.Size) -> None:
+        def use(grad: Tensor) -> Use:
+            return Dense(collapse(grad, own), source.elements)
+
+        _hook(expanded, lambda grad: self._arrived({source.name: use}, grad))
+
+    def _open(self, tensor: Tensor) -> Tensor:
+        """The tensor behind its gate; a selection was taken behind it already."""
+        source = self._sources[tensor]
+        return tensor if source.elements is not None else self._gate(source.name)
+
+    def _gate(self, name: str) -> Tensor:
+        if name not in self._gates:
+            self._gates[name] = _Gate.apply(self.names[name], partial(self._complete, name))  # type: ignore[no-untyped-call]
+        return self._gates[name]
+
+    def _gated(self, values: Any) -> Any:
+        found = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf in self._sources]
+        return _replace(values, {id(leaf): self._open(leaf) for leaf in found})
+
+    def _arrived(
+        self,
+        parts: dict[str, Callable[[Tensor], Use]],
+        grad: Tensor,
+        func: Any = None,
+        met: list[Tensor] | None = None,
+        unchanged: bool = True,
+    ) -> None:
+        """The gradient of an output: what it adds to each parameter is kept until all have come."""
+        if not self.open:
+            return
+        if not unchanged:
+            raise self._refusal(func, met or [], "has an input that was changed in place after it")
+        with torch.no_grad():
+            for name, part in parts.items():
+                self._uses.setdefault(name, []).append(part(grad))
+
+    def _complete(self, name: str, grad: Tensor) -> None:
+        """All uses of a parameter have delivered: take its norms."""
+        if not self.open:
+            return
+        if name in self.squares:
+            raise UsageError(
+                f"per-example norms: the gradient of {name!r} arrived twice. Run one backward pass in each block, and "
+                "no reentrant checkpointing."
+            )
+        self._through[name] = grad.data_ptr()
+        with torch.no_grad():
+            uses = self._uses.pop(name)
+            self.squares[name] = squared_norms(
+                uses, self.names[name].shape, name, self.recorder.products, self.recorder.route
+            )
+
+    def _leaf(self, name: str, grad: Tensor) -> None:
+        if not self.open:
+            return
+        if self._through.get(name) != grad.data_ptr():
+            raise UsageError(
+                f"per-example norms: parameter {name!r} is also used where it can't be seen (a custom autograd "
+                f"function, compiled code), or a hook changes its gradient. {MICRO_BATCHES}."
+            )
+        with torch.no_grad():
+            self.means[name] = sum_squares(grad)
+
+    def _refusal(self, func: Any, met: list[Tensor], why: str) -> UsageError:
+        names = sorted({self._sources[m].name for m in met})
+        what = resolve_name(func) or getattr(func, "__name__", str(func))
+        subject = "parameter" if len(names) == 1 else "parameters"
+        return UsageError(
+            f"per-example norms: {what} on {subject} {', '.join(map(repr, names))} {why}. "
+            f"Freeze the {subject}, or use source='micro-batches'."
+        )
+
+
+def _hook(tensor: Tensor, call: Callable[[Tensor], None]) -> Any:
+    return tensor.register_hook(call)  # type: ignore[no-untyped-call]
+
+
+def _replace(values: Any, by: dict[int, Tensor]) -> Any:
+    return tree_map(lambda leaf: by.get(id(leaf), leaf), values)
+
+
+def _grows(own: Tensor, result: Tensor) -> bool:
+    """Whether an expansion gave the tensor a batch dimension, and grew no other but of size 1."""
+    missing = result.ndim - own.ndim
+    inner = own.shape if missing else own.shape[1:]
+    sizes = zip(reversed(inner), reversed(result.shape[1:]), strict=False)
+    return (missing > 0 or own.shape[0] == 1) and all(mine in (1, size) for mine, size in sizes)
