@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from pybatch import ops
 from pybatch.errors import DeviceError, UsageError
@@ -17,7 +20,44 @@ def choose(backend: str | None, device: torch.device) -> Products:
         return TORCH
     reason = ops.why_not("triton", device)
     if reason is None:
-        raise NotImplementedError
+        return TritonProducts()
     if backend is None:
         return TORCH
     raise DeviceError(f"backend 'triton' can't be used: {reason}")
+
+
+class TritonProducts(Products):
+    """The same in Triton, where what they sum over stays in registers; float64 tensors go to torch."""
+
+    stored = False
+
+    def __init__(self) -> None:
+        self.kernels: Any = ops.example_kernels()
+
+    def single(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """As Products.single."""
+        return self._run("single", rows, cols)
+
+    def gram(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """As Products.gram."""
+        return self._run("gram", rows, cols)
+
+    def weight(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """As Products.weight."""
+        return self._run("weight", rows, cols)
+
+    def picked(self, index: Tensor, values: Tensor) -> Tensor:
+        """As Products.picked."""
+        return self._run("picked", index, values)
+
+    def _run(self, name: str, first: Tensor, second: Tensor) -> Tensor:
+        found: Tensor
+        if second.dtype == torch.float64:
+            found = getattr(super(), name)(first, second)
+            return found
+        if name != "picked" and first.dtype != second.dtype:
+            first, second = first.float(), second.float()
+        with ops.on_device(second.device):
+            result = getattr(self.kernels, name)(first, second)
+        found = result[0] if name == "weight" else result
+        return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,11 +21,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pybatch.errors import UsageError
+from pybatch.noise.norms import square
 from pybatch.noise.per_example.broadcast import ELEMENTWISE, EXPANDING, SELECTING, collapse, expand_to_batch
 from pybatch.noise.per_example.layers import MICRO_BATCHES, RULES, Rule, batch_norm_refusal
 from pybatch.noise.per_example.products import choose
 from pybatch.noise.per_example.refusals import refuse_modules
-from pybatch.noise.per_example.uses import Dense, Route, Use, squared_norms, sum_squares
+from pybatch.noise.per_example.uses import Dense, Route, Use, squared_norms
 
 Reduction = Literal["mean", "sum"]
 
@@ -327,7 +329,8 @@ class _Pass(TorchFunctionMode):
 
     def _gate(self, name: str) -> Tensor:
         if name not in self._gates:
-            self._gates[name] = _Gate.apply(self.names[name], partial(self._complete, name))  # type: ignore[no-untyped-call]
+            call = partial(self._complete, name)
+            self._gates[name] = _Gate.apply(self.names[name], call)  # type: ignore[no-untyped-call]
         return self._gates[name]
 
     def _gated(self, values: Any) -> Any:
@@ -376,7 +379,7 @@ class _Pass(TorchFunctionMode):
                 f"function, compiled code), or a hook changes its gradient. {MICRO_BATCHES}."
             )
         with torch.no_grad():
-            self.means[name] = sum_squares(grad)
+            self.means[name] = square(grad)
 
     def _refusal(self, func: Any, met: list[Tensor], why: str) -> UsageError:
         names = sorted({self._sources[m].name for m in met})

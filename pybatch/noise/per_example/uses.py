@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from pybatch.errors import UsageError
+from pybatch.noise.norms import ROW
 
 Route = Literal["auto", "single", "gram", "weight"]
 
-BLOCK = 4096  # elements summed in fp32 before fp64 takes over: relative error about 1e-6
 CHUNK_BYTES = 64 << 20  # of intermediate results at a time; examples are processed in chunks that keep to it
 
 
@@ -180,17 +180,12 @@ def _dense_sum(uses: Sequence[Dense], shape: torch.Size) -> Tensor:
 
 def _squares(x: Tensor) -> Tensor:
     """Sum of squares over the last dimension as float64: fp32 within blocks, float64 across them."""
-    whole = x.shape[-1] - x.shape[-1] % BLOCK
+    whole = x.shape[-1] - x.shape[-1] % ROW
     total: Tensor = torch.linalg.vector_norm(x[..., whole:], dim=-1).double().square()
     if whole:
-        blocks = x[..., :whole].reshape(*x.shape[:-1], -1, BLOCK)
+        blocks = x[..., :whole].reshape(*x.shape[:-1], -1, ROW)
         total = total + torch.linalg.vector_norm(blocks, dim=-1).double().square().sum(-1)
     return total
-
-
-def sum_squares(x: Tensor) -> Tensor:
-    """Sum of squares of a whole tensor, 0-d float64, in the same precision; a half-precision one as fp32."""
-    return _squares(wide(x).reshape(-1))
 
 
 def wide(x: Tensor) -> Tensor:
