@@ -23,6 +23,8 @@ FLOORS = {
     "pybatch.advice": 0.8,
     "pybatch.verdict": 1,
     "pybatch.noise.estimator": 1,
+    "pybatch.noise.accumulator": 1,
+    "pybatch.noise.trajectory": 1,
     "pybatch.device": 1,
     "pybatch.ops": 1,
     "pybatch.optim": 2,
@@ -43,6 +45,8 @@ TORCH_FREE = (
     "curves",
     "verdict",
     "noise.estimator",
+    "noise.accumulator",
+    "noise.trajectory",
     "report.formats",
     "cli",
 )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pybatch.errors import UsageError
-from pybatch.noise import estimator
-from pybatch.noise.estimator import NoiseAccumulator, estimate, fieller, merge, pair
+from pybatch.noise.accumulator import RING, NoiseAccumulator
+from pybatch.noise.estimator import estimate, fieller, merge, pair
 
 
 def closed_form(scales, error, label_noise):
@@ -202,7 +202,7 @@ def test_accumulator_in_constant_memory_keeps_every_pair():
     accumulator = NoiseAccumulator()
     feed(accumulator, 0, 5000)
     rows = accumulator.rows
-    assert len(rows) <= estimator.RING
+    assert len(rows) <= RING
     expected = [pair(40 + math.sin(i), 20 + math.cos(i), 8, 32) for i in range(5000) if i % 10 != 3]
     assert rows.sum(axis=0) == pytest.approx([4500, *np.sum(expected, axis=0)], rel=1e-12)
     noise = accumulator.estimate()

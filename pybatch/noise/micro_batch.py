@@ -9,16 +9,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, Protocol, get_args
 
 import torch
-from torch import nn
 
 from pybatch.device.identity import resolve
-from pybatch.errors import Interrupted, UsageError
+from pybatch.errors import Interrupted, UsageError, unknown
+from pybatch.noise.confounds import confounds
 from pybatch.optim import SGD, AdamW
 from pybatch.records import NoiseScale, Note
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.session import Session
+
+Source = Literal["micro-batches", "per-example"]
 
 WARMUP_STEPS = 200  # past the first fall of the loss, where the noise scale is least like later training
 WARMUP_SHARE = 0.4  # of the time budget; slower workloads warm up for fewer steps, and the record says so
@@ -26,7 +31,6 @@ CHECK_STEPS = 25  # training steps between looks at the loss, each of which wait
 FIRST_GROUP = 4  # micro-batches per group to begin with
 GROUPS = 32  # the least groups a final answer rests on: one block each in the estimator's interval
 WIDTH = 0.15  # relative half width of the interval at which measuring stops; it moves the best batch by 7 %
-FINITE_SHARE = 0.1  # of the data set, from which on drawing with or without replacement makes a difference
 
 
 def measure_noise(
@@ -38,6 +42,7 @@ def measure_noise(
     time_budget: float = 25.0,
     warmup_steps: int | None = None,
     micro_batch: int | None = None,
+    source: Source = "micro-batches",
     progress: Progress | None = None,
 ) -> NoiseScale:
     """Train shortly, hold the parameters, and measure B_simple there until its interval is narrow or time is up.
@@ -54,6 +59,8 @@ def measure_noise(
         warmup_steps: training steps before; None: 200, or as many as fit in 40 % of the budget. A number is kept to.
         micro_batch: examples per micro-batch; None: the workload's `reference_batch`. The estimate does not depend on
             it, its cost does.
+        source: "micro-batches", which holds for any model; or "per-example", exact norms of every example's gradient,
+            which resolve the scale with fewer examples and refuse some models (`per_example.ExampleRecorder`).
         progress: called with (what is being done, share done).
 
     Returns:
@@ -70,25 +77,66 @@ def measure_noise(
         raise UsageError(f"warmup_steps {warmup_steps} is negative. Give 0 or more training steps.")
     if micro_batch is not None and micro_batch < 1:
         raise UsageError(f"micro_batch {micro_batch} holds no example. Give 1 or more.")
+    if source not in get_args(Source):
+        raise unknown("source", source, get_args(Source))
     place = resolve(device)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
-        run = _Measurement(workload, place, dtype, seed, time_budget, progress)
+        run = _Measurement(workload, place, dtype, seed, time_budget, progress, source)
         try:
             run.warm_up(warmup_steps)
             run.measure(micro_batch or max(1, workload.reference_batch))
         except KeyboardInterrupt:
-            partial = run.result("interrupted before the interval was narrow") if run.measured else None
-            raise Interrupted(partial) from None
+            found = run.result("interrupted before the interval was narrow") if run.measured else None
+            raise Interrupted(found) from None
         return run.result()
+
+
+class Feed(Protocol):
+    """What turns the backward passes of a group into a pair of norms."""
+
+    def start(self) -> None:
+        """Begin a group, forgetting one that was not finished."""
+
+    def micro_batch(self, backward: Callable[[], torch.Tensor], n: int) -> torch.Tensor:
+        """Run the backward pass of n examples and take what is needed of it; returns its loss."""
+
+    def group(self) -> None:
+        """Take the pair of the micro-batches since `start`."""
+
+    @property
+    def noise(self) -> NoiseScale:
+        """The noise scale of all groups so far."""
+
+
+class OptimizerFeed:
+    """Norms of the micro-batches' gradients and of their mean, by the fused optimizer's own pass."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.optimizer = SGD(parameters, lr=0.0, noise=True)
+        self.start = self.optimizer.zero_grad
+
+    def micro_batch(self, backward: Callable[[], torch.Tensor], n: int) -> torch.Tensor:
+        """As Feed.micro_batch."""
+        loss = backward()
+        self.optimizer.accumulate(n)
+        return loss
+
+    def group(self) -> None:
+        """As Feed.group."""
+        self.optimizer.step()
+
+    @property
+    def noise(self) -> NoiseScale:
+        """As Feed.noise."""
+        return self.optimizer.noise
 
 
 class _Round:
     """Groups of k micro-batches at fixed parameters, all of one size: nothing chosen from the data enters a mean."""
 
-    def __init__(self, session: Session, micro_batch: int, k: int) -> None:
-        self.session, self.micro_batch, self.k = session, micro_batch, k
-        self.optimizer = SGD(session.parameters, lr=0.0, noise=True)
+    def __init__(self, session: Session, micro_batch: int, k: int, feed: Feed) -> None:
+        self.session, self.micro_batch, self.k, self.feed = session, micro_batch, k, feed
         self.groups = 0
         self.seconds = 0.0  # for all groups, partial ones left out
         self.loss = torch.zeros((), dtype=torch.float64, device=session.device)
@@ -97,15 +145,15 @@ class _Round:
         """Measure up to so many groups altogether; False where the deadline came first."""
         start, before = time.monotonic(), self.groups
         while self.groups < groups:
-            self.optimizer.zero_grad()
+            self.feed.start()
             loss = torch.zeros_like(self.loss)
             for _ in range(self.k):
                 if time.monotonic() >= deadline:
-                    self.optimizer.zero_grad()
+                    self.feed.start()
                     return False
-                loss += self.session.backward(self.session.batch(self.micro_batch))
-                self.optimizer.accumulate(self.micro_batch)
-            self.optimizer.step()
+                batch = self.session.batch(self.micro_batch)
+                loss += self.feed.micro_batch(partial(self.session.backward, batch), self.micro_batch)
+            self.feed.group()
             self.loss += loss
             self.groups += 1
         self.session.check_finite(self.loss, f"on batches of {self.micro_batch} at fixed parameters")
@@ -119,7 +167,7 @@ class _Round:
 
     def result(self) -> NoiseScale:
         loss = float(self.loss) / (self.groups * self.k) if self.groups else None
-        return dataclasses.replace(self.optimizer.noise, loss=loss)
+        return dataclasses.replace(self.feed.noise, loss=loss)
 
 
 class _Measurement:
@@ -133,10 +181,16 @@ class _Measurement:
         seed: int,
         time_budget: float,
         progress: Progress | None,
+        source: Source,
     ) -> None:
         self.budget, self.start, self.progress = time_budget, time.monotonic(), progress
         self.session = Session(workload, device, dtype, seed)
-        self.workload = workload
+        self.workload, self.source = workload, source
+        self.feed: Callable[[], Feed] = partial(OptimizerFeed, self.session.parameters)
+        if source == "per-example":
+            from pybatch.noise.per_example.feed import probed  # only where wanted: it brings Triton in
+
+            self.feed = probed(self.session)
         self.warmup_steps = 0
         self.rounds: list[_Round] = []
         self.notes: list[Note] = []
@@ -173,11 +227,11 @@ class _Measurement:
         """Rounds of growing groups until groups are as large as the scale, then more groups until it is narrow."""
         k = FIRST_GROUP
         while True:
-            current = _Round(self.session, micro_batch, k)
+            current = _Round(self.session, micro_batch, k, self.feed())
             self.rounds.append(current)
             if not self._fill(current, GROUPS):
                 return
-            found = current.optimizer.noise
+            found = current.feed.noise
             wanted = self._group_for(found, micro_batch, k)
             affordable = int(self.left * k / (GROUPS * max(current.group_seconds, 1e-9)))
             larger = min(wanted, affordable)
@@ -189,7 +243,7 @@ class _Measurement:
             factor = (relative_width(found) / WIDTH) ** 2 * 1.1 if found.status == "resolved" else 2.0
             if not self._fill(current, math.ceil(current.groups * min(max(factor, 1.25), 4.0))):
                 return
-            found = current.optimizer.noise
+            found = current.feed.noise
 
     def _fill(self, current: _Round, groups: int) -> bool:
         while current.groups < groups:
@@ -217,7 +271,7 @@ class _Measurement:
         found = min(
             (current.result() for current in reversed(self.rounds) if current.groups),
             key=lambda n: (_RANK[n.status], relative_width(n)),
-            default=NoiseScale(None, None, None, None, None, "unresolved", "micro-batches", 0, notes=(nothing,)),
+            default=NoiseScale(None, None, None, None, None, "unresolved", self.source, 0, notes=(nothing,)),
         )
         notes = list(found.notes) + self.notes
         if found.status == "resolved" and relative_width(found) > WIDTH:
@@ -244,32 +298,3 @@ def relative_width(noise: NoiseScale) -> float:
     if noise.b_simple == 0:
         return math.inf
     return (noise.high - noise.low) / 2 / noise.b_simple
-
-
-def confounds(model: nn.Module, examples: int | None, found: NoiseScale) -> list[Note]:
-    """What in the model or the data makes B_simple mean something else than the spread of per-example gradients."""
-    notes = []
-    modules = list(model.modules())
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
-        text = (
-            "the model has BatchNorm: an example's gradient then depends on its micro-batch, so the scale holds for "
-            f"micro-batches of {found.small_batch or 0:g}"
-        )
-        notes.append(Note("noise.b_simple", text))
-    if any(_drops(m) for m in modules):
-        notes.append(Note("noise.b_simple", "dropout was active, as in training: its noise is part of the scale"))
-    size = found.b_simple if found.b_simple is not None else found.low
-    if examples is not None and size is not None and size > FINITE_SHARE * examples:
-        text = (
-            f"a good part of the {examples} examples of the data set: shuffled epochs have less noise than independent "
-            f"draws, 1/B - 1/{examples} in place of 1/B"
-        )
-        notes.append(Note("noise.b_simple", text))
-    return notes
-
-
-def _drops(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    share = getattr(module, "dropout", 0.0)  # recurrent and attention modules keep it as a number
-    return isinstance(share, int | float) and share > 0
