@@ -364,7 +364,9 @@ def images():
 
 
 def sentences():
-    return Transformer(), torch.randint(11, (5, 6)), cross_entropy
+    ids = torch.randint(11, (5, 6))
+    ids[1:3, 2] = 2  # padding
+    return Transformer(), ids, cross_entropy
 
 
 def repeated():
