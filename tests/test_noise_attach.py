@@ -405,6 +405,6 @@ def test_bad_arguments():
     handle = pybatch.noise.attach(model, optimizer)
     with pytest.raises(UsageError, match="counted already"):
         handle.count(3)
+    model.forward = lambda: 0
     with pytest.raises(UsageError, match="got no tensor to count"):
-        model.forward = lambda: 0
         model()

@@ -17,6 +17,11 @@ from pybatch.records import Note
 MISSING = "no pair of norms: no backward pass reduced gradients over two or more processes"
 
 
+_reduce_scatter = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)  # its name before torch 2.13
+
+
 class ReduceScatter(Protocol):
     """What `FSDPModule.set_custom_reduce_scatter` takes."""
 
@@ -48,7 +53,7 @@ class _Plain:
         op: Any,
         async_op: bool = False,
     ) -> Any:
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 class _Listening:
@@ -117,6 +122,7 @@ class FSDPNoise(Collector):
         )
         self._accumulation, self._scaler = accumulation, scaler
         self._counter = Count(model, examples, started=self._exchange)
+        self._unknown_op = False
         self._forget()
         self._removals = [self._counter.remove]
         for index, module in enumerate(shards.values()):
@@ -145,8 +151,6 @@ class FSDPNoise(Collector):
             large = large * torch.nan
             self._unknown_op = True
         self._norms[index], self._group = (small, large), group
-
-    _unknown_op = False
 
     @torch.no_grad()
     def _exchange(self, *_: Any) -> None:
