@@ -17,6 +17,7 @@ from pybatch.noise.estimator import BLOCKS, MISSING, estimate, estimate_layers, 
 from pybatch.records import NoiseScale, Note
 
 RING = 256  # blocks kept before adjacent ones are merged: 6 KB, and enough that halving leaves more than BLOCKS
+NO_MOMENTS = "no pair of norms under the preconditioner: its moments need a step before"
 LAYER_RING = 2 * BLOCKS  # 1.5 KB a layer; half full it still gives an interval every block it uses
 
 
@@ -156,7 +157,7 @@ class NoiseAccumulator:
         return dataclasses.replace(
             total,
             layers=estimate_layers(self.layers, self._layers.rows, small) if self.layers else (),
-            preconditioned=judge(self._total.rows[1], small, self.missing).weighted() if self.preconditioned else None,
+            preconditioned=judge(self._total.rows[1], small, NO_MOMENTS).weighted() if self.preconditioned else None,
         )
 
     def state_dict(self) -> dict[str, Any]:

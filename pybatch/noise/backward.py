@@ -61,17 +61,18 @@ class BackwardNoise(Collector):
         self._in_backward = False
         self._fresh: set[int] = set()  # parameters whose `.grad` was None before this backward pass
         self._own = self._zeros()  # [2, parameters] of this backward pass: plain and preconditioned
-        self._forget()
+        self.forget()
         self._removals = [
             *(p.register_hook(self._watch(i)).remove for i, p in enumerate(self._params)),  # type: ignore[no-untyped-call]
-            optimizer.register_step_pre_hook(self._step).remove,
+            optimizer.register_step_pre_hook(self.close).remove,
             self._counter.remove,
         ]
 
     def _zeros(self) -> torch.Tensor:
         return torch.zeros((2, len(self._params)), dtype=torch.float64, device=self._device)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Leave out the micro-batches since the last step."""
         self._members, self._inverse, self._examples = 0, 0.0, 0.0
         self._squares, self._large = self._zeros(), self._zeros()
 
@@ -138,9 +139,10 @@ class BackwardNoise(Collector):
         """Gradients were cleared without a step; under a scaler because they were not finite."""
         if self._scaler is not None:
             self._skip()
-        self._forget()
+        self.forget()
 
-    def _step(self, *_: Any) -> None:
+    def close(self, *_: Any) -> None:
+        """The step is complete: keep its pair. Called by the optimizer's step."""
         k = self._members
         if k:
             weighted = self._accumulation == "weighted"
@@ -151,7 +153,7 @@ class BackwardNoise(Collector):
                 factor = self._scaler.scale(torch.ones((), device=self._device)).double() ** -2
                 small, large = small * factor, large * factor
             self._row(n_small, n_large, self._arrange(small), self._arrange(large))
-        self._forget()
+        self.forget()
 
     def _arrange(self, norms: torch.Tensor) -> torch.Tensor:
         """[2, parameters] to [series]."""

@@ -28,6 +28,10 @@ MIN_BLOCKS = 8  # fewer leave the variance itself too uncertain: the interval wo
 CONFIDENCE = 0.95
 ROUNDING = 1e-5  # of the small batch: norms of bf16 means over equal gradients differ by less
 MISSING = "no pair of norms: a step needs two or more micro-batches, each followed by accumulate(n)"
+NEGATIVE = (
+    "|G|^2 or tr(Sigma) is negative beyond its error: the examples of a step are not independent draws, or the counts "
+    "of examples are wrong"
+)
 
 
 def pair(sq_small: T, sq_large: T, n_small: Any, n_large: Any) -> tuple[T, T]:
@@ -73,7 +77,7 @@ class Ratio:
         )
 
 
-def judge(rows: ArrayLike, small_batch: float | None = None, missing: str = MISSING) -> Ratio:
+def judge(rows: ArrayLike, small_batch: float | None = None, missing: str = MISSING, negative: str = NEGATIVE) -> Ratio:
     """The ratio of the means over blocks of pairs, its interval, and its status.
 
     The interval is Fieller's (1954) on the block sums with Student's t: it holds its coverage where the delta method
@@ -84,7 +88,7 @@ def judge(rows: ArrayLike, small_batch: float | None = None, missing: str = MISS
         rows: [m, 3], columns: number of pairs, sum of |G|^2 and sum of tr(Sigma) estimates over the block, in order
             of time. Rows without a pair are ignored.
         small_batch: mean examples behind the small norm; with it, noise below the rounding of fp32 is told from noise.
-        missing: the reason to give where there is no pair at all.
+        missing, negative: the reasons to give where there is no pair at all, and where a mean is below zero.
 
     Raises:
         UsageError: `rows` has another shape.
@@ -134,8 +138,7 @@ def judge(rows: ArrayLike, small_batch: float | None = None, missing: str = MISS
         return result("lower_bound", None, low, None, why)
     reasons = {
         "open": "neither |G|^2 nor tr(Sigma) is separated from zero: too few pairs for this much noise",
-        "negative": "|G|^2 or tr(Sigma) is negative beyond its error: the examples of a step are not independent "
-        "draws, or the counts of examples are wrong",
+        "negative": negative,
     }
     return nothing(reasons[case])
 
