@@ -126,13 +126,13 @@ class Transformer(nn.Module):
         return self.head(x + self.down(F.gelu(self.up(self.norm2(x)))))
 
 
-@pytest.mark.parametrize("route", ["auto", "gram", "weight"])
+@pytest.mark.parametrize("route", ["auto", "gram", "weight", "fused"])
 def test_mlp(route):
     torch.manual_seed(0)
     assert_exact(mlp(), torch.randn(7, 6, dtype=torch.float64), route=route)
 
 
-@pytest.mark.parametrize("route", ["auto", "gram", "weight"])
+@pytest.mark.parametrize("route", ["auto", "gram", "weight", "fused"])
 def test_cnn(route):
     torch.manual_seed(0)
     model, x = cnn().double(), torch.randn(5, 3, 9, 8, dtype=torch.float64)
@@ -140,7 +140,7 @@ def test_cnn(route):
     assert_exact(model, x, route=route)
 
 
-@pytest.mark.parametrize("route", ["auto", "gram", "weight"])
+@pytest.mark.parametrize("route", ["auto", "gram", "weight", "fused"])
 @pytest.mark.parametrize("positions", ["slice", "rows", "plain"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformer(tied, positions, route):
@@ -316,7 +316,7 @@ def test_fp32_and_bf16_autocast_are_close():
 
 def test_chunks_make_no_difference(monkeypatch):
     monkeypatch.setattr(uses, "CHUNK_BYTES", 1)  # one example at a time
-    for route in ("auto", "gram", "weight"):
+    for route in ("auto", "gram", "weight", "fused"):
         assert_exact(Transformer(), torch.randint(11, (5, 6)), loss=cross_entropy, route=route)
 
 

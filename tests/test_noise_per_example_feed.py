@@ -11,9 +11,10 @@ from pybatch.errors import UsageError
 from pybatch.noise.estimator import estimate, pair
 from pybatch.noise.micro_batch import measure_noise
 from pybatch.noise.per_example import ExampleRecorder
-from pybatch.noise.per_example.feed import ExampleFeed
+from pybatch.noise.per_example.feed import ExampleFeed, probed
 from pybatch.workloads.base import Workload
 from pybatch.workloads.finding import find
+from pybatch.workloads.session import Session
 
 DECAYING = 1 / np.arange(1, 41)
 # Scales of the inputs, label noise, examples a batch, pairs: isotropic and two anisotropic, ever less signal.
@@ -129,10 +130,15 @@ def backward(loss):
 
 @pytest.mark.parametrize(("name", "model"), [("digits", "mlp"), ("digits", "cnn"), ("text", "transformer")])
 def test_shipped_workloads_can_be_measured(name, model):
-    workload = type(find(name))(model)
-    found = measure_noise(workload, device="cpu", warmup_steps=2, time_budget=2, micro_batch=4, source="per-example")
-    assert found.steps > 0
-    assert {layer.name for layer in found.layers} == {n for n, _ in workload.model().named_parameters()}
+    session = Session(type(find(name))(model), torch.device("cpu"))
+    feed = probed(session)()
+    for _ in range(2):
+        feed.micro_batch(lambda: session.backward(session.batch(4)), 4)
+    feed.group()
+    found = feed.noise
+    assert (found.steps, found.large_batch, found.source) == (1, 8, "per-example")
+    assert {layer.name for layer in found.layers} == {n for n, _ in session.model.named_parameters()}
+    assert all(layer.trace > 0 for layer in found.layers)
 
 
 def test_what_cannot_be_measured_is_refused_first():

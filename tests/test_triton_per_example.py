@@ -80,7 +80,7 @@ for model, x, y, loss in (
     (Transformer(), torch.randint(11, (3, 6)), torch.randint(11, (3, 6)), cross_entropy),
     (net, images, torch.randn(2, 4), squared_error),
 ):
-    for route in ("auto", "gram", "weight"):
+    for route in ("auto", "gram", "weight", "fused"):
         a, b = (measured(model, x, y, loss, route=route, backend=name) for name in ("torch", "triton"))
         for name in a.by_parameter:
             assert_close(a.by_parameter[name], b.by_parameter[name], rtol=1e-4, atol=1e-8)

@@ -11,6 +11,8 @@ from pybatch import ops
 from pybatch.errors import DeviceError, UsageError
 from pybatch.noise.per_example.uses import TORCH, Products
 
+RUNS = 8  # partial weight gradients a kernel writes: enough programs for a small weight on a large device
+
 
 def choose(backend: str | None, device: torch.device) -> Products:
     """The products of this name, or the best for the device; raises UsageError or DeviceError with the remedy."""
@@ -45,6 +47,18 @@ class TritonProducts(Products):
     def weight(self, rows: Tensor, cols: Tensor) -> Tensor:
         """As Products.weight."""
         return self._run("weight", rows, cols)
+
+    def fuses(self, t: int, r: int, c: int) -> bool:
+        """As Products.fuses: one kernel in the library's place, where the Gram matrices are larger than the weight."""
+        return t * t > r * c
+
+    def fused(self, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+        """As Products.fused."""
+        if rows.dtype == torch.float64:
+            return super().fused(rows, cols)
+        with ops.on_device(rows.device):
+            squares, total = self.kernels.weight(rows[:, None], cols[:, None], RUNS)
+        return squares, total[0]
 
     def picked(self, index: Tensor, values: Tensor) -> Tensor:
         """As Products.picked."""

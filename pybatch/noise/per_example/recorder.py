@@ -8,6 +8,7 @@ are taken and what was kept for them is let go. A parameter met anywhere else is
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pybatch.errors import UsageError
 from pybatch.noise.norms import square
 from pybatch.noise.per_example.broadcast import ELEMENTWISE, EXPANDING, SELECTING, collapse, expand_to_batch
+from pybatch.noise.per_example.fused import FusedLinear
 from pybatch.noise.per_example.layers import MICRO_BATCHES, RULES, Rule, batch_norm_refusal
 from pybatch.noise.per_example.products import choose
 from pybatch.noise.per_example.refusals import refuse_modules
-from pybatch.noise.per_example.uses import Dense, Route, Use, squared_norms
+from pybatch.noise.per_example.uses import Dense, Outer, Route, Use, squared_norms
 
 Reduction = Literal["mean", "sum"]
 
@@ -234,11 +236,34 @@ class _Pass(TorchFunctionMode):
                 "must be the first, and examples must not be split or merged"
             )
             raise self._refusal(func, met, why)
+        if rule.name == "linear" and self._fuses(bound):
+            return self._fused(bound, wanted, func, met)
         output = func(*self._gated(args), **self._gated(kwargs))
         if output.requires_grad:
             version = lead._version
             _hook(output, lambda grad: self._arrived(wanted, grad, func, met, lead._version == version))
         return output
+
+    def _fuses(self, bound: dict[str, Any]) -> bool:
+        """Whether a linear layer's weight gradient is formed with its norms, in the library's place."""
+        weight, route = bound["weight"], self.recorder.route
+        if not self._is_whole(weight) or self._sources[weight].name in self._gates or route not in ("auto", "fused"):
+            return False  # at a second use of a weight its norms need both, and are taken later
+        t = bound["input"].shape[1:-1].numel()
+        return route == "fused" or self.recorder.products.fuses(t, *weight.shape)
+
+    def _fused(
+        self, bound: dict[str, Any], wanted: dict[str, Callable[[Tensor], Use]], func: Any, met: list[Tensor]
+    ) -> Any:
+        input, weight, bias = (self._gated(bound[key]) for key in ("input", "weight", "bias"))
+        name = self._sources[bound["weight"]].name
+
+        def arrived(grad: Tensor, norm: Tensor) -> None:
+            use = wanted[name](grad)
+            assert isinstance(use, Outer)
+            self._arrived(wanted | {name: lambda _: dataclasses.replace(use, norm=norm)}, grad, func, met)
+
+        return FusedLinear.apply(input, weight, bias, self.recorder.products, arrived)  # type: ignore[no-untyped-call]
 
     def _is_whole(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value in self._sources and self._sources[value].elements is None
