@@ -301,14 +301,15 @@ def test_sum_and_token_mean_agree_with_the_mean():
     assert float(by_token.n_large) == 11
 
 
-def test_fp32_and_bf16_autocast_are_close():
+@pytest.mark.parametrize("route", ["auto", "fused"])
+def test_fp32_and_bf16_autocast_are_close(route):
     torch.manual_seed(0)
     model, x, y = mlp(), torch.randn(6, 6), torch.randn(6, 3)
     exact = truth(model.double(), x.double(), y.double())[0]
     model.float()
-    single = measured(model, x, y)
+    single = measured(model, x, y, route=route)
     with torch.autocast("cpu", torch.bfloat16):
-        half = measured(model, x, y)
+        half = measured(model, x, y, route=route)
     for name, sq in exact.items():
         torch.testing.assert_close(single.by_parameter[name], sq, rtol=1e-5, atol=0.0)
         torch.testing.assert_close(half.by_parameter[name], sq, rtol=0.1, atol=0.0)

@@ -1,4 +1,4 @@
-"""A linear layer whose backward pass forms the weight gradient and the per-example norms together."""
+"""Layers whose backward pass yields the per-example norms on its way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pybatch.noise.per_example.uses import Products
+from pybatch.noise.per_example.uses import NormBackward, Products
 
 
 class FusedLinear(torch.autograd.Function):
@@ -49,3 +49,39 @@ class FusedLinear(torch.autograd.Function):
             bias = rows.sum((0, 1)).to(added) if ctx.needs_input_grad[2] else None
         ctx.arrived(grad, norm)
         return back, total.to(own), bias, None, None
+
+
+class FusedNorm(torch.autograd.Function):
+    """LayerNorm or RMSNorm over the last dimension; one pass backward gives the input's gradient and each example's
+    weight and bias gradients (Gray et al. 2024)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        centred: bool,
+        backward: NormBackward,
+        arrived: Callable[[Tensor, Tensor, Tensor], None],
+    ) -> Tensor:
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
+        ctx.save_for_backward(input, weight)
+        ctx.options, ctx.through, ctx.arrived = (eps, centred), backward, arrived
+        shape = input.shape[-1:]
+        if centred:
+            return F.layer_norm(input, shape, weight, bias, eps)
+        return F.rms_norm(input, shape, weight, eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        back, scaled, plain = ctx.through(grad, input, weight, *ctx.options)
+        ctx.arrived(grad, scaled, plain)
+        totals = [
+            found.sum(0).to(dtype) if needed else None
+            for found, dtype, needed in zip((scaled, plain), ctx.dtypes, ctx.needs_input_grad[1:3], strict=True)
+        ]
+        return back, *totals, None, None, None, None

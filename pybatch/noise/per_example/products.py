@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 
 from pybatch import ops
 from pybatch.errors import DeviceError, UsageError
-from pybatch.noise.per_example.uses import TORCH, Products
+from pybatch.noise.per_example.uses import TORCH, NormBackward, Products
 
-RUNS = 8  # partial weight gradients a kernel writes: enough programs for a small weight on a large device
+WIDEST = 16384  # elements of a position that a program holds in registers
+RUNS = (
+    8  # parts that a sum over examples or positions is split into: enough programs for a small weight on a large device
+)
 
 
 def choose(backend: str | None, device: torch.device) -> Products:
@@ -59,6 +63,20 @@ class TritonProducts(Products):
         with ops.on_device(rows.device):
             squares, total = self.kernels.weight(rows[:, None], cols[:, None], RUNS)
         return squares, total[0]
+
+    def norm_backward(self, input: Tensor, normalized_shape: Sequence[int]) -> NormBackward | None:
+        """As Products.norm_backward."""
+        if len(normalized_shape) > 1 or normalized_shape[0] > WIDEST or input.dtype == torch.float64:
+            return None
+        return self._norm_backward
+
+    def _norm_backward(
+        self, grad: Tensor, input: Tensor, weight: Tensor | None, eps: float, centred: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad, x = (t.reshape(len(t), -1, t.shape[-1]).contiguous() for t in (grad, input))
+        with ops.on_device(x.device):
+            back, scaled, plain = self.kernels.norm_backward(grad, x, weight, eps, centred, RUNS)
+        return back.view_as(input), scaled, plain
 
     def picked(self, index: Tensor, values: Tensor) -> Tensor:
         """As Products.picked."""

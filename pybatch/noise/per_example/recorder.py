@@ -24,11 +24,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pybatch.errors import UsageError
 from pybatch.noise.norms import square
 from pybatch.noise.per_example.broadcast import ELEMENTWISE, EXPANDING, SELECTING, collapse, expand_to_batch
-from pybatch.noise.per_example.fused import FusedLinear
+from pybatch.noise.per_example.fused import FusedLinear, FusedNorm
 from pybatch.noise.per_example.layers import MICRO_BATCHES, RULES, Rule, batch_norm_refusal
 from pybatch.noise.per_example.products import choose
 from pybatch.noise.per_example.refusals import refuse_modules
-from pybatch.noise.per_example.uses import Dense, Outer, Route, Use, squared_norms
+from pybatch.noise.per_example.uses import Dense, NormBackward, Outer, Route, Use, squared_norms
 
 Reduction = Literal["mean", "sum"]
 
@@ -238,6 +238,10 @@ class _Pass(TorchFunctionMode):
             raise self._refusal(func, met, why)
         if rule.name == "linear" and self._fuses(bound):
             return self._fused(bound, wanted, func, met)
+        if rule.name in ("layer_norm", "rms_norm"):
+            backward = self.recorder.products.norm_backward(lead, bound["normalized_shape"])
+            if backward is not None:
+                return self._fused_norm(rule, bound, wanted, backward, func, met)
         output = func(*self._gated(args), **self._gated(kwargs))
         if output.requires_grad:
             version = lead._version
@@ -264,6 +268,26 @@ class _Pass(TorchFunctionMode):
             self._arrived(wanted | {name: lambda _: dataclasses.replace(use, norm=norm)}, grad, func, met)
 
         return FusedLinear.apply(input, weight, bias, self.recorder.products, arrived)  # type: ignore[no-untyped-call]
+
+    def _fused_norm(
+        self,
+        rule: Rule,
+        bound: dict[str, Any],
+        wanted: dict[str, Callable[[Tensor], Use]],
+        backward: NormBackward,
+        func: Any,
+        met: list[Tensor],
+    ) -> Any:
+        input, weight, bias = (self._gated(bound.get(key)) for key in ("input", "weight", "bias"))
+        names = [self._sources[t].name if self._is_whole(t) else None for t in (bound["weight"], bound.get("bias"))]
+
+        def arrived(grad: Tensor, scaled: Tensor, plain: Tensor) -> None:
+            found = dict(zip(names, (scaled, plain), strict=True))
+            self._arrived({name: partial(_dense, found[name]) for name in wanted}, grad, func, met)
+
+        eps = torch.finfo(input.dtype).eps if bound["eps"] is None else bound["eps"]
+        centred = rule.name == "layer_norm"
+        return FusedNorm.apply(input, weight, bias, eps, centred, backward, arrived)  # type: ignore[no-untyped-call]
 
     def _is_whole(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value in self._sources and self._sources[value].elements is None
@@ -414,6 +438,10 @@ class _Pass(TorchFunctionMode):
             f"per-example norms: {what} on {subject} {', '.join(map(repr, names))} {why}. "
             f"Freeze the {subject}, or use source='micro-batches'."
         )
+
+
+def _dense(values: Tensor, _grad: Tensor) -> Use:
+    return Dense(values)
 
 
 def _hook(tensor: Tensor, call: Callable[[Tensor], None]) -> Any:

@@ -67,6 +67,10 @@ class Dense:
 
 Use = Outer | Picked | Dense
 
+# (grad, input, weight or None, eps, whether the mean is taken off) -> gradient of the input, and per example those of
+# weight and bias, fp32 [n, width].
+NormBackward = Callable[[Tensor, Tensor, Tensor | None, float, bool], tuple[Tensor, Tensor, Tensor]]
+
 
 class Products:
     """The products behind the norms, in torch. rows is [n, g, t, R], cols [n, g, t, C]; results are float64 [n]."""
@@ -102,6 +106,10 @@ class Products:
             found.append(_squares(product.flatten(1)))
             total += product.sum(0) if len(product) > 1 else product[0]
         return torch.cat(found), total
+
+    def norm_backward(self, input: Tensor, normalized_shape: Sequence[int]) -> NormBackward | None:
+        """The one-pass backward of LayerNorm and RMSNorm on such an input, where there is one."""
+        return None
 
     def picked(self, index: Tensor, values: Tensor) -> Tensor:
         """|sum_t onehot(index_t) (x) values_t|^2 over [n, t] and [n, t, C]; a repeated token adds up first."""
