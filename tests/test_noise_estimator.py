@@ -7,7 +7,7 @@ import pytest
 
 from pybatch.errors import UsageError
 from pybatch.noise.accumulator import RING, NoiseAccumulator
-from pybatch.noise.estimator import estimate, fieller, merge, pair
+from pybatch.noise.estimator import estimate, estimate_layers, fieller, merge, pair
 
 
 def closed_form(scales, error, label_noise):
@@ -261,7 +261,7 @@ def test_accumulator_keeps_layers_and_preconditioned_norms_apart():
     kept, other = (NoiseAccumulator("x", ("a", "b"), preconditioned=True) for _ in range(2))
     sums = {"a": np.zeros(3), "b": np.zeros(3), "p": np.zeros(3)}
     for step in range(700):
-        norms = generator.gamma(100, 0.1, (4, 2)) + [3.0, 0.0]
+        norms = generator.gamma(100, 0.1, (4, 2)) + np.array([3.0, 0.0])
         norms[1] = math.nan if step % 7 == 0 else norms[1]
         kept.update(*norms[3], 8, 32, layers=norms[:2], preconditioned=norms[2])
         for name, row in zip(("a", "b", "p"), norms[:3], strict=True):
