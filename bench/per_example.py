@@ -160,6 +160,10 @@ class BackPack(Plain):
         from backpack import backpack, extend
         from backpack.extensions import BatchL2Grad
 
+        unsupported = {type(m).__name__ for m in model.modules() if [*m.parameters(recurse=False)]}
+        unsupported -= {"Linear", "Conv1d", "Conv2d", "Conv3d"}
+        if unsupported:
+            raise NotImplementedError(f"BatchL2Grad has no rule for {', '.join(sorted(unsupported))}")
         super().__init__(extend(model), x, y)
         self.loss, self.context = extend(nn.CrossEntropyLoss()), lambda: backpack(BatchL2Grad())
 
