@@ -399,6 +399,7 @@ def test_bad_arguments():
         ((model, optimizer), {"accumulation": "median"}, "'median' is not known"),
         ((model, optimizer), {"hook": print}, "no communication"),
         ((nn.Tanh(), optimizer), {}, "no parameter to train"),
+        ((nn.Sequential(model, nn.Linear(1, 1, device="meta")), optimizer), {}, "are on cpu, meta"),
     ):
         with pytest.raises(UsageError, match=says):
             pybatch.noise.attach(*arguments, **options)

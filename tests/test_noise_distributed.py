@@ -26,9 +26,22 @@ def run(world, folder):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request, tmp_path_factory):
-    return run(request.param, tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What so many processes found; they are started once."""
+    found = {}
+
+    def of(world):
+        if world not in found:
+            found[world] = run(world, tmp_path_factory.mktemp("ranks"))
+        return found[world]
+
+    return of
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request, processes):
+    return processes(request.param)
 
 
 def same(found, want, rel=1e-4):
@@ -95,19 +108,15 @@ def test_preconditioned_and_not_finite_somewhere(ranks):
     assert found["skipped"] == 1
 
 
-def test_fsdp_equals_one_process(ranks):
-    if "fsdp" not in ranks[0]:
-        pytest.skip("FSDP2 runs with two processes")
-    found, want = ranks[0]["fsdp"]
+def test_fsdp_equals_one_process(processes):
+    found, want = processes(2)[0]["fsdp"]
     same(found, want)
     assert found["steps"] == 3
     for name, values in want["layers"].items():
         assert found["layers"][name] == pytest.approx(values, rel=1e-3, abs=1e-5)
 
 
-def test_fsdp_accumulation(ranks):
-    if "fsdp" not in ranks[0]:
-        pytest.skip("FSDP2 runs with two processes")
-    found, want = ranks[0]["fsdp_accumulated"]
+def test_fsdp_accumulation(processes):
+    found, want = processes(2)[0]["fsdp_accumulated"]
     same(found, want)
     assert found["steps"] == 3

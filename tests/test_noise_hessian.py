@@ -12,8 +12,11 @@ from torch import nn
 from pybatch.errors import UsageError
 from pybatch.noise.hessian import HessianNoise, dot, products
 from pybatch.noise.micro_batch import measure_noise
+from pybatch.records import Environment, Run
 from pybatch.workloads.base import Workload
 from pybatch.workloads.session import Session
+
+ENVIRONMENT = Environment("3", "linux", "0", None, None, None, None, 1, 0, "test")
 
 
 class Anisotropic(Workload):
@@ -66,6 +69,8 @@ def test_anisotropic_closed_form():
         assert (found.status, found.hessian.status) == ("resolved", "resolved")
         held += [found.low <= b_simple <= found.high, found.hessian.low <= b_noise <= found.hessian.high]
     assert sum(held) >= 9
+    run = Run("2026-01-01T00:00:00+00:00", ENVIRONMENT, noise=found)
+    assert Run.from_json(run.to_json()) == run
     assert found.hessian.high < b_simple  # one taken for the other would be seen
 
 

@@ -76,6 +76,9 @@ def attach(
         raise UsageError(f"source {source!r} is not known. Use one of: {', '.join(SOURCES)}, or None.")
     if accumulation not in ACCUMULATIONS:
         raise UsageError(f"accumulation {accumulation!r} is not known. Use one of: {', '.join(ACCUMULATIONS)}.")
+    devices = sorted({str(param.device) for param in model.parameters() if param.requires_grad})
+    if len(devices) > 1:
+        raise UsageError(f"attach(): the model's parameters are on {', '.join(devices)}. Attach to one on one device.")
     source = source or _choose(model)
     notes = (COUNTED,) if examples is None else ()
     if preconditioned:

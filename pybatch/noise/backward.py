@@ -9,7 +9,7 @@ from torch import nn
 
 from pybatch.errors import UsageError
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, combine, trainable
-from pybatch.noise.norms import squares
+from pybatch.noise.norms import Places, squares
 from pybatch.noise.preconditioner import Preconditioner
 from pybatch.records import Note
 
@@ -55,6 +55,7 @@ class BackwardNoise(Collector):
         )
         self._precondition = Preconditioner(optimizer) if preconditioned else None
         self._accumulation, self._scaler = accumulation, scaler
+        self._places = Places(self._device)
         self._counter = Count(model, examples)
         self._held: list[tuple[int, torch.Tensor]] = []
         self._held_bytes = 0
@@ -95,7 +96,7 @@ class BackwardNoise(Collector):
     def _flush(self) -> None:
         if self._held:
             index = [i for i, _ in self._held]
-            self._own[:, index] += self._norms(index, [grad for _, grad in self._held])
+            self._own[:, self._places(index)] += self._norms(index, [grad for _, grad in self._held])
             self._held, self._held_bytes = [], 0
 
     def _norms(self, index: list[int], grads: list[torch.Tensor]) -> torch.Tensor:
@@ -124,9 +125,11 @@ class BackwardNoise(Collector):
             )
         grads = [g for i in present if (g := self._params[i].grad) is not None]
         self._large = self._zeros()
-        self._large[:, present] = self._norms(present, grads)
+        self._large[:, self._places(present)] = self._norms(present, grads)
         fresh = [i for i in present if i in self._fresh]
-        self._own[:, fresh] += self._large[:, fresh]
+        if fresh:
+            places = self._places(fresh)
+            self._own[:, places] += self._large[:, places]
         size = sizes[-1]
         self._squares += self._own / size if self._accumulation == "weighted" else self._own
         self._members, self._inverse, self._examples = (

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pybatch.errors import UsageError
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, combine, local_batch, trainable
-from pybatch.noise.norms import square, squares
+from pybatch.noise.norms import Places, square, squares
 from pybatch.noise.preconditioner import Preconditioner
 from pybatch.records import Note
 
@@ -109,6 +109,7 @@ class DDPNoise(Collector):
         self._column: dict[torch.Tensor, int] = (
             {param: first + i for i, param in enumerate(named.values())} if layers else {}
         )
+        self._places = Places(self._device)
         self._counter = Count(model, examples)
         self._small = self._zeros()
         self._large: list[torch.Tensor] = []  # of each bucket; their callbacks may run in several threads
@@ -184,7 +185,7 @@ class DDPNoise(Collector):
         if self._column:
             norms = squares(grads)
             found[0] = norms.sum()
-            found[[self._column[param] for param in params]] = norms
+            found[self._places([self._column[param] for param in params])] = norms
         else:
             found[0] = square(buffer)
         if self._precondition is not None:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from pybatch.errors import UsageError
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, combine, local_batch
-from pybatch.noise.norms import square
+from pybatch.noise.norms import Places, square
 from pybatch.records import Note
 
 MISSING = "no pair of norms: no backward pass reduced gradients over two or more processes"
@@ -121,6 +121,7 @@ class FSDPNoise(Collector):
             notes=notes,
         )
         self._accumulation, self._scaler = accumulation, scaler
+        self._places = Places(self._device)
         self._counter = Count(model, examples, started=self._exchange)
         self._unknown_op = False
         self._forget()
@@ -160,12 +161,11 @@ class FSDPNoise(Collector):
         if group is None:
             return
         own = torch.zeros((2, len(self._names)), dtype=torch.float64, device=self._device)
-        index = list(norms)
-        own[:, index] = torch.stack([torch.stack(pair) for pair in norms.values()], dim=1)
+        own[:, self._places(list(norms))] = torch.stack([torch.stack(pair) for pair in norms.values()], dim=1)
         weighted = self._accumulation == "weighted"
         n, factor = local_batch(sizes, self._accumulation) if sizes else (torch.nan, 1.0)
         own[0] /= n if weighted else 1.0
-        sums = torch.cat([own.flatten(), own.new_tensor([n if weighted else 1.0 / n])])
+        sums = torch.cat([own.flatten(), own.new_full((1,), n if weighted else 1.0 / n)])
         dist.all_reduce(sums, group=group)
         locals_, large = sums[:-1].view(2, -1) * factor**2
         small, n_small, n_large = combine(weighted, group.size(), locals_, sums[-1])
@@ -174,7 +174,7 @@ class FSDPNoise(Collector):
             small, large = small * unscale, large * unscale
         layers = self._accumulator.layers
         unused = [i for i in range(len(self._names)) if i not in norms]
-        rows = [norm.index_fill(0, norm.new_tensor(unused, dtype=torch.long), torch.nan) for norm in (small, large)]
+        rows = [norm.index_fill(0, self._places(unused), torch.nan) for norm in (small, large)]
         small, large = (
             torch.cat([norm.sum().reshape(1), row if layers else row[:0]])
             for norm, row in zip((small, large), rows, strict=True)

@@ -226,8 +226,9 @@ class Collector(Handle):
 
     def _row(self, n_small: Any, n_large: Any, small: torch.Tensor, large: torch.Tensor) -> None:
         """One step: counts, and [series] squared norms each: total, preconditioned if kept, layers."""
-        sizes = [torch.as_tensor(n, dtype=torch.float64, device=self._device).reshape(1) for n in (n_small, n_large)]
-        self._pending.append(torch.cat([*sizes, small, large]))
+        sizes = torch.empty(2, dtype=torch.float64, device=self._device)
+        sizes[0], sizes[1] = n_small, n_large  # numbers are filled in; making a tensor of them would wait
+        self._pending.append(torch.cat([sizes, small, large]))
 
     def _skip(self) -> None:
         self._pending.append(torch.full((2 + 2 * self._series,), math.nan, dtype=torch.float64, device=self._device))

@@ -99,7 +99,9 @@ class MomentsNoise(Collector):
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
         sums = [s["exp_avg_sq"].sum(dtype=torch.float64) if "exp_avg_sq" in s else zero for s in own]
         step = next((s["step"] for s in own if "step" in s), 0.0)
-        return torch.stack(sums), torch.as_tensor(step, dtype=torch.float64, device=self._device).clone()
+        if isinstance(step, torch.Tensor) and step.device.type != "cpu":  # not read, which would wait
+            return torch.stack(sums), step.to(torch.float64, copy=True).reshape(())
+        return torch.stack(sums), torch.full((), float(step), dtype=torch.float64, device=self._device)
 
     @torch.no_grad()
     def _stepped(self, *_: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 ROW = 4096  # elements summed in fp32 before fp64 takes over: relative error of a norm below 1e-6
+KNOWN = 256  # lists of columns remembered: more than a model has buckets
 SMALL = 1 << 16  # elements up to which one launch for many tensors beats one for each
 
 
@@ -35,3 +36,20 @@ def squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         norms = torch._foreach_norm([tensors[i].detach() for i in small], 2, dtype=torch.float32)
         found = dict(zip(small, torch.stack(norms).double().square().unbind(), strict=True))
     return torch.stack([found[i] if i in found else square(t) for i, t in enumerate(tensors)])
+
+
+class Places:
+    """Lists of columns as index tensors on a device; the same lists come again in every step, and a copy waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._known: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def __call__(self, columns: Sequence[int]) -> torch.Tensor:
+        """[len(columns)] int64 on the device."""
+        key = tuple(columns)
+        if key not in self._known:
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            self._known[key] = torch.tensor(key, dtype=torch.long, device=self._device)
+        return self._known[key]

@@ -37,9 +37,11 @@ class Preconditioner:
         if "exp_avg_sq" not in state or param not in self._groups:
             return None
         group = self._groups[param]
-        # A tensor throughout: `step` may live on the device, and reading it would wait.
-        correction = 1.0 - torch.as_tensor(float(group["betas"][1]), dtype=torch.float64) ** state["step"]
-        second: torch.Tensor = state["exp_avg_sq"].float() / correction.to(device=param.device, dtype=torch.float32)
+        step = state["step"]
+        if not isinstance(step, torch.Tensor) or step.device.type == "cpu":
+            step = float(step)  # one on the device is not read, which would wait
+        correction = 1.0 - float(group["betas"][1]) ** step
+        second: torch.Tensor = state["exp_avg_sq"].float() / correction
         weight: torch.Tensor = 1.0 / (second.sqrt() + group["eps"])
         return weight
 
