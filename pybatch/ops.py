@@ -408,3 +408,10 @@ def build() -> Build:
         cuda_architectures=getattr(_C, "cuda_architectures", None),
         cuda_reason=getattr(_C, "cuda_reason", None),
     )
+
+
+def example_kernels() -> Any:
+    """The Triton kernels of per-example norms; ask `why_not("triton", device)` first."""
+    from pybatch.kernels import per_example
+
+    return per_example

@@ -210,12 +210,31 @@ class Distributed:
 
 @dataclass(frozen=True)
 class LayerNoise:
-    """Gradient noise scale of one parameter tensor."""
+    """Gradient noise scale of one parameter tensor, or of one group of them that is communicated together."""
 
     name: str
     b_simple: float | None
-    grad_sq: float
-    trace: float
+    grad_sq: float | None  # unclamped means, as in NoiseScale
+    trace: float | None
+    low: float | None = None
+    high: float | None = None
+    status: NoiseStatus = "unresolved"
+    steps: int = 0  # pairs of norms that entered
+    reason: str | None = None  # why there is no number, or what to know of it
+
+
+@dataclass(frozen=True)
+class WeightedNoise:
+    """tr(A Sigma) / (G^T A G) with its 95 % interval; the field it stands in says which matrix A is."""
+
+    b_noise: float | None
+    low: float | None
+    high: float | None
+    grad_sq: float | None  # G^T A G, unclamped mean
+    trace: float | None  # tr(A Sigma), unclamped mean
+    status: NoiseStatus
+    steps: int  # pairs of norms that entered
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -240,8 +259,38 @@ class NoiseScale:
     warmup_steps: int | None = None  # training steps before the measurement
     loss: float | None = None  # training loss where it was measured
     learning_rate: float | None = None  # of the warm-up training
-    preconditioned: dict[str, float] | None = None
+    preconditioned: WeightedNoise | None = None  # experimental: A = 1 / (sqrt(v) + eps) of Adam
     layers: tuple[LayerNoise, ...] = ()
+    notes: tuple[Note, ...] = ()
+    hessian: WeightedNoise | None = None  # B_noise: A the Hessian of the loss (McCandlish et al. 2018, eq. 2.8)
+    eval_mode: WeightedNoise | None = None  # A = 1, the model in evaluation mode: no dropout
+    unit: str | None = None  # "tokens" where a batch is counted in them; None: in examples
+
+
+@dataclass(frozen=True)
+class NoisePoint:
+    """The gradient noise scale over a stretch of a training run."""
+
+    first_step: int  # training steps the pairs come from, both included
+    last_step: int
+    b_simple: float | None
+    low: float | None
+    high: float | None
+    grad_sq: float | None
+    trace: float | None
+    status: NoiseStatus
+    steps: int  # pairs of norms that entered
+    loss: float | None = None  # mean of what was given for these steps
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class NoiseTrajectory:
+    """The gradient noise scale against training steps."""
+
+    points: tuple[NoisePoint, ...]
+    source: str
+    unit: str | None = None
     notes: tuple[Note, ...] = ()
 
 

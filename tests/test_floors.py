@@ -33,6 +33,8 @@ FLOORS = {
     "pybatch.comparison": 0.8,
     "pybatch.verdict": 1,
     "pybatch.noise.estimator": 1,
+    "pybatch.noise.accumulator": 1,
+    "pybatch.noise.trajectory": 1,
     "pybatch.device": 1,
     "pybatch.ops": 1,
     "pybatch.optim": 2,
@@ -57,6 +59,8 @@ TORCH_FREE = (
     "steps_fit",
     "verdict",
     "noise.estimator",
+    "noise.accumulator",
+    "noise.trajectory",
     "report.formats",
     "cli",
 )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pybatch.errors import UsageError
-from pybatch.noise import estimator
-from pybatch.noise.estimator import NoiseAccumulator, estimate, fieller, merge, pair
+from pybatch.noise.accumulator import RING, NoiseAccumulator
+from pybatch.noise.estimator import estimate, estimate_layers, fieller, merge, pair
 
 
 def closed_form(scales, error, label_noise):
@@ -202,7 +202,7 @@ def test_accumulator_in_constant_memory_keeps_every_pair():
     accumulator = NoiseAccumulator()
     feed(accumulator, 0, 5000)
     rows = accumulator.rows
-    assert len(rows) <= estimator.RING
+    assert len(rows) <= RING
     expected = [pair(40 + math.sin(i), 20 + math.cos(i), 8, 32) for i in range(5000) if i % 10 != 3]
     assert rows.sum(axis=0) == pytest.approx([4500, *np.sum(expected, axis=0)], rel=1e-12)
     noise = accumulator.estimate()
@@ -229,3 +229,54 @@ def test_accumulator_refuses_and_skips():
     assert (accumulator.skipped, accumulator.estimate().steps) == (1, 0)
     with pytest.raises(UsageError, match="lacks"):
         accumulator.load_state_dict({})
+
+
+def test_zero_and_equal_gradients_are_no_number():
+    zero = estimate(np.tile([1.0, 0.0, 0.0], (20, 1)), source="x")
+    assert (zero.status, zero.b_simple) == ("unresolved", None)
+    assert "every gradient was zero" in zero.notes[0].text
+    rows = np.tile([1.0, 2.0, 1e-6], (20, 1))
+    assert estimate(rows, source="x", small_batch=8).status == "unresolved"
+    assert "equal within rounding" in estimate(rows, source="x", small_batch=8).notes[0].text
+    assert estimate(rows, source="x", small_batch=1e-3).status == "resolved"  # not rounding at that size
+
+
+def test_layers_are_judged_as_the_total_is():
+    rows = np.stack([blocks(2.0, 10.0, 1.0), blocks(0.1, 10.0, 1.0), np.zeros((40, 3))])
+    one, two, three = estimate_layers(["a", "b", "c"], rows, 8)
+    total = estimate(rows[0], source="x", small_batch=8)
+    assert (one.name, one.b_simple, one.low, one.high) == ("a", total.b_simple, total.low, total.high)
+    assert (one.status, one.steps, one.reason) == ("resolved", 40, None)
+    assert (two.status, two.b_simple, two.high) == ("lower_bound", None, None)
+    assert two.low > 0
+    assert (three.status, three.grad_sq, three.steps) == ("unresolved", None, 0)
+    assert "the layer had no gradient" in three.reason
+    with pytest.raises(UsageError, match="for 2 layers"):
+        estimate_layers(["a", "b"], rows)
+
+
+def test_accumulator_keeps_layers_and_preconditioned_norms_apart():
+    """Layers that had no gradient in a step have no pair of it; all of it survives merging and its own state."""
+    generator = np.random.default_rng(1)
+    kept, other = (NoiseAccumulator("x", ("a", "b"), preconditioned=True) for _ in range(2))
+    sums = {"a": np.zeros(3), "b": np.zeros(3), "p": np.zeros(3)}
+    for step in range(700):
+        norms = generator.gamma(100, 0.1, (4, 2)) + np.array([3.0, 0.0])
+        norms[1] = math.nan if step % 7 == 0 else norms[1]
+        kept.update(*norms[3], 8, 32, layers=norms[:2], preconditioned=norms[2])
+        for name, row in zip(("a", "b", "p"), norms[:3], strict=True):
+            if np.isfinite(row).all():
+                sums[name] += [1.0, *pair(row[0], row[1], 8, 32)]
+        if step == 300:
+            other.load_state_dict(kept.state_dict())
+            kept = other
+    noise = kept.estimate()
+    for layer in noise.layers:
+        count, grad_sq, trace = sums[layer.name]
+        assert layer.steps == count == (600 if layer.name == "b" else 700)
+        assert [layer.grad_sq, layer.trace] == pytest.approx([grad_sq / count, trace / count])
+    assert noise.preconditioned.trace == pytest.approx(sums["p"][2] / 700)
+    with pytest.raises(UsageError, match=r"has shape \(64, 2, 3\) where \(64, 0, 3\)|has shape"):
+        NoiseAccumulator("x").load_state_dict(kept.state_dict())
+    with pytest.raises(UsageError, match=r"\(3, 2\) for 2 names"):
+        kept.update(2.0, 1.0, 8, 32, layers=np.ones((3, 2)))

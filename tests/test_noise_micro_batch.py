@@ -9,6 +9,7 @@ from torch import nn
 
 from pybatch.errors import Interrupted, UsageError, WorkloadError
 from pybatch.noise import micro_batch
+from pybatch.noise.confounds import confounds
 from pybatch.noise.micro_batch import measure_noise
 from pybatch.workloads.base import Workload
 from pybatch.workloads.finding import find
@@ -174,8 +175,8 @@ def test_confounds_are_named():
     clean = measure_noise(Regression(), device="cpu", warmup_steps=0).notes
     assert clean == ()
     found = measure_noise(Regression(), device="cpu", warmup_steps=0)
-    assert micro_batch.confounds(nn.Sequential(nn.Dropout(0.0), nn.LSTM(4, 4)), None, found) == []
-    assert micro_batch.confounds(nn.LSTM(4, 4, num_layers=2, dropout=0.1), None, found) != []
+    assert confounds(nn.Sequential(nn.Dropout(0.0), nn.LSTM(4, 4)), None, found) == []
+    assert confounds(nn.LSTM(4, 4, num_layers=2, dropout=0.1), None, found) != []
 
 
 class Stops(Regression):

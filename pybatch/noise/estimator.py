@@ -1,4 +1,4 @@
-"""The gradient noise scale from pairs of squared gradient norms: arithmetic, accumulator, interval.
+"""The gradient noise scale from pairs of squared gradient norms: arithmetic and interval.
 
 B_simple = tr(Sigma) / |G|^2 (McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", eq. 2.9), where
 G is the true gradient and Sigma the covariance of per-example gradients. Both are estimated without bias from mean
@@ -9,6 +9,7 @@ of ratios, and clamping before averaging, are both biased. No torch here.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,15 +18,20 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
 from pybatch.errors import UsageError
-from pybatch.records import NoiseScale, NoiseStatus, Note
+from pybatch.records import LayerNoise, NoiseScale, NoiseStatus, Note, WeightedNoise
 
 T = TypeVar("T")
 Rows = NDArray[np.float64]
 
-RING = 256  # blocks kept before adjacent ones are merged: 6 KB, and enough that halving leaves more than BLOCKS
 BLOCKS = 32  # blocks an interval is computed from: long enough to absorb autocorrelation, t(31) close to normal
 MIN_BLOCKS = 8  # fewer leave the variance itself too uncertain: the interval would be wide and unstable
 CONFIDENCE = 0.95
+ROUNDING = 1e-5  # of the small batch: norms of bf16 means over equal gradients differ by less
+MISSING = "no pair of norms: a step needs two or more micro-batches, each followed by accumulate(n)"
+NEGATIVE = (
+    "|G|^2 or tr(Sigma) is negative beyond its error: the examples of a step are not independent draws, or the counts "
+    "of examples are wrong"
+)
 
 
 def pair(sq_small: T, sq_large: T, n_small: Any, n_large: Any) -> tuple[T, T]:
@@ -51,6 +57,97 @@ def merge(rows: Rows) -> Rows:
     return np.concatenate([rows[0:even:2] + rows[1:even:2], rows[even:]])
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """sum(trace) / sum(grad_sq) over blocks, with its 95 % interval or the reason why there is none."""
+
+    status: NoiseStatus
+    value: float | None
+    low: float | None
+    high: float | None
+    grad_sq: float | None  # unclamped means
+    trace: float | None
+    pairs: int
+    why: str | None
+
+    def weighted(self) -> WeightedNoise:
+        """As the record of a noise scale under another matrix."""
+        return WeightedNoise(
+            self.value, self.low, self.high, self.grad_sq, self.trace, self.status, self.pairs, self.why
+        )
+
+
+def judge(rows: ArrayLike, small_batch: float | None = None, missing: str = MISSING, negative: str = NEGATIVE) -> Ratio:
+    """The ratio of the means over blocks of pairs, its interval, and its status.
+
+    The interval is Fieller's (1954) on the block sums with Student's t: it holds its coverage where the delta method
+    does not, because it becomes unbounded by itself when |G|^2 is not separated from zero; that is status
+    "lower_bound", and "unresolved" where tr(Sigma) is not separated either.
+
+    Args:
+        rows: [m, 3], columns: number of pairs, sum of |G|^2 and sum of tr(Sigma) estimates over the block, in order
+            of time. Rows without a pair are ignored.
+        small_batch: mean examples behind the small norm; with it, noise below the rounding of fp32 is told from noise.
+        missing, negative: the reasons to give where there is no pair at all, and where a mean is below zero.
+
+    Raises:
+        UsageError: `rows` has another shape.
+    """
+    table = np.asarray(rows, dtype=np.float64)
+    if table.ndim != 2 or table.shape[1] != 3:
+        raise UsageError(
+            f"rows of shape {table.shape} are not blocks. Give [m, 3]: count, sum of grad_sq, sum of trace per block."
+        )
+    table = table[table[:, 0] > 0]
+    pairs = int(table[:, 0].sum())
+    grad_sq: float | None = None
+    trace: float | None = None
+    if pairs and bool(np.isfinite(table).all()):
+        grad_sq, trace = (table[:, 1:].sum(axis=0) / pairs).tolist()
+
+    def result(
+        status: NoiseStatus, value: float | None, low: float | None, high: float | None, why: str | None
+    ) -> Ratio:
+        return Ratio(status, value, low, high, grad_sq, trace, pairs, why)
+
+    def nothing(why: str) -> Ratio:
+        return result("unresolved", None, None, None, why)
+
+    if pairs == 0:
+        return nothing(missing)
+    if grad_sq is None or trace is None:
+        return nothing("a sum of squared norms overflowed: the gradient is not finite")
+    if not table[:, 1:].any():
+        return nothing("every gradient was zero: the loss does not depend on these parameters here")
+    blocks = _regroup(table)
+    if len(blocks) < MIN_BLOCKS:
+        return nothing(f"{len(blocks)} blocks of pairs are too few for an interval; {MIN_BLOCKS} are the least")
+    low, high, case = fieller(blocks)
+    if case == "bounded":
+        if noiseless(max(abs(low), abs(high)), small_batch):
+            return nothing(
+                "the gradients of a step are equal within rounding: the same examples were given again, or there is "
+                "no noise to measure"
+            )
+        if trace < 0:
+            why = "the estimate of tr(Sigma) is negative within its error: the noise scale is not separated from zero"
+            return result("resolved", 0.0, max(low, 0.0), max(high, 0.0), why)
+        return result("resolved", float(trace / grad_sq), max(low, 0.0), high, None)
+    if case == "above":
+        why = "|G|^2 is not separated from zero: only a lower bound is known. More pairs or a larger batch resolve it"
+        return result("lower_bound", None, low, None, why)
+    reasons = {
+        "open": "neither |G|^2 nor tr(Sigma) is separated from zero: too few pairs for this much noise",
+        "negative": negative,
+    }
+    return nothing(reasons[case])
+
+
+def noiseless(ratio: float, small_batch: float | None) -> bool:
+    """Whether a noise scale is so far below the small batch that its norms differ by no more than rounding."""
+    return ratio <= ROUNDING * (small_batch or 0.0)
+
+
 def estimate(
     rows: ArrayLike,
     *,
@@ -60,79 +157,57 @@ def estimate(
     skipped: int = 0,
     single: int = 0,
     notes: tuple[Note, ...] = (),
+    missing: str = MISSING,
 ) -> NoiseScale:
-    """The noise scale with its 95 % interval from blocks of pairs.
-
-    The estimate is the ratio of the means. The interval is Fieller's (1954) on the block sums with Student's t: it
-    holds its coverage where the delta method does not, because it becomes unbounded by itself when |G|^2 is not
-    separated from zero; that is status "lower_bound", and "unresolved" where tr(Sigma) is not separated either.
+    """The noise scale with its 95 % interval from blocks of pairs; `judge` says how.
 
     Args:
-        rows: [m, 3], columns: number of pairs, sum of |G|^2 and sum of tr(Sigma) estimates over the block, in order
-            of time. Rows without a pair are ignored.
+        rows, missing: as for `judge`.
         source: where the norms come from, such as "micro-batches".
         small_batch, large_batch: mean examples behind the two norms, for the record.
         skipped: steps left out for a non-finite gradient.
         single: steps with one micro-batch only, which give no pair.
     """
-    table = np.asarray(rows, dtype=np.float64)
-    if table.ndim != 2 or table.shape[1] != 3:
-        raise UsageError(
-            f"rows of shape {table.shape} are not blocks. Give [m, 3]: count, sum of grad_sq, sum of trace per block."
-        )
-    table = table[table[:, 0] > 0]
-    pairs = int(table[:, 0].sum())
-    said = list(notes)
+    found = judge(rows, small_batch, missing)
+    said = [Note("noise.b_simple", found.why)] if found.why else []  # the first thing to be read of this figure
+    said += notes
     if single:
         said.append(Note("noise.steps", f"{single} steps had one micro-batch only and give no pair of norms"))
+    return NoiseScale(
+        b_simple=found.value,
+        low=found.low,
+        high=found.high,
+        grad_sq=found.grad_sq,
+        trace=found.trace,
+        status=found.status,
+        source=source,
+        steps=found.pairs,
+        small_batch=small_batch,
+        large_batch=large_batch,
+        skipped=skipped,
+        notes=tuple(said),
+    )
 
-    def result(
-        status: NoiseStatus, value: float | None, low: float | None, high: float | None, why: str = ""
-    ) -> NoiseScale:
-        if why:
-            said.insert(0, Note("noise.b_simple", why))  # the first thing to be read of this figure
-        known = pairs > 0 and bool(np.isfinite(table).all())
-        return NoiseScale(
-            b_simple=value,
-            low=low,
-            high=high,
-            grad_sq=float(table[:, 1].sum() / pairs) if known else None,
-            trace=float(table[:, 2].sum() / pairs) if known else None,
-            status=status,
-            source=source,
-            steps=pairs,
-            small_batch=small_batch,
-            large_batch=large_batch,
-            skipped=skipped,
-            notes=tuple(said),
-        )
 
-    if pairs == 0:
-        why = "no pair of norms: a step needs two or more micro-batches, each followed by accumulate(n)"
-        return result("unresolved", None, None, None, why)
-    if not np.isfinite(table).all():
-        return result("unresolved", None, None, None, "a sum of squared norms overflowed: the gradient is not finite")
-    blocks = _regroup(table)
-    if len(blocks) < MIN_BLOCKS:
-        why = f"{len(blocks)} blocks of pairs are too few for an interval; {MIN_BLOCKS} are the least"
-        return result("unresolved", None, None, None, why)
+def estimate_layers(names: Sequence[str], rows: ArrayLike, small_batch: float | None = None) -> tuple[LayerNoise, ...]:
+    """The noise scale of every layer by the same `judge` as the total.
 
-    low, high, case = fieller(blocks)
-    ratio = blocks[:, 2].sum() / blocks[:, 1].sum() if blocks[:, 1].sum() else math.nan
-    if case == "bounded":
-        if ratio < 0:
-            why = "the estimate of tr(Sigma) is negative within its error: the noise scale is not separated from zero"
-            return result("resolved", 0.0, max(low, 0.0), max(high, 0.0), why)
-        return result("resolved", float(ratio), max(low, 0.0), high)
-    if case == "above":
-        why = "|G|^2 is not separated from zero: only a lower bound is known. More pairs or a larger batch resolve it"
-        return result("lower_bound", None, low, None, why)
-    reasons = {
-        "open": "neither |G|^2 nor tr(Sigma) is separated from zero: too few pairs for this much noise",
-        "negative": "|G|^2 or tr(Sigma) is negative beyond its error: the examples of a step are not independent "
-        "draws, or the counts given to accumulate(n) are wrong",
-    }
-    return result("unresolved", None, None, None, reasons[case])
+    Args:
+        names: of the layers.
+        rows: [layers, m, 3], blocks as for `judge`; a layer without a gradient in a step has no pair of that step.
+        small_batch: as for `judge`.
+
+    The intervals are per layer: of 100 layers, 5 may be expected to miss their truth.
+    """
+    table = np.asarray(rows, dtype=np.float64)
+    if table.ndim != 3 or table.shape[0] != len(names):
+        raise UsageError(f"rows of shape {table.shape} for {len(names)} layers. Give [layers, m, 3].")
+    missing = "no pair of norms: the layer had no gradient in a step with two or more micro-batches"
+    found = [judge(own, small_batch, missing) for own in table]
+    return tuple(
+        LayerNoise(name, f.value, f.grad_sq, f.trace, f.low, f.high, f.status, f.pairs, f.why)
+        for name, f in zip(names, found, strict=True)
+    )
 
 
 def fieller(blocks: Rows, confidence: float = CONFIDENCE) -> tuple[float, float, str]:
@@ -169,81 +244,3 @@ def _regroup(table: Rows) -> Rows:
     label = np.minimum((before / table[:, 0].sum() * BLOCKS).astype(int), BLOCKS - 1)
     starts = np.flatnonzero(np.diff(label, prepend=-1))
     return np.add.reduceat(table, starts, axis=0)
-
-
-@dataclass
-class NoiseAccumulator:
-    """Pairs of squared norms as they come, in constant memory: blocks of pairs, adjacent ones merged when RING is full.
-
-    The fused optimizers keep the same ring on the device; this one is for a loop of one's own.
-    """
-
-    source: str = "pairs"
-
-    def __post_init__(self) -> None:
-        self._ring: Rows = np.zeros((RING, 3))
-        self._block = 1  # steps per block
-        self._steps = 0  # steps since the start of the ring, skipped ones included
-        self._sizes = np.zeros(2)
-        self.skipped = 0
-
-    def update(self, sq_small: float, sq_large: float, n_small: float, n_large: float) -> None:
-        """One pair: squared norms of mean gradients over n_small and n_large examples. Non-finite norms are skipped.
-
-        Raises UsageError unless 0 < n_small < n_large.
-        """
-        if not 0 < n_small < n_large < math.inf:
-            raise UsageError(
-                f"n_small {n_small} and n_large {n_large}: a pair needs 0 < n_small < n_large. "
-                "Split the step into two or more micro-batches."
-            )
-        if not (math.isfinite(sq_small) and math.isfinite(sq_large)):
-            self.skip()
-            return
-        self._add([1.0, *pair(float(sq_small), float(sq_large), n_small, n_large)])
-        self._sizes += n_small, n_large
-
-    def skip(self) -> None:
-        """A step without a usable gradient: counted, and it keeps its place in time."""
-        self.skipped += 1
-        self._add([0.0, 0.0, 0.0])
-
-    def _add(self, row: list[float]) -> None:
-        if self._steps == RING * self._block:
-            self._ring[: RING // 2] = merge(self._ring)
-            self._ring[RING // 2 :] = 0.0
-            self._block *= 2
-        self._ring[self._steps // self._block] += row
-        self._steps += 1
-
-    @property
-    def rows(self) -> Rows:
-        """Blocks so far, [m, 3]: count, sum of grad_sq, sum of trace."""
-        return self._ring[: -(-self._steps // self._block)].copy()
-
-    def estimate(self) -> NoiseScale:
-        """The noise scale of everything seen so far."""
-        pairs = self._ring[:, 0].sum()
-        small, large = (self._sizes / pairs).tolist() if pairs else (None, None)
-        return estimate(self.rows, source=self.source, small_batch=small, large_batch=large, skipped=self.skipped)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on later, as plain types."""
-        return {
-            "ring": self._ring.tolist(),
-            "block": self._block,
-            "steps": self._steps,
-            "sizes": self._sizes.tolist(),
-            "skipped": self.skipped,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`. Raises UsageError on a state of another shape."""
-        missing = {"ring", "block", "steps", "sizes", "skipped"} - set(state)
-        ring = np.array(state.get("ring", ()), dtype=np.float64)
-        if missing or ring.shape != (RING, 3):
-            raise UsageError(
-                f"noise state lacks {sorted(missing)} or has ring shape {ring.shape}. Load what state_dict() returned."
-            )
-        self._ring, self._sizes = ring, np.array(state["sizes"], dtype=np.float64)
-        self._block, self._steps, self.skipped = int(state["block"]), int(state["steps"]), int(state["skipped"])

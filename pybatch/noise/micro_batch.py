@@ -9,24 +9,33 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, get_args
 
 import torch
-from torch import nn
 
 from pybatch.device.identity import resolve
-from pybatch.errors import Interrupted, UsageError
-from pybatch.optim import SGD, AdamW
-from pybatch.records import NoiseScale, Note
+from pybatch.errors import Interrupted, UsageError, unknown
+from pybatch.noise.confounds import confounds
+from pybatch.noise.estimator import noiseless
+from pybatch.noise.feeds import Feed, HookFeed, OptimizerFeed
+from pybatch.noise.hessian import HessianNoise
+from pybatch.optim import AdamW
+from pybatch.records import NoiseScale, Note, WeightedNoise
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.session import Session
+
+Source = Literal["micro-batches", "per-example"]
+Mode = Literal["train", "eval", "both"]
 
 WARMUP_STEPS = 200  # past the first fall of the loss, where the noise scale is least like later training
 WARMUP_SHARE = 0.4  # of the time budget; slower workloads warm up for fewer steps, and the record says so
 CHECK_STEPS = 25  # training steps between looks at the loss, each of which waits for the device
 FIRST_GROUP = 4  # micro-batches per group to begin with
 GROUPS = 32  # the least groups a final answer rests on: one block each in the estimator's interval
+LARGEST_CURVATURE_GROUP = 64  # micro-batches per gradient: past it, more pairs do as well as larger ones
 WIDTH = 0.15  # relative half width of the interval at which measuring stops; it moves the best batch by 7 %
-FINITE_SHARE = 0.1  # of the data set, from which on drawing with or without replacement makes a difference
 
 
 def measure_noise(
@@ -38,6 +47,11 @@ def measure_noise(
     time_budget: float = 25.0,
     warmup_steps: int | None = None,
     micro_batch: int | None = None,
+    source: Source = "micro-batches",
+    mode: Mode = "train",
+    layers: bool = False,
+    preconditioned: bool = False,
+    hessian: bool = False,
     progress: Progress | None = None,
 ) -> NoiseScale:
     """Train shortly, hold the parameters, and measure B_simple there until its interval is narrow or time is up.
@@ -54,6 +68,13 @@ def measure_noise(
         warmup_steps: training steps before; None: 200, or as many as fit in 40 % of the budget. A number is kept to.
         micro_batch: examples per micro-batch; None: the workload's `reference_batch`. The estimate does not depend on
             it, its cost does.
+        source: "micro-batches", which holds for any model; or "per-example", exact norms of every example's gradient,
+            which resolve the scale with fewer examples and refuse some models (`per_example.ExampleRecorder`).
+        mode: "train": the model as in training, dropout's noise included; "eval": in evaluation mode; "both": the
+            first, and the second as `eval_mode`. The warm-up is always in training mode.
+        layers: every parameter's own noise scale too, as `layers`; "per-example" has them anyway.
+        preconditioned: tr(P Sigma) / (G^T P G) with the P of the warm-up's AdamW too, as `preconditioned`.
+        hessian: B_noise = tr(H Sigma) / (G^T H G) too, as `hessian`; the time budget is shared evenly.
         progress: called with (what is being done, share done).
 
     Returns:
@@ -70,25 +91,30 @@ def measure_noise(
         raise UsageError(f"warmup_steps {warmup_steps} is negative. Give 0 or more training steps.")
     if micro_batch is not None and micro_batch < 1:
         raise UsageError(f"micro_batch {micro_batch} holds no example. Give 1 or more.")
+    if source not in get_args(Source):
+        raise unknown("source", source, get_args(Source))
+    if mode not in get_args(Mode):
+        raise unknown("mode", mode, get_args(Mode))
+    if preconditioned and source != "micro-batches":
+        raise UsageError("preconditioned=True: per-example norms come without a preconditioner. Use micro-batches.")
     place = resolve(device)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
-        run = _Measurement(workload, place, dtype, seed, time_budget, progress)
+        run = _Measurement(workload, place, dtype, seed, time_budget, progress, source, layers, preconditioned)
         try:
             run.warm_up(warmup_steps)
-            run.measure(micro_batch or max(1, workload.reference_batch))
+            run.measure_all(micro_batch or max(1, workload.reference_batch), mode, hessian)
         except KeyboardInterrupt:
-            partial = run.result("interrupted before the interval was narrow") if run.measured else None
-            raise Interrupted(partial) from None
+            found = run.result("interrupted before the interval was narrow") if run.measured else None
+            raise Interrupted(found) from None
         return run.result()
 
 
 class _Round:
     """Groups of k micro-batches at fixed parameters, all of one size: nothing chosen from the data enters a mean."""
 
-    def __init__(self, session: Session, micro_batch: int, k: int) -> None:
-        self.session, self.micro_batch, self.k = session, micro_batch, k
-        self.optimizer = SGD(session.parameters, lr=0.0, noise=True)
+    def __init__(self, session: Session, micro_batch: int, k: int, feed: Feed) -> None:
+        self.session, self.micro_batch, self.k, self.feed = session, micro_batch, k, feed
         self.groups = 0
         self.seconds = 0.0  # for all groups, partial ones left out
         self.loss = torch.zeros((), dtype=torch.float64, device=session.device)
@@ -97,15 +123,15 @@ class _Round:
         """Measure up to so many groups altogether; False where the deadline came first."""
         start, before = time.monotonic(), self.groups
         while self.groups < groups:
-            self.optimizer.zero_grad()
+            self.feed.start()
             loss = torch.zeros_like(self.loss)
             for _ in range(self.k):
                 if time.monotonic() >= deadline:
-                    self.optimizer.zero_grad()
+                    self.feed.start()
                     return False
-                loss += self.session.backward(self.session.batch(self.micro_batch))
-                self.optimizer.accumulate(self.micro_batch)
-            self.optimizer.step()
+                batch = self.session.batch(self.micro_batch)
+                loss += self.feed.micro_batch(partial(self.session.backward, batch), self.micro_batch)
+            self.feed.group()
             self.loss += loss
             self.groups += 1
         self.session.check_finite(self.loss, f"on batches of {self.micro_batch} at fixed parameters")
@@ -119,7 +145,7 @@ class _Round:
 
     def result(self) -> NoiseScale:
         loss = float(self.loss) / (self.groups * self.k) if self.groups else None
-        return dataclasses.replace(self.optimizer.noise, loss=loss)
+        return dataclasses.replace(self.feed.noise, loss=loss)
 
 
 class _Measurement:
@@ -133,27 +159,42 @@ class _Measurement:
         seed: int,
         time_budget: float,
         progress: Progress | None,
+        source: Source,
+        layers: bool,
+        preconditioned: bool,
     ) -> None:
         self.budget, self.start, self.progress = time_budget, time.monotonic(), progress
         self.session = Session(workload, device, dtype, seed)
-        self.workload = workload
+        self.workload, self.source = workload, source
+        self.optimizer = AdamW(self.session.parameters, lr=workload.learning_rate)  # of the warm-up
+        self.feed: Callable[[], Feed] = partial(OptimizerFeed, self.session.parameters)
+        if layers or preconditioned:
+            self.feed = partial(HookFeed, self.session.model, self.optimizer, layers, preconditioned)
+        if source == "per-example":
+            from pybatch.noise.per_example.feed import probed  # only where wanted: it brings Triton in
+
+            self.feed = probed(self.session)
         self.warmup_steps = 0
         self.rounds: list[_Round] = []
+        self.deadline = self.start + time_budget  # of the part under way
+        self.eval_mode: NoiseScale | None = None
+        self.hessian: HessianNoise | None = None
+        self.mode: Mode = "train"
         self.notes: list[Note] = []
 
     @property
     def left(self) -> float:
-        return self.start + self.budget - time.monotonic()
+        return self.deadline - time.monotonic()
 
     def say(self, what: str) -> None:
         if self.progress is not None:
-            self.progress(what, min(1.0, 1.0 - self.left / self.budget))
+            self.progress(what, min(1.0, (time.monotonic() - self.start) / self.budget))
 
     def warm_up(self, steps: int | None) -> None:
         """Train; leaves the model where the noise is measured."""
         wanted, work = WARMUP_STEPS if steps is None else steps, self.workload
         deadline = self.start + WARMUP_SHARE * self.budget if steps is None else math.inf
-        optimizer = AdamW(self.session.parameters, lr=work.learning_rate)
+        optimizer = self.optimizer
         for step in range(wanted):
             if step % CHECK_STEPS == 0:
                 self.say("warm-up training")
@@ -169,15 +210,43 @@ class _Measurement:
             self.warmup_steps = step + 1
         optimizer.zero_grad()
 
+    def measure_all(self, micro_batch: int, mode: Mode, hessian: bool) -> None:
+        """What was asked for, in even shares of the time that is left."""
+        self.mode, end = mode, self.start + self.budget
+        parts = 1 + (mode == "both") + hessian
+        self.session.model.train(mode != "eval")
+
+        def share(of: int) -> None:
+            now = time.monotonic()
+            self.deadline = now + (end - now) / of if of > 1 else end
+
+        share(parts)
+        if mode == "both":
+            self.session.model.eval()
+            self.measure(micro_batch)
+            self.eval_mode, self.rounds = self._best(), []
+            self.session.model.train()
+            share(parts - 1)
+        self.measure(micro_batch)
+        if hessian:
+            found = self._best()
+            size = found.b_simple or found.low or micro_batch
+            k = min(max(1, round(size / 2 / micro_batch)), LARGEST_CURVATURE_GROUP)
+            self.deadline = end
+            self.hessian = HessianNoise(self.session, micro_batch, k)
+            self.hessian.run(end, WIDTH, self.say)
+
     def measure(self, micro_batch: int) -> None:
         """Rounds of growing groups until groups are as large as the scale, then more groups until it is narrow."""
         k = FIRST_GROUP
         while True:
-            current = _Round(self.session, micro_batch, k)
+            current = _Round(self.session, micro_batch, k, self.feed())
             self.rounds.append(current)
             if not self._fill(current, GROUPS):
                 return
-            found = current.optimizer.noise
+            found = current.feed.noise
+            if _still(found):
+                return
             wanted = self._group_for(found, micro_batch, k)
             affordable = int(self.left * k / (GROUPS * max(current.group_seconds, 1e-9)))
             larger = min(wanted, affordable)
@@ -189,12 +258,12 @@ class _Measurement:
             factor = (relative_width(found) / WIDTH) ** 2 * 1.1 if found.status == "resolved" else 2.0
             if not self._fill(current, math.ceil(current.groups * min(max(factor, 1.25), 4.0))):
                 return
-            found = current.optimizer.noise
+            found = current.feed.noise
 
     def _fill(self, current: _Round, groups: int) -> bool:
         while current.groups < groups:
             self.say("measuring gradients")
-            if not current.run(min(groups, current.groups + max(1, GROUPS // 4)), self.start + self.budget):
+            if not current.run(min(groups, current.groups + max(1, GROUPS // 4)), self.deadline):
                 return False
         return True
 
@@ -210,26 +279,54 @@ class _Measurement:
         """Whether there is at least one pair of norms."""
         return any(current.groups for current in self.rounds)
 
-    def result(self, why: str = "the time budget ended before the interval was narrow") -> NoiseScale:
-        """The best-resolved round, with what a reader must know of it."""
+    def _best(self) -> NoiseScale:
+        """The best-resolved round."""
         nothing = Note("noise.b_simple", "the time budget ended before the first group of micro-batches")
         # The last round has the largest groups; an earlier one counts only where the last was cut off too early.
-        found = min(
+        return min(
             (current.result() for current in reversed(self.rounds) if current.groups),
             key=lambda n: (_RANK[n.status], relative_width(n)),
-            default=NoiseScale(None, None, None, None, None, "unresolved", "micro-batches", 0, notes=(nothing,)),
+            default=NoiseScale(None, None, None, None, None, "unresolved", self.source, 0, notes=(nothing,)),
         )
+
+    def result(self, why: str = "the time budget ended before the interval was narrow") -> NoiseScale:
+        """The best-resolved round, with what a reader must know of it."""
+        found = self._best()
         notes = list(found.notes) + self.notes
         if found.status == "resolved" and relative_width(found) > WIDTH:
             notes.append(Note("noise.low", f"{why}; a longer one narrows it"))
         if found.skipped:
             text = f"{found.skipped} groups had a gradient that is not finite and were left out"
             notes.append(Note("noise.skipped", text))
-        notes += confounds(self.session.model, self.workload.examples, found)
-        work = self.workload
+        notes += confounds(self.session.model, self.workload.examples, found, training=self.mode != "eval")
+        if self.mode == "eval":
+            notes.append(Note("noise.b_simple", "measured in evaluation mode: without the noise of dropout"))
+        if self.hessian is not None:
+            doubt = self.hessian.result.reason
+            notes += [Note("noise.hessian", doubt)] if doubt else []
         return dataclasses.replace(
-            found, warmup_steps=self.warmup_steps, learning_rate=work.learning_rate, notes=tuple(notes)
+            found,
+            warmup_steps=self.warmup_steps,
+            learning_rate=self.workload.learning_rate,
+            notes=tuple(dict.fromkeys(notes)),
+            eval_mode=None if self.eval_mode is None else as_weighted(self.eval_mode),
+            hessian=None if self.hessian is None else self.hessian.result,
         )
+
+
+def _still(found: NoiseScale) -> bool:
+    """Whether there is nothing to resolve: zero or equal gradients, which more of them won't change."""
+    if not found.grad_sq or found.trace is None:
+        return found.grad_sq == 0.0
+    return noiseless(abs(found.trace / found.grad_sq), found.small_batch)
+
+
+def as_weighted(noise: NoiseScale) -> WeightedNoise:
+    """The figures of a noise scale alone."""
+    why = next((note.text for note in noise.notes if note.figure == "noise.b_simple"), None)
+    return WeightedNoise(
+        noise.b_simple, noise.low, noise.high, noise.grad_sq, noise.trace, noise.status, noise.steps, why
+    )
 
 
 _RANK = {"resolved": 0, "lower_bound": 1, "unresolved": 2}
@@ -239,37 +336,6 @@ def relative_width(noise: NoiseScale) -> float:
     """Half width of the 95 % interval over the estimate; infinite where there is no bounded interval."""
     if noise.status != "resolved" or noise.b_simple is None or noise.low is None or noise.high is None:
         return math.inf
-    if noise.high == noise.low:
-        return 0.0  # gradients without any noise
     if noise.b_simple == 0:
         return math.inf
     return (noise.high - noise.low) / 2 / noise.b_simple
-
-
-def confounds(model: nn.Module, examples: int | None, found: NoiseScale) -> list[Note]:
-    """What in the model or the data makes B_simple mean something else than the spread of per-example gradients."""
-    notes = []
-    modules = list(model.modules())
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
-        text = (
-            "the model has BatchNorm: an example's gradient then depends on its micro-batch, so the scale holds for "
-            f"micro-batches of {found.small_batch or 0:g}"
-        )
-        notes.append(Note("noise.b_simple", text))
-    if any(_drops(m) for m in modules):
-        notes.append(Note("noise.b_simple", "dropout was active, as in training: its noise is part of the scale"))
-    size = found.b_simple if found.b_simple is not None else found.low
-    if examples is not None and size is not None and size > FINITE_SHARE * examples:
-        text = (
-            f"a good part of the {examples} examples of the data set: shuffled epochs have less noise than independent "
-            f"draws, 1/B - 1/{examples} in place of 1/B"
-        )
-        notes.append(Note("noise.b_simple", text))
-    return notes
-
-
-def _drops(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    share = getattr(module, "dropout", 0.0)  # recurrent and attention modules keep it as a number
-    return isinstance(share, int | float) and share > 0

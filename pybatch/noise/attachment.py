@@ -1,0 +1,123 @@
+"""`attach`: measure the noise scale of a training run that is the user's own, by whatever its model offers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from pybatch.errors import UsageError
+from pybatch.noise.backward import BackwardNoise
+from pybatch.noise.ddp import DDPNoise
+from pybatch.noise.fsdp import FSDPNoise
+from pybatch.noise.fused import OptimizerNoise
+from pybatch.noise.handle import ACCUMULATIONS, Accumulation, Examples, Handle
+from pybatch.noise.moments import MomentsNoise
+from pybatch.noise.preconditioner import EXPERIMENTAL
+from pybatch.optim import FusedOptimizer
+from pybatch.records import Note
+
+Source = Literal["micro-batches", "ddp", "fsdp", "adam-moments"]
+
+SOURCES = ("micro-batches", "ddp", "fsdp", "adam-moments")
+COUNTED = Note(
+    "noise.b_simple", "examples were counted along dimension 0 of the first tensor given to the model's forward()"
+)
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    source: Source | None = None,
+    *,
+    examples: Examples = None,
+    accumulation: Accumulation = "mean",
+    layers: bool = False,
+    preconditioned: bool = False,
+    unit: str | None = None,
+    scaler: Any = None,
+    hook: Any = None,
+    hook_state: Any = None,
+    every: int | None = None,
+) -> Handle:
+    """Measure the gradient noise scale of a training run; `.noise` of the handle reads it, `.detach()` ends it.
+
+    Call it after wrapping the model and before training. Nothing waits for the device until `.noise` is read. In a
+    distributed run every process attaches, and any of them may read.
+
+    Args:
+        model: what is trained: plain, wrapped in DistributedDataParallel, or sharded by `fully_shard` (FSDP2).
+        optimizer: the one that steps. Needed by "micro-batches" and "adam-moments"; lets "ddp" and "fsdp" know steps.
+        source: where the norms come from; None chooses by the model: "ddp" or "fsdp" over two or more processes, else
+            "micro-batches" (two or more backward passes per step; a fused optimizer made with noise=True takes these
+            norms itself in `opt.accumulate(n)`, and its handle reads `opt.noise`). "adam-moments" when asked for.
+        examples: None: each forward pass in training mode counts dimension 0 of its first tensor. A number: that many
+            each. "count": call `handle.count(n)` before every backward(), with tokens where the loss is a mean over
+            tokens.
+        accumulation: how micro-batch losses (each a mean) make up a step. "mean": each is divided by their number, as
+            is usual. "sum": they are not divided. "weighted": each is weighted by its share of the step's examples or
+            tokens, over all processes.
+        layers: record every parameter too; under FSDP2 every `fully_shard` group.
+        preconditioned: record tr(P Sigma) / (G^T P G) with Adam's P too: experimental, one more pass over gradients.
+        unit: what is counted, where it is not examples, such as "tokens".
+        scaler: the GradScaler in use, so that norms are unscaled.
+        hook, hook_state: a DDP communication hook of your own and its state, such as `bf16_compress_hook` and the
+            process group; for FSDP2 a custom reduce-scatter. It is called in place of the plain one.
+        every: "adam-moments": steps between readings; None: 3 / (1 - beta1).
+
+    Raises:
+        UsageError: an argument out of range, or a source that this model or optimizer can't give.
+    """
+    if source is not None and source not in SOURCES:
+        raise UsageError(f"source {source!r} is not known. Use one of: {', '.join(SOURCES)}, or None.")
+    if accumulation not in ACCUMULATIONS:
+        raise UsageError(f"accumulation {accumulation!r} is not known. Use one of: {', '.join(ACCUMULATIONS)}.")
+    devices = sorted({str(param.device) for param in model.parameters() if param.requires_grad})
+    if len(devices) > 1:
+        raise UsageError(f"attach(): the model's parameters are on {', '.join(devices)}. Attach to one on one device.")
+    source = source or _choose(model)
+    notes = (COUNTED,) if examples is None else ()
+    if preconditioned:
+        notes = (*notes, EXPERIMENTAL)
+    common: dict[str, Any] = {
+        "layers": layers,
+        "examples": examples,
+        "accumulation": accumulation,
+        "unit": unit,
+        "notes": notes,
+    }
+    if hook is not None and source not in ("ddp", "fsdp"):
+        raise UsageError(f"hook: the source {source!r} has no communication to hook into. Leave it out.")
+    if source == "ddp":
+        if not isinstance(model, DistributedDataParallel):
+            raise UsageError(
+                f"source 'ddp': {type(model).__name__} is not wrapped in DistributedDataParallel. Wrap it."
+            )
+        more = {"preconditioned": preconditioned, "scaler": scaler, "hook": hook, "hook_state": hook_state}
+        return DDPNoise(model, optimizer, **common, **more)
+    if source == "fsdp":
+        if not isinstance(model, FSDPModule):
+            raise UsageError(f"source 'fsdp': {type(model).__name__} is not sharded. Call fully_shard(model) before.")
+        more = {"preconditioned": preconditioned, "scaler": scaler, "hook": hook}
+        return FSDPNoise(model, optimizer, **common, **more)
+    if optimizer is None:
+        raise UsageError(f"source {source!r} needs the optimizer. Pass attach(model, optimizer, ...).")
+    if source == "adam-moments":
+        if preconditioned:
+            raise UsageError("source 'adam-moments' has no preconditioned norms. Use another source, or leave it out.")
+        return MomentsNoise(model, optimizer, **common, every=every)
+    if isinstance(optimizer, FusedOptimizer):
+        return OptimizerNoise(optimizer)
+    return BackwardNoise(model, optimizer, **common, preconditioned=preconditioned, scaler=scaler)
+
+
+def _choose(model: nn.Module) -> Source:
+    if isinstance(model, FSDPModule):
+        return "fsdp"
+    if isinstance(model, DistributedDataParallel) and dist.get_world_size(model.process_group) > 1:
+        return "ddp"
+    return "micro-batches"

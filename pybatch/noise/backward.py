@@ -1,0 +1,168 @@
+"""Noise from micro-batches of plain accumulation: gradients as autograd adds them into `.grad`, with any optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pybatch.errors import UsageError
+from pybatch.noise.handle import Accumulation, Collector, Count, Examples, combine, trainable
+from pybatch.noise.norms import Places, squares
+from pybatch.noise.preconditioner import Preconditioner
+from pybatch.records import Note
+
+HELD_BYTES = 64 << 20  # of micro-batch gradients kept until their norms are taken together: one launch for many
+MISSING = "no pair of norms: a step needs two or more backward passes before optimizer.step()"
+
+
+class BackwardNoise(Collector):
+    """Pairs from the gradients of the backward passes before a step, and from their accumulated mean.
+
+    A hook on each parameter sees the micro-batch's own gradient before it is added to `.grad`; at the end of the
+    backward pass the norms are taken, so that clipping afterwards does not reach them. A step counts when the
+    optimizer takes it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        layers: bool = False,
+        preconditioned: bool = False,
+        examples: Examples = None,
+        accumulation: Accumulation = "mean",
+        scaler: Any = None,
+        unit: str | None = None,
+        notes: tuple[Note, ...] = (),
+    ) -> None:
+        named = dict(trainable(model))
+        if not named:
+            raise UsageError("attach(): the model has no parameter to train, so there is no gradient to measure.")
+        self._params = list(named.values())
+        names = tuple(named) if layers else ()
+        super().__init__(
+            "micro-batches",
+            model,
+            self._params[0].device,
+            layers=names,
+            preconditioned=preconditioned,
+            unit=unit,
+            missing=MISSING,
+            notes=notes,
+        )
+        self._precondition = Preconditioner(optimizer) if preconditioned else None
+        self._accumulation, self._scaler = accumulation, scaler
+        self._places = Places(self._device)
+        self._counter = Count(model, examples)
+        self._held: list[tuple[int, torch.Tensor]] = []
+        self._held_bytes = 0
+        self._in_backward = False
+        self._fresh: set[int] = set()  # parameters whose `.grad` was None before this backward pass
+        self._own = self._zeros()  # [2, parameters] of this backward pass: plain and preconditioned
+        self.forget()
+        self._removals = [
+            *(p.register_hook(self._watch(i)).remove for i, p in enumerate(self._params)),  # type: ignore[no-untyped-call]
+            optimizer.register_step_pre_hook(self.close).remove,
+            self._counter.remove,
+        ]
+
+    def _zeros(self) -> torch.Tensor:
+        return torch.zeros((2, len(self._params)), dtype=torch.float64, device=self._device)
+
+    def forget(self) -> None:
+        """Leave out the micro-batches since the last step."""
+        self._members, self._inverse, self._examples = 0, 0.0, 0.0
+        self._squares, self._large = self._zeros(), self._zeros()
+
+    def _watch(self, index: int) -> Any:
+        def see(grad: torch.Tensor) -> None:
+            if not self._in_backward:
+                self._in_backward = True
+                self._own, self._fresh = self._zeros(), set()
+                torch.autograd.Variable._execution_engine.queue_callback(self._end)
+            if self._params[index].grad is None:
+                self._fresh.add(index)  # becomes `.grad` itself: holding it would force a copy
+                return
+            self._held.append((index, grad))
+            self._held_bytes += grad.numel() * grad.element_size()
+            if self._held_bytes > HELD_BYTES:
+                self._flush()
+
+        return see
+
+    def _flush(self) -> None:
+        if self._held:
+            index = [i for i, _ in self._held]
+            self._own[:, self._places(index)] += self._norms(index, [grad for _, grad in self._held])
+            self._held, self._held_bytes = [], 0
+
+    def _norms(self, index: list[int], grads: list[torch.Tensor]) -> torch.Tensor:
+        """[2, len(index)]: squared norms, plain and preconditioned; NaN where there is no preconditioner yet."""
+        plain = squares(grads)
+        if self._precondition is None:
+            return torch.stack([plain, torch.zeros_like(plain)])
+        given = zip(index, grads, strict=True)
+        return torch.stack([plain, torch.stack([self._precondition(self._params[i], g) for i, g in given])])
+
+    @torch.no_grad()
+    def _end(self) -> None:
+        """The backward pass is over: close the micro-batch."""
+        self._in_backward = False
+        self._flush()
+        sizes = self._counter.take() if self._counter is not None else []
+        present = [i for i, p in enumerate(self._params) if p.grad is not None]
+        if not present:
+            return  # torch.autograd.grad(): nothing was accumulated
+        if self._members and self._fresh.issuperset(present):
+            self._abandon()
+        if not sizes:
+            raise UsageError(
+                "no examples were counted for this backward pass: the model's forward() was not called. "
+                "Attach with examples='count' and call handle.count(n) before each backward()."
+            )
+        grads = [g for i in present if (g := self._params[i].grad) is not None]
+        self._large = self._zeros()
+        self._large[:, self._places(present)] = self._norms(present, grads)
+        fresh = [i for i in present if i in self._fresh]
+        if fresh:
+            places = self._places(fresh)
+            self._own[:, places] += self._large[:, places]
+        size = sizes[-1]
+        self._squares += self._own / size if self._accumulation == "weighted" else self._own
+        self._members, self._inverse, self._examples = (
+            self._members + 1,
+            self._inverse + 1.0 / size,
+            self._examples + size,
+        )
+
+    def _abandon(self) -> None:
+        """Gradients were cleared without a step; under a scaler because they were not finite."""
+        if self._scaler is not None:
+            self._skip()
+        self.forget()
+
+    def close(self, *_: Any) -> None:
+        """The step is complete: keep its pair. Called by the optimizer's step."""
+        k = self._members
+        if k:
+            weighted = self._accumulation == "weighted"
+            sums = self._squares if self._accumulation == "sum" else self._squares * (k * k)
+            large = self._large / (k * k) if self._accumulation == "sum" else self._large
+            small, n_small, n_large = combine(weighted, k, sums, self._examples if weighted else self._inverse)
+            if self._scaler is not None:
+                factor = self._scaler.scale(torch.ones((), device=self._device)).double() ** -2
+                small, large = small * factor, large * factor
+            self._row(n_small, n_large, self._arrange(small), self._arrange(large))
+        self.forget()
+
+    def _arrange(self, norms: torch.Tensor) -> torch.Tensor:
+        """[2, parameters] to [series]."""
+        totals = norms.sum(dim=1)
+        layers = norms[0] if self._accumulator.layers else norms[0, :0]
+        return torch.cat([totals[: 2 if self._precondition else 1], layers])
+
+    def _settle(self) -> None:
+        """A step is a row at once."""

@@ -1,0 +1,77 @@
+"""Small models for the noise sources, and their norms by a float64 loop over examples."""
+
+import copy
+
+import torch
+from torch import nn
+
+from pybatch.noise.estimator import pair
+
+
+class Sequence(nn.Module):
+    """Tokens in, one class out: an LSTM or a Transformer layer over a tied embedding."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        if kind == "lstm":
+            self.body = nn.LSTM(8, 8, batch_first=True)
+        else:
+            self.body = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, tokens):
+        out = self.body(self.embed(tokens))
+        out = out[0] if isinstance(out, tuple) else out
+        return out.mean(1) @ self.embed.weight.T  # used twice: autograd adds both uses before a hook sees them
+
+
+def images(n):
+    return torch.randn(n, 1, 6, 6), torch.randint(0, 4, (n,))
+
+
+def tokens(n):
+    return torch.randint(0, 11, (n, 5)), torch.randint(0, 11, (n,))
+
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def cnn():
+    return nn.Sequential(nn.Conv2d(1, 4, 3, groups=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+
+
+MODELS = {
+    "mlp": (mlp, images),
+    "cnn": (cnn, images),
+    "transformer": (lambda: Sequence("transformer"), tokens),
+    "lstm": (lambda: Sequence("lstm"), tokens),
+}
+
+loss_of = nn.functional.cross_entropy
+
+
+def example_gradients(model, x, y):
+    """One gradient per example: [examples, parameters] float64, and the widths of the parameters."""
+    model = copy.deepcopy(model).double()
+    x = x.double() if x.is_floating_point() else x
+    params = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    for i in range(len(x)):
+        grads = torch.autograd.grad(loss_of(model(x[i : i + 1]), y[i : i + 1]), params)
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    return torch.stack(rows), [p.numel() for p in params]
+
+
+def expected(members, weighted=False):
+    """(|G|^2, tr Sigma) of one step from its members' example gradients, by sizes; [parameters' widths] apart."""
+    means, sizes = torch.stack([m.mean(0) for m in members]), torch.tensor([float(len(m)) for m in members])
+    sizes = sizes.double()
+    k, total = len(members), sizes.sum()
+    if weighted:
+        share = sizes / total
+        small, large, n_small, n_large = (share @ means.square()), (share @ means).square(), total / k, total
+    else:
+        n_small = k / (1 / sizes).sum()
+        small, large, n_large = means.square().mean(0), means.mean(0).square(), k * n_small
+    return pair(small, large, n_small, n_large)  # [parameters] each: summed as wanted

@@ -1,0 +1,312 @@
+"""One process of a distributed run: measures, and computes the same from float64 gradients of all processes' examples.
+
+Every case returns plain numbers; the tests in test_noise_distributed.py judge them.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from noise_models import example_gradients, expected, images, loss_of, mlp
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import pybatch.noise
+from pybatch.errors import UsageError
+from pybatch.noise.estimator import pair
+
+
+def batch(step, rank, n):
+    """The same examples in every process that asks for them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1000 * step + rank)
+        return images(n)
+
+
+def ddp(model, **options):
+    torch.manual_seed(0)
+    return DistributedDataParallel(model, **options)
+
+
+def numbers(noise):
+    return {
+        "grad_sq": noise.grad_sq,
+        "trace": noise.trace,
+        "steps": noise.steps,
+        "skipped": noise.skipped,
+        "small": noise.small_batch,
+        "large": noise.large_batch,
+        "layers": {layer.name: [layer.grad_sq, layer.trace] for layer in noise.layers},
+        "notes": [n.text for n in noise.notes],
+    }
+
+
+def mean_pairs(pairs):
+    grad_sq, trace = (torch.stack([p[i] for p in pairs]).mean(0) for i in (0, 1))
+    return grad_sq, trace
+
+
+def seeded(make=mlp):
+    torch.manual_seed(7)
+    return make()
+
+
+def plain(rank, world):
+    """Unequal batches; only process 0 reads, in the middle too."""
+    model = ddp(seeded(), bucket_cap_mb=0.0005)  # several buckets
+    alone = ddp(seeded())
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (model, alone)]
+    handle = pybatch.noise.attach(model, optimizers[0], layers=True)
+    truth = []
+    for step in range(4):
+        batches = [batch(step, r, 3 + r) for r in range(world)]
+        found = [example_gradients(model.module, *b) for b in batches]
+        truth.append(expected([f[0] for f in found]))
+        for m, optimizer in zip((model, alone), optimizers, strict=True):
+            x, y = batches[rank]
+            loss_of(m(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if rank == 0 and step == 1:
+            _ = handle.noise
+    grad_sq, trace = mean_pairs(truth)
+    widths = found[0][1]
+    names = [name for name, _ in model.module.named_parameters()]
+    layers = {
+        name: [float(g.sum()), float(t.sum())]
+        for name, g, t in zip(names, grad_sq.split(widths), trace.split(widths), strict=True)
+    }
+    drift = max(
+        float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), alone.parameters(), strict=True)
+    )
+    want = {"grad_sq": float(grad_sq.sum()), "trace": float(trace.sum()), "layers": layers, "drift": drift}
+    return numbers(handle.noise), want
+
+
+def weighted(rank, world):
+    """Each process weights its loss by its share of the examples."""
+    model = ddp(seeded())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    handle = pybatch.noise.attach(model, optimizer, accumulation="weighted", examples="count")
+    truth = []
+    for step in range(3):
+        batches = [batch(step, r, 2 + 3 * r) for r in range(world)]
+        truth.append(expected([example_gradients(model.module, *b)[0] for b in batches], weighted=True))
+        x, y = batches[rank]
+        handle.count(len(y))
+        (loss_of(model(x), y) * len(y) * world / sum(len(b[1]) for b in batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    grad_sq, trace = mean_pairs(truth)
+    return numbers(handle.noise), {"grad_sq": float(grad_sq.sum()), "trace": float(trace.sum())}
+
+
+def local_truth(model, micro):
+    """The pair of one step with accumulation: micro[rank] are that process's micro-batches, equally weighted."""
+    means = [torch.stack([example_gradients(model, *b)[0].mean(0) for b in own]).mean(0) for own in micro]
+    sizes = [len(own) ** 2 / sum(1 / len(b[1]) for b in own) for own in micro]
+    members = len(micro)
+    n_small = members / sum(1 / n for n in sizes)
+    means = torch.stack(means)
+    small, large = means.square().sum(1).mean(), means.mean(0).square().sum()
+    return [float(v) for v in pair(small, large, n_small, members * n_small)]
+
+
+def no_sync(rank, world):
+    """Two micro-batches accumulated in each process before the all-reduce."""
+    model = ddp(seeded())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    handle = pybatch.noise.attach(model, optimizer)
+    truth = []
+    for step in range(3):
+        micro = [[batch(step, 10 * r, 2 + r), batch(step, 10 * r + 1, 3)] for r in range(world)]
+        truth.append(local_truth(model.module, micro))
+        with model.no_sync():
+            (loss_of(model(micro[rank][0][0]), micro[rank][0][1]) / 2).backward()
+        (loss_of(model(micro[rank][1][0]), micro[rank][1][1]) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    grad_sq, trace = torch.tensor(truth).mean(0).tolist()
+    return numbers(handle.noise), {"grad_sq": grad_sq, "trace": trace}
+
+
+def synchronized_twice(rank, world):
+    """Accumulation without no_sync: the second backward pass of a step is not a draw of its own."""
+    model = ddp(seeded())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    handle = pybatch.noise.attach(model, optimizer)
+    truth = []
+    for step in range(2):
+        batches = [batch(step, r, 4) for r in range(world)]
+        truth.append(expected([example_gradients(model.module, *b)[0] for b in batches]))
+        for _ in range(2):
+            x, y = batches[rank]
+            loss_of(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    grad_sq, trace = mean_pairs(truth)
+    return numbers(handle.noise), {"grad_sq": float(grad_sq.sum()), "trace": float(trace.sum())}
+
+
+def own_hook(rank, world):
+    """The user's compression runs inside; a hook registered before is refused; a handle can be replaced."""
+    model, alone = ddp(seeded()), ddp(seeded())
+    alone.register_comm_hook(None, fp16_compress_hook)
+    refused = {}
+    try:
+        pybatch.noise.attach(alone)
+    except UsageError as error:
+        refused["registered"] = str(error)
+    first = pybatch.noise.attach(model, hook=fp16_compress_hook)
+    try:
+        pybatch.noise.attach(model)
+    except UsageError as error:
+        refused["attached"] = str(error)
+    first.detach()
+    handle = pybatch.noise.attach(model)
+    truth = []
+    for step in range(2):
+        batches = [batch(step, r, 4) for r in range(world)]
+        truth.append(expected([example_gradients(model.module, *b)[0] for b in batches]))
+        model.zero_grad()
+        alone.zero_grad()
+        for m in (model, alone):
+            loss_of(m(batches[rank][0]), batches[rank][1]).backward()
+    same = all(bool((a.grad == b.grad).all()) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+    grad_sq, trace = mean_pairs(truth)
+    want = {"grad_sq": float(grad_sq.sum()), "trace": float(trace.sum()), "same": same, "refused": refused}
+    return numbers(handle.noise) | {"before": first.noise.steps}, want
+
+
+def uneven(rank, world):
+    """DDP's `join`: the last process runs out of batches first, and counts for nothing then."""
+    model = ddp(seeded())
+    handle = pybatch.noise.attach(model, examples=4)
+    truth = []
+    with model.join():
+        for step in range(3):
+            here = range(world) if step < 2 else range(world - 1)
+            batches = [batch(step, r, 4) for r in range(world)]
+            truth.append(
+                expected([example_gradients(model.module, *batches[r])[0] for r in here]) if len(here) > 1 else None
+            )
+            if rank in here:
+                model.zero_grad()
+                loss_of(model(batches[rank][0]), batches[rank][1]).backward()
+    grad_sq, trace = mean_pairs([t for t in truth if t is not None])
+    return numbers(handle.noise), {
+        "grad_sq": float(grad_sq.sum()),
+        "trace": float(trace.sum()),
+        "steps": sum(t is not None for t in truth),
+    }
+
+
+def preconditioned(rank, world):
+    """G^T P G with Adam's P, in the buckets; and a step that is not finite on one process only."""
+    model = ddp(seeded())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
+    handle = pybatch.noise.attach(model, optimizer, preconditioned=True)
+    truth = []
+    for step in range(3):
+        batches = [batch(step, r, 4) for r in range(world)]
+        if step:
+            p = torch.cat(
+                [
+                    1 / ((optimizer.state[p]["exp_avg_sq"].double() / (1 - 0.999**step)).sqrt() + 1e-3).flatten()
+                    for p in model.parameters()
+                ]
+            )
+            grads = expected([example_gradients(model.module, *b)[0] for b in batches])
+            truth.append([float((p * part).sum()) for part in grads])
+        loss_of(model(batches[rank][0]), batches[rank][1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = handle.noise.preconditioned
+    (loss_of(model(batches[rank][0]), batches[rank][1]) * (float("inf") if rank == 1 else 1.0)).backward()
+    optimizer.zero_grad()
+    grad_sq, trace = torch.tensor(truth).mean(0).tolist()
+    skipped = handle.noise.skipped
+    return {"grad_sq": found.grad_sq, "trace": found.trace, "skipped": skipped}, {"grad_sq": grad_sq, "trace": trace}
+
+
+def sharded():
+    model = seeded()
+    fully_shard(model[1])
+    fully_shard(model[3])
+    return fully_shard(model)
+
+
+def fsdp(rank, world):
+    """FSDP2 with unequal batches; layers are its groups; only process 0 reads in the middle."""
+    model, whole = sharded(), seeded()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    handle = pybatch.noise.attach(model, optimizer, layers=True)
+    truth = []
+    for step in range(3):
+        whole.load_state_dict({k: v.full_tensor() for k, v in model.state_dict().items()})
+        batches = [batch(step, r, 3 + 2 * r) for r in range(world)]
+        found = [example_gradients(whole, *b) for b in batches]
+        truth.append(expected([f[0] for f in found]))
+        loss_of(model(batches[rank][0]), batches[rank][1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 0 and step == 1:
+            _ = handle.noise
+    grad_sq, trace = mean_pairs(truth)
+    widths = found[0][1]
+    cut = [sum(widths[:2]), sum(widths[2:])]
+    layers = {
+        name: [float(g.sum()), float(t.sum())]
+        for name, g, t in zip(("1", "3"), grad_sq.split(cut), trace.split(cut), strict=True)
+    }
+    handle.detach()
+    loss_of(model(batches[rank][0]), batches[rank][1]).backward()  # FSDP2's own way again
+    state = handle.state_dict()
+    other = pybatch.noise.attach(model, optimizer, layers=True)
+    other.load_state_dict(state)
+    want = {"grad_sq": float(grad_sq.sum()), "trace": float(trace.sum()), "layers": layers}
+    return numbers(other.noise), want
+
+
+def fsdp_accumulated(rank, world):
+    """Without gradient sync the small batch is what accumulated; with it every backward pass is a pair of its own."""
+    model, whole = sharded(), seeded()
+    handle = pybatch.noise.attach(model)
+    micro = [[batch(0, 10 * r, 2 + r), batch(0, 10 * r + 1, 3)] for r in range(world)]
+    accumulated = local_truth(whole, micro)
+    model.set_requires_gradient_sync(False)
+    (loss_of(model(micro[rank][0][0]), micro[rank][0][1]) / 2).backward()
+    model.set_requires_gradient_sync(True)
+    (loss_of(model(micro[rank][1][0]), micro[rank][1][1]) / 2).backward()
+    model.zero_grad()
+    batches = [batch(1, r, 4) for r in range(world)]
+    alone = [float(part.sum()) for part in expected([example_gradients(whole, *b)[0] for b in batches])]
+    for _ in range(2):
+        loss_of(model(batches[rank][0]), batches[rank][1]).backward()
+    with torch.enable_grad():
+        model(batches[rank][0])  # the next forward pass exchanges the last pair
+    want = torch.tensor([accumulated, alone, alone]).mean(0).tolist()
+    return numbers(handle.noise), {"grad_sq": want[0], "trace": want[1]}
+
+
+DDP_CASES = (plain, weighted, no_sync, synchronized_twice, own_hook, uneven, preconditioned)
+FSDP_CASES = (fsdp, fsdp_accumulated)
+
+
+def main(rank, world, folder):
+    """Run the cases and write what each found and wanted."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    cases = DDP_CASES + FSDP_CASES if world == 2 else DDP_CASES
+    found = {case.__name__: case(rank, world) for case in cases}
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,122 @@
+"""DDP and FSDP2 in several processes against the float64 truth of one; the cases are in noise_worker.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).parent / "noise_worker.py"
+
+
+def run(world, folder):
+    """Start the processes, wait, and return what each wrote."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(WORKER)]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(world)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0] * world, "\n".join(errors)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What so many processes found; they are started once."""
+    found = {}
+
+    def of(world):
+        if world not in found:
+            found[world] = run(world, tmp_path_factory.mktemp("ranks"))
+        return found[world]
+
+    return of
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request, processes):
+    return processes(request.param)
+
+
+def same(found, want, rel=1e-4):
+    assert found["grad_sq"] == pytest.approx(want["grad_sq"], rel=rel, abs=rel * abs(want["trace"]))
+    assert found["trace"] == pytest.approx(want["trace"], rel=rel)
+
+
+def test_ddp_equals_one_process(ranks):
+    """Total and every parameter, in several buckets, with unequal batches; training is untouched."""
+    for rank in ranks:
+        found, want = rank["plain"]
+        same(found, want)
+        assert found["steps"] == 4
+        assert want["drift"] == 0.0
+        assert found["layers"].keys() == want["layers"].keys()
+        for name, values in want["layers"].items():
+            assert found["layers"][name] == pytest.approx(values, rel=1e-3, abs=1e-5)
+
+
+def test_every_process_knows_the_same(ranks):
+    for case in ranks[0]:
+        assert all(rank[case] == ranks[0][case] for rank in ranks)
+
+
+def test_weighted_by_examples(ranks):
+    found, want = ranks[0]["weighted"]
+    same(found, want)
+    world = len(ranks)
+    assert found["large"] == sum(2 + 3 * r for r in range(world))
+    assert found["small"] == pytest.approx(found["large"] / world)
+
+
+def test_accumulation_under_no_sync(ranks):
+    found, want = ranks[0]["no_sync"]
+    same(found, want)
+    assert found["small"] > 4
+
+
+def test_a_second_synchronization_is_left_out_and_said(ranks):
+    found, want = ranks[0]["synchronized_twice"]
+    same(found, want)
+    assert found["steps"] == 2
+    assert any("2 backward passes synchronized again" in text for text in found["notes"])
+
+
+def test_the_users_own_hook_runs_inside(ranks):
+    found, want = ranks[0]["own_hook"]
+    same(found, want, rel=5e-3)  # the mean is rounded to fp16
+    assert want["same"]
+    assert (found["steps"], found["before"]) == (2, 0)
+    assert "hook=your_hook" in want["refused"]["registered"]
+    assert "Call its detach() first" in want["refused"]["attached"]
+
+
+def test_a_process_without_batches_counts_for_nothing(ranks):
+    found, want = ranks[0]["uneven"]
+    same(found, want)
+    assert found["steps"] == want["steps"] == (3 if len(ranks) > 2 else 2)
+
+
+def test_preconditioned_and_not_finite_somewhere(ranks):
+    found, want = ranks[0]["preconditioned"]
+    same(found, want, rel=1e-3)
+    assert found["skipped"] == 1
+
+
+def test_fsdp_equals_one_process(processes):
+    found, want = processes(2)[0]["fsdp"]
+    same(found, want)
+    assert found["steps"] == 3
+    for name, values in want["layers"].items():
+        assert found["layers"][name] == pytest.approx(values, rel=1e-3, abs=1e-5)
+
+
+def test_fsdp_accumulation(processes):
+    found, want = processes(2)[0]["fsdp_accumulated"]
+    same(found, want)
+    assert found["steps"] == 3
