@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,8 @@ Steps = NDArray[np.int32]
 
 SPACING = 16  # evaluations while the step number grows by a factor e; a crossing is known within 6 % before smoothing
 WINDOW = 0.2  # of the steps made: past it, single evaluations no longer decide when a target was met
-SPLITS = ("train", "test")
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 SMOOTHING = (
     "losses of fixed batches of both splits, at every step first, then "
     f"{SPACING} times while the steps grow by a factor e; averaged over the last {WINDOW:.0%} of the steps"
