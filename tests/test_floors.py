@@ -40,6 +40,7 @@ FLOORS = {
     "pybatch.convergence": 3,
     "pybatch.bench": 4,
     "pybatch.doctor": 4,
+    "pybatch.flags": 0,
     "pybatch.cli": 5,
     "pybatch.__main__": 6,
 }

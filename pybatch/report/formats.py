@@ -16,7 +16,8 @@ from rich.text import Text
 
 from pybatch.errors import UsageError
 from pybatch.records import Run, to_dict
-from pybatch.report.sections import Section, Table, sections, title
+from pybatch.report.layout import Section, Table
+from pybatch.report.sections import sections, title
 
 SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".txt": "table"}
 
