@@ -35,11 +35,11 @@ def compare(capacity: Capacity | None, noise: NoiseScale | None = None, steps: C
     Args:
         capacity: throughput against batch size on one device.
         noise: the gradient noise scale, taken for the critical batch where `steps` is None.
-        steps: measured steps to target; its fitted critical batch goes before the noise scale.
+        steps: measured steps to target, or branches; a critical batch fitted to them goes before the noise scale.
 
     Any of them may be None or unresolved: what then cannot be said is None, and the text and the notes say why.
     """
-    critical = _from_steps(steps) or _from_noise(noise)
+    critical = _from_steps(steps) or _from_branches(steps) or _from_noise(noise)
     fit = capacity.model if capacity is not None else None
     wall = _wall(capacity)
     limit, why = _limit(critical, wall)
@@ -99,6 +99,19 @@ def _from_steps(steps: Convergence | None) -> Critical | None:
     inputs: Inputs = {"target": curve.target, "s_min": curve.s_min, "points": len(curve.points)}
     reason = Reason("critical_batch", text, "measured", inputs)
     return Critical(curve.critical_batch, curve.low, curve.high, "sweep", reason, curve)
+
+
+def _from_branches(steps: Convergence | None) -> Critical | None:
+    """The critical batch at the last checkpoint that has one: it grows along training, and most of a run lies there."""
+    known = [b for b in steps.branches if b.fit is not None and (b.fit.critical_batch or b.fit.low)] if steps else []
+    if not known:
+        return None
+    last = known[-1]
+    assert last.fit is not None
+    text = f"fitted to the steps that branches from step {last.step} take to a common loss"
+    inputs: Inputs = {"step": last.step, "level": last.level, "window": last.window, "points": len(last.points)}
+    reason = Reason("critical_batch", text, "measured", inputs)
+    return Critical(last.fit.critical_batch, last.fit.low, last.fit.high, "branch", reason)
 
 
 def _from_noise(noise: NoiseScale | None) -> Critical:
