@@ -278,7 +278,7 @@ class _Run:
             seeds=plan.seeds,
             trials=self.trials,
             base_batch=plan.base,
-            smoothing=f"train loss of {EVALUATED} fixed examples, mean of neighbouring looks, {WINDOW} a branch",
+            smoothing=f"train loss of {EVALUATED} fixed examples, smoothed over five looks, {WINDOW} a branch",
             complete=complete and not self.notes,
             branches=tuple(self.found),
             device=describe(self.device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def load(path: Path) -> dict[str, Any]:
         UsageError: a missing, damaged or foreign file, or one that holds anything that would run code.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on what torch does not like about a foreign pickle: it is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UsageError(f"checkpoint '{path}' cannot be read: {error.strerror}.") from None
     except pickle.UnpicklingError as error:

@@ -61,7 +61,7 @@ class Trajectory:
         """The first crossing of the smoothed loss up to step `limit`, or None."""
         losses = self.loss(split)
         for i in range(len(self.steps)):
-            if self.steps[i] > limit:
+            if i and self.steps[i - 1] >= limit:
                 return None
             if (found := crossing_at(self.steps, losses, i, target)) is not None:
                 return found if found.steps <= limit else None
