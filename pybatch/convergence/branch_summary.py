@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import numpy as np
+from scipy.interpolate import PchipInterpolator
 from scipy.signal import savgol_filter
 
 from pybatch.numerals import number
@@ -17,6 +18,7 @@ WINDOW = 16  # looks at the loss along a branch
 LEVEL_AT = WINDOW // 4  # look at which the base branch defines the level: a branch that needs 4 times as many is seen
 LAST = 4  # looks whose mean is the last loss
 RESAMPLES = 400
+_FINE = 100  # points between looks: 1 % of their distance, far below the spread of repeats
 
 Losses = dict[int, list[Array]]  # by batch size, for each repeat: [WINDOW + 1] losses, nan from where it diverged
 
@@ -74,24 +76,28 @@ def _smoothed(losses: Array) -> Array:
     """Each look by a parabola through it and its four nearest (Savitzky and Golay 1964).
 
     A mean would lift a falling curve, and most where it bends. The first look is the checkpoint and stands for itself.
+    A branch that diverged has no smoothed loss.
     """
-    smooth: Array = savgol_filter(losses, 5, 2, axis=-1)
+    sound = np.isfinite(losses).all(-1)
+    smooth = np.full_like(losses, np.nan)
+    if sound.any():
+        smooth[sound] = savgol_filter(losses[sound], 5, 2, axis=-1)
     smooth[..., 0] = losses[..., 0]
     return smooth
 
 
 def _steps_to(level: float, smooth: Array, window_steps: Array) -> Array:
-    """Steps [batches, repeats] at which the loss first is at the level, between looks by interpolation.
+    """Steps [batches, repeats] at which the loss first is at the level, between looks by a monotone cubic.
 
     Infinite where it is not in the window, nan where the branch diverged first.
     """
-    found = np.where(np.isnan(smooth).any(-1), np.nan, np.inf)
-    for index in np.ndindex(found.shape):
-        met = np.flatnonzero(smooth[index] <= level)
+    found = np.where(np.isnan(smooth).any(-1), np.nan, np.inf)  # [batches, repeats]
+    between = np.linspace(0, WINDOW, WINDOW * _FINE + 1)
+    for index in zip(*np.nonzero(np.isinf(found)), strict=True):
+        fine = PchipInterpolator(np.arange(WINDOW + 1), smooth[index])(between)
+        met = np.flatnonzero(fine <= level)
         if len(met):
-            above, below = smooth[index][met[0] - 1 : met[0] + 1]
-            look = met[0] - 1 + (above - level) / (above - below)
-            found[index] = look / WINDOW * window_steps[index[0]]
+            found[index] = between[met[0]] / WINDOW * window_steps[index[0]]
     return found
 
 
