@@ -74,10 +74,13 @@ def catalogue() -> Findings:
     for name, kind in sorted(shipped().items()):
         models = f" Models: {', '.join(kind.models)}." if kind.models else ""
         workloads.append((name, _summary(kind) + models))
-        workloads += [("", f"--option {dial}=  {what}") for dial, what in kind.dials.items()]
+        workloads += [(f"  {dial}=", what) for dial, what in kind.dials.items()]
     workloads.append(("FILE.py:CLASS", "A pybatch.Workload of your own."))
     optimizers = [(name, _summary(getattr(optim, name))) for name in optim.__all__ if name != "FusedOptimizer"]
-    return [("Workloads (pybatch bench --workload NAME)", workloads), ("Optimizers (pybatch.optim.NAME)", optimizers)]
+    return [
+        ("Workloads (--workload NAME --model MODEL --option DIAL=VALUE)", workloads),
+        ("Optimizers (pybatch.optim.NAME)", optimizers),
+    ]
 
 
 def _summary(thing: type) -> str:
