@@ -184,3 +184,12 @@ def test_divergence_waits_for_the_warm_up():
     assert diverged(100, 7.0, 2.3, 0)
     assert not diverged(100, 7.0, 2.3, 90)
     assert not diverged(100, 6.8, 2.3, 0)
+
+
+def test_one_of_two_seeds_does_not_cut_the_other_off():
+    race = Race({"train": 0.1}, (0, 1), cap=10_000)
+    race.take(outcome(0.5, 0, 100))
+    assert race.limit("train") == 10_000
+    race.take(outcome(0.5, 1, 200))
+    assert race.steps("train", 0.5, 1) is not None
+    assert race.limit("train") == pytest.approx(1.5 * race.steps("train", 0.5, 1).steps)

@@ -16,6 +16,7 @@ FLOORS = {
     "pybatch.ranges": 0.5,  # these two raise the errors
     "pybatch.codec": 0.5,
     "pybatch.scaling": 0.5,
+    "pybatch.assignments": 0.5,
     "pybatch.records": 0.6,
     "pybatch.solver": 0,
     "pybatch.curves": 0.7,  # makes records
@@ -39,6 +40,7 @@ FLOORS = {
     "pybatch.capacity": 3,
     "pybatch.convergence": 3,
     "pybatch.bench": 4,
+    "pybatch.sweep": 4,
     "pybatch.doctor": 4,
     "pybatch.flags": 0,
     "pybatch.cli": 5,

@@ -54,8 +54,8 @@ def run_unit(
 
     def say(step: int, left: int) -> None:
         if progress is not None:
-            progress(f"batch {unit.trials[0].batch}: step {step}, {left} of {len(unit.trials)} trials left",
-                     finished / len(unit.trials))  # fmt: skip
+            text = f"trials: batch {unit.trials[0].batch}, step {step}, {left} of {len(unit.trials)} left"
+            progress(text, finished / len(unit.trials))
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for group in chunks(unit.trials, size):

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from pybatch import numerals as n
 from pybatch.records import BatchPoint, Capacity, Ceilings, NoiseScale, Note, Run, Verdict
-from pybatch.report import branches
+from pybatch.report import branches, curves
 from pybatch.report.layout import Section, Table
 
 # Figures of the record that are not printed, and so need no explanation when they are null.
@@ -34,6 +34,8 @@ def sections(run: Run) -> list[Section]:
         found.append(_capacity(run.capacity))
     if run.noise is not None:
         found.append(_noise(run.noise, _unit(run)))
+    if run.convergence is not None and run.convergence.curves:
+        found += curves.sections(run.convergence, _unit(run))
     if run.convergence is not None and run.convergence.branches:
         found.append(branches.section(run.convergence, _unit(run)))
     if run.verdict is not None:
