@@ -101,6 +101,7 @@ def run_bench(
                 workload,
                 device=place,
                 dtype=dtype,
+                checkpoints=[noise.warmup_steps or 1],
                 seed=seed,
                 time_budget=left,
                 progress=_staged(progress, "branches", shares[0] + shares[1], 1.0),

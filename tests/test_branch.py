@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pybatch.convergence import branch, checkpoint
+from pybatch.convergence import branched_run, checkpoint
 from pybatch.convergence.branch import measure_branches
 from pybatch.convergence.branch_summary import WINDOW, summarize
 from pybatch.errors import Interrupted, UsageError, WorkloadError
@@ -148,7 +148,7 @@ def test_every_branch_starts_at_the_checkpoint_and_takes_the_same_examples(monke
         drawn[n] = drawn.get(n, 0) + n
         return original(self, n, split)
 
-    advance = branch._Trained.advance
+    advance = branched_run.Trained.advance
 
     def watched(self: Any, batch: int, rate: Any, steps: int) -> torch.Tensor:
         if self.done == 0 and batch != 32:
@@ -156,7 +156,7 @@ def test_every_branch_starts_at_the_checkpoint_and_takes_the_same_examples(monke
         return advance(self, batch, rate, steps)
 
     monkeypatch.setattr(Session, "batch", counted)
-    monkeypatch.setattr(branch._Trained, "advance", watched)
+    monkeypatch.setattr(branched_run.Trained, "advance", watched)
     found = short()
     window = found.branches[0].window
     assert window == WINDOW * 128
@@ -186,13 +186,13 @@ def test_checkpoints_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytes
     first = short(folder=tmp_path / "kept")
     assert [p.name for p in (tmp_path / "kept").iterdir()] == ["step-10.pt"]
     trained: list[int] = []
-    advance = branch._Trained.advance
+    advance = branched_run.Trained.advance
 
     def watched(self: Any, batch: int, rate: Any, steps: int) -> torch.Tensor:
         trained.append(self.session.workload is not None and batch == 32 and steps == 10)
         return advance(self, batch, rate, steps)
 
-    monkeypatch.setattr(branch._Trained, "advance", watched)
+    monkeypatch.setattr(branched_run.Trained, "advance", watched)
     assert short(folder=tmp_path / "kept") == first
     assert not any(trained)
     with pytest.raises(UsageError, match="belongs to another run"):
@@ -294,15 +294,33 @@ def test_the_time_budget_ends_repeats_and_says_so() -> None:
     assert "within the time budget. Raise it" in found.notes[0].text
 
 
+def test_a_budget_too_short_for_the_base_run_says_so() -> None:
+    found = short(checkpoints=[10**9], time_budget=0.5)
+    assert (found.branches, found.complete) == ((), False)
+    assert "ended before step 1000000000" in found.notes[0].text
+
+
+def test_default_factors_are_cut_to_what_the_budget_affords(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that gives each look at it 0.1 s: with 25 steps between two of them, 4 ms a step."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("pybatch.convergence.branched_run.time.monotonic", lambda: 0.1 * next(ticks))
+    found = measure_branches(Quadratic(d=5), device="cpu", checkpoints=[50], seeds=1, time_budget=10.0)
+    batches = [p.batch for p in found.branches[0].points]
+    assert batches == [4, 8, 16, 32, 64]
+    assert found.branches[0].window == WINDOW * 64
+    assert any("batches above 64 were left out" in note.text for note in found.notes)
+    assert found.complete  # one repeat was asked for, and run
+
+
 def test_an_interrupted_run_keeps_its_finished_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = branch._Run.branch
+    original = branched_run.BranchedRun.branch
 
     def once(self: Any, step: int, begin: float, share: float) -> None:
         if self.found:
             raise KeyboardInterrupt
         original(self, step, begin, share)
 
-    monkeypatch.setattr(branch._Run, "branch", once)
+    monkeypatch.setattr(branched_run.BranchedRun, "branch", once)
     with pytest.raises(Interrupted) as caught:
         short(checkpoints=[10, 20])
     assert [b.step for b in caught.value.partial.branches] == [10]
