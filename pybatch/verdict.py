@@ -22,6 +22,7 @@ from pybatch.records import (
     ThroughputFit,
     Verdict,
 )
+from pybatch.steps_model import predicted
 from pybatch.tradeoff import DISTURBED, EFFICIENCY, Best, Bound, Critical, Inputs, TimeModel, Wall
 
 NOTICEABLE = 1.1  # a batch surely measured 10 % faster to the loss overrules the model: above the drift between runs
@@ -271,7 +272,11 @@ def _time_to_target(
 ) -> tuple[float | None, Reason | None]:
     if curve is None or curve.s_min is None or best is None or capacity is None:
         return None, None
-    steps = curve.s_min * (1 + best.model.critical / best.batch)
+    fit = curve.fit
+    if fit is not None and fit.model is not None and fit.parameters:
+        steps = predicted(fit.model, fit.parameters, best.batch)
+    else:
+        steps = curve.s_min * (1 + best.model.critical / best.batch)
     timed = next((p.step_ms for p in capacity.batches if p.batch == best.batch and p.step_ms), None)
     step_s = timed / 1e3 if timed else best.model.fit.step_s(best.batch)
     text = f"fitted steps to the {curve.split} loss target times the {'measured' if timed else 'modelled'} step time"
