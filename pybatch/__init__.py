@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pybatch.capacity.measurement import measure_capacity as measure_capacity
+    from pybatch.convergence.branch import measure_branches as measure_branches
+    from pybatch.convergence.sweep import measure_convergence as measure_convergence
     from pybatch.curves import fit_throughput as fit_throughput
     from pybatch.frontier import plan_accumulation as plan_accumulation
     from pybatch.noise.micro_batch import measure_noise as measure_noise
     from pybatch.records import Capacity as Capacity
+    from pybatch.records import Convergence as Convergence
     from pybatch.records import NoiseScale as NoiseScale
     from pybatch.records import Run as Run
     from pybatch.records import StepsFit as StepsFit
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Capacity": "pybatch.records",
+    "Convergence": "pybatch.records",
     "NoiseScale": "pybatch.records",
     "Run": "pybatch.records",
     "StepsFit": "pybatch.records",
@@ -36,7 +40,9 @@ _HOME = {
     "compare": "pybatch.verdict",
     "fit_steps": "pybatch.steps_fit",
     "fit_throughput": "pybatch.curves",
+    "measure_branches": "pybatch.convergence.branch",
     "measure_capacity": "pybatch.capacity.measurement",
+    "measure_convergence": "pybatch.convergence.sweep",
     "measure_noise": "pybatch.noise.micro_batch",
     "plan_accumulation": "pybatch.frontier",
     "write_report": "pybatch.report.page",

@@ -8,6 +8,8 @@ from pybatch.numerals import count, number
 from pybatch.records import Capacity, Limit, ThroughputFit
 from pybatch.tradeoff import DISTURBED, EFFICIENCY, Best, Bound, Critical, Inputs, Wall
 
+_NOISE = "from gradient noise"
+
 
 def advise(
     critical: Critical,
@@ -116,7 +118,7 @@ def _advice(
 
 def _said(critical: Critical) -> str:
     """The critical batch in words, with its interval and its source."""
-    source = "fitted to steps" if critical.source == "sweep" else "from gradient noise"
+    source = {"sweep": "fitted to steps", "branch": "from branched runs"}.get(critical.source or "", _NOISE)
     if critical.value is None:
         return f"at least {_size(critical.low)} ({source})"
     if critical.low is None or critical.high is None:
@@ -143,6 +145,8 @@ def _trial(batch: int) -> str:
 
 
 def _more(critical: Critical) -> str:
+    if critical.source == "branch":
+        return "Branches with larger batches would close the interval."
     if critical.source is None and not critical.reason.inputs:
         return "Measure the noise scale as well."
     return "A longer --time-budget narrows the noise scale."

@@ -1,24 +1,27 @@
-"""The main job: capacity, then noise, then the verdict, as one run."""
+"""The main job: capacity, then noise, branches where asked for, then the verdict, as one run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import torch
 
 from pybatch.capacity.measurement import measure_capacity
+from pybatch.convergence.branch import measure_branches
 from pybatch.device.environment import capture
 from pybatch.device.identity import resolve
 from pybatch.errors import Interrupted, PybatchError
 from pybatch.noise.estimator import MIN_BLOCKS
 from pybatch.noise.micro_batch import measure_noise
-from pybatch.records import Capacity, NoiseScale, Note, Run
+from pybatch.records import Capacity, Convergence, NoiseScale, Note, Run
 from pybatch.verdict import compare
 from pybatch.workloads.base import Progress, Workload
 
-_CAPACITY_SHARE = 0.75  # of the time budget; the noise scale gets what is left
+_SHARES = (0.75, 0.25)  # of the time budget: capacity, noise
+_THOROUGH_SHARES = (0.4, 0.15)  # the branches get what is left
+_INTERRUPTED = "interrupted by Ctrl-C: what was measured until then is kept"
 
 
 def run_bench(
@@ -28,6 +31,7 @@ def run_bench(
     dtype: str = "fp32",
     batches: Sequence[int] | None = None,
     time_budget: float,
+    thorough: bool = False,
     seed: int = 0,
     command: str = "",
     progress: Progress | None = None,
@@ -40,6 +44,7 @@ def run_bench(
         dtype: "fp32" or "bf16" (autocast over fp32 parameters).
         batches: batch sizes to time, in examples; None chooses them.
         time_budget: seconds for all measurements together.
+        thorough: take the critical batch from short branched runs, not from the noise scale alone.
         seed: of the model, the data order and the resampling.
         command: what the user typed, for the record.
         progress: called with (what is being done, share done).
@@ -56,48 +61,82 @@ def run_bench(
     environment = capture(seed=seed, command=command)
     created = datetime.now(UTC).isoformat(timespec="seconds")
 
-    def finish(capacity: Capacity | None, noise: NoiseScale | None, notes: tuple[Note, ...] = ()) -> Run:
+    def finish(
+        capacity: Capacity | None, noise: NoiseScale | None, steps: Convergence | None, notes: tuple[Note, ...] = ()
+    ) -> Run:
         lacking = _lacking(capacity, noise, time_budget, given=batches is not None) if not notes else ()
+        if not notes and thorough and not (steps is not None and steps.complete):
+            lacking += (Note("branches", f"cut short by the time budget of {time_budget:g} s; raise --time-budget"),)
         notes = notes + lacking
-        verdict = compare(capacity, noise) if capacity is not None else None
-        return Run(created, environment, capacity, noise, None, verdict, not notes, notes)
+        verdict = compare(capacity, noise, steps) if capacity is not None else None
+        return Run(created, environment, capacity, noise, steps, verdict, not notes, notes)
 
-    interrupted = (Note("run", "interrupted by Ctrl-C: what was measured until then is kept"),)
-    capacity = noise = None
+    shares = _THOROUGH_SHARES if thorough else _SHARES
+    interrupted = (Note("run", _INTERRUPTED),)
+    capacity = noise = steps = None
     try:
         capacity = measure_capacity(
             workload,
             device=place,
             dtype=dtype,
             batches=batches,
-            time_budget=_CAPACITY_SHARE * time_budget,
+            time_budget=shares[0] * time_budget,
             seed=seed,
-            progress=_staged(progress, "capacity", 0.0, _CAPACITY_SHARE),
+            progress=_staged(progress, "capacity", 0.0, shares[0]),
         )
         left = time_budget - (time.monotonic() - start)
         if left <= 0:
-            return finish(capacity, None)
+            return finish(capacity, None, None)
         noise = measure_noise(
             workload,
             device=place,
             dtype=dtype,
             seed=seed,
-            time_budget=left,
-            progress=_staged(progress, "noise", _CAPACITY_SHARE, 1.0),
+            time_budget=left * shares[1] / (1 - shares[0]),
+            progress=_staged(progress, "noise", shares[0], shares[0] + shares[1]),
         )
+        left = time_budget - (time.monotonic() - start)
+        if thorough and left > 0:
+            steps = measure_branches(
+                workload,
+                device=place,
+                dtype=dtype,
+                checkpoints=[noise.warmup_steps or 1],
+                seed=seed,
+                time_budget=left,
+                progress=_staged(progress, "branches", shares[0] + shares[1], 1.0),
+            )
     except Interrupted as stop:
         if isinstance(stop.partial, Capacity):
             capacity = stop.partial
+        elif isinstance(stop.partial, Convergence):
+            steps = stop.partial
         else:
             noise = stop.partial
-        raise Interrupted(finish(capacity, noise, interrupted)) from None
+        raise Interrupted(finish(capacity, noise, steps, interrupted)) from None
     except KeyboardInterrupt:
-        raise Interrupted(finish(capacity, noise, interrupted)) from None
+        raise Interrupted(finish(capacity, noise, steps, interrupted)) from None
     except PybatchError as error:
         if capacity is None:
             raise
-        return finish(capacity, None, (Note("noise", str(error)),))
-    return finish(capacity, noise)
+        return finish(capacity, noise, None, (Note("noise" if noise is None else "branches", str(error)),))
+    return finish(capacity, noise, steps)
+
+
+def record_convergence(measure: Callable[[], Convergence], *, seed: int, command: str) -> Run:
+    """The record of a measurement of steps alone, with its environment.
+
+    Raises:
+        Interrupted: on Ctrl-C, with the run so far in `.partial`.
+    """
+    environment = capture(seed=seed, command=command)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        steps = measure()
+    except Interrupted as stop:
+        notes = (Note("run", _INTERRUPTED),)
+        raise Interrupted(Run(created, environment, None, None, stop.partial, None, False, notes)) from None
+    return Run(created, environment, None, None, steps, None, steps.complete)
 
 
 def _lacking(capacity: Capacity | None, noise: NoiseScale | None, budget: float, given: bool) -> tuple[Note, ...]:

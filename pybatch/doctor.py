@@ -7,7 +7,7 @@ import inspect
 import torch
 from threadpoolctl import threadpool_info
 
-from pybatch import numerals, ops, optim
+from pybatch import numerals, ops, optim, scaling
 from pybatch.device.counters import readable
 from pybatch.device.environment import capture
 from pybatch.device.identity import describe, resolve
@@ -74,12 +74,17 @@ def catalogue() -> Findings:
     for name, kind in sorted(shipped().items()):
         models = f" Models: {', '.join(kind.models)}." if kind.models else ""
         workloads.append((name, _summary(kind) + models))
-        workloads += [("", f"--option {dial}=  {what}") for dial, what in kind.dials.items()]
+        workloads += [(f"  {dial}=", what) for dial, what in kind.dials.items()]
     workloads.append(("FILE.py:CLASS", "A pybatch.Workload of your own."))
     names = sorted((name for name in optim.__all__ if name != "FusedOptimizer"), key=str.casefold)
     optimizers = [(name, _summary(getattr(optim, name))) for name in names]
-    return [("Workloads (pybatch bench --workload NAME)", workloads), ("Optimizers (pybatch.optim.NAME)", optimizers)]
+    rules = [(name, _summary(rule)) for name, rule in scaling.rules().items()]
+    return [
+        ("Workloads (--workload NAME --model MODEL --option DIAL=VALUE)", workloads),
+        ("Optimizers (pybatch.optim.NAME)", optimizers),
+        ("Learning-rate rules (pybatch sweep --rule NAME)", rules),
+    ]
 
 
-def _summary(thing: type) -> str:
+def _summary(thing: object) -> str:
     return (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")

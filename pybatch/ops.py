@@ -262,8 +262,8 @@ def refuse_capture(device: torch.device, why: str) -> None:
     """Raise UsageError where a CUDA graph is being captured, which must hold no upload from the host."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise UsageError(
-            f"step() in the capture of a CUDA graph: {why}, so tables would have to be uploaded. Take a step before the "
-            "capture, keep gradients in place by zero_grad(set_to_none=False), and give lr as a tensor on the device."
+            f"step() in the capture of a CUDA graph: {why}, so tables would have to be uploaded. Take a step before "
+            "the capture, keep gradients in place by zero_grad(set_to_none=False), and give lr as a tensor on the device."
         )
 
 

@@ -373,6 +373,34 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class BranchPoint:
+    """Branches of one batch size from one checkpoint, repeat by repeat; None where the loss became NaN or infinite."""
+
+    batch: int
+    learning_rate: float
+    losses: tuple[float | None, ...]  # smoothed, at the end of the window
+    steps: tuple[float | None, ...]  # to the level; None too where it was not reached in the window
+
+
+@dataclass(frozen=True)
+class Branching:
+    """The critical batch at one point of a run, from branches that take the same examples in other batch sizes."""
+
+    step: int  # of the base run
+    loss: float | None  # train loss at the checkpoint
+    base_batch: int
+    window: int  # examples each branch is trained on
+    level: float | None  # train loss whose steps are counted: that of the base branch a quarter into the window
+    tolerance: float  # share of the base branch's last loss
+    points: tuple[BranchPoint, ...]
+    largest: int | None  # largest batch whose last loss is within the tolerance of the base branch's
+    largest_low: int | None
+    largest_high: int | None  # None: the largest batch tested is within it
+    fit: StepsFit | None = None  # of the steps to the level: the critical batch here
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
 class Convergence:
     """Steps to target against batch size, measured by training."""
 
@@ -384,6 +412,7 @@ class Convergence:
     base_batch: int | None = None  # B_0, whose tuned rate the fixed rules start from
     smoothing: str | None = None  # how the train loss was smoothed, and on what the test loss was taken
     complete: bool = True  # False: stopped before every trial had run
+    branches: tuple[Branching, ...] = ()  # along one run, by step
     device: Device | None = field(default=None, metadata=_TOP)
     workload: WorkloadInfo | None = field(default=None, metadata=_TOP)
 

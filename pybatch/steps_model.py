@@ -13,6 +13,8 @@ of the steps. On the hyperbola they are (f - 1) B_c and 4 B_c.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from pybatch.solver import Array
@@ -55,6 +57,12 @@ def log_steps(model: str, p: Array, size: Array) -> tuple[Array, Array]:
     if model == "power":
         return first + bent, np.stack([one, share * power, share * u], -1)
     return first + bent / power, np.stack([one, share, (share * u - bent) / power], -1)
+
+
+def predicted(model: str, parameters: Mapping[str, float], batch: float) -> float:
+    """Steps at a batch size by a fitted model, from the `model` and `parameters` of a `StepsFit`."""
+    p = np.log([[parameters[name] for name in NAMES[model]]])
+    return float(np.exp(log_steps(model, p, np.array([float(batch)]))[0][0, 0]))
 
 
 def limits(model: str, size: Array) -> tuple[Array, Array]:

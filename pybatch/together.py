@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,13 +23,14 @@ def run_bench_together(
     *,
     device: torch.device,
     dtype: str,
-    batches: Sequence[int] | None,
     time_budget: float,
     seed: int,
-    command: str,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Run | None:
-    """As `run_bench`, and then steps on 2, 4, ..., all devices. Every process calls it; process 0 gets the run.
+    """As `run_bench`, with its arguments, and then steps on 2, 4, ..., all devices.
+
+    Every process calls it; process 0 gets the run.
 
     Raises:
         PybatchError: in process 0, what `run_bench` raises; the others then end without a result.
@@ -44,11 +44,10 @@ def run_bench_together(
                     workload,
                     device=device,
                     dtype=dtype,
-                    batches=batches,
                     time_budget=_ALONE * time_budget,
                     seed=seed,
-                    command=command,
                     progress=progress,
+                    **options,
                 )
             except BaseException as caught:  # also Ctrl-C: the others wait for an answer
                 error = caught
@@ -69,7 +68,7 @@ def run_bench_together(
         )
         if run is None:
             return None
-        return replace(run, distributed=together, verdict=compare(run.capacity, run.noise, None, together))
+        return replace(run, distributed=together, verdict=compare(run.capacity, run.noise, run.convergence, together))
 
 
 def _per_device(run: Run, workload: Workload) -> list[int]:

@@ -25,6 +25,7 @@ from pybatch.records import (
     ThroughputFit,
     Verdict,
 )
+from pybatch.steps_model import predicted
 from pybatch.tradeoff import DISTURBED, EFFICIENCY, Best, Bound, Critical, Inputs, TimeModel, Wall
 
 NOTICEABLE = 1.1  # a batch surely measured 10 % faster to the loss overrules the model: above the drift between runs
@@ -43,12 +44,12 @@ def compare(
     Args:
         capacity: throughput against batch size on one device.
         noise: the gradient noise scale, taken for the critical batch where `steps` is None.
-        steps: measured steps to target; its fitted critical batch goes before the noise scale.
+        steps: measured steps to target, or branches; a critical batch fitted to them goes before the noise scale.
         distributed: steps on several devices; without it, communication is not counted.
 
     Any of them may be None or unresolved: what then cannot be said is None, and the text and the notes say why.
     """
-    critical = _from_steps(steps) or _from_noise(noise)
+    critical = _from_steps(steps) or _from_branches(steps) or _from_noise(noise)
     fit = capacity.model if capacity is not None else None
     wall = _wall(capacity)
     limit, why = _limit(critical, wall)
@@ -117,6 +118,19 @@ def _from_steps(steps: Convergence | None) -> Critical | None:
     inputs: Inputs = {"target": curve.target, "s_min": curve.s_min, "points": len(curve.points)}
     reason = Reason("critical_batch", text, "measured", inputs)
     return Critical(curve.critical_batch, curve.low, curve.high, "sweep", reason, curve)
+
+
+def _from_branches(steps: Convergence | None) -> Critical | None:
+    """The critical batch at the last checkpoint that has one: it grows along training, and most of a run lies there."""
+    known = [b for b in steps.branches if b.fit is not None and (b.fit.critical_batch or b.fit.low)] if steps else []
+    if not known:
+        return None
+    last = known[-1]
+    assert last.fit is not None
+    text = f"fitted to the steps that branches from step {last.step} take to a common loss"
+    inputs: Inputs = {"step": last.step, "level": last.level, "window": last.window, "points": len(last.points)}
+    reason = Reason("critical_batch", text, "measured", inputs)
+    return Critical(last.fit.critical_batch, last.fit.low, last.fit.high, "branch", reason)
 
 
 def _from_noise(noise: NoiseScale | None) -> Critical:
@@ -278,7 +292,11 @@ def _time_to_target(
 ) -> tuple[float | None, Reason | None]:
     if curve is None or curve.s_min is None or best is None or capacity is None:
         return None, None
-    steps = curve.s_min * (1 + best.model.critical / best.batch)
+    fit = curve.fit
+    if fit is not None and fit.model is not None and fit.parameters:
+        steps = predicted(fit.model, fit.parameters, best.batch)
+    else:
+        steps = curve.s_min * (1 + best.model.critical / best.batch)
     timed = next((p.step_ms for p in capacity.batches if p.batch == best.batch and p.step_ms), None)
     step_s = timed / 1e3 if timed else best.model.fit.step_s(best.batch)
     text = f"fitted steps to the {curve.split} loss target times the {'measured' if timed else 'modelled'} step time"

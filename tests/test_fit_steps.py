@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from pybatch import fit_steps, steps_model
+from pybatch import compare, fit_steps, steps_model
 from pybatch.errors import UsageError
+from pybatch.records import Convergence, Curve
 from pybatch.steps_data import choose_rates
 
 INF, NAN = math.inf, math.nan
@@ -172,6 +173,19 @@ def test_regimes_by_model_and_without():
     assert (free[4], free[64], free[2048]) == ("linear", "diminishing", "stagnant")
     vague = fit_steps(BATCHES, noisy(hyperbola(BATCHES), np.random.default_rng(6), 3, 0.4))
     assert "undetermined" in dict(vague.measured_regimes).values()
+
+
+def test_the_verdicts_time_to_target_takes_the_fitted_model(run):
+    """Where the bend is no hyperbola, S_min (1 + B_c / B) would be off by a third at the critical batch."""
+    log = np.log([[100.0, 60.0, 6.0]])
+    size = 2.0 ** np.arange(1, 11)
+    fit = fit_steps(size, np.exp(steps_model.log_steps("smooth", log, size)[0][0]))
+    curve = Curve("tuned", "train", (), fit.s_min, fit.critical_batch, fit.low, fit.high, 0.1, fit=fit)
+    verdict = compare(run.capacity, run.noise, Convergence((curve,)))
+    steps = verdict.why("time_to_target").inputs["steps"]
+    truth = np.exp(steps_model.log_steps("smooth", log, np.array([float(verdict.best_batch)]))[0][0, 0])
+    assert steps == pytest.approx(truth, rel=0.01)
+    assert steps < 0.8 * fit.s_min * (1 + fit.critical_batch / verdict.best_batch)
 
 
 def swept(rng, seeds=4):

@@ -16,6 +16,7 @@ FLOORS = {
     "pybatch.ranges": 0.5,  # these two raise the errors
     "pybatch.codec": 0.5,
     "pybatch.scaling": 0.5,
+    "pybatch.assignments": 0.5,
     "pybatch.records": 0.6,
     "pybatch.solver": 0,
     "pybatch.curves": 0.7,  # makes records
@@ -47,6 +48,8 @@ FLOORS = {
     "pybatch.together": 4.2,
     "pybatch.doctor": 4,
     "pybatch.commands": 4.5,
+    "pybatch.sweep": 4,
+    "pybatch.flags": 0,
     "pybatch.cli": 5,
     "pybatch.__main__": 6,
 }

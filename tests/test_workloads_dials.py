@@ -163,9 +163,9 @@ def test_a_folder_of_text_is_read_in_order(tmp_path: Path) -> None:
 
 
 def test_scenes_follow_from_the_seed_and_label_what_they_show() -> None:
-    work = Scenes(noise=0.0, scenes=64)
+    work = Scenes(noise=0.0, scenes=64, classes=10)
     pixels, labels = work.compose(200, seeded(), "train")
-    same, _ = Scenes(noise=0.0).compose(200, seeded(), "train")
+    same, _ = Scenes(noise=0.0, classes=10).compose(200, seeded(), "train")
     assert torch.equal(pixels, same)
     assert pixels.shape == (200, 1, 32, 32)
     assert labels.shape == (200, 32, 32)
@@ -174,7 +174,7 @@ def test_scenes_follow_from_the_seed_and_label_what_they_show() -> None:
     assert float(pixels[:, 0][labels == 0].max()) <= 0.5
     assert float(pixels[:, 0][labels > 0].mean()) > 0.6
     first = work.batch(8, seeded(3))
-    assert torch.equal(first[0], Scenes(noise=0.0, scenes=64).batch(8, seeded(3))[0])
+    assert torch.equal(first[0], Scenes(noise=0.0, scenes=64, classes=10).batch(8, seeded(3))[0])
 
 
 def test_dials_of_scenes_do_what_they_say() -> None:

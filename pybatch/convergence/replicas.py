@@ -99,16 +99,10 @@ class Loop(Replicas):
                 optimizer.step()
             self.done += 1
 
-    @torch.no_grad()
     def evaluate(self) -> Losses:
         """As `Replicas.evaluate`."""
-        found: Losses = ([], [])
-        for session in self.sessions:
-            session.model.eval()
-            for losses, batch in zip(found, self.held_out, strict=True):
-                losses.append(float(_loss(session, batch)))
-            session.model.train()
-        return found
+        train, test = ([float(s.evaluate(batch)) for s in self.sessions] for batch in self.held_out)
+        return train, test
 
     def keep(self, index: Sequence[int]) -> None:
         """As `Replicas.keep`."""
@@ -293,12 +287,6 @@ def _agree(a: float, b: float) -> bool:
     if not (math.isfinite(a) and math.isfinite(b)):
         return math.isfinite(a) == math.isfinite(b)
     return abs(a - b) <= AGREE * max(abs(a), abs(b), 1e-3)
-
-
-def _loss(session: Session, batch: Any) -> Tensor:
-    """The loss without a gradient, which `Session.loss` insists on."""
-    with torch.autocast(session.device.type, DTYPES[session.dtype], enabled=session.dtype != "fp32"):
-        return session.workload.loss(session.model, batch)
 
 
 def _square(tensors: list[Tensor]) -> float:

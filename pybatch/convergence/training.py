@@ -54,8 +54,8 @@ def run_unit(
 
     def say(step: int, left: int) -> None:
         if progress is not None:
-            progress(f"batch {unit.trials[0].batch}: step {step}, {left} of {len(unit.trials)} trials left",
-                     finished / len(unit.trials))  # fmt: skip
+            text = f"trials: batch {unit.trials[0].batch}, step {step}, {left} of {len(unit.trials)} left"
+            progress(text, finished / len(unit.trials))
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for group in chunks(unit.trials, size):
@@ -103,10 +103,10 @@ class _Training:
         for row in live:
             for split, losses in zip(SPLITS, self.losses, strict=True):
                 self._look(steps, i, row, split, losses)
-        for row in live:
-            if (end := self._end(row, step)) is not None:
-                self.alive[row] = False
-                self.deliver(self._outcome(row, end))
+        ends = [(row, end) for row in live if (end := self._end(row, step)) is not None]
+        for row, end in sorted(ends, key=lambda item: item[1] != "met"):  # first those that set the limit for the rest
+            self.alive[row] = False
+            self.deliver(self._outcome(row, end))
 
     def _look(self, steps: np.ndarray, i: int, row: int, split: str, losses: list[np.ndarray]) -> None:
         target = self.race.targets.get(split)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,8 @@ Steps = NDArray[np.int32]
 
 SPACING = 16  # evaluations while the step number grows by a factor e; a crossing is known within 6 % before smoothing
 WINDOW = 0.2  # of the steps made: past it, single evaluations no longer decide when a target was met
-SPLITS = ("train", "test")
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 SMOOTHING = (
     "losses of fixed batches of both splits, at every step first, then "
     f"{SPACING} times while the steps grow by a factor e; averaged over the last {WINDOW:.0%} of the steps"
@@ -59,7 +61,7 @@ class Trajectory:
         """The first crossing of the smoothed loss up to step `limit`, or None."""
         losses = self.loss(split)
         for i in range(len(self.steps)):
-            if self.steps[i] > limit:
+            if i and self.steps[i - 1] >= limit:
                 return None
             if (found := crossing_at(self.steps, losses, i, target)) is not None:
                 return found if found.steps <= limit else None

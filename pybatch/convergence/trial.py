@@ -128,8 +128,14 @@ class Race:
         """Steps after which a trial of this race is given up for this split's target."""
         if not self.search:
             return float(self.cap)
-        best = min((self.median(split, lr) for lr in self.found.get(split, {})), default=math.inf)
+        best = min((self._upper(split, lr) for lr in self.found.get(split, {})), default=math.inf)
         return min(float(self.cap), max(SLACK * best, best + 1))
+
+    def _upper(self, split: str, lr: float) -> float:
+        """The upper middle of a rate's steps: one of two seeds must not cut the other one off."""
+        crossings = self.found[split][lr]
+        steps = sorted(crossings[seed].steps if seed in crossings else math.inf for seed in self.seeds)
+        return steps[len(steps) // 2]
 
     def limits(self) -> dict[str, float]:
         """The limit of each target's split."""

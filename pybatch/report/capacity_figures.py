@@ -7,7 +7,8 @@ from typing import Any
 from pybatch import numerals as n
 from pybatch.records import BatchPoint, Capacity, Run, ThroughputFit, Verdict
 from pybatch.report.figure import COLORS, MARKERS, Figure, axis, band, batch_axis, line, mark, points, safe, spread
-from pybatch.report.sections import Table, communication
+from pybatch.report.layout import Table
+from pybatch.report.sections import communication
 
 _UTILIZATION = (
     ("mfu_measured", "MFU, of the measured matrix product"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pybatch import numerals as n
 from pybatch.comparison import FIGURES, Change, Comparison
-from pybatch.report.sections import Section, Table
+from pybatch.report.layout import Section, Table
 
 
 def comparison_sections(comparison: Comparison) -> list[Section]:

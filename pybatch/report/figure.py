@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pybatch import numerals as n
-from pybatch.report.sections import Table
+from pybatch.report.layout import Table
 
 COLORS = ("@blue", "@orange", "@green", "@red", "@purple", "@sky")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross")

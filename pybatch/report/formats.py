@@ -15,8 +15,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from pybatch.errors import UsageError
-from pybatch.records import Run, to_dict
-from pybatch.report.sections import Section, Table, sections, title
+from pybatch.records import Convergence, ConvergencePoint, Run, to_dict
+from pybatch.report.layout import Section, Table
+from pybatch.report.sections import sections, title
 
 SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".txt": "table"}
 
@@ -110,21 +111,32 @@ def _escape(text: str) -> str:
 
 
 def _rows(run: Run) -> list[dict[str, object]]:
-    """One flat row a batch size, each with what it was measured on."""
-    capacity = run.capacity
-    if capacity is None:
+    """One flat row a batch size, each with what it was measured on; of a sweep alone, one a point of its curves."""
+    measured = run.capacity or run.convergence
+    if measured is None:
         return []
     head = {
         "created": run.created,
-        "device": capacity.device.name if capacity.device else None,
-        "workload": capacity.workload.name if capacity.workload else None,
-        "dtype": capacity.workload.dtype if capacity.workload else None,
+        "device": measured.device.name if measured.device else None,
+        "workload": measured.workload.name if measured.workload else None,
+        "dtype": measured.workload.dtype if measured.workload else None,
     }
-    return [head | to_dict(point) for point in capacity.batches]
+    if isinstance(measured, Convergence):
+        return [
+            head | {"rule": curve.rule, "split": curve.split, "target": curve.target} | _flat(point)
+            for curve in measured.curves
+            for point in curve.points
+        ]
+    return [head | to_dict(point) for point in measured.batches]
+
+
+def _flat(point: ConvergencePoint) -> dict[str, object]:
+    whole: dict[str, object] = to_dict(point)
+    return {key: value for key, value in whole.items() if key != "rates"}
 
 
 def _csv(run: Run) -> str:
-    """The batches alone: one row each. Capacity, noise and verdict are in the other formats."""
+    """The batches, or the points of a sweep, alone: one row each. All else is in the other formats."""
     rows = _rows(run)
     text = io.StringIO()
     if rows:
@@ -138,11 +150,11 @@ _PARTS = ("batches", "capacity", "noise", "convergence", "verdict")
 
 
 def _jsonl(run: Run) -> str:
-    """One object a line: the run, each batch, then capacity, noise and verdict; "record" says which."""
+    """One object a line: the run, each batch or point, then the sections; "record" says which."""
     whole = to_dict(run)
     lines: list[dict[str, object]] = [{"record": "run"} | {name: whole[name] for name in whole if name not in _PARTS}]
-    lines += [{"record": "batch"} | row for row in _rows(run)]
-    for name in ("capacity", "noise", "verdict"):
+    lines += [{"record": "point" if run.capacity is None else "batch"} | row for row in _rows(run)]
+    for name in ("capacity", "noise", "convergence", "verdict"):
         section = getattr(run, name)
         if section is not None:
             lines.append({"record": name} | to_dict(section))

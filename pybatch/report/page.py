@@ -22,8 +22,9 @@ from pybatch.records import Capacity, Convergence, Environment, NoiseScale, Reas
 from pybatch.report.capacity_figures import capacity_figures
 from pybatch.report.convergence_figures import convergence_figures
 from pybatch.report.figure import Figure
+from pybatch.report.layout import Section, Table
 from pybatch.report.output import Output
-from pybatch.report.sections import Section, Table, sections, title, unit_of
+from pybatch.report.sections import sections, title, unit_of
 
 
 def write_report(records: Sequence[object] | object, path: str | Path) -> None:

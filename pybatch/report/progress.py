@@ -43,3 +43,8 @@ class ProgressLine:
         if not self._quiet and (stage != self._stage or now - self._said >= _EVERY):
             self._stage, self._said = stage, now
             self._console.print(f"pybatch: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """A line that stays, above the live one."""
+        if not self._quiet:
+            self._console.print(f"pybatch: {text}", markup=False, highlight=False, soft_wrap=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from pybatch import numerals as n
 from pybatch.records import BatchPoint, Capacity, Ceilings, Distributed, NoiseScale, Note, Run, Verdict
+from pybatch.report import branches, curves
+from pybatch.report.layout import Section, Table
 
 # Figures of the record that are not printed, and so need no explanation when they are null.
 _SEEN = {"batch", "status", "step_ms", "step_ms_low", "step_ms_high", "samples_per_s", "mfu_measured", "memory_bytes"}
@@ -14,31 +16,12 @@ _UNSEEN = {f"batches.{f.name}" for f in fields(BatchPoint) if f.name not in _SEE
 _SOURCES = {"noise": "gradient noise", "branch": "branched runs", "sweep": "steps to target"}
 
 
-@dataclass(frozen=True)
-class Table:
-    """Column heads and rows of finished cells, numbers already formatted."""
-
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the report: a title, maybe a table, then labelled lines, then notes."""
-
-    title: str
-    table: Table | None = None
-    lines: tuple[tuple[str, str], ...] = ()
-    text: str | None = None
-    notes: tuple[str, ...] = ()
-
-
 def title(run: Run) -> str:
     """What was measured, and where, in one line."""
-    capacity = run.capacity
-    if capacity is None or capacity.workload is None or capacity.device is None:
+    measured = run.capacity or run.convergence
+    if measured is None or measured.workload is None or measured.device is None:
         return "pybatch bench"
-    work, device = capacity.workload, capacity.device
+    work, device = measured.workload, measured.device
     model = f"{work.model}, " if work.model else ""
     place = f"{device.name}, {device.cores} cores" if device.kind == "cpu" and device.cores else device.name
     return f"{work.name} ({model}{n.count(work.parameters)} parameters, {work.dtype}) on {place}"
@@ -51,6 +34,10 @@ def sections(run: Run) -> list[Section]:
         found.append(_capacity(run.capacity))
     if run.noise is not None:
         found.append(_noise(run.noise, unit_of(run)))
+    if run.convergence is not None and run.convergence.curves:
+        found += curves.sections(run.convergence, unit_of(run))
+    if run.convergence is not None and run.convergence.branches:
+        found.append(branches.section(run.convergence, unit_of(run)))
     if run.distributed is not None:
         found.append(_distributed(run.distributed))
     if run.verdict is not None:

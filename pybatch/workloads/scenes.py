@@ -33,12 +33,12 @@ class Scenes(Workload):
 
     name = "scenes"
     unit = "images"
-    target: dict[str, float] = {"train": 0.35, "test": 0.4}  # noqa: RUF012
-    learning_rate = 3e-3
+    target: dict[str, float] = {"train": 0.32, "test": 0.33}  # noqa: RUF012
+    learning_rate = 1e-2
     reference_batch = 16
     models: ClassVar[tuple[str, ...]] = SEGMENTERS
     dials: ClassVar[dict[str, str]] = {
-        "classes": "digits told apart, 2 to 10 (10)",
+        "classes": "digits told apart, 2 to 10 (4)",
         "clutter": "digits in a scene (4)",
         "noise": "standard deviation of the pixel noise, full ink being 1 (0.1)",
         "resolution": "pixels a side, a multiple of 4 from 16 on (32)",
@@ -50,7 +50,7 @@ class Scenes(Workload):
         self,
         model: str | None = None,
         *,
-        classes: int = 10,
+        classes: int = 4,
         clutter: int = 4,
         noise: float = 0.1,
         resolution: int = _SIDE,

@@ -82,18 +82,19 @@ class Session:
 
         Whether it is finite is left to `check_finite`, which synchronizes with the device.
         """
-        with torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
-            loss = self._call("loss", self.model, batch)
-        if not isinstance(loss, torch.Tensor):
-            raise self._error("loss", f"returned {type(loss).__name__}, not a tensor")
-        if loss.ndim or not loss.is_floating_point():  # shape (1,) too: at batch 1 it may be a loss per example
-            raise self._error(
-                "loss",
-                f"returned {loss.dtype} of shape {tuple(loss.shape)}, not one number: take the mean over examples",
-            )
+        loss = self._loss(batch)
         if not loss.requires_grad:
             raise self._error("loss", "returned a tensor without a gradient: it must depend on the model's parameters")
         return loss
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any) -> torch.Tensor:
+        """The loss of a batch in evaluation mode, without a gradient."""
+        self.model.eval()
+        try:
+            return self._loss(batch)
+        finally:
+            self.model.train()
 
     def backward(self, batch: Any) -> torch.Tensor:
         """Forward and backward; gradients are left in `.grad`. Returns the loss, detached."""
@@ -114,6 +115,18 @@ class Session:
         if not torch.isfinite(loss):
             raise self._error("loss", f"returned {value} {where}")
         return value
+
+    def _loss(self, batch: Any) -> torch.Tensor:
+        with torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
+            loss = self._call("loss", self.model, batch)
+        if not isinstance(loss, torch.Tensor):
+            raise self._error("loss", f"returned {type(loss).__name__}, not a tensor")
+        if loss.ndim or not loss.is_floating_point():  # shape (1,) too: at batch 1 it may be a loss per example
+            raise self._error(
+                "loss",
+                f"returned {loss.dtype} of shape {tuple(loss.shape)}, not one number: take the mean over examples",
+            )
+        return loss
 
     def _call(self, method: str, *arguments: Any) -> Any:
         try:

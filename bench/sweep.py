@@ -1,0 +1,182 @@
+"""Sweeps: trials per second of replicas against the plain loop, what store and workers cost, the tuned digits sweep.
+
+    python bench/sweep.py [--models mlp,cnn] [--batches 8,16,32,64] [--quick] [--ray] [--output FILE]
+
+The loop is pybatch's own, one optimizer step a replica, with the same batches; both sides do the same evaluations, and
+their losses are compared before they are timed. Samples of the two are interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pybatch.convergence.plan import Plan
+from pybatch.convergence.replicas import Loop, Replicas, Stack
+from pybatch.convergence.store import Store
+from pybatch.convergence.sweep import measure_convergence
+from pybatch.convergence.trajectory import Trajectory
+from pybatch.convergence.trial import Outcome, Trial
+from pybatch.device.environment import capture
+from pybatch.scaling import Scaled
+from pybatch.workloads.finding import find
+
+CPU = torch.device("cpu")
+SEEDS = 3
+INTERVAL = 8  # steps between two evaluations, as past step 128 of a trial
+
+
+def trials(model: str, batch: int) -> list[Trial]:
+    """36 trials: 12 rates, of which none diverges, and 3 seeds."""
+    plan = Plan(
+        find("digits", model=model),
+        batches=[batch],
+        rules=["tuned"],
+        seeds=SEEDS,
+        target=None,
+        optimizer="sgd",
+        options={},
+        rates=None,
+        search="grid",
+        base_batch=None,
+        max_steps=1,
+        dtype="fp32",
+    )
+    rates = [0.3 * 2 ** (-k / 2) for k in range(12)]
+    return [
+        Trial("bench", "sgd", Scaled(plan.group | {"lr": lr}), batch, seed, "fp32", "cpu")
+        for lr in rates
+        for seed in plan.seeds
+    ]
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def replicas(model: str, batch: int, repeats: int) -> dict[str, Any]:
+    """Trial-steps per second of both forms, one evaluation every INTERVAL steps."""
+    workload, some = find("digits", model=model), trials(model, batch)
+    sides: dict[str, Replicas] = {"loop": Loop(workload, some, CPU), "stacked": Stack(workload, some, CPU)}
+    losses = {}
+    for name, side in sides.items():
+        side.advance(3)
+        losses[name] = side.evaluate()
+    np.testing.assert_allclose(losses["stacked"], losses["loop"], rtol=1e-3)
+
+    def work(side: Replicas) -> None:
+        side.advance(INTERVAL)
+        side.evaluate()
+
+    samples: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            samples[name].append(timed(lambda side=side: work(side)))
+    rate = {name: len(some) * INTERVAL / statistics.median(values) for name, values in samples.items()}
+    ratios = [a / b for a, b in zip(samples["loop"], samples["stacked"], strict=True)]
+    return {
+        "model": model,
+        "batch": batch,
+        "trials": len(some),
+        "loop_trial_steps_per_s": rate["loop"],
+        "stacked_trial_steps_per_s": rate["stacked"],
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+    }
+
+
+def store(count: int) -> dict[str, float]:
+    """Milliseconds to claim and put one trial of 120 evaluations, and to read one back."""
+    steps = np.arange(120, dtype=np.int32)
+    losses = np.random.default_rng(0).random(120, dtype=np.float32)
+    some = [Trial("bench", "sgd", Scaled({"lr": 0.1}), 8, seed, "fp32", "cpu") for seed in range(count)]
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "runs.db", capture(seed=0)) as kept:
+        claim = timed(lambda: kept.claim(t.key for t in some))
+        put = timed(lambda: [kept.put(Outcome(t, "met", Trajectory(steps, losses, losses), 0.0)) for t in some])
+        read = timed(lambda: kept.outcomes(some))
+    return {"claim_ms": 1e3 * claim / count, "put_ms": 1e3 * put / count, "read_ms": 1e3 * read / count}
+
+
+def workers(ray: bool) -> list[dict[str, Any]]:
+    """A sweep of four short batches in this process, in two processes and, where asked for, on Ray; starts included."""
+    kinds: dict[str, dict[str, Any]] = {"inline": {}, "jobs 2": {"jobs": 2}}
+    if ray:
+        kinds["ray auto"] = {"ray": "auto"}
+    rows = []
+    for name, arguments in kinds.items():
+        begin = time.perf_counter()
+        found = measure_convergence(
+            find("digits"), [16, 32, 64, 128], ["tuned"], SEEDS, target={"train": 0.5}, device="cpu", **arguments
+        )
+        seconds = time.perf_counter() - begin
+        trained = found.trials or 1
+        rows.append({"workers": name, "seconds": seconds, "trials": trained, "ms_per_trial": 1e3 * seconds / trained})
+    return rows
+
+
+def digits(batches: list[int]) -> dict[str, Any]:
+    """The tuned digits sweep to a train loss of 0.1."""
+    begin = time.perf_counter()
+    found = measure_convergence(find("digits"), batches, ["tuned"], SEEDS, target={"train": 0.1}, device="cpu")
+    [curve] = found.curves
+    return {
+        "seconds": time.perf_counter() - begin,
+        "trials": found.trials,
+        "steps": {p.batch: p.steps for p in curve.points},
+        "critical_batch": curve.critical_batch,
+        "low": curve.low,
+        "high": curve.high,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="mlp,cnn")
+    parser.add_argument("--batches", default="8,16,32,64,256")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="few repeats, a sweep of three batch sizes")
+    parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    load = os.getloadavg()[0]
+    print(f"{torch.get_num_threads()} threads, load {load:.1f} at the start")
+    result: dict[str, Any] = {"load": load, "threads": torch.get_num_threads(), "replicas": []}
+    for model in given.models.split(","):
+        for batch in map(int, given.batches.split(",")):
+            row = replicas(model, batch, 3 if given.quick else given.repeats)
+            result["replicas"].append(row)
+            print(
+                f"{model} batch {batch}: loop {row['loop_trial_steps_per_s']:.0f}, "
+                f"stacked {row['stacked_trial_steps_per_s']:.0f} trial-steps/s, "
+                f"{row['ratio']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
+                flush=True,
+            )
+    result["store"] = store(200)
+    print("store:", ", ".join(f"{key} {value:.2f}" for key, value in result["store"].items()), flush=True)
+    result["workers"] = workers(given.ray)
+    for row in result["workers"]:
+        print(f"{row['workers']}: {row['seconds']:.1f} s, {row['trials']} trials, {row['ms_per_trial']:.0f} ms each")
+    result["digits"] = digits([16, 64, 256] if given.quick else [8 * 2**k for k in range(11)])
+    row = result["digits"]
+    critical = row["critical_batch"] if row["critical_batch"] is not None else math.nan
+    print(f"tuned digits sweep: {row['seconds']:.1f} s, {row['trials']} trials, critical batch {critical:.1f}")
+    if given.output is not None:
+        given.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

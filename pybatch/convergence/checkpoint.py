@@ -1,0 +1,52 @@
+"""Checkpoints of a training run: tensors and plain numbers, loaded without running code from the file."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pybatch.errors import UsageError
+
+FORMAT = "pybatch checkpoint 1"
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a state of tensors, numbers, text, lists and dicts; in place in one step, so that none is half-written."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        torch.save({"format": FORMAT, **state}, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"checkpoint '{path}' cannot be written: {error.strerror}. Name another folder.") from None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what `save` wrote, on the CPU. Objects other than tensors and plain values are refused, not built.
+
+    Raises:
+        UsageError: a missing, damaged or foreign file, or one that holds anything that would run code.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on what torch does not like about a foreign pickle: it is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UsageError(f"checkpoint '{path}' cannot be read: {error.strerror}.") from None
+    except pickle.UnpicklingError as error:
+        why = str(error).splitlines()[0]
+        raise UsageError(
+            f"checkpoint '{path}' is refused, as it holds more than tensors, or none at all: {why} "
+            "Give a file written by 'pybatch branch', or delete it."
+        ) from None
+    except (RuntimeError, EOFError, ValueError) as error:  # what torch raises on a damaged archive
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"checkpoint '{path}' is damaged: {why}. Delete it; it is then made anew.") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UsageError(f"checkpoint '{path}' was not written by this pybatch. Delete it, or name another folder.")
+    del state["format"]
+    return state

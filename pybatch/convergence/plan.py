@@ -1,0 +1,108 @@
+"""The arguments of a sweep, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pybatch import scaling
+from pybatch.convergence.search import SAMPLERS, Grid, Sampled, Search, default_rates, load_optuna
+from pybatch.convergence.training import initial_losses
+from pybatch.convergence.trajectory import SPLITS
+from pybatch.convergence.trial import Trial
+from pybatch.convergence.updates import optimizer_class
+from pybatch.errors import UsageError, unknown
+from pybatch.workloads.base import Workload
+from pybatch.workloads.session import checked_dtype
+
+MAX_STEPS = 5000
+
+
+class Plan:
+    """The arguments of a sweep, checked."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        *,
+        batches: Sequence[int],
+        rules: Sequence[str],
+        seeds: int,
+        target: Mapping[str, float] | None,
+        optimizer: str,
+        options: Mapping[str, Any],
+        rates: Sequence[float] | None,
+        search: str,
+        base_batch: int | None,
+        max_steps: int,
+        dtype: str,
+    ) -> None:
+        checked_dtype(dtype)
+        self.dtype, self.max_steps = dtype, max_steps
+        self.batches = sorted(set(batches))
+        if not self.batches or self.batches[0] < 1:
+            raise UsageError(f"batches {list(batches)}: give at least one batch size, each 1 or more.")
+        self.base_batch = base_batch if base_batch is not None else self.batches[0]
+        self.rules = list(dict.fromkeys(rules))
+        for rule in self.rules:
+            if rule not in scaling.rules():
+                raise unknown("rule", rule, scaling.rules())
+        if not self.rules:
+            raise UsageError("no rule was given. Give at least one, such as 'tuned'.")
+        if seeds < 1:
+            raise UsageError(f"seeds {seeds} is below 1. Give at least 1; 3 show an interval.")
+        self.seeds = tuple(range(seeds))
+        if max_steps < 1:
+            raise UsageError(f"max_steps {max_steps} is below 1. Give the steps after which a trial is given up.")
+        self.targets: dict[str, float] = _targets(workload, target)
+        self.optimizer = optimizer.lower()
+        self.group = _group(self.optimizer, options)
+        self.rates = list(rates) if rates is not None else default_rates(self.optimizer, self.group)
+        if not self.rates or not all(0 < rate < float("inf") for rate in self.rates):
+            raise UsageError(f"rates {self.rates}: give learning rates above 0.")
+        self.search = search
+        if search != "grid":
+            load_optuna(search)
+        for rule in self.rules:  # what can be refused is refused before anything runs
+            scaling.scale(rule, self.group | {"lr": 1.0}, self.base_batch, scaling.Base(self.base_batch))
+
+    def check_start(self, workload: Workload, device: torch.device) -> None:
+        """Raise UsageError where a target is met before the first step: steps to it would say nothing."""
+        trial = Trial("", self.optimizer, scaling.Scaled(self.group), self.batches[0], 0, self.dtype, device.type)
+        losses = initial_losses(workload, trial, device)
+        for split, target in self.targets.items():
+            if losses[split] <= target:
+                raise UsageError(
+                    f"target {split}={target:g} is met before the first step: the loss starts at {losses[split]:.3g}. "
+                    "Give a lower target."
+                )
+
+    def searcher(self) -> Search:
+        """A search for one batch size."""
+        if self.search in SAMPLERS:
+            return Sampled(self.search, min(self.rates), max(self.rates), max(len(self.rates), 12), seed=0)
+        return Grid(self.rates)
+
+
+def _targets(workload: Workload, target: Mapping[str, float] | None) -> dict[str, float]:
+    given = dict(workload.target if target is None else target)
+    if not given:
+        raise UsageError(f"workload {workload.name!r} names no target loss. Give one, such as train=0.1.")
+    for split, loss in given.items():
+        if split not in SPLITS:
+            raise unknown("target split", split, SPLITS)
+        if not loss > float("-inf"):
+            raise UsageError(f"target {split}={loss}: give a number.")
+    return {split: float(given[split]) for split in SPLITS if split in given}
+
+
+def _group(optimizer: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All hyper-parameters of an optimizer made with these options."""
+    cls = optimizer_class(optimizer)
+    try:
+        made = cls([torch.zeros(1, requires_grad=True)], **options)
+    except TypeError as error:
+        raise UsageError(f"optimizer {optimizer!r} cannot be made with {dict(options)}: {error}.") from None
+    return {key: value for key, value in made.param_groups[0].items() if key != "params"}

@@ -1,0 +1,161 @@
+"""Outcomes of trials to the curves of the record: points, fits, and the ratio to the noise scale. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pybatch.convergence.search import at_edge, best_rate
+from pybatch.convergence.trajectory import Split
+from pybatch.convergence.trial import Outcome, Race, middle
+from pybatch.errors import UsageError
+from pybatch.records import ConvergencePoint, Curve, NoiseScale, Note, PointStatus, RateSteps
+from pybatch.steps_fit import fit_steps
+
+FEW_STEPS = 4  # a target met within so few steps says more of the first evaluations than of the batch size
+
+
+def point(batch: int, split: str, race: Race, outcomes: Sequence[Outcome]) -> ConvergencePoint:
+    """One batch size of a curve, from the outcomes of its race."""
+    ends = {(outcome.trial.lr, outcome.trial.seed): outcome.end for outcome in outcomes}
+    tried = sorted({lr for lr, _ in ends})
+    rates = tuple(_rate(split, race, lr, ends) for lr in tried)
+    best = best_rate(race, split, tried)
+    chosen = next((r for r in rates if r.learning_rate == best), rates[0] if len(rates) == 1 else None)
+    shown = rates if chosen is None else (chosen,)  # where no rate reaches, all of them are the answer
+    statuses = [status for rate in shown for status in rate.statuses]
+    before = [race.steps(split, best, seed) for seed in race.seeds] if best is not None else []
+    return ConvergencePoint(
+        batch=batch,
+        steps=race.median(split, best) if best is not None else None,
+        status="reached" if best is not None else _failure(statuses),
+        seeds=len(race.seeds),
+        learning_rate=chosen.learning_rate if chosen is not None else None,
+        steps_before=middle(c.before if c is not None else math.inf for c in before) if best is not None else None,
+        reached=statuses.count("reached"),
+        diverged=statuses.count("diverged"),
+        edge=race.search and at_edge(race, split, tried),
+        rates=rates,
+    )
+
+
+def _rate(split: str, race: Race, lr: float, ends: Mapping[tuple[float, int], str]) -> RateSteps:
+    crossings = [race.steps(split, lr, seed) for seed in race.seeds]
+    statuses: list[PointStatus] = [
+        "reached" if c is not None else "diverged" if ends.get((lr, seed)) == "diverged" else "not_reached"
+        for seed, c in zip(race.seeds, crossings, strict=True)
+    ]
+    return RateSteps(lr, tuple(c.steps if c is not None else None for c in crossings), tuple(statuses))
+
+
+def _failure(statuses: Sequence[PointStatus]) -> PointStatus:
+    return "diverged" if statuses and 2 * statuses.count("diverged") >= len(statuses) else "not_reached"
+
+
+def curve(
+    rule: str,
+    split: Split,
+    target: float,
+    points: Sequence[ConvergencePoint],
+    caps: Mapping[int, float],
+    noise: NoiseScale | None,
+    notes: Sequence[Note] = (),
+) -> Curve:
+    """The points of one rule and split with their fit.
+
+    Args:
+        rule, split, target: what the curve is of.
+        points: of the batch sizes that were run, ascending.
+        caps: steps after which a trial was given up, by batch size.
+        noise: the gradient noise scale, for the ratio to it.
+        notes: on batch sizes that have no point.
+    """
+    found = [*notes, *_remarks(rule, points)]
+    bare = Curve(rule, split, tuple(points), None, None, None, None, target, notes=tuple(found))
+    limits = {math.floor(caps[p.batch]) for p in points}
+    cap = limits.pop() if len(limits) == 1 else None
+    if not points:
+        return dataclasses.replace(bare, notes=(*found, Note("points", "no batch size was measured")))
+    if any(p.steps == 0 for p in points):
+        text = f"the target {target:g} is met before the first step. Give a lower one"
+        return dataclasses.replace(bare, cap=cap, notes=(*found, Note("critical_batch", text)))
+    table, rates = _table(points)
+    batches = [p.batch for p in points]
+    ceilings = [max(caps[p.batch], *_reached(p), 1.0) for p in points]
+    try:
+        if len(rates) == 1:
+            fit = fit_steps(batches, table[0], cap=ceilings)
+        else:
+            fit = fit_steps(batches, table, cap=ceilings, rates=rates)
+    except UsageError as error:
+        return dataclasses.replace(bare, cap=cap, notes=(*found, Note("critical_batch", str(error))))
+    whole = dataclasses.replace(
+        bare,
+        s_min=fit.s_min,
+        critical_batch=fit.critical_batch,
+        low=fit.low,
+        high=fit.high,
+        regimes=fit.regimes,
+        fit=fit,
+        cap=cap,
+        notes=(*found, *fit.notes),
+    )
+    return _with_ratio(whole, noise)
+
+
+def _reached(p: ConvergencePoint) -> list[float]:
+    return [steps for rate in p.rates for steps in rate.steps if steps is not None] or [1.0]
+
+
+def _table(points: Sequence[ConvergencePoint]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [rates, batches, seeds] and rates [rates, batches], nan where a batch has fewer rates."""
+    most, seeds = max(len(p.rates) for p in points), points[0].seeds
+    steps, rates = np.full((most, len(points), seeds), np.nan), np.full((most, len(points)), np.nan)
+    for j, p in enumerate(points):
+        for i, rate in enumerate(p.rates):
+            rates[i, j] = rate.learning_rate
+            for k, (value, status) in enumerate(zip(rate.steps, rate.statuses, strict=True)):
+                steps[i, j, k] = value if value is not None else math.nan if status == "diverged" else math.inf
+    return steps, rates
+
+
+def _remarks(rule: str, points: Sequence[ConvergencePoint]) -> list[Note]:
+    """What a reader must know of the points before any fit."""
+    notes = []
+    if points and all(p.status == "diverged" for p in points):
+        notes.append(Note("points", "all trials diverged. Give lower learning rates, or a smaller base batch"))
+    elif points and not any(p.status == "reached" for p in points):
+        text = "no batch size reached the target in half of its seeds. Give a higher target, or more steps"
+        notes.append(Note("points", text))
+    if len(points) == 1:
+        notes.append(Note("points", "one batch size shows no dependence on it. Give at least three"))
+    early = [p.batch for p in points if p.steps is not None and 0 < p.steps <= FEW_STEPS]
+    if early:
+        text = f"the target is met within {FEW_STEPS} steps at batch {', '.join(map(str, early))}. Give a lower one"
+        notes.append(Note("points.steps", text))
+    return notes
+
+
+def _with_ratio(curve: Curve, noise: NoiseScale | None) -> Curve:
+    """B_simple over the critical batch; errors of the two are independent, added in quadrature in logarithms."""
+    if noise is None or noise.b_simple is None or not curve.critical_batch:
+        return curve
+    ratio = noise.b_simple / curve.critical_batch
+    low = _distance(noise.b_simple, noise.low, curve.high, curve.critical_batch)
+    high = _distance(noise.high, noise.b_simple, curve.critical_batch, curve.low)
+    return dataclasses.replace(
+        curve,
+        noise_ratio=ratio,
+        noise_ratio_low=ratio / math.exp(low) if low is not None else None,
+        noise_ratio_high=ratio * math.exp(high) if high is not None else None,
+    )
+
+
+def _distance(a: float | None, b: float | None, c: float | None, d: float | None) -> float | None:
+    """hypot(ln(a / b), ln(c / d)), or None where an end is open."""
+    if not (a and b and c and d):
+        return None
+    return math.hypot(math.log(a / b), math.log(c / d))

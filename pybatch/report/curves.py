@@ -1,0 +1,70 @@
+"""Sections of a sweep: the table of steps per batch and rule, and the critical batches."""
+
+from __future__ import annotations
+
+from pybatch import numerals as n
+from pybatch.records import Convergence, Curve
+from pybatch.report.layout import Section, Table
+
+_WORDS = {"not_reached": "not reached", "diverged": "diverged"}
+
+
+def sections(steps: Convergence, unit: str) -> list[Section]:
+    """One section for each split: steps of every batch size and rule, then what was fitted to them."""
+    splits = dict.fromkeys(curve.split for curve in steps.curves)
+    return [_split(split, [c for c in steps.curves if c.split == split], steps, unit) for split in splits]
+
+
+def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Section:
+    target = n.number(curves[0].target)
+    batches = sorted({p.batch for curve in curves for p in curve.points})
+    heads = ("batch", *(head for curve in curves for head in (curve.rule, "rate")))
+    rows = tuple((n.count(batch), *(cell for curve in curves for cell in _cells(curve, batch))) for batch in batches)
+    lines = [line for curve in curves for line in _lines(curve, unit, alone=len(curves) == 1)]
+    if split == curves[0].split and steps.optimizer:
+        lines.append(("trained by", f"{steps.optimizer}, {n.count(steps.trials)} trials, {n.count(steps.seeds)} seeds"))
+        lines.append(("in brackets", "seeds that reached the target, where not all did"))
+    notes = tuple(
+        dict.fromkeys(
+            f"{_named(curve, len(curves))}{note.figure}: {note.text}" for curve in curves for note in curve.notes
+        )
+    )
+    if split == steps.curves[-1].split:  # the last section: what holds for all of them
+        notes += tuple(f"{note.figure}: {note.text}" for note in steps.notes)
+    return Section(f"Steps to {split} loss {target}", Table(heads, rows) if rows else None, tuple(lines), notes=notes)
+
+
+def _named(curve: Curve, curves: int) -> str:
+    return f"{curve.rule} " if curves > 1 else ""
+
+
+def _cells(curve: Curve, batch: int) -> tuple[str, str]:
+    """Steps, with the reach rate in brackets where it is not full, and the learning rate; * marks a grid's edge."""
+    p = next((p for p in curve.points if p.batch == batch), None)
+    if p is None:
+        return "", ""
+    value = n.count(round(p.steps)) if p.steps is not None else _WORDS[p.status]
+    ran = p.seeds if p.learning_rate is not None else p.seeds * max(1, len(p.rates))  # no rate reached: all of them
+    if p.reached < ran:
+        value += f" ({p.reached}/{ran})"
+    rate = n.number(p.learning_rate, 2) + ("*" if p.edge else "") if p.learning_rate is not None else ""
+    return value, rate
+
+
+def _lines(curve: Curve, unit: str, alone: bool) -> list[tuple[str, str]]:
+    name = "critical batch" if alone else f"critical, {curve.rule}"
+    if curve.critical_batch is None:
+        bound = "not known"
+        if curve.low is not None:
+            bound = f"at least {n.number(curve.low)} {unit}"
+        elif curve.high is not None:
+            bound = f"at most {n.number(curve.high)} {unit}"
+        return [(name, bound)]
+    text = f"{n.number(curve.critical_batch)} {n.interval(curve.low, curve.high)} {unit}"
+    if curve.fit is not None and curve.fit.model is not None:
+        text += f", fit: {curve.fit.model}, at least {n.number(curve.s_min)} steps"
+    lines = [(name, text)]
+    if curve.noise_ratio is not None:
+        band = n.interval(curve.noise_ratio_low, curve.noise_ratio_high)
+        lines.append(("B_simple over it", f"{n.number(curve.noise_ratio)} {band}"))
+    return lines

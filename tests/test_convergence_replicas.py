@@ -1,0 +1,266 @@
+"""Stacked replicas against the plain loop: the same losses, the same steps to target, whatever the optimizer."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pybatch.convergence import replicas as module
+from pybatch.convergence.replicas import Loop, Stack, choose, chunks
+from pybatch.convergence.training import run_unit
+from pybatch.convergence.trial import Trial, Unit
+from pybatch.convergence.updates import StackedAdamW, StackedSGD, Views, optimizer_class, update_for
+from pybatch.errors import UsageError
+from pybatch.scaling import Scaled
+from pybatch.workloads.base import Workload
+from pybatch.workloads.finding import find
+
+CPU = torch.device("cpu")
+
+
+class Points(Workload):
+    """Least squares in eight dimensions; small, so that a test takes many steps."""
+
+    name = "points"
+    examples = 50
+
+    def model(self):
+        return nn.Linear(8, 1)
+
+    def batch(self, n, generator, split="train"):
+        x = torch.randn(n, 8, generator=generator)
+        return x, x.sum(1, keepdim=True) + 0.1 * torch.randn(n, 1, generator=generator)
+
+    def loss(self, model, batch):
+        x, y = batch
+        return nn.functional.mse_loss(model(x), y)
+
+
+class Dropped(Points):
+    def model(self):
+        return nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.5), nn.Linear(32, 1))
+
+
+class Normed(Points):
+    def model(self):
+        return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 1))
+
+
+class Branching(Points):
+    """Control flow that depends on the data."""
+
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        return loss * 2 if loss > 100 else loss
+
+
+class Counted(Points):
+    """A forward pass that keeps state in Python: stacked and separate runs can't be the same."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def loss(self, model, batch):
+        self.calls += 1
+        return super().loss(model, batch) * (1 + 0.1 * self.calls)
+
+
+def trials(rates=(0.01, 0.05), seeds=(0, 1), optimizer="sgd", batch=8, **changes):
+    group = optimizer_class(optimizer)([torch.zeros(1, requires_grad=True)], lr=0.1, **changes).param_groups[0]
+    group = {k: v for k, v in group.items() if k != "params"}
+    return [
+        Trial("t", optimizer, Scaled(group | {"lr": lr}), batch, seed, "fp32", "cpu") for lr in rates for seed in seeds
+    ]
+
+
+def losses(made, steps=12):
+    made.advance(steps)
+    return np.array(made.evaluate())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("sgd", {}),
+        ("sgd", {"momentum": 0.9}),
+        ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+        ("sgd", {"momentum": 0.9, "dampening": 0.5}),
+        ("sgd", {"maximize": True}),
+        ("adamw", {"weight_decay": 0.1}),
+        ("adamw", {"amsgrad": True}),
+    ],
+)
+def test_a_stack_gives_what_the_loop_gives(optimizer, options):
+    some = trials(optimizer=optimizer, **options)
+    apart, stacked = Loop(Points(), some, CPU), Stack(Points(), some, CPU)
+    np.testing.assert_allclose(losses(stacked), losses(apart), rtol=2e-5)
+    # Replicas may leave, and those that stay go on as before, states included.
+    for made in (apart, stacked):
+        made.keep([3, 1])
+    assert [t.key for t in stacked.trials] == [some[3].key, some[1].key]
+    np.testing.assert_allclose(losses(stacked), losses(apart), rtol=5e-5)
+
+
+def test_plain_optimizers_have_a_batched_form():
+    assert isinstance(update_for("sgd", trials()[0].scaled.group), StackedSGD)
+    assert isinstance(update_for("adamw", trials(optimizer="adamw")[0].scaled.group), StackedAdamW)
+    assert isinstance(update_for("sgd", trials(maximize=True)[0].scaled.group), Views)
+
+
+@pytest.mark.parametrize(("model", "target", "cap"), [("mlp", 1.0, 150), ("cnn", 2.29, 30)])
+def test_digits_reach_the_target_at_the_same_steps(model, target, cap):
+    some = tuple(trials((0.1, 0.4, 100.0), (0, 1), batch=16))
+    unit = Unit(some, {"train": target, "test": target}, (0, 1), cap)
+    found = {}
+    for how in ("stacked", "loop"):
+        out = []
+        assert run_unit(find("digits", model=model), unit, out.append, device=CPU, how=how) is None
+        assert {o.how for o in out} == {how}
+        found[how] = {o.trial.key: o for o in out}
+    assert set(found["stacked"]) == set(found["loop"]) == {t.key for t in some}
+    for key, apart in found["loop"].items():
+        stacked = found["stacked"][key]
+        assert stacked.end == apart.end
+        assert stacked.trajectory.steps.tolist() == apart.trajectory.steps.tolist()
+        for split in ("train", "test"):
+            assert stacked.trajectory.crossing(split, target) == apart.trajectory.crossing(split, target)
+            np.testing.assert_allclose(stacked.trajectory.loss(split), apart.trajectory.loss(split), rtol=1e-3)
+    ends = {o.trial.lr: o.end for o in found["loop"].values()}
+    assert ends[100.0] == "diverged"
+    assert model == "cnn" or "met" in ends.values()  # a CNN needs more steps than a test has time for
+
+
+def test_a_trial_does_not_depend_on_its_company():
+    alone = losses(Stack(Points(), trials()[2:3], CPU))
+    np.testing.assert_allclose(losses(Stack(Points(), trials(), CPU))[:, 2], alone[:, 0], rtol=2e-5)
+
+
+def test_seeds_have_models_and_batches_of_their_own_and_rates_share_them():
+    made = Loop(Points(), trials((0.01, 0.02, 0.03)), CPU)
+    weights = [session.model.weight for session in made.sessions]
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[1])
+    drawn = made.draw()
+    assert set(drawn) == {0, 1}
+    assert not torch.equal(drawn[0][0], drawn[1][0])
+
+
+@pytest.mark.parametrize(
+    ("workload", "why"),
+    [(Dropped(), "vmap"), (Branching(), "vmap"), (Counted(), "differ")],
+    ids=["dropout", "control flow", "state"],
+)
+def test_what_vmap_cannot_do_is_trained_one_by_one(workload, why):
+    made, note = choose(workload, trials(), CPU)
+    assert isinstance(made, Loop)
+    assert why in note
+    assert made.done == 0  # measuring leaves no trace
+
+
+def test_batch_norm_is_the_same_either_way_or_not_stacked():
+    made, note = choose(Normed(), trials(), CPU)
+    if isinstance(made, Loop):
+        assert note is None or "not stacked" in note
+        return
+    np.testing.assert_allclose(losses(made), losses(Loop(Normed(), trials(), CPU)), rtol=1e-4)
+
+
+def test_the_faster_form_is_taken(monkeypatch):
+    def timed(slow):
+        def _timed(made):
+            return ([1.0] * len(made.trials), [1.0] * len(made.trials)), 1.0 if isinstance(made, slow) else 0.01
+
+        return _timed
+
+    monkeypatch.setattr(module, "_timed", timed(Loop))
+    assert isinstance(choose(Points(), trials(), CPU)[0], Stack)
+    monkeypatch.setattr(module, "_timed", timed(Stack))
+    assert isinstance(choose(Points(), trials(), CPU)[0], Loop)
+
+
+def test_a_stack_refuses_trials_that_differ_in_more_than_their_rates():
+    with pytest.raises(UsageError, match="rates only"):
+        Stack(Points(), trials() + trials(momentum=0.9), CPU)
+
+
+def test_dropout_is_drawn_by_seed_and_step():
+    some = trials()
+    together = losses(Loop(Dropped(), some, CPU))
+    alone = losses(Loop(Dropped(), some[1:2], CPU))
+    np.testing.assert_array_equal(together[:, 1], alone[:, 0])
+
+
+def test_warm_up_reaches_the_update():
+    warm = [dataclasses.replace(t, scaled=Scaled(t.scaled.group, 50, 0.0)) for t in trials()]
+    for kind in (Loop, Stack):
+        assert losses(kind(Points(), warm, CPU), 3)[0].mean() > losses(kind(Points(), trials(), CPU), 3)[0].mean()
+    np.testing.assert_allclose(losses(Loop(Points(), warm, CPU)), losses(Stack(Points(), warm, CPU)), rtol=2e-5)
+
+
+def test_adascale_takes_the_mean_gradient_and_a_gain_within_its_bounds():
+    """Without a step between, its gradient is that of the whole batch."""
+    [one] = trials((0.05,), (0,), batch=32)
+    scaled = dataclasses.replace(one, scaled=dataclasses.replace(one.scaled, gain_batch=8))
+    made = Loop(Points(), [scaled], CPU)
+    session, batch = made.sessions[0], made.draw()[0]
+    factor = made.gains[0].backward(session, batch)
+    mine = session.model.weight.grad.clone()
+    session.model.zero_grad()
+    session.backward(batch)
+    torch.testing.assert_close(mine, session.model.weight.grad)
+    assert 1 <= factor <= 4
+    plain = losses(Loop(Points(), [one], CPU), 5)
+    assert losses(Loop(Points(), [scaled], CPU), 5)[0][0] < plain[0][0]  # its rate is higher
+
+
+def test_adascale_estimates_the_noise_of_the_gradient():
+    """At fixed parameters: sigma^2 and mu^2 of base batches, from a known regression (B_simple = d + 1)."""
+
+    class Isotropic(Points):
+        def model(self):
+            made = nn.Linear(63, 1, bias=False)
+            nn.init.zeros_(made.weight)
+            return made
+
+        def batch(self, n, generator, split="train"):
+            x = torch.randn(n, 63, generator=generator)
+            return x, 0.5 * x.sum(1, keepdim=True)
+
+        def loss(self, model, batch):
+            return super().loss(model, batch) / 2
+
+    [one] = trials((0.05,), (0,), batch=64)
+    made = Loop(Isotropic(), [dataclasses.replace(one, scaled=Scaled(one.scaled.group, gain_batch=8))], CPU)
+    for _ in range(400):
+        made.optimizers[0].zero_grad()
+        made.gains[0].backward(made.sessions[0], made.draw()[0])
+    state = made.gains[0]
+    assert state.trace / state.weight == pytest.approx(1008 / 8, rel=0.15)
+    assert state.grad_sq / state.weight == pytest.approx(15.75, rel=0.15)
+
+
+def test_trials_that_do_not_fit_together_are_run_in_groups_middle_rates_first(monkeypatch):
+    some = trials((0.1, 0.2, 0.4, 0.8, 1.6))
+    assert len(chunks(some, 100)) == 1
+    monkeypatch.setattr(module, "MEMORY", 4 * 100 * 4)
+    groups = chunks(some, 100)
+    assert [len(g) for g in groups] == [4, 4, 2]
+    assert groups[0][0].lr == 0.4
+    assert {t.key for g in groups for t in g} == {t.key for t in some}
+
+
+def test_groups_change_no_result(monkeypatch):
+    unit = Unit(tuple(trials((0.02, 0.05, 0.1), batch=16)), {"train": 0.5}, (0, 1), cap=200)
+    steps = []
+    for memory in (2**30, 1):
+        monkeypatch.setattr(module, "MEMORY", memory)
+        out, race = [], unit.race()
+        run_unit(Points(), unit, out.append, device=CPU, how="loop")
+        for o in out:
+            race.take(o)
+        crossings = [race.steps("train", t.lr, t.seed) for t in unit.trials]
+        steps.append([c.steps if c else None for c in crossings])
+    assert steps[0] == steps[1]
+    assert any(steps[0])

@@ -1,0 +1,446 @@
+"""Sweeps: curves from trials, the store's part in them, workers, and every bad input."""
+
+import dataclasses
+import json
+import math
+import sqlite3
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import pybatch
+from pybatch.convergence.fingerprint import fingerprint
+from pybatch.convergence.search import Grid, Sampled, best_rate, default_rates
+from pybatch.convergence.store import Store
+from pybatch.convergence.sweep import measure_convergence
+from pybatch.convergence.trajectory import Crossing
+from pybatch.convergence.trial import Race
+from pybatch.device.environment import capture
+from pybatch.errors import Interrupted, UsageError, WorkloadError
+from pybatch.records import NoiseScale, Run
+from pybatch.workloads.base import Workload
+from pybatch.workloads.finding import find
+
+D = 15
+
+
+class Isotropic(Workload):
+    """Noiseless regression on N(0, I): B_simple = d + 1 = 16 at every point of training, and closed-form steps."""
+
+    name = "isotropic"
+    target = {"train": 0.1}  # noqa: RUF012
+    examples = 100
+
+    def model(self):
+        made = nn.Linear(D, 1, bias=False)
+        nn.init.zeros_(made.weight)
+        return made
+
+    def batch(self, n, generator, split="train"):
+        x = torch.randn(n, D, generator=generator)
+        return x, 0.5 * x.sum(1, keepdim=True)
+
+    def loss(self, model, batch):
+        x, y = batch
+        return nn.functional.mse_loss(model(x), y) / 2
+
+
+class Broken(Isotropic):
+    def loss(self, model, batch):
+        raise KeyError("no such column")
+
+
+class Normed(Isotropic):
+    def model(self):
+        return nn.Sequential(nn.Linear(D, 1), nn.BatchNorm1d(1))
+
+
+ARGUMENTS = {"device": "cpu", "seeds": 3, "rates": [0.05, 0.1, 0.2, 0.4, 0.8], "max_steps": 400}
+
+
+def measure(workload=None, batches=(4, 8, 16, 32), **changes):
+    return measure_convergence(workload or Isotropic(), list(batches), **(ARGUMENTS | changes))
+
+
+def rows(path):
+    db = sqlite3.connect(path)
+    found = dict(db.execute("SELECT key, steps FROM trial"))
+    db.close()
+    return found
+
+
+def expected_steps(batch, rate, target):
+    """ln(target / start) over ln of the contraction (1 - rate)^2 + rate^2 (d + 1) / B, of E|e|^2."""
+    return math.log(target / (0.125 * D)) / math.log((1 - rate) ** 2 + rate**2 * (D + 1) / batch)
+
+
+def test_isotropic_regression_takes_the_steps_of_its_closed_form():
+    """Smoothing delays every crossing by the same share, so the curve's shape and its critical batch remain."""
+    found = measure(batches=[2, 4, 8, 16, 32], target={"train": 1e-4}, rates=[0.05 * 2**k for k in range(5)])
+    [curve] = found.curves
+    assert found.complete
+    ratios = [p.steps / expected_steps(p.batch, p.learning_rate, 1e-4) for p in curve.points]
+    assert all(0.85 < ratio < 1.35 for ratio in ratios)
+    assert max(ratios) / min(ratios) < 1.25
+    rates = [p.learning_rate for p in curve.points]
+    assert rates[0] < rates[2] < rates[-1]
+
+
+def test_every_rule_starts_at_the_tuned_base():
+    found = measure(rules=["constant", "sqrt", "linear", "adascale", "tuned"])
+    by_rule = {curve.rule: curve for curve in found.curves}
+    base = by_rule["tuned"].points[0]
+    for rule, curve in by_rule.items():
+        assert curve.points[0].learning_rate == base.learning_rate
+        assert curve.points[0].steps == pytest.approx(base.steps, rel=0.01), rule
+    for rule, factor in (("constant", 1), ("sqrt", 8**0.5), ("linear", 8)):
+        assert by_rule[rule].points[3].learning_rate == pytest.approx(factor * base.learning_rate)
+    tuned = by_rule["tuned"].points[3].steps
+    for curve in by_rule.values():
+        assert curve.points[3].steps is None or tuned <= 1.05 * curve.points[3].steps
+
+
+def test_one_store_answers_every_easier_target(tmp_path):
+    path = tmp_path / "runs.db"
+    measure(store=path)
+    before = rows(path)
+    again = measure(store=path, resume=True, target={"train": 0.4})
+    assert set(before) <= set(rows(path))
+    assert again.complete
+    [curve] = again.curves
+    assert all(p.status == "reached" for p in curve.points)
+    fresh = measure(target={"train": 0.4})
+    ours = [(p.learning_rate, p.steps) for p in curve.points]
+    assert [s for _, s in ours] == pytest.approx([p.steps for p in fresh.curves[0].points], rel=0.02)
+
+
+def test_resume_runs_only_what_is_missing(tmp_path):
+    path = tmp_path / "runs.db"
+    whole = measure(store=path)
+    db = sqlite3.connect(path)
+    with db:
+        db.execute("DELETE FROM trial WHERE key IN (SELECT key FROM trial LIMIT 7)")
+        db.execute("UPDATE trial SET created = 'kept'")
+    left = db.execute("SELECT count(*) FROM trial").fetchone()[0]
+    again = measure(store=path, resume=True)
+    assert db.execute("SELECT count(*) FROM trial WHERE created = 'kept'").fetchone()[0] >= left - 3
+    assert db.execute("SELECT count(*) FROM trial").fetchone()[0] >= left + 7
+    db.close()
+    assert [p.steps for p in again.curves[0].points] == pytest.approx([p.steps for p in whole.curves[0].points])
+
+
+def test_a_finished_sweep_trains_nothing_when_resumed(tmp_path, monkeypatch):
+    path = tmp_path / "runs.db"
+    whole = measure(store=path, rules=["tuned", "sqrt"])
+    monkeypatch.setattr("pybatch.convergence.jobs.run_unit", lambda *a, **k: pytest.fail("a trial was run"))
+    again = measure(store=path, rules=["tuned", "sqrt"], resume=True)
+    assert again == whole
+
+
+def test_a_store_that_holds_trials_is_not_used_unasked(tmp_path):
+    path = tmp_path / "runs.db"
+    measure(batches=[4], store=path)
+    with pytest.raises(UsageError, match="--resume"):
+        measure(batches=[4], store=path)
+
+
+def test_a_batch_with_trials_in_other_hands_is_waited_for(tmp_path, monkeypatch):
+    """Another process holds the claims; when it ends without an outcome, this one runs the trials."""
+    path = tmp_path / "runs.db"
+    other = Store(path, capture(seed=0))
+    seen = []
+    claim = Store.claim
+
+    def first_to_the_other(self, keys):
+        keys = list(keys)
+        if not seen:
+            seen.extend(claim(other, keys))
+        return claim(self, keys)
+
+    monkeypatch.setattr(Store, "claim", first_to_the_other)
+    monkeypatch.setattr("pybatch.convergence.sweep.time", types.SimpleNamespace(sleep=lambda _: other.close()))
+    found = measure(batches=[8], store=path)
+    assert len(seen) == 15
+    assert found.complete
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    path = tmp_path / "runs.db"
+    said = []
+
+    def found(text):
+        said.append(text)
+        if len(said) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as stop:
+        measure(store=path, found=found)
+    partial = stop.value.partial
+    assert not partial.complete
+    assert 1 <= len(partial.curves[0].points) < 4
+    assert any("not finished" in note.text for note in partial.notes)
+    before = set(rows(path))
+    assert before
+    whole = measure(store=path, resume=True)
+    assert whole.complete
+    assert before <= set(rows(path))
+
+
+def test_processes_give_what_this_process_gives(tmp_path):
+    alone, path = measure(batches=[4, 16]), tmp_path / "runs.db"
+    shared = measure(batches=[4, 16], jobs=2, store=path)
+    for a, b in zip(alone.curves[0].points, shared.curves[0].points, strict=True):
+        assert b.steps == pytest.approx(a.steps, rel=0.02)
+    assert shared.complete
+    assert len(rows(path)) == shared.trials
+
+
+def test_a_killed_worker_has_its_trials_run_again(tmp_path, monkeypatch):
+    from pybatch.convergence import jobs
+
+    send, killed = jobs._Child.send, []
+
+    def send_and_kill(self, unit):
+        send(self, unit)
+        if not killed:
+            killed.append(self)
+            self.process.kill()
+
+    monkeypatch.setattr(jobs._Child, "send", send_and_kill)
+    path = tmp_path / "runs.db"
+    found = measure(batches=[8], jobs=2, store=path)
+    assert killed
+    assert found.complete
+    assert len(rows(path)) == found.trials
+
+
+def test_a_worker_that_always_dies_is_said_and_the_rest_goes_on(monkeypatch):
+    from pybatch.convergence import jobs
+
+    send = jobs._Child.send
+
+    def send_and_kill(self, unit):
+        send(self, unit)
+        if unit.trials[0].batch == 16:
+            self.process.kill()
+
+    monkeypatch.setattr(jobs._Child, "send", send_and_kill)
+    found = measure(batches=[4, 16], jobs=2)
+    assert not found.complete
+    [curve] = found.curves
+    assert [p.batch for p in curve.points] == [4]
+    assert any("batch 16" in n.text and "lost 3 times" in n.text for n in curve.notes)
+
+
+def test_the_record_reads_back(run):
+    found = measure(batches=[4, 8, 16], rules=["constant", "tuned"])
+    whole = Run(run.created, run.environment, convergence=found)
+    back = Run.from_json(whole.to_json())
+    assert back.convergence.curves == found.curves
+    first = json.loads(whole.to_json())["convergence"]["curves"][0]
+    assert {"rule", "split", "points", "s_min", "critical_batch", "low", "high", "regimes"} <= set(first)
+    assert {"batch", "steps", "status", "seeds", "learning_rate"} <= set(first["points"][0])
+    assert back.convergence.workload.target == {"train": 0.1}
+
+
+def test_the_ratio_to_the_noise_scale_has_an_interval():
+    noise = NoiseScale(16.0, 14.0, 18.0, 1.0, 16.0, "resolved", "test", 100)
+    [curve] = measure(noise=noise).curves
+    assert curve.noise_ratio == pytest.approx(16.0 / curve.critical_batch)
+    if curve.low is not None and curve.high is not None:
+        assert curve.noise_ratio_low < 16.0 / curve.high * 1.2
+        assert curve.noise_ratio_low < curve.noise_ratio < curve.noise_ratio_high
+
+
+def test_the_catalogue_has_it():
+    assert pybatch.measure_convergence is measure_convergence
+
+
+# Bad input.
+
+
+def test_a_target_met_at_the_start_is_refused():
+    with pytest.raises(UsageError, match=r"train=5 is met before the first step: the loss starts at .*lower"):
+        measure(target={"train": 5.0})
+
+
+def test_a_target_never_reached_is_said():
+    found = measure(batches=[4, 8], target={"train": 0.0}, max_steps=40, rates=[0.01, 0.02, 0.04])
+    [curve] = found.curves
+    assert {p.status for p in curve.points} == {"not_reached"}
+    assert curve.critical_batch is None
+    assert any("Give a higher target, or more steps" in note.text for note in curve.notes)
+
+
+def test_fixed_rules_without_a_base_are_said():
+    found = measure(batches=[4, 8], rules=["sqrt"], target={"train": 0.0}, max_steps=40, rates=[0.01, 0.02, 0.04])
+    [curve] = found.curves
+    assert not curve.points
+    assert not found.complete
+    assert any("no rate reached the target at the base batch 4" in note.text for note in curve.notes)
+
+
+def test_all_trials_diverged_is_said():
+    found = measure(batches=[4, 8], rates=[50.0, 100.0])
+    [curve] = found.curves
+    assert {p.status for p in curve.points} == {"diverged"}
+    assert any("all trials diverged. Give lower learning rates" in note.text for note in curve.notes)
+
+
+def test_one_batch_is_said():
+    [curve] = measure(batches=[8]).curves
+    assert curve.points[0].status == "reached"
+    assert curve.critical_batch is None
+    assert any("one batch size" in note.text for note in curve.notes)
+
+
+def test_a_batch_larger_than_the_data_is_said():
+    found = measure(batches=[8, 200])
+    assert any("batch 200 is larger than the data set of 100" in note.text for note in found.notes)
+
+
+def test_batch_norm_is_a_confound():
+    found = measure(Normed(), batches=[16], max_steps=50)
+    assert any("BatchNorm" in note.text for note in found.notes)
+
+
+def test_a_workload_that_fails_is_named():
+    with pytest.raises(WorkloadError, match="no such column"):
+        measure(Broken())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batches": []}, "at least one batch"),
+        ({"batches": [0, 4]}, "at least one batch"),
+        ({"rules": ["tuend"]}, "Did you mean 'tuned'"),
+        ({"rules": []}, "no rule"),
+        ({"rules": ["adam-sde"]}, "no betas"),
+        ({"seeds": 0}, "seeds 0"),
+        ({"optimizer": "sdg"}, "Did you mean 'sgd'"),
+        ({"options": {"momentun": 0.9}}, "momentun"),
+        ({"options": {"momentum": -1}}, "momentum"),
+        ({"rates": [0.1, -1]}, "above 0"),
+        ({"search": "bayes"}, "Known: cmaes, grid"),
+        ({"target": {}}, "names no target"),
+        ({"target": {"valid": 0.1}}, "target split 'valid'"),
+        ({"target": {"train": math.nan}}, "give a number"),
+        ({"max_steps": 0}, "max_steps 0"),
+        ({"jobs": 0}, "jobs 0"),
+        ({"base_batch": 0}, "base batch 0"),
+        ({"dtype": "fp8"}, "dtype"),
+    ],
+)
+def test_what_is_refused_before_anything_runs(changes, message, tmp_path):
+    path = tmp_path / "runs.db"
+    with pytest.raises(UsageError, match=message):
+        measure(**({"batches": [4, 8], "store": path} | changes))
+    assert not path.exists()
+
+
+# The search.
+
+
+def raced(steps, lrs, seeds=(0,)):
+    race = Race({"train": 0.1}, seeds, 10_000)
+    for lr in lrs:
+        if math.isfinite(steps(lr)):
+            for seed in seeds:
+                race.record("train", lr, seed, Crossing(steps(lr), 0, 1))
+    return race
+
+
+@pytest.mark.parametrize("optimum", [0.003, 0.7, 100.0])
+def test_a_grid_finds_a_best_rate_within_it_or_beyond(optimum):
+    def steps(lr):
+        return 100 * (1 + math.log2(lr / optimum) ** 2)
+
+    search, tried = Grid([2.0**k for k in range(-4, 4)]), []
+    while new := search.propose(raced(steps, tried)):
+        tried += new
+    best = best_rate(raced(steps, tried), "train", tried)
+    assert min(tried) < best < max(tried)
+    assert abs(math.log2(best / optimum)) <= 0.3  # a quarter of a doubling, and rounding
+
+
+def test_a_grid_that_only_extends_comes_to_an_end():
+    search, tried = Grid([1.0, 2.0]), []
+    while new := search.propose(raced(lambda lr: 1e6 / lr, tried)):
+        tried += new
+    assert len(tried) == 10
+
+
+def test_optuna_searches_between_the_ends():
+    pytest.importorskip("optuna")
+
+    def steps(lr):
+        return 100 * (1 + math.log2(lr / 0.7) ** 2)
+
+    search, tried = Sampled("tpe", 0.01, 10.0, 24, seed=0), []
+    while new := search.propose(raced(steps, tried)):
+        tried += new
+    assert 20 <= len(tried) <= 24
+    assert all(0.01 <= lr <= 10 for lr in tried)
+    assert 0.35 < best_rate(raced(steps, tried), "train", tried) < 1.4
+
+
+def test_optuna_missing_is_said(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    with pytest.raises(UsageError, match=r"pip install 'pybatch\[optuna\]'"):
+        measure(search="tpe")
+
+
+def test_ray_missing_is_said(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install 'pybatch\[ray\]'"):
+        measure(ray="auto")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_default_grids_are_powers_of_two(optimizer):
+    rates = default_rates(optimizer, {"lr": 1e-3})
+    assert len(rates) >= 12
+    assert all(math.log2(rate).is_integer() for rate in rates)
+
+
+def test_a_fingerprint_shows_the_data_and_the_model():
+    class Other(Isotropic):
+        def batch(self, n, generator, split="train"):
+            x, y = super().batch(n, generator, split)
+            return x, y + 0.01
+
+    same = fingerprint(find("digits"))
+    assert fingerprint(find("digits")) == same
+    assert fingerprint(find("digits", model="cnn")) != same
+    hashes = [
+        {k: v for k, v in json.loads(fingerprint(w())).items() if k in ("data", "init")} for w in (Isotropic, Other)
+    ]
+    assert hashes[0]["data"] != hashes[1]["data"]
+    assert hashes[0]["init"] == hashes[1]["init"]
+
+
+def test_an_optimizers_arguments_reach_the_trials(tmp_path):
+    path = tmp_path / "runs.db"
+    measure(batches=[8], options={"momentum": 0.5}, store=path)
+    db = sqlite3.connect(path)
+    specs = [json.loads(spec) for (spec,) in db.execute("SELECT spec FROM trial")]
+    db.close()
+    assert {spec["scaled"]["group"]["momentum"] for spec in specs} == {0.5}
+    assert {spec["seed"] for spec in specs} == {0, 1, 2}
+
+
+def test_adam_sde_is_measured_up_to_its_end():
+    found = measure(
+        batches=[4, 8, 64],
+        rules=["adam-sde"],
+        optimizer="adamw",
+        rates=[0.02, 0.05, 0.1],
+        options={"betas": (0.8, 0.9)},
+    )
+    [curve] = found.curves
+    assert [p.batch for p in curve.points] == [4, 8]
+    assert any("ends at batch" in note.text for note in curve.notes)
+    assert dataclasses.asdict(curve.points[0])["status"] == "reached"

@@ -1,0 +1,92 @@
+"""A sweep in every format: what a reader must find there."""
+
+import csv
+import dataclasses
+import io
+import json
+
+import pytest
+
+from pybatch.records import Convergence, ConvergencePoint, Curve, Note, RateSteps, Run, StepsFit
+from pybatch.report.formats import FORMATS, render
+
+
+def point(batch, steps, reached=3, **changes):
+    status = changes.pop("status", "reached" if steps is not None else "not_reached")
+    rate = changes.pop("rate", 0.5)
+    rates = (RateSteps(0.5, (steps,) * 3, (status,) * 3), RateSteps(1.0, (None,) * 3, ("diverged",) * 3))
+    return ConvergencePoint(batch, steps, status, 3, rate, reached=reached, rates=rates, **changes)
+
+
+@pytest.fixture
+def swept(run):
+    fit = StepsFit("hyperbola", 120.0, 46.0, 40.0, 53.0, 9.2, 46.0, 184.0)
+    tuned = Curve(
+        "tuned",
+        "train",
+        (point(8, 900.0), point(64, 166.0, edge=True), point(512, 130.0, reached=2)),
+        120.0,
+        46.0,
+        40.0,
+        53.0,
+        target=0.1,
+        fit=fit,
+        noise_ratio=0.5,
+        noise_ratio_low=0.4,
+        noise_ratio_high=0.7,
+    )
+    failed = (point(8, 900.0), point(64, None, 0), point(512, None, 0, status="diverged", rate=None))
+    linear = Curve(
+        "linear", "train", failed, None, None, 64.0, None, target=0.1, notes=(Note("points", "said of linear"),)
+    )
+    test = dataclasses.replace(tuned, split="test", target=0.2, noise_ratio=None)
+    where = {"device": run.capacity.device, "workload": run.capacity.workload}
+    steps = Convergence(
+        (linear, tuned, test),
+        (Note("curves", "said of all"),),
+        optimizer="sgd",
+        seeds=3,
+        trials=108,
+        **where,
+    )
+    return Run(run.created, run.environment, noise=run.noise, convergence=steps)
+
+
+@pytest.mark.parametrize("format_", ["table", "md"])
+def test_a_page_has_the_steps_the_reach_rates_and_the_critical_batches(swept, format_):
+    text = " ".join(render(swept, format_).replace("\\", "").split())
+    assert "Steps to train loss 0.100" in text
+    assert "Steps to test loss 0.200" in text
+    for part in ("900", "166", "0.50*", "130 (2/3)", "not reached (0/3)", "diverged (0/6)", "108 trials"):
+        assert part in text, part
+    assert "46 [40 to 53] images" in text
+    assert "at least 64 images" in text
+    assert "0.500 [0.400 to 0.700]" in text
+    assert text.count("said of all") == 1
+    assert "linear points: said of linear" in text
+
+
+def test_csv_has_one_row_a_point(swept):
+    rows = list(csv.DictReader(io.StringIO(render(swept, "csv"))))
+    assert len(rows) == 9
+    assert [rows[3][key] for key in ("rule", "split", "batch", "steps", "reached")] == [
+        "tuned",
+        "train",
+        "8",
+        "900.0",
+        "3",
+    ]
+    assert rows[1]["steps"] == ""
+    assert rows[0]["workload"] == "digits"
+
+
+def test_jsonl_has_points_and_the_whole_section(swept):
+    lines = [json.loads(line) for line in render(swept, "jsonl").splitlines()]
+    assert [line["record"] for line in lines] == ["run", *["point"] * 9, "noise", "convergence"]
+    assert lines[-1]["curves"][1]["fit"]["model"] == "hyperbola"
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_sweep_without_points_is_printed(swept, format_):
+    bare = dataclasses.replace(swept.convergence.curves[0], points=())
+    render(dataclasses.replace(swept, convergence=Convergence((bare,))), format_)
