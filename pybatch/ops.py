@@ -263,7 +263,7 @@ def refuse_capture(device: torch.device, why: str) -> None:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise UsageError(
             f"step() in the capture of a CUDA graph: {why}, so tables would have to be uploaded. Take a step before "
-            "the capture, keep gradients in place by zero_grad(set_to_none=False), and give lr as a tensor on the device."
+            "the capture, keep gradients in place by zero_grad(set_to_none=False), and give lr as a tensor there."
         )
 
 
