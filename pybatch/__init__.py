@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from pybatch.capacity.measurement import measure_capacity as measure_capacity
     from pybatch.convergence.branch import measure_branches as measure_branches
     from pybatch.convergence.sweep import measure_convergence as measure_convergence
-    from pybatch.curves import fit_throughput as fit_throughput
+    from pybatch.fits.steps import fit_steps as fit_steps
+    from pybatch.fits.throughput import fit_throughput as fit_throughput
     from pybatch.frontier import plan_accumulation as plan_accumulation
     from pybatch.noise.micro_batch import measure_noise as measure_noise
     from pybatch.records import Capacity as Capacity
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from pybatch.records import ThroughputFit as ThroughputFit
     from pybatch.records import Verdict as Verdict
     from pybatch.report.page import write_report as write_report
-    from pybatch.steps_fit import fit_steps as fit_steps
     from pybatch.verdict import compare as compare
     from pybatch.workloads.base import Workload as Workload
 
@@ -38,8 +38,8 @@ _HOME = {
     "Verdict": "pybatch.records",
     "Workload": "pybatch.workloads.base",
     "compare": "pybatch.verdict",
-    "fit_steps": "pybatch.steps_fit",
-    "fit_throughput": "pybatch.curves",
+    "fit_steps": "pybatch.fits.steps",
+    "fit_throughput": "pybatch.fits.throughput",
     "measure_branches": "pybatch.convergence.branch",
     "measure_capacity": "pybatch.capacity.measurement",
     "measure_convergence": "pybatch.convergence.sweep",

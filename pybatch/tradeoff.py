@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pybatch.communication import step_s
+from pybatch.fits.communication import step_s
 from pybatch.records import CommunicationFit, Curve, Reason, ThroughputFit
 
 EFFICIENCY = 0.8  # parallel efficiency below which a further device is not called worth it

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from pybatch.advice import advise
+from pybatch.fits.steps_model import predicted
 from pybatch.frontier import doubling, frontier
 from pybatch.numerals import number
 from pybatch.records import (
@@ -25,7 +26,6 @@ from pybatch.records import (
     ThroughputFit,
     Verdict,
 )
-from pybatch.steps_model import predicted
 from pybatch.tradeoff import DISTURBED, EFFICIENCY, Best, Bound, Critical, Inputs, TimeModel, Wall
 
 NOTICEABLE = 1.1  # a batch surely measured 10 % faster to the loss overrules the model: above the drift between runs

@@ -10,12 +10,12 @@ import shutil
 import pytest
 
 from pybatch.errors import UsageError
+from pybatch.fits.steps import fit_steps
 from pybatch.records import Convergence, ConvergencePoint, Curve, Note, RateSteps
 from pybatch.report.capacity_figures import capacity_figures
 from pybatch.report.convergence_figures import convergence_figures
 from pybatch.report.figure import batch_axis
 from pybatch.report.page import page, write_report
-from pybatch.steps_fit import fit_steps
 from pybatch.verdict import compare
 
 HOSTILE = '</script><img src=x onerror="document.title=1"><a href="http://example.org">&amp;'

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pybatch import numerals
-from pybatch.curves import fit_throughput
 from pybatch.errors import UsageError
+from pybatch.fits.throughput import fit_throughput
 from pybatch.records import (
     BatchPoint,
     Capacity,

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from pybatch.capacity.stopping import median
-from pybatch.communication import AllReduce, fit_communication
 from pybatch.device.clock import clock_for
 from pybatch.errors import UsageError
+from pybatch.fits.communication import AllReduce, fit_communication
 from pybatch.optim import AdamW
 from pybatch.records import Distributed, DistributedPoint, Note
 from pybatch.workloads.base import Progress, Workload

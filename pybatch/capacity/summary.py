@@ -8,8 +8,8 @@ from typing import Any
 from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, Look
 from pybatch.capacity.largest import Largest
 from pybatch.capacity.timing import Series
-from pybatch.curves import fit_throughput
 from pybatch.device import counters
+from pybatch.fits.throughput import fit_throughput
 from pybatch.records import BatchPoint, Capacity, Ceilings, Device, Note, ThroughputFit, WorkloadInfo
 
 _AVERAGED = ("sm_active", "sm_occupancy", "tensor_active", "dram_active", "cpu_active", "sm_clock_mhz")

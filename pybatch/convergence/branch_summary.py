@@ -9,10 +9,10 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 from scipy.signal import savgol_filter
 
+from pybatch.fits.solver import Array
+from pybatch.fits.steps import fit_steps
 from pybatch.numerals import number
 from pybatch.records import Branching, BranchPoint, Note
-from pybatch.solver import Array
-from pybatch.steps_fit import fit_steps
 
 WINDOW = 16  # looks at the loss along a branch
 LEVEL_AT = WINDOW // 4  # look at which the base branch defines the level: a branch that needs 4 times as many is seen

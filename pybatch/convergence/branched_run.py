@@ -17,10 +17,10 @@ from pybatch.convergence.branch_summary import WINDOW, Losses
 from pybatch.convergence.updates import optimizer_class
 from pybatch.device.identity import describe
 from pybatch.errors import UsageError
+from pybatch.fits.solver import Array
 from pybatch.optim import FusedOptimizer
 from pybatch.records import Branching, Convergence, Note
 from pybatch.scaling import Scaled
-from pybatch.solver import Array
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.session import Session
 

@@ -12,8 +12,8 @@ from pybatch.convergence.search import at_edge, best_rate
 from pybatch.convergence.trajectory import Split
 from pybatch.convergence.trial import Outcome, Race, middle
 from pybatch.errors import UsageError
+from pybatch.fits.steps import fit_steps
 from pybatch.records import ConvergencePoint, Curve, NoiseScale, Note, PointStatus, RateSteps
-from pybatch.steps_fit import fit_steps
 
 FEW_STEPS = 4  # a target met within so few steps says more of the first evaluations than of the batch size
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from pybatch import numerals as n
+from pybatch.fits.steps_model import NAMES, log_steps
 from pybatch.records import Convergence, ConvergencePoint, Curve, RateSteps
 from pybatch.report.figure import COLORS, MARKERS, Figure, axis, batch_axis, line, mark, points, safe, spread
 from pybatch.report.layout import Table
-from pybatch.steps_model import NAMES, log_steps
 
 _STATUS = {"reached": "reached", "not_reached": "not reached", "diverged": "diverged"}
 

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from pybatch.solver import Array
+from pybatch.fits.solver import Array
 
 LABELS = ("linear", "diminishing", "stagnant")
 AGREED = 0.9  # share of the resamples behind a label

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pybatch.errors import UsageError
+from pybatch.fits.solver import Array, aicc, minimize
 from pybatch.records import ThroughputFit
-from pybatch.solver import Array, aicc, minimize
 
 Model = Literal["affine", "floor", "wave"]
 

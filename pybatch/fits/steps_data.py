@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pybatch import steps_model
 from pybatch.errors import UsageError, unknown
-from pybatch.solver import Array
+from pybatch.fits import steps_model
+from pybatch.fits.solver import Array
 
 REACHED, CENSORED = 1, 2  # codes of a run; 0: diverged, not run, or left out
 _UNREACHED = 1e15  # above any number of steps: among rates that fail, the one that fails least is first

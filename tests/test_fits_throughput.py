@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq, least_squares
 
-from pybatch.curves import fit_throughput
 from pybatch.errors import UsageError
+from pybatch.fits.throughput import fit_throughput
 
 BATCHES = 2 ** np.arange(13)
 ALPHA, BETA = 0.008, 2e-4  # half batch 40, ceiling 5000 examples/s

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import log_ndtr, stdtrit
 
-from pybatch import steps_model, steps_notes
+from pybatch.fits import steps_model, steps_notes
+from pybatch.fits.regimes import Regimes, of_doubling, of_model
+from pybatch.fits.solver import Array, Evaluate, aicc, minimize
+from pybatch.fits.steps_data import CENSORED, REACHED, Cells, Table, best_rate, cells, checked, choose_rates
 from pybatch.records import Note, StepsFit
-from pybatch.regimes import Regimes, of_doubling, of_model
-from pybatch.solver import Array, Evaluate, aicc, minimize
-from pybatch.steps_data import CENSORED, REACHED, Cells, Table, best_rate, cells, checked, choose_rates
 
 SOFT = 3.0  # standard deviations from which on a residual counts linearly
 RESOLUTION = 2e-3  # log steps: steps are whole numbers, and a perfect fit must not drive AICc to minus infinity

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from pybatch.communication import AllReduce, fit_communication, step_s
 from pybatch.errors import UsageError
+from pybatch.fits.communication import AllReduce, fit_communication, step_s
 from pybatch.records import CommunicationFit, Distributed, DistributedPoint
 from pybatch.tradeoff import TimeModel
 from pybatch.verdict import compare

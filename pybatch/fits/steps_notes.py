@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from pybatch.fits.solver import Array
+from pybatch.fits.steps_data import Choice, Table
 from pybatch.numerals import number
 from pybatch.records import Note
-from pybatch.solver import Array
-from pybatch.steps_data import Choice, Table
 
 FEW_STEPS = 10.0  # S_min below which a step is too coarse a unit: the models fail there
 

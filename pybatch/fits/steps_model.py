@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pybatch.solver import Array
+from pybatch.fits.solver import Array
 
 NAMES: dict[str, tuple[str, ...]] = {
     "flat": ("s_min",),

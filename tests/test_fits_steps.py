@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from pybatch import compare, fit_steps, steps_model
+from pybatch import compare, fit_steps
 from pybatch.errors import UsageError
+from pybatch.fits import steps_model
+from pybatch.fits.steps_data import choose_rates
 from pybatch.records import Convergence, Curve
-from pybatch.steps_data import choose_rates
 
 INF, NAN = math.inf, math.nan
 BATCHES = 2.0 ** np.arange(2, 12)

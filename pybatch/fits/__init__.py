@@ -1,0 +1,1 @@
+"""Fits of measurements, with intervals: step time, communication, steps to a target. No torch here."""
