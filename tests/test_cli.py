@@ -245,7 +245,7 @@ def test_any_locale_takes_any_format(format_, run, tmp_path):
     code = (
         "import sys, pathlib, pybatch.cli as cli; from pybatch import Run; from pybatch.report.output import Output\n"
         "run = Run.from_json(pathlib.Path('record.json').read_text())\n"
-        "def app(): cli._deliver(run, sys.argv[1], Output(pathlib.Path('out'))); cli._deliver(run, sys.argv[1], None)\n"
+        "def app(): measuring.deliver(run, sys.argv[1], Output(pathlib.Path('out'))); measuring.deliver(run, sys.argv[1], None)\n"
         "cli.app = app; cli.main()"
     )
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -269,7 +269,7 @@ def test_a_reader_that_leaves_early_is_no_failure(run, tmp_path):
     code = (
         "import pathlib, pybatch.cli as cli; from pybatch import Run\n"
         "run = Run.from_json(pathlib.Path('record.json').read_text())\n"
-        "cli.app = lambda: [cli._deliver(run, 'json', None) for _ in range(200)]; cli.main()"
+        "cli.app = lambda: [measuring.deliver(run, 'json', None) for _ in range(200)]; cli.main()"
     )
     done = subprocess.run(
         ["bash", "-c", f'set -o pipefail; {sys.executable} -c "$0" | head -1', code],

@@ -16,7 +16,6 @@ FLOORS = {
     "pybatch.ranges": 0.5,  # these two raise the errors
     "pybatch.codec": 0.5,
     "pybatch.scaling": 0.5,
-    "pybatch.assignments": 0.5,
     "pybatch.records": 0.6,
     "pybatch.fits": 0.65,  # makes records
     "pybatch.kernels": 0,
@@ -41,7 +40,6 @@ FLOORS = {
     "pybatch.together": 4.2,
     "pybatch.doctor": 4,
     "pybatch.sweep": 4,
-    "pybatch.flags": 0,
     "pybatch.commands": 4.5,
     "pybatch.cli": 5,
     "pybatch.__main__": 6,

@@ -11,13 +11,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pybatch.commands.measuring import BROKEN
 from pybatch.comparison import broken, compare_runs, parse_condition
 from pybatch.errors import UsageError
 from pybatch.records import Run
 from pybatch.report.comparison import comparison_sections
 from pybatch.report.formats import markdown, print_sections
-
-BROKEN = 1  # exit status: a condition of --fail-on does not hold
 
 
 def read_run(path: Path) -> Run:

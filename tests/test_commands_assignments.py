@@ -2,7 +2,7 @@
 
 import pytest
 
-from pybatch.assignments import parse_optimizer, parse_targets
+from pybatch.commands.assignments import parse_optimizer, parse_targets
 from pybatch.errors import UsageError
 
 

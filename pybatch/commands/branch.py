@@ -1,0 +1,81 @@
+"""`pybatch branch`: the critical batch along a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pybatch.commands import flags
+from pybatch.commands.measuring import Shared, check_budget, measure, numbers, typed
+from pybatch.records import Convergence, Run
+
+if TYPE_CHECKING:  # these import torch
+    import torch
+
+    from pybatch.workloads.base import Progress, Workload
+
+
+def branch(
+    workload: flags.Workload = "digits",
+    model: flags.Model = None,
+    data: flags.Data = None,
+    option: flags.Dials = None,
+    batch: Annotated[int | None, typer.Option(help="The base run's batch size. Default: the workload's.")] = None,
+    factors: Annotated[
+        str | None, typer.Option(help="Branches' batch sizes in base batches: '0.5,1,2,4'. Default: 0.25 to 32.")
+    ] = None,
+    checkpoints: Annotated[
+        str, typer.Option(help="Steps of the base run at which to branch: '50,200,800'.")
+    ] = "50,200,800",
+    optimizer: Annotated[str, typer.Option(help="An optimizer of 'pybatch list'.")] = "adamw",
+    lr: Annotated[float | None, typer.Option(help="Rate at the base batch. Default: the workload's.")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="How the rate follows the batch. Default: sqrt, for SGD linear.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Repeats of every branch.")] = 3,
+    tolerance: Annotated[float, typer.Option(help="Share of the base branch's last loss a batch may lose.")] = 0.02,
+    gpu: flags.Gpu = None,
+    cpu: flags.Cpu = False,
+    dtype: flags.Dtype = "fp32",
+    time_budget: Annotated[float, typer.Option(help="Seconds after which no further branch is begun.")] = 600.0,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder to keep the checkpoints in; they are found there again.")
+    ] = None,
+    seed: flags.Seed = 0,
+    format_: flags.Format = None,
+    output: flags.Output = None,
+    quiet: flags.Quiet = False,
+) -> None:
+    """The critical batch along training, by branching from checkpoints with other batch sizes."""
+    steps = [int(step) for step in numbers("checkpoints", checkpoints, r"[0-9]+", "50,200,800")]
+    ks = numbers("factors", factors, r"[0-9]*\.?[0-9]+", "0.5,1,2,4") if factors is not None else None
+    check_budget(time_budget)
+
+    def job(chosen: Workload, device: torch.device, progress: Progress) -> Run:
+        from pybatch.bench import record_convergence
+        from pybatch.convergence.branch import FACTORS, measure_branches
+
+        def measure() -> Convergence:
+            return measure_branches(
+                chosen,
+                device=device,
+                dtype=dtype,
+                checkpoints=steps,
+                factors=ks if ks is not None else FACTORS,
+                base_batch=batch,
+                optimizer=optimizer,
+                lr=lr,
+                rule=rule,
+                seeds=seeds,
+                tolerance=tolerance,
+                seed=seed,
+                time_budget=time_budget,
+                folder=keep,
+                progress=progress,
+            )
+
+        return record_convergence(measure, seed=seed, command=typed())
+
+    measure(job, Shared(workload, model, data, option, gpu, cpu, dtype, seed, format_, output, quiet))

@@ -1,0 +1,101 @@
+"""`pybatch sweep`: steps to a target against batch size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pybatch.commands import flags
+from pybatch.commands.assignments import parse_optimizer, parse_targets
+from pybatch.commands.measuring import Shared, measure, numbers, typed
+from pybatch.errors import UsageError
+from pybatch.ranges import parse_batches
+from pybatch.records import Run
+from pybatch.report.progress import ProgressLine
+
+if TYPE_CHECKING:  # these import torch
+    import torch
+
+    from pybatch.workloads.base import Workload
+
+
+def sweep(
+    workload: flags.Workload = "digits",
+    model: flags.Model = None,
+    data: flags.Data = None,
+    option: flags.Dials = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes: '1,2,8', '16-2048*2', '16-64+16'.")] = "16-2048*2",
+    rule: Annotated[
+        str, typer.Option(help="Learning-rate rules of 'pybatch list': 'tuned', or several: 'constant,sqrt,tuned'.")
+    ] = "tuned",
+    seeds: Annotated[int, typer.Option(help="Trainings of each batch size and rate.")] = 3,
+    target: Annotated[
+        str | None, typer.Option(help="Losses to reach: 'train=0.1,test=0.2'. Default: the workload's.")
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="An optimizer of 'pybatch list', with arguments: 'sgd:momentum=0.9'.")
+    ] = "sgd",
+    rates: Annotated[
+        str | None, typer.Option(help="First learning rates: '0.01,0.1,1'. Default: 12, a factor of 2 apart.")
+    ] = None,
+    search: Annotated[str, typer.Option(help="grid, or an Optuna sampler: tpe, qmc, random, cmaes.")] = "grid",
+    base_batch: Annotated[
+        int | None, typer.Option(help="Where rules other than 'tuned' start. Default: the smallest batch.")
+    ] = None,
+    max_steps: Annotated[int, typer.Option(help="Steps after which a training is given up.")] = 5000,
+    store: Annotated[Path | None, typer.Option(help="SQLite file that keeps every training.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a store: only what is missing runs.")] = False,
+    jobs: Annotated[int, typer.Option(help="Processes that train at the same time.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Train on a Ray cluster: auto, or HOST:PORT.")] = None,
+    noise_budget: Annotated[
+        float, typer.Option(help="Seconds for the noise scale, to compare with; 0 leaves it out.")
+    ] = 10.0,
+    gpu: flags.Gpu = None,
+    cpu: flags.Cpu = False,
+    dtype: flags.Dtype = "fp32",
+    seed: flags.Seed = 0,
+    format_: flags.Format = None,
+    output: flags.Output = None,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Steps to a loss target against batch size, for each learning-rate rule, and the critical batch."""
+    batches = parse_batches(batch)
+    targets = parse_targets(target) if target is not None else None
+    name, options = parse_optimizer(optimizer)
+    grid = numbers("rates", rates, r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", "0.01,0.1,1") if rates is not None else None
+    if not 0 <= noise_budget < float("inf"):
+        raise UsageError(f"noise budget {noise_budget:g} s is out of range. Give seconds, or 0 to leave it out.")
+    if resume and store is None:
+        raise UsageError("--resume goes on with a store, and none is given. Add --store FILE.")
+
+    def job(chosen: Workload, device: torch.device, progress: ProgressLine) -> Run:
+        from pybatch.sweep import run_sweep
+
+        return run_sweep(
+            chosen,
+            device=device,
+            dtype=dtype,
+            noise_budget=noise_budget,
+            seed=seed,
+            command=typed(),
+            progress=progress,
+            found=progress.line,
+            batches=batches,
+            rules=[part.strip() for part in rule.split(",")],
+            seeds=seeds,
+            target=targets,
+            optimizer=name,
+            options=options,
+            rates=grid,
+            search=search,
+            base_batch=base_batch,
+            max_steps=max_steps,
+            store=store,
+            resume=resume,
+            jobs=jobs,
+            ray=ray,
+        )
+
+    measure(job, Shared(workload, model, data, option, gpu, cpu, dtype, seed, format_, output, quiet))
