@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +17,10 @@ from pybatch.capacity.probe import Outcome, Request
 from pybatch.capacity.step import TrainingStep
 from pybatch.device.clock import WallClock
 from pybatch.device.memory import PeakMemory
+from pybatch.errors import WorkloadError
 from pybatch.workloads.base import Split, Workload
 from pybatch.workloads.finding import find
+from pybatch.workloads.packing import pack
 from pybatch.workloads.session import Session
 
 CPU = torch.device("cpu")
@@ -142,11 +142,8 @@ def test_memory_that_cannot_be_read_gives_no_number() -> None:
 
 
 def request(work: Workload, batch: int, limit: int) -> Request:
-    packed = largest._pack(work)
-    assert not isinstance(packed, str)
     return Request(
-        *packed,
-        path=[str(Path(__file__).parent)],
+        workload=pack(work),
         device="cpu",
         dtype="fp32",
         seed=0,
@@ -189,8 +186,8 @@ def test_a_class_that_cannot_be_imported_travels_by_value_or_is_refused_with_the
     class Local(Wide):
         name = "local"
 
-    packed: Any = largest._pack(Local())
     if importlib.util.find_spec("cloudpickle") is None:
-        assert "with cloudpickle installed it can" in packed
+        with pytest.raises(WorkloadError, match="Install cloudpickle"):
+            pack(Local())
     else:
-        assert pickle.loads(packed[0]).name == "local"
+        assert pack(Local()).open().name == "local"

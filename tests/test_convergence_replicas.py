@@ -103,6 +103,16 @@ def test_a_stack_gives_what_the_loop_gives(optimizer, options):
     np.testing.assert_allclose(losses(stacked), losses(apart), rtol=5e-5)
 
 
+def test_both_ways_to_evaluate_a_stack_agree():
+    made = Stack(Points(), trials(), CPU)
+    made.advance(3)
+    with torch.no_grad():
+        np.testing.assert_allclose(made._evaluate(True), made._evaluate(False), rtol=1e-5)
+    first, second = made.evaluate(), made.evaluate()
+    assert made.together is not None
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+
+
 def test_plain_optimizers_have_a_batched_form():
     assert isinstance(update_for("sgd", trials()[0].scaled.group), StackedSGD)
     assert isinstance(update_for("adamw", trials(optimizer="adamw")[0].scaled.group), StackedAdamW)

@@ -160,7 +160,7 @@ def test_a_batch_with_trials_in_other_hands_is_waited_for(tmp_path, monkeypatch)
         return claim(self, keys)
 
     monkeypatch.setattr(Store, "claim", first_to_the_other)
-    monkeypatch.setattr("pybatch.convergence.sweep.time", types.SimpleNamespace(sleep=lambda _: other.close()))
+    monkeypatch.setattr("pybatch.convergence.driver.time", types.SimpleNamespace(sleep=lambda _: other.close()))
     found = measure(batches=[8], store=path)
     assert len(seen) == 15
     assert found.complete

@@ -15,9 +15,9 @@ import torch
 from pybatch.capacity.exploration import Explorer
 from pybatch.capacity.probe import Outcome, Request
 from pybatch.device import memory
+from pybatch.errors import WorkloadError
 from pybatch.records import Note
-from pybatch.workloads.base import Workload
-from pybatch.workloads.finding import FILE_MODULE
+from pybatch.workloads.packing import Packed, pack
 
 GPU_SHARE = 0.90  # of free GPU memory: fragmentation and the library's workspaces take the rest
 CPU_SHARE = 0.50  # of available host memory, which other processes need as well
@@ -43,7 +43,7 @@ class Plan:
 
     candidate: int
     fits: int  # the largest batch that has run
-    packed: tuple[bytes, dict[str, str]]
+    packed: Packed
     notes: tuple[Note, ...]
 
 
@@ -83,9 +83,10 @@ def plan_largest(explorer: Explorer, limit: int, deadline: float) -> Plan | Larg
     if line is None:
         seen = [look.batch for look in explorer.working]
         return _null(f"peak memory does not clearly grow over batches {min(seen)}..{max(seen)}", basis)
-    packed = _pack(session.workload)
-    if isinstance(packed, str):
-        return _null(packed, basis)
+    try:
+        packed = pack(session.workload)
+    except WorkloadError as error:
+        return _null(str(error), basis)
     predicted = int((limit * _MARGIN - line[0]) / line[1])
     return Plan(max(fits, min([predicted, *(n - 1 for n in refused)])), fits, packed, (basis,))
 
@@ -122,8 +123,7 @@ def verify_largest(
             reason = f"{reason}; {cause}" if reason else cause
             break
         request = Request(
-            *plan.packed,
-            path=[entry for entry in sys.path if entry],
+            workload=plan.packed,
             device=str(session.device),
             dtype=session.dtype,
             seed=0,
@@ -176,25 +176,6 @@ def _extend(explorer: Explorer, deadline: float) -> None:
         n *= 2
         if explorer.clock.now() + 8 * explorer.predicted_s(n) > end or explorer.look(n).status != "ok":
             return
-
-
-def _pack(workload: Workload) -> tuple[bytes, dict[str, str]] | str:
-    """A workload as another process can load it, with the files its modules were made from; or why it cannot."""
-    module = sys.modules.get(type(workload).__module__)
-    files = {name: str(m.__file__) for name, m in sys.modules.items() if name.startswith(FILE_MODULE)}
-    try:
-        if module is None or module.__name__ == "__main__":
-            raise pickle.PicklingError("its class is in __main__")  # another process has another __main__
-        return pickle.dumps(workload), files
-    except Exception as error:  # pickling runs the user's code and raises what that raises
-        try:
-            import cloudpickle  # type: ignore[import-untyped, unused-ignore]
-        except ImportError:
-            return f"the workload cannot be sent to a fresh process ({error}); with cloudpickle installed it can"
-        try:
-            return cloudpickle.dumps(workload), files
-        except Exception as failure:
-            return f"the workload cannot be sent to a fresh process ({failure})"
 
 
 def _null(reason: str, *notes: Note) -> Largest:

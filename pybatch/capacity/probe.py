@@ -12,8 +12,10 @@ import pickle
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from pybatch.workloads.packing import Packed
 
 _STEPS = 3
 
@@ -22,9 +24,7 @@ _STEPS = 3
 class Request:
     """What to run, and within which limits."""
 
-    workload: bytes  # pickled, or cloudpickled where its class cannot be imported
-    files: dict[str, str]  # modules that were made from files: name -> path
-    path: list[str]  # sys.path
+    workload: Packed
     device: str
     dtype: str
     seed: int
@@ -56,17 +56,13 @@ def main() -> None:
 
 def run(request: Request) -> Outcome:
     """Run the request in this process."""
-    sys.path[:] = list(dict.fromkeys([*sys.path, *request.path]))
     from pybatch.capacity.exploration import first_line
-    from pybatch.workloads.finding import load_file
     from pybatch.workloads.session import is_out_of_memory
 
-    for name, file in request.files.items():
-        load_file(Path(file), name)
     done: list[float] = []
     peak: list[int | None] = [None]
     try:
-        _steps(request, pickle.loads(request.workload), done, peak)
+        _steps(request, request.workload.open(), done, peak)
     except Exception as error:
         status: Literal["oom", "error"] = "oom" if is_out_of_memory(error) else "error"
         return Outcome(status, len(done), None, done, first_line(error))

@@ -30,6 +30,7 @@ EVALUATED = 512  # examples of each split's fixed batch: a loss then is known wi
 EVALUATION_SEED = 2**31 - 1  # of the fixed batches
 MEMORY = 2**30  # bytes of parameters, gradients and optimizer states trained at a time
 AGREE = 1e-3  # relative: losses of stacked and separate replicas after two steps; fp32 rounding is 1e-6, a fault is 0.1
+INTERVAL = 8  # steps between two evaluations in the middle of a trial
 SAMPLE = 4  # replicas by which the loop is timed
 
 Losses = tuple[list[float], list[float]]  # train and test, a number for each replica
@@ -166,6 +167,11 @@ class Stack(Replicas):
         self.buffers = {key: torch.stack([b[key] for b in held]) for key in held[0]}
         self.sessions = list(self.streams.values())  # the other models are in the stack now
         self.update: Update = update_for(trials[0].optimizer, group)
+        self.together: bool | None = None  # whether to evaluate all replicas at once; None: not yet measured
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.trials[0].dtype
+        return torch.autocast(self.device.type, DTYPES[dtype], enabled=dtype != "fp32")
 
     def _losses(self, batch: Any, along: int | None) -> Tensor:
         """Losses [R] of a batch: one a replica (`along` 0) or the same for all (None)."""
@@ -174,8 +180,7 @@ class Stack(Replicas):
             loss: Tensor = functional_call(self.template, {**params, **buffers}, (batch,))
             return loss
 
-        dtype = self.trials[0].dtype
-        with torch.autocast(self.device.type, DTYPES[dtype], enabled=dtype != "fp32"):
+        with self._autocast():
             losses: Tensor = torch.vmap(one, in_dims=(0, 0, along))(self.params, self.buffers, batch)
         return losses
 
@@ -197,10 +202,33 @@ class Stack(Replicas):
 
     @torch.no_grad()
     def evaluate(self) -> Losses:
-        """As `Replicas.evaluate`."""
+        """As `Replicas.evaluate`; the first time both ways, after that the faster one."""
         self.template.eval()
-        train, test = (self._losses(batch, None).tolist() for batch in self.held_out)
-        self.template.train()
+        try:
+            if self.together is not None:
+                return self._evaluate(self.together)
+            found, seconds = {}, {}
+            for together in (True, False):
+                start = time.perf_counter()
+                found[together] = self._evaluate(together)
+                seconds[together] = time.perf_counter() - start
+            self.together = seconds[True] <= seconds[False]
+            return found[True]
+        finally:
+            self.template.train()
+
+    def _evaluate(self, together: bool) -> Losses:
+        """Losses of all replicas at once, or one by one: stacked convolutions are slow on large batches."""
+        if together:
+            train, test = (self._losses(batch, None).tolist() for batch in self.held_out)
+            return train, test
+        train, test = [], []
+        for r in range(len(self.trials)):
+            one = {key: value[r] for key, value in {**self.params, **self.buffers}.items()}
+            with self._autocast():
+                losses = [functional_call(self.template, one, (batch,)) for batch in self.held_out]
+            train.append(float(losses[0]))
+            test.append(float(losses[1]))
         return train, test
 
     def keep(self, index: Sequence[int]) -> None:
@@ -272,15 +300,20 @@ def chunks(trials: Sequence[Trial], parameter_bytes: int) -> list[list[Trial]]:
 
 
 def _timed(replicas: Replicas) -> tuple[Losses, float]:
-    """Losses after two steps, and the seconds of the faster of two more."""
+    """Losses after two steps, and the seconds of INTERVAL steps and an evaluation."""
     replicas.advance(2)
-    losses, best = replicas.evaluate(), math.inf
+    losses = replicas.evaluate()  # waits for the device, as those below do
+    step = evaluation = math.inf
     for _ in range(2):
-        start = time.perf_counter()
+        begin = time.perf_counter()
+        replicas.evaluate()
+        middle = time.perf_counter()
         replicas.advance(1)
-        replicas.evaluate()  # waits for the device, and is a part of the work
-        best = min(best, time.perf_counter() - start)
-    return losses, best
+        replicas.evaluate()
+        end = time.perf_counter()
+        evaluation = min(evaluation, middle - begin)
+        step = min(step, end - middle)
+    return losses, INTERVAL * max(0.0, step - evaluation) + evaluation
 
 
 def _agree(a: float, b: float) -> bool:

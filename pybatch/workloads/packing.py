@@ -40,9 +40,13 @@ def pack(workload: Workload) -> Packed:
     try:
         if module is None or module.__name__ == "__main__":
             raise pickle.PicklingError("its class is in __main__")  # another process has another __main__
-        return Packed(pickle.dumps(workload), files, tuple(sys.path))
+        return Packed(pickle.dumps(workload), files, _path())
     except Exception as error:  # pickling runs the user's code and raises what that raises
-        return Packed(_by_value(workload, error), files, tuple(sys.path))
+        return Packed(_by_value(workload, error), files, _path())
+
+
+def _path() -> tuple[str, ...]:
+    return tuple(entry for entry in sys.path if entry)  # "" would be whatever folder the other process is in
 
 
 def _by_value(workload: Workload, cause: Exception) -> bytes:

@@ -1,0 +1,270 @@
+"""A sweep on its way: which trials are run next, and the record of those that are done."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pybatch.convergence.jobs import LostWorkerError, Ticket, Workers
+from pybatch.convergence.plan import Plan
+from pybatch.convergence.search import Search, best_rate
+from pybatch.convergence.store import Store
+from pybatch.convergence.summary import curve, point
+from pybatch.convergence.trajectory import SMOOTHING, SPLITS, Split
+from pybatch.convergence.trial import FACTOR, Outcome, Race, Trial, Unit
+from pybatch.device.identity import describe
+from pybatch.errors import UsageError
+from pybatch.records import Convergence, Curve, NoiseScale, Note
+from pybatch.scaling import SEARCHED, Base, Scaled, scale
+from pybatch.workloads.base import Workload
+from pybatch.workloads.session import Session
+
+POLL = 0.5  # s between looks at trials that another process runs
+
+Found = Callable[[str], None]  # a line for each batch size and rule, as it is known
+
+
+@dataclass
+class Contest:
+    """The trials of one batch size whose outcomes are compared: all rates of a search, or one rate of a rule."""
+
+    rule: str
+    batch: int
+    targets: dict[str, float]
+    cap: int
+    search: Search | None
+    trials: list[Trial] = field(default_factory=list)
+    failed: str | None = None  # why it has no outcome
+    claimed: list[str] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)  # once it is over
+    over: bool = False
+
+    def race(self, seeds: Sequence[int], outcomes: Sequence[Outcome]) -> Race:
+        """The contest as its outcomes stand."""
+        race = Race(dict(self.targets), seeds, self.cap, self.search is not None)
+        for outcome in outcomes:
+            race.take(outcome)
+        return race
+
+
+class Sweep:
+    """One sweep on its way: contests, the store, the workers."""
+
+    def __init__(
+        self, plan: Plan, store: Store, workers: Workers, identity: str, device: torch.device, found: Found | None
+    ) -> None:
+        self.plan, self.store, self.workers = plan, store, workers
+        self.identity, self.device, self.found = identity, device, found
+        self.contests: list[Contest] = []
+        self.notes: dict[str, None] = {}  # why trials were not stacked; in order, once each
+        self.asked = 0
+
+    def run(self) -> None:
+        """Tune the base batch, then run everything else, as many at a time as there are workers."""
+        plan = self.plan
+        base = self._search(plan.base_batch, plan.max_steps)
+        self._finish([base])
+        contests = []
+        if SEARCHED in plan.rules:
+            # Large batches first: they take longest, and the last to end should be short.
+            contests += [self._search(b, self._cap(b)) for b in reversed(plan.batches) if b != plan.base_batch]
+        for rule in plan.rules:
+            if rule != SEARCHED:
+                contests += [self._fixed(rule, split, b) for split in plan.targets for b in plan.batches]
+        self._finish(contests)
+
+    def _search(self, batch: int, cap: int) -> Contest:
+        contest = Contest(SEARCHED, batch, self.plan.targets, cap, self.plan.searcher())
+        self.contests.append(contest)
+        return contest
+
+    def _fixed(self, rule: str, split: str, batch: int) -> Contest:
+        """A rule's trials at one batch size, from the rate tuned for this split's target at the base batch."""
+        plan = self.plan
+        contest = Contest(rule, batch, {split: plan.targets[split]}, self._cap(batch, split), None)
+        self.contests.append(contest)
+        lr, steps = self._base(split)
+        if lr is None:
+            contest.over, contest.failed = True, f"no rate reached the target at the base batch {plan.base_batch}"
+            return contest
+        try:
+            scaled = scale(rule, plan.group | {"lr": lr}, batch, Base(plan.base_batch, steps))
+        except UsageError as error:
+            contest.over, contest.failed = True, str(error)
+            return contest
+        contest.trials = [self._trial(scaled, batch, seed) for seed in plan.seeds]
+        return contest
+
+    def _base(self, split: str) -> tuple[float | None, float | None]:
+        """The rate tuned at the base batch for a split's target, and its median steps."""
+        base = self.contests[0]
+        race = base.race(self.plan.seeds, base.outcomes)
+        best = best_rate(race, split, sorted({trial.lr for trial in base.trials}))
+        return best, race.median(split, best) if best is not None else None
+
+    def _cap(self, batch: int, split: str | None = None) -> int:
+        """FACTOR times the steps that the base batch took, and more below it, where fewer examples are seen a step."""
+        plan, most = self.plan, 0.0
+        for each in plan.targets if split is None else (split,):
+            steps = self._base(each)[1]
+            if steps is None:
+                return plan.max_steps
+            most = max(most, FACTOR * steps * max(1.0, plan.base_batch / batch))
+        return min(plan.max_steps, max(1, round(most)))
+
+    def _trial(self, scaled: Scaled, batch: int, seed: int) -> Trial:
+        plan = self.plan
+        return Trial(self.identity, plan.optimizer, scaled, batch, seed, plan.dtype, self.device.type)
+
+    def _finish(self, contests: Sequence[Contest]) -> None:
+        """Run contests to their ends."""
+        waiting = [contest for contest in contests if not contest.over]
+        active: list[tuple[Ticket, Contest]] = []
+        while waiting or active:
+            for contest in list(waiting):
+                if len(active) >= self.workers.width:
+                    break
+                unit = self._next_unit(contest)
+                if unit is not None:
+                    active.append((self.workers.submit(unit), contest))
+                if unit is not None or contest.over:
+                    waiting.remove(contest)
+            if not active:
+                if waiting:
+                    time.sleep(POLL)  # all that is missing is being run by another process
+                continue
+            try:
+                done = self.workers.wait()
+            except LostWorkerError as error:
+                done = self._lost(active, error)
+            [entry] = [entry for entry in active if entry[0] is done]
+            active.remove(entry)
+            contest = entry[1]
+            self.store.release(contest.claimed)
+            if done.note:
+                self.notes[done.note] = None
+            if done.failed:
+                contest.failed, contest.over = f"{done.failed} at batch {contest.batch}", True
+                self._say(contest)
+            else:
+                waiting.insert(0, contest)  # to its end before others begin
+
+    @staticmethod
+    def _lost(active: list[tuple[Ticket, Contest]], error: LostWorkerError) -> Ticket:
+        ticket = next(ticket for ticket, _ in active if ticket is error.ticket)
+        ticket.failed = str(error)
+        return ticket
+
+    def _next_unit(self, contest: Contest) -> Unit | None:
+        """The trials to run next; None where the contest is over, or another process runs all that is missing."""
+        plan = self.plan
+        while True:
+            stored = self.store.outcomes(contest.trials)
+            race = contest.race(plan.seeds, list(stored.values()))
+            missing = [t for t in contest.trials if not _answered(t, stored, race)]
+            if missing:
+                granted = self.store.claim(t.key for t in missing)
+                again = self.store.outcomes(t for t in missing if t.key in granted)  # ended before it was claimed
+                fresh = [t for t in missing if t.key in granted and not _answered(t, again, race)]
+                self.store.release(granted - {t.key for t in fresh})
+                if not fresh:
+                    if len(again) == len(missing):
+                        continue
+                    return None
+                contest.claimed = [t.key for t in fresh]
+                known = tuple(stored.values())
+                return Unit(
+                    tuple(fresh), dict(contest.targets), plan.seeds, contest.cap, contest.search is not None, known
+                )
+            rates = contest.search.propose(race) if contest.search is not None else []
+            if not rates:
+                contest.outcomes, contest.over = list(stored.values()), True
+                self._say(contest)
+                return None
+            group = plan.group
+            contest.trials += [
+                self._trial(Scaled(group | {"lr": lr}), contest.batch, s) for lr in rates for s in plan.seeds
+            ]
+
+    def _say(self, contest: Contest) -> None:
+        if self.found is None:
+            return
+        parts = [contest.failed] if contest.failed else []
+        race = contest.race(self.plan.seeds, contest.outcomes)
+        for split, target in contest.targets.items() if not contest.failed else ():
+            found = point(contest.batch, split, race, contest.outcomes)
+            steps = f"{found.steps:g} steps" if found.steps is not None else found.status.replace("_", " ")
+            rate = f", rate {found.learning_rate:.3g}" if found.learning_rate is not None else ""
+            parts.append(f"{split} {target:g}: {steps} ({found.reached}/{found.seeds} seeds{rate})")
+        self.found(f"batch {contest.batch}, {contest.rule}: {'; '.join(parts)}")
+
+    def result(self, workload: Workload, noise: NoiseScale | None, notes: tuple[Note, ...] = ()) -> Convergence:
+        """The record of all contests that are over."""
+        plan = self.plan
+        curves = tuple(
+            self._curve(rule, split, noise) for rule in plan.rules for split in SPLITS if split in plan.targets
+        )
+        missing = [contest for contest in self.contests if not contest.over]
+        if missing:
+            names = ", ".join(f"batch {contest.batch} {contest.rule}" for contest in missing[:8])
+            notes = (*notes, Note("curves", f"not finished: {names}{' and more' if len(missing) > 8 else ''}"))
+        notes = (*notes, *(Note("trials", text) for text in self.notes), *_confounds(workload, plan, self.device))
+        trials = {t.key for contest in self.contests for t in contest.trials if contest.over}
+        session = Session(workload, torch.device("cpu"), plan.dtype)
+        return Convergence(
+            curves,
+            notes,
+            optimizer=plan.optimizer,
+            seeds=len(plan.seeds),
+            trials=len(trials),
+            base_batch=plan.base_batch,
+            smoothing=SMOOTHING,
+            complete=not missing and len(self.contests) > 0 and not any(c.failed for c in self.contests),
+            device=describe(self.device),
+            workload=dataclasses.replace(session.info, target=dict(plan.targets), learning_rate=None),
+        )
+
+    def _curve(self, rule: str, split: Split, noise: NoiseScale | None) -> Curve:
+        plan = self.plan
+        own = [
+            contest
+            for contest in self.contests
+            if contest.rule == rule and split in contest.targets and contest.over and contest.batch in plan.batches
+        ]
+        points, caps, notes = [], {}, []
+        for contest in sorted(own, key=lambda contest: contest.batch):
+            if contest.failed:
+                notes.append(Note("points", f"batch {contest.batch}: {contest.failed}"))
+                continue
+            race = contest.race(plan.seeds, contest.outcomes)
+            points.append(point(contest.batch, split, race, contest.outcomes))
+            caps[contest.batch] = race.limit(split)
+        return curve(rule, split, plan.targets[split], points, caps, noise, notes)
+
+
+def _answered(trial: Trial, stored: Mapping[str, Outcome], race: Race) -> bool:
+    return trial.key in stored and stored[trial.key].answers(race.targets, race.limits())
+
+
+def _confounds(workload: Workload, plan: Plan, device: torch.device) -> list[Note]:
+    """What in the model or the data makes steps depend on the batch size by another way than gradient noise."""
+    notes = []
+    model = Session(workload, torch.device("cpu"), plan.dtype).model
+    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        text = (
+            "the model has BatchNorm: its statistics are of the whole batch, so a larger batch also regularizes less. "
+            "Use ghost batches or another norm to tell the two apart"
+        )
+        notes.append(Note("curves.critical_batch", text))
+    over = [b for b in plan.batches if workload.examples is not None and b > workload.examples]
+    if over:
+        text = (
+            f"batch {', '.join(map(str, over))} is larger than the data set of {workload.examples} examples: batches "
+            "are drawn with replacement, so examples repeat within one"
+        )
+        notes.append(Note("curves.points", text))
+    return notes
