@@ -244,8 +244,9 @@ def test_any_locale_takes_any_format(format_, run, tmp_path):
     (tmp_path / "record.json").write_text(run.to_json())
     code = (
         "import sys, pathlib, pybatch.cli as cli; from pybatch import Run; from pybatch.report.output import Output\n"
+        "from pybatch.commands.measuring import deliver\n"
         "run = Run.from_json(pathlib.Path('record.json').read_text())\n"
-        "def app(): measuring.deliver(run, sys.argv[1], Output(pathlib.Path('out'))); measuring.deliver(run, sys.argv[1], None)\n"
+        "def app(): deliver(run, sys.argv[1], Output(pathlib.Path('out'))); deliver(run, sys.argv[1], None)\n"
         "cli.app = app; cli.main()"
     )
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -268,8 +269,9 @@ def test_a_reader_that_leaves_early_is_no_failure(run, tmp_path):
     (tmp_path / "record.json").write_text(run.to_json())
     code = (
         "import pathlib, pybatch.cli as cli; from pybatch import Run\n"
+        "from pybatch.commands.measuring import deliver\n"
         "run = Run.from_json(pathlib.Path('record.json').read_text())\n"
-        "cli.app = lambda: [measuring.deliver(run, 'json', None) for _ in range(200)]; cli.main()"
+        "cli.app = lambda: [deliver(run, 'json', None) for _ in range(200)]; cli.main()"
     )
     done = subprocess.run(
         ["bash", "-c", f'set -o pipefail; {sys.executable} -c "$0" | head -1', code],
