@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pybatch.commands import flags
-from pybatch.commands.measuring import BUDGET, Shared, check_budget, measure, typed
+from pybatch.commands.measuring import BUDGET, DONE, Shared, check_budget, measure, typed
+from pybatch.commands.saved import read_run, tell_changes
+from pybatch.comparison import parse_condition
+from pybatch.errors import UsageError
 from pybatch.ranges import parse_batches
 from pybatch.records import Run
+from pybatch.report.output import Output
 
 if TYPE_CHECKING:  # these import torch
     import torch
@@ -31,11 +37,18 @@ def bench(
     cpu: flags.Cpu = False,
     dtype: flags.Dtype = "fp32",
     time_budget: Annotated[
-        float | None, typer.Option(help="Seconds for all measurements together. Default: 70; with --thorough 180.")
+        float | None, typer.Option(help="Seconds for all measurements together. Default: 70.")
     ] = None,
     thorough: Annotated[
         bool, typer.Option("--thorough", help="Take the critical batch from short branched runs, not from noise alone.")
     ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A time budget of 25 s: wide intervals.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report here as well: one HTML page.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="Then compare with this saved run.")] = None,
+    fail_on: Annotated[
+        list[str] | None, typer.Option(help="With --compare: exit with 1 past a change, 'throughput:-3%'; any number.")
+    ] = None,
     seed: flags.Seed = 0,
     format_: flags.Format = None,
     output: flags.Output = None,
@@ -43,14 +56,25 @@ def bench(
 ) -> None:
     """Capacity, noise and verdict: the batch size to use for this workload on this device."""
     batches = parse_batches(batch) if batch is not None else None
-    budget = time_budget if time_budget is not None else THOROUGH_BUDGET if thorough else BUDGET
+    if quick and thorough:
+        raise UsageError("--quick and --thorough exclude each other. Give one of them.")
+    if fail_on and compare is None:
+        raise UsageError(f"--fail-on {fail_on[0]} needs a run to compare with. Add --compare RUN.json.")
+    conditions = [parse_condition(text) for text in fail_on or []]
+    before = read_run(compare) if compare is not None else None
+    budget = THOROUGH_BUDGET if thorough else QUICK_BUDGET if quick else BUDGET
+    budget = time_budget if time_budget is not None else budget
     check_budget(budget)
+    page = Output(html) if html is not None else None  # not writable: said now, not after measuring
 
     def job(chosen: Workload, device: torch.device, progress: Progress) -> Run | None:
         from pybatch.bench import run_bench
         from pybatch.capacity.distributed import launched
         from pybatch.together import run_bench_together
 
+        if dry_run:
+            print(_plan(chosen, device, dtype, batches, budget, thorough))
+            raise typer.Exit(DONE)
         return (run_bench_together if launched() else run_bench)(
             chosen,
             device=device,
@@ -63,4 +87,37 @@ def bench(
             progress=progress,
         )
 
-    measure(job, Shared(workload, model, data, option, gpu, cpu, dtype, seed, format_, output, quiet))
+    def then(run: Run) -> int:
+        if html is not None:
+            from pybatch.report.page import write_report
+
+            write_report([run], html)
+            print(f"pybatch: wrote {html}", file=sys.stderr)
+        return tell_changes(before, run, conditions) if before is not None else DONE
+
+    try:
+        measure(job, Shared(workload, model, data, option, gpu, cpu, dtype, seed, format_, output, quiet), then)
+    finally:
+        if page is not None:
+            page.discard()
+
+
+def _plan(
+    workload: Workload, device: torch.device, dtype: str, batches: list[int] | None, budget: float, thorough: bool
+) -> str:
+    """What a run would do, in words."""
+    from pybatch.device.identity import describe
+
+    place = describe(device)
+    sizes = ", ".join(map(str, batches)) if batches else "doubled from 1 on until throughput no longer grows"
+    stages = "capacity, gradient noise scale" + (", short branched runs" if thorough else "") + ", verdict"
+    model = f" ({workload.model_name})" if workload.model_name else ""
+    return "\n".join(
+        [
+            f"workload  {workload.name}{model}, {dtype}",
+            f"device    {place.name} ({device})",
+            f"batches   {sizes}",
+            f"stages    {stages}",
+            f"time      {budget:g} s at most, and the start-up",
+        ]
+    )

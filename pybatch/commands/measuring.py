@@ -67,8 +67,15 @@ class Shared:
     quiet: bool
 
 
-def measure(job: Callable[[Workload, torch.device, ProgressLine], Run | None], given: Shared) -> NoReturn:
-    """Check the flags, run the job with progress, deliver its record, and leave with the exit status."""
+def measure(
+    job: Callable[[Workload, torch.device, ProgressLine], Run | None],
+    given: Shared,
+    then: Callable[[Run], int] = lambda run: DONE,
+) -> NoReturn:
+    """Check the flags, run the job with progress, deliver its record, and leave with the exit status.
+
+    `then` is called with a record that was delivered; what it returns is the status where nothing else is wrong.
+    """
     format_ = checked_format(given.format, given.output)
     if given.gpu is not None and given.cpu:
         raise UsageError("--gpu and --cpu exclude each other. Give one of them.")
@@ -99,13 +106,14 @@ def measure(job: Callable[[Workload, torch.device, ProgressLine], Run | None], g
         except Interrupted as stop:
             run = stop.partial
         delivered = deliver(run, format_, target)
+        status = then(run)
     except KeyboardInterrupt:
         print("pybatch: interrupted before anything was measured; nothing was written", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     finally:
         if target is not None:
             target.discard()
-    raise typer.Exit(DONE if run.complete and delivered else INCOMPLETE)
+    raise typer.Exit(status if run.complete and delivered else INCOMPLETE)
 
 
 def checked_format(format_: str | None, output: Path | None) -> str:

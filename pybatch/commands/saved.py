@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pybatch.commands.measuring import BROKEN
-from pybatch.comparison import broken, compare_runs, parse_condition
+from pybatch.commands.measuring import BROKEN, DONE
+from pybatch.comparison import Condition, broken, compare_runs, parse_condition
 from pybatch.errors import UsageError
 from pybatch.records import Run
 from pybatch.report.comparison import comparison_sections
@@ -55,7 +56,12 @@ def compare(
     conditions = [parse_condition(text) for text in fail_on or []]
     if format_ not in ("table", "md", "json"):
         raise UsageError(f"format {format_!r} is not known here. Use one of: table, md, json.")
-    comparison = compare_runs(read_run(old), read_run(new))
+    raise typer.Exit(tell_changes(read_run(old), read_run(new), conditions, format_))
+
+
+def tell_changes(old: Run, new: Run, conditions: Sequence[Condition], format_: str = "table") -> int:
+    """Print what changed; the exit status says whether every condition holds."""
+    comparison = compare_runs(old, new)
     failures = broken(conditions, comparison)
     parts = comparison_sections(comparison)
     if format_ == "json":
@@ -66,4 +72,4 @@ def compare(
         print_sections(parts, Console())
     for failure in failures:
         print(f"pybatch: {failure}", file=sys.stderr)
-    raise typer.Exit(BROKEN if failures else 0)
+    return BROKEN if failures else DONE
