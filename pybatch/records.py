@@ -498,6 +498,7 @@ class Run:
     complete: bool = True
     notes: tuple[Note, ...] = ()
     distributed: Distributed | None = None
+    trajectory: NoiseTrajectory | None = None  # of a training run, see pybatch.noise.Trajectory
 
     def to_json(self) -> str:
         """The record as JSON text; non-finite numbers become null."""

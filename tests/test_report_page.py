@@ -11,10 +11,20 @@ import pytest
 
 from pybatch.errors import UsageError
 from pybatch.fits.steps import fit_steps
-from pybatch.records import Convergence, ConvergencePoint, Curve, Note, RateSteps
+from pybatch.records import (
+    Convergence,
+    ConvergencePoint,
+    Curve,
+    LayerNoise,
+    NoisePoint,
+    NoiseTrajectory,
+    Note,
+    RateSteps,
+)
 from pybatch.report.capacity_figures import capacity_figures
 from pybatch.report.convergence_figures import convergence_figures
 from pybatch.report.figure import batch_axis
+from pybatch.report.noise_figures import noise_figures
 from pybatch.report.page import page, write_report
 from pybatch.verdict import compare
 
@@ -243,3 +253,31 @@ def test_in_a_browser(browser, judged, tmp_path, width, scheme):
 
 def test_names_in_axes_are_text():
     assert batch_axis(1, 8, "<b>")["title"]["text"] == "&lt;b&gt;"
+
+
+def test_a_trajectory_and_layers_are_drawn(judged):
+    import plotly.graph_objects as go
+
+    stretches = tuple(
+        NoisePoint(
+            16 * i, 16 * i + 15, 10.0 * 2**i, 9.0 * 2**i, 11.0 * 2**i, 1.0, 10.0, "resolved", 16, loss=2.0 / (i + 1)
+        )
+        for i in range(5)
+    )
+    lost = NoisePoint(80, 95, None, 40.0, None, 0.1, 10.0, "lower_bound", 16)
+    layers = (LayerNoise("a<b>", 12.0, 0.1, 1.2, 10.0, 15.0, "resolved", 16), LayerNoise("c", None, 0.0, 1.0))
+    noise = dataclasses.replace(judged.noise, layers=layers)
+    trajectory = NoiseTrajectory((*stretches, lost), "ddp", "tokens")
+    along, by_layer = noise_figures(noise, trajectory, "images")
+    for figure in (along, by_layer):
+        plain = json.loads(re.sub(r'"@[a-z]+(/\d+)?"', '"#123456"', json.dumps([figure.traces, figure.layout])))
+        go.Figure(data=plain[0], layout=plain[1])
+    drawn = next(trace for trace in along.traces if trace["name"] == "B_simple")
+    assert drawn["y"] == [10.0 * 2**i for i in range(5)]
+    assert drawn["x"][0] == 7.5
+    assert along.layout["yaxis"]["title"]["text"] == "noise scale (tokens)"
+    assert len(along.table.rows) == 6  # the table has what could not be drawn
+    assert by_layer.traces[0]["y"] == ["a&lt;b&gt;"]
+    assert by_layer.traces[0]["error_x"]["array"] == [3.0]
+    unresolved = NoiseTrajectory((lost,), "ddp")
+    assert noise_figures(None, unresolved, "images")[0].missing

@@ -15,7 +15,8 @@ from rich.console import Console
 from pybatch.commands.measuring import BROKEN, DONE
 from pybatch.comparison import Condition, broken, compare_runs, parse_condition
 from pybatch.errors import UsageError
-from pybatch.records import Run
+from pybatch.noise.trajectory import read_trajectory
+from pybatch.records import NoiseTrajectory, Run
 from pybatch.report.comparison import comparison_sections
 from pybatch.report.formats import markdown, print_sections
 
@@ -32,14 +33,21 @@ def read_run(path: Path) -> Run:
         raise UsageError(f"{str(path)!r}: {error}") from None
 
 
+def read_record(path: Path) -> Run | NoiseTrajectory:
+    """A saved run, or the noise trajectory of a training run."""
+    return read_trajectory(path) if path.suffix == ".jsonl" else read_run(path)
+
+
 def report(
-    records: Annotated[list[Path], typer.Argument(help="Runs saved by 'pybatch bench -o FILE.json', one or more.")],
+    records: Annotated[
+        list[Path], typer.Argument(help="Saved runs (FILE.json), and a noise trajectory (FILE.jsonl) if there is one.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
 ) -> None:
     """One self-contained HTML page from saved runs, for a browser without a network."""
     from pybatch.report.page import write_report
 
-    write_report([read_run(path) for path in records], output)
+    write_report([read_record(path) for path in records], output)
     print(f"pybatch: wrote {output}", file=sys.stderr)
 
 

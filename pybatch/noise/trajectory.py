@@ -182,20 +182,13 @@ class Trajectory:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"schema": SCHEMA, "source": self._name, "unit": self._unit}) + "\n")
             return
-        text = path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        try:
-            head, *lines = [json.loads(line) for line in whole.decode().splitlines()]
-            if head["schema"] != SCHEMA:
-                raise ValueError(f"schema {head['schema']!r}")
-            rows = [[math.nan if line[c] is None else float(line[c]) for c in _COLUMNS] for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path} is not a noise trajectory ({type(error).__name__}: {error}). Give another path."
-            ) from None
-        if len(whole) < len(text):  # the run was stopped while it wrote
+        _, rows, length = _read(path)
+        if length < path.stat().st_size:  # the run was stopped while it wrote
             with path.open("r+b") as file:
-                file.truncate(len(whole))
+                file.truncate(length)
+        self._take(rows)
+
+    def _take(self, rows: list[list[float]]) -> None:
         for row in rows:
             if row[1] <= self._last_step:
                 self._forget_from(int(row[1]))
@@ -206,6 +199,44 @@ class Trajectory:
         line |= {name: getattr(point, name) for name in ("b_simple", "low", "high", "status")}
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def read_trajectory(path: Path) -> NoiseTrajectory:
+    """What a `Trajectory` has written so far; the file is left as it is, also where a run is writing it.
+
+    Raises:
+        UsageError: the file can't be read, or is no noise trajectory.
+    """
+    try:
+        head, rows, _ = _read(path)
+    except OSError as error:
+        raise UsageError(f"{str(path)!r} cannot be read: {error.strerror}.") from None
+    saved = Trajectory(_Saved())
+    saved._name, saved._unit = str(head.get("source", "")), head.get("unit")
+    saved._take(rows)
+    return saved.record
+
+
+class _Saved:
+    """Stands for the source of a trajectory that is only read."""
+
+    noise = NoiseScale(None, None, None, None, None, "unresolved", "", 0)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[list[float]], int]:
+    """Head and rows of a file, and the bytes of its whole lines."""
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    try:
+        head, *lines = [json.loads(line) for line in whole.decode().splitlines()]
+        if head["schema"] != SCHEMA:
+            raise ValueError(f"schema {head['schema']!r}")
+        rows = [[math.nan if line[c] is None else float(line[c]) for c in _COLUMNS] for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} is not a noise trajectory ({type(error).__name__}: {error}). Give another path."
+        ) from None
+    return head, rows, len(whole)
 
 
 def _merge(one: NDArray[np.float64], two: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -13,20 +13,20 @@ def comparison_sections(comparison: Comparison) -> list[Section]:
     made = [
         Section(
             "Change, new against old",
-            Table(("figure", "old", "new", "change [95 % interval]", ""), rows),
+            Table(("figure", "old", "new", "change, % [95 % interval]", ""), rows),
             notes=tuple(f"differs between the runs: {text}" for text in comparison.differences),
         )
     ]
     if comparison.batches:
         per_batch = tuple(_row(n.count(batch), change) for batch, change in comparison.batches)
         made.append(
-            Section("Throughput by batch", Table(("batch", "old", "new", "change [95 % interval]", ""), per_batch))
+            Section("Throughput by batch", Table(("batch", "old", "new", "change, % [95 % interval]", ""), per_batch))
         )
     return made
 
 
 def _row(name: str, change: Change) -> tuple[str, ...]:
-    ratio = f"{_percent(change.ratio)} %"
+    ratio = _percent(change.ratio)
     if change.low is not None and change.high is not None:
         ratio += f" [{_percent(change.low)} to {_percent(change.high)}]"
     return name, n.number(change.old), n.number(change.new), ratio, _judgment(change)
@@ -41,7 +41,7 @@ def _judgment(change: Change) -> str:
     if change.low is None:
         return "no interval"
     if not change.significant:
-        return "within errors"
+        return "within error"
     better = FIGURES[change.figure]
     if better is None:
         return "changed"

@@ -18,11 +18,12 @@ from pathlib import Path
 from pybatch import numerals as n
 from pybatch.codec import encode
 from pybatch.errors import UsageError
-from pybatch.records import Capacity, Convergence, Environment, NoiseScale, Reason, Run, Verdict
+from pybatch.records import Capacity, Convergence, Environment, NoiseScale, NoiseTrajectory, Reason, Run, Verdict
 from pybatch.report.capacity_figures import capacity_figures
 from pybatch.report.convergence_figures import convergence_figures
 from pybatch.report.figure import Figure
 from pybatch.report.layout import Section, Table
+from pybatch.report.noise_figures import noise_figures
 from pybatch.report.output import Output
 from pybatch.report.sections import sections, title, unit_of
 
@@ -49,7 +50,13 @@ def write_report(records: Sequence[object] | object, path: str | Path) -> None:
 def _runs(records: Sequence[object]) -> list[Run]:
     runs = [record for record in records if isinstance(record, Run)]
     loose: dict[str, object] = {}
-    names = {Capacity: "capacity", NoiseScale: "noise", Convergence: "convergence", Verdict: "verdict"}
+    names = {
+        Capacity: "capacity",
+        NoiseScale: "noise",
+        NoiseTrajectory: "trajectory",
+        Convergence: "convergence",
+        Verdict: "verdict",
+    }
     for record in records:
         if isinstance(record, Run):
             continue
@@ -74,6 +81,7 @@ def page(runs: Sequence[Run]) -> str:
         if run.convergence is not None:
             place = 2 if run.capacity is not None else 0  # after throughput and goodput
             found[place:place] = convergence_figures(run.convergence, unit_of(run))
+        found += noise_figures(run.noise, run.trajectory, unit_of(run))
         drawn = [_named(figure, number) for figure in found]
         figures += drawn
         parts.append(_run(run, drawn, number))
