@@ -168,7 +168,8 @@ def test_the_page_forbids_itself_everything_but_its_own_scripts(judged):
 
 
 def test_a_run_without_capacity_has_a_page(judged):
-    text = page([dataclasses.replace(judged, capacity=None, verdict=None)])
+    bare = dataclasses.replace(judged.noise, layers=())
+    text = page([dataclasses.replace(judged, capacity=None, verdict=None, noise=bare)])
     assert "Gradient noise scale" in text
     assert "plotly" not in text.lower()
 
@@ -176,8 +177,8 @@ def test_a_run_without_capacity_has_a_page(judged):
 def test_several_runs_have_distinct_plots(judged):
     text = page([judged, judged])
     names = [figure["name"] for figure in embedded(text)]
-    assert len(names) == len(set(names)) == 12
-    assert text.count('class="plot"') == 12
+    assert len(names) == len(set(names)) == 14
+    assert text.count('class="plot"') == 14
     assert '<a href="#run-1">' in text
 
 
@@ -243,7 +244,7 @@ def test_in_a_browser(browser, judged, tmp_path, width, scheme):
     drawn = browser.execute_script(
         "return [...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.trace').length)"
     )
-    assert len(drawn) == 12
+    assert len(drawn) == 14
     assert min(drawn) > 0
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.title.startswith("pybatch")

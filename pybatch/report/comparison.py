@@ -41,7 +41,7 @@ def _judgment(change: Change) -> str:
     if change.low is None:
         return "no interval"
     if not change.significant:
-        return "within error"
+        return "unclear"
     better = FIGURES[change.figure]
     if better is None:
         return "changed"
