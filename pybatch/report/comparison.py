@@ -39,7 +39,7 @@ def _percent(ratio: float) -> str:
 
 def _judgment(change: Change) -> str:
     if change.low is None:
-        return "no interval"
+        return n.MISSING
     if not change.significant:
         return "unclear"
     better = FIGURES[change.figure]
