@@ -126,6 +126,7 @@ class Check:
             "step": lambda: self.script("step", 120, "--repeats", "21"),
             "bench_digits": lambda: self.bench("digits", "fp32"),
             "bench_text": lambda: self.bench("text", "bf16"),
+            "bench_scenes": lambda: self.bench("scenes", "bf16"),
             "sanitizer_memcheck": lambda: self.sanitizer("memcheck"),
             "sanitizer_racecheck": lambda: self.sanitizer("racecheck"),
             "per_example": lambda: self.script("per_example", 60),
