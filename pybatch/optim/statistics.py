@@ -36,28 +36,26 @@ def noise(ledger: ops.Ledger | None, layers: Layers, named: list[str], single: i
     if ledger is None:
         return estimator.estimate(np.zeros((0, 3)), source=SOURCE, single=single)
     pairs = float(ledger["pairs"])
+    small_batch = float(ledger["small_sum"]) / pairs if pairs else None
     total = estimator.estimate(
         ledger.ring.cpu().numpy(),
         source=SOURCE,
-        small_batch=float(ledger["small_sum"]) / pairs if pairs else None,
+        small_batch=small_batch,
         large_batch=float(ledger["large_sum"]) / pairs if pairs else None,
         skipped=int(ledger["skipped"]),
         single=single,
     )
-    return dataclasses.replace(total, layers=_entries(layers, named))
+    return dataclasses.replace(total, layers=_entries(layers, named, small_batch))
 
 
-def _entries(layers: Layers, named: list[str]) -> tuple[LayerNoise, ...]:
+def _entries(layers: Layers, named: list[str], small_batch: float | None) -> tuple[LayerNoise, ...]:
     """One entry for each parameter that has had a pair of norms."""
     if not layers:
         return ()
-    found = []
-    rings = torch.stack([layers[index][ops.LAYER_SUMS :] for index in sorted(layers)]).cpu().numpy()
-    for index, ring in zip(sorted(layers), rings, strict=True):
-        own = estimator.estimate(ring.reshape(-1, 3), source=SOURCE)
-        if own.grad_sq is not None and own.trace is not None:
-            found.append(LayerNoise(named[index], own.b_simple, own.grad_sq, own.trace))
-    return tuple(found)
+    indices = sorted(layers)
+    rings = torch.stack([layers[index][ops.LAYER_SUMS :] for index in indices]).cpu().numpy()
+    entries = estimator.estimate_layers([named[i] for i in indices], rings.reshape(len(indices), -1, 3), small_batch)
+    return tuple(entry for entry in entries if entry.steps)
 
 
 def save(ledger: ops.Ledger, layers: Layers) -> dict[str, Any]:
