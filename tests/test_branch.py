@@ -272,7 +272,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         ({"tolerance": 1.5}, "tolerance 1.5 is no share"),
         ({"window": 0}, "window 0"),
         ({"time_budget": 0.0}, "leaves no time"),
-        ({"optimizer": "adamv"}, "Did you mean 'adamw'"),
+        ({"optimizer": "adamww"}, "Did you mean 'adamw'"),
         ({"rule": "cubic"}, "rule 'cubic' is not known"),
         ({"lr": -1.0}, "-1"),
     ],

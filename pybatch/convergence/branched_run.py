@@ -14,7 +14,7 @@ import torch
 
 from pybatch.convergence import branch_summary, checkpoint
 from pybatch.convergence.branch_summary import WINDOW, Losses
-from pybatch.convergence.updates import optimizer_class
+from pybatch.convergence.updates import make_optimizer
 from pybatch.device.identity import describe
 from pybatch.errors import UsageError
 from pybatch.fits.solver import Array
@@ -106,7 +106,7 @@ class BranchedRun:
 
     def _trained(self, seed: int, scaled: Scaled) -> Trained:
         session = Session(self.workload, self.device, self.dtype, seed)
-        return Trained(session, optimizer_class(self.plan.optimizer)(session.parameters, **scaled.group))
+        return Trained(session, make_optimizer(self.plan.optimizer, session.parameters, scaled.group))
 
     def base_to(self, step: int) -> bool:
         """Bring the base run to a step: from its checkpoint in the folder if there is one, else by training.

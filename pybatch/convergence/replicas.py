@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from pybatch.convergence.trial import Trial
-from pybatch.convergence.updates import Update, optimizer_class, update_for
+from pybatch.convergence.updates import Update, make_optimizer, update_for
 from pybatch.device.identity import DTYPES
 from pybatch.errors import UsageError, WorkloadError
 from pybatch.scaling import gain
@@ -78,7 +78,7 @@ class Loop(Replicas):
         super().__init__(workload, trials, device)
         self.optimizers = []
         for trial, session in zip(trials, self.sessions, strict=True):
-            self.optimizers.append(optimizer_class(trial.optimizer)(session.parameters, **trial.scaled.group))
+            self.optimizers.append(make_optimizer(trial.optimizer, session.parameters, trial.scaled.group))
         self.gains = [Gain(trial) if trial.scaled.gain_batch else None for trial in trials]
 
     def advance(self, steps: int) -> None:

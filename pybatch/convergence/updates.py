@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pybatch import optim
-from pybatch.errors import unknown
+from pybatch.errors import UsageError, unknown
 from pybatch.optim import FusedOptimizer
 
 
 def optimizer_class(name: str) -> Callable[..., FusedOptimizer]:
     """A pybatch optimizer by its name in any case; raises UsageError for another."""
-    known = {entry.lower(): entry for entry in optim.__all__ if entry != "FusedOptimizer"}
+    if name.lower() == "muon":
+        raise UsageError(
+            "optimizer 'muon' has a rate for matrices and another for the rest, which the learning-rate rules do not "
+            "scale together. Use another one, such as 'adamw'."
+        )
+    known = {entry.lower(): entry for entry in optim.__all__ if entry not in ("FusedOptimizer", "Muon")}
     if name.lower() not in known:
         raise unknown("optimizer", name, known)
     cls: Callable[..., FusedOptimizer] = getattr(optim, known[name.lower()])
     return cls
+
+
+def make_optimizer(name: str, params: Iterable[Any], group: Mapping[str, Any]) -> FusedOptimizer:
+    """An optimizer whose one group has these hyper-parameters; some, as those of torch's twin, are no arguments."""
+    made = optimizer_class(name)(params, lr=group["lr"])
+    made.param_groups[0].update(group)
+    return made
 
 
 class Update(ABC):
@@ -146,9 +158,8 @@ class Views(Update):
     def _rebuild(self, params: Sequence[Tensor]) -> None:
         self.slices = [[p.detach()[r].requires_grad_() for p in params] for r in range(len(params[0]))]
         self.source = [p.data_ptr() for p in params]
-        options = {key: value for key, value in self.group.items() if key != "lr"}
-        groups = [{"params": pieces} for pieces in self.slices]
-        self.optimizer = self.cls(groups, lr=float(self.group["lr"]), **options)
+        groups = [{**self.group, "params": pieces} for pieces in self.slices]
+        self.optimizer = self.cls(groups, lr=float(self.group["lr"]))
         for pieces, states in zip(self.slices, self.states, strict=False):
             for piece, state in zip(pieces, states, strict=True):
                 self.optimizer.state[piece] = state
