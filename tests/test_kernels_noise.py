@@ -9,7 +9,7 @@ from cases import lists
 from pybatch import ops
 from pybatch.noise import estimator
 
-RATIO = estimator.RING // 32  # rows of the global ring in one of a tensor's
+RATIO = len(ops.Ledger(torch.device("cpu")).ring) // 32  # rows of the global ring in one of a tensor's
 
 
 def make(counts):
