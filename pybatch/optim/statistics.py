@@ -44,20 +44,18 @@ def noise(ledger: ops.Ledger | None, layers: Layers, named: list[str], single: i
         skipped=int(ledger["skipped"]),
         single=single,
     )
-    return dataclasses.replace(total, layers=_entries(layers, named))
+    return dataclasses.replace(total, layers=_entries(layers, named, total.small_batch))
 
 
-def _entries(layers: Layers, named: list[str]) -> tuple[LayerNoise, ...]:
+def _entries(layers: Layers, named: list[str], small_batch: float | None) -> tuple[LayerNoise, ...]:
     """One entry for each parameter that has had a pair of norms."""
     if not layers:
         return ()
-    found = []
     rings = torch.stack([layers[index][ops.LAYER_SUMS :] for index in sorted(layers)]).cpu().numpy()
-    for index, ring in zip(sorted(layers), rings, strict=True):
-        own = estimator.estimate(ring.reshape(-1, 3), source=SOURCE)
-        if own.grad_sq is not None and own.trace is not None:
-            found.append(LayerNoise(named[index], own.b_simple, own.grad_sq, own.trace))
-    return tuple(found)
+    found = estimator.estimate_layers(
+        [named[index] for index in sorted(layers)], rings.reshape(len(rings), -1, 3), small_batch
+    )
+    return tuple(layer for layer in found if layer.grad_sq is not None)
 
 
 def save(ledger: ops.Ledger, layers: Layers) -> dict[str, Any]:
