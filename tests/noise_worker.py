@@ -233,6 +233,24 @@ def preconditioned(rank, world):
     return {"grad_sq": found.grad_sq, "trace": found.trace, "skipped": skipped}, {"grad_sq": grad_sq, "trace": trace}
 
 
+def moments(rank, world):
+    """Adam's moments are of the mean over processes; hooks on parameters would see a mixture, and are refused."""
+    model = ddp(seeded())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    try:
+        pybatch.noise.attach(model, optimizer, "micro-batches")
+        refused = ""
+    except UsageError as error:
+        refused = str(error)
+    handle = pybatch.noise.attach(model, optimizer, "adam-moments", every=2)
+    for step in range(4):
+        x, y = batch(step, rank, 5)
+        loss_of(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return numbers(handle.noise), {"small": 5 * world, "refused": refused}
+
+
 def sharded():
     model = seeded()
     fully_shard(model[1])
@@ -293,7 +311,7 @@ def fsdp_accumulated(rank, world):
     return numbers(handle.noise), {"grad_sq": want[0], "trace": want[1]}
 
 
-DDP_CASES = (plain, weighted, no_sync, synchronized_twice, own_hook, uneven, preconditioned)
+DDP_CASES = (plain, weighted, no_sync, synchronized_twice, own_hook, uneven, preconditioned, moments)
 FSDP_CASES = (fsdp, fsdp_accumulated)
 
 

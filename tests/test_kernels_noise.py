@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from cases import lists
 
-from pybatch import _C, ops
+from pybatch import ops
 from pybatch.noise import estimator
 
-RATIO = _C.ring_rows // 32  # rows of the global ring in one of a tensor's
+RATIO = len(ops.Ledger(torch.device("cpu")).ring) // 32  # rows of the global ring in one of a tensor's
 
 
 def make(counts):

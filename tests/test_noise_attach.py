@@ -134,6 +134,8 @@ def test_closed_form_and_state():
     assert (model.weight == before).all()
     with pytest.raises(UsageError, match=r"source 'ddp' for a handle of source 'micro-batches'"):
         handle.load_state_dict({**saved, "source": "ddp"})
+    with pytest.raises(UsageError, match=r"lacks \['single', 'statistics'\]"):
+        handle.load_state_dict({"source": "micro-batches"})
     wider = pybatch.noise.attach(*regression(), layers=True)
     with pytest.raises(UsageError, match="has shape"):
         wider.load_state_dict(saved)
@@ -301,6 +303,41 @@ def test_a_fused_optimizer_measures_itself():
     assert handle.state_dict() == {}
     with pytest.raises(UsageError, match="made without noise=True"):
         pybatch.noise.attach(*regression(kind=AdamW))
+    with pytest.raises(UsageError, match=r"unit, preconditioned can't be given with a fused optimizer"):
+        pybatch.noise.attach(model, optimizer, unit="tokens", preconditioned=True)
+
+
+def test_a_backward_pass_that_raised_is_left_behind():
+    """As after running out of memory: the passes that follow are measured."""
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("no memory")
+
+    model, optimizer = regression()
+    handle = pybatch.noise.attach(model, optimizer)
+    with pytest.raises(RuntimeError, match="no memory"):
+        model(Fails.apply(torch.randn(8, 63, requires_grad=True))).mean().backward()
+    optimizer.zero_grad()
+    for _ in range(2):
+        regression_loss(model, 8).backward()
+    optimizer.step()
+    assert (handle.noise.steps, handle.noise.large_batch) == (1, 16)
+
+
+def test_several_forward_passes_of_one_loss_are_said():
+    """Only the last one's examples are counted, which a reader must know."""
+    model, optimizer = regression()
+    handle = pybatch.noise.attach(model, optimizer)
+    for _ in range(2):
+        (regression_loss(model, 8) + regression_loss(model, 4)).backward()
+    optimizer.step()
+    assert any("2 backward passes came after several forward passes" in n.text for n in handle.noise.notes)
 
 
 # Adam's moments.

@@ -108,6 +108,13 @@ def test_preconditioned_and_not_finite_somewhere(ranks):
     assert found["skipped"] == 1
 
 
+def test_moments_are_of_the_mean_over_processes(ranks):
+    found, want = ranks[0]["moments"]
+    assert found["small"] == want["small"]
+    assert any("every process" in text for text in found["notes"])
+    assert "Use source 'ddp'" in want["refused"]
+
+
 def test_fsdp_equals_one_process(processes):
     found, want = processes(2)[0]["fsdp"]
     same(found, want)

@@ -7,7 +7,7 @@ import pytest
 
 from pybatch.errors import UsageError
 from pybatch.noise.accumulator import RING, NoiseAccumulator
-from pybatch.noise.estimator import estimate, estimate_layers, fieller, merge, pair
+from pybatch.noise.estimator import estimate, estimate_layers, fieller, judge, merge, pair
 
 
 def closed_form(scales, error, label_noise):
@@ -280,3 +280,17 @@ def test_accumulator_keeps_layers_and_preconditioned_norms_apart():
         NoiseAccumulator("x").load_state_dict(kept.state_dict())
     with pytest.raises(UsageError, match=r"\(3, 2\) for 2 names"):
         kept.update(2.0, 1.0, 8, 32, layers=np.ones((3, 2)))
+
+
+def test_only_steps_that_are_not_finite_are_said():
+    accumulator = NoiseAccumulator()
+    accumulator.update(math.nan, 1.0, 8, 16)
+    assert "1 steps had a gradient that is not finite" in accumulator.estimate().notes[0].text
+
+
+def test_gradients_from_one_micro_batch_alone_are_said():
+    """A layer used by one of two micro-batches: |g|^2 and |g / 2|^2, whose |G|^2 is exactly zero."""
+    rows = [[1.0, *pair(x / 2, x / 4, 8.0, 16.0)] for x in (1.0, 2.0, 4.0) * 4]
+    found = judge(np.array(rows))
+    assert (found.status, found.value, found.grad_sq) == ("unresolved", None, 0.0)
+    assert "one micro-batch of each step" in found.why

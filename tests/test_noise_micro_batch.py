@@ -84,7 +84,8 @@ def test_digits_against_exact_per_example_gradients(monkeypatch):
     monkeypatch.setattr(Session, "__init__", keep(Session.__init__, kept))
     found = measure_noise(find("digits"), device="cpu", seed=1, warmup_steps=100)
     (session,) = kept
-    session.workload_data = digits._data()["train"]
+    train = digits.load()["train"]
+    session.workload_data = train.pixels, train.labels
     truth = exact_scale(session)
     assert found.status == "resolved"
     assert found.low <= truth <= found.high
@@ -227,3 +228,16 @@ def test_nan_loss_names_the_method():
 def test_bad_arguments(option, says):
     with pytest.raises(UsageError, match=says):
         measure_noise(Regression(), device="cpu", **option)
+
+
+@pytest.mark.parametrize("options", [{"layers": True, "mode": "both"}, {"preconditioned": True, "hessian": True}])
+def test_hooks_of_one_part_do_not_see_the_next(options):
+    """Several rounds, both modes and curvature: each takes its own passes alone."""
+    found = measure_noise(Regression(), device="cpu", warmup_steps=2, micro_batch=2, time_budget=5.0, **options)
+    assert found.status == "resolved"
+    assert found.large_batch > 2 * micro_batch.FIRST_GROUP  # more than one round
+    if "layers" in options:
+        assert sum(layer.trace for layer in found.layers) == pytest.approx(found.trace, rel=1e-6)
+        assert found.eval_mode.status == "resolved"
+    else:
+        assert {found.preconditioned.status, found.hessian.status} == {"resolved"}

@@ -522,3 +522,20 @@ def test_checkpointed_blocks():
     norms = measured(model, x, torch.zeros(5, 3, dtype=torch.float64))
     for name, sq in expected.items():
         torch.testing.assert_close(norms.by_parameter[f"inner.{name}"], sq)
+
+
+def test_checkpointed_layers_with_long_sequences():
+    """Their forward pass runs twice, and must save the same tensors both times."""
+    from torch.utils.checkpoint import checkpoint
+
+    layer, x = nn.Linear(6, 6), torch.randn(3, 200, 6)
+
+    def loss(wrap):
+        return wrap(lambda v: layer(v).tanh()).square().mean()
+
+    found = []
+    for wrap in (lambda f: f(x), lambda f: checkpoint(f, x, use_reentrant=False)):
+        with ExampleRecorder(layer).record(len(x)) as norms:
+            loss(wrap).backward()
+        found.append(norms.total)
+    torch.testing.assert_close(*found)

@@ -110,6 +110,8 @@ def test_noise_of_single_parameters_has_their_names_and_scales():
     noise = opt.noise
     assert [layer.name for layer in noise.layers] == ["bias", "weight"]
     np.testing.assert_allclose([layer.b_simple for layer in noise.layers], [4.0, 9.0], rtol=0.1)
+    assert [(layer.status, layer.steps) for layer in noise.layers] == [("resolved", 100)] * 2
+    assert all(0.8 * layer.b_simple < layer.low < layer.b_simple < layer.high for layer in noise.layers)
     np.testing.assert_allclose(sum(layer.trace for layer in noise.layers), noise.trace, rtol=1e-6)
     np.testing.assert_allclose(sum(layer.grad_sq for layer in noise.layers), noise.grad_sq, rtol=1e-6)
 

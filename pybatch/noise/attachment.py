@@ -110,9 +110,30 @@ def attach(
         if preconditioned:
             raise UsageError("source 'adam-moments' has no preconditioned norms. Use another source, or leave it out.")
         return MomentsNoise(model, optimizer, **common, every=every)
+    _refuse_reduced(model, source)
     if isinstance(optimizer, FusedOptimizer):
+        given = {"examples": examples, "unit": unit, "scaler": scaler, "preconditioned": preconditioned or None}
+        given["accumulation"] = accumulation if accumulation != "mean" else None
+        ignored = [name for name, value in given.items() if value is not None]
+        if ignored:
+            raise UsageError(
+                f"attach(): {', '.join(ignored)} can't be given with a fused optimizer, which takes the norms itself "
+                "and counts in opt.accumulate(n). Leave them out, or use an optimizer of torch."
+            )
         return OptimizerNoise(optimizer)
     return BackwardNoise(model, optimizer, **common, preconditioned=preconditioned, scaler=scaler)
+
+
+def _refuse_reduced(model: nn.Module, source: str) -> None:
+    """Hooks on parameters see gradients before processes are averaged, and `.grad` after: no pair of norms."""
+    if isinstance(model, FSDPModule) or (
+        isinstance(model, DistributedDataParallel) and dist.get_world_size(model.process_group) > 1
+    ):
+        own = "fsdp" if isinstance(model, FSDPModule) else "ddp"
+        raise UsageError(
+            f"source {source!r}: the gradients of this model are averaged over processes within the backward pass, "
+            f"where micro-batches of one process are mixed with the others'. Use source {own!r}, or None."
+        )
 
 
 def _choose(model: nn.Module) -> Source:

@@ -56,10 +56,11 @@ class BackwardNoise(Collector):
         self._precondition = Preconditioner(optimizer) if preconditioned else None
         self._accumulation, self._scaler = accumulation, scaler
         self._places = Places(self._device)
-        self._counter = Count(model, examples)
+        self._counter = Count(model, examples, started=self._recover)
         self._held: list[tuple[int, torch.Tensor]] = []
         self._held_bytes = 0
         self._in_backward = False
+        self._several = 0  # backward passes after more than one counted forward pass
         self._fresh: set[int] = set()  # parameters whose `.grad` was None before this backward pass
         self._own = self._zeros()  # [2, parameters] of this backward pass: plain and preconditioned
         self.forget()
@@ -76,6 +77,12 @@ class BackwardNoise(Collector):
         """Leave out the micro-batches since the last step."""
         self._members, self._inverse, self._examples = 0, 0.0, 0.0
         self._squares, self._large = self._zeros(), self._zeros()
+
+    def _recover(self) -> None:
+        """A backward pass that raised, out of memory say, never came to its end: what it left is let go."""
+        if self._in_backward and torch._C._current_graph_task_id() < 0:
+            self._in_backward = False
+            self._held, self._held_bytes = [], 0
 
     def _watch(self, index: int) -> Any:
         def see(grad: torch.Tensor) -> None:
@@ -131,6 +138,7 @@ class BackwardNoise(Collector):
             places = self._places(fresh)
             self._own[:, places] += self._large[:, places]
         size = sizes[-1]
+        self._several += len(sizes) > 1
         self._squares += self._own / size if self._accumulation == "weighted" else self._own
         self._members, self._inverse, self._examples = (
             self._members + 1,
@@ -166,3 +174,12 @@ class BackwardNoise(Collector):
 
     def _settle(self) -> None:
         """A step is a row at once."""
+
+    def _said(self) -> tuple[Note, ...]:
+        if not self._several:
+            return self._notes
+        text = (
+            f"{self._several} backward passes came after several forward passes, and the examples of the last alone "
+            "were counted: where a loss holds them all, attach with examples='count'"
+        )
+        return (*self._notes, Note("noise.b_simple", text))

@@ -138,6 +138,7 @@ def judge(rows: ArrayLike, small_batch: float | None = None, missing: str = MISS
         return result("lower_bound", None, low, None, why)
     reasons = {
         "open": "neither |G|^2 nor tr(Sigma) is separated from zero: too few pairs for this much noise",
+        "zero": "the estimates of |G|^2 are zero: the gradient came from one micro-batch of each step alone",
         "negative": negative,
     }
     return nothing(reasons[case])
@@ -168,6 +169,8 @@ def estimate(
         skipped: steps left out for a non-finite gradient.
         single: steps with one micro-batch only, which give no pair.
     """
+    if skipped:
+        missing = f"no pair of norms: {skipped} steps had a gradient that is not finite and were left out"
     found = judge(rows, small_batch, missing)
     said = [Note("noise.b_simple", found.why)] if found.why else []  # the first thing to be read of this figure
     said += notes
@@ -214,6 +217,7 @@ def fieller(blocks: Rows, confidence: float = CONFIDENCE) -> tuple[float, float,
     """Fieller's confidence set of sum(trace) / sum(grad_sq) over blocks [m, 3] (count, grad_sq, trace).
 
     Returns (low, high, case). "bounded": low..high. "above": low and everything over it. "open": no bound.
+    "zero": |G|^2 is exactly zero in every block.
     "negative": one of the two means is below zero beyond its error, which no noise scale explains.
     Source: Fieller 1954, "Some Problems in Interval Estimation"; counts weight the blocks, spread gives the variance.
     """
@@ -232,6 +236,8 @@ def fieller(blocks: Rows, confidence: float = CONFIDENCE) -> tuple[float, float,
         return (b - root) / a, (b + root) / a, "bounded"
     if c <= 0:
         return -math.inf, math.inf, "open"
+    if b + root == 0:
+        return math.inf, math.inf, "zero"
     # Unbounded and zero excluded: the roots straddle zero, and the positive one, c / (b + root), is the lower bound.
     return c / (b + root), math.inf, "above"
 

@@ -25,6 +25,9 @@ class Feed(Protocol):
     def group(self) -> None:
         """Take the pair of the micro-batches since `start`."""
 
+    def end(self) -> None:
+        """Let go of the model; `noise` stays readable."""
+
     @property
     def noise(self) -> NoiseScale:
         """The noise scale of all groups so far."""
@@ -46,6 +49,9 @@ class OptimizerFeed:
     def group(self) -> None:
         """As Feed.group."""
         self.optimizer.step()
+
+    def end(self) -> None:
+        """As Feed.end: nothing is held."""
 
     @property
     def noise(self) -> NoiseScale:
@@ -85,6 +91,10 @@ class HookFeed:
     def group(self) -> None:
         """As Feed.group."""
         self.handle.close()
+
+    def end(self) -> None:
+        """As Feed.end: its hooks would take the passes of the next feed for uncounted ones of its own."""
+        self.handle.detach()
 
     @property
     def noise(self) -> NoiseScale:

@@ -210,6 +210,9 @@ class Collector(Handle):
                 f"noise state of source {state.get('source')!r} for a handle of source {self.source!r}. "
                 "Attach with the source it was saved from."
             )
+        missing = {"single", "statistics"} - set(state)
+        if missing:
+            raise UsageError(f"noise state lacks {sorted(missing)}. Load what state_dict() of a handle returned.")
         self._settle()
         self._pending.drain()
         self._accumulator.load_state_dict(state["statistics"])

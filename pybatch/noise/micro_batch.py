@@ -168,6 +168,7 @@ class _Measurement:
         self.workload, self.source = workload, source
         self.optimizer = AdamW(self.session.parameters, lr=workload.learning_rate)  # of the warm-up
         self.feed: Callable[[], Feed] = partial(OptimizerFeed, self.session.parameters)
+        self.feeding: Feed | None = None
         if layers or preconditioned:
             self.feed = partial(HookFeed, self.session.model, self.optimizer, layers, preconditioned)
         if source == "per-example":
@@ -233,14 +234,27 @@ class _Measurement:
             size = found.b_simple or found.low or micro_batch
             k = min(max(1, round(size / 2 / micro_batch)), LARGEST_CURVATURE_GROUP)
             self.deadline = end
+            self.end_feed()
             self.hessian = HessianNoise(self.session, micro_batch, k)
             self.hessian.run(end, WIDTH, self.say)
+
+    def new_feed(self) -> Feed:
+        """A feed for one round, in place of the one before."""
+        self.end_feed()
+        self.feeding = self.feed()
+        return self.feeding
+
+    def end_feed(self) -> None:
+        """Let no feed see the passes that follow."""
+        if self.feeding is not None:
+            self.feeding.end()
+            self.feeding = None
 
     def measure(self, micro_batch: int) -> None:
         """Rounds of growing groups until groups are as large as the scale, then more groups until it is narrow."""
         k = FIRST_GROUP
         while True:
-            current = _Round(self.session, micro_batch, k, self.feed())
+            current = _Round(self.session, micro_batch, k, self.new_feed())
             self.rounds.append(current)
             if not self._fill(current, GROUPS):
                 return

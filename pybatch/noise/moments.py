@@ -17,7 +17,9 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pybatch.errors import UsageError
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, local_batch, trainable
@@ -30,6 +32,7 @@ LAG = Note(
     "noise.b_simple",
     "from Adam's moments: averages over windows of steps, in which a change of the gradient counts as noise",
 )
+ALIKE = Note("noise.b_simple", "every process of the DDP model was taken to have as many examples as this one")
 CLIPPED = Note("noise.b_simple", "the optimizer clips, so its moments are of clipped gradients: B_simple is distorted")
 
 
@@ -65,8 +68,13 @@ class MomentsNoise(Collector):
                     f"source 'adam-moments': {kind} adds weight_decay {group['weight_decay']} to the gradient before "
                     "its moments. Use AdamW, or another source."
                 )
+        if any(hasattr(param, "full_tensor") for param in model.parameters()):
+            raise UsageError(
+                "source 'adam-moments': the parameters, and so the moments, are sharded (DTensor). Use source 'fsdp'."
+            )
+        self._members = dist.get_world_size(model.process_group) if isinstance(model, DistributedDataParallel) else 1
         self._beta1, self._beta2 = next(iter(betas))
-        self._every = every or math.ceil(MEMORIES / (1.0 - self._beta1))
+        self._every = math.ceil(MEMORIES / (1.0 - self._beta1)) if every is None else every
         if self._every < 1:
             raise UsageError(f"every {every}: give the steps between readings, 1 or more.")
         named = dict(trainable(model))
@@ -82,7 +90,7 @@ class MomentsNoise(Collector):
             layers=tuple(self._params) if layers else (),
             unit=unit,
             missing=MISSING,
-            notes=(LAG, *((CLIPPED,) if clips else ()), *notes),
+            notes=(LAG, *((CLIPPED,) if clips else ()), *((ALIKE,) if self._members > 1 else ()), *notes),
         )
         self._optimizer, self._accumulation = optimizer, accumulation
         self._counter = Count(model, examples)
@@ -126,7 +134,7 @@ class MomentsNoise(Collector):
             faded = self._beta1**step
             large = squares(first) / (1.0 - faded) ** 2
             kappa = (1.0 - self._beta1) / (1.0 + self._beta1) * (1.0 + faded) / (1.0 - faded)
-            n = self._steps / self._inverse
+            n = self._members * self._steps / self._inverse
             self._row(n, n / kappa, self._arrange(small), self._arrange(large))
         self._before, self._inverse, self._steps = (after, step), 0.0, 0
 

@@ -36,26 +36,26 @@ def noise(ledger: ops.Ledger | None, layers: Layers, named: list[str], single: i
     if ledger is None:
         return estimator.estimate(np.zeros((0, 3)), source=SOURCE, single=single)
     pairs = float(ledger["pairs"])
-    small_batch = float(ledger["small_sum"]) / pairs if pairs else None
     total = estimator.estimate(
         ledger.ring.cpu().numpy(),
         source=SOURCE,
-        small_batch=small_batch,
+        small_batch=float(ledger["small_sum"]) / pairs if pairs else None,
         large_batch=float(ledger["large_sum"]) / pairs if pairs else None,
         skipped=int(ledger["skipped"]),
         single=single,
     )
-    return dataclasses.replace(total, layers=_entries(layers, named, small_batch))
+    return dataclasses.replace(total, layers=_entries(layers, named, total.small_batch))
 
 
 def _entries(layers: Layers, named: list[str], small_batch: float | None) -> tuple[LayerNoise, ...]:
     """One entry for each parameter that has had a pair of norms."""
     if not layers:
         return ()
-    indices = sorted(layers)
-    rings = torch.stack([layers[index][ops.LAYER_SUMS :] for index in indices]).cpu().numpy()
-    entries = estimator.estimate_layers([named[i] for i in indices], rings.reshape(len(indices), -1, 3), small_batch)
-    return tuple(entry for entry in entries if entry.steps)
+    rings = torch.stack([layers[index][ops.LAYER_SUMS :] for index in sorted(layers)]).cpu().numpy()
+    found = estimator.estimate_layers(
+        [named[index] for index in sorted(layers)], rings.reshape(len(rings), -1, 3), small_batch
+    )
+    return tuple(layer for layer in found if layer.grad_sq is not None)
 
 
 def save(ledger: ops.Ledger, layers: Layers) -> dict[str, Any]:

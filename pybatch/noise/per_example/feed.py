@@ -66,6 +66,9 @@ class ExampleFeed:
         self.accumulator.update(total_small, total_large, 1, self._examples, layers=layers)
         self.start()
 
+    def end(self) -> None:
+        """As Feed.end: nothing is held between micro-batches."""
+
     @property
     def noise(self) -> NoiseScale:
         """The noise scale of all groups so far, with every parameter's own."""

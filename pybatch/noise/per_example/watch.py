@@ -137,6 +137,8 @@ class Pass(TorchFunctionMode):
         weight, route = bound["weight"], self.route
         if not self._is_whole(weight) or self._sources[weight].name in self._gates or route not in ("auto", "fused"):
             return False  # at a second use of a weight its norms need both, and are taken later
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return False  # checkpointing runs this again, then as a second use, and wants the same tensors saved
         t = bound["input"].shape[1:-1].numel()
         return route == "fused" or self.products.fuses(t, *weight.shape)
 
