@@ -65,6 +65,11 @@ class FusedOptimizer(SavedOptimizer):
         """How a parameter is updated: from its shape and the group's `rule_options`."""
 
     @classmethod
+    def _rule_key(cls, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What `_rule` reads of a group: tables are made anew where it changes."""
+        return tuple([group.get(name) for name in cls.rule_options])
+
+    @classmethod
     @abstractmethod
     def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
         """The rule's own hyper-parameters, in its header's order."""
@@ -191,7 +196,7 @@ class FusedOptimizer(SavedOptimizer):
 
     def _current(self) -> Tables | None:
         """The tables, made anew where a tensor moved, came in or changed its rule; None before the first gradient."""
-        options = [tuple([group.get(name) for name in self.rule_options]) for group in self.param_groups]
+        options = [self._rule_key(group) for group in self.param_groups]
         tables = self._tables
         if tables is None or options != self._sent_options or not tables.stands(self.param_groups, self.state):
             if tables is not None:
