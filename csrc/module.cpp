@@ -30,6 +30,24 @@ void address(py::class_<Owner>& type, const char* name, T* Owner::* member) {
         [member](Owner& owner, uintptr_t value) { owner.*member = reinterpret_cast<T*>(value); });
 }
 
+// A parameter may hold its optimizer, which holds a Watch of the parameter: Python's collector must see the way back.
+// It may come by while an instance is being made.
+void collectable(PyHeapTypeObject* heap_type) {
+    PyTypeObject* type = &heap_type->ht_type;
+    type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+        Py_VISIT(Py_TYPE(self));
+        const auto instance = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+        if (!instance.holder_constructed()) return 0;
+        return instance.value_ptr<Watch>()->visit(visit, arg);
+    };
+    type->tp_clear = [](PyObject* self) {
+        const auto instance = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+        if (instance.holder_constructed()) instance.value_ptr<Watch>()->clear();
+        return 0;
+    };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -78,7 +96,7 @@ PYBIND11_MODULE(_C, m) {
     address(call, "found_inf", &Call::found_inf);
     call.def_property_readonly("address", [](const Call& c) { return reinterpret_cast<uintptr_t>(&c); });
 
-    py::class_<Watch>(m, "Watch")
+    py::class_<Watch>(m, "Watch", py::custom_type_setup(collectable))
         .def(py::init<const py::list&, const py::list&, const py::list&, const py::dict&>(), py::arg("groups"),
              py::arg("memory"), py::arg("others"), py::arg("state"))
         .def("stands", &Watch::stands, py::arg("groups"), py::arg("memory"), py::arg("state"))

@@ -183,6 +183,25 @@ Watch::Watch(const py::list& groups, const py::list& memory, const py::list& oth
     });
 }
 
+int Watch::visit(visitproc visit, void* arg) const {
+    for (const auto* list : {&others_, &values_})
+        for (const py::object& item : *list) Py_VISIT(item.ptr());
+    for (const auto& group : members_)
+        for (const py::object& item : group) Py_VISIT(item.ptr());
+    return 0;
+}
+
+void Watch::clear() {
+    // Moved out first: giving an object up may run Python, which must find this one whole.
+    const auto members = std::move(members_);
+    const auto others = std::move(others_), values = std::move(values_);
+    members_.clear();
+    others_.clear();
+    values_.clear();
+    views_.clear();
+    places_.clear();
+}
+
 bool Watch::stands(const py::list& groups, const py::list& memory, const py::dict& state) const {
     if (size_t(groups.size()) != members_.size() || size_t(memory.size()) != views_.size()) return false;
     for (size_t i = 0; i < members_.size(); ++i)

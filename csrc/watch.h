@@ -32,6 +32,10 @@ class Watch {
     // indices of those that differ from what stood there.
     static std::vector<int64_t> versions(const pybind11::list& tensors, Numbers version);
 
+    // For Python's collector of cycles: every object kept here.
+    int visit(visitproc visit, void* arg) const;
+    void clear();
+
   private:
     struct View {  // memory and layout as read; equal numbers mean equal dtypes and devices
         uintptr_t data = 0;

@@ -7,7 +7,7 @@ from cases import adamw, sgd
 
 from pybatch import optim
 from pybatch.errors import UsageError
-from pybatch.optim import accumulation
+from pybatch.optim import accumulation, tables
 
 WIDTH, DEPTH = 32, 8
 LAYER_BYTES = 4 * WIDTH * WIDTH
@@ -226,3 +226,22 @@ def test_no_gradient_and_bad_counts_are_refused():
         pass
     with pytest.raises(UsageError, match="above 0"):
         opt.accumulating(0)
+
+
+def test_tables_of_buckets_do_not_pile_up_where_every_step_has_others(bucket, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_PARTS", 2)
+    net = model()
+    opt = optim.SGD(net.parameters(), lr=1e-2, max_grad_norm=1.0)
+    x = batches()[0]
+    for first in range(DEPTH - 1):
+        with opt.accumulating(len(x)):
+            loss_of(net[first:], x).backward()
+        wanted = [p.detach().clone() for p in net.parameters()]
+        grads = torch.autograd.grad(loss_of(net[first:], x), list(net[first:].parameters()))
+        norm = float(sum((g.double() ** 2).sum() for g in grads)) ** 0.5
+        opt.step()
+        for p, g in zip(wanted[first:], grads, strict=True):
+            p.sub_(g, alpha=1e-2 * min(1.0, 1.0 / (norm + 1e-6)))
+        for p, q in zip(net.parameters(), wanted, strict=True):
+            torch.testing.assert_close(p.detach(), q, rtol=1e-5, atol=1e-7)
+    assert len(opt._tables._parts) <= 2

@@ -295,3 +295,17 @@ def test_float16_where_the_compiler_has_none_says_which_has(monkeypatch):
     monkeypatch.setattr(ops, "DTYPES", known)
     with pytest.raises(UsageError, match=r"only torch.float32, torch.bfloat16 can be updated.*GCC 12"):
         sgd.optimizer([torch.nn.Parameter(torch.ones(2, dtype=torch.float16))])
+
+
+def test_a_momentum_that_changes_in_every_step_keeps_the_tables():
+    """As OneCycleLR does; new tables are some uploads that wait, and take longer than the step."""
+    p = param(1.0, 2.0)
+    opt = sgd.optimizer([p], lr=0.1, momentum=0.9)
+    kept = []
+    for momentum in (0.9, 0.8, 0.7, 0.0, 0.5):
+        opt.param_groups[0]["momentum"] = momentum
+        p.grad = torch.ones(2)
+        opt.step()
+        kept.append(opt._tables)
+    assert kept[0] is kept[1] is kept[2]
+    assert kept[2] is not kept[3] is not kept[4]  # another rule

@@ -122,3 +122,41 @@ def test_an_optimizer_steps_beside_a_compiled_model():
             run(torch.full((3, 4), float(i + 1)))
         ends.append([p.detach() for p in net.parameters()])
     assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+
+
+STEP_MISFITS = {
+    "a short state": lambda a: a["states"].__setitem__(0, torch.zeros(1, 3)),
+    "a state of another dtype": lambda a: a["states"].__setitem__(0, a["states"][0].double()),
+    "a state too few": lambda a: a["states"].pop(),
+    "no master": lambda a: a["masters"].__setitem__(0, torch.empty(0)),
+    "a master of another dtype": lambda a: a["masters"].__setitem__(0, a["masters"][0].bfloat16()),
+    "a row of no group": lambda a: a["rows"].__setitem__(0, 1),
+    "no rule": lambda a: a["rules"].__setitem__(0, 99),
+    "another dtype's storage": lambda a: a["storages"].__setitem__(0, ops.STORAGES["float32"]),
+    "a step too few": lambda a: a.update(steps=torch.zeros(2)),
+    "a short ledger": lambda a: a.update(ledger=a["ledger"][:4]),
+    "hyper of another width": lambda a: a.update(hyper=a["hyper"][:, :3]),
+    "a float64 gradient": lambda a: a["grads"].__setitem__(0, a["grads"][0].double()),
+    "a gradient too few": lambda a: a["grads"].pop(),
+}
+
+
+@pytest.mark.parametrize("misfit", STEP_MISFITS.values(), ids=STEP_MISFITS.keys())
+def test_a_step_refuses_what_would_be_written_past_its_end(misfit):
+    arguments = step_arguments("bfloat16_master")
+    misfit(arguments)
+    before = [p.clone() for p in arguments["params"]]
+    with pytest.raises(UsageError):
+        torch.ops.pybatch.step(**arguments)
+    assert all(torch.equal(p, q) for p, q in zip(arguments["params"], before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sums", "ledger"])
+def test_an_accumulation_refuses_what_would_be_written_past_its_end(name):
+    arguments = accumulate_arguments()
+    if name == "sums":
+        arguments["sums"][0] = arguments["sums"][0].bfloat16()
+    else:
+        arguments["ledger"] = arguments["ledger"][:4]
+    with pytest.raises(UsageError):
+        torch.ops.pybatch.accumulate(**arguments)

@@ -1,7 +1,9 @@
 """The compiled check of a step's tensors: every change is noticed, through DLPack's table and without it."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +164,12 @@ def test_all_of_it_without_the_table():
     command = [sys.executable, "-c", WITHOUT, __file__]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stdout
+
+
+def test_a_cycle_through_a_parameter_is_collected():
+    x = Problem()
+    x.params[0].watch, x.other.watch = x.watch, x.watch  # as a parameter that knows its optimizer
+    gone = weakref.ref(x.params[0])
+    del x
+    gc.collect()
+    assert gone() is None

@@ -31,8 +31,9 @@ class FusedOptimizer(SavedOptimizer):
 
     A step does, in this order: unscale (AMP), verdict on infinities and NaN, noise statistics, clip, decay, update. A
     step with a non-finite gradient changes nothing and counts in `skipped`. The verdict is taken with `max_grad_norm`,
-    `noise` or a GradScaler, and after `accumulate`, where the gradient is read beforehand anyway; a plain optimizer
-    without any of these behaves as torch's, which takes none. `step` and `accumulate` never wait for the device.
+    `noise` or a GradScaler, after `accumulate`, and by LARS, where the gradient is read beforehand anyway; a plain
+    optimizer without any of these behaves as torch's, which takes none. `step` and `accumulate` never wait for the
+    device.
 
     Parameters and gradients are fp32, bf16 or fp16 and on one device; states are fp32. Of DTensors the local shards
     are updated, and norms are summed over the mesh. `state_dict` exchanges with the twin in `torch.optim`; what only
@@ -41,7 +42,8 @@ class FusedOptimizer(SavedOptimizer):
 
     Master weights follow what others write to a parameter in place (`load_state_dict` of the model, `p.copy_`): where
     the parameter is no longer its master's rounding, the master takes its value. torch does not count writes through
-    `p.data`: these are undone by the next step.
+    `p.data`: these are undone by the next step. LARS carries |p| from one step to the next, and after such a write
+    takes one step by the old norm. Write under `torch.no_grad()` instead.
     """
 
     _step_supports_amp_scaling: ClassVar[bool] = True
@@ -63,6 +65,11 @@ class FusedOptimizer(SavedOptimizer):
     @abstractmethod
     def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
         """How a parameter is updated: from its shape and the group's `rule_options`."""
+
+    @classmethod
+    def _rule_key(cls, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What `_rule` reads of a group: tables are made anew where it changes."""
+        return tuple([group.get(name) for name in cls.rule_options])
 
     @classmethod
     @abstractmethod
@@ -191,7 +198,7 @@ class FusedOptimizer(SavedOptimizer):
 
     def _current(self) -> Tables | None:
         """The tables, made anew where a tensor moved, came in or changed its rule; None before the first gradient."""
-        options = [tuple([group.get(name) for name in self.rule_options]) for group in self.param_groups]
+        options = [self._rule_key(group) for group in self.param_groups]
         tables = self._tables
         if tables is None or options != self._sent_options or not tables.stands(self.param_groups, self.state):
             if tables is not None:

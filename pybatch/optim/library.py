@@ -57,11 +57,28 @@ def step(
     if not params:
         return
     _check_lists(params, grads)
+    _check_numbers(len(params), len(hyper), rules, rows, storages)
+    _check_books(params[0], ledger, ring, hyper)
+    if steps.shape != (len(params),) or steps.dtype != torch.float32:
+        raise UsageError(f"steps is {steps.dtype} {tuple(steps.shape)}: it must be float32 ({len(params)},).")
+    wanted = sum(ops.RULES[_RULES[rule]].states for rule in rules)
+    if len(states) != wanted or len(masters) != len(params):
+        raise UsageError(
+            f"{len(states)} states and {len(masters)} masters for {len(params)} params: these rules need {wanted} "
+            f"and {len(params)}."
+        )
     left, entries = list(states), []
     for i, (param, master) in enumerate(zip(params, masters, strict=True)):
         name, stored = _RULES[rules[i]], _STORAGES[storages[i]]
         own, left = left[: ops.RULES[name].states], left[ops.RULES[name].states :]
-        kept = master if master.numel() or stored.endswith(("_master", "_remainder")) else None
+        for state in own:
+            _check_beside(param, state, torch.float32, f"a state of tensor {i}")
+        kept = master if stored.endswith(("_master", "_remainder")) else None
+        if kept is not None:
+            dtype = torch.int16 if stored.endswith("_remainder") else torch.float32
+            _check_beside(param, kept, dtype, f"the master of tensor {i}")
+        if not stored.startswith(str(param.dtype).removeprefix("torch.")):
+            raise UsageError(f"tensor {i} is {param.dtype}, its storage {stored!r}. Give the number of one of its own.")
         entries.append(ops.Entry(param, tuple(own), name, rows[i], steps[i], stored, kept, salt=i))
     backend = ops.choose_backend(None, params[0].device)
     tensors = ops.TensorList(entries, len(hyper), ops.Ledger.of(ledger, ring), backend)
@@ -94,6 +111,9 @@ def accumulate(
     if not sums:
         return
     _check_lists(sums, grads)
+    _check_books(sums[0], ledger, ring)
+    for i, total in enumerate(sums):
+        _check_beside(total, total, torch.float32, f"sum {i}")
     entries = [ops.Entry(total, (), "Sgd", 0, 0.0) for total in sums]
     backend = ops.choose_backend(None, sums[0].device)
     tensors = ops.TensorList(entries, 1, ops.Ledger.of(ledger, ring), backend)
@@ -104,12 +124,55 @@ def accumulate(
     backend.accumulate(tensors, call)
 
 
+# Addresses go to the kernels as they are: what does not fit would be written past its end.
+
+
 def _check_lists(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    if len(tensors) != len(grads):
+        raise UsageError(f"{len(tensors)} tensors have {len(grads)} gradients: give one each.")
     for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
+        if grad.dtype not in ops.DTYPES or not tensor.device == grad.device == tensors[0].device:
+            raise UsageError(
+                f"tensor {i} on {tensor.device} has a gradient of {grad.dtype} on {grad.device}: all must be on one "
+                f"device, gradients one of {', '.join(map(str, ops.DTYPES))}."
+            )
         if not is_dense(tensor) or grad.shape != tensor.shape or grad.stride() != tensor.stride():
             raise UsageError(
                 f"tensor {i} of shape {tuple(tensor.shape)} and strides {tensor.stride()} has a gradient of shape "
                 f"{tuple(grad.shape)} and strides {grad.stride()}: both must be dense and alike."
+            )
+
+
+def _check_beside(tensor: Tensor, other: Tensor, dtype: torch.dtype, what: str) -> None:
+    alike = other.shape == tensor.shape and other.stride() == tensor.stride() and other.device == tensor.device
+    if not alike or other.dtype != dtype:
+        raise UsageError(
+            f"{what} is {other.dtype} {tuple(other.shape)} with strides {other.stride()} on {other.device}: it must be "
+            f"{dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}."
+        )
+
+
+def _check_numbers(count: int, groups: int, rules: Sequence[int], rows: Sequence[int], storages: Sequence[int]) -> None:
+    for what, numbers, known in (
+        ("rules", rules, _RULES),
+        ("rows", rows, range(groups)),
+        ("storages", storages, _STORAGES),
+    ):
+        if len(numbers) != count or any(number not in known for number in numbers):
+            raise UsageError(f"{what} {list(numbers)}: give {count} numbers, each one of {list(known)}.")
+
+
+def _check_books(tensor: Tensor, ledger: Tensor, ring: Tensor, hyper: Tensor | None = None) -> None:
+    made = ops.Ledger(torch.device("meta"))
+    books = [("ledger", ledger, made.values.shape), ("ring", ring, made.ring.shape)]
+    if hyper is not None:
+        books.append(("hyper", hyper, torch.Size([len(hyper), ops.HYPER_COLUMNS])))
+    for name, given, shape in books:
+        fits = given.shape == shape and given.dtype == torch.float64 and given.is_contiguous()
+        if not fits or given.device != tensor.device:
+            raise UsageError(
+                f"{name} is {given.dtype} {tuple(given.shape)} on {given.device}: it must be contiguous float64 "
+                f"{tuple(shape)} on {tensor.device}, as of ops.Ledger."
             )
 
 

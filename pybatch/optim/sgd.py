@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,8 +24,6 @@ class SGD(FusedOptimizer):
     Raises:
         UsageError: a hyper-parameter outside its range.
     """
-
-    rule_options: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def __init__(
         self,
@@ -73,6 +71,10 @@ class SGD(FusedOptimizer):
                 f"nesterov=True with momentum {group['momentum']} and dampening {group['dampening']}: Nesterov needs "
                 "a momentum above 0 and no dampening. Set momentum=0.9, dampening=0, or nesterov=False."
             )
+
+    @classmethod
+    def _rule_key(cls, group: dict[str, Any]) -> tuple[Any, ...]:
+        return (group["momentum"] != 0,)  # schedulers as OneCycleLR change it in every step
 
     @classmethod
     def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:

@@ -19,6 +19,10 @@ from pybatch.optim.slots import Slot, conform
 
 _DTYPES = [torch.zeros(1, dtype=dtype) for dtype in sorted(ops.DTYPES, key=ops.DTYPES.__getitem__)]
 
+# Tables of parts kept: backward() mostly gives the same buckets in every step, but a model whose graph depends on its
+# data (experts, dropped layers) gives ever new ones.
+MAX_PARTS = 64
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -198,6 +202,8 @@ class Tables:
         """A list of some of the slots, for accumulation only; it has a ledger of its own."""
         key = rows.tobytes()
         if key not in self._parts:
+            if len(self._parts) == MAX_PARTS:
+                self._parts.pop(next(iter(self._parts)))  # the oldest
             slots: Sequence[Slot] = [self.slots[i] for i in rows]
             shares = [1.0 if self._processes is None else self._processes.share(slot.param) for slot in slots]
             entries = [
