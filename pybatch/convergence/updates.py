@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pybatch import optim
-from pybatch.errors import unknown
+from pybatch.errors import UsageError, unknown
 from pybatch.optim import FusedOptimizer
 
 
@@ -21,6 +22,20 @@ def optimizer_class(name: str) -> Callable[..., FusedOptimizer]:
         raise unknown("optimizer", name, known)
     cls: Callable[..., FusedOptimizer] = getattr(optim, known[name.lower()])
     return cls
+
+
+def arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters of an optimizer made with these options, all of them arguments it can be made with again.
+
+    A parameter group holds more (AdamW's decoupled_weight_decay) and less (max_grad_norm).
+    """
+    cls = optimizer_class(name)
+    try:
+        made = cls([torch.zeros(1, requires_grad=True)], **options)
+    except TypeError as error:
+        raise UsageError(f"optimizer {name!r} cannot be made with {dict(options)}: {error}.") from None
+    accepted = inspect.signature(cls).parameters
+    return {key: value for key, value in made.defaults.items() if key in accepted} | dict(options)
 
 
 class Update(ABC):
