@@ -14,6 +14,7 @@ import torch
 
 from pybatch.convergence import branch_summary, checkpoint
 from pybatch.convergence.branch_summary import WINDOW, Losses
+from pybatch.convergence.fingerprint import fingerprint
 from pybatch.convergence.updates import optimizer_class
 from pybatch.device.identity import describe
 from pybatch.errors import UsageError
@@ -94,9 +95,15 @@ class BranchedRun:
         self.batches, self.examples = list(self.plan.scaled), self.plan.examples
         self.step_seconds = 0.0  # of the base run
         # What a checkpoint must agree with to be this run's.
-        info = self.base.session.info
         self.identity = repr(
-            (info, self.plan.optimizer, self.plan.scaled[self.plan.base].group, self.plan.base, self.seed)
+            (
+                fingerprint(self.workload),
+                self.dtype,
+                self.plan.optimizer,
+                self.plan.scaled[self.plan.base].group,
+                self.plan.base,
+                self.seed,
+            )
         )
         if self.folder is not None:
             try:
