@@ -272,8 +272,10 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         ({"tolerance": 1.5}, "tolerance 1.5 is no share"),
         ({"window": 0}, "window 0"),
         ({"time_budget": 0.0}, "leaves no time"),
-        ({"optimizer": "adamww"}, "Did you mean 'adamw'"),
+        ({"optimizer": "adamv"}, "Did you mean 'adam'"),
         ({"rule": "cubic"}, "rule 'cubic' is not known"),
+        ({"rule": "adascale", "factors": [1, 2]}, "rule 'adascale' needs more"),
+        ({"rule": "tuned"}, "rule 'tuned' needs more"),
         ({"lr": -1.0}, "-1"),
     ],
 )

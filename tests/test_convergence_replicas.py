@@ -11,7 +11,7 @@ from pybatch.convergence import replicas as module
 from pybatch.convergence.replicas import Loop, Stack, choose, chunks
 from pybatch.convergence.training import run_unit
 from pybatch.convergence.trial import Trial, Unit
-from pybatch.convergence.updates import StackedAdamW, StackedSGD, Views, optimizer_class, update_for
+from pybatch.convergence.updates import StackedAdamW, StackedSGD, Views, arguments, update_for
 from pybatch.errors import UsageError
 from pybatch.scaling import Scaled
 from pybatch.workloads.base import Workload
@@ -68,8 +68,7 @@ class Counted(Points):
 
 
 def trials(rates=(0.01, 0.05), seeds=(0, 1), optimizer="sgd", batch=8, **changes):
-    group = optimizer_class(optimizer)([torch.zeros(1, requires_grad=True)], lr=0.1, **changes).param_groups[0]
-    group = {k: v for k, v in group.items() if k != "params"}
+    group = arguments(optimizer, changes)
     return [
         Trial("t", optimizer, Scaled(group | {"lr": lr}), batch, seed, "fp32", "cpu") for lr in rates for seed in seeds
     ]
@@ -101,6 +100,15 @@ def test_a_stack_gives_what_the_loop_gives(optimizer, options):
         made.keep([3, 1])
     assert [t.key for t in stacked.trials] == [some[3].key, some[1].key]
     np.testing.assert_allclose(losses(stacked), losses(apart), rtol=5e-5)
+
+
+def test_clipping_is_by_each_trials_own_norm():
+    some = trials(max_grad_norm=0.1)
+    made, reason = choose(Points(), some, CPU)
+    assert isinstance(made, Loop)
+    assert reason is None
+    with pytest.raises(UsageError, match="clipping"):
+        Stack(Points(), some, CPU)
 
 
 def test_both_ways_to_evaluate_a_stack_agree():

@@ -323,6 +323,7 @@ def test_a_workload_that_fails_is_named():
         ({"optimizer": "sdg"}, "Did you mean 'sgd'"),
         ({"options": {"momentun": 0.9}}, "momentun"),
         ({"options": {"momentum": -1}}, "momentum"),
+        ({"options": {"momentum": 5.0}, "rates": None}, "momentum 5"),
         ({"rates": [0.1, -1]}, "above 0"),
         ({"search": "bayes"}, "Known: cmaes, grid"),
         ({"target": {}}, "names no target"),
@@ -422,13 +423,36 @@ def test_a_fingerprint_shows_the_data_and_the_model():
     assert hashes[0]["init"] == hashes[1]["init"]
 
 
+def test_a_fingerprint_shows_what_is_in_the_loss_alone():
+    class Smooth(Isotropic):
+        def __init__(self, smoothing):
+            self.smoothing = smoothing
+
+    assert fingerprint(Smooth(0.1)) != fingerprint(Smooth(0.2))
+    assert fingerprint(Smooth(0.1)) == fingerprint(Smooth(0.1))
+    still = [fingerprint(find("quadratic", options=["noise=0", f"spectrum={s}"])) for s in (1, 0.5)]
+    assert still[0] != still[1]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "lamb", "lars", "lion", "sgd"])
+def test_every_optimizer_can_be_swept(optimizer):
+    found = measure(batches=[8], optimizer=optimizer, rates=[0.01, 0.02], seeds=1, max_steps=3)
+    assert found.curves[0].points[0].rates
+
+
+def test_an_optimizer_with_two_rates_is_refused():
+    with pytest.raises(UsageError, match="'muon' has a rate for matrices and another"):
+        measure(batches=[8], optimizer="muon")
+
+
 def test_an_optimizers_arguments_reach_the_trials(tmp_path):
     path = tmp_path / "runs.db"
-    measure(batches=[8], options={"momentum": 0.5}, store=path)
+    measure(batches=[8], options={"momentum": 0.5, "max_grad_norm": 3.0}, store=path)
     db = sqlite3.connect(path)
     specs = [json.loads(spec) for (spec,) in db.execute("SELECT spec FROM trial")]
     db.close()
     assert {spec["scaled"]["group"]["momentum"] for spec in specs} == {0.5}
+    assert {spec["scaled"]["group"]["max_grad_norm"] for spec in specs} == {3.0}  # no part of a parameter group
     assert {spec["seed"] for spec in specs} == {0, 1, 2}
 
 

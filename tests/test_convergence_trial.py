@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from pybatch.convergence.search import best_rate
 from pybatch.convergence.trajectory import Trajectory, next_evaluation, smoothed
 from pybatch.convergence.trial import Outcome, Race, Trial, diverged, middle
 from pybatch.errors import UsageError
@@ -170,6 +171,15 @@ def test_a_single_seed_does_not_end_a_race_of_three():
     race = Race({"train": 0.1}, (0, 1, 2), cap=10_000)
     race.take(outcome(0.5, 0, 10))
     assert race.limit("train") == 10_000
+
+
+def test_a_run_that_never_reaches_serves_a_rate_no_better_than_one_that_is_late():
+    race = Race({"train": 0.1}, (0, 1), cap=10_000)
+    race.take(outcome(0.1, 0, 90))
+    assert best_rate(race, "train", [0.1, 0.5]) == 0.1  # half of the seeds, and no rate does better
+    for seed in race.seeds:
+        race.take(outcome(0.5, seed, 100))
+    assert best_rate(race, "train", [0.1, 0.5]) == 0.5
 
 
 def test_without_a_search_the_cap_alone_counts():

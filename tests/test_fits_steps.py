@@ -284,3 +284,10 @@ def test_the_order_of_batches_is_free_and_the_seed_decides_everything():
 def test_what_cannot_be_steps_is_refused(batches, steps, options, says):
     with pytest.raises(UsageError, match=says):
         fit_steps(batches, steps, **options)
+
+
+def test_a_rate_that_half_of_the_seeds_reach_comes_after_those_that_all_reach():
+    steps = np.array([[[90, math.inf]], [[100, 110]]])
+    assert choose_rates(steps).index.tolist() == [1]
+    assert choose_rates(steps[:, :, ::-1]).index.tolist() == [1]
+    assert choose_rates(np.where(steps < 105, steps, math.inf)).index.tolist() == [0]

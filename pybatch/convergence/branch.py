@@ -19,11 +19,11 @@ import torch
 
 from pybatch.convergence.branch_summary import WINDOW
 from pybatch.convergence.branched_run import BranchedRun, Plan
-from pybatch.convergence.updates import optimizer_class
+from pybatch.convergence.updates import arguments
 from pybatch.device.identity import resolve
 from pybatch.errors import Interrupted, UsageError
 from pybatch.records import Convergence
-from pybatch.scaling import Base, scale
+from pybatch.scaling import SEARCHED, Base, scale
 from pybatch.workloads.base import Progress, Workload
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)  # below 1 too: the critical batch may lie below the base batch
@@ -86,9 +86,12 @@ def measure_branches(
     batches = _batches(base, factors)
     _check(batches, checkpoints, seeds, tolerance, window, time_budget)
     rule = rule or ("sqrt" if optimizer.lower() in _ADAPTIVE else "linear")
+    if rule in (SEARCHED, "adascale"):
+        raise UsageError(
+            f"rule {rule!r} needs more than a rate at the base batch. Take constant, linear, sqrt or adam-sde."
+        )
     group = {"lr": workload.learning_rate if lr is None else lr}
-    defaults = optimizer_class(optimizer)([torch.zeros(1, requires_grad=True)], **group).defaults
-    scaled = {batch: scale(rule, {**defaults, **group}, batch, Base(base)) for batch in batches}
+    scaled = {batch: scale(rule, arguments(optimizer, group), batch, Base(base)) for batch in batches}
     place = resolve(device)
     unit = WINDOW * math.lcm(*batches)  # every branch takes whole steps between looks
     examples = unit * math.ceil((window or unit) / unit)

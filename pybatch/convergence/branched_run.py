@@ -14,7 +14,8 @@ import torch
 
 from pybatch.convergence import branch_summary, checkpoint
 from pybatch.convergence.branch_summary import WINDOW, Losses
-from pybatch.convergence.updates import make_optimizer
+from pybatch.convergence.fingerprint import fingerprint
+from pybatch.convergence.updates import optimizer_class
 from pybatch.device.identity import describe
 from pybatch.errors import UsageError
 from pybatch.fits.solver import Array
@@ -94,9 +95,15 @@ class BranchedRun:
         self.batches, self.examples = list(self.plan.scaled), self.plan.examples
         self.step_seconds = 0.0  # of the base run
         # What a checkpoint must agree with to be this run's.
-        info = self.base.session.info
         self.identity = repr(
-            (info, self.plan.optimizer, self.plan.scaled[self.plan.base].group, self.plan.base, self.seed)
+            (
+                fingerprint(self.workload),
+                self.dtype,
+                self.plan.optimizer,
+                self.plan.scaled[self.plan.base].group,
+                self.plan.base,
+                self.seed,
+            )
         )
         if self.folder is not None:
             try:
@@ -106,7 +113,7 @@ class BranchedRun:
 
     def _trained(self, seed: int, scaled: Scaled) -> Trained:
         session = Session(self.workload, self.device, self.dtype, seed)
-        return Trained(session, make_optimizer(self.plan.optimizer, session.parameters, scaled.group))
+        return Trained(session, optimizer_class(self.plan.optimizer)(session.parameters, **scaled.group))
 
     def base_to(self, step: int) -> bool:
         """Bring the base run to a step: from its checkpoint in the folder if there is one, else by training.

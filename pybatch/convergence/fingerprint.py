@@ -19,18 +19,34 @@ DRAWN = 512  # examples of each split that enter: other data, or other dials of 
 
 
 def fingerprint(workload: Workload) -> str:
-    """JSON of the class, the model's name, and hashes of drawn data, of an initial model and of a user's own source."""
+    """JSON of the class, the model's name, its options, and hashes of drawn data, an initial model, a user's source.
+
+    Options are all plain values the workload holds: one that is in the loss alone, or a dropout, shows nowhere else.
+    """
     cls = type(workload)
     session = Session(workload, torch.device("cpu"))
     parts: dict[str, Any] = {
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "name": workload.name,
         "model": workload.model_name,
+        "options": _options(workload),
         "data": _hash(session.batch(DRAWN, "train"), session.batch(DRAWN, "test")),
         "init": _hash(list(session.model.state_dict().values())),
         "source": _source(cls),
     }
     return json.dumps(parts, sort_keys=True)
+
+
+def _options(workload: Workload) -> dict[str, Any]:
+    """Public attributes with plain values; a path may change while the data stay."""
+    own = {key: value for key, value in vars(workload).items() if not key.startswith("_") and key != "data"}
+    return {key: value for key, value in own.items() if _plain(value)} | dict(workload.options)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _hash(*values: Any) -> str:

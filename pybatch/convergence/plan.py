@@ -12,7 +12,7 @@ from pybatch.convergence.search import SAMPLERS, Grid, Sampled, Search, default_
 from pybatch.convergence.training import initial_losses
 from pybatch.convergence.trajectory import SPLITS
 from pybatch.convergence.trial import Trial
-from pybatch.convergence.updates import optimizer_class
+from pybatch.convergence.updates import arguments
 from pybatch.errors import UsageError, unknown
 from pybatch.workloads.base import Workload
 from pybatch.workloads.session import checked_dtype
@@ -58,7 +58,7 @@ class Plan:
             raise UsageError(f"max_steps {max_steps} is below 1. Give the steps after which a trial is given up.")
         self.targets: dict[str, float] = _targets(workload, target)
         self.optimizer = optimizer.lower()
-        self.group = _group(self.optimizer, options)
+        self.group = arguments(self.optimizer, options)
         self.rates = list(rates) if rates is not None else default_rates(self.optimizer, self.group)
         if not self.rates or not all(0 < rate < float("inf") for rate in self.rates):
             raise UsageError(f"rates {self.rates}: give learning rates above 0.")
@@ -96,13 +96,3 @@ def _targets(workload: Workload, target: Mapping[str, float] | None) -> dict[str
         if not loss > float("-inf"):
             raise UsageError(f"target {split}={loss}: give a number.")
     return {split: float(given[split]) for split in SPLITS if split in given}
-
-
-def _group(optimizer: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All hyper-parameters of an optimizer made with these options."""
-    cls = optimizer_class(optimizer)
-    try:
-        made = cls([torch.zeros(1, requires_grad=True)], **options)
-    except TypeError as error:
-        raise UsageError(f"optimizer {optimizer!r} cannot be made with {dict(options)}: {error}.") from None
-    return {key: value for key, value in made.param_groups[0].items() if key != "params"}

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from pybatch.convergence.trial import Trial
-from pybatch.convergence.updates import Update, make_optimizer, update_for
+from pybatch.convergence.updates import Update, optimizer_class, update_for
 from pybatch.device.identity import DTYPES
 from pybatch.errors import UsageError, WorkloadError
 from pybatch.scaling import gain
@@ -78,7 +78,7 @@ class Loop(Replicas):
         super().__init__(workload, trials, device)
         self.optimizers = []
         for trial, session in zip(trials, self.sessions, strict=True):
-            self.optimizers.append(make_optimizer(trial.optimizer, session.parameters, trial.scaled.group))
+            self.optimizers.append(optimizer_class(trial.optimizer)(session.parameters, **trial.scaled.group))
         self.gains = [Gain(trial) if trial.scaled.gain_batch else None for trial in trials]
 
     def advance(self, steps: int) -> None:
@@ -154,8 +154,8 @@ class Stack(Replicas):
     def __init__(self, workload: Workload, trials: Sequence[Trial], device: torch.device) -> None:
         super().__init__(workload, trials, device)
         group = trials[0].scaled.group
-        if any({**t.scaled.group, "lr": 0} != {**group, "lr": 0} or t.scaled.gain_batch for t in trials):
-            raise UsageError("a stack takes trials that differ in their rates only")
+        if any({**t.scaled.group, "lr": 0} != {**group, "lr": 0} or _alone(t) for t in trials):
+            raise UsageError("a stack takes trials that differ in their rates only, without a gain or clipping")
         self.template = _LossModule(workload, self.sessions[0].model)
         modules = [_LossModule(workload, session.model) for session in self.sessions]
         named = [dict(module.named_parameters()) for module in modules]
@@ -263,7 +263,7 @@ def choose(
         workload, trials, device: what is trained, and where.
         how: "stacked" or "loop" to have one of them without measuring.
     """
-    if how == "loop" or len(trials) == 1 or any(trial.scaled.gain_batch for trial in trials):
+    if how == "loop" or len(trials) == 1 or any(map(_alone, trials)):
         return Loop(workload, trials, device), None
     if how == "stacked":
         return Stack(workload, trials, device), None
@@ -285,6 +285,11 @@ def choose(
     if together <= separate * len(trials) / len(few):
         return Stack(workload, trials, device), None
     return Loop(workload, trials, device), None
+
+
+def _alone(trial: Trial) -> bool:
+    """Whether an update needs a norm over the trial's own gradients, which an optimizer over a stack mixes."""
+    return bool(trial.scaled.gain_batch or trial.scaled.group.get("max_grad_norm"))
 
 
 def chunks(trials: Sequence[Trial], parameter_bytes: int) -> list[list[Trial]]:

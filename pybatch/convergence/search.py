@@ -25,8 +25,11 @@ class Search(ABC):
 
 
 def best_rate(race: Race, split: str, rates: Sequence[float]) -> float | None:
-    """The rate of the fewest median steps, the lowest of equals; None where none reached the target."""
-    best = min(sorted(rates), key=lambda lr: race.median(split, lr), default=None)
+    """The rate of the fewest median steps, the lowest of equals; None where none reached the target.
+
+    Of an even number of seeds, a rate that half of them reach is taken where no rate is reached by more.
+    """
+    best = min(sorted(rates), key=lambda lr: race.rank(split, lr), default=None)
     return best if best is not None and math.isfinite(race.median(split, best)) else None
 
 
@@ -89,7 +92,8 @@ class Sampled(Search):
         split = next(iter(race.targets))
         for trial, rate in self.open:
             # An unreached target must rank behind every reached one, and samplers take no infinity.
-            self.study.tell(trial, min(race.median(split, rate), 2.0 * race.cap))
+            half, median = race.rank(split, rate)
+            self.study.tell(trial, min(median + half * race.cap, 2.0 * race.cap))
         asked = [self.study.ask(self.space) for _ in range(min(ASKED, self.count - self.asked))]
         self.asked += len(asked)
         self.open = [(trial, _rounded(trial.params["lr"])) for trial in asked]
@@ -114,7 +118,9 @@ def default_rates(optimizer: str, group: dict[str, Any]) -> list[float]:
     """The first grid for an optimizer: powers of two, so that trials of different searches coincide."""
     if optimizer == "sgd":
         # Plain SGD trains small networks well near 1/2; momentum multiplies a step by 1 / (1 - momentum).
-        centre = math.log2(0.25 * (1 - group.get("momentum", 0.0)))
+        if not (momentum := group.get("momentum", 0.0)) < 1:
+            raise UsageError(f"momentum {momentum:g} has no usual rates. Give a momentum below 1, or rates to try.")
+        centre = math.log2(0.25 * (1 - momentum))
     else:
         centre = math.log2(float(group["lr"])) + 2  # defaults are made for long runs of large models
     return [2.0 ** (round(centre) + k) for k in range(-RATES // 2, RATES - RATES // 2)]

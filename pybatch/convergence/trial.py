@@ -133,7 +133,7 @@ class Race:
 
     def _upper(self, split: str, lr: float) -> float:
         """The upper middle of a rate's steps: one of two seeds must not cut the other one off."""
-        crossings = self.found[split][lr]
+        crossings = self.found.get(split, {}).get(lr, {})
         steps = sorted(crossings[seed].steps if seed in crossings else math.inf for seed in self.seeds)
         return steps[len(steps) // 2]
 
@@ -145,6 +145,13 @@ class Race:
         """Median steps of a rate over the seeds, infinite where fewer than half have reached the target."""
         crossings = self.found.get(split, {}).get(lr, {})
         return middle(crossings[seed].steps if seed in crossings else math.inf for seed in self.seeds)
+
+    def rank(self, split: str, lr: float) -> tuple[bool, float]:
+        """What rates are chosen by: the median, behind all others where it stands on half of the seeds alone.
+
+        A run that never reaches must not serve a rate better than one that reaches late.
+        """
+        return math.isinf(self._upper(split, lr)), self.median(split, lr)
 
     def steps(self, split: str, lr: float, seed: int) -> Crossing | None:
         """The crossing of one trial, where it came before this race's limit."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ def optimizer_class(name: str) -> Callable[..., FusedOptimizer]:
     """A pybatch optimizer by its name in any case; raises UsageError for another."""
     if name.lower() == "muon":
         raise UsageError(
-            "optimizer 'muon' has a rate for matrices and another for the rest, which the learning-rate rules do not "
-            "scale together. Use another one, such as 'adamw'."
+            "optimizer 'muon' has a rate for matrices and another for the rest, which no learning-rate rule here scales "
+            "together. Use another one, such as 'adamw'."
         )
     known = {entry.lower(): entry for entry in optim.__all__ if entry not in ("FusedOptimizer", "Muon")}
     if name.lower() not in known:
@@ -28,11 +29,18 @@ def optimizer_class(name: str) -> Callable[..., FusedOptimizer]:
     return cls
 
 
-def make_optimizer(name: str, params: Iterable[Any], group: Mapping[str, Any]) -> FusedOptimizer:
-    """An optimizer whose one group has these hyper-parameters; some, as those of torch's twin, are no arguments."""
-    made = optimizer_class(name)(params, lr=group["lr"])
-    made.param_groups[0].update(group)
-    return made
+def arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters of an optimizer made with these options, all of them arguments it can be made with again.
+
+    A parameter group holds more (AdamW's decoupled_weight_decay) and less (max_grad_norm).
+    """
+    cls = optimizer_class(name)
+    try:
+        made = cls([torch.zeros(1, requires_grad=True)], **options)
+    except TypeError as error:
+        raise UsageError(f"optimizer {name!r} cannot be made with {dict(options)}: {error}.") from None
+    accepted = inspect.signature(cls).parameters
+    return {key: value for key, value in made.defaults.items() if key in accepted} | dict(options)
 
 
 class Update(ABC):
@@ -158,8 +166,9 @@ class Views(Update):
     def _rebuild(self, params: Sequence[Tensor]) -> None:
         self.slices = [[p.detach()[r].requires_grad_() for p in params] for r in range(len(params[0]))]
         self.source = [p.data_ptr() for p in params]
-        groups = [{**self.group, "params": pieces} for pieces in self.slices]
-        self.optimizer = self.cls(groups, lr=float(self.group["lr"]))
+        options = {key: value for key, value in self.group.items() if key != "lr"}
+        groups = [{"params": pieces} for pieces in self.slices]
+        self.optimizer = self.cls(groups, lr=float(self.group["lr"]), **options)
         for pieces, states in zip(self.slices, self.states, strict=False):
             for piece, state in zip(pieces, states, strict=True):
                 self.optimizer.state[piece] = state

@@ -47,7 +47,8 @@ def fit_steps(
         cap: steps at which runs were given up, a number or [n]; None: the largest number in `steps`, which it cannot
             have been below.
         rates: [rates] or [rates, n] learning rates of the first axis, nan for a slot not used. Each batch size takes
-            the rate of the least median, unreached counting as infinite, and takes it anew in each resample.
+            the rate of the least median, unreached counting as infinite, and takes it anew in each resample. Half of
+            the seeds must reach; of an even number, a rate that just half reach comes after all that more reach.
         seed: of the bootstrap.
         resamples: bootstrap resamples behind the 95 % intervals; whole seeds are drawn. What they cannot show (a
             single seed, a model's misfit) is added as independent errors, and the ends are widened as few seeds ask.

@@ -13,7 +13,8 @@ from pybatch.fits import steps_model
 from pybatch.fits.solver import Array
 
 REACHED, CENSORED = 1, 2  # codes of a run; 0: diverged, not run, or left out
-_UNREACHED = 1e15  # above any number of steps: among rates that fail, the one that fails least is first
+_HALF = 1e12  # above any number of steps: a rate that half of the seeds reach and no more
+_UNREACHED = 1e15  # above those: among rates that fail, the one that fails least is first
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,15 @@ def choose_rates(steps: Array, rates: Array | None = None) -> Choice:
 def best_rate(steps: Array) -> tuple[NDArray[np.intp], Array]:
     """Index and median [...] of the best rate, for steps [rates, ..., seeds].
 
-    Of an even number of seeds, the lower middle one counts where the upper did not reach: half of them suffice.
+    Of an even number of seeds, the lower middle one counts where the upper did not reach: half of them suffice. Such a
+    rate is taken where no other is better: a run that never reaches must not serve a rate better than one that is late.
     """
     ordered = np.sort(np.where(np.isnan(steps), np.inf, steps), axis=-1)
     seeds = steps.shape[-1]
     lower, upper = ordered[..., (seeds - 1) // 2], ordered[..., seeds // 2]
     median: Array = np.where(np.isinf(upper), lower, (lower + upper) / 2)
-    score = np.where(np.isfinite(median), median, _UNREACHED - np.isfinite(ordered).sum(-1))
+    score = np.where(np.isfinite(upper), median, _HALF + lower)
+    score = np.where(np.isfinite(median), score, _UNREACHED - np.isfinite(ordered).sum(-1))
     index = np.argmin(score, axis=0)
     return index, np.take_along_axis(median, index[None], 0)[0]
 
