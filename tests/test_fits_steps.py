@@ -291,3 +291,12 @@ def test_a_rate_that_half_of_the_seeds_reach_comes_after_those_that_all_reach():
     assert choose_rates(steps).index.tolist() == [1]
     assert choose_rates(steps[:, :, ::-1]).index.tolist() == [1]
     assert choose_rates(np.where(steps < 105, steps, math.inf)).index.tolist() == [0]
+
+
+def test_steps_that_rise_have_no_critical_batch_among_those_tested():
+    batches = np.array([8, 16, 32, 64, 128, 256, 512])
+    fit = fit_steps(batches, 50 + 0.1 * batches)
+    assert fit.critical_batch is None
+    assert fit.high is not None
+    assert fit.high >= 8
+    assert fit.low is None

@@ -19,7 +19,7 @@ def optimizer_class(name: str) -> Callable[..., FusedOptimizer]:
     """A pybatch optimizer by its name in any case; raises UsageError for another."""
     if name.lower() == "muon":
         raise UsageError(
-            "optimizer 'muon' has a rate for matrices and another for the rest, which no learning-rate rule here scales "
+            "optimizer 'muon' has a rate for matrices and another for the rest, which no learning-rate rule scales "
             "together. Use another one, such as 'adamw'."
         )
     known = {entry.lower(): entry for entry in optim.__all__ if entry not in ("FusedOptimizer", "Muon")}

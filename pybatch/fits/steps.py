@@ -218,10 +218,13 @@ def _record(
     parameters = dict(zip(unknowns, np.exp(best.p).tolist(), strict=True))
     notes = notes + steps_notes.of_fit(best.model, point, size, parameters.get("alpha"))
     residual = data.log[0] - steps_model.log_steps(best.model, best.p[None], size)[0][0][:, None]
-    if best.model == "inverse":
-        low = np.minimum(low, size.max())
-    elif best.model == "flat":
-        high[1:] = np.maximum(high[1:], size.min())
+    bend, reach = parameters.get("b_c"), 0.95 * steps_model.REACH
+    if best.model == "inverse" or (bend is not None and bend > size.max() * reach):
+        point, low, high = _unbounded(point, np.minimum(low, size.max()), np.full_like(high, np.inf))
+    elif best.model == "flat" or (bend is not None and bend < size.min() / reach):
+        # A bend at the end of the search is the search's, not the data's: steps do not fall with the batch at all.
+        ends = np.concatenate([high[:1], np.maximum(high[1:], size.min())])
+        point, low, high = _unbounded(point, np.concatenate([low[:1], np.zeros(3)]), ends)
     s_min, b20, b50, b_stag = (_known(v) for v in point)
     lows, highs = [_known(v) for v in low], [_known(v) for v in high]
     return StepsFit(
@@ -248,6 +251,11 @@ def _record(
         seeds=table.steps.shape[-1],
         notes=tuple(notes),
     )
+
+
+def _unbounded(point: Array, low: Array, high: Array) -> tuple[Array, Array, Array]:
+    """The figures without their critical batches, whose intervals are bounds."""
+    return np.concatenate([point[:1], np.full(3, np.nan)]), low, high
 
 
 def _known(value: float) -> float | None:

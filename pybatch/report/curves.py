@@ -6,23 +6,32 @@ from pybatch import numerals as n
 from pybatch.records import Convergence, Curve
 from pybatch.report.layout import Section, Table
 
+_ABREAST = 3  # rules whose steps and rates fit into 80 columns
 _WORDS = {"not_reached": "not reached", "diverged": "diverged"}
 
 
 def sections(steps: Convergence, unit: str) -> list[Section]:
-    """One section for each split: steps of every batch size and rule, then what was fitted to them."""
-    splits = dict.fromkeys(curve.split for curve in steps.curves)
-    return [_split(split, [c for c in steps.curves if c.split == split], steps, unit) for split in splits]
+    """For each split: steps of every batch size and rule, and what was fitted to them; many rules' rates apart."""
+    made = []
+    for split in dict.fromkeys(curve.split for curve in steps.curves):
+        curves = [c for c in steps.curves if c.split == split]
+        made.append(_split(split, curves, steps, unit))
+        if len(curves) > _ABREAST:
+            made.append(_rates(split, curves))
+    return made
 
 
 def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Section:
     target = n.number(curves[0].target)
     batches = sorted({p.batch for curve in curves for p in curve.points})
-    heads = ("batch", *(head for curve in curves for head in (curve.rule, "rate")))
-    rows = tuple((n.count(batch), *(cell for curve in curves for cell in _cells(curve, batch))) for batch in batches)
+    columns = 2 if len(curves) <= _ABREAST else 1
+    heads = ("batch", *(head for curve in curves for head in (curve.rule, "rate")[:columns]))
+    rows = tuple(
+        (n.count(batch), *(cell for curve in curves for cell in _cells(curve, batch)[:columns])) for batch in batches
+    )
     lines = [line for curve in curves for line in _lines(curve, unit, alone=len(curves) == 1)]
     if split == curves[0].split and steps.optimizer:
-        lines.append(("trained by", f"{steps.optimizer}, {n.count(steps.trials)} trials, {n.count(steps.seeds)} seeds"))
+        lines.append(("trained by", f"{steps.optimizer}, {n.count(steps.trials)} trials, {_seeds(steps.seeds)}"))
         lines.append(("in brackets", "seeds that reached the target, where not all did"))
     notes = tuple(
         dict.fromkeys(
@@ -32,6 +41,12 @@ def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Se
     if split == steps.curves[-1].split:  # the last section: what holds for all of them
         notes += tuple(f"{note.figure}: {note.text}" for note in steps.notes)
     return Section(f"Steps to {split} loss {target}", Table(heads, rows) if rows else None, tuple(lines), notes=notes)
+
+
+def _rates(split: str, curves: list[Curve]) -> Section:
+    batches = sorted({p.batch for curve in curves for p in curve.points})
+    rows = tuple((n.count(batch), *(_cells(curve, batch)[1] for curve in curves)) for batch in batches)
+    return Section(f"Learning rates, {split}", Table(("batch", *(curve.rule for curve in curves)), rows))
 
 
 def _named(curve: Curve, curves: int) -> str:
@@ -68,3 +83,7 @@ def _lines(curve: Curve, unit: str, alone: bool) -> list[tuple[str, str]]:
         band = n.interval(curve.noise_ratio_low, curve.noise_ratio_high)
         lines.append(("B_simple over it", f"{n.number(curve.noise_ratio)} {band}"))
     return lines
+
+
+def _seeds(count: int | None) -> str:
+    return "1 seed" if count == 1 else f"{n.count(count)} seeds"
