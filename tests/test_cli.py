@@ -229,7 +229,7 @@ def test_a_budget_too_short_is_incomplete_and_says_so(pybatch, user_file):
 
 
 def test_a_batch_the_workload_refuses_is_never_advised(pybatch, user_file):
-    command = ("bench", "--cpu", "--workload", f"{user_file}:Above64", "--time-budget", "8")
+    command = ("bench", "--cpu", "--workload", f"{user_file}:Above64", "--time-budget", "20")
     _, out, _ = pybatch(*command, "--format", "json")
     data = json.loads(out)
     assert 64 <= data["capacity"]["max_batch"] < 128

@@ -227,3 +227,17 @@ def test_a_closure_an_accumulation_and_no_gradient():
 
     assert opt.step(closure).item() == 3.0
     assert torch.equal(p.detach(), torch.zeros(3))
+
+
+@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 1.0), ("a", 0.9), None])
+def test_betas_that_are_no_pair_are_refused_with_the_usual_ones(betas):
+    with pytest.raises(UsageError, match=r"betas .*The usual ones are \(0.9, 0.999\)"):
+        optim.AdamW([torch.nn.Parameter(torch.ones(2))], betas=betas)
+
+
+def test_lars_moves_by_its_defaults():
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    opt = optim.LARS([p])
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert float(p.detach()[0, 0]) == pytest.approx(1 - 1e-3)

@@ -19,7 +19,7 @@ import torch
 
 from pybatch.convergence.branch_summary import WINDOW
 from pybatch.convergence.branched_run import BranchedRun, Plan
-from pybatch.convergence.updates import arguments
+from pybatch.convergence.updates import arguments, optimizer_class
 from pybatch.device.identity import resolve
 from pybatch.errors import Interrupted, UsageError
 from pybatch.records import Convergence
@@ -29,7 +29,6 @@ from pybatch.workloads.base import Progress, Workload
 FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)  # below 1 too: the critical batch may lie below the base batch
 CHECKPOINTS = (200,)  # steps: as long as the noise scale's warm-up
 TOLERANCE = 0.02  # of the base branch's last loss
-_ADAPTIVE = {"adam", "adamw", "lion", "lamb"}  # rates of adaptive methods scale as sqrt(B) (Malladi et al. 2022)
 
 
 def measure_branches(
@@ -85,7 +84,7 @@ def measure_branches(
     base = workload.reference_batch if base_batch is None else base_batch
     batches = _batches(base, factors)
     _check(batches, checkpoints, seeds, tolerance, window, time_budget)
-    rule = rule or ("sqrt" if optimizer.lower() in _ADAPTIVE else "linear")
+    rule = rule or optimizer_class(optimizer).batch_rule
     if rule in (SEARCHED, "adascale"):
         raise UsageError(
             f"rule {rule!r} needs more than a rate at the base batch. Take constant, linear, sqrt or adam-sde."

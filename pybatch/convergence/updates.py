@@ -15,7 +15,7 @@ from pybatch.errors import UsageError, unknown
 from pybatch.optim import FusedOptimizer
 
 
-def optimizer_class(name: str) -> Callable[..., FusedOptimizer]:
+def optimizer_class(name: str) -> Any:
     """A pybatch optimizer by its name in any case; raises UsageError for another."""
     if name.lower() == "muon":
         raise UsageError(

@@ -37,7 +37,8 @@ def check_hyper(group: dict[str, Any], name: str) -> None:
 
 def check_betas(betas: Any, usual: tuple[float, float] = (0.9, 0.999)) -> None:
     """Raise UsageError unless these are two numbers from 0 to below 1."""
-    if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not pair or not all(isinstance(beta, (int, float)) and 0.0 <= beta < 1.0 for beta in betas):
         raise UsageError(f"betas {betas}: both must be at least 0 and below 1. The usual ones are {usual}.")
 
 

@@ -47,6 +47,7 @@ class FusedOptimizer(SavedOptimizer):
     """
 
     _step_supports_amp_scaling: ClassVar[bool] = True
+    batch_rule: ClassVar[str] = "sqrt"  # how its rate follows the batch size: adaptive ones, Malladi et al. 2022
     rule_options: ClassVar[tuple[str, ...]] = ()  # names of the group options that `_rule` reads
 
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:

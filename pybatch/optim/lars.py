@@ -24,7 +24,8 @@ class LARS(FusedOptimizer):
 
     Args:
         params: as in torch.
-        lr: global learning rate.
+        lr: global learning rate; a step moves a parameter by about lr * trust_coefficient of its norm, so values
+            from 1 to 30 are usual.
         momentum: at least 0.
         weight_decay: coupled, and part of the local rate.
         trust_coefficient: the paper's eta, above 0.
@@ -41,12 +42,13 @@ class LARS(FusedOptimizer):
         UsageError: a hyper-parameter outside its range.
     """
 
+    batch_rule: ClassVar[str] = "linear"
     rule_options: ClassVar[tuple[str, ...]] = ("skip",)
 
     def __init__(
         self,
         params: Any,
-        lr: float | torch.Tensor = 1e-3,
+        lr: float | torch.Tensor = 1.0,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 1e-3,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -24,6 +24,8 @@ class SGD(FusedOptimizer):
     Raises:
         UsageError: a hyper-parameter outside its range.
     """
+
+    batch_rule: ClassVar[str] = "linear"  # Goyal et al. 2017
 
     def __init__(
         self,
