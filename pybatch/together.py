@@ -76,7 +76,9 @@ def _per_device(run: Run, workload: Workload) -> list[int]:
     ran = [p.batch for p in run.capacity.batches if p.status == "ok"] if run.capacity else []
     if not ran:
         return [workload.reference_batch]
-    if run.verdict is None or run.verdict.best_batch is None:
-        return sorted({ran[0], ran[len(ran) // 2], ran[-1]})
-    wanted = {round(run.verdict.best_batch * factor) for factor in _AROUND}
-    return sorted(max(1, min(n, max(ran))) for n in wanted)
+    spread = {ran[0], ran[len(ran) // 2], ran[-1]}
+    best = run.verdict.best_batch if run.verdict is not None else None
+    if best is None:
+        return sorted(spread)
+    near = {max(1, min(round(best * factor), max(ran))) for factor in _AROUND}
+    return sorted(near if len(near) > 1 else spread)  # one batch can't tell computing from communicating
