@@ -3,6 +3,8 @@
 python dtensor_worker.py RANK RENDEZVOUS_FILE OUTPUT
 """
 
+import gc
+import os
 import sys
 import tempfile
 
@@ -176,8 +178,12 @@ def main(rank, rendezvous, output):
     found["resumed"] = resumed(folder[0])
     if rank == 0:
         torch.save(found, output)
+    gc.collect()  # models and what they communicate with go before the group they use
     dist.barrier()
     dist.destroy_process_group()
+    # Gloo's own threads can abort the interpreter on its way out; all results are written by now.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 Every case returns plain numbers; the tests in test_noise_distributed.py judge them.
 """
 
+import gc
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -323,7 +325,12 @@ def main(rank, world, folder):
     cases = DDP_CASES + FSDP_CASES if world == 2 else DDP_CASES
     found = {case.__name__: case(rank, world) for case in cases}
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    gc.collect()  # models and their reducers go before the group they use
+    dist.barrier()
     dist.destroy_process_group()
+    # Gloo's own threads can abort the interpreter on its way out; all results are written by now.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
