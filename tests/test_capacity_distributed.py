@@ -6,10 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.distributed as dist
 
 import pybatch
 from pybatch.capacity.distributed import launched, measure_distributed
+from pybatch.errors import UsageError
 from pybatch.records import Run
+from pybatch.workloads.finding import find
 
 
 def torchrun(folder, *arguments):
@@ -65,7 +69,17 @@ def test_an_error_in_process_0_ends_both(tmp_path):
     assert done.stderr.count("no data here") >= 1
 
 
+def test_one_process_has_nobody_to_communicate_with(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with pytest.raises(UsageError, match="torchrun --nproc-per-node"):
+            measure_distributed(
+                find("digits"), device=torch.device("cpu"), dtype="fp32", batches=[8], time_budget=1.0, seed=0
+            )
+    finally:
+        dist.destroy_process_group()
+
+
 def test_one_process_is_not_a_group():
     assert not launched()
     assert json.loads(pybatch.Run("", None).to_json())["distributed"] is None
-    assert callable(measure_distributed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,7 @@ def optimizer_class(name: str) -> Any:
     known = {entry.lower(): entry for entry in optim.__all__ if entry not in ("FusedOptimizer", "Muon")}
     if name.lower() not in known:
         raise unknown("optimizer", name, known)
-    cls: Callable[..., FusedOptimizer] = getattr(optim, known[name.lower()])
-    return cls
+    return getattr(optim, known[name.lower()])
 
 
 def arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pybatch import numerals as n
-from pybatch.fits.steps_model import NAMES, log_steps
+from pybatch.fits.steps_model import NAMES, predicted
 from pybatch.records import Convergence, ConvergencePoint, Curve, RateSteps
 from pybatch.report.figure import COLORS, MARKERS, Figure, axis, batch_axis, line, mark, points, safe, spread
 from pybatch.report.layout import Table
@@ -104,10 +104,9 @@ def _fitted(curve: Curve, low: float, high: float, color: str) -> list[dict[str,
     if fit is None or fit.model not in NAMES or not all(key in fit.parameters for key in NAMES[fit.model]):
         return []
     xs = spread(low, high)
-    parameters = np.log([[fit.parameters[key] for key in NAMES[fit.model]]])
-    ys = np.exp(log_steps(fit.model, parameters, np.array(xs))[0][0])
+    ys = [predicted(fit.model, fit.parameters, x) for x in xs]
     name = f"fit: {curve.rule} ({fit.model})"
-    return [line(name, xs, [float(y) for y in ys], color, dash="dash", opacity=0.8)]
+    return [line(name, xs, ys, color, dash="dash", opacity=0.8)]
 
 
 def _failed(curve: Curve, top: float, color: str) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import hashlib
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def page(runs: Sequence[Run]) -> str:
             place = 2 if run.capacity is not None else 0  # after throughput and goodput
             found[place:place] = convergence_figures(run.convergence, unit_of(run))
         found += noise_figures(run.noise, run.trajectory, unit_of(run))
-        drawn = [_named(figure, number) for figure in found]
+        drawn = [replace(figure, name=f"{figure.name}-{number}") for figure in found]
         figures += drawn
         parts.append(_run(run, drawn, number))
     heading = title(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"
@@ -141,10 +141,6 @@ def _json(data: object) -> str:
 
 def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
-
-
-def _named(figure: Figure, number: int) -> Figure:
-    return Figure(f"{figure.name}-{number}", *(getattr(figure, f.name) for f in fields(Figure)[1:]))
 
 
 def _run(run: Run, figures: Sequence[Figure], number: int) -> str:
