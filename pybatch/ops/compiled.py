@@ -1,0 +1,55 @@
+"""The compiled module: its call objects, and what its tables and rules are, defined once in kernels/table.h."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch  # before _C: both then share one OpenMP pool
+
+from pybatch import _C as _compiled
+
+core: Any = _compiled
+Call = core.Call  # the scalars of one step or accumulation
+Watch = core.Watch  # whether the tensors a table was built from still stand; see csrc/watch.h
+Reduce = Callable[[list[torch.Tensor]], None]  # sums float64 tensors over processes, in place
+
+
+class Rule(NamedTuple):
+    """An update rule of kernels/rules.h."""
+
+    number: int
+    states: int  # fp32 values per element
+    norms: Literal["none", "gradient", "direction"]  # of its whole tensor, which it needs first
+
+
+DTYPES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in core.dtypes.items()}
+STORAGES: dict[str, int] = dict(core.storages)  # such as "float32", "bfloat16_master"; see kernels/table.h
+RULES: dict[str, Rule] = {name: Rule(*of) for name, of in core.rules.items()}
+HYPER_COLUMNS: int = core.hyper_columns
+MAX_STATES: int = core.max_states
+LEDGER_SUMS = ("sum_sq", "bad", "micro_sq")
+assert [core.ledger[name] for name in LEDGER_SUMS] == [0, 1, 2]
+LAYER_SIZE: int = core.layer_size  # float64 values a tensor's own noise statistics take
+LAYER_SUMS: int = core.layer["ring"]  # of them, the first are sums of the step under way; then [blocks, 3]
+
+
+@dataclass(frozen=True)
+class Build:
+    """What this installation was compiled with."""
+
+    cpu_width: str  # vector extension the CPU passes use here: "portable", "avx2", "avx512"
+    cuda: bool
+    cuda_architectures: str | None
+    cuda_reason: str | None  # why there is no CUDA part
+
+
+def build() -> Build:
+    """What is compiled into this installation; `pybatch doctor` prints it."""
+    return Build(
+        cpu_width=core.cpu_width(),
+        cuda=core.cuda,
+        cuda_architectures=getattr(core, "cuda_architectures", None),
+        cuda_reason=getattr(core, "cuda_reason", None),
+    )

@@ -1,0 +1,191 @@
+"""A list of tensors in the form every backend reads: rows of addresses and sizes on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from pybatch.errors import UsageError
+from pybatch.ops.compiled import DTYPES, HYPER_COLUMNS, LAYER_SUMS, MAX_STATES, RULES, STORAGES, core
+from pybatch.ops.ledger import Ledger
+
+if TYPE_CHECKING:
+    from pybatch.ops.backends import Backend
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a list.
+
+    Attributes:
+        param: dense tensor, updated in place.
+        states: fp32 tensors of the same layout, as many as the rule has.
+        rule: name in RULES.
+        group: row of the hyper-parameters.
+        step: updates it has had so far.
+        storage: name in STORAGES; None: the parameter's dtype, without more.
+        master: fp32 copy of the same layout for storage "..._master", int16 tensor for "..._remainder".
+        salt: number that makes a tensor's random bits its own ("..._stochastic").
+        share: this process's share of the tensor's squares in sums over processes; below 1 where it is replicated.
+    """
+
+    param: torch.Tensor
+    states: tuple[torch.Tensor, ...]
+    rule: str
+    group: int
+    step: torch.Tensor | float
+    storage: str | None = None
+    master: torch.Tensor | None = None
+    salt: int = 0
+    share: float = 1.0
+
+    @property
+    def storage_name(self) -> str:
+        """Name in STORAGES."""
+        return self.storage or str(self.param.dtype).removeprefix("torch.")
+
+
+class TensorList:
+    """A list of tensors in the form every backend reads.
+
+    Args:
+        entries: the tensors, all on one device.
+        groups: rows of hyper-parameters.
+        ledger: the optimizer's scalars, on that device.
+        backend: who will run over the list; decides the chunk size.
+
+        layers: noise per tensor, float64 [tensors, LAYER_SIZE] on that device, updated in place; None: not kept.
+
+    `steps` is float32 [tensors]; an element of it is a tensor's step count. States and masters are kept alive here.
+    Parameters, gradients and sums are not: they are the caller's, who checks before every pass that they are where the
+    table says.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        groups: int,
+        ledger: Ledger,
+        backend: Backend,
+        layers: torch.Tensor | None = None,
+    ) -> None:
+        self.states, self.ledger, self.layers = [entry.states for entry in entries], ledger, layers
+        self.masters = [entry.master for entry in entries]
+        self.rules = tuple(sorted({RULES[entry.rule].number for entry in entries}))
+        norms = {RULES[entry.rule].norms for entry in entries}
+        self.row_norms, self.prepare = "gradient" in norms, "direction" in norms
+        self.device = entries[0].param.device
+        column = core.columns
+        host = torch.zeros(len(entries), core.column_count, dtype=torch.int64)
+        for row, entry in zip(host.numpy(), entries, strict=True):
+            rule = RULES[entry.rule]
+            assert len(entry.states) == rule.states <= MAX_STATES
+            assert (entry.master is not None) == entry.storage_name.endswith(("_master", "_remainder"))
+            row[column["param"]] = entry.param.data_ptr()
+            for i, state in enumerate(entry.states):
+                row[column["state0"] + i] = state.data_ptr()
+            row[column["numel"]] = entry.param.numel()
+            row[column["code"]] = rule.number * core.storage_count + STORAGES[entry.storage_name]
+            row[column["grad_type"]] = DTYPES[entry.param.dtype]
+            row[column["group"]] = entry.group
+            row[column["salt"]] = entry.salt
+            if entry.master is not None:
+                row[column["master"]] = entry.master.data_ptr()
+        self._host, self._columns, self._stale = host, host.numpy(), True
+        chunks = torch.from_numpy(core.plan([entry.param.numel() for entry in entries], backend.chunk))
+        device = self.device
+        self.rows = host if device.type == "cpu" else torch.empty_like(host, device=device)
+        self.chunks = chunks.to(device)
+        self.starts = torch.searchsorted(chunks[:, 0].contiguous(), torch.arange(len(entries) + 1)).to(device)
+        self.hyper = torch.zeros(groups, HYPER_COLUMNS, dtype=torch.float64, device=device)
+        self.steps = torch.stack([_scalar(entry.step, device) for entry in entries])
+        self.share = torch.tensor([entry.share for entry in entries], dtype=torch.float64).to(device)
+        self.norms = torch.zeros(len(entries), core.row_norm_count, dtype=torch.float64, device=device)
+        self.carried = torch.full((len(entries),), torch.nan, dtype=torch.float64, device=device)
+        self.partials = torch.zeros(len(chunks), 2, dtype=torch.float64, device=device)
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
+        table = core.Table()
+        table.rows, table.row_count = self.rows.data_ptr(), len(entries)
+        table.chunks, table.chunk_count, table.chunk = self.chunks.data_ptr(), len(chunks), backend.chunk
+        table.hyper, table.steps = self.hyper.data_ptr(), self.steps.data_ptr()
+        table.ledger, table.ring = ledger.values.data_ptr(), ledger.ring.data_ptr()
+        table.starts, table.share = self.starts.data_ptr(), self.share.data_ptr()
+        table.norms, table.carried = self.norms.data_ptr(), self.carried.data_ptr()
+        table.layers = 0 if layers is None else layers.data_ptr()
+        table.partials, table.ticket = self.partials.data_ptr(), self.ticket.data_ptr()
+        table.elements = sum(entry.param.numel() for entry in entries)
+        self.table = table
+
+    def set(self, name: str, values: ArrayLike) -> None:
+        """Fill a column of the table ("grad", "grad_type", "sum", "fresh"), one value per tensor.
+
+        "grad_type" is from DTYPES, and the parameter's dtype until it is set.
+        """
+        column = self._columns[:, core.columns[name]]
+        if not np.array_equal(column, values):
+            column[:] = values
+            self._stale = True
+
+    def send(self) -> None:
+        """Bring the device's table up to date; no synchronization."""
+        if self._stale and self.rows is not self._host:
+            refuse_capture(self.device, "a gradient, a sum or a parameter is in another place than in the step before")
+            # A pinned block of its own per upload: torch's pinned allocator keeps it until the copy is done.
+            self.rows.copy_(self._host.pin_memory(), non_blocking=True)
+        self._stale = False
+
+    def forget(self, rows: Sequence[int] | None = None) -> None:
+        """Say that these parameters (None: all) were written by others: norms carried from the last update are void."""
+        if rows is None:
+            self.carried.fill_(torch.nan)
+        elif rows:
+            self.carried[torch.as_tensor(rows).to(self.device, non_blocking=True)] = torch.nan
+
+    def discard(self) -> None:
+        """Forget the sums of a step that will not be taken."""
+        self.ledger.discard()
+        if self.layers is not None:
+            self.layers[:, :LAYER_SUMS] = 0.0
+
+    def take_over(self, part: TensorList, rows: Sequence[int]) -> None:
+        """Add what an accumulation over `part`, a list of these rows of this one, left in its own ledger and norms."""
+        place = torch.as_tensor(rows).to(self.device, non_blocking=True)
+        self.norms[place] = part.norms
+        self.ledger.values[core.ledger["bad"]].add_(part.ledger.values[core.ledger["bad"]])
+        self.ledger.values[core.ledger["micro_sq"]].add_(part.ledger.values[core.ledger["micro_sq"]])
+        if self.layers is not None and part.layers is not None:
+            micro = core.layer["micro_sq"]
+            self.layers[place, micro] += part.layers[:, micro]
+            self.layers[place, core.layer["sum_sq"]] = part.layers[:, core.layer["sum_sq"]]
+        part.discard()
+
+    def sum_up(self, rows: Sequence[int]) -> None:
+        """Take the square of all sums from those of these rows, which accumulations over parts have left."""
+        place = torch.as_tensor(rows).to(self.device, non_blocking=True)
+        self.ledger.values[core.ledger["sum_sq"]] = self.norms[place, core.row_norms["direction_sq"]].sum()
+
+    def set_hyper(self, values: Sequence[Sequence[float]]) -> None:
+        """Hyper-parameters per group: learning rate, maximize, then the rule's own in its header's order."""
+        refuse_capture(self.device, "a hyper-parameter has changed")
+        host = torch.zeros(self.hyper.shape, dtype=torch.float64)
+        for row, group in zip(host, values, strict=True):
+            row[: len(group)] = torch.tensor(group, dtype=torch.float64)
+        self.hyper.copy_(host.pin_memory() if self.device.type == "cuda" else host, non_blocking=True)
+
+
+def refuse_capture(device: torch.device, why: str) -> None:
+    """Raise UsageError where a CUDA graph is being captured, which must hold no upload from the host."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise UsageError(
+            f"step() in the capture of a CUDA graph: {why}, so tables would have to be uploaded. Take a step before "
+            "the capture, keep gradients in place by zero_grad(set_to_none=False), and give lr as a tensor there."
+        )
+
+
+def _scalar(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    return torch.as_tensor(value, dtype=torch.float32, device=device).reshape(())

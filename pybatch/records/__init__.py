@@ -1,0 +1,67 @@
+"""Frozen records of every result, and their JSON.
+
+One versioned schema, the same on CPU and GPU. A figure that could not be measured is None (JSON null), and a `Note`
+in the same section names the figure and the reason. Nothing here imports torch: saved JSON is read anywhere.
+"""
+
+from pybatch.records.capacity import (
+    BatchPoint,
+    BatchStatus,
+    Capacity,
+    CommunicationFit,
+    Distributed,
+    DistributedPoint,
+    ThroughputFit,
+)
+from pybatch.records.convergence import (
+    Branching,
+    BranchPoint,
+    Convergence,
+    ConvergencePoint,
+    Curve,
+    PointStatus,
+    RateSteps,
+    StepsFit,
+)
+from pybatch.records.noise import LayerNoise, NoisePoint, NoiseScale, NoiseStatus, NoiseTrajectory, WeightedNoise
+from pybatch.records.run import SCHEMA, Run, to_dict
+from pybatch.records.subject import Ceilings, Device, Environment, Note, WorkloadInfo
+from pybatch.records.verdict import AccumulationPlan, Evidence, FrontierPoint, Limit, Reason, Verdict
+
+__all__ = [
+    "SCHEMA",
+    "AccumulationPlan",
+    "BatchPoint",
+    "BatchStatus",
+    "BranchPoint",
+    "Branching",
+    "Capacity",
+    "Ceilings",
+    "CommunicationFit",
+    "Convergence",
+    "ConvergencePoint",
+    "Curve",
+    "Device",
+    "Distributed",
+    "DistributedPoint",
+    "Environment",
+    "Evidence",
+    "FrontierPoint",
+    "LayerNoise",
+    "Limit",
+    "NoisePoint",
+    "NoiseScale",
+    "NoiseStatus",
+    "NoiseTrajectory",
+    "Note",
+    "PointStatus",
+    "RateSteps",
+    "Reason",
+    "Run",
+    "StepsFit",
+    "ThroughputFit",
+    "Verdict",
+    "WeightedNoise",
+    "WorkloadInfo",
+    "to_dict",
+]

@@ -1,0 +1,133 @@
+"""Records of steps to a target against batch size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pybatch.records.subject import TOP, Device, Note, WorkloadInfo
+
+PointStatus = Literal["reached", "not_reached", "diverged"]
+
+
+@dataclass(frozen=True)
+class RateSteps:
+    """Steps to one target at one batch size and one learning rate, seed by seed."""
+
+    learning_rate: float
+    steps: tuple[float | None, ...]  # by seed; None where the status is not reached
+    statuses: tuple[PointStatus, ...]  # by seed
+
+
+@dataclass(frozen=True)
+class ConvergencePoint:
+    """Steps to one target at one batch size, over seeds, at the learning rate the rule gives or the best one tried."""
+
+    batch: int
+    steps: float | None  # median over seeds, an unreached target counting as infinite
+    status: PointStatus
+    seeds: int
+    learning_rate: float | None
+    steps_before: float | None = None  # median of the last evaluations above the target: steps lie between the two
+    reached: int = 0  # seeds that reached the target
+    diverged: int = 0  # seeds whose loss became NaN, infinite, or over three times the initial one
+    edge: bool = False  # the best rate is the lowest or highest one tried: a better one may lie beyond
+    rates: tuple[RateSteps, ...] = ()  # every rate tried, ascending
+
+
+@dataclass(frozen=True)
+class StepsFit:
+    """Steps to target against batch size: a fitted model with its critical batches. Intervals are 95 %.
+
+    A bound of None is open. Where no batch tested bends the curve, `critical_batch` is None and `low` bounds it; where
+    steps do not fall at all, `high` does.
+    """
+
+    model: str | None  # None: too few batches reached the target for a fit
+    s_min: float | None  # fewest steps, however large the batch
+    critical_batch: float | None  # B_50: twice the fewest examples
+    low: float | None
+    high: float | None
+    b20: float | None  # 1.2 times the fewest examples
+    b50: float | None
+    b_stag: float | None  # doubling it saves less than 10 % of the steps
+    s_min_low: float | None = None
+    s_min_high: float | None = None
+    b20_low: float | None = None
+    b20_high: float | None = None
+    b_stag_low: float | None = None
+    b_stag_high: float | None = None
+    regimes: tuple[tuple[int, str], ...] = ()  # by the model: linear, diminishing, stagnant, undetermined
+    measured_regimes: tuple[tuple[int, str], ...] = ()  # from the steps saved by doubling, without a model
+    parameters: dict[str, float] = field(default_factory=dict)  # of the model, see `steps_model`
+    candidates: dict[str, float] = field(default_factory=dict)  # AICc of every model tried, above the best
+    rms_log_error: float | None = None  # root mean square of ln(measured / fitted) over the cells that reached
+    batches: int = 0  # batch sizes that reached the target
+    seeds: int = 0
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Steps to target against batch size for one learning-rate rule and one split."""
+
+    rule: str
+    split: Literal["train", "test"]
+    points: tuple[ConvergencePoint, ...]
+    s_min: float | None
+    critical_batch: float | None  # B_50: twice the fewest examples
+    low: float | None
+    high: float | None
+    target: float | None = None
+    regimes: tuple[tuple[int, str], ...] = ()
+    fit: StepsFit | None = None
+    cap: int | None = None  # steps after which a trial of this curve was given up, where all batches share one
+    noise_ratio: float | None = None  # B_simple over this critical batch
+    noise_ratio_low: float | None = None
+    noise_ratio_high: float | None = None
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
+class BranchPoint:
+    """Branches of one batch size from one checkpoint, repeat by repeat; None where the loss became NaN or infinite."""
+
+    batch: int
+    learning_rate: float
+    losses: tuple[float | None, ...]  # smoothed, at the end of the window
+    steps: tuple[float | None, ...]  # to the level; None too where it was not reached in the window
+
+
+@dataclass(frozen=True)
+class Branching:
+    """The critical batch at one point of a run, from branches that take the same examples in other batch sizes."""
+
+    step: int  # of the base run
+    loss: float | None  # train loss at the checkpoint
+    base_batch: int
+    window: int  # examples each branch is trained on
+    level: float | None  # train loss whose steps are counted: that of the base branch a quarter into the window
+    tolerance: float  # share of the base branch's last loss
+    points: tuple[BranchPoint, ...]
+    largest: int | None  # largest batch whose last loss is within the tolerance of the base branch's
+    largest_low: int | None
+    largest_high: int | None  # None: the largest batch tested is within it
+    fit: StepsFit | None = None  # of the steps to the level: the critical batch here
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """Steps to target against batch size, measured by training."""
+
+    curves: tuple[Curve, ...]
+    notes: tuple[Note, ...] = ()
+    optimizer: str | None = None
+    seeds: int | None = None
+    trials: int | None = None  # training runs behind the curves
+    base_batch: int | None = None  # B_0, whose tuned rate the fixed rules start from
+    smoothing: str | None = None  # how the train loss was smoothed, and on what the test loss was taken
+    complete: bool = True  # False: stopped before every trial had run
+    branches: tuple[Branching, ...] = ()  # along one run, by step
+    device: Device | None = field(default=None, metadata=TOP)
+    workload: WorkloadInfo | None = field(default=None, metadata=TOP)

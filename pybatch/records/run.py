@@ -1,0 +1,80 @@
+"""One saved run, and its JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pybatch.codec import decode, encode
+from pybatch.errors import UsageError
+from pybatch.records.capacity import Capacity, Distributed
+from pybatch.records.convergence import Convergence
+from pybatch.records.noise import NoiseScale, NoiseTrajectory
+from pybatch.records.subject import Environment, Note
+from pybatch.records.verdict import Verdict
+
+SCHEMA = "pybatch/1"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One saved run: the whole record of DESIGN, as written by `pybatch bench -o`."""
+
+    created: str  # ISO 8601, UTC
+    environment: Environment | None  # None: put together from results that were not saved as a run
+    capacity: Capacity | None = None
+    noise: NoiseScale | None = None
+    convergence: Convergence | None = None
+    verdict: Verdict | None = None
+    complete: bool = True
+    notes: tuple[Note, ...] = ()
+    distributed: Distributed | None = None
+    trajectory: NoiseTrajectory | None = None  # of a training run, see pybatch.noise.Trajectory
+
+    def to_json(self) -> str:
+        """The record as JSON text; non-finite numbers become null."""
+        return json.dumps(to_dict(self), indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Run:
+        """Read a saved record back; raises UsageError on a foreign file or another schema version."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"not a pybatch record: {error}. Give a file written by 'pybatch bench -o'.") from None
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != SCHEMA:
+            raise UsageError(
+                f"record has schema {found!r}, this pybatch reads {SCHEMA!r}. Run the measurement again, "
+                "or read it with the pybatch version named in its environment."
+            )
+        return _run_from_dict(data)
+
+
+def _hoisted(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(kind) if f.metadata.get("json") == "top")
+
+
+_HOISTED = _hoisted(Capacity)
+_HOISTED_BY = {"capacity": _HOISTED, "convergence": _hoisted(Convergence)}
+
+
+def to_dict(record: Any) -> Any:
+    """A record as plain JSON types, in the order of the schema."""
+    if not isinstance(record, Run):
+        return encode(record)
+    body = encode(record)
+    head = {"schema": SCHEMA, "created": body.pop("created"), "environment": body.pop("environment")}
+    source = record.convergence if record.capacity is None else record.capacity
+    return head | {name: encode(getattr(source, name, None)) for name in _HOISTED} | body
+
+
+def _run_from_dict(data: dict[str, Any]) -> Run:
+    for section, names in _HOISTED_BY.items():
+        if isinstance(data.get(section), dict):
+            data = data | {section: data[section] | {name: data[name] for name in names if name in data}}
+            break  # the first one was written there
+    run: Run = decode(Run, {k: v for k, v in data.items() if k != "schema" and k not in _HOISTED}, "record")
+    return run
