@@ -1,5 +1,5 @@
 // The ABI between Python and every backend: plain tensors on the parameters' device, and the scalars of one call.
-// pybatch/ops.py reads the constants from the compiled module; nothing else knows them.
+// pybatch/ops/ reads the constants from the compiled module; nothing else knows them.
 #pragma once
 
 #include <stdint.h>
