@@ -296,7 +296,8 @@ def test_sum_and_token_mean_agree_with_the_mean():
     torch.testing.assert_close(mean.sq_large, total.sq_large)
     expected = torch.where(tokens > 0, mean.total / tokens.clamp(1) ** 2, 0.0)
     torch.testing.assert_close(by_token.total, expected)
-    torch.testing.assert_close(by_token.sq_small, (expected * tokens).sum() / 11)
+    torch.testing.assert_close(by_token.sq_small, (expected * tokens**2).sum() / (tokens**2).sum())
+    assert float(by_token.n_small) == float((tokens**2).sum()) / 11
     torch.testing.assert_close(by_token.sq_large, mean.sq_large * (4 / 11) ** 2)
     assert float(by_token.n_large) == 11
 

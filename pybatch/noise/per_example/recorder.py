@@ -41,8 +41,17 @@ class ExampleNorms:
 
     @property
     def sq_small(self) -> Tensor:
-        """Mean of |g_i|^2 by weight, 0-d: the small norm of `estimator.pair`, of examples of `n_large / n`."""
-        return (self.total * self.weights).sum() / self.weights.sum()
+        """Mean of |g_i|^2 by squared weight, 0-d: the small norm of `estimator.pair`, over `n_small`.
+
+        As examples enter the mean gradient by their weights, their noise enters its squared norm by the squares. So the
+        pair is right whether the tokens of an example are independent draws or all alike.
+        """
+        return (self.total * self.weights**2).sum() / (self.weights**2).sum()
+
+    @property
+    def n_small(self) -> Tensor:
+        """Examples, or tokens, behind the small norm, 0-d."""
+        return (self.weights**2).sum() / self.weights.sum()
 
     @property
     def sq_large(self) -> Tensor:
