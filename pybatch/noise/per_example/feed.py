@@ -20,7 +20,6 @@ from pybatch.records import NoiseScale
 from pybatch.workloads.session import Session
 
 SOURCE = "per-example"
-PROBES = (2, 3)  # examples; two sizes show whether dimension 0 is the batch, and whether the model can be measured
 
 
 class ExampleFeed:
@@ -84,8 +83,6 @@ def probed(session: Session, layers: bool = False) -> Callable[[], ExampleFeed]:
     Raises UsageError, before anything is measured, for a model that can't be, with the reason and the remedy.
     """
     recorder = ExampleRecorder(session.model)
-    for n in PROBES:
-        with recorder.record(n):
-            session.backward(session.batch(n))
+    recorder.probe(lambda n: session.backward(session.batch(n)))
     session.model.zero_grad()
     return partial(ExampleFeed, session.model, recorder, layers)

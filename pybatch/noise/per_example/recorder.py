@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +17,8 @@ from pybatch.noise.per_example.uses import Route
 from pybatch.noise.per_example.watch import Pass
 
 Reduction = Literal["mean", "sum"]
+
+PROBES = (2, 3)  # examples; two sizes show whether dimension 0 is the batch, and whether the model can be measured
 
 
 @dataclass
@@ -75,7 +77,8 @@ class ExampleRecorder:
 
     Raises UsageError for a model with BatchNorm in training, recurrent or fused attention layers, compiled or sharded
     parts. Other operations on parameters are refused in the forward pass, by name. A batch dimension that is not the
-    first is noticed by its size: `checked` is True once two batch sizes have been seen.
+    first is noticed by its size: a first batch as large as its sequences are long is refused, because it does not tell
+    the two apart; `checked` is True once two batch sizes have been seen, by `probe` or as they come.
 
         recorder = ExampleRecorder(model)
         with recorder.record(len(x)) as norms:
@@ -90,12 +93,30 @@ class ExampleRecorder:
         self.model, self.route = model, route
         self.products = choose(backend, next(model.parameters()).device)
         self._sizes: set[int] = set()
+        self._probing = False
         self._unbatched: dict[str, bool] = {}  # per looked-up parameter: whether its index carries no batch
 
     @property
     def checked(self) -> bool:
         """Whether two batch sizes have shown that dimension 0 is the batch wherever a parameter is used."""
         return len(self._sizes) > 1
+
+    def probe(self, run: Callable[[int], object], sizes: Sequence[int] = PROBES) -> None:
+        """Show that dimension 0 is the batch, and that the model can be measured; gradients are left in `.grad`.
+
+        Args:
+            run: makes the forward and backward pass of a batch of so many examples.
+            sizes: of the batches, two or more.
+
+        Raises UsageError for a model that can't be measured, with the reason and the remedy.
+        """
+        self._probing = True
+        try:
+            for n in sizes:
+                with self.record(n):
+                    run(n)
+        finally:
+            self._probing = False
 
     @contextmanager
     def record(self, n: int, *, reduction: Reduction = "mean", weights: Tensor | None = None) -> Iterator[ExampleNorms]:
@@ -117,7 +138,8 @@ class ExampleRecorder:
                 f"weights of shape {tuple(weights.shape)} with reduction {reduction!r}: give one weight for each of "
                 f"the {n} examples, with reduction 'mean'."
             )
-        watch = Pass(self.model, n, self.products, self.route, self._unbatched)
+        settled = bool(self._sizes - {n}) or n == 1
+        watch = Pass(self.model, n, self.products, self.route, self._unbatched, settled, self._probing)
         norms = ExampleNorms({}, {}, torch.ones(n, dtype=torch.float64))
         try:
             with watch:

@@ -27,6 +27,9 @@ from pybatch.noise.per_example.fused import FusedLinear, FusedNorm
 from pybatch.noise.per_example.layers import MICRO_BATCHES, RULES, Rule, batch_norm_refusal
 from pybatch.noise.per_example.uses import Dense, NormBackward, Outer, Products, Route, Use, squared_norms
 
+# Operations whose input may be a sequence, and the dimensions it has then.
+SEQUENCES = {"linear": 3, "matmul": 3, "layer_norm": 3, "rms_norm": 3, "embedding": 2}
+
 
 @dataclass(frozen=True)
 class _Source:
@@ -54,10 +57,21 @@ class Pass(TorchFunctionMode):
     """One forward and backward pass of n examples under watch; `squares` and `means` hold what it found by name.
 
     `unbatched` is kept by the caller from pass to pass: per looked-up parameter, whether its index carries no batch.
+    `settled`: a batch of another size was seen. `probing`: one will be, before any norm is used.
     """
 
-    def __init__(self, model: nn.Module, n: int, products: Products, route: Route, unbatched: dict[str, bool]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        n: int,
+        products: Products,
+        route: Route,
+        unbatched: dict[str, bool],
+        settled: bool,
+        probing: bool,
+    ) -> None:
         super().__init__()
+        self.settled, self.probing = settled, probing
         self.n, self.open, self.products, self.route, self.unbatched = n, True, products, route, unbatched
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.squares: dict[str, Tensor] = {}
@@ -120,6 +134,8 @@ class Pass(TorchFunctionMode):
                 "must be the first, and examples must not be split or merged"
             )
             raise self._refusal(func, met, why)
+        if lead.ndim >= SEQUENCES.get(rule.name, lead.ndim + 1):
+            self._refuse_ambiguous(lead.shape, func, met)
         if rule.name == "linear" and self._fuses(bound):
             return self._fused(bound, wanted, func, met)
         if rule.name in ("layer_norm", "rms_norm"):
@@ -131,6 +147,15 @@ class Pass(TorchFunctionMode):
             version = lead._version
             _hook(output, lambda grad: self._arrived(wanted, grad, func, met, lead._version == version))
         return output
+
+    def _refuse_ambiguous(self, shape: torch.Size, func: Any, met: list[Tensor]) -> None:
+        """Batch first or sequence first: sizes that are equal don't tell, and norms over positions would be wrong."""
+        if shape[1] == self.n and not (self.settled or self.probing):
+            why = (
+                f"has an input of shape {tuple(shape)} for {self.n} examples: either of its first two dimensions may "
+                "be the batch. Call recorder.probe(...) before, or begin with a batch of another size"
+            )
+            raise self._refusal(func, met, why)
 
     def _fuses(self, bound: dict[str, Any]) -> bool:
         """Whether a linear layer's weight gradient is formed with its norms, in the library's place."""
@@ -186,6 +211,8 @@ class Pass(TorchFunctionMode):
         if self.n == 1:
             return not has_size
         unbatched = self.unbatched.setdefault(name, not has_size)
+        if not unbatched and not has_size and self.probing:
+            self.unbatched[name] = unbatched = True  # the size before happened to be the index's
         if not unbatched and not has_size:
             raise UsageError(
                 f"per-example norms: parameter {name!r} is looked up by an index that had the batch's size before and "
@@ -201,6 +228,8 @@ class Pass(TorchFunctionMode):
         shape = torch.broadcast_shapes(*(t.shape for t in (*others, *met)))  # type: ignore[no-untyped-call]
         if not any(t.ndim == len(shape) > 0 and t.shape[0] == self.n for t in others) or shape[0] != self.n:
             raise self._refusal(func, met, "does not combine it with a tensor that has the batch dimension in front")
+        if len(shape) == SEQUENCES["linear"]:
+            self._refuse_ambiguous(shape, func, met)
         replaced: dict[int, Tensor] = {}
         for own in met:
             source = self._sources[own]
