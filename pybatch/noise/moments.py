@@ -146,7 +146,10 @@ class MomentsNoise(Collector):
                 "Attach with examples='count' and call handle.count(n) before each backward()."
             )
         step = self._step()
-        taken = step - self._last  # 0 where the gradient was not finite and the optimizer changed nothing
+        taken = (step != self._last).double()  # 0 where the gradient was not finite and the optimizer changed nothing
+        if self._before is not None:
+            forward = (step >= self._last).double()  # 0 where an older state was loaded: v since its beginning then
+            self._before = self._before[0] * forward, self._before[1] * forward
         self._last = step
         self._taken = self._taken + taken
         self._inverse = self._inverse + taken / local_batch(sizes, self._accumulation)[0]
