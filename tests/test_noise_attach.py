@@ -424,7 +424,7 @@ def test_moments_of_a_real_model_are_the_loop_over_its_steps(kind):
 
 @pytest.mark.parametrize("kind", ["scaler", "fused", "count"])
 def test_moments_leave_out_steps_that_are_not_finite(kind):
-    """Two of eight steps overflow, with twice the examples: the window's pair is that of the six others, over 8 each."""
+    """Two of eight steps overflow, with twice the examples: the window's pair is that of the six others, of 8 each."""
     model, scaler = mlp(), torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10**6)
     optimizer = (AdamW if kind == "fused" else torch.optim.AdamW)(model.parameters(), lr=1e-2)
     options = {"examples": "count"} if kind == "count" else {}

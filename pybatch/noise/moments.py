@@ -185,8 +185,8 @@ class MomentsNoise(Collector):
             notes.append(Note("noise.skipped", f"{refused} steps had a gradient that is not finite: in no window"))
         if self._cleared:
             text = (
-                f"the gradients of {self._cleared} micro-batches were cleared without a step, as a GradScaler does, and "
-                "were left out; where several forward passes make one loss, attach with examples='count'"
+                f"the gradients of {self._cleared} micro-batches were cleared without a step, as by a GradScaler: they "
+                "are left out; where several forward passes make one loss, attach with examples='count'"
             )
             notes.append(Note("noise.skipped", text))
         return tuple(notes)
