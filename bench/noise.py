@@ -217,7 +217,7 @@ def main() -> None:
     """Measure and print; `--output` writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each variant")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing for each variant")
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), help="variants; all that apply")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()

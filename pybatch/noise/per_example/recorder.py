@@ -39,7 +39,7 @@ class ExampleNorms:
     @property
     def total(self) -> Tensor:
         """|g_i|^2 over all parameters, float64 [n]."""
-        return torch.stack([sq.to(self.weights.device) for sq in self.by_parameter.values()]).sum(0)
+        return torch.stack(list(self.by_parameter.values())).sum(0)
 
     @property
     def sq_small(self) -> Tensor:
@@ -58,7 +58,7 @@ class ExampleNorms:
     @property
     def sq_large(self) -> Tensor:
         """|mean gradient|^2 over all parameters, 0-d: the large norm of `estimator.pair`."""
-        return torch.stack([sq.to(self.weights.device) for sq in self.mean_sq.values()]).sum()
+        return torch.stack(list(self.mean_sq.values())).sum()
 
     @property
     def n_large(self) -> Tensor:
@@ -153,12 +153,11 @@ class ExampleRecorder:
         device = next(iter(watch.squares.values())).device
         share = torch.ones(n, dtype=torch.float64, device=device) if weights is None else weights.to(device).double()
         factor = torch.where(share > 0, share.sum() / share, 0.0) if reduction == "mean" else share
-        for name, parameter in watch.names.items():
-            squares = watch.squares.get(name)
-            if squares is None:  # it had no part in this loss
-                squares = torch.zeros(n, dtype=torch.float64, device=parameter.device)
-            norms.by_parameter[name] = squares * factor.to(squares.device).square()
-            mean_sq = watch.means.get(name, squares.new_zeros(()))
-            norms.mean_sq[name] = mean_sq / n**2 if reduction == "sum" else mean_sq
+        # Stacked, so that as many operations serve all parameters as one: of those without a part in this loss zeros.
+        zero, divisor = share.new_zeros(n), n**2 if reduction == "sum" else 1
+        squares = torch.stack([watch.squares.get(name, zero).to(device) for name in watch.names]) * factor.square()
+        means = torch.stack([watch.means.get(name, zero[0]).to(device) for name in watch.names]) / divisor
+        norms.by_parameter = dict(zip(watch.names, squares.unbind(), strict=True))
+        norms.mean_sq = dict(zip(watch.names, means.unbind(), strict=True))
         norms.weights = share
         self._sizes.add(n)
