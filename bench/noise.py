@@ -1,19 +1,22 @@
 """Cost of measuring the noise scale in a training step, by source, against the same step without it.
 
-    python bench/noise.py [--device cpu|cuda] [--repeats N] [--output FILE]
+    python bench/noise.py [--device cpu|cuda] [--seconds S] [--only NAME ...] [--output FILE]
     torchrun --nproc-per-node 2 bench/noise.py ...    # DDP and FSDP2 over processes; alone, FSDP2 reduces nothing
 
-A step is forward and backward of several micro-batches and one AdamW update. Each variant trains a model of its own;
-variant and baseline are interleaved in one process, in changing order. The ratio is of medians, its interval from
-resampling the pairs of samples. Before anything is timed, every source's pair of norms is compared with float64.
+A step is forward and backward of several micro-batches and one AdamW update. Measured (A) and plain (B) steps follow
+each other as A B B A and B A A B in turns, in one process: drift over a block cancels. A block's ratio is that of its
+geometric means; given are the median over blocks and its 95 % interval from resampling blocks. On a CPU the same is
+done for the processor time of the process, all threads: what neighbours take from the wall clock is not in it, what
+they take from caches is. "null" times the plain step against itself: what it differs from 1 by is the method's error.
+Before anything is timed, every source's pair of norms is compared with float64.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -54,13 +57,21 @@ class Model(nn.Module):
 
 
 class Step:
-    """One training step, plain or measured."""
+    """One training step, plain or measured.
 
-    def __init__(self, device: torch.device, source: str | None, **options: Any) -> None:
+    Args:
+        device: where.
+        source: of the noise; None: torch's step.
+        model: one to share, so that both sides work in the same memory.
+        options: of `attach`.
+    """
+
+    def __init__(
+        self, device: torch.device, source: str | None, model: nn.Module | None = None, **options: Any
+    ) -> None:
         torch.manual_seed(0)
-        self.model: nn.Module = Model().to(device)
+        self.model: nn.Module = model or Model().to(device)
         self.fused = source in ("accumulate", "accumulate, no noise")
-        self.base = self.model
         if source and source.startswith("ddp"):
             self.model = DistributedDataParallel(self.model)
         if source and source.startswith("fsdp"):
@@ -106,57 +117,94 @@ class Step:
             raise SystemExit(f"{noise.source}: norms differ from float64 by {error:.1e}; not timed")
 
 
-Maker = Callable[[torch.device], Step]
-VARIANTS: dict[str, tuple[Maker, Maker]] = {
-    "opt.accumulate, noise=True": (lambda d: Step(d, "accumulate"), lambda d: Step(d, "accumulate, no noise")),
-    "micro-batches by hooks": (lambda d: Step(d, "micro-batches"), lambda d: Step(d, None)),
-    "the same, layers": (lambda d: Step(d, "micro-batches", layers=True), lambda d: Step(d, None)),
-    "the same, preconditioned": (lambda d: Step(d, "micro-batches", preconditioned=True), lambda d: Step(d, None)),
-    "adam-moments": (lambda d: Step(d, "adam-moments"), lambda d: Step(d, None)),
-    "ddp": (lambda d: Step(d, "ddp"), lambda d: Step(d, "ddp, no noise")),
-    "ddp, layers": (lambda d: Step(d, "ddp", layers=True), lambda d: Step(d, "ddp, no noise")),
-    "fsdp": (lambda d: Step(d, "fsdp"), lambda d: Step(d, "fsdp, no noise")),
+Sides = tuple[Step, Step]  # measured and plain
+
+
+def apart(source: str, plain: str | None, **options: Any) -> Callable[[torch.device], Sides]:
+    """A model for each side: hooks on one would be on the other's too."""
+    return lambda device: (Step(device, source, **options), Step(device, plain))
+
+
+def shared(source: str) -> Callable[[torch.device], Sides]:
+    """Two optimizers over one model."""
+
+    def make(device: torch.device) -> Sides:
+        plain = Step(device, "accumulate, no noise")
+        return Step(device, source, plain.model), plain
+
+    return make
+
+
+VARIANTS: dict[str, Callable[[torch.device], Sides]] = {
+    "opt.accumulate, noise=True": shared("accumulate"),
+    "null": shared("accumulate, no noise"),
+    "micro-batches by hooks": apart("micro-batches", None),
+    "the same, layers": apart("micro-batches", None, layers=True),
+    "the same, preconditioned": apart("micro-batches", None, preconditioned=True),
+    "adam-moments": apart("adam-moments", None),
+    "ddp": apart("ddp", "ddp, no noise"),
+    "ddp, layers": apart("ddp", "ddp, no noise", layers=True),
+    "fsdp": apart("fsdp", "fsdp, no noise"),
 }
 CHECKED = ("opt.accumulate, noise=True", "micro-batches by hooks", "the same, layers")
+ORDERS = ((0, 1, 1, 0), (1, 0, 0, 1))  # 0 measured, 1 plain
+LEAST_BLOCKS = 8
 
 
-def interval(measured: list[float], plain: list[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the ratio of medians, resampling interleaved pairs."""
-    pairs = np.array([measured, plain])
-    index = np.random.default_rng(0).integers(0, pairs.shape[1], (2000, pairs.shape[1]))
-    medians = np.median(pairs[:, index], axis=2)
-    low, high = np.quantile(medians[0] / medians[1], [0.025, 0.975])
-    return float(low), float(high)
+def ratio(blocks: list[list[list[float]]]) -> dict[str, float]:
+    """Of measured over plain, with its 95 % interval, from blocks of times [side][sample]."""
+    logs = np.log(np.array(blocks)).mean(axis=2)
+    found = logs[:, 0] - logs[:, 1]
+    index = np.random.default_rng(0).integers(0, len(found), (4000, len(found)))
+    low, high = np.quantile(np.median(found[index], axis=1), [0.025, 0.975])
+    return {"ratio": math.exp(np.median(found)), "ratio_low": math.exp(low), "ratio_high": math.exp(high)}
 
 
-def measure(name: str, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Validate where a step gives one pair, then time the variant and its baseline in turns."""
-    make, make_plain = VARIANTS[name]
-    if name in CHECKED:
-        make(device).check()
-    sides = {"measured": make(device), "plain": make_plain(device)}
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for i in range(repeats + 3):
-        for side in sorted(sides, reverse=bool(i % 2)):
-            wait(device)
+def block(sides: Sides, order: tuple[int, ...], device: torch.device) -> tuple[list[list[float]], list[list[float]]]:
+    """Wall-clock and processor seconds of a block of steps: [side][sample]."""
+    wall: list[list[float]] = [[], []]
+    cpu: list[list[float]] = [[], []]
+    for side in order:
+        wait(device)
+        if dist.get_world_size() > 1:
             dist.barrier()
-            start = time.perf_counter()
-            sides[side]()
-            wait(device)
-            if i >= 3:  # warm
-                times[side].append(time.perf_counter() - start)
-    low, high = interval(times["measured"], times["plain"])
-    median = {side: statistics.median(values) for side, values in times.items()}
-    return {
+        start, busy = time.perf_counter(), time.process_time()
+        sides[side]()
+        wait(device)
+        wall[side].append(time.perf_counter() - start)
+        cpu[side].append(time.process_time() - busy)
+    return wall, cpu
+
+
+def measure(name: str, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Validate where a step gives one pair, then time the variant and its baseline in turns."""
+    sides = VARIANTS[name](device)
+    if name in CHECKED:
+        sides[0].check()
+    for order in ORDERS:
+        block(sides, order, device)  # warm
+    start = time.perf_counter()
+    block(sides, ORDERS[0], device)
+    count = [max(LEAST_BLOCKS, round(seconds / (time.perf_counter() - start)))]
+    dist.broadcast_object_list(count)  # every process makes as many
+    found = [block(sides, ORDERS[i % 2], device) for i in range(count[0])]
+    walls, cpus = [wall for wall, _ in found], [cpu for _, cpu in found]
+    row: dict[str, Any] = {
         "what": name,
-        "measured_ms": median["measured"] * 1e3,
-        "plain_ms": median["plain"] * 1e3,
-        "ratio": median["measured"] / median["plain"],
-        "ratio_low": low,
-        "ratio_high": high,
+        "measured_ms": float(np.median([w[0] for w in walls])) * 1e3,
+        "plain_ms": float(np.median([w[1] for w in walls])) * 1e3,
+        **ratio(walls),
+        "cpu_time": ratio(cpus) if device.type == "cpu" else None,
         "validated": name in CHECKED,
-        "repeats": repeats,
+        "blocks": count[0],
+        "load_after": os.getloadavg()[0],
     }
+    return row
+
+
+def written(found: dict[str, float]) -> str:
+    """A ratio with its interval."""
+    return f"{found['ratio']:.4f}x [{found['ratio_low']:.4f}, {found['ratio_high']:.4f}]"
 
 
 def wait(device: torch.device) -> None:
@@ -169,7 +217,8 @@ def main() -> None:
     """Measure and print; `--output` writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing for each variant")
+    parser.add_argument("--only", nargs="*", choices=list(VARIANTS), help="variants; all that apply")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -185,20 +234,23 @@ def main() -> None:
             torch.cuda.set_device(device)
         alone = world == 1
         names = [name for name in VARIANTS if (name != "fsdp" if alone else name.startswith(("ddp", "fsdp")))]
-        rows = [measure(name, device, arguments.repeats) for name in names]
+        names = [name for name in names if not arguments.only or name in arguments.only]
+        rows = [measure(name, device, arguments.seconds) for name in names]
         dist.destroy_process_group()
     if rank:
         return
     parameters = sum(p.numel() for p in Model().parameters())
     print(
         f"{parameters / 1e6:.1f} M parameters, {MICRO_BATCHES} micro-batches of {EXAMPLES} x {LENGTH}, "
-        f"{world} processes; load {load:.1f}"
+        f"{world} processes"
     )
     for row in rows:
         print(
-            f"{row['what']:28} {row['measured_ms']:8.1f} ms  plain {row['plain_ms']:8.1f} ms  "
-            f"{row['ratio']:.3f}x [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+            f"{row['what']:28} {row['measured_ms']:8.1f} ms  plain {row['plain_ms']:8.1f} ms  {written(row)} wall clock"
         )
+        if row["cpu_time"]:
+            print(f"{'':59}{written(row['cpu_time'])} processor time")
+    print(f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after; {torch.get_num_threads()} threads")
     if arguments.output:
         record = {
             "script": "bench/noise.py",

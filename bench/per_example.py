@@ -1,6 +1,7 @@
 """Exact per-example gradient norms: time and memory against a plain backward pass, Opacus and BackPACK.
 
     python bench/per_example.py [--device cpu|cuda] [--repeats N] [--case NAME ...] [--output FILE]
+    python bench/per_example.py --profile [--case NAME ...]    # what the norms' time goes to, by part
 
 The norms of all sides are compared on the same inputs before anything is timed. Forward plus backward pass, the sides
 interleaved in one process; a ratio is of medians, its interval from resampling. Memory is the peak of a pass above the
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pybatch.device.identity import describe
-from pybatch.noise.per_example import ExampleRecorder
+from pybatch.noise.per_example import ExampleRecorder, watch
+from pybatch.noise.per_example.uses import Products
 
 
 class Block(nn.Module):
@@ -275,12 +277,100 @@ def measure(case: str, device: torch.device, repeats: int) -> dict[str, Any]:
     return {"case": case, "repeats": repeats, "sides": rows, "left_out": left_out}
 
 
+class Parts:
+    """Exclusive time of functions, put in place of themselves; the device is waited for around each."""
+
+    WATCHED: tuple[tuple[Any, str, str], ...] = (
+        (Products, "single", "norms, no sequence"),
+        (Products, "gram", "norms, Gram matrices"),
+        (Products, "weight", "norms, products formed"),
+        (Products, "fused", "weight gradient and norms, fused"),
+        (Products, "picked", "norms, embeddings"),
+        (watch, "squared_norms", "norms, biases and the rest"),
+        (watch, "square", "norms of the mean gradient"),
+        (watch.Pass, "_arrived", "uses taken, norm layers and bias sums"),
+        (watch.Pass, "_complete", "gates"),
+    )
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.clock = device, clock(device)
+        self.seconds: dict[str, float] = {}
+        self._inner = [0.0]  # time of functions within the one under way
+
+    def __enter__(self) -> Parts:
+        self.seconds = {}
+        self._kept = [(owner, name, getattr(owner, name)) for owner, name, _ in self.WATCHED]
+        for owner, name, label in self.WATCHED:
+            setattr(owner, name, self._timed(getattr(owner, name), label))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for owner, name, function in self._kept:
+            setattr(owner, name, function)
+
+    def _timed(self, function: Callable[..., Any], label: str) -> Callable[..., Any]:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            synchronize(self.device)
+            start = self.clock()
+            self._inner.append(0.0)
+            try:
+                return function(*arguments, **options)
+            finally:
+                synchronize(self.device)
+                whole = self.clock() - start
+                self.seconds[label] = self.seconds.get(label, 0.0) + whole - self._inner.pop()
+                self._inner[-1] += whole
+
+        return timed
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds: of the wall; on a CPU of this process's processor time, which neighbours take less from."""
+    return time.process_time if device.type == "cpu" else time.perf_counter
+
+
+def profile(case: str, device: torch.device, repeats: int) -> dict[str, float]:
+    """Median milliseconds (processor time on a CPU): plain forward and backward pass, ours, and each part of ours."""
+    plain, ours = build(Plain, case, device), build(Ours, case, device)
+    assert isinstance(ours, Ours)
+    rows: dict[str, list[float]] = {}
+    now = clock(device)
+
+    def passes(side: Plain, name: str) -> None:
+        side.model.zero_grad()
+        synchronize(device)
+        start = now()
+        loss = F.cross_entropy(side.model(side.x), side.y)
+        synchronize(device)
+        middle = now()
+        loss.backward()  # type: ignore[no-untyped-call]
+        synchronize(device)
+        rows.setdefault(f"{name}, forward", []).append(middle - start)
+        rows.setdefault(f"{name}, backward", []).append(now() - middle)
+
+    def recorded(name: str) -> None:
+        with ours.recorder.record(len(ours.x)):
+            passes(ours, name)
+
+    for i in range(repeats + 2):
+        if i == 2:  # warm
+            rows.clear()
+        passes(plain, "plain")
+        recorded("pybatch")
+        with Parts(device) as parts:
+            recorded("pybatch, parts timed")
+        for label, seconds in parts.seconds.items():
+            rows.setdefault(f"  {label}", []).append(seconds)
+    return {label: statistics.median(values) * 1e3 for label, values in rows.items()}
+
+
 def main() -> None:
     """Measure and print; `--output` writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--case", nargs="*", choices=[*CASES, *GPU_CASES])
+    parser.add_argument("--profile", action="store_true", help="time by part, nothing else")
     parser.add_argument("--memory-of", choices=[kind.name for kind in SIDES], help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -291,6 +381,13 @@ def main() -> None:
     device = torch.device(arguments.device)
     cases = arguments.case or [*CASES, *(GPU_CASES if device.type == "cuda" else ())]
     load = os.getloadavg()[0]
+    if arguments.profile:
+        for case in cases:
+            print(case)
+            for label, ms in profile(case, device, arguments.repeats).items():
+                print(f"  {label:42}{ms:9.2f} ms")
+        print(f"threads {torch.get_num_threads()}, load before {load:.1f}")
+        return
     results = []
     for case in cases:
         found = measure(case, device, arguments.repeats)

@@ -93,6 +93,7 @@ def run_bench(
             dtype=dtype,
             seed=seed,
             time_budget=left * shares[1] / (1 - shares[0]),
+            layers=True,
             progress=_staged(progress, "noise", shares[0], shares[0] + shares[1]),
         )
         left = time_budget - (time.monotonic() - start)

@@ -143,6 +143,11 @@ def _from_noise(noise: NoiseScale | None) -> Critical:
         "pairs": noise.steps,
         "warmup_steps": noise.warmup_steps,
     }
+    if noise.unit is not None:
+        text = f"the noise scale is in {noise.unit}, batch sizes are not. Give noise.in_examples(mean per example)"
+        return Critical(None, None, None, None, Reason("critical_batch", text, "measured", inputs))
+    if noise.counted is not None:
+        inputs[f"{noise.counted.unit} per example"] = noise.counted.per_example
     if noise.status == "resolved" and noise.b_simple is not None:
         # The identification is the model; across McCandlish's tasks the ratio of the two runs from 0.05 to 8.
         text = (

@@ -422,9 +422,40 @@ def test_moments_of_a_real_model_are_the_loop_over_its_steps(kind):
     assert sum(layer.trace for layer in noise.layers) == pytest.approx(noise.trace, rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["scaler", "fused", "count"])
+def test_moments_leave_out_steps_that_are_not_finite(kind):
+    """Two of eight steps overflow, with twice the examples: the window's pair is that of the six others, of 8 each."""
+    model, scaler = mlp(), torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10**6)
+    optimizer = (AdamW if kind == "fused" else torch.optim.AdamW)(model.parameters(), lr=1e-2)
+    options = {"examples": "count"} if kind == "count" else {}
+    calls = 8 if kind == "fused" else 6  # a scaler doesn't call the step of torch's at all
+    handle = pybatch.noise.attach(model, optimizer, "adam-moments", every=calls, **options)
+    m = v = 0.0
+    for step in range(8):
+        bad = step in (2, 5)
+        x, y = images(16 if bad else 8)
+        if not bad:
+            g = example_gradients(model, x, y)[0].mean(0)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g.square()
+        if kind == "count":
+            handle.count(len(x))
+        scaler.scale(loss_of(model(x), y) * (math.inf if bad else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    kappa = sum((0.1 * 0.9**i / (1 - 0.9**6)) ** 2 for i in range(6))
+    small, large = float(v.sum()) / (1 - 0.999**6), float((m / (1 - 0.9**6)).square().sum())
+    noise = handle.noise
+    assert (noise.steps, noise.small_batch) == (1, pytest.approx(8))
+    assert noise.trace == pytest.approx((small - large) / (1 / 8 - kappa / 8), rel=1e-3)
+    said = [n.text for n in noise.notes if n.figure == "noise.skipped"]
+    assert said
+    assert said[0].startswith("2 steps" if kind == "fused" else "the gradients of 2 micro-batches")
+
+
 def test_bad_arguments():
     model, optimizer = regression()
-    adam = torch.optim.Adam(model.parameters(), weight_decay=0.1)
+    adam, plain = torch.optim.Adam(model.parameters(), weight_decay=0.1), torch.optim.Adam(model.parameters())
     for arguments, options, says in (
         ((model,), {}, "needs the optimizer"),
         ((model, optimizer, "forward"), {}, "'forward' is not known"),
@@ -435,6 +466,9 @@ def test_bad_arguments():
         ((model, optimizer), {"examples": 0}, "examples 0"),
         ((model, optimizer), {"accumulation": "median"}, "'median' is not known"),
         ((model, optimizer), {"hook": print}, "no communication"),
+        ((model, optimizer), {"hook_state": 1}, "Give hook=... too"),
+        ((model, optimizer), {"every": 5}, "every=5: the source 'micro-batches' takes every step"),
+        ((model, plain, "adam-moments"), {"scaler": object()}, "are of unscaled gradients"),
         ((nn.Tanh(), optimizer), {}, "no parameter to train"),
         ((nn.Sequential(model, nn.Linear(1, 1, device="meta")), optimizer), {}, "are on cpu, meta"),
     ):

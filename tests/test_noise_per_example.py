@@ -43,6 +43,9 @@ def truth(model, x, y, loss=squared_error):
 
 def measured(model, x, y, loss=squared_error, **options):
     recorder = ExampleRecorder(model, **options)
+    if x.ndim > 1 and len(x) == x.shape[1]:  # a batch as large as its sequences are long would be refused
+        recorder.probe(lambda n: loss(model(x[:n]), y[:n]).mean().backward(), (len(x) - 1, len(x)))
+        model.zero_grad()
     with recorder.record(len(x)) as norms:
         loss(model(x), y).mean().backward()
     return norms
@@ -296,7 +299,8 @@ def test_sum_and_token_mean_agree_with_the_mean():
     torch.testing.assert_close(mean.sq_large, total.sq_large)
     expected = torch.where(tokens > 0, mean.total / tokens.clamp(1) ** 2, 0.0)
     torch.testing.assert_close(by_token.total, expected)
-    torch.testing.assert_close(by_token.sq_small, (expected * tokens).sum() / 11)
+    torch.testing.assert_close(by_token.sq_small, (expected * tokens**2).sum() / (tokens**2).sum())
+    assert float(by_token.n_small) == float((tokens**2).sum()) / 11
     torch.testing.assert_close(by_token.sq_large, mean.sq_large * (4 / 11) ** 2)
     assert float(by_token.n_large) == 11
 
@@ -497,10 +501,57 @@ def test_a_batch_as_long_as_the_sequence():
     assert recorder.checked
     torch.testing.assert_close(norms.by_parameter["positions.weight"], expected["positions.weight"])
     recorder = ExampleRecorder(model)
-    with recorder.record(6):
+    with pytest.raises(UsageError, match=r"either of its first two dimensions may be the batch"), recorder.record(6):
         cross_entropy(model(ids), ids).mean().backward()
-    with pytest.raises(UsageError, match="the earlier norms are wrong"), recorder.record(4):
-        cross_entropy(model(ids[:4]), ids[:4]).mean().backward()
+    recorder.probe(lambda n: cross_entropy(model(ids[:n]), ids[:n]).mean().backward(), (6, 4))
+    assert recorder.checked
+    model.zero_grad()
+    with recorder.record(6) as norms:
+        cross_entropy(model(ids), ids).mean().backward()
+    torch.testing.assert_close(norms.total, sum(expected.values()))
+
+
+def test_ids_of_one_number_each_that_turn_out_to_be_positions():
+    """A table looked up by [n] numbers, its rows added to one vector each: only another batch size tells."""
+    model, x = Rows().double(), torch.randn(4, 5, dtype=torch.float64)
+    recorder = ExampleRecorder(model)
+    with recorder.record(4):
+        model(x).sum().backward()
+    with pytest.raises(UsageError, match="the earlier norms are wrong"), recorder.record(3):
+        model(x[:3]).sum().backward()
+
+
+class Rows(nn.Module):
+    """Position embeddings of a fixed length, whatever the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 5)
+
+    def forward(self, x):
+        return x[:, None] * self.table(torch.arange(4))
+
+
+@pytest.mark.parametrize("length", [4, 6])
+def test_sequence_first_is_refused(length):
+    """[T, B, D]: with T = B its norms would be those of positions, not of examples."""
+    model, x = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.LayerNorm(3)), torch.randn(length, 4, 5)
+    with pytest.raises(UsageError, match="batch"), ExampleRecorder(model).record(4):
+        model(x).sum().backward()
+    with pytest.raises(UsageError, match="the batch dimension must be the first"):
+        ExampleRecorder(model).probe(lambda n: model(x[:, :n]).sum().backward(), (4, 3))
+    scale = Scale()
+    with pytest.raises(UsageError, match="batch"), ExampleRecorder(scale).record(4):
+        scale(x).sum().backward()
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        return x * self.scale
 
 
 def test_nothing_is_left_in_the_model():

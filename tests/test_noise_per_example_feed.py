@@ -82,7 +82,7 @@ class Regression(Workload):
 
 
 def test_measure_noise_on_the_closed_form():
-    options = {"device": "cpu", "warmup_steps": 0, "micro_batch": 32, "source": "per-example"}
+    options = {"device": "cpu", "warmup_steps": 0, "micro_batch": 32, "source": "per-example", "layers": True}
     found = [measure_noise(Regression(), seed=seed, **options) for seed in range(12)]
     assert {(f.status, f.source, f.small_batch) for f in found} == {("resolved", "per-example", 1)}
     assert sum(f.low <= 64 <= f.high for f in found) >= 9
@@ -113,7 +113,7 @@ def test_a_group_of_micro_batches_is_one_batch():
         model(x).square().mean().backward()
     feed = ExampleFeed(model)
     for part in x.split(4):
-        feed.micro_batch(lambda part=part: backward(model(part).square().mean()), 4)
+        feed.micro_batch(lambda scale, part=part: backward(scale * model(part).square().mean()), 4)
     feed.group()
     _, grad_sq, trace = feed.accumulator.rows[0]
     expected = pair(float(norms.sq_small), float(norms.sq_large), 1, 12)
@@ -131,9 +131,9 @@ def backward(loss):
 @pytest.mark.parametrize(("name", "model"), [("digits", "mlp"), ("digits", "cnn"), ("text", "transformer")])
 def test_shipped_workloads_can_be_measured(name, model):
     session = Session(type(find(name))(model), torch.device("cpu"))
-    feed = probed(session)()
+    feed = probed(session, layers=True)()
     for _ in range(2):
-        feed.micro_batch(lambda: session.backward(session.batch(4)), 4)
+        feed.micro_batch(lambda scale: session.backward(session.batch(4), scale), 4)
     feed.group()
     found = feed.noise
     assert (found.steps, found.large_batch, found.source) == (1, 8, "per-example")

@@ -92,6 +92,12 @@ def attach(
     }
     if hook is not None and source not in ("ddp", "fsdp"):
         raise UsageError(f"hook: the source {source!r} has no communication to hook into. Leave it out.")
+    if hook_state is not None and (hook is None or source != "ddp"):
+        raise UsageError("hook_state: it is handed to a communication hook of DDP. Give hook=... too, or leave it out.")
+    if every is not None and source != "adam-moments":
+        raise UsageError(f"every={every}: the source {source!r} takes every step. Leave it out.")
+    if scaler is not None and source == "adam-moments":
+        raise UsageError("scaler: the moments of source 'adam-moments' are of unscaled gradients. Leave it out.")
     if source == "ddp":
         if not isinstance(model, DistributedDataParallel):
             raise UsageError(

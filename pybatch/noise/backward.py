@@ -152,13 +152,18 @@ class BackwardNoise(Collector):
             self._skip()
         self.forget()
 
-    def close(self, *_: Any) -> None:
-        """The step is complete: keep its pair. Called by the optimizer's step."""
+    def close(self, *_: Any, scale: float = 1.0) -> None:
+        """The step is complete: keep its pair. Called by the optimizer's step.
+
+        Args:
+            scale: the gradients are so many times those of the step.
+        """
         k = self._members
         if k:
             weighted = self._accumulation == "weighted"
             sums = self._squares if self._accumulation == "sum" else self._squares * (k * k)
             large = self._large / (k * k) if self._accumulation == "sum" else self._large
+            sums, large = sums / scale**2, large / scale**2
             small, n_small, n_large = combine(weighted, k, sums, self._examples if weighted else self._inverse)
             if self._scaler is not None:
                 factor = self._scaler.scale(torch.ones((), device=self._device)).double() ** -2

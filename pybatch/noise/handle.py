@@ -65,6 +65,15 @@ class Count:
         sizes, self._sizes, self.forwards = self._sizes, [], 0
         return sizes
 
+    @property
+    def pending(self) -> int:
+        """Micro-batches counted since the last `take`."""
+        return len(self._sizes)
+
+    def forget(self) -> None:
+        """Leave out what was counted since the last `take`."""
+        self._sizes = []
+
     def remove(self) -> None:
         """Look no more."""
         self._hook.remove()

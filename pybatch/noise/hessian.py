@@ -2,7 +2,8 @@
 
 McCandlish et al. 2018, eq. 2.8. With independent mean gradients a and b over n examples each, and the Hessian H of the
 loss on further examples: E (a^T H a + b^T H b) / 2 = G^T H G + tr(H Sigma) / n, and for their mean the same over 2 n.
-That is a pair of norms with H between them, for the same arithmetic as every other noise scale. H may be indefinite.
+Where examples are weighted, n is what they count for, and the means are weighted by it. That is a pair of norms with H
+between them, for the same arithmetic as every other noise scale. H may be indefinite.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pybatch.errors import UsageError
 from pybatch.noise.accumulator import NoiseAccumulator
 from pybatch.noise.estimator import judge
+from pybatch.noise.feeds import counted
+from pybatch.noise.rounds import Tally
 from pybatch.records import WeightedNoise
 from pybatch.workloads.session import Session
 
@@ -77,6 +80,7 @@ class HessianNoise:
         self.session, self.micro_batch, self.k = session, micro_batch, k
         self.parameters: list[torch.Tensor] = list(session.parameters)
         self._pairs = NoiseAccumulator("hessian-vector products", missing=MISSING)
+        self.tally = Tally()
 
     def run(self, deadline: float, width: float, say: Callable[[str], None] = lambda _: None) -> WeightedNoise:
         """Measure until the interval is narrow or time is up.
@@ -103,7 +107,7 @@ class HessianNoise:
 
     def pair(self) -> None:
         """One pair: two gradients and the curvature, all of their own examples."""
-        one, two = self._gradient(), self._gradient()
+        (one, n_one), (two, n_two) = self._gradient(), self._gradient()
         try:
             # Fused attention and recurrence have no second derivative; their plain forms do.
             with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
@@ -116,23 +120,32 @@ class HessianNoise:
                 f"hessian=True: the model has an operation without a second derivative ({error}). "
                 "Leave hessian out, or replace the operation."
             ) from error
-        own, cross = dot(one, curved_one) + dot(two, curved_two), dot(one, curved_two)
-        small, large = torch.stack([own / 2, (own + 2 * cross) / 4]).tolist()
-        n = self.k * self.micro_batch
-        self._pairs.update(small, large, n, 2 * n)
+        inner = torch.stack([dot(one, curved_one), dot(two, curved_two), dot(one, curved_two)])
+        aa, bb, ab = inner.tolist()
+        n = n_one + n_two
+        large = (n_one * n_one * aa + n_two * n_two * bb + 2 * n_one * n_two * ab) / n**2
+        self._pairs.update((n_one * aa + n_two * bb) / n, large, n / 2, n)
 
-    def _gradient(self) -> list[torch.Tensor]:
-        total = [torch.zeros_like(p) for p in self.parameters]
+    def _gradient(self) -> tuple[list[torch.Tensor], float]:
+        """The mean gradient over k micro-batches, and what they count for."""
+        total, n = [torch.zeros_like(p) for p in self.parameters], 0.0
         for _ in range(self.k):
-            loss = self.session.loss(self.session.batch(self.micro_batch))
-            grads = torch.autograd.grad(loss / self.k, self.parameters, materialize_grads=True)
-            torch._foreach_add_(total, list(grads))
-        return total
+            batch, weights = self.session.weighed_batch(self.micro_batch)
+            count = counted(self.micro_batch, weights)
+            grads = torch.autograd.grad(self.session.loss(batch), self.parameters, materialize_grads=True)
+            torch._foreach_add_(total, list(grads), alpha=count)
+            n += count
+            self.tally.add(weights)
+        torch._foreach_div_(total, n)
+        return total, n
 
     @property
     def result(self) -> WeightedNoise:
-        """B_noise so far."""
-        found = judge(self._pairs.rows, self.k * self.micro_batch, MISSING, NEGATIVE).weighted()
+        """B_noise so far, in examples."""
+        mean = self.tally.mean
+        found = judge(self._pairs.rows, self.k * self.micro_batch * (mean or 1.0), MISSING, NEGATIVE).weighted()
+        if mean is not None:
+            found = found.in_examples(mean, self.tally.error)
         if self._pairs.skipped and found.reason is None:
             return dataclasses.replace(found, reason=f"{self._pairs.skipped} pairs were not finite and were left out")
         return found

@@ -21,6 +21,7 @@ from pybatch.noise.confounds import confounds
 from pybatch.noise.estimator import noiseless
 from pybatch.noise.feeds import Feed, HookFeed, OptimizerFeed
 from pybatch.noise.hessian import HessianNoise
+from pybatch.noise.rounds import Round
 from pybatch.optim import AdamW
 from pybatch.records import NoiseScale, Note, WeightedNoise
 from pybatch.workloads.base import Progress, Workload
@@ -72,14 +73,15 @@ def measure_noise(
             which resolve the scale with fewer examples and refuse some models (`per_example.ExampleRecorder`).
         mode: "train": the model as in training, dropout's noise included; "eval": in evaluation mode; "both": the
             first, and the second as `eval_mode`. The warm-up is always in training mode.
-        layers: every parameter's own noise scale too, as `layers`; "per-example" has them anyway.
+        layers: every parameter's own noise scale too, as `layers`.
         preconditioned: tr(P Sigma) / (G^T P G) with the P of the warm-up's AdamW too, as `preconditioned`.
         hessian: B_noise = tr(H Sigma) / (G^T H G) too, as `hessian`; the time budget is shared evenly.
         progress: called with (what is being done, share done).
 
     Returns:
         The noise scale in examples, with `warmup_steps`, `loss` (training loss where it was measured) and notes on what
-        confounds it.
+        confounds it. Where the workload has `example_weights`, micro-batches count by them and `counted` is the scale
+        in their unit.
 
     Raises:
         UsageError: an argument out of range. WorkloadError: the workload fails, or its loss is not finite.
@@ -110,44 +112,6 @@ def measure_noise(
         return run.result()
 
 
-class _Round:
-    """Groups of k micro-batches at fixed parameters, all of one size: nothing chosen from the data enters a mean."""
-
-    def __init__(self, session: Session, micro_batch: int, k: int, feed: Feed) -> None:
-        self.session, self.micro_batch, self.k, self.feed = session, micro_batch, k, feed
-        self.groups = 0
-        self.seconds = 0.0  # for all groups, partial ones left out
-        self.loss = torch.zeros((), dtype=torch.float64, device=session.device)
-
-    def run(self, groups: int, deadline: float) -> bool:
-        """Measure up to so many groups altogether; False where the deadline came first."""
-        start, before = time.monotonic(), self.groups
-        while self.groups < groups:
-            self.feed.start()
-            loss = torch.zeros_like(self.loss)
-            for _ in range(self.k):
-                if time.monotonic() >= deadline:
-                    self.feed.start()
-                    return False
-                batch = self.session.batch(self.micro_batch)
-                loss += self.feed.micro_batch(partial(self.session.backward, batch), self.micro_batch)
-            self.feed.group()
-            self.loss += loss
-            self.groups += 1
-        self.session.check_finite(self.loss, f"on batches of {self.micro_batch} at fixed parameters")
-        if self.groups > before:
-            self.seconds += time.monotonic() - start
-        return True
-
-    @property
-    def group_seconds(self) -> float:
-        return self.seconds / max(self.groups, 1)
-
-    def result(self) -> NoiseScale:
-        loss = float(self.loss) / (self.groups * self.k) if self.groups else None
-        return dataclasses.replace(self.feed.noise, loss=loss)
-
-
 class _Measurement:
     """One call of `measure_noise`: the session, the clock, and the best answer so far."""
 
@@ -167,16 +131,16 @@ class _Measurement:
         self.session = Session(workload, device, dtype, seed)
         self.workload, self.source = workload, source
         self.optimizer = AdamW(self.session.parameters, lr=workload.learning_rate)  # of the warm-up
-        self.feed: Callable[[], Feed] = partial(OptimizerFeed, self.session.parameters)
+        self.feed: Callable[[], Feed] = partial(OptimizerFeed, self.session.model, layers)
         self.feeding: Feed | None = None
-        if layers or preconditioned:
-            self.feed = partial(HookFeed, self.session.model, self.optimizer, layers, preconditioned)
+        if preconditioned:
+            self.feed = partial(HookFeed, self.session.model, self.optimizer, layers)
         if source == "per-example":
             from pybatch.noise.per_example.feed import probed  # only where wanted: it brings Triton in
 
-            self.feed = probed(self.session)
+            self.feed = probed(self.session, layers)
         self.warmup_steps = 0
-        self.rounds: list[_Round] = []
+        self.rounds: list[Round] = []
         self.deadline = self.start + time_budget  # of the part under way
         self.eval_mode: NoiseScale | None = None
         self.hessian: HessianNoise | None = None
@@ -254,11 +218,11 @@ class _Measurement:
         """Rounds of growing groups until groups are as large as the scale, then more groups until it is narrow."""
         k = FIRST_GROUP
         while True:
-            current = _Round(self.session, micro_batch, k, self.new_feed())
+            current = Round(self.session, micro_batch, k, self.new_feed())
             self.rounds.append(current)
             if not self._fill(current, GROUPS):
                 return
-            found = current.feed.noise
+            found = current.result()
             if _still(found):
                 return
             wanted = self._group_for(found, micro_batch, k)
@@ -272,9 +236,9 @@ class _Measurement:
             factor = (relative_width(found) / WIDTH) ** 2 * 1.1 if found.status == "resolved" else 2.0
             if not self._fill(current, math.ceil(current.groups * min(max(factor, 1.25), 4.0))):
                 return
-            found = current.feed.noise
+            found = current.result()
 
-    def _fill(self, current: _Round, groups: int) -> bool:
+    def _fill(self, current: Round, groups: int) -> bool:
         while current.groups < groups:
             self.say("measuring gradients")
             if not current.run(min(groups, current.groups + max(1, GROUPS // 4)), self.deadline):

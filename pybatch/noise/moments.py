@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pybatch.errors import UsageError
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, local_batch, trainable
 from pybatch.noise.norms import squares
+from pybatch.optim import FusedOptimizer
 from pybatch.records import Note
 
 MEMORIES = 3  # windows of so many 1 / (1 - beta1): successive first moments then share exp(-3) = 5 %
@@ -93,23 +94,48 @@ class MomentsNoise(Collector):
             notes=(LAG, *((CLIPPED,) if clips else ()), *((ALIKE,) if self._members > 1 else ()), *notes),
         )
         self._optimizer, self._accumulation = optimizer, accumulation
-        self._counter = Count(model, examples)
-        self._inverse = 0.0  # sum of 1 / examples over the window's steps
-        self._steps = 0
+        self._given = examples == "count"
+        self._counter = Count(model, examples, started=None if self._given else self._began)
+        self._zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._steps = 0  # calls of the optimizer's step in this window
+        self._taken, self._inverse = self._zero, self._zero  # of them those that changed moments; sum of 1 / examples
+        self._refused = self._zero  # steps that changed nothing, over all windows
+        self._cleared = 0  # micro-batches whose gradients were cleared without a step
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None  # sums of v, and the step they are of
         self._removals = [self._counter.remove, optimizer.register_step_post_hook(self._stepped).remove]
         if any(optimizer.state.get(param) for param in self._params.values()):
             self._before = self._second()
+        self._last = self._step()  # of the optimizer, as its state has it
+
+    def count(self, n: float) -> None:
+        if self._given:
+            self._began()
+        super().count(n)
+
+    def _began(self) -> None:
+        """A micro-batch begins. Gradients cleared since the one before: a GradScaler left that step out.
+
+        A fused optimizer takes them away in accumulate(), and its step() is called for gradients not finite too.
+        """
+        assert self._counter is not None
+        fused = isinstance(self._optimizer, FusedOptimizer)
+        if self._counter.pending and not fused and all(p.grad is None for p in self._params.values()):
+            self._cleared += self._counter.pending
+            self._counter.forget()
+
+    def _step(self) -> torch.Tensor:
+        """Steps that changed the moments: 0-d float64 on the device."""
+        own = (self._optimizer.state.get(param, {}) for param in self._params.values())
+        step = next((s["step"] for s in own if "step" in s), 0.0)
+        if isinstance(step, torch.Tensor) and step.device.type != "cpu":  # not read, which would wait
+            return step.to(torch.float64, copy=True).reshape(())
+        return torch.full((), float(step), dtype=torch.float64, device=self._device)
 
     def _second(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(sums of exp_avg_sq [parameters], step), on the device; zeros where a parameter had no step yet."""
         own = [self._optimizer.state.get(param, {}) for param in self._params.values()]
-        zero = torch.zeros((), dtype=torch.float64, device=self._device)
-        sums = [s["exp_avg_sq"].sum(dtype=torch.float64) if "exp_avg_sq" in s else zero for s in own]
-        step = next((s["step"] for s in own if "step" in s), 0.0)
-        if isinstance(step, torch.Tensor) and step.device.type != "cpu":  # not read, which would wait
-            return torch.stack(sums), step.to(torch.float64, copy=True).reshape(())
-        return torch.stack(sums), torch.full((), float(step), dtype=torch.float64, device=self._device)
+        sums = [s["exp_avg_sq"].sum(dtype=torch.float64) if "exp_avg_sq" in s else self._zero for s in own]
+        return torch.stack(sums), self._step()
 
     @torch.no_grad()
     def _stepped(self, *_: Any) -> None:
@@ -119,7 +145,15 @@ class MomentsNoise(Collector):
                 "no examples were counted for this step: the model's forward() was not called. "
                 "Attach with examples='count' and call handle.count(n) before each backward()."
             )
-        self._inverse += 1.0 / local_batch(sizes, self._accumulation)[0]
+        step = self._step()
+        taken = (step != self._last).double()  # 0 where the gradient was not finite and the optimizer changed nothing
+        if self._before is not None:
+            forward = (step >= self._last).double()  # 0 where an older state was loaded: v since its beginning then
+            self._before = self._before[0] * forward, self._before[1] * forward
+        self._last = step
+        self._taken = self._taken + taken
+        self._inverse = self._inverse + taken / local_batch(sizes, self._accumulation)[0]
+        self._refused = self._refused + (1.0 - taken)
         self._steps += 1
         if self._steps < self._every:
             return
@@ -134,15 +168,28 @@ class MomentsNoise(Collector):
             faded = self._beta1**step
             large = squares(first) / (1.0 - faded) ** 2
             kappa = (1.0 - self._beta1) / (1.0 + self._beta1) * (1.0 + faded) / (1.0 - faded)
-            n = self._members * self._steps / self._inverse
+            n = self._members * self._taken / self._inverse
             self._row(n, n / kappa, self._arrange(small), self._arrange(large))
-        self._before, self._inverse, self._steps = (after, step), 0.0, 0
+        self._before, self._steps = (after, step), 0
+        self._taken, self._inverse = self._zero, self._zero
 
     def _arrange(self, norms: torch.Tensor) -> torch.Tensor:
         return torch.cat([norms.sum().reshape(1), norms if self._accumulator.layers else norms[:0]])
 
     def _settle(self) -> None:
         """A reading is a row at once."""
+
+    def _said(self) -> tuple[Note, ...]:
+        notes, refused = list(self._notes), round(float(self._refused))
+        if refused:
+            notes.append(Note("noise.skipped", f"{refused} steps had a gradient that is not finite: in no window"))
+        if self._cleared:
+            text = (
+                f"the gradients of {self._cleared} micro-batches were cleared without a step, as by a GradScaler: they "
+                "are left out; where several forward passes make one loss, attach with examples='count'"
+            )
+            notes.append(Note("noise.skipped", text))
+        return tuple(notes)
 
 
 def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

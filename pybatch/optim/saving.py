@@ -46,7 +46,10 @@ class SavedOptimizer(Optimizer):
                     if isinstance(value, torch.Tensor) and name != "step":
                         dtype = torch.float32 if value.is_floating_point() else value.dtype
                         self.state[param][name] = value.to(param.device, dtype)
-        self._load_own(state_dict.get("pybatch"))
+        own = state_dict.get("pybatch")
+        if own is None:  # of the twin, or made without noise: what was measured before belongs to another run
+            self._ledger, self._saved_layers, self._single_steps = None, {}, 0
+        self._load_own(own)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_options": self._options, "_copied": self._own_state()}

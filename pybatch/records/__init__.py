@@ -23,7 +23,15 @@ from pybatch.records.convergence import (
     RateSteps,
     StepsFit,
 )
-from pybatch.records.noise import LayerNoise, NoisePoint, NoiseScale, NoiseStatus, NoiseTrajectory, WeightedNoise
+from pybatch.records.noise import (
+    CountedNoise,
+    LayerNoise,
+    NoisePoint,
+    NoiseScale,
+    NoiseStatus,
+    NoiseTrajectory,
+    WeightedNoise,
+)
 from pybatch.records.run import SCHEMA, Run, to_dict
 from pybatch.records.subject import Ceilings, Device, Environment, Note, WorkloadInfo
 from pybatch.records.verdict import AccumulationPlan, Evidence, FrontierPoint, Limit, Reason, Verdict
@@ -40,6 +48,7 @@ __all__ = [
     "CommunicationFit",
     "Convergence",
     "ConvergencePoint",
+    "CountedNoise",
     "Curve",
     "Device",
     "Distributed",

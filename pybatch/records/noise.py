@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+from pybatch.errors import UsageError
 from pybatch.records.subject import Note
+
+_NORMAL = 1.959964  # 97.5 % point of the normal distribution
 
 NoiseStatus = Literal["resolved", "lower_bound", "unresolved"]
 
@@ -38,10 +43,31 @@ class WeightedNoise:
     steps: int  # pairs of norms that entered
     reason: str | None = None
 
+    def in_examples(self, per_example: float, error: float = 0.0) -> WeightedNoise:
+        """As NoiseScale.in_examples."""
+        low, high = _ends(self.b_noise, self.low, self.high, per_example, error)
+        return dataclasses.replace(
+            self, b_noise=_over(self.b_noise, per_example), low=low, high=high, trace=_over(self.trace, per_example)
+        )
+
+
+@dataclass(frozen=True)
+class CountedNoise:
+    """The same B_simple counted in parts of an example, such as the tokens that its loss is a mean over.
+
+    It holds for examples of this many parts: parts of one example are not independent draws.
+    """
+
+    unit: str  # "tokens", ...
+    per_example: float  # mean of the examples that were drawn
+    b_simple: float | None
+    low: float | None
+    high: float | None
+
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """Gradient noise scale B_simple = tr(Sigma) / |G|^2 (McCandlish et al. 2018, eq. 2.9), in examples.
+    """Gradient noise scale B_simple = tr(Sigma) / |G|^2 (McCandlish et al. 2018, eq. 2.9), in examples, or in `unit`.
 
     `resolved`: `low` and `high` bound it at 95 %. `lower_bound`: |G|^2 is not separated from zero, only `low` is
     known. `unresolved`: neither is. `grad_sq` and `trace` are the unclamped means and may be negative.
@@ -66,7 +92,67 @@ class NoiseScale:
     notes: tuple[Note, ...] = ()
     hessian: WeightedNoise | None = None  # B_noise: A the Hessian of the loss (McCandlish et al. 2018, eq. 2.8)
     eval_mode: WeightedNoise | None = None  # A = 1, the model in evaluation mode: no dropout
-    unit: str | None = None  # "tokens" where a batch is counted in them; None: in examples
+    unit: str | None = None  # "tokens" where every figure here is counted in them; None: in examples
+    counted: CountedNoise | None = None  # figures in examples that were counted in parts of them: those too
+
+    def in_examples(self, per_example: float, error: float = 0.0) -> NoiseScale:
+        """The same in examples, the unit of the batch size, where it is counted in parts of them such as tokens.
+
+        With |u_i|^2 the squared deviation of example i's summed gradient and T_i its tokens, the mean over the tokens
+        of n examples has the noise E|u|^2 / (n E[T]^2): E[T] times as many tokens are as noisy as examples.
+
+        Args:
+            per_example: mean tokens per example; the batch size compared with is in examples.
+            error: its relative standard error, which widens the interval.
+
+        Raises:
+            UsageError: the figures are in examples already, or `per_example` is not above 0.
+        """
+        if self.unit is None:
+            raise UsageError("in_examples(): this noise scale is in examples already. Use it as it is.")
+        if not (per_example > 0 and math.isfinite(per_example)):
+            raise UsageError(f"in_examples({per_example}): give the mean {self.unit} per example, above 0.")
+        low, high = _ends(self.b_simple, self.low, self.high, per_example, error)
+        return dataclasses.replace(
+            self,
+            b_simple=_over(self.b_simple, per_example),
+            low=low,
+            high=high,
+            trace=_over(self.trace, per_example),
+            small_batch=_over(self.small_batch, per_example),
+            large_batch=_over(self.large_batch, per_example),
+            layers=tuple(_layer_in_examples(layer, per_example, error) for layer in self.layers),
+            preconditioned=self.preconditioned and self.preconditioned.in_examples(per_example, error),
+            eval_mode=self.eval_mode and self.eval_mode.in_examples(per_example, error),
+            hessian=self.hessian and self.hessian.in_examples(per_example, error),
+            unit=None,
+            counted=CountedNoise(self.unit, per_example, self.b_simple, self.low, self.high),
+        )
+
+
+def _layer_in_examples(layer: LayerNoise, per_example: float, error: float) -> LayerNoise:
+    low, high = _ends(layer.b_simple, layer.low, layer.high, per_example, error)
+    return dataclasses.replace(
+        layer, b_simple=_over(layer.b_simple, per_example), low=low, high=high, trace=_over(layer.trace, per_example)
+    )
+
+
+def _over(value: float | None, by: float) -> float | None:
+    return None if value is None else value / by
+
+
+def _ends(
+    value: float | None, low: float | None, high: float | None, by: float, error: float
+) -> tuple[float | None, float | None]:
+    """Both ends of an interval over a number of this relative error; independent, so added in logarithms."""
+
+    def end(one: float | None, sign: int) -> float | None:
+        if not one:
+            return one
+        own = abs(math.log(one / value)) if value else 0.0
+        return (value or one) / by * math.exp(sign * math.hypot(own, _NORMAL * error))
+
+    return end(low, -1), end(high, 1)
 
 
 @dataclass(frozen=True)

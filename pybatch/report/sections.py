@@ -135,6 +135,10 @@ def _noise(noise: NoiseScale, unit: str) -> Section:
     else:
         value = "unresolved"
     lines = [("B_simple", value)]
+    if noise.counted is not None and noise.counted.b_simple is not None:
+        own = noise.counted
+        value = f"{n.number(own.b_simple)} {n.interval(own.low, own.high)} {own.unit}"
+        lines.append(("the same", f"{value}, at {n.number(own.per_example)} {own.unit} per example"))
     if noise.warmup_steps is not None:
         loss = f", where the training loss was {n.number(noise.loss)}" if noise.loss is not None else ""
         lines.append(("measured", f"after {n.count(noise.warmup_steps)} warm-up steps{loss}"))

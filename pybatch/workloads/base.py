@@ -26,6 +26,7 @@ class Workload(ABC):
         target: loss targets per split, for steps to target: {"train": 0.3, "test": 0.5}.
         learning_rate: rate of the warm-up training, with pybatch's AdamW; `reference_batch` is its batch size.
         examples: size of the training set, or None where it is unlimited or unknown.
+        weight_unit: what `example_weights` counts.
         models: names accepted as `Workload(model=...)`, the default first; empty when there is one model only.
         dials: keyword arguments of the constructor beside `model` and `data`, with what each does; values are int,
             float or str, as annotated.
@@ -40,6 +41,7 @@ class Workload(ABC):
     learning_rate: float = 1e-3
     reference_batch: int = 32
     examples: int | None = None
+    weight_unit: str = "tokens"
     model_name: str | None = None
     data: str | None = None
     options: Mapping[str, int | float | str] = MappingProxyType({})
@@ -59,7 +61,15 @@ class Workload(ABC):
 
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """Scalar loss: the mean over the examples of the batch."""
+        """Scalar loss: the mean over the examples of the batch, or over all its tokens: see `example_weights`."""
+
+    def example_weights(self, batch: Any) -> torch.Tensor | None:
+        """How many of `weight_unit` each example of a batch on the CPU counts for in the loss, [n]; None: all alike.
+
+        For a loss that is a mean over all tokens of the batch, the tokens of each example; with sequences of unequal
+        length such as `(batch["labels"] != -100).sum(1)`. The noise scale then weighs micro-batches by it.
+        """
+        return None
 
 
 def chosen_model(name: str, model: str | None, models: tuple[str, ...]) -> str:

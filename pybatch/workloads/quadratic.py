@@ -61,9 +61,9 @@ class Quadratic(Workload):
 
     def loss(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         """L(theta), with the gradient of L + mean xi . theta."""
-        theta: torch.Tensor = model(batch)
+        theta: torch.Tensor = model(batch).expand_as(batch)  # example by example: so per-example norms see it too
         pull = (batch * theta).sum(-1).mean()
-        exact = (self._curvature.to(theta) * theta**2).sum() / 2
+        exact = (self._curvature.to(theta) * theta**2).sum(-1).mean() / 2
         total: torch.Tensor = exact + (pull - pull.detach())
         return total
 

@@ -65,6 +65,25 @@ class Session:
 
     def batch(self, n: int, split: Split = "train") -> Any:
         """Draw n examples and move them to the device."""
+        return self._moved(self._drawn(n, split))
+
+    def weighed_batch(self, n: int) -> tuple[Any, torch.Tensor | None]:
+        """As `batch`, and what its examples count for in the loss: float64 [n] on the CPU; None: all alike."""
+        batch = self._drawn(n, "train")
+        found = self._call("example_weights", batch)
+        return self._moved(batch), None if found is None else self._weights(found, n)
+
+    def _weights(self, found: Any, n: int) -> torch.Tensor:
+        if not isinstance(found, torch.Tensor) or found.shape != (n,):
+            what = f"shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+            raise self._error("example_weights", f"returned {what}: give one weight for each of the {n} examples")
+        weights = found.detach().double().cpu()
+        if not (weights.isfinite().all() and (weights >= 0).all() and weights.sum() > 0):
+            text = f"returned weights from {float(weights.min()):g} to {float(weights.max()):g}: they are counts"
+            raise self._error("example_weights", f"{text}, at least 0, and some above it")
+        return weights
+
+    def _drawn(self, n: int, split: Split) -> Any:
         batch = self._call("batch", n, self.generator, split)
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
         if not tensors:
@@ -75,6 +94,9 @@ class Session:
             raise self._error(
                 "batch", f"was asked for {n} examples and returned shapes {shapes}; dimension 0 must be {n}"
             )
+        return batch
+
+    def _moved(self, batch: Any) -> Any:
         return tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -96,11 +118,11 @@ class Session:
         finally:
             self.model.train()
 
-    def backward(self, batch: Any) -> torch.Tensor:
-        """Forward and backward; gradients are left in `.grad`. Returns the loss, detached."""
+    def backward(self, batch: Any, scale: float = 1.0) -> torch.Tensor:
+        """Forward and backward of `scale` times the loss; gradients are left in `.grad`. Returns the loss, detached."""
         loss = self.loss(batch)
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except RuntimeError as error:

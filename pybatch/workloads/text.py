@@ -34,6 +34,7 @@ class Text(Workload):
 
     name = "text"
     unit = "sequences"
+    weight_unit = "bytes"
     target: dict[str, float] = {"train": 2.0, "test": 2.1}  # noqa: RUF012
     learning_rate = 3e-3
     reference_batch = 32
@@ -88,6 +89,11 @@ class Text(Workload):
         """Cross-entropy per byte, nats."""
         inputs, following = batch
         return nn.functional.cross_entropy(model(inputs).flatten(0, 1), following.flatten())
+
+    def example_weights(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Bytes predicted per sequence: the same for all."""
+        inputs, _ = batch
+        return torch.full((len(inputs),), float(inputs.shape[1]), dtype=torch.float64)
 
 
 class Transformer(nn.Module):

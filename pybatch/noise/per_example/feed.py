@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from pybatch.noise.accumulator import NoiseAccumulator
+from pybatch.noise.feeds import Backward, Shares, counted
 from pybatch.noise.norms import squares
 from pybatch.noise.per_example.recorder import ExampleRecorder
 from pybatch.records import NoiseScale
 from pybatch.workloads.session import Session
 
 SOURCE = "per-example"
-PROBES = (2, 3)  # examples; two sizes show whether dimension 0 is the batch, and whether the model can be measured
 
 
 class ExampleFeed:
@@ -28,42 +28,44 @@ class ExampleFeed:
     Args:
         model: as for ExampleRecorder, which raises UsageError for what it can't measure.
         recorder: one already made for this model.
+        layers: whether every parameter is in the record.
 
     Gradients add up in `.grad` over a group, as in gradient accumulation.
     """
 
-    def __init__(self, model: nn.Module, recorder: ExampleRecorder | None = None) -> None:
+    def __init__(self, model: nn.Module, recorder: ExampleRecorder | None = None, layers: bool = True) -> None:
         self.recorder = recorder or ExampleRecorder(model)
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.accumulator = NoiseAccumulator(SOURCE, layers=tuple(name for name, _ in self.named))
+        self.layers = layers
+        self.accumulator = NoiseAccumulator(SOURCE, layers=tuple(name for name, _ in self.named) if layers else ())
         self.start()
 
     def start(self) -> None:
         """Begin a group, with gradients at zero; one that was not finished is forgotten."""
         for _, p in self.named:
             p.grad = None
-        self._small: list[Tensor] = []  # per micro-batch: sum of |g_i|^2 of each parameter
-        self._examples = 0
+        self._small: list[Tensor] = []  # per micro-batch: sum of |g_i|^2 of each parameter, by squared weight
+        self._squared, self._shares = 0.0, Shares()
 
-    def micro_batch(self, backward: Callable[[], Tensor], n: int) -> Tensor:
-        """Run a backward pass of the mean loss of n examples under watch; returns what it returns.
-
-        Every micro-batch of a group has the same n.
-        """
-        with self.recorder.record(n) as norms:
-            loss = backward()
-        self._small.append(torch.stack([norms.by_parameter[name].sum() for name, _ in self.named]))
-        self._examples += n
+    def micro_batch(self, backward: Backward, n: int, weights: Tensor | None = None) -> Tensor:
+        """As Feed.micro_batch: under watch."""
+        scale = self._shares.add(counted(n, weights))
+        with self.recorder.record(n, weights=weights) as norms:
+            loss = backward(scale)
+        squared = norms.weights.square()
+        self._small.append(torch.stack([norms.by_parameter[name] @ squared for name, _ in self.named]) / scale**2)
+        self._squared += float(n if weights is None else weights.square().sum())
         return loss
 
     def group(self) -> None:
         """The pair of the micro-batches since the last group; waits for the device."""
-        count = len(self._small)
-        small = torch.stack(self._small).sum(0) / self._examples
+        total = self._shares.total
+        small = torch.stack(self._small).sum(0) / self._squared
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in self.named]
-        layers = torch.stack([small, squares(grads) / count**2], dim=1).cpu().numpy()
-        total_small, total_large = layers.sum(axis=0).tolist()
-        self.accumulator.update(total_small, total_large, 1, self._examples, layers=layers)
+        norms = torch.stack([small, squares(grads) / self._shares.scale**2], dim=1).cpu().numpy()
+        sq_small, sq_large = norms.sum(axis=0).tolist()
+        layers = norms if self.layers else None
+        self.accumulator.update(sq_small, sq_large, self._squared / total, total, layers=layers)
         self.start()
 
     def end(self) -> None:
@@ -71,18 +73,16 @@ class ExampleFeed:
 
     @property
     def noise(self) -> NoiseScale:
-        """The noise scale of all groups so far, with every parameter's own."""
+        """As Feed.noise."""
         return self.accumulator.estimate()
 
 
-def probed(session: Session) -> Callable[[], ExampleFeed]:
+def probed(session: Session, layers: bool = False) -> Callable[[], ExampleFeed]:
     """A maker of feeds for the session's model, after two small batches have shown that it can be measured.
 
     Raises UsageError, before anything is measured, for a model that can't be, with the reason and the remedy.
     """
     recorder = ExampleRecorder(session.model)
-    for n in PROBES:
-        with recorder.record(n):
-            session.backward(session.batch(n))
+    recorder.probe(lambda n: session.backward(session.batch(n)))
     session.model.zero_grad()
-    return partial(ExampleFeed, session.model, recorder)
+    return partial(ExampleFeed, session.model, recorder, layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +17,8 @@ from pybatch.noise.per_example.uses import Route
 from pybatch.noise.per_example.watch import Pass
 
 Reduction = Literal["mean", "sum"]
+
+PROBES = (2, 3)  # examples; two sizes show whether dimension 0 is the batch, and whether the model can be measured
 
 
 @dataclass
@@ -37,17 +39,26 @@ class ExampleNorms:
     @property
     def total(self) -> Tensor:
         """|g_i|^2 over all parameters, float64 [n]."""
-        return torch.stack([sq.to(self.weights.device) for sq in self.by_parameter.values()]).sum(0)
+        return torch.stack(list(self.by_parameter.values())).sum(0)
 
     @property
     def sq_small(self) -> Tensor:
-        """Mean of |g_i|^2 by weight, 0-d: the small norm of `estimator.pair`, of examples of `n_large / n`."""
-        return (self.total * self.weights).sum() / self.weights.sum()
+        """Mean of |g_i|^2 by squared weight, 0-d: the small norm of `estimator.pair`, over `n_small`.
+
+        As examples enter the mean gradient by their weights, their noise enters its squared norm by the squares. So the
+        pair is right whether the tokens of an example are independent draws or all alike.
+        """
+        return (self.total * self.weights**2).sum() / (self.weights**2).sum()
+
+    @property
+    def n_small(self) -> Tensor:
+        """Examples, or tokens, behind the small norm, 0-d."""
+        return (self.weights**2).sum() / self.weights.sum()
 
     @property
     def sq_large(self) -> Tensor:
         """|mean gradient|^2 over all parameters, 0-d: the large norm of `estimator.pair`."""
-        return torch.stack([sq.to(self.weights.device) for sq in self.mean_sq.values()]).sum()
+        return torch.stack(list(self.mean_sq.values())).sum()
 
     @property
     def n_large(self) -> Tensor:
@@ -66,7 +77,8 @@ class ExampleRecorder:
 
     Raises UsageError for a model with BatchNorm in training, recurrent or fused attention layers, compiled or sharded
     parts. Other operations on parameters are refused in the forward pass, by name. A batch dimension that is not the
-    first is noticed by its size: `checked` is True once two batch sizes have been seen.
+    first is noticed by its size: a first batch as large as its sequences are long is refused, because it does not tell
+    the two apart; `checked` is True once two batch sizes have been seen, by `probe` or as they come.
 
         recorder = ExampleRecorder(model)
         with recorder.record(len(x)) as norms:
@@ -81,12 +93,30 @@ class ExampleRecorder:
         self.model, self.route = model, route
         self.products = choose(backend, next(model.parameters()).device)
         self._sizes: set[int] = set()
+        self._probing = False
         self._unbatched: dict[str, bool] = {}  # per looked-up parameter: whether its index carries no batch
 
     @property
     def checked(self) -> bool:
         """Whether two batch sizes have shown that dimension 0 is the batch wherever a parameter is used."""
         return len(self._sizes) > 1
+
+    def probe(self, run: Callable[[int], object], sizes: Sequence[int] = PROBES) -> None:
+        """Show that dimension 0 is the batch, and that the model can be measured; gradients are left in `.grad`.
+
+        Args:
+            run: makes the forward and backward pass of a batch of so many examples.
+            sizes: of the batches, two or more.
+
+        Raises UsageError for a model that can't be measured, with the reason and the remedy.
+        """
+        self._probing = True
+        try:
+            for n in sizes:
+                with self.record(n):
+                    run(n)
+        finally:
+            self._probing = False
 
     @contextmanager
     def record(self, n: int, *, reduction: Reduction = "mean", weights: Tensor | None = None) -> Iterator[ExampleNorms]:
@@ -108,7 +138,8 @@ class ExampleRecorder:
                 f"weights of shape {tuple(weights.shape)} with reduction {reduction!r}: give one weight for each of "
                 f"the {n} examples, with reduction 'mean'."
             )
-        watch = Pass(self.model, n, self.products, self.route, self._unbatched)
+        settled = bool(self._sizes - {n}) or n == 1
+        watch = Pass(self.model, n, self.products, self.route, self._unbatched, settled, self._probing)
         norms = ExampleNorms({}, {}, torch.ones(n, dtype=torch.float64))
         try:
             with watch:
@@ -122,12 +153,11 @@ class ExampleRecorder:
         device = next(iter(watch.squares.values())).device
         share = torch.ones(n, dtype=torch.float64, device=device) if weights is None else weights.to(device).double()
         factor = torch.where(share > 0, share.sum() / share, 0.0) if reduction == "mean" else share
-        for name, parameter in watch.names.items():
-            squares = watch.squares.get(name)
-            if squares is None:  # it had no part in this loss
-                squares = torch.zeros(n, dtype=torch.float64, device=parameter.device)
-            norms.by_parameter[name] = squares * factor.to(squares.device).square()
-            mean_sq = watch.means.get(name, squares.new_zeros(()))
-            norms.mean_sq[name] = mean_sq / n**2 if reduction == "sum" else mean_sq
+        # Stacked, so that as many operations serve all parameters as one: of those without a part in this loss zeros.
+        zero, divisor = share.new_zeros(n), n**2 if reduction == "sum" else 1
+        squares = torch.stack([watch.squares.get(name, zero).to(device) for name in watch.names]) * factor.square()
+        means = torch.stack([watch.means.get(name, zero[0]).to(device) for name in watch.names]) / divisor
+        norms.by_parameter = dict(zip(watch.names, squares.unbind(), strict=True))
+        norms.mean_sq = dict(zip(watch.names, means.unbind(), strict=True))
         norms.weights = share
         self._sizes.add(n)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,11 @@ class Dense:
     values: Tensor  # [n, *shape of the part of the parameter used]
     elements: Callable[[], Tensor] | None = None  # flat element numbers of that part; None: the whole parameter
 
+    @property
+    def short(self) -> bool:
+        """Whether it is cheap to keep until the pass is over, as of a bias or a norm layer."""
+        return self.elements is None and self.values[0].numel() <= ROW
+
 
 Use = Outer | Picked | Dense
 
@@ -83,9 +88,9 @@ class Products:
 
     def gram(self, rows: Tensor, cols: Tensor) -> Tensor:
         """sum_tt' (rows_t . rows_t')(cols_t . cols_t')."""
-        rows, cols = wide(rows), wide(cols)
-        product = (rows @ rows.mT).mul_(cols @ cols.mT)
-        return product.sum(-1).sum((1, 2), dtype=torch.float64)
+        n, rows, cols = len(rows), wide(rows).flatten(0, 1), wide(cols).flatten(0, 1)
+        product = torch.bmm(rows, rows.mT).mul_(torch.bmm(cols, cols.mT))
+        return product.sum(-1).view(n, -1).sum(1, dtype=torch.float64)
 
     def weight(self, rows: Tensor, cols: Tensor) -> Tensor:
         """|sum_t rows_t (x) cols_t|^2 by the products themselves."""
@@ -159,6 +164,17 @@ def squared_norms(
         if outer:
             norms.append(2 * _cross(outer, index, values))
     return torch.stack(norms).sum(0)
+
+
+def dense_norms(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Squared norms, float64 [n], of formed per-example gradients [n, ...] by name: one launch for all of one size."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name, own in values.items():
+        alike.setdefault((own.dtype, own.device, own[0].numel()), []).append(name)
+    found: dict[str, Tensor] = {}
+    for names in alike.values():
+        found |= dict(zip(names, _squares(torch.stack([values[name].flatten(1) for name in names])), strict=True))
+    return found
 
 
 def _outer(uses: Sequence[Outer], products: Products, route: Route) -> Tensor:

@@ -9,7 +9,7 @@ function, say) reaches the parameter beside its gate, and is noticed there.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils._pytree import tree_leaves
 
 from pybatch.errors import UsageError
-from pybatch.noise.norms import square
+from pybatch.noise.norms import SMALL, square, squares
 from pybatch.noise.per_example.broadcast import ELEMENTWISE, EXPANDING, SELECTING, collapse, expand_to_batch
 from pybatch.noise.per_example.fused import FusedLinear, FusedNorm
 from pybatch.noise.per_example.layers import MICRO_BATCHES, RULES, Rule, batch_norm_refusal
-from pybatch.noise.per_example.uses import Dense, NormBackward, Outer, Products, Route, Use, squared_norms
+from pybatch.noise.per_example.uses import Dense, NormBackward, Outer, Products, Route, Use, dense_norms, squared_norms
+
+# Operations whose input may be a sequence, and the dimensions it has then.
+SEQUENCES = {"linear": 3, "matmul": 3, "layer_norm": 3, "rms_norm": 3, "embedding": 2}
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,21 @@ class Pass(TorchFunctionMode):
     """One forward and backward pass of n examples under watch; `squares` and `means` hold what it found by name.
 
     `unbatched` is kept by the caller from pass to pass: per looked-up parameter, whether its index carries no batch.
+    `settled`: a batch of another size was seen. `probing`: one will be, before any norm is used.
     """
 
-    def __init__(self, model: nn.Module, n: int, products: Products, route: Route, unbatched: dict[str, bool]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        n: int,
+        products: Products,
+        route: Route,
+        unbatched: dict[str, bool],
+        settled: bool,
+        probing: bool,
+    ) -> None:
         super().__init__()
+        self.settled, self.probing = settled, probing
         self.n, self.open, self.products, self.route, self.unbatched = n, True, products, route, unbatched
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.squares: dict[str, Tensor] = {}
@@ -65,9 +78,13 @@ class Pass(TorchFunctionMode):
         self._uses: dict[str, list[Use]] = {}
         self._gates: dict[str, Tensor] = {}
         self._through: dict[str, int] = {}  # address of the gradient that came through the gate
-        self._sources: Any = WeakIdKeyDictionary()
+        self._sources: dict[int, _Source] = {}  # by id of a tensor that is kept
+        self._kept: list[Tensor] = []
+        # Norms taken together at the end, one launch for many: of whole gradients, and of formed per-example ones.
+        self._small: dict[str, Tensor] = {}
+        self._dense: dict[str, Tensor] = {}
         for name, p in self.names.items():
-            self._sources[p] = _Source(name)
+            self._know(p, _Source(name))
         self._hooks = [_hook(p, partial(self._leaf, name)) for name, p in self.names.items()]
 
     def close(self) -> None:
@@ -75,9 +92,16 @@ class Pass(TorchFunctionMode):
         self.open = False
         for hook in self._hooks:
             hook.remove()
+        for name, norms in dense_norms(self._dense).items():
+            self.squares[name] = norms
+        self._dense.clear()
+        if self._small:
+            self.means |= dict(zip(self._small, squares(list(self._small.values())), strict=True))
+            self._small.clear()
         self._gates.clear()
         self._uses.clear()
-        self._sources = WeakIdKeyDictionary()
+        self._sources.clear()
+        self._kept.clear()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -86,7 +110,7 @@ class Pass(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled() or not self.open:
             return func(*args, **kwargs)
-        met = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf in self._sources]
+        met = [leaf for leaf in _tensors((args, kwargs)) if id(leaf) in self._sources]
         rule = RULES.get(func)
         if not met:
             if rule is not None and rule.name == "batch_norm" and rule.bind(args, kwargs)["training"]:
@@ -109,7 +133,7 @@ class Pass(TorchFunctionMode):
         bound = rule.bind(args, kwargs)
         lead, *_ = bound.values()
         parts = rule.parts(**bound)
-        wanted = {self._sources[bound[key]].name: part for key, part in parts.items() if self._is_whole(bound[key])}
+        wanted = {self._source(bound[key]).name: part for key, part in parts.items() if self._is_whole(bound[key])}
         if len(wanted) != len(met):
             raise self._refusal(func, met, "is known for whole parameters in their usual places only")
         if rule.name == "embedding" and self._is_unbatched(next(iter(wanted)), lead):
@@ -120,6 +144,8 @@ class Pass(TorchFunctionMode):
                 "must be the first, and examples must not be split or merged"
             )
             raise self._refusal(func, met, why)
+        if lead.ndim >= SEQUENCES.get(rule.name, lead.ndim + 1):
+            self._refuse_ambiguous(lead.shape, func, met)
         if rule.name == "linear" and self._fuses(bound):
             return self._fused(bound, wanted, func, met)
         if rule.name in ("layer_norm", "rms_norm"):
@@ -132,10 +158,19 @@ class Pass(TorchFunctionMode):
             _hook(output, lambda grad: self._arrived(wanted, grad, func, met, lead._version == version))
         return output
 
+    def _refuse_ambiguous(self, shape: torch.Size, func: Any, met: list[Tensor]) -> None:
+        """Batch first or sequence first: sizes that are equal don't tell, and norms over positions would be wrong."""
+        if shape[1] == self.n and not (self.settled or self.probing):
+            why = (
+                f"has an input of shape {tuple(shape)} for {self.n} examples: either of its first two dimensions may "
+                "be the batch. Call recorder.probe(...) before, or begin with a batch of another size"
+            )
+            raise self._refusal(func, met, why)
+
     def _fuses(self, bound: dict[str, Any]) -> bool:
         """Whether a linear layer's weight gradient is formed with its norms, in the library's place."""
         weight, route = bound["weight"], self.route
-        if not self._is_whole(weight) or self._sources[weight].name in self._gates or route not in ("auto", "fused"):
+        if not self._is_whole(weight) or self._source(weight).name in self._gates or route not in ("auto", "fused"):
             return False  # at a second use of a weight its norms need both, and are taken later
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return False  # checkpointing runs this again, then as a second use, and wants the same tensors saved
@@ -146,7 +181,7 @@ class Pass(TorchFunctionMode):
         self, bound: dict[str, Any], wanted: dict[str, Callable[[Tensor], Use]], func: Any, met: list[Tensor]
     ) -> Any:
         input, weight, bias = (self._gated(bound[key]) for key in ("input", "weight", "bias"))
-        name = self._sources[bound["weight"]].name
+        name = self._source(bound["weight"]).name
 
         def arrived(grad: Tensor, norm: Tensor) -> None:
             use = wanted[name](grad)
@@ -165,7 +200,8 @@ class Pass(TorchFunctionMode):
         met: list[Tensor],
     ) -> Any:
         input, weight, bias = (self._gated(bound.get(key)) for key in ("input", "weight", "bias"))
-        names = [self._sources[t].name if self._is_whole(t) else None for t in (bound["weight"], bound.get("bias"))]
+        given = (bound["weight"], bound.get("bias"))
+        names = [self._source(t).name if t is not None and self._is_whole(t) else None for t in given]
 
         def arrived(grad: Tensor, scaled: Tensor, plain: Tensor) -> None:
             found = dict(zip(names, (scaled, plain), strict=True))
@@ -176,7 +212,14 @@ class Pass(TorchFunctionMode):
         return FusedNorm.apply(input, weight, bias, eps, centred, backward, arrived)  # type: ignore[no-untyped-call]
 
     def _is_whole(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value in self._sources and self._sources[value].elements is None
+        return isinstance(value, Tensor) and id(value) in self._sources and self._source(value).elements is None
+
+    def _know(self, tensor: Tensor, source: _Source) -> None:
+        self._kept.append(tensor)
+        self._sources[id(tensor)] = source
+
+    def _source(self, tensor: Tensor) -> _Source:
+        return self._sources[id(tensor)]
 
     def _is_unbatched(self, name: str, index: Tensor) -> bool:
         """Whether a lookup is the same for all examples, as of positions; settled by the first size that tells."""
@@ -186,6 +229,8 @@ class Pass(TorchFunctionMode):
         if self.n == 1:
             return not has_size
         unbatched = self.unbatched.setdefault(name, not has_size)
+        if not unbatched and not has_size and self.probing:
+            self.unbatched[name] = unbatched = True  # the size before happened to be the index's
         if not unbatched and not has_size:
             raise UsageError(
                 f"per-example norms: parameter {name!r} is looked up by an index that had the batch's size before and "
@@ -195,15 +240,15 @@ class Pass(TorchFunctionMode):
         return unbatched
 
     def _elementwise(self, func: Any, met: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        others = [
-            leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf not in self._sources
-        ]
+        others = [leaf for leaf in _tensors((args, kwargs)) if id(leaf) not in self._sources]
         shape = torch.broadcast_shapes(*(t.shape for t in (*others, *met)))  # type: ignore[no-untyped-call]
         if not any(t.ndim == len(shape) > 0 and t.shape[0] == self.n for t in others) or shape[0] != self.n:
             raise self._refusal(func, met, "does not combine it with a tensor that has the batch dimension in front")
+        if len(shape) == SEQUENCES["linear"]:
+            self._refuse_ambiguous(shape, func, met)
         replaced: dict[int, Tensor] = {}
         for own in met:
-            source = self._sources[own]
+            source = self._source(own)
             expanded = expand_to_batch(self._open(own), shape)
             if expanded is None:
                 why = f"has shape {tuple(own.shape)}, with a size of its own where the batch dimension is"
@@ -224,7 +269,7 @@ class Pass(TorchFunctionMode):
         own = met[0]
         if any(m is not own for m in met):
             raise self._refusal(func, met, "takes more than one of them")
-        source = self._sources[own]
+        source = self._source(own)
         opened = self._open(own)
         result = func(*_replace(args, {id(own): opened}), **_replace(kwargs, {id(own): opened}))
         if not isinstance(result, Tensor) or not result.requires_grad:
@@ -248,7 +293,7 @@ class Pass(TorchFunctionMode):
             )
             return moved
 
-        self._sources[result] = _Source(source.name, elements)
+        self._know(result, _Source(source.name, elements))
         return result
 
     def _watch_dense(self, expanded: Tensor, source: _Source, own: torch.Size) -> None:
@@ -259,7 +304,7 @@ class Pass(TorchFunctionMode):
 
     def _open(self, tensor: Tensor) -> Tensor:
         """The tensor behind its gate; a selection was taken behind it already."""
-        source = self._sources[tensor]
+        source = self._source(tensor)
         return tensor if source.elements is not None else self._gate(source.name)
 
     def _gate(self, name: str) -> Tensor:
@@ -269,7 +314,7 @@ class Pass(TorchFunctionMode):
         return self._gates[name]
 
     def _gated(self, values: Any) -> Any:
-        found = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf in self._sources]
+        found = [leaf for leaf in _tensors((values,)) if id(leaf) in self._sources]
         return _replace(values, {id(leaf): self._open(leaf) for leaf in found})
 
     def _arrived(
@@ -293,7 +338,7 @@ class Pass(TorchFunctionMode):
         """All uses of a parameter have delivered: take its norms."""
         if not self.open:
             return
-        if name in self.squares:
+        if name in self.squares or name in self._dense:
             raise UsageError(
                 f"per-example norms: the gradient of {name!r} arrived twice. Run one backward pass in each block, and "
                 "no reentrant checkpointing."
@@ -301,6 +346,9 @@ class Pass(TorchFunctionMode):
         self._through[name] = grad.data_ptr()
         with torch.no_grad():
             uses = self._uses.pop(name)
+            if isinstance(uses[0], Dense) and len(uses) == 1 and uses[0].short:
+                self._dense[name] = uses[0].values
+                return
             self.squares[name] = squared_norms(uses, self.names[name].shape, name, self.products, self.route)
 
     def _leaf(self, name: str, grad: Tensor) -> None:
@@ -311,11 +359,14 @@ class Pass(TorchFunctionMode):
                 f"per-example norms: parameter {name!r} is also used where it can't be seen (a custom autograd "
                 f"function, compiled code), or a hook changes its gradient. {MICRO_BATCHES}."
             )
+        if grad.numel() <= SMALL and grad.dtype != torch.float64:
+            self._small[name] = grad  # held: `.grad` becomes a copy of it, which is small
+            return
         with torch.no_grad():
             self.means[name] = square(grad)
 
     def _refusal(self, func: Any, met: list[Tensor], why: str) -> UsageError:
-        names = sorted({self._sources[m].name for m in met})
+        names = sorted({self._source(m).name for m in met})
         what = resolve_name(func) or getattr(func, "__name__", str(func))
         subject = "parameter" if len(names) == 1 else "parameters"
         return UsageError(
@@ -332,8 +383,28 @@ def _hook(tensor: Tensor, call: Callable[[Tensor], None]) -> Any:
     return tensor.register_hook(call)  # type: ignore[no-untyped-call]
 
 
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the arguments of a function of torch; several times faster than a pytree's leaves."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _tensors(value)
+        elif isinstance(value, dict):
+            found += _tensors(value.values())
+    return found
+
+
 def _replace(values: Any, by: dict[int, Tensor]) -> Any:
-    return tree_map(lambda leaf: by.get(id(leaf), leaf), values)
+    """The same with some tensors in place of others. One in a container of another kind stays, and is refused later."""
+    if isinstance(values, Tensor):
+        return by.get(id(values), values)
+    if type(values) in (tuple, list):
+        return type(values)(_replace(value, by) for value in values)
+    if type(values) is dict:
+        return {key: _replace(value, by) for key, value in values.items()}
+    return values
 
 
 def _grows(own: Tensor, result: Tensor) -> bool:

@@ -1,0 +1,114 @@
+"""Groups of micro-batches at fixed parameters, each of which gives one pair of norms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from functools import partial
+
+import torch
+
+from pybatch.noise.feeds import Feed, counted
+from pybatch.records import NoiseScale, Note
+from pybatch.workloads.session import Session
+
+ALIKE = 0.02  # bias of the noise scale, from which on the record says it: a seventh of the interval aimed at
+
+
+class Tally:
+    """What the examples drawn so far counted for: to convert a noise scale counted in tokens."""
+
+    def __init__(self) -> None:
+        self._examples, self._sum, self._squares = 0, 0.0, 0.0
+
+    def add(self, weights: torch.Tensor | None) -> None:
+        """Examples of these weights, [n]; None: nothing to convert."""
+        if weights is not None:
+            self._examples += len(weights)
+            self._sum += float(weights.sum())
+            self._squares += float(weights.square().sum())
+
+    @property
+    def mean(self) -> float | None:
+        """Mean weight of an example; None where none was weighed."""
+        return self._sum / self._examples if self._examples else None
+
+    @property
+    def spread(self) -> float:
+        """Variance of the weights over their squared mean."""
+        return max(self._squares * self._examples / self._sum**2 - 1.0, 0.0) if self._examples else 0.0
+
+    @property
+    def error(self) -> float:
+        """Relative standard error of the mean."""
+        if not self._examples:
+            return 0.0
+        return math.sqrt(self.spread / self._examples)
+
+
+class Round:
+    """Groups of k micro-batches at fixed parameters, all of one size: nothing chosen from the data enters a mean.
+
+    Args:
+        session: model and data.
+        micro_batch: examples per micro-batch.
+        k: micro-batches per group.
+        feed: takes the norms.
+    """
+
+    def __init__(self, session: Session, micro_batch: int, k: int, feed: Feed) -> None:
+        self.session, self.micro_batch, self.k, self.feed = session, micro_batch, k, feed
+        self.groups = 0
+        self.seconds = 0.0  # for all groups, partial ones left out
+        self.tally = Tally()
+        self.loss = torch.zeros((), dtype=torch.float64, device=session.device)  # sum, each by what it counts for
+        self.counted = 0.0
+
+    def run(self, groups: int, deadline: float) -> bool:
+        """Measure up to so many groups altogether; False where the deadline came first."""
+        start, before = time.monotonic(), self.groups
+        while self.groups < groups:
+            if not self._group(deadline):
+                return False
+        self.session.check_finite(self.loss, f"on batches of {self.micro_batch} at fixed parameters")
+        if self.groups > before:
+            self.seconds += time.monotonic() - start
+        return True
+
+    def _group(self, deadline: float) -> bool:
+        self.feed.start()
+        loss, total = torch.zeros_like(self.loss), 0.0
+        for _ in range(self.k):
+            if time.monotonic() >= deadline:
+                self.feed.start()
+                return False
+            batch, weights = self.session.weighed_batch(self.micro_batch)
+            count = counted(self.micro_batch, weights)
+            loss += count * self.feed.micro_batch(partial(self.session.backward, batch), self.micro_batch, weights)
+            total += count
+            self.tally.add(weights)
+        self.feed.group()
+        self.loss += loss
+        self.counted += total
+        self.groups += 1
+        return True
+
+    @property
+    def group_seconds(self) -> float:
+        """Seconds per group."""
+        return self.seconds / max(self.groups, 1)
+
+    def result(self) -> NoiseScale:
+        """The noise scale of all groups, in examples."""
+        found = dataclasses.replace(self.feed.noise, loss=float(self.loss) / self.counted if self.counted else None)
+        if self.tally.mean is None:
+            return found
+        unit, bias = self.session.workload.weight_unit, self.tally.spread / self.micro_batch
+        if bias > ALIKE and found.source != "per-example":
+            text = (
+                f"micro-batches differ in their {unit}: up to {bias:.0%} too large where those of one example are "
+                "alike. A larger micro_batch makes it less"
+            )
+            found = dataclasses.replace(found, notes=(*found.notes, Note("noise.b_simple", text)))
+        return dataclasses.replace(found, unit=unit).in_examples(self.tally.mean, self.tally.error)
