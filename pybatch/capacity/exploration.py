@@ -224,14 +224,16 @@ def explore_given(explorer: Explorer, batches: Sequence[int], deadline: float, s
             explorer.look(n)
 
 
-def explore_doubling(explorer: Explorer, deadline: float, step_limit: float, last_deadline: float | None = None) -> str:
-    """Double the batch from 1 on; returns why it ended.
+def explore_doubling(
+    explorer: Explorer, deadline: float, step_limit: float, last_deadline: float | None = None, doublings: int = 1
+) -> str:
+    """Double the batch from 1 on, so many times at a go; returns why it ended.
 
     It ends when two doublings in a row gain less than 2 % throughput, when steps get too long for the budget, or when
     memory ends. A batch size that the workload refuses is passed over. Until enough batch sizes for a fit have run,
     longer steps are allowed, and `last_deadline` counts.
     """
-    n, best, flat = 1, 0.0, 0
+    n, best, flat, gain = 1, 0.0, 0, (1 + _GAIN) ** doublings
     while True:
         seconds, scarce = explorer.predicted_s(n), len(explorer.working) < _FITTABLE
         if seconds > step_limit * (_SCARCE if scarce else 1):
@@ -243,14 +245,14 @@ def explore_doubling(explorer: Explorer, deadline: float, step_limit: float, las
         if look.status in ("oom", "predicted_oom"):
             return f"batch {n} does not fit in memory"
         if look.step_s is not None:
-            if n / look.step_s <= best * (1 + _GAIN):
+            if n / look.step_s <= best * gain:
                 look = explorer.look_again(n)
             throughput = n / (look.step_s or math.inf)
-            flat = 0 if throughput > best * (1 + _GAIN) else flat + 1
+            flat = 0 if throughput > best * gain else flat + doublings
             best = max(best, throughput)
-        if flat >= _PATIENCE and len(explorer.working) >= _LEAST:
+        if flat >= _PATIENCE and len(explorer.working) >= max(_LEAST // doublings, _FITTABLE + 1):
             return f"throughput gained less than {_GAIN:.0%} over two doublings up to batch {n}"
-        n *= 2
+        n *= 2**doublings
 
 
 def failed(error: Exception) -> tuple[BatchStatus, str]:

@@ -167,6 +167,11 @@ class _Measurement:
                     "batches.step_ms", f"the time budget ended before these were steady: {', '.join(map(str, partial))}"
                 )
             )
+        late = {p.batch for p in points if p.reason == self.untimed or (p.batch in looks and looks[p.batch].late)}
+        refused = summary.refused(points, late, given=self.batches is not None)
+        if refused:
+            sizes = ", ".join(map(str, refused))
+            notes.append(Note("batches.status", f"the workload refuses batch {sizes}; each one's reason says how"))
         notes += summary.counter_notes(self.region, points, self.ceilings, self.explorer)
         return summary.summarize(
             points,
@@ -177,7 +182,7 @@ class _Measurement:
             workload=self.session.info,
             largest=self.largest,
             drift=self.rounds.drift if self.rounds is not None else None,
-            complete=not any(p.reason == OUT_OF_TIME or (p.batch in looks and looks[p.batch].late) for p in points),
+            complete=not late and not refused,
             seed=self.seed,
             place=Place(
                 "cuda" if self.device.type == "cuda" else "cpu", self.dtype, last_level_cache_bytes(self.device)
@@ -188,8 +193,9 @@ class _Measurement:
     def _explore(self) -> None:
         limit = _STEP * self.budget
         if self.batches is None:
-            ended = explore_doubling(self.explorer, self._until(_EXPLORE), limit, self._until(_EXPLORE_GIVEN))
-            self.notes.append(Note("batches", f"doubled from 1 on; {ended}"))
+            share, at_a_go = (_EXPLORE_GIVEN, 2) if self.mode.compile else (_EXPLORE, 1)  # compiling takes its time
+            ended = explore_doubling(self.explorer, self._until(share), limit, self._until(_EXPLORE_GIVEN), at_a_go)
+            self.notes.append(Note("batches", f"{'quadrupled' if at_a_go > 1 else 'doubled'} from 1 on; {ended}"))
         else:
             explore_given(self.explorer, self.batches, self._until(_EXPLORE_GIVEN), limit)
 

@@ -86,6 +86,17 @@ def point(
     )
 
 
+def refused(points: Sequence[BatchPoint], for_time: set[int], given: bool) -> list[int]:
+    """Batch sizes that the workload refuses, so that what was asked for is not complete.
+
+    `for_time` are those skipped for want of time. Of batch sizes that were not given but tried, those below all that
+    run do not count: a model with batch normalization has a smallest batch.
+    """
+    least = min((p.batch for p in points if p.status == "ok"), default=0)
+    failed = [p.batch for p in points if p.status == "skipped" and p.batch not in for_time]
+    return [n for n in failed if given or n > least]
+
+
 def summarize(
     points: Sequence[BatchPoint],
     samples: dict[int, list[float]],
@@ -192,12 +203,12 @@ def counter_notes(
 
 
 def _burst_notes(timed: Sequence[BatchPoint]) -> list[Note]:
-    slower = [(p.step_ms / p.burst_step_ms - 1, p.batch) for p in timed if p.step_ms and p.burst_step_ms]
+    slower = [(p.step_ms_low / p.burst_step_ms - 1, p.batch) for p in timed if p.step_ms_low and p.burst_step_ms]
     most, batch = max(slower, default=(0.0, 0))
     if most <= _SUSTAINED:
         return []
     text = (
-        f"sustained steps of batch {batch} take {most:.0%} longer than its first {BURST_STEPS} after a rest; "
+        f"sustained steps of batch {batch} take at least {most:.0%} longer than its first {BURST_STEPS} after a rest; "
         "the fit is of sustained ones"
     )
     return [Note("batches.step_ms", text)]
