@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,7 +253,8 @@ LARGE = 8 * CACHE
 
 
 def point(**figures: Any) -> BatchPoint:
-    return BatchPoint(**({"batch": 64, "status": "ok", "step_ms": 10.0} | figures))
+    given: dict[str, Any] = {"batch": 64, "status": "ok", "step_ms": 10.0} | figures
+    return BatchPoint(**given)
 
 
 @pytest.mark.parametrize(
@@ -293,8 +296,6 @@ def test_the_limit_follows_from_the_figures(
 def test_on_a_cpu_a_fixed_cost_far_from_every_roof_is_the_hosts(
     fit: ThroughputFit, batch: int, limit: str | None
 ) -> None:
-    import dataclasses
-
     flat = dataclasses.replace(fit, alpha_s=1e-3, t0_s=1e-3, beta_s=1e-5)  # half of the step is fixed at batch 100
     low = {"batch": batch, "mfu_measured": 0.02, "mbu_measured": 0.05}
     assert bound(point(**low), HOST, flat)[0] == limit
@@ -337,8 +338,6 @@ class FakeCuda:
             self.recorded.append(what)
 
     def _inside(self, where: str, recorded: list[str]) -> Any:
-        from contextlib import contextmanager
-
         @contextmanager
         def inside() -> Any:
             before, self.where, self.recorded = self.where, where, recorded
@@ -458,10 +457,10 @@ def test_replays_leave_the_gradients_of_an_eager_step() -> None:
         Small(), device=device, batches=[1, 8, 64], graph=True, time_budget=20, find_max_batch=False
     )
     assert found.mode == "graph"
-    for p in found.batches:
-        assert p.step_ms is not None
-        assert p.eager_step_ms is not None
-        assert p.launch_overhead_ms == pytest.approx(p.eager_step_ms - p.step_ms)
+    for timed in found.batches:
+        assert timed.step_ms is not None
+        assert timed.eager_step_ms is not None
+        assert timed.launch_overhead_ms == pytest.approx(timed.eager_step_ms - timed.step_ms)
 
 
 # torch.compile. Inductor takes many seconds a batch size; backends that only trace are enough to test what is ours.

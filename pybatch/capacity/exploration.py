@@ -179,7 +179,7 @@ class Explorer:
             lines = [_on_line([(m, self._counts[m][i]) for m in seen], n) for i in range(2)]
             if None not in lines:
                 return lines[0], None if self.step.compiled else lines[1]
-        with self.step.as_written(), Traffic() as traffic:
+        with self.step.session.as_written(), Traffic() as traffic:
             flops, self.flops_reason = count_flops(self.step)
         self.step.check()
         moved = traffic.bytes + update_bytes(self.step.session.parameters, self.step.optimizer.state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,10 +53,6 @@ class TrainingStep:
         """Let go of the batch, the gradients and the loss."""
         self._batch = self._loss = None
         self.optimizer.zero_grad(set_to_none=True)
-
-    def as_written(self) -> AbstractContextManager[None]:
-        """In this context a compiled step runs eagerly, so that its operators can be counted."""
-        return compiling.eagerly() if self.compiled else nullcontext()
 
     @property
     def held_bytes(self) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -35,10 +33,3 @@ def compiler_failure(error: BaseException | None) -> str | None:
         return None
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(said[:2])}"
-
-
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """Run compiled models as they were written."""
-    with torch.compiler.set_stance("force_eager"):
-        yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +54,15 @@ class Session:
     def compile(self) -> None:
         """Have torch.compile compile the model for training, for each batch size anew; evaluation stays eager."""
         self._runs = compiled(self.model)
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """In this context a compiled model runs eagerly, so that its operators can be counted."""
+        before, self._runs = self._runs, self.model
+        try:
+            yield
+        finally:
+            self._runs = before
 
     @property
     def info(self) -> WorkloadInfo:
