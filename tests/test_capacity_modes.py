@@ -18,6 +18,7 @@ from torch import nn
 from pybatch.capacity import measurement, modes
 from pybatch.capacity.bound import NEAR, WAITING, Place, bound
 from pybatch.capacity.burst import BURST_STEPS, Settling
+from pybatch.capacity.exploration import Explorer, explore_given
 from pybatch.capacity.flops import count_flops
 from pybatch.capacity.measurement import measure_capacity
 from pybatch.capacity.modes import GraphedStep, Mode
@@ -25,7 +26,7 @@ from pybatch.capacity.step import TrainingStep
 from pybatch.capacity.stopping import StoppingRule
 from pybatch.capacity.timing import Rounds
 from pybatch.capacity.traffic import Traffic, update_bytes
-from pybatch.device.clock import Clock
+from pybatch.device.clock import Clock, WallClock
 from pybatch.errors import UsageError, WorkloadError
 from pybatch.records import BatchPoint, Capacity, Ceilings, ThroughputFit
 from pybatch.workloads import compiling
@@ -64,7 +65,8 @@ class Small(Workload):
 def moved(work: Callable[[], object]) -> int:
     with Traffic() as traffic:
         work()
-    return traffic.bytes
+    found: int = traffic.bytes
+    return found
 
 
 A, B = torch.randn(8, 16), torch.randn(16, 4)
@@ -493,6 +495,17 @@ def test_compiled_steps_are_told_from_compiling(monkeypatch: pytest.MonkeyPatch)
 
 @compiler
 @pytest.mark.usefixtures("tracing")
+def test_batch_sizes_on_the_way_to_a_distant_one_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement, "measure_ceilings", lambda *a: Ceilings(1e12, 1e12))
+    step = TrainingStep(Session(Small(), CPU), compile=True)
+    explorer = Explorer(step, WallClock(), NoMemory(), None)  # type: ignore[arg-type]
+    explore_given(explorer, [1, 500], deadline=WallClock().now() + 60, step_limit=10)
+    assert [look.batch for look in explorer.working] == [1, 8, 64, 500]
+    assert list(step.compile_s) == [1, 500]
+
+
+@compiler
+@pytest.mark.usefixtures("tracing")
 def test_evaluation_and_the_model_itself_stay_as_they_were() -> None:
     session = Session(Small(), CPU)
     names = [name for name, _ in session.model.named_parameters()]
@@ -515,7 +528,7 @@ def test_evaluation_and_the_model_itself_stay_as_they_were() -> None:
 def test_a_model_that_is_not_compiled_after_all_is_not_passed_off_as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._dynamo  # noqa: F401 - its import warns, under the filter above
 
-    monkeypatch.setattr("pybatch.workloads.session.compiled", lambda model: model)
+    monkeypatch.setattr("pybatch.workloads.session.compiled", nn.Sequential)  # as it was written, inside another
     with pytest.raises(WorkloadError, match=r"captured no graph of workload 'small' at batch 1.*Leave out --compile"):
         measure_capacity(Small(), device="cpu", compile=True, find_max_batch=False)
 

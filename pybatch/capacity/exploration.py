@@ -213,15 +213,21 @@ def ladder(batches: Sequence[int]) -> Iterator[int]:
 
 
 def explore_given(explorer: Explorer, batches: Sequence[int], deadline: float, step_limit: float) -> None:
-    """Look at the batch sizes a user gave. A batch whose steps take too long for the budget is skipped."""
+    """Look at the batch sizes a user gave. A batch whose steps take too long for the budget is skipped.
+
+    Batch sizes between them, which are only looked at to learn about memory, are not worth compiling.
+    """
     for n in ladder(batches):
         seconds = explorer.predicted_s(n)
         if explorer.excess(n) is None and seconds > step_limit:
             explorer.skip(n, f"a step would take about {seconds:.2g} s, too long for the time budget")
         elif explorer.excess(n) is None and explorer.clock.now() + explorer.look_s(n) > deadline:
             explorer.skip(n, OUT_OF_TIME)
-        else:
+        elif n in batches:
             explorer.look(n)
+        else:
+            with explorer.step.session.as_written():
+                explorer.look(n)
 
 
 def explore_doubling(

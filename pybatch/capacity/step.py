@@ -41,7 +41,7 @@ class TrainingStep:
         """Draw the batch that the following steps use, and compile for it; the one before is let go first."""
         self.clear()
         self._batch, self.batch_size = self.session.batch(n), n
-        if self.compiled and n not in self.compile_s:
+        if self.session.compiled and n not in self.compile_s:
             self.compile_s[n] = self._compile()
 
     @property

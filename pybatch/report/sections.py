@@ -73,7 +73,7 @@ def _capacity(capacity: Capacity) -> Section:
     unit = capacity.workload.unit if capacity.workload else "examples"
     ceiling = capacity.ceiling_samples_per_s
     table = Table(
-        heads=("batch", "step ms", "±", f"{unit}/s", "ceiling", "MFU", "memory", "bound by"),
+        heads=("batch", "step ms", "±", f"{unit}/s", "ceiling", "MFU", "memory", "bound"),
         rows=tuple(_row(point, ceiling) for point in capacity.batches),
     )
     fit, lines = capacity.model, []
@@ -117,7 +117,9 @@ def _modes(capacity: Capacity) -> list[tuple[str, str]]:
     what: list[str] = [capacity.mode]
     compiling = [p.compile_s for p in capacity.batches if p.compile_s is not None]
     if compiling:
-        what.append(f"compiling took {n.number(sum(compiling))} s for {len(compiling)} batch sizes")
+        what.append(
+            f"compiling took {n.number(sum(compiling))} s for {len(compiling)} batch size{'s' * (len(compiling) > 1)}"
+        )
     overheads = [p.launch_overhead_ms for p in timed if p.launch_overhead_ms is not None]
     if overheads:
         what.append(f"launching costs an eager step {n.number(min(overheads))} to {n.number(max(overheads))} ms")
@@ -140,7 +142,7 @@ def _roofs(roofs: Ceilings) -> str:
 
 def _row(point: BatchPoint, ceiling: float | None) -> tuple[str, ...]:
     if point.status != "ok":
-        return (n.count(point.batch), point.status.replace("_", " "), "", "", "", "", n.memory(point.memory_bytes), "")
+        return (n.count(point.batch), "", "", point.status.replace("_", " "), "", "", n.memory(point.memory_bytes), "")
     spread = None
     if point.step_ms_low is not None and point.step_ms_high is not None:
         spread = (point.step_ms_high - point.step_ms_low) / 2

@@ -49,11 +49,16 @@ class Session:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not self.parameters:
             raise self._error("model", "returned a model without a parameter to train")
-        self._runs: torch.nn.Module = self.model  # what the losses of training go through
+        self._runs = self.model  # what the losses of training go through
 
     def compile(self) -> None:
         """Have torch.compile compile the model for training, for each batch size anew; evaluation stays eager."""
         self._runs = compiled(self.model)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the next loss goes through torch.compile."""
+        return self._runs is not self.model
 
     @contextmanager
     def as_written(self) -> Iterator[None]:
