@@ -69,10 +69,6 @@ class Even(Good):
             raise ValueError("an even number of points is needed")
         return super().loss(model, batch)
 
-class Normalized(Good):
-    def model(self):
-        return torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
-
 class Exits(Good):
     def model(self):
         raise SystemExit("bye")
@@ -260,15 +256,6 @@ def test_a_model_that_runs_only_at_some_batch_sizes_gives_those_and_is_incomplet
     assert "ValueError: an even number of points is needed" in data["batches"][1]["reason"]
     assert data["capacity"]["model"] is not None
     assert [note["text"] for note in data["notes"]] == ["the workload refuses batch 3; each one's reason says how"]
-
-
-def test_a_smallest_batch_that_works_leaves_nothing_out(pybatch, user_file):
-    command = ("bench", "--cpu", "--workload", f"{user_file}:Normalized", "--time-budget", "15", "--format", "json")
-    status, out, _ = pybatch(*command)
-    data = json.loads(out)
-    assert (status, data["complete"]) == (0, True)
-    assert data["batches"][0]["status"] == "skipped"
-    assert "Expected more than 1 value per channel" in data["batches"][0]["reason"]
 
 
 def test_a_batch_the_workload_refuses_is_never_advised(pybatch, user_file):
