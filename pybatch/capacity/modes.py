@@ -47,8 +47,9 @@ class GraphedStep:
 
     There are two graphs: forward and backward, then the update. Captured with gradients of None, the backward pass
     puts them into the first graph's memory, where every replay writes them anew without clearing or adding. The update
-    needs their addresses in its table, which a capture cannot upload, so it runs once between the captures; at a
-    learning rate of 0 that changes no parameter. The batch is the static input.
+    needs their addresses in its table, which a capture cannot upload, so it runs once between the captures, after a
+    replay that makes the gradients real: at a learning rate of 0 that changes no parameter, whereas a capture leaves
+    memory as it was, and 0 times NaN is NaN. The batch is the static input.
 
     Capture follows "Whole-network capture" in torch's notes on CUDA graphs. Until the first call after `load` the step
     itself may run eagerly; after it, it may not, as that would move the gradients.
@@ -92,6 +93,7 @@ class GraphedStep:
                 here.wait_stream(side)
                 step.optimizer.zero_grad(set_to_none=True)
                 backward = _captured(step.backward)
+                backward.replay()
                 step.optimizer.step()
                 self._graphs = [backward, _captured(step.optimizer.step)]
         except WorkloadError as error:
