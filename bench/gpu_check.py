@@ -111,10 +111,23 @@ class Check:
         status, log, seconds = self.run(name, [*command, *arguments], limit)
         return Outcome(name, status, seconds, log[-TAIL:], _loaded(figures))
 
-    def bench(self, workload: str, dtype: str) -> Outcome:
+    def bench(self, workload: str, dtype: str, *flags: str) -> Outcome:
         """`pybatch bench --gpu 0` on one workload."""
-        stage, figures = f"bench_{workload}", self.output / f"bench_{workload}.json"
-        command = [sys.executable, "-m", "pybatch", "bench", "--gpu", "0", "--workload", workload, "--dtype", dtype]
+        stage = "_".join(["bench", workload, *(flag.strip("-") for flag in flags)])
+        figures = self.output / f"{stage}.json"
+        command = [
+            sys.executable,
+            "-m",
+            "pybatch",
+            "bench",
+            "--gpu",
+            "0",
+            "--workload",
+            workload,
+            "--dtype",
+            dtype,
+            *flags,
+        ]
         status, log, seconds = self.run(stage, [*command, "--time-budget", "45", "-o", str(figures)], 90)
         return Outcome(stage, status, seconds, log[-TAIL:], _loaded(figures))
 
@@ -127,6 +140,9 @@ class Check:
             "bench_digits": lambda: self.bench("digits", "fp32"),
             "bench_text": lambda: self.bench("text", "bf16"),
             "bench_scenes": lambda: self.bench("scenes", "bf16"),
+            "bench_digits_cuda-graph": lambda: self.bench("digits", "fp32", "--cuda-graph"),
+            "bench_text_compile": lambda: self.bench("text", "bf16", "--compile"),
+            "roofs": lambda: self.script("roofs", 60, "--dtype", "bf16", "--rounds", "4", "--seconds", "1"),
             "sanitizer_memcheck": lambda: self.sanitizer("memcheck"),
             "sanitizer_racecheck": lambda: self.sanitizer("racecheck"),
             "per_example": lambda: self.script("per_example", 60),

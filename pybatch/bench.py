@@ -33,6 +33,8 @@ def run_bench(
     time_budget: float,
     thorough: bool = False,
     seed: int = 0,
+    compile: bool = False,
+    graph: bool = False,
     command: str = "",
     progress: Progress | None = None,
 ) -> Run:
@@ -46,6 +48,7 @@ def run_bench(
         time_budget: seconds for all measurements together.
         thorough: take the critical batch from short branched runs, not from the noise scale alone.
         seed: of the model, the data order and the resampling.
+        compile, graph: time compiled steps, or CUDA-graph replays; see `measure_capacity`. Noise is taken eagerly.
         command: what the user typed, for the record.
         progress: called with (what is being done, share done).
 
@@ -82,6 +85,8 @@ def run_bench(
             batches=batches,
             time_budget=shares[0] * time_budget,
             seed=seed,
+            compile=compile,
+            graph=graph,
             progress=_staged(progress, "capacity", 0.0, shares[0]),
         )
         left = time_budget - (time.monotonic() - start)
@@ -145,7 +150,10 @@ def _lacking(capacity: Capacity | None, noise: NoiseScale | None, budget: float,
     found = []
     remedy = f"the time budget of {budget:g} s did not suffice; raise --time-budget"
     maybe = f"within the time budget of {budget:g} s; raise --time-budget, unless a note above gives another cause"
-    if capacity is None or not capacity.complete:
+    refused = next((note for note in capacity.notes if note.figure == "batches.status"), None) if capacity else None
+    if refused is not None:
+        found.append(Note("batches", refused.text))
+    elif capacity is None or not capacity.complete:
         found.append(Note("batches", remedy))
     elif capacity.model is None and not given:
         found.append(Note("capacity.model", f"too few batch sizes ran for a fit {maybe}"))

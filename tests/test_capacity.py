@@ -66,6 +66,9 @@ class PlantedClock(Clock):
     def now(self) -> float:
         return self.time_s
 
+    def rest(self, seconds: float) -> None:
+        self.time_s += seconds
+
 
 class PlantedMemory:
     """Peak memory of 1 MB + 10 kB per example."""
@@ -146,7 +149,8 @@ def test_planted_step_times_come_back() -> None:
         assert p.memory_bytes == 1_000_000 + 10_000 * p.batch
         assert p.samples >= 10
     assert sorted(p.batch for p in seen) == [p.batch for p in found.batches]
-    assert all(by_batch(found)[p.batch] == p for p in seen)
+    bare = {p.batch: dataclasses.replace(p, bound_by=None, bound_why=None) for p in found.batches}  # the fit's part
+    assert all(bare[p.batch] == p for p in seen)
 
 
 class OverflowingClock(PlantedClock):
@@ -229,6 +233,21 @@ def test_a_batch_the_model_refuses_is_skipped_with_the_reason() -> None:
     found = measure(Normalized(), [1, 2, 4, 8])
     assert [p.status for p in found.batches] == ["skipped", "ok", "ok", "ok"]
     assert "Normalized.loss()" in (found.batches[0].reason or "")
+    assert not found.complete
+    assert notes(found, "batches.status") == "the workload refuses batch 1; each one's reason says how"
+
+
+def test_a_smallest_batch_that_was_not_asked_for_leaves_nothing_out() -> None:
+    found = measure(Normalized())
+    assert [p.status for p in found.batches[:3]] == ["skipped", "ok", "ok"]
+    assert found.complete
+
+
+def test_a_batch_in_the_middle_or_at_the_end_that_the_workload_refuses_leaves_the_run_incomplete() -> None:
+    found = measure(Linear(lambda n: ValueError("no") if n in (16, 64) else None))
+    assert {p.batch for p in found.batches if p.status == "skipped"} == {16, 64}
+    assert not found.complete
+    assert notes(found, "batches.status") == "the workload refuses batch 16, 64; each one's reason says how"
 
 
 @pytest.mark.parametrize(

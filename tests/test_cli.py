@@ -63,6 +63,12 @@ class Above64(Good):
             raise RuntimeError("too many")
         return super().loss(model, batch)
 
+class Even(Good):
+    def loss(self, model, batch):
+        if len(batch[0]) % 2:
+            raise ValueError("an even number of points is needed")
+        return super().loss(model, batch)
+
 class Exits(Good):
     def model(self):
         raise SystemExit("bye")
@@ -152,6 +158,18 @@ def test_no_gpu_is_said_with_the_remedy(pybatch, measured):
     assert not measured
 
 
+@pytest.mark.parametrize(("index", "says"), [("2", "the GPUs here are 0..1"), ("-1", "-1")])
+def test_a_device_index_out_of_range_is_said_with_the_range(pybatch, measured, monkeypatch, index, says):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    status, out, err = pybatch("bench", "--gpu", index)
+    assert (status, out) == (2, "")
+    assert says in err
+    assert "Traceback" not in err
+    assert not measured
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -163,6 +181,7 @@ def test_no_gpu_is_said_with_the_remedy(pybatch, measured):
         ("--dtype fp8", "dtype 'fp8' is not known"),
         ("--format xml", "format 'xml' is not known. Use one of: table, md, json, jsonl, csv."),
         ("--gpu 0 --cpu", "--gpu and --cpu exclude each other"),
+        ("--cuda-graph", "CUDA graphs were asked for (--cuda-graph, graph=True) on cpu: only a CUDA device"),
         ("--time-budget 0", "time budget 0 s is out of range"),
         ("--time-budget nan", "time budget nan s is out of range"),
         ("--seed -1", "seed -1 is out of range"),
@@ -228,10 +247,22 @@ def test_a_budget_too_short_is_incomplete_and_says_so(pybatch, user_file):
     assert any("the time budget of 2 s did not suffice; raise --time-budget" in note["text"] for note in data["notes"])
 
 
+def test_a_model_that_runs_only_at_some_batch_sizes_gives_those_and_is_incomplete(pybatch, user_file):
+    command = ("bench", "--cpu", "--workload", f"{user_file}:Even", "--batch", "2,3,4,8", "--time-budget", "15")
+    status, out, _ = pybatch(*command, "--format", "json")
+    data = json.loads(out)
+    assert (status, data["complete"]) == (3, False)
+    assert [(b["batch"], b["status"]) for b in data["batches"]] == [(2, "ok"), (3, "skipped"), (4, "ok"), (8, "ok")]
+    assert "ValueError: an even number of points is needed" in data["batches"][1]["reason"]
+    assert data["capacity"]["model"] is not None
+    assert [note["text"] for note in data["notes"]] == ["the workload refuses batch 3; each one's reason says how"]
+
+
 def test_a_batch_the_workload_refuses_is_never_advised(pybatch, user_file):
     command = ("bench", "--cpu", "--workload", f"{user_file}:Above64", "--time-budget", "20")
-    _, out, _ = pybatch(*command, "--format", "json")
+    status, out, _ = pybatch(*command, "--format", "json")
     data = json.loads(out)
+    assert status == 3
     assert 64 <= data["capacity"]["max_batch"] < 128
     assert data["verdict"]["best_batch"] < 128
     _, out, _ = pybatch(*command)

@@ -70,7 +70,7 @@ def test_the_table_fits_80_columns_and_is_plain(run):
 
 def test_every_figure_of_the_table_is_in_the_record(run):
     row = next(line for line in render(run, "table").splitlines() if line.split()[:1] == ["512"])
-    assert row.split() == ["512", "53.2", "0.8", "9,624", "96.2", "%", "12.3", "%", "3", "MiB"]
+    assert row.split() == ["512", "53.2", "0.8", "9,624", "96.2", "%", "12.3", "%", "3", "MiB", "–"]
 
 
 def test_json_is_the_record(run):

@@ -10,6 +10,7 @@ import numpy as np
 
 from pybatch.capacity.flops import count_flops
 from pybatch.capacity.step import TrainingStep
+from pybatch.capacity.traffic import Traffic, update_bytes
 from pybatch.device.clock import Clock
 from pybatch.device.memory import PeakMemory
 from pybatch.errors import WorkloadError
@@ -39,6 +40,7 @@ class Look:
     step_s: float | None = None  # best of a few steps
     memory_bytes: int | None = None
     flops: int | None = None
+    moved_bytes: int | None = None  # read and written by its operators
     late: bool = False  # skipped for want of time, not for what the batch is
 
 
@@ -56,15 +58,15 @@ class Explorer:
         self.step, self.clock, self.memory, self.memory_limit = step, clock, memory, memory_limit
         self.looks: dict[int, Look] = {}
         self.flops_reason: str | None = None
-        self._counts: dict[int, int] = {}  # FLOPs counted, by batch size
+        self._counts: dict[int, tuple[int, int]] = {}  # FLOPs and bytes counted, by batch size
 
     @property
     def working(self) -> list[Look]:
         """The looks that found the batch to run, ascending."""
         return sorted((look for look in self.looks.values() if look.status == "ok"), key=lambda look: look.batch)
 
-    def sanity(self, reference: int) -> None:
-        """Run one step of some small batch; raises the workload's error where none of them works.
+    def sanity(self, reference: int) -> int:
+        """Run one step of some small batch, and return which; raises the workload's error where none of them works.
 
         Some models refuse one example (batch normalization), so that a failure there is not yet the workload's.
         """
@@ -78,7 +80,7 @@ class Explorer:
             finally:
                 self.step.clear()
             self.memory.rebase(self.step.held_bytes)
-            return
+            return n
         assert first is not None
         raise first
 
@@ -144,6 +146,10 @@ class Explorer:
         before, less = seen[-2] if len(seen) > 1 else (0, seconds)
         return seconds + max(0.0, seconds - less) / (last - before) * (n - last)
 
+    def look_s(self, n: int) -> float:
+        """Seconds that a look at n examples takes at most, before any of it was done."""
+        return _LOOK_STEPS * self.predicted_s(n) + self.step.setup_s
+
     def _guarded(self, n: int, run: Callable[[], Look]) -> Look:
         try:
             return run()
@@ -156,30 +162,43 @@ class Explorer:
 
     def _run(self, n: int) -> Look:
         self.step.load(n)
-        flops = self._flops(n)
+        flops, moved = self._count(n)
         self.memory.start()  # the FLOP counter's own step holds more memory than a plain one
         first = self.clock.time(self.step, 1)[0]
         self.step.check()
         seconds = self._best(3) if first < 2 * _LOOK_S else min(first, *self.clock.time(self.step, 1))
-        return Look(n, "ok", None, seconds, self.memory.peak(), flops)
+        return Look(n, "ok", None, seconds, self.memory.peak(), flops, moved_bytes=moved)
 
-    def _flops(self, n: int) -> int | None:
-        """FLOPs of the loaded step: counted, or on the line of the batches counted where three lie on one exactly."""
-        counts = sorted(self._counts.items())
-        if len(counts) >= 3 and self.flops_reason is None:
-            (n1, f1), (n2, f2), *rest = counts
-            if all((f - f1) * (n2 - n1) == (f2 - f1) * (m - n1) for m, f in rest):
-                return f1 + (f2 - f1) * (n - n1) // (n2 - n1)
-        flops, self.flops_reason = count_flops(self.step)
+    def _count(self, n: int) -> tuple[int | None, int | None]:
+        """FLOPs and bytes of the loaded step: counted, or on the lines of the batches counted, where they lie on lines.
+
+        A compiled step's bytes are unknown: the compiler fuses operators.
+        """
+        seen = sorted(self._counts)
+        if len(seen) >= 3 and self.flops_reason is None:
+            lines = [_on_line([(m, self._counts[m][i]) for m in seen], n) for i in range(2)]
+            if None not in lines:
+                return lines[0], None if self.step.compiled else lines[1]
+        with self.step.session.as_written(), Traffic() as traffic:
+            flops, self.flops_reason = count_flops(self.step)
         self.step.check()
+        moved = traffic.bytes + update_bytes(self.step.session.parameters, self.step.optimizer.state)
         if flops is not None:
-            self._counts[n] = flops
-        return flops
+            self._counts[n] = flops, moved
+        return flops, None if self.step.compiled else moved
 
     def _best(self, least: int) -> float:
         """Best of a few steps, of more where they are short."""
         best = min(self.clock.time(self.step, least))
         return min(best, *self.clock.time(self.step, min(50, max(1, int(_LOOK_S / max(best, 1e-6))))))
+
+
+def _on_line(points: Sequence[tuple[int, int]], n: int) -> int | None:
+    """The value at n of the line that all points lie on exactly; None where they do not."""
+    (n1, v1), (n2, v2), *rest = points
+    if any((v - v1) * (n2 - n1) != (v2 - v1) * (m - n1) for m, v in rest):
+        return None
+    return v1 + (v2 - v1) * (n - n1) // (n2 - n1)
 
 
 def ladder(batches: Sequence[int]) -> Iterator[int]:
@@ -194,44 +213,52 @@ def ladder(batches: Sequence[int]) -> Iterator[int]:
 
 
 def explore_given(explorer: Explorer, batches: Sequence[int], deadline: float, step_limit: float) -> None:
-    """Look at the batch sizes a user gave. A batch whose steps take too long for the budget is skipped."""
+    """Look at the batch sizes a user gave. A batch whose steps take too long for the budget is skipped.
+
+    Batch sizes between them, which are only looked at to learn about memory, are not worth compiling.
+    """
     for n in ladder(batches):
         seconds = explorer.predicted_s(n)
         if explorer.excess(n) is None and seconds > step_limit:
             explorer.skip(n, f"a step would take about {seconds:.2g} s, too long for the time budget")
-        elif explorer.excess(n) is None and explorer.clock.now() + _LOOK_STEPS * seconds > deadline:
+        elif explorer.excess(n) is None and explorer.clock.now() + explorer.look_s(n) > deadline:
             explorer.skip(n, OUT_OF_TIME)
-        else:
+        elif n in batches:
             explorer.look(n)
+        else:
+            with explorer.step.session.as_written():
+                explorer.look(n)
 
 
-def explore_doubling(explorer: Explorer, deadline: float, step_limit: float, last_deadline: float | None = None) -> str:
-    """Double the batch from 1 on; returns why it ended.
+def explore_doubling(
+    explorer: Explorer, deadline: float, step_limit: float, last_deadline: float | None = None, doublings: int = 1
+) -> str:
+    """Double the batch from 1 on, so many times at a go; returns why it ended.
 
     It ends when two doublings in a row gain less than 2 % throughput, when steps get too long for the budget, or when
     memory ends. A batch size that the workload refuses is passed over. Until enough batch sizes for a fit have run,
     longer steps are allowed, and `last_deadline` counts.
     """
-    n, best, flat = 1, 0.0, 0
+    n, best, flat, gain = 1, 0.0, 0, (1 + _GAIN) ** doublings
     while True:
         seconds, scarce = explorer.predicted_s(n), len(explorer.working) < _FITTABLE
         if seconds > step_limit * (_SCARCE if scarce else 1):
             return f"a step of batch {n} would take too long for the time budget ({seconds:.2g} s)"
         end = last_deadline if scarce and last_deadline is not None else deadline
-        if explorer.clock.now() + _LOOK_STEPS * seconds > end:
+        if explorer.clock.now() + explorer.look_s(n) > end:
             return f"the share of the time budget for finding the range ended before batch {n}"
         look = explorer.look(n)
         if look.status in ("oom", "predicted_oom"):
             return f"batch {n} does not fit in memory"
         if look.step_s is not None:
-            if n / look.step_s <= best * (1 + _GAIN):
+            if n / look.step_s <= best * gain:
                 look = explorer.look_again(n)
             throughput = n / (look.step_s or math.inf)
-            flat = 0 if throughput > best * (1 + _GAIN) else flat + 1
+            flat = 0 if throughput > best * gain else flat + doublings
             best = max(best, throughput)
-        if flat >= _PATIENCE and len(explorer.working) >= _LEAST:
+        if flat >= _PATIENCE and len(explorer.working) >= max(_LEAST // doublings, _FITTABLE + 1):
             return f"throughput gained less than {_GAIN:.0%} over two doublings up to batch {n}"
-        n *= 2
+        n *= 2**doublings
 
 
 def failed(error: Exception) -> tuple[BatchStatus, str]:

@@ -41,7 +41,7 @@ class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = func.overloadpacket
         namespace, _, name = str(packet).partition(".")
         if packet not in flop_registry and packet not in _FORMULAS:
-            if namespace not in ("aten", "prim", "prims"):
+            if namespace not in ("aten", "prim", "prims", "profiler"):
                 self.custom.add(str(packet))
             elif any(part in name for part in _HEAVY):
                 self.heavy.add(str(packet))

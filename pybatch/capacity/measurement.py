@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from pybatch.capacity import largest, summary
+from pybatch.capacity.bound import Place
+from pybatch.capacity.burst import Settling
 from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, explore_doubling, explore_given
+from pybatch.capacity.modes import EAGER, GraphedStep, Mode
 from pybatch.capacity.step import TrainingStep
 from pybatch.capacity.stopping import StoppingRule
-from pybatch.capacity.timing import Rounds, Series, unfinished
+from pybatch.capacity.timing import WARM_UP, Rounds, Series, unfinished
 from pybatch.device.ceilings import measure_ceilings
 from pybatch.device.clock import Clock, clock_for
 from pybatch.device.counters import Region
 from pybatch.device.counters_cpu import OtherLoad
-from pybatch.device.identity import describe, resolve, usable_cores
+from pybatch.device.identity import describe, last_level_cache_bytes, resolve, usable_cores
 from pybatch.device.memory import PeakMemory
 from pybatch.errors import Interrupted, UsageError
 from pybatch.records import BatchPoint, Capacity, Ceilings, Note
@@ -28,6 +33,7 @@ _CEILINGS = 0.07  # of the time budget
 _EXPLORE = 0.30
 _EXPLORE_GIVEN = 0.60  # batches that were asked for, and the fewest a fit needs, come before precision
 _LARGEST = 0.50  # at most, for the largest batch
+_BURSTS = _WARM_UP = 0.08  # each, of the time for timing
 _STEP = 1 / 60  # of the time budget; a step that takes more of it leaves no room for ten at every batch size
 _SPARE = 1.2  # the largest batch is estimated from small ones
 _DISTURBED = 0.1  # of the usable cores, kept busy by others, that a reader should hear of
@@ -45,6 +51,8 @@ def measure_capacity(
     progress: Progress | None = None,
     on_point: Callable[[BatchPoint], None] | None = None,
     find_max_batch: bool = True,
+    compile: bool = False,
+    graph: bool = False,
 ) -> Capacity:
     """Measure throughput against batch size, fit its ceiling, and find the largest batch that fits in memory.
 
@@ -60,10 +68,12 @@ def measure_capacity(
         seed: of the model, the batches and the order of measurement.
         progress: called with what is being done and the share done, 0..1.
         on_point: called with every batch size as soon as it is measured.
-        find_max_batch: whether to look for the largest batch that fits, in a fresh process.
+        find_max_batch: whether to look for the largest batch that fits, in a fresh process; its steps are eager.
+        compile: time steps of the model under torch.compile; compiling is no part of them (`compile_s`).
+        graph: time steps replayed as CUDA graphs, and eager ones beside them: `launch_overhead_ms` is the difference.
 
     Raises:
-        UsageError: batches or time budget that cannot work.
+        UsageError: batches or time budget that cannot work, a device without CUDA graphs.
         DeviceError: no such device.
         WorkloadError: a method of the workload failed at every small batch; names the method.
         Interrupted: Ctrl-C; `partial` is the Capacity measured so far.
@@ -72,15 +82,33 @@ def measure_capacity(
         raise UsageError(f"batches {list(batches)!r}: give at least one, each 1 or more.")
     if not time_budget > 0:
         raise UsageError(f"time budget {time_budget!r} s: give more than 0.")
-    place = resolve(device)
-    run = _Measurement(workload, place, dtype, batches, time_budget, seed, clock_for(place), progress, on_point)
+    place, mode = resolve(device), Mode(compile, graph)
+    mode.check(place)
+    run = _Measurement(workload, place, dtype, batches, time_budget, seed, clock_for(place), progress, on_point, mode)
     try:
-        run.measure(find_max_batch)
+        with _short_collections():
+            run.measure(find_max_batch)
     except KeyboardInterrupt:
         run.untimed = "interrupted before it was timed"
         run.notes.append(Note("capacity", "interrupted; what was measured until then stands"))
         raise Interrupted(replace(run.capacity(), complete=False)) from None
     return run.capacity()
+
+
+@contextmanager
+def _short_collections() -> Iterator[None]:
+    """In this context garbage collections pass over what exists now: all of torch's modules take a third of a second.
+
+    There is one before each batch size, so that what memory it takes is its own.
+    """
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()
 
 
 class _Measurement:
@@ -97,6 +125,7 @@ class _Measurement:
         clock: Clock,
         progress: Progress | None = None,
         on_point: Callable[[BatchPoint], None] | None = None,
+        mode: Mode = EAGER,
     ) -> None:
         self.device, self.dtype, self.batches = device, dtype, batches
         self.budget, self.seed, self.clock = time_budget, seed, clock
@@ -111,12 +140,20 @@ class _Measurement:
         self.region = Region(device)
         memory = PeakMemory(device)
         self.session = Session(workload, device, dtype, seed)
-        self.explorer = Explorer(TrainingStep(self.session), clock, memory, self.limit)
+        step = TrainingStep(self.session, compile=mode.compile, capturable=mode.graph)
+        self.explorer = Explorer(step, clock, memory, self.limit)
+        self.mode, self.graphed = mode, GraphedStep(step) if mode.graph else None
+        self.bursts: dict[int, float] = {}
 
     def measure(self, find_max_batch: bool) -> None:
         """All stages, in order."""
         self._tell("first step")
-        self.explorer.sanity(self.session.workload.reference_batch)
+        runs = self.explorer.sanity(self.session.workload.reference_batch)
+        if self.graphed is not None:  # what cannot be captured is said before time is spent
+            self.graphed.load(runs)
+            self.graphed()
+            self.graphed.check()
+            self.graphed.clear()
         self._tell("ceilings of the device")
         self.ceilings = measure_ceilings(self.device, self.dtype, min(3.0, _CEILINGS * self.budget))
         self._tell("looking for the range of batch sizes")
@@ -149,6 +186,11 @@ class _Measurement:
                     "batches.step_ms", f"the time budget ended before these were steady: {', '.join(map(str, partial))}"
                 )
             )
+        late = {p.batch for p in points if p.reason == self.untimed or (p.batch in looks and looks[p.batch].late)}
+        refused = summary.refused(points, late, given=self.batches is not None)
+        if refused:
+            sizes = ", ".join(map(str, refused))
+            notes.append(Note("batches.status", f"the workload refuses batch {sizes}; each one's reason says how"))
         notes += summary.counter_notes(self.region, points, self.ceilings, self.explorer)
         return summary.summarize(
             points,
@@ -159,15 +201,20 @@ class _Measurement:
             workload=self.session.info,
             largest=self.largest,
             drift=self.rounds.drift if self.rounds is not None else None,
-            complete=not any(p.reason == OUT_OF_TIME or (p.batch in looks and looks[p.batch].late) for p in points),
+            complete=not late and not refused,
             seed=self.seed,
+            place=Place(
+                "cuda" if self.device.type == "cuda" else "cpu", self.dtype, last_level_cache_bytes(self.device)
+            ),
+            mode=self.mode.name,
         )
 
     def _explore(self) -> None:
         limit = _STEP * self.budget
         if self.batches is None:
-            ended = explore_doubling(self.explorer, self._until(_EXPLORE), limit, self._until(_EXPLORE_GIVEN))
-            self.notes.append(Note("batches", f"doubled from 1 on; {ended}"))
+            share, at_a_go = (_EXPLORE_GIVEN, 2) if self.mode.compile else (_EXPLORE, 1)  # compiling takes its time
+            ended = explore_doubling(self.explorer, self._until(share), limit, self._until(_EXPLORE_GIVEN), at_a_go)
+            self.notes.append(Note("batches", f"{'quadrupled' if at_a_go > 1 else 'doubled'} from 1 on; {ended}"))
         else:
             explore_given(self.explorer, self.batches, self._until(_EXPLORE_GIVEN), limit)
 
@@ -178,12 +225,23 @@ class _Measurement:
             wanted = {n: seconds for n, seconds in wanted.items() if n in self.batches}
         if not wanted:
             return
+        timed: TrainingStep | GraphedStep = self.graphed or step
+        self._settle(Settling(timed.load, timed, self.clock, WARM_UP[self.device.type]), wanted, deadline)
         share = max(1.0, 1.5 * (deadline - self.clock.now()) / len(wanted))
         rule = StoppingRule(max_seconds=share)
         others = OtherLoad()
-        self.rounds = Rounds(step.load, step, step.check, self.clock, self.region, rule, self.seed)
+        self.rounds = Rounds(
+            timed.load,
+            timed,
+            timed.check,
+            self.clock,
+            self.region,
+            rule,
+            self.seed,
+            eager=step if self.graphed is not None else None,
+        )
         self.rounds.run(wanted, deadline, self._visited)
-        step.clear()
+        timed.clear()
         if (busy := others.cores()) is not None and self.device.type == "cpu" and busy > _DISTURBED * usable_cores():
             text = f"other processes kept {busy:.1f} cores busy meanwhile: times are those of a disturbed machine"
             self.notes.append(Note("batches.step_ms", text))
@@ -192,6 +250,18 @@ class _Measurement:
                 explorer.timed(series.batch, series.median.value)
             if series.seconds and series.stopped is None and self.on_point is not None:
                 self.on_point(self._point(series.batch))
+
+    def _settle(self, settling: Settling, wanted: dict[int, float], deadline: float) -> None:
+        """Bursts after rests, then warm clocks: all times that follow are sustained ones."""
+        self._tell("first steps after a rest")
+        left = deadline - self.clock.now()
+        settling.measure(wanted, self.clock.now() + _BURSTS * left)
+        self._tell("warming up")
+        settling.warm_up(wanted, self.clock.now() + _WARM_UP * left)
+        self.bursts = settling.bursts
+        if not settling.settled:
+            what = "step times had not settled" if settling.settled is False else "no time was left for a warm-up"
+            self.notes.append(Note("batches.step_ms", f"{what} when timing began: sustained times may be longer"))
 
     def _visited(self, series: Series) -> None:
         assert self.rounds is not None
@@ -203,7 +273,15 @@ class _Measurement:
 
     def _point(self, n: int) -> BatchPoint:
         series = self.rounds.series.get(n) if self.rounds is not None else None
-        return summary.point(self.explorer.looks.get(n), n, series, self.ceilings, self.untimed)
+        return summary.point(
+            self.explorer.looks.get(n),
+            n,
+            series,
+            self.ceilings,
+            self.untimed,
+            burst_s=self.bursts.get(n),
+            compile_s=self.explorer.step.compile_s.get(n),
+        )
 
     def _until(self, share: float) -> float:
         """The clock's time when this share of what is left of the budget will have gone."""

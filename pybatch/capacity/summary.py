@@ -5,25 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pybatch.capacity.bound import Place, undecided, with_bounds
+from pybatch.capacity.burst import BURST_STEPS
 from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, Look
 from pybatch.capacity.largest import Largest
 from pybatch.capacity.timing import Series
 from pybatch.device import counters
 from pybatch.fits.throughput import fit_throughput
-from pybatch.records import BatchPoint, Capacity, Ceilings, Device, Note, ThroughputFit, WorkloadInfo
+from pybatch.records import BatchPoint, Capacity, Ceilings, Device, Note, StepMode, ThroughputFit, WorkloadInfo
 
 _AVERAGED = ("sm_active", "sm_occupancy", "tensor_active", "dram_active", "cpu_active", "sm_clock_mhz")
 _NEAR = 0.95  # of the ceiling: a measured batch that reaches this saturates the device
 _NEARLY = 0.90  # the same for its median
 _DRIFT = 0.05  # change of the anchor's step time that a reader should hear of
+_SUSTAINED = 0.05  # slowdown from burst to sustained, likewise
 _FITTABLE = 3  # batch sizes
 _FALL = 0.1  # below the best throughput: past it caches overflow or memory is scarce, and no ceiling is approached
 
 
 def point(
-    look: Look | None, n: int, series: Series | None, ceilings: Ceilings | None, untimed: str = OUT_OF_TIME
+    look: Look | None,
+    n: int,
+    series: Series | None,
+    ceilings: Ceilings | None,
+    untimed: str = OUT_OF_TIME,
+    *,
+    burst_s: float | None = None,
+    compile_s: float | None = None,
 ) -> BatchPoint:
-    """The record of one batch size."""
+    """The record of one batch size; what bounds it is left to `summarize`, which knows the fit."""
     if look is None:
         return BatchPoint(n, "skipped", reason=untimed)
     if look.status != "ok":
@@ -32,13 +42,23 @@ def point(
         status, reason = series.failure
         return BatchPoint(n, status, reason=reason)
     if series is None or not series.seconds:
-        return BatchPoint(n, "skipped", model_flops=look.flops, memory_bytes=look.memory_bytes, reason=untimed)
+        return BatchPoint(
+            n,
+            "skipped",
+            model_flops=look.flops,
+            step_bytes=look.moved_bytes,
+            memory_bytes=look.memory_bytes,
+            compile_s=compile_s,
+            reason=untimed,
+        )
     middle = series.median
     rate = look.flops / middle.value if look.flops is not None else None
     gemm = ceilings.gemm_flops if ceilings is not None else None
     peak = ceilings.datasheet_flops if ceilings is not None else None
     joules = counters.joules(series.readings)
-    throttled = counters.mean(series.readings, "throttled")
+    throttled, capped = (counters.mean(series.readings, figure) for figure in ("throttled", "power_capped"))
+    copy, eager = ceilings.copy_bytes_per_s if ceilings is not None else None, series.eager_s
+    moved = look.moved_bytes / middle.value if look.moved_bytes is not None else None
     read: dict[str, Any] = {figure: counters.mean(series.readings, figure) for figure in _AVERAGED}
     return BatchPoint(
         batch=n,
@@ -54,9 +74,27 @@ def point(
         memory_bytes=look.memory_bytes,
         joules_per_sample=None if joules is None else joules / (n * len(series.seconds)),
         throttled=None if throttled is None else throttled > 0,
+        power_capped=None if capped is None else capped > 0,
         samples=len(series.seconds),
+        burst_step_ms=None if burst_s is None else burst_s * 1e3,
+        eager_step_ms=None if eager is None else eager * 1e3,
+        launch_overhead_ms=None if eager is None else (eager - middle.value) * 1e3,
+        compile_s=compile_s,
+        step_bytes=look.moved_bytes,
+        mbu_measured=moved / copy if moved is not None and copy else None,
         **read,
     )
+
+
+def refused(points: Sequence[BatchPoint], for_time: set[int], given: bool) -> list[int]:
+    """Batch sizes that the workload refuses, so that what was asked for is not complete.
+
+    `for_time` are those skipped for want of time. Of batch sizes that were not given but tried, those below all that
+    run do not count: a model with batch normalization has a smallest batch.
+    """
+    least = min((p.batch for p in points if p.status == "ok"), default=0)
+    failed = [p.batch for p in points if p.status == "skipped" and p.batch not in for_time]
+    return [n for n in failed if given or n > least]
 
 
 def summarize(
@@ -71,6 +109,8 @@ def summarize(
     drift: float | None,
     complete: bool,
     seed: int,
+    place: Place,
+    mode: StepMode = "eager",
 ) -> Capacity:
     """The capacity record: the fit over what was timed, and what a reader must know of it."""
     timed = [p for p in points if p.status == "ok"]
@@ -84,6 +124,10 @@ def summarize(
         if len(rising) < len(timed):
             text = f"throughput falls by over {_FALL:.0%} past batch {rising[-1].batch}; the fit is of those up to it"
             notes.append(Note("capacity.model", text))
+    points = with_bounds(points, place, fit)
+    if any(p.status == "ok" and p.bound_by is None for p in points):
+        notes.append(Note("batches.bound_by", undecided(points)))
+    notes += _burst_notes(timed)
     if drift is not None and abs(drift) > _DRIFT:
         notes.append(Note("capacity.drift", f"the anchor batch's step time changed by {drift:+.1%} during the run"))
     if workload.examples is not None and timed and timed[-1].batch > workload.examples:
@@ -106,6 +150,7 @@ def summarize(
         model=fit,
         drift=drift,
         complete=complete,
+        mode=mode,
         notes=tuple(notes),
         device=device,
         ceilings=ceilings,
@@ -127,6 +172,12 @@ def counter_notes(
         reasons["mfu_datasheet"] = "no datasheet peak is quoted for CPUs"
     else:
         reasons["mfu_datasheet"] = "this device is not in the table of datasheet peaks, or TF32 is on"
+    reasons["burst_step_ms"] = "the time for rests went to the middle and the largest batch sizes first"
+    reasons["eager_step_ms"] = reasons["launch_overhead_ms"] = "no CUDA graphs were asked for (--cuda-graph)"
+    reasons["compile_s"] = "the steps were not compiled (--compile)"
+    reasons["step_bytes"] = reasons["mbu_measured"] = "a compiler fuses operators: what they move is not known"
+    if not explorer.step.compiled:
+        reasons["mbu_measured"] = "no copy large enough to measure a ceiling fits in memory"
     if explorer.memory.reason is not None:
         reasons["memory_bytes"] = explorer.memory.reason
     if explorer.flops_reason is not None:
@@ -149,6 +200,18 @@ def counter_notes(
     if ceilings is not None and ceilings.datasheet_flops is None:
         notes.append(Note("ceilings.datasheet_flops", reasons["mfu_datasheet"]))
     return notes
+
+
+def _burst_notes(timed: Sequence[BatchPoint]) -> list[Note]:
+    slower = [(p.step_ms_low / p.burst_step_ms - 1, p.batch) for p in timed if p.step_ms_low and p.burst_step_ms]
+    most, batch = max(slower, default=(0.0, 0))
+    if most <= _SUSTAINED:
+        return []
+    text = (
+        f"sustained steps of batch {batch} take at least {most:.0%} longer than its first {BURST_STEPS} after a rest; "
+        "the fit is of sustained ones"
+    )
+    return [Note("batches.step_ms", text)]
 
 
 def _before_fall(timed: Sequence[BatchPoint]) -> Sequence[BatchPoint]:

@@ -17,7 +17,7 @@ from pybatch.records import BatchStatus
 _QUANTUM_S = 0.25  # of one visit: several visits spread a batch size's steps over the whole run
 _CHUNK_S = 0.05  # between looks at the deadline, which a sudden disturbance must not carry far past
 _LEAST_STEPS = 3  # per visit and per chunk
-_WARM_UP = {"cpu": 1, "cuda": 3}
+WARM_UP = {"cpu": 1, "cuda": 3}  # untimed steps of a visit
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Series:
     errors: list[float] = field(default_factory=list)  # relative error of the median after each visit
     readings: list[Reading] = field(default_factory=list)
     host_bound: float | None = None
+    eager_s: float | None = None  # median step time without the CUDA graphs that `seconds` are of
     stopped: str | None = None  # why it is done; None while it is not
     failure: tuple[BatchStatus, str] | None = None  # a step raised: status and reason; there are no times then
 
@@ -57,6 +58,7 @@ class Rounds:
         clock, region: time and counters.
         rule: when a batch size is done.
         seed: of the order.
+        eager: a step as it is before the first `work` that follows a `load`, to be timed beside it, or None.
     """
 
     def __init__(
@@ -68,9 +70,10 @@ class Rounds:
         region: Region,
         rule: StoppingRule,
         seed: int,
+        eager: Work | None = None,
     ) -> None:
         self.load, self.work, self.check = load, work, check
-        self.clock, self.region, self.rule = clock, region, rule
+        self.clock, self.region, self.rule, self.eager = clock, region, rule, eager
         self._order = np.random.default_rng(seed)
         self.series: dict[int, Series] = {}
         self.drift: float | None = None
@@ -102,14 +105,14 @@ class Rounds:
             self.drift = last.median.value / first - 1
 
     def _visit_s(self, series: Series) -> float:
-        return series.guess_s * (_WARM_UP[self.region.device.type] + self._steps(series))
+        return series.guess_s * (WARM_UP[self.region.device.type] + self._steps(series))
 
     def _steps(self, series: Series) -> int:
         return max(_LEAST_STEPS, math.ceil(_QUANTUM_S / max(series.guess_s, 1e-6)))
 
     def _visit(self, series: Series, deadline: float) -> bool:
         """Time some steps of a batch size; False where they do not fit before the deadline."""
-        warm_up, count = _WARM_UP[self.region.device.type], self._steps(series)
+        warm_up, count = WARM_UP[self.region.device.type], self._steps(series)
         if self.clock.now() + series.guess_s * (warm_up + count) > deadline:
             return False
         try:
@@ -121,6 +124,9 @@ class Rounds:
 
     def _time(self, series: Series, warm_up: int, count: int, deadline: float) -> None:
         self.load(series.batch)
+        if self.eager is not None and series.eager_s is None:
+            self.clock.time(self.eager, warm_up)
+            series.eager_s = float(np.median(self.clock.time(self.eager, count)))
         self.clock.time(self.work, warm_up)
         chunk = max(_LEAST_STEPS, math.ceil(_CHUNK_S / max(series.guess_s, 1e-6)))
         end = min(deadline, self.clock.now() + 2 * max(_QUANTUM_S, _LEAST_STEPS * series.guess_s))

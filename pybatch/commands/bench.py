@@ -43,6 +43,12 @@ def bench(
         bool, typer.Option("--thorough", help="Take the critical batch from short branched runs, not from noise alone.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A time budget of 25 s: wide intervals.")] = False,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Time the model under torch.compile; compiling is told apart.")
+    ] = False,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Time CUDA-graph replays, and tell what launching costs. GPU only.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report here as well: one HTML page.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Then compare with this saved run.")] = None,
@@ -70,10 +76,13 @@ def bench(
     def job(chosen: Workload, device: torch.device, progress: Progress) -> Run | None:
         from pybatch.bench import run_bench
         from pybatch.capacity.distributed import launched
+        from pybatch.capacity.modes import Mode
         from pybatch.together import run_bench_together
 
+        mode = Mode(compile_, cuda_graph)
+        mode.check(device)
         if dry_run:
-            print(_plan(chosen, device, dtype, batches, budget, thorough))
+            print(_plan(chosen, device, dtype, batches, budget, thorough, mode.name))
             raise typer.Exit(DONE)
         return (run_bench_together if launched() else run_bench)(
             chosen,
@@ -83,6 +92,8 @@ def bench(
             time_budget=budget,
             thorough=thorough,
             seed=seed,
+            compile=compile_,
+            graph=cuda_graph,
             command=typed(),
             progress=progress,
         )
@@ -103,7 +114,13 @@ def bench(
 
 
 def _plan(
-    workload: Workload, device: torch.device, dtype: str, batches: list[int] | None, budget: float, thorough: bool
+    workload: Workload,
+    device: torch.device,
+    dtype: str,
+    batches: list[int] | None,
+    budget: float,
+    thorough: bool,
+    mode: str,
 ) -> str:
     """What a run would do, in words."""
     from pybatch.device.identity import describe
@@ -117,6 +134,7 @@ def _plan(
             f"workload  {workload.name}{model}, {dtype}",
             f"device    {place.name} ({device})",
             f"batches   {sizes}",
+            f"steps     {mode}",
             f"stages    {stages}",
             f"time      {budget:g} s at most, and the start-up",
         ]

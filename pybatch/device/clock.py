@@ -30,6 +30,10 @@ class Clock(ABC):
         """Seconds, for budgets."""
         return time.perf_counter()
 
+    def rest(self, seconds: float) -> None:
+        """Leave the device idle, so that it may cool and gather what power it may spend at once."""
+        time.sleep(seconds)
+
 
 class WallClock(Clock):
     """`time.perf_counter` around every call; right where work is done when the call returns."""

@@ -16,7 +16,7 @@ import torch
 from pybatch.device.counters_cpu import CpuTime, Rapl
 from pybatch.device.counters_nvml import Gpm, Nvml
 
-GPU_FIGURES = ("sm_active", "sm_occupancy", "tensor_active", "dram_active", "sm_clock_mhz", "throttled")
+GPU_FIGURES = ("sm_active", "sm_occupancy", "tensor_active", "dram_active", "sm_clock_mhz", "throttled", "power_capped")
 FIGURES = (*GPU_FIGURES, "cpu_active", "joules_per_sample")
 _MIN_ENERGY_S = 5.0  # below this, the energy counter's update period (~100 ms) is more than 2 % of the window
 _GPU_ONLY = "a GPU's counter; this run is on a CPU"
@@ -49,6 +49,7 @@ class Reading:
     dram_active: float | None = None
     sm_clock_mhz: float | None = None  # at the region's end
     throttled: float | None = None  # 1: something other than idling or the user's settings lowered the clock
+    power_capped: float | None = None  # 1: the power limit did
     joules: float | None = None
 
 

@@ -30,7 +30,7 @@ class Nvml:
         self._library = cast(Any, nvml.library())
         self._gpu = nvml.handle(device)
         if isinstance(self._gpu, str):
-            self.reasons = dict.fromkeys(("sm_clock_mhz", "throttled", "joules"), self._gpu)
+            self.reasons = dict.fromkeys(("sm_clock_mhz", "throttled", "power_capped", "joules"), self._gpu)
         self._energy = self._joules()
         self._now()
 
@@ -62,6 +62,10 @@ class Nvml:
                 library.nvmlClocksThrottleReasonGpuIdle | library.nvmlClocksThrottleReasonApplicationsClocksSetting
             )
             found["throttled"] = float(bool(int(causes) & ~harmless))
+            power = library.nvmlClocksThrottleReasonSwPowerCap | library.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
+            found["power_capped"] = float(bool(int(causes) & power))
+        elif "throttled" in self.reasons:
+            self.reasons.setdefault("power_capped", self.reasons["throttled"])
         return found
 
     def _ask(self, figure: str, call: Callable[[], Any]) -> float | None:

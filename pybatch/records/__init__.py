@@ -11,6 +11,8 @@ from pybatch.records.capacity import (
     CommunicationFit,
     Distributed,
     DistributedPoint,
+    StepLimit,
+    StepMode,
     ThroughputFit,
 )
 from pybatch.records.convergence import (
@@ -67,6 +69,8 @@ __all__ = [
     "RateSteps",
     "Reason",
     "Run",
+    "StepLimit",
+    "StepMode",
     "StepsFit",
     "ThroughputFit",
     "Verdict",

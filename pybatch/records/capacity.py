@@ -9,6 +9,8 @@ from typing import Literal
 from pybatch.records.subject import TOP, Ceilings, Device, Note, WorkloadInfo
 
 BatchStatus = Literal["ok", "oom", "predicted_oom", "skipped"]
+StepMode = Literal["eager", "compiled", "graph", "compiled, graph"]
+StepLimit = Literal["host", "launch", "memory", "tensor", "compute", "power"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,15 @@ class BatchPoint:
     throttled: bool | None = None
     samples: int = 0  # steps timed
     reason: str | None = None  # why status is not ok
+    burst_step_ms: float | None = None  # median of the first 100 steps after a rest; step_ms is the sustained one
+    eager_step_ms: float | None = None  # with CUDA graphs: the same step launched kernel by kernel
+    launch_overhead_ms: float | None = None  # eager_step_ms - step_ms
+    compile_s: float | None = None  # with torch.compile: not part of any step time
+    step_bytes: int | None = None  # read and written by the operators and the update, as if nothing stayed in caches
+    mbu_measured: float | None = None  # step_bytes / step time over ceilings.copy_bytes_per_s
+    power_capped: bool | None = None  # the power limit lowered the clock
+    bound_by: StepLimit | None = None  # what most limits this step
+    bound_why: str | None = None  # the figures behind bound_by, or why it is null
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,7 @@ class Capacity:
     model: ThroughputFit | None
     drift: float | None = None  # anchor batch at the end over the same at the start, minus 1
     complete: bool = True  # False: stopped before every batch asked for was measured
+    mode: StepMode = "eager"  # how the steps were run; memory and FLOPs are those of eager steps, but for "compiled"
     notes: tuple[Note, ...] = ()
     device: Device | None = field(default=None, metadata=TOP)
     ceilings: Ceilings | None = field(default=None, metadata=TOP)

@@ -10,7 +10,16 @@ from pybatch.report import branches, curves
 from pybatch.report.layout import Section, Table
 
 # Figures of the record that are not printed, and so need no explanation when they are null.
-_SEEN = {"batch", "status", "step_ms", "step_ms_low", "step_ms_high", "samples_per_s", "mfu_measured", "memory_bytes"}
+_SEEN = {
+    "batch",
+    "status",
+    "step_ms",
+    "step_ms_low",
+    "step_ms_high",
+    "samples_per_s",
+    "mfu_measured",
+    "memory_bytes",
+}
 _UNSEEN = {f"batches.{f.name}" for f in fields(BatchPoint) if f.name not in _SEEN} | {"ceilings.datasheet_flops"}
 
 _SOURCES = {"noise": "gradient noise", "branch": "branched runs", "sweep": "steps to target"}
@@ -64,7 +73,7 @@ def _capacity(capacity: Capacity) -> Section:
     unit = capacity.workload.unit if capacity.workload else "examples"
     ceiling = capacity.ceiling_samples_per_s
     table = Table(
-        heads=("batch", "step ms", "±", f"{unit}/s", "of ceiling", "MFU", "memory"),
+        heads=("batch", "step ms", "±", f"{unit}/s", "ceiling", "MFU", "memory", "bound"),
         rows=tuple(_row(point, ceiling) for point in capacity.batches),
     )
     fit, lines = capacity.model, []
@@ -90,9 +99,31 @@ def _capacity(capacity: Capacity) -> Section:
     if capacity.max_batch is not None:
         how = "a step of it ran" if capacity.max_batch_verified else "predicted, not run"
         lines.append(("largest fit", f"{n.count(capacity.max_batch)} ({how})"))
+    lines += _modes(capacity)
     if capacity.ceilings is not None:
         lines.append(("roofs", _roofs(capacity.ceilings)))
     return Section("Capacity", table, tuple(lines), notes=(*_left_out(capacity), *_notes(capacity.notes)))
+
+
+def _modes(capacity: Capacity) -> list[tuple[str, str]]:
+    """How steps were run where that was not eagerly, and the first steps after a rest."""
+    lines = []
+    timed = [p for p in capacity.batches if p.step_ms is not None]
+    bursts = [f"{n.number(p.burst_step_ms)} at {n.count(p.batch)}" for p in timed if p.burst_step_ms is not None]
+    if bursts:
+        lines.append(("burst", f"ms a step in the first 100 after a rest, by batch: {', '.join(bursts)}"))
+    if capacity.mode == "eager":
+        return lines
+    what: list[str] = [capacity.mode]
+    compiling = [p.compile_s for p in capacity.batches if p.compile_s is not None]
+    if compiling:
+        what.append(
+            f"compiling took {n.number(sum(compiling))} s for {len(compiling)} batch size{'s' * (len(compiling) > 1)}"
+        )
+    overheads = [p.launch_overhead_ms for p in timed if p.launch_overhead_ms is not None]
+    if overheads:
+        what.append(f"launching costs an eager step {n.number(min(overheads))} to {n.number(max(overheads))} ms")
+    return [*lines, ("steps", "; ".join(what))]
 
 
 def _left_out(capacity: Capacity) -> tuple[str, ...]:
@@ -111,7 +142,7 @@ def _roofs(roofs: Ceilings) -> str:
 
 def _row(point: BatchPoint, ceiling: float | None) -> tuple[str, ...]:
     if point.status != "ok":
-        return (n.count(point.batch), point.status.replace("_", " "), "", "", "", "", n.memory(point.memory_bytes))
+        return (n.count(point.batch), "", "", point.status.replace("_", " "), "", "", n.memory(point.memory_bytes), "")
     spread = None
     if point.step_ms_low is not None and point.step_ms_high is not None:
         spread = (point.step_ms_high - point.step_ms_low) / 2
@@ -124,6 +155,7 @@ def _row(point: BatchPoint, ceiling: float | None) -> tuple[str, ...]:
         n.share(share),
         n.share(point.mfu_measured),
         n.memory(point.memory_bytes),
+        point.bound_by or n.MISSING,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from pybatch.device.identity import DTYPES
 from pybatch.errors import UsageError, WorkloadError
 from pybatch.records import WorkloadInfo
 from pybatch.workloads.base import Split, Workload
+from pybatch.workloads.compiling import compiled
 
 
 def checked_dtype(name: str) -> torch.dtype:
@@ -46,6 +49,25 @@ class Session:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not self.parameters:
             raise self._error("model", "returned a model without a parameter to train")
+        self._runs = self.model  # what the losses of training go through
+
+    def compile(self) -> None:
+        """Have torch.compile compile the model for training, for each batch size anew; evaluation stays eager."""
+        self._runs = compiled(self.model)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the next loss goes through torch.compile."""
+        return self._runs is not self.model
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """In this context a compiled model runs eagerly, so that its operators can be counted."""
+        before, self._runs = self._runs, self.model
+        try:
+            yield
+        finally:
+            self._runs = before
 
     @property
     def info(self) -> WorkloadInfo:
@@ -104,7 +126,7 @@ class Session:
 
         Whether it is finite is left to `check_finite`, which synchronizes with the device.
         """
-        loss = self._loss(batch)
+        loss = self._loss(self._runs, batch)
         if not loss.requires_grad:
             raise self._error("loss", "returned a tensor without a gradient: it must depend on the model's parameters")
         return loss
@@ -114,7 +136,7 @@ class Session:
         """The loss of a batch in evaluation mode, without a gradient."""
         self.model.eval()
         try:
-            return self._loss(batch)
+            return self._loss(self.model, batch)
         finally:
             self.model.train()
 
@@ -138,9 +160,9 @@ class Session:
             raise self._error("loss", f"returned {value} {where}")
         return value
 
-    def _loss(self, batch: Any) -> torch.Tensor:
+    def _loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         with torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
-            loss = self._call("loss", self.model, batch)
+            loss = self._call("loss", model, batch)
         if not isinstance(loss, torch.Tensor):
             raise self._error("loss", f"returned {type(loss).__name__}, not a tensor")
         if loss.ndim or not loss.is_floating_point():  # shape (1,) too: at batch 1 it may be a loss per example

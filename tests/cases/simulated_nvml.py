@@ -27,6 +27,8 @@ class SimulatedNvml:
     NVML_GPM_METRIC_DRAM_BW_UTIL = 10
     nvmlClocksThrottleReasonGpuIdle = 1
     nvmlClocksThrottleReasonApplicationsClocksSetting = 2
+    nvmlClocksThrottleReasonSwPowerCap = 4
+    nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 128
 
     def __init__(self, gpm=True, refused=(), metric_codes=None, throttle=0):
         self.gpm, self.refused, self.metric_codes, self.throttle = gpm, set(refused), metric_codes or {}, throttle
