@@ -30,12 +30,15 @@ def bench(
     model: flags.Model = None,
     data: flags.Data = None,
     option: flags.Dials = None,
+    size: flags.Size = None,
     batch: Annotated[
         str | None, typer.Option(help="Batch sizes: '1,2,8', '16-4096*2', '16-64+16'. Default: chosen by measuring.")
     ] = None,
     gpu: flags.Gpu = None,
     cpu: flags.Cpu = False,
-    dtype: flags.Dtype = "fp32",
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, or bf16 (autocast over fp32 parameters). Default: bf16 for base on a GPU.")
+    ] = None,
     time_budget: Annotated[
         float | None, typer.Option(help="Seconds for all measurements together. Default: 70.")
     ] = None,
@@ -72,13 +75,14 @@ def bench(
         from pybatch.capacity.distributed import launched
         from pybatch.together import run_bench_together
 
+        used = dtype or ("bf16" if size == "base" and device.type == "cuda" else "fp32")
         if dry_run:
-            print(_plan(chosen, device, dtype, batches, budget, thorough))
+            print(_plan(chosen, device, used, batches, budget, thorough))
             raise typer.Exit(DONE)
         return (run_bench_together if launched() else run_bench)(
             chosen,
             device=device,
-            dtype=dtype,
+            dtype=used,
             batches=batches,
             time_budget=budget,
             thorough=thorough,
@@ -96,7 +100,8 @@ def bench(
         return tell_changes(before, run, conditions) if before is not None else DONE
 
     try:
-        measure(job, Shared(workload, model, data, option, gpu, cpu, dtype, seed, format_, output, quiet), then)
+        given = Shared(workload, model, data, option, gpu, cpu, dtype or "fp32", seed, format_, output, quiet, size)
+        measure(job, given, then)
     finally:
         if page is not None:
             page.discard()
