@@ -137,6 +137,11 @@ def counter_notes(
         for figure, reason in sorted(reasons.items())
         if any(getattr(p, figure) is None for p in timed)
     ]
+    notes += [
+        Note(f"batches.{figure}", origin)
+        for figure, origin in region.origins.items()
+        if any(getattr(p, figure) is not None for p in timed)
+    ]
     impossible = [p for p in timed if p.tensor_active is not None and (p.mfu_datasheet or 0) > 1.1 * p.tensor_active]
     if impossible:
         text = "more model FLOPs than the tensor cores were active for: a count is wrong, or other units did the work"

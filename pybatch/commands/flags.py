@@ -17,8 +17,8 @@ Dials = Annotated[
 Size = Annotated[
     str | None,
     typer.Option(
-        help="tiny or base: GPT-2 124M (text), ResNet-50 (images), a five-level U-Net (scenes). Default: tiny, on a GPU "
-        "too: a run ends in time and compares with a CPU's."
+        help="tiny or base: GPT-2 124M (text), ResNet-50 (images), a five-level U-Net (scenes). Default: tiny, on a "
+        "GPU too: a run ends in time and compares with a CPU's."
     ),
 ]
 Gpu = Annotated[int | None, typer.Option(help="Measure on this GPU. Default: GPU 0 if there is one.")]
