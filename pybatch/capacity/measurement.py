@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from pybatch.capacity import largest, summary
-from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, explore_doubling, explore_given
+from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, Look, explore_doubling, explore_given
 from pybatch.capacity.step import TrainingStep
 from pybatch.capacity.stopping import StoppingRule
 from pybatch.capacity.timing import Rounds, Series, unfinished
@@ -45,6 +45,8 @@ def measure_capacity(
     progress: Progress | None = None,
     on_point: Callable[[BatchPoint], None] | None = None,
     find_max_batch: bool = True,
+    earlier: Capacity | None = None,
+    on_partial: Callable[[Capacity], None] | None = None,
 ) -> Capacity:
     """Measure throughput against batch size, fit its ceiling, and find the largest batch that fits in memory.
 
@@ -61,6 +63,8 @@ def measure_capacity(
         progress: called with what is being done and the share done, 0..1.
         on_point: called with every batch size as soon as it is measured.
         find_max_batch: whether to look for the largest batch that fits, in a fresh process.
+        earlier: of the same measurement, cut before its end: what stands of it is not measured again.
+        on_partial: called with what has been found, without a fit, whenever a batch size has become steady.
 
     Raises:
         UsageError: batches or time budget that cannot work.
@@ -74,6 +78,9 @@ def measure_capacity(
         raise UsageError(f"time budget {time_budget!r} s: give more than 0.")
     place = resolve(device)
     run = _Measurement(workload, place, dtype, batches, time_budget, seed, clock_for(place), progress, on_point)
+    run.on_partial = on_partial
+    if earlier is not None:
+        run.take_over(earlier)
     try:
         run.measure(find_max_batch)
     except KeyboardInterrupt:
@@ -106,6 +113,9 @@ class _Measurement:
         self.untimed = OUT_OF_TIME  # why a batch size that runs has no times
         self.ceilings: Ceilings | None = None
         self.largest = largest.Largest(None, None)
+        self.on_partial: Callable[[Capacity], None] | None = None
+        self.kept: dict[int, BatchPoint] = {}  # of an earlier run
+        self.settled = False  # an earlier run found the range of batch sizes
         self.rounds: Rounds | None = None
         self.limit = largest.memory_limit(device)
         self.region = Region(device)
@@ -113,17 +123,36 @@ class _Measurement:
         self.session = Session(workload, device, dtype, seed)
         self.explorer = Explorer(TrainingStep(self.session), clock, memory, self.limit)
 
+    def take_over(self, earlier: Capacity) -> None:
+        """Let what stands of an earlier run count as measured."""
+        self.kept = {p.batch: p for p in earlier.standing}
+        self.settled = earlier.complete
+        if self.settled:
+            self.notes += [note for note in earlier.notes if note.figure == "batches"]
+        self.ceilings = earlier.ceilings
+        for n, p in self.kept.items():
+            step_s = p.step_ms / 1e3 if p.step_ms is not None else None
+            flops = None if p.model_flops is None else int(p.model_flops)
+            self.explorer.looks[n] = Look(n, p.status, p.reason, step_s, p.memory_bytes, flops)
+        if earlier.max_batch_verified:
+            notes = tuple(note for note in earlier.notes if note.figure.startswith("capacity.max_batch"))
+            self.largest = largest.Largest(earlier.max_batch, True, notes)
+
     def measure(self, find_max_batch: bool) -> None:
         """All stages, in order."""
         self._tell("first step")
         self.explorer.sanity(self.session.workload.reference_batch)
-        self._tell("ceilings of the device")
-        self.ceilings = measure_ceilings(self.device, self.dtype, min(3.0, _CEILINGS * self.budget))
+        if self.ceilings is None:
+            self._tell("ceilings of the device")
+            self.ceilings = measure_ceilings(self.device, self.dtype, min(3.0, _CEILINGS * self.budget))
         self._tell("looking for the range of batch sizes")
         self._explore()
+        self._save()
         end, reserve = self.started + self.budget, 0.0
         plan: largest.Plan | largest.Largest = largest.Largest(None, None, (_NOT_ASKED,))
-        if find_max_batch and self.explorer.working:
+        if self.largest.verified:
+            plan = self.largest
+        elif find_max_batch and self.explorer.working:
             plan = largest.plan_largest(self.explorer, self.limit, end)
             if isinstance(plan, largest.Plan):
                 needed = largest.needed_s(self.explorer, plan.candidate, self.limit) * _SPARE
@@ -137,9 +166,7 @@ class _Measurement:
 
     def capacity(self) -> Capacity:
         """The record of what has been found so far."""
-        looks = self.explorer.looks
-        wanted = sorted(set(looks if self.batches is None else self.batches))
-        points = [self._point(n) for n in wanted]
+        looks, points = self.explorer.looks, self._points()
         series = list(self.rounds.series.values()) if self.rounds is not None else []
         notes = [*self.notes, *self.largest.notes]
         partial = unfinished(series)
@@ -152,7 +179,7 @@ class _Measurement:
         notes += summary.counter_notes(self.region, points, self.ceilings, self.explorer)
         return summary.summarize(
             points,
-            {s.batch: s.blocks for s in series if s.seconds},
+            {s.batch: s.blocks for s in series if s.seconds} | {n: _blocks(p) for n, p in self.kept.items()},
             notes,
             device=describe(self.device),
             ceilings=self.ceilings,
@@ -163,8 +190,38 @@ class _Measurement:
             seed=self.seed,
         )
 
+    def _points(self) -> list[BatchPoint]:
+        wanted = set(self.explorer.looks if self.batches is None else self.batches)
+        return [self._point(n) for n in sorted(wanted | set(self.kept))]
+
+    def _save(self) -> None:
+        """Hand out what there is, for a caller who keeps it in case this process ends."""
+        if self.on_partial is not None:
+            self.on_partial(
+                Capacity(
+                    t0_ms=None,
+                    ceiling_samples_per_s=None,
+                    half_batch=None,
+                    saturation_batch=None,
+                    saturation_low=None,
+                    saturation_high=None,
+                    saturation_measured=None,
+                    max_batch=self.largest.batch,
+                    max_batch_verified=self.largest.verified,
+                    model=None,
+                    complete=False,
+                    notes=tuple(self.notes),
+                    device=describe(self.device),
+                    ceilings=self.ceilings,
+                    workload=self.session.info,
+                    batches=tuple(self._points()),
+                )
+            )
+
     def _explore(self) -> None:
         limit = _STEP * self.budget
+        if self.batches is None and self.settled:
+            return
         if self.batches is None:
             ended = explore_doubling(self.explorer, self._until(_EXPLORE), limit, self._until(_EXPLORE_GIVEN))
             self.notes.append(Note("batches", f"doubled from 1 on; {ended}"))
@@ -176,8 +233,13 @@ class _Measurement:
         wanted = {look.batch: look.step_s for look in explorer.working if look.step_s is not None}
         if self.batches is not None:
             wanted = {n: seconds for n, seconds in wanted.items() if n in self.batches}
+        timed = sorted(n for n, p in self.kept.items() if p.status == "ok")
+        control = timed[len(timed) // 2] if timed else None
+        wanted = {n: seconds for n, seconds in wanted.items() if n not in self.kept}
         if not wanted:
             return
+        if control is not None:
+            wanted[control] = explorer.looks[control].step_s or 0.0
         share = max(1.0, 1.5 * (deadline - self.clock.now()) / len(wanted))
         rule = StoppingRule(max_seconds=share)
         others = OtherLoad()
@@ -187,14 +249,26 @@ class _Measurement:
         if (busy := others.cores()) is not None and self.device.type == "cpu" and busy > _DISTURBED * usable_cores():
             text = f"other processes kept {busy:.1f} cores busy meanwhile: times are those of a disturbed machine"
             self.notes.append(Note("batches.step_ms", text))
+        if control is not None:
+            self._compare(self.rounds.series.pop(control))
         for series in self.rounds.series.values():
             if series.seconds:
                 explorer.timed(series.batch, series.median.value)
             if series.seconds and series.stopped is None and self.on_point is not None:
                 self.on_point(self._point(series.batch))
 
+    def _compare(self, again: Series) -> None:
+        """Say how a kept batch size, timed again, compares with what an earlier run found."""
+        before = self.kept[again.batch].step_ms
+        if again.seconds and before is not None:
+            change = 1e3 * again.median.value / before - 1
+            text = f"batch {again.batch}, which an earlier run had timed, was timed again: {change:+.1%}"
+            self.notes.append(Note("batches.step_ms", text))
+
     def _visited(self, series: Series) -> None:
         assert self.rounds is not None
+        if series.stopped is not None:
+            self._save()
         every = self.rounds.series.values()
         done = sum(s.stopped is not None for s in every)
         self._tell(f"batch {series.batch}: {done} of {len(every)} batch sizes steady")
@@ -202,6 +276,8 @@ class _Measurement:
             self.on_point(self._point(series.batch))
 
     def _point(self, n: int) -> BatchPoint:
+        if n in self.kept:
+            return self.kept[n]
         series = self.rounds.series.get(n) if self.rounds is not None else None
         return summary.point(self.explorer.looks.get(n), n, series, self.ceilings, self.untimed)
 
@@ -212,3 +288,8 @@ class _Measurement:
 
     def _tell(self, text: str) -> None:
         self.progress(text, min(1.0, (self.clock.now() - self.started) / self.budget))
+
+
+def _blocks(point: BatchPoint) -> list[float]:
+    """Seconds of a kept batch size that the fit resamples."""
+    return [block / 1e3 for block in point.blocks_ms or (point.step_ms,) if block is not None]

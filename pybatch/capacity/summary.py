@@ -55,6 +55,8 @@ def point(
         joules_per_sample=None if joules is None else joules / (n * len(series.seconds)),
         throttled=None if throttled is None else throttled > 0,
         samples=len(series.seconds),
+        blocks_ms=tuple(float(f"{1e3 * block:.6g}") for block in series.blocks),
+        steady=series.stopped is not None,
         **read,
     )
 

@@ -10,6 +10,7 @@ import typer
 
 from pybatch.commands import flags
 from pybatch.commands.measuring import BUDGET, DONE, Shared, check_budget, measure, typed
+from pybatch.commands.partial import partial_record
 from pybatch.commands.saved import read_run, tell_changes
 from pybatch.comparison import parse_condition
 from pybatch.errors import UsageError
@@ -46,6 +47,10 @@ def bench(
         bool, typer.Option("--thorough", help="Take the critical batch from short branched runs, not from noise alone.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A time budget of 25 s: wide intervals.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in -o RUN.json that was cut: only what is missing runs."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report here as well: one HTML page.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Then compare with this saved run.")] = None,
@@ -68,6 +73,8 @@ def bench(
     budget = THOROUGH_BUDGET if thorough else QUICK_BUDGET if quick else BUDGET
     budget = time_budget if time_budget is not None else budget
     check_budget(budget)
+    partial = partial_record(output, format_, resume)
+    earlier = partial.earlier() if partial is not None and resume else None
     page = Output(html) if html is not None else None  # not writable: said now, not after measuring
 
     def job(chosen: Workload, device: torch.device, progress: Progress) -> Run | None:
@@ -78,6 +85,8 @@ def bench(
         used = dtype or ("bf16" if size == "base" and device.type == "cuda" else "fp32")
         if dry_run:
             print(_plan(chosen, device, used, batches, budget, thorough))
+            if earlier is not None:
+                print(f"continues {output}, begun {earlier.created}")
             raise typer.Exit(DONE)
         return (run_bench_together if launched() else run_bench)(
             chosen,
@@ -89,9 +98,13 @@ def bench(
             seed=seed,
             command=typed(),
             progress=progress,
+            earlier=earlier,
+            on_partial=partial.write if partial is not None else None,
         )
 
     def then(run: Run) -> int:
+        if partial is not None:
+            partial.discard()
         if html is not None:
             from pybatch.report.page import write_report
 

@@ -40,13 +40,7 @@ class Counter(Protocol):
         """End it: what was read over these seconds, by the name of `Reading`'s field. Never raises."""
 
 
-class Source(Counter, Protocol):
-    """A counter of a GPU's utilization; `figures` are those it can give at best."""
-
-    name: str
-    figures: tuple[str, ...]
-
-
+Source = Gpm | PmSampling | Kineto  # of a GPU's utilization: counters with a name, and the figures they give at best
 _SOURCES: tuple[type[Source], ...] = (Gpm, PmSampling, Kineto)  # the most trusted first
 
 

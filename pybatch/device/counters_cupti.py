@@ -96,7 +96,7 @@ class PmSampling:
 
     def _add_figures(self, mode: Any, interval: int) -> dict[str, str]:
         """Take on figure after figure; gives the reasons of those that cannot be had beside the ones before."""
-        refused = {}
+        refused: dict[str, str] = {}
         for figure, choices in _CANDIDATES.items():
             for choice in choices:
                 wanted = {**self._metrics, figure: tuple(name + _PERCENT for name in choice)}

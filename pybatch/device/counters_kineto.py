@@ -33,7 +33,7 @@ class Kineto:
     def __init__(self, device: torch.device) -> None:
         self.reasons: dict[str, str] = dict.fromkeys(("tensor_active", "dram_active"), _BLIND)
         self._device = device
-        if torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
+        if torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():  # type: ignore[no-untyped-call]
             self._fail("this torch's profiler cannot trace kernels (built without CUPTI)")
 
     def start(self) -> None:
