@@ -133,13 +133,12 @@ class Check:
     def tests(self) -> Outcome:
         """The tests marked gpu."""
         report = self.output / "tests.xml"
-        command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        which = ["-m", "gpu"] if self.device is not None else ["-m", "not gpu", "-k", "test_plan"]
+        command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), *which, "-q", "-p", "no:cacheprovider"]
         command += ["-o", "filterwarnings=default"]  # a warning of this machine's torch says nothing of pybatch
         command += ["--continue-on-collection-errors"]  # a file that needs a library that is not here
         if find_spec("xdist") is not None:  # most of the time is Triton compiling
             command += ["-n", str(min(8, os.cpu_count() or 1))]
-        if self.device is None:
-            command += ["-k", "test_plan"]
         status, log, seconds = self.run("tests", [*command, f"--junitxml={report}", f"--rootdir={ROOT}"], 240)
         return Outcome("tests", status, seconds, log[-TAIL:], {"closing_line": log.strip().rpartition("\n")[2]})
 

@@ -27,9 +27,7 @@ _CEILINGS = 0.07  # of the time budget
 # Of what is then left of it:
 _EXPLORE = 0.30
 _EXPLORE_GIVEN = 0.60  # batches that were asked for, and the fewest a fit needs, come before precision
-_LARGEST = 0.50  # at most, for the largest batch
 _STEP = 1 / 60  # of the time budget; a step that takes more of it leaves no room for ten at every batch size
-_SPARE = 1.2  # the largest batch is estimated from small ones
 _DISTURBED = 0.1  # of the usable cores, kept busy by others, that a reader should hear of
 _NOT_ASKED = Note("capacity.max_batch", "not asked for")
 
@@ -155,9 +153,7 @@ class _Measurement:
         elif find_max_batch and self.explorer.working:
             plan = largest.plan_largest(self.explorer, self.limit, end)
             if isinstance(plan, largest.Plan):
-                needed = largest.needed_s(self.explorer, plan.candidate, self.limit) * _SPARE
-                # Time that would not suffice for the largest batch is better spent on the others.
-                reserve = needed if needed <= _LARGEST * (end - self.clock.now()) else 0.0
+                reserve = largest.reserve_s(self.explorer, plan, self.limit, end - self.clock.now())
         self._time(end - reserve)
         if isinstance(plan, largest.Plan):
             self._tell("largest batch that fits")
