@@ -1,12 +1,14 @@
 """Everything that needs a GPU, in one command of under ten minutes: build, tests, sanitizer, kernels, `pybatch bench`.
 
-    python bench/gpu_check.py [--device 0] [--output DIR] [--only STAGE[,STAGE]]
+    python bench/gpu_check.py [--device 0] [--output DIR] [--only STAGE[,STAGE]] [--seconds 570] [--site DIR] [--cpu]
 
-Needs no registry: only python3 with torch, triton, numpy, scipy, scikit-learn, rich, typer, psutil, nvidia-ml-py,
-pytest, scikit-build-core, pybind11, cmake and ninja, and nvcc on PATH. pybatch is installed beside, for the device's
-own architecture alone, into a folder that is removed afterwards. Each stage is a process of its own with a time limit,
-so one that hangs or crashes costs its own result only. DIR gets `gpu_check.json` (the summary), the log of each stage,
-and the figures to commit as `bench/results/<device>.json`. Exit status 1 where a stage failed.
+Needs no registry: only python3 with torch, triton, numpy, scipy, scikit-learn, rich, typer, psutil, threadpoolctl,
+nvidia-ml-py, pytest, pytest-benchmark, hypothesis, scikit-build-core, pybind11, cmake and ninja, and nvcc on PATH.
+pybatch is installed beside, for the device's own architecture alone; with --site it stays there for a second call.
+Each stage is a process of its own with a time limit, so one that hangs or crashes costs its own result only; a stage
+that no longer fits before --seconds are over is skipped. DIR gets two files, rewritten after every stage:
+`gpu_check.json`, the summary with every stage's figures, and `gpu_check.tar.gz`, the logs and figures as files. Exit
+status 1 where a stage failed. --cpu tries this script itself where there is no GPU.
 """
 
 from __future__ import annotations
@@ -18,15 +20,33 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL = 3000  # characters of a stage's log kept in the summary
+LEAST_S = 15.0  # a stage that is given less shows nothing
+# What matters most comes first, in case the time or the machine goes; stages not named here come last.
+ORDER = (
+    "build",
+    "doctor",
+    "tests",
+    "step",
+    "counters",
+    "bench_text_size_base",
+    "bench_digits",
+    "roofs",
+    "sanitizer_memcheck",
+    "bench_digits_size_base",
+    "bench_scenes_size_base",
+)
 
 
 @dataclass
@@ -41,19 +61,34 @@ class Outcome:
 
 
 class Check:
-    """The stages on one device; every command runs with the freshly built pybatch on its path."""
+    """The stages on one device; every command runs with the freshly built pybatch on its path.
 
-    def __init__(self, device: int, output: Path, site: Path) -> None:
+    Args:
+        device: index of the GPU as torch numbers it; None: this CPU.
+        output: folder of the stages' logs and figures.
+        site: where pybatch is installed.
+        seconds: after which nothing runs any more.
+    """
+
+    def __init__(self, device: int | None, output: Path, site: Path, seconds: float) -> None:
         self.device, self.output, self.site = device, output, site
+        self.end = time.monotonic() + seconds
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range((device or 0) + 1)))
+        paths = [str(site), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
         self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(site), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
-            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", str(device)),
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "CUDA_VISIBLE_DEVICES": "" if device is None else visible.split(",")[device],  # the stages' GPU 0
             "PYTHONUNBUFFERED": "1",
         }
 
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
     def run(self, stage: str, command: Sequence[str], limit: float, **environment: str) -> tuple[str, str, float]:
         """(status, log, seconds); the log is also written to the output folder."""
-        start = time.monotonic()
+        start, limit = time.monotonic(), max(1.0, min(limit, self.left))
         with (self.output / f"{stage}.log").open("w+", encoding="utf-8", errors="replace") as log:
             process = subprocess.Popen(
                 command,
@@ -78,19 +113,33 @@ class Check:
         """Install for this device's architecture, without a registry."""
         import torch
 
-        major, minor = torch.cuda.get_device_capability(self.device)
+        if (self.site / "pybatch").is_dir():
+            return Outcome("build", "ok", 0.0, f"kept from an earlier call in {self.site}")
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--target"]
+        if self.device is None:
+            status, log, seconds = self.run("build", [*pip, str(self.site), str(ROOT)], 240, PYBATCH_CUDA="off")
+            return Outcome("build", status, seconds, log[-TAIL:], {"architecture": "none"})
+        major, minor = torch.cuda.get_device_capability(self.device)
         status, log, seconds = self.run(
             "build", [*pip, str(self.site), str(ROOT)], 240, PYBATCH_CUDA="on", CUDAARCHS=f"{major}{minor}-real"
         )
         return Outcome("build", status, seconds, log[-TAIL:], {"architecture": f"sm_{major}{minor}"})
 
+    def doctor(self) -> Outcome:
+        """What is compiled, and which counters can be read here."""
+        status, log, seconds = self.run("doctor", [sys.executable, "-m", "pybatch", "doctor"], 60)
+        return Outcome("doctor", status, seconds, log[-2 * TAIL :])
+
     def tests(self) -> Outcome:
         """The tests marked gpu."""
         report = self.output / "tests.xml"
-        command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        which = ["-m", "gpu"] if self.device is not None else ["-m", "not gpu", "-k", "test_plan"]
+        command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), *which, "-q", "-p", "no:cacheprovider"]
         command += ["-o", "filterwarnings=default"]  # a warning of this machine's torch says nothing of pybatch
-        status, log, seconds = self.run("tests", [*command, f"--junitxml={report}", f"--rootdir={ROOT}"], 180)
+        command += ["--continue-on-collection-errors"]  # a file that needs a library that is not here
+        if find_spec("xdist") is not None:  # most of the time is Triton compiling
+            command += ["-n", str(min(8, os.cpu_count() or 1))]
+        status, log, seconds = self.run("tests", [*command, f"--junitxml={report}", f"--rootdir={ROOT}"], 240)
         return Outcome("tests", status, seconds, log[-TAIL:], {"closing_line": log.strip().rpartition("\n")[2]})
 
     def sanitizer(self, tool: str) -> Outcome:
@@ -107,7 +156,8 @@ class Check:
         if not (ROOT / "bench" / f"{name}.py").exists():
             return Outcome(name, "skipped", 0.0, f"there is no bench/{name}.py")
         figures = self.output / f"{name}.json"
-        command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--device", "cuda", "--output", str(figures)]
+        place = "cpu" if self.device is None else "cuda"
+        command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--device", place, "--output", str(figures)]
         status, log, seconds = self.run(name, [*command, *arguments], limit)
         return Outcome(name, status, seconds, log[-TAIL:], _loaded(figures))
 
@@ -128,11 +178,13 @@ class Check:
             dtype,
             *flags,
         ]
-        status, log, seconds = self.run(stage, [*command, "--time-budget", "45", "-o", str(figures)], 90)
+        if self.device is None:
+            command = [part for part in command if part not in ("--gpu", "0")] + ["--cpu", "--batch", "1,2,4"]
+        status, log, seconds = self.run(stage, [*command, "--time-budget", "40", "-o", str(figures)], 90)
         return Outcome(stage, status, seconds, log[-TAIL:], _loaded(figures))
 
     def stages(self) -> dict[str, Callable[[], Outcome]]:
-        """Every stage by name; the first ones matter most, in case the machine is taken away."""
+        """Every stage by name."""
         return {
             "build": self.build,
             "tests": self.tests,
@@ -147,7 +199,32 @@ class Check:
             "sanitizer_racecheck": lambda: self.sanitizer("racecheck"),
             "per_example": lambda: self.script("per_example", 60),
             "noise": lambda: self.script("noise", 60),
+            "doctor": self.doctor,
+            "counters": lambda: self.script("counters", 90),
+            "bench_text_size_base": lambda: self.bench("text", "bf16", "--size", "base"),
+            "bench_digits_size_base": lambda: self.bench("digits", "bf16", "--size", "base"),
+            "bench_scenes_size_base": lambda: self.bench("scenes", "bf16", "--size", "base"),
         }
+
+    def ordered(self, only: str | None) -> list[str]:
+        """Names of the stages to run; raises ValueError for one that does not exist."""
+        known = self.stages()
+        if only is None:
+            return [name for name in ORDER if name in known] + [name for name in known if name not in ORDER]
+        asked = [name.strip() for name in only.split(",")]
+        if unknown := [name for name in asked if name not in known]:
+            raise ValueError(f"no stage {', '.join(unknown)}. There are: {', '.join(known)}.")
+        return ["build", *(name for name in asked if name != "build")]
+
+    def outcome(self, name: str) -> Outcome:
+        """Run a stage, whatever happens in it."""
+        if name != "build" and self.left < LEAST_S:
+            return Outcome(name, "skipped", 0.0, "no time was left for it; name it with --only in a call of its own")
+        start = time.monotonic()
+        try:
+            return self.stages()[name]()
+        except Exception:  # of this script, not of the stage's process: the other stages still count
+            return Outcome(name, "failed", time.monotonic() - start, traceback.format_exc()[-TAIL:])
 
 
 def _loaded(path: Path) -> dict[str, Any]:
@@ -158,56 +235,68 @@ def _loaded(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _environment(device: int) -> dict[str, Any]:
+def _environment(device: int | None) -> dict[str, Any]:
     import torch
 
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
+    if device is None:
+        return {"device": "cpu"} | found
     query = ["nvidia-smi", f"--id={device}", "--format=csv,noheader", "--query-gpu=name,driver_version,clocks.sm"]
     try:
         smi = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout.strip()
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         smi = ""
-    return {
-        "device": torch.cuda.get_device_name(device),
-        "nvidia_smi": smi or None,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": sys.version.split()[0],
-    }
+    return {"device": torch.cuda.get_device_name(device), "nvidia_smi": smi or None} | found
+
+
+def check(stages: Sequence[str], checks: Check, environment: dict[str, Any], output: Path) -> list[Outcome]:
+    """Run the stages, print a line for each, and write both files after each; nothing runs after a failed build."""
+    outcomes: list[Outcome] = []
+    for name in stages:
+        last = checks.outcome(name)
+        outcomes.append(last)
+        print(f"{last.stage:26} {last.status:8} {last.seconds:6.1f} s", flush=True)
+        summary = {"environment": environment, "stages": [asdict(outcome) for outcome in outcomes]}
+        (output / "gpu_check.json").write_text(json.dumps(summary, indent=2) + "\n")
+        with tarfile.open(output / "gpu_check.tar.gz", "w:gz") as archive:
+            archive.add(checks.output, "gpu_check")
+        if name == "build" and last.status != "ok":
+            break
+    return outcomes
 
 
 def main() -> int:
     """Run the stages and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=int, default=0, help="index of the GPU")
-    parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="folder for logs and figures")
-    parser.add_argument("--only", help="stages to run, comma-separated; build is always run")
+    parser.add_argument("--cpu", action="store_true", help="try this script without a GPU")
+    parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="folder for the two files")
+    parser.add_argument("--only", help="stages to run, comma-separated, in this order; build is always run")
+    parser.add_argument("--seconds", type=float, default=570.0, help="for everything")
+    parser.add_argument("--site", type=Path, help="install pybatch here, and keep it for the next call")
+    parser.add_argument("--dry-run", action="store_true", help="say which stages would run")
     arguments = parser.parse_args()
     try:
         import torch
     except ImportError:
         parser.exit(2, "gpu_check: torch is not installed for this python. Install it first.\n")
-    if not torch.cuda.is_available() or arguments.device >= torch.cuda.device_count():
-        parser.exit(2, f"gpu_check: torch sees no GPU {arguments.device}; this check needs one.\n")
-    output: Path = arguments.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    outcomes: list[Outcome] = []
-    environment = _environment(arguments.device)
-    with tempfile.TemporaryDirectory(prefix="pybatch-gpu-check-") as site:
-        stages = Check(arguments.device, output, Path(site)).stages()
-        wanted = set(arguments.only.split(",")) | {"build"} if arguments.only else set(stages)
-        if unknown := wanted - set(stages):
-            parser.exit(2, f"gpu_check: no stage {', '.join(sorted(unknown))}. There are: {', '.join(stages)}.\n")
-        for name, stage in stages.items():
-            if name not in wanted:
-                continue
-            outcomes.append(stage())
-            last = outcomes[-1]
-            print(f"{last.stage:22} {last.status:8} {last.seconds:6.1f} s", flush=True)
-            # Written after every stage: what was measured stays if the machine does not.
-            summary = {"environment": environment, "stages": [asdict(outcome) for outcome in outcomes]}
-            (output / "gpu_check.json").write_text(json.dumps(summary, indent=2) + "\n")
-            if name == "build" and last.status != "ok":
-                break
+    if not arguments.cpu and not 0 <= arguments.device < torch.cuda.device_count():
+        parser.exit(2, f"gpu_check: torch sees no GPU {arguments.device}; this check needs one. See --cpu.\n")
+    device = None if arguments.cpu else arguments.device
+    with tempfile.TemporaryDirectory(prefix="pybatch-gpu-check-") as folder:
+        site = (arguments.site or Path(folder) / "site").resolve()
+        checks = Check(device, Path(folder) / "stages", site, arguments.seconds)
+        try:
+            stages = checks.ordered(arguments.only)
+        except ValueError as error:
+            parser.exit(2, f"gpu_check: {error}\n")
+        if arguments.dry_run:
+            print("\n".join(stages))
+            return 0
+        output: Path = arguments.output.resolve()
+        for needed in (output, checks.output):
+            needed.mkdir(parents=True, exist_ok=True)
+        outcomes = check(stages, checks, _environment(device), output)
     for outcome in outcomes:
         if outcome.status in ("failed", "timeout"):
             print(f"\n--- {outcome.stage} ({outcome.status}), end of its log ---\n{outcome.detail}")

@@ -8,16 +8,18 @@ from datetime import UTC, datetime
 
 import torch
 
+from pybatch import continuation
 from pybatch.capacity.measurement import measure_capacity
 from pybatch.convergence.branch import measure_branches
 from pybatch.device.environment import capture
-from pybatch.device.identity import resolve
+from pybatch.device.identity import describe, resolve
 from pybatch.errors import Interrupted, PybatchError
 from pybatch.noise.estimator import MIN_BLOCKS
 from pybatch.noise.micro_batch import measure_noise
 from pybatch.records import Capacity, Convergence, NoiseScale, Note, Run
 from pybatch.verdict import compare
 from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.session import Session
 
 _SHARES = (0.75, 0.25)  # of the time budget: capacity, noise
 _THOROUGH_SHARES = (0.4, 0.15)  # the branches get what is left
@@ -37,6 +39,8 @@ def run_bench(
     graph: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    earlier: Run | None = None,
+    on_partial: Callable[[Run], None] | None = None,
 ) -> Run:
     """Measure capacity and noise of a workload on a device and compare them.
 
@@ -51,18 +55,31 @@ def run_bench(
         compile, graph: time compiled steps, or CUDA-graph replays; see `measure_capacity`. Noise is taken eagerly.
         command: what the user typed, for the record.
         progress: called with (what is being done, share done).
+        earlier: a record of the same run that was cut: what stands of it is not measured again.
+        on_partial: called with the record so far whenever it has grown, for a caller who keeps it.
 
     Returns:
         The whole record. `complete` is False where a part is missing; a note says why.
 
     Raises:
+        UsageError: `earlier` is of another workload, device, dtype, seed or version.
         Interrupted: on Ctrl-C, with the run so far in `.partial`.
         WorkloadError: where the workload fails before anything was measured.
     """
     start = time.monotonic()
     place = resolve(device)
     environment = capture(seed=seed, command=command)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    created = now = datetime.now(UTC).isoformat(timespec="seconds")
+    if earlier is not None:
+        info = Session(workload, place, dtype, seed).info
+        continuation.check_same(earlier, info, describe(place), environment)
+        created = earlier.created
+    past = continuation.notes(earlier, now)
+
+    def save(capacity: Capacity | None, noise: NoiseScale | None, steps: Convergence | None) -> None:
+        if on_partial is not None:
+            cut = Note("run", "cut: this is what was saved while it ran")
+            on_partial(Run(created, environment, capacity, noise, steps, None, False, (*past, cut)))
 
     def finish(
         capacity: Capacity | None, noise: NoiseScale | None, steps: Convergence | None, notes: tuple[Note, ...] = ()
@@ -72,11 +89,12 @@ def run_bench(
             lacking += (Note("branches", f"cut short by the time budget of {time_budget:g} s; raise --time-budget"),)
         notes = notes + lacking
         verdict = compare(capacity, noise, steps) if capacity is not None else None
-        return Run(created, environment, capacity, noise, steps, verdict, not notes, notes)
+        return Run(created, environment, capacity, noise, steps, verdict, not notes, past + notes)
 
     shares = _THOROUGH_SHARES if thorough else _SHARES
     interrupted = (Note("run", _INTERRUPTED),)
-    capacity = noise = steps = None
+    capacity = None
+    noise, steps = continuation.standing_noise(earlier), continuation.standing_branches(earlier)
     try:
         capacity = measure_capacity(
             workload,
@@ -88,21 +106,26 @@ def run_bench(
             compile=compile,
             graph=graph,
             progress=_staged(progress, "capacity", 0.0, shares[0]),
+            earlier=earlier.capacity if earlier is not None else None,
+            on_partial=lambda partial: save(partial, noise, steps),
         )
+        save(capacity, noise, steps)
         left = time_budget - (time.monotonic() - start)
         if left <= 0:
-            return finish(capacity, None, None)
-        noise = measure_noise(
-            workload,
-            device=place,
-            dtype=dtype,
-            seed=seed,
-            time_budget=left * shares[1] / (1 - shares[0]),
-            layers=True,
-            progress=_staged(progress, "noise", shares[0], shares[0] + shares[1]),
-        )
+            return finish(capacity, noise, steps)
+        if noise is None:
+            noise = measure_noise(
+                workload,
+                device=place,
+                dtype=dtype,
+                seed=seed,
+                time_budget=left * shares[1] / (1 - shares[0]),
+                layers=True,
+                progress=_staged(progress, "noise", shares[0], shares[0] + shares[1]),
+            )
+            save(capacity, noise, steps)
         left = time_budget - (time.monotonic() - start)
-        if thorough and left > 0:
+        if thorough and steps is None and left > 0:
             steps = measure_branches(
                 workload,
                 device=place,
@@ -125,7 +148,7 @@ def run_bench(
     except PybatchError as error:
         if capacity is None:
             raise
-        return finish(capacity, noise, None, (Note("noise" if noise is None else "branches", str(error)),))
+        return finish(capacity, noise, steps, (Note("noise" if noise is None else "branches", str(error)),))
     return finish(capacity, noise, steps)
 
 
@@ -157,7 +180,7 @@ def _lacking(capacity: Capacity | None, noise: NoiseScale | None, budget: float,
         found.append(Note("batches", remedy))
     elif capacity.model is None and not given:
         found.append(Note("capacity.model", f"too few batch sizes ran for a fit {maybe}"))
-    if noise is None or noise.steps < MIN_BLOCKS:
+    if not continuation.enough(noise):
         found.append(Note("noise", f"under {MIN_BLOCKS} pairs of gradient norms were measured {maybe}"))
     return tuple(found)
 

@@ -8,7 +8,7 @@ import torch
 from threadpoolctl import threadpool_info
 
 from pybatch import numerals, ops, optim, scaling
-from pybatch.device.counters import readable
+from pybatch.device.counters import Region, readable
 from pybatch.device.environment import capture
 from pybatch.device.identity import describe, resolve
 from pybatch.errors import DeviceError
@@ -25,7 +25,7 @@ def examine() -> Findings:
         ("Devices", _devices()),
         ("Compiled core", _core()),
         ("Backends of the optimizers", _backends(device)),
-        (f"Counters on {device}", [(name, why or "readable") for name, why in readable(device).items()]),
+        (f"Counters on {device}", _counters(device)),
     ]
 
 
@@ -66,6 +66,16 @@ def _core() -> list[tuple[str, str]]:
 
 def _backends(device: torch.device) -> list[tuple[str, str]]:
     return [(name, ops.why_not(name, device) or f"works on {device}") for name in ops.BACKENDS]
+
+
+def _counters(device: torch.device) -> list[tuple[str, str]]:
+    """Each figure, and which source of a GPU's utilization is used, and why none of the better ones."""
+    region = Region(device)
+    origins = region.origins
+    rows = [(name, why or origins.get(name, "readable")) for name, why in readable(region).items()]
+    if device.type == "cpu":
+        return rows
+    return [("utilization by", region.source.name if region.source is not None else "nothing"), *rows]
 
 
 def catalogue() -> Findings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -118,6 +119,51 @@ def test_a_step_of_more_than_ten_seconds_is_not_run() -> None:
     assert (result.verified, process.tried) == (False, [])
 
 
+class Measured(Process):
+    """A fresh process that reports a peak of 1 MB + `per_example` bytes, and remembers what ran in it."""
+
+    def __init__(self, per_example: float, status: Literal["ok", "oom"] = "ok") -> None:
+        super().__init__(10**9)
+        self.per_example, self.status = per_example, status
+
+    def __call__(self, request: Request, timeout_s: float) -> Outcome:
+        super().__call__(request, timeout_s)
+        peak = int(1 * MB + self.per_example * request.batch)
+        return Outcome(self.status, 3, peak if self.status == "ok" else None, reason="MemoryError")
+
+
+@pytest.mark.parametrize(("per_example", "says"), [(10_000.0, "+0.0% against"), (12_000.0, "against the prediction")])
+def test_where_the_largest_takes_too_long_a_smaller_one_checks_the_prediction(per_example: float, says: str) -> None:
+    found, process = explorer(step_s=0.002), Measured(per_example)  # 19 s for the largest, 9.7 s for half of it
+    plan = plan_of(found, 101 * MB)
+    result = verify_largest(found, plan, 101 * MB, found.clock.now() + 12.0, process)
+    assert (result.batch, result.verified) == (plan.candidate, False)
+    (tried,) = process.tried
+    assert 2 * 512 <= tried <= plan.candidate // 2
+    assert found.predicted_s(tried) < 12 - 5
+    assert f"batch {tried} ran in a fresh process" in result.notes[-1].text
+    assert says in result.notes[-1].text
+    if per_example > 10_000:
+        assert "+1" in result.notes[-1].text  # about a fifth more than predicted
+
+
+def test_a_smaller_one_that_does_not_run_is_told() -> None:
+    found = explorer(step_s=0.002)
+    plan = plan_of(found, 101 * MB)
+    result = verify_largest(found, plan, 101 * MB, found.clock.now() + 12.0, Measured(10_000, "oom"))
+    assert "to check the prediction, did not run in a fresh process (MemoryError)" in result.notes[-1].text
+
+
+@pytest.mark.parametrize(
+    ("step_s", "left", "share"),
+    [(1e-5, 40.0, (0.1, 0.5)), (0.002, 40.0, (0.25, 0.25)), (0.002, 12.0, (0.0, 0.0)), (1e-5, 8.0, (0.0, 0.0))],
+)
+def test_time_is_set_aside_only_where_it_suffices(step_s: float, left: float, share: tuple[float, float]) -> None:
+    found = explorer(step_s=step_s)
+    reserved = largest.reserve_s(found, plan_of(found, 101 * MB), 101 * MB, left)
+    assert share[0] * left <= reserved <= share[1] * left
+
+
 def test_memory_that_does_not_grow_gives_no_number() -> None:
     found = explorer(per_example=0.0)
     found.look = lambda n: Look(n, "skipped")  # type: ignore[method-assign, assignment]
@@ -168,6 +214,17 @@ def test_an_overshoot_is_an_error_in_the_child_and_not_a_machine_out_of_memory()
     outcome = largest.run_probe(request(Wide(), 100_000, 300 * MB), 60)
     assert outcome.status == "oom"
     assert "memory" in (outcome.reason or "").lower()
+
+
+def test_a_prediction_that_runs_out_of_memory_ends_in_a_verified_batch_and_a_living_parent() -> None:
+    """The real thing: an example takes about 8 kB, the line says 5 kB, and the address space ends at 300 MB."""
+    found = explorer(per_example=5_000)
+    plan = plan_of(found, 300 * MB)
+    result = verify_largest(found, plan, 300 * MB, found.clock.now() + 120)
+    assert result.verified
+    assert result.batch is not None
+    assert 512 < result.batch < plan.candidate
+    assert "ran in a fresh process" in result.notes[-1].text
 
 
 def test_a_child_that_takes_too_long_is_stopped() -> None:

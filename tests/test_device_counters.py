@@ -64,7 +64,7 @@ def test_energy_is_summed_and_withheld_below_five_seconds():
 
 
 def test_every_counter_figure_is_readable_or_has_a_reason():
-    found = counters.readable(CPU)
+    found = counters.readable(counters.Region(CPU))
     assert set(found) == set(counters.FIGURES)
     assert found["cpu_active"] is None
     assert all(found[figure] for figure in counters.GPU_FIGURES)
@@ -75,7 +75,7 @@ def test_rapl_energy_is_read_in_joules(monkeypatch, tmp_path):
     domain.mkdir()
     (domain / "energy_uj").write_text("1000000\n")
     monkeypatch.setattr(counters_cpu, "RAPL_FOLDER", tmp_path)
-    assert counters.readable(CPU)["joules_per_sample"] is None
+    assert counters.readable(counters.Region(CPU))["joules_per_sample"] is None
     region = counters.Region(CPU)
     region.start()
     (domain / "energy_uj").write_text("3500000\n")

@@ -36,6 +36,7 @@ FLOORS = {
     "pybatch.noise": 3,
     "pybatch.capacity": 3,
     "pybatch.convergence": 3,
+    "pybatch.continuation": 3,
     "pybatch.bench": 4,
     "pybatch.together": 4.2,
     "pybatch.doctor": 4,

@@ -44,7 +44,7 @@ def test_batches_follow_from_the_generator_and_may_exceed_the_data(name: str, mo
         assert all(len(part) == work.examples + 1 for part in big)
 
 
-@pytest.mark.parametrize(("name", "model"), EVERY[1:])
+@pytest.mark.parametrize(("name", "model"), [case for case in EVERY[1:] if case[1] != "resnet50"])  # half a minute
 def test_the_first_loss_is_that_of_knowing_nothing_and_training_lowers_it(name: str, model: str) -> None:
     session = Session(find(name, model=model), CPU, seed=0)
     classes = {"digits": 10, "scenes": 5, "text": 256}[name]

@@ -26,6 +26,9 @@ _STEP_LIMIT = 10.0  # seconds; a longer step is not run for verification
 _START_S = 5.0  # seconds to start a process, import torch and make the session, at most
 _FAULT_BYTES_PER_S = 1e9  # at which a system, also a virtual one, hands out fresh pages, at least
 _TRIES = 4
+_SPARE = 1.2  # the time of the largest batch is estimated from small ones
+_SHARE = 0.50  # of the time that is left, at most, for verifying the largest batch
+_CHECK_SHARE = 0.25  # for checking the line of memory by a smaller one, where the largest takes too long
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,32 @@ def plan_largest(explorer: Explorer, limit: int, deadline: float) -> Plan | Larg
     return Plan(max(fits, min([predicted, *(n - 1 for n in refused)])), fits, packed, (basis,))
 
 
-def needed_s(explorer: Explorer, candidate: int, limit: int) -> float:
-    """Seconds that verifying a batch takes at most, or infinity where a step of it is too long to be worth it."""
-    expected = explorer.predicted_s(candidate)
+def needed_s(explorer: Explorer, batch: int, size: float) -> float:
+    """Seconds that running a batch of `size` bytes takes at most; infinity where a step is too long to be worth it."""
+    expected = explorer.predicted_s(batch)
     if expected > _STEP_LIMIT:
         return math.inf
-    pages = limit / _FAULT_BYTES_PER_S if explorer.step.session.device.type == "cpu" else 0.0
+    pages = size / _FAULT_BYTES_PER_S if explorer.step.session.device.type == "cpu" else 0.0
     return _START_S + expected + pages
+
+
+def reserve_s(explorer: Explorer, plan: Plan, limit: int, left: float) -> float:
+    """Seconds to set aside of those left for `verify_largest`: none where they would not suffice."""
+    needed = needed_s(explorer, plan.candidate, limit) * _SPARE
+    if needed <= _SHARE * left:
+        return needed
+    share = _CHECK_SHARE * left
+    return share if _affordable(explorer, plan, share) is not None else 0.0
+
+
+def _affordable(explorer: Explorer, plan: Plan, left: float) -> int | None:
+    """The largest batch, well above what has run, that can be run in a fresh process in the time left."""
+    line, batch = explorer.memory_line(), plan.candidate // 2
+    while line is not None and batch >= 2 * plan.fits:
+        if needed_s(explorer, batch, line[0] + line[1] * batch) <= left:
+            return batch
+        batch = batch * 3 // 4
+    return None
 
 
 def verify_largest(
@@ -109,9 +131,11 @@ def verify_largest(
 ) -> Largest:
     """Run a plan's batch in a fresh process before `deadline`; where it does not fit, a smaller one.
 
-    `probe` runs a request within so many seconds; a test may replace it.
+    Where a step of it takes too long, it stays unverified, but the line that predicts it is checked by the largest
+    batch there is time for. `probe` runs a request within so many seconds; a test may replace it.
     """
     session, candidate, fits, reason = explorer.step.session, plan.candidate, plan.fits, ""
+    probe = probe or run_probe
     explorer.step.clear()
     memory.release(session.device)
     for attempt in range(_TRIES):
@@ -120,19 +144,9 @@ def verify_largest(
             step = f"a step of it takes about {explorer.predicted_s(candidate):.2g} s"
             check = f"{step}, the check {needed:.2g} s; {max(0.0, left):.2g} s were left"
             cause = f"{step}; none above {_STEP_LIMIT:g} s is run" if math.isinf(needed) else check
-            reason = f"{reason}; {cause}" if reason else cause
+            reason = f"{reason}; {cause}" if reason else cause + _line_checked(explorer, plan, limit, left, probe)
             break
-        request = Request(
-            workload=plan.packed,
-            device=str(session.device),
-            dtype=session.dtype,
-            seed=0,
-            batch=candidate,
-            small=explorer.working[0].batch,
-            limit_bytes=limit,
-            seconds=min(_STEP_LIMIT, left - _START_S),
-        )
-        outcome = (probe or run_probe)(request, left)
+        outcome = probe(_request(explorer, plan, candidate, limit, left), left)
         if outcome.status == "ok":
             steps = "1 full step" if outcome.steps == 1 else f"{outcome.steps} full steps"
             ran = f"{steps} of batch {candidate} ran in a fresh process"
@@ -143,6 +157,35 @@ def verify_largest(
         # The line is nearly right as a rule: step back a little first, then halve the way to what has run.
         candidate = max(fits, int(candidate * 0.9) if attempt == 0 else (fits + candidate) // 2)
     return Largest(candidate, False, (*plan.notes, Note("capacity.max_batch_verified", f"not verified: {reason}")))
+
+
+def _request(explorer: Explorer, plan: Plan, batch: int, limit: int, left: float) -> Request:
+    session = explorer.step.session
+    return Request(
+        workload=plan.packed,
+        device=str(session.device),
+        dtype=session.dtype,
+        seed=0,
+        batch=batch,
+        small=explorer.working[0].batch,
+        limit_bytes=limit,
+        seconds=min(_STEP_LIMIT, left - _START_S),
+    )
+
+
+def _line_checked(
+    explorer: Explorer, plan: Plan, limit: int, left: float, probe: Callable[[Request, float], Outcome]
+) -> str:
+    """Run a smaller batch in a fresh process and say how its peak compares with the line; "" where no time is left."""
+    batch, line = _affordable(explorer, plan, left), explorer.memory_line()
+    if batch is None or line is None:
+        return ""
+    outcome = probe(_request(explorer, plan, batch, limit, left), left)
+    if outcome.status != "ok" or outcome.peak_bytes is None:
+        return f"; batch {batch}, to check the prediction, did not run in a fresh process ({outcome.reason})"
+    predicted = line[0] + line[1] * batch
+    off = f"{outcome.peak_bytes / predicted - 1:+.1%} against the prediction"
+    return f"; batch {batch} ran in a fresh process with {outcome.peak_bytes / 2**30:.3g} GiB, {off}"
 
 
 def run_probe(request: Request, timeout_s: float) -> Outcome:

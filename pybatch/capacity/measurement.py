@@ -12,7 +12,7 @@ import torch
 from pybatch.capacity import largest, summary
 from pybatch.capacity.bound import Place
 from pybatch.capacity.burst import Settling
-from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, explore_doubling, explore_given
+from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, Look, explore_doubling, explore_given
 from pybatch.capacity.modes import EAGER, GraphedStep, Mode
 from pybatch.capacity.step import TrainingStep
 from pybatch.capacity.stopping import StoppingRule
@@ -32,10 +32,8 @@ _CEILINGS = 0.07  # of the time budget
 # Of what is then left of it:
 _EXPLORE = 0.30
 _EXPLORE_GIVEN = 0.60  # batches that were asked for, and the fewest a fit needs, come before precision
-_LARGEST = 0.50  # at most, for the largest batch
 _BURSTS = _WARM_UP = 0.08  # each, of the time for timing
 _STEP = 1 / 60  # of the time budget; a step that takes more of it leaves no room for ten at every batch size
-_SPARE = 1.2  # the largest batch is estimated from small ones
 _DISTURBED = 0.1  # of the usable cores, kept busy by others, that a reader should hear of
 _NOT_ASKED = Note("capacity.max_batch", "not asked for")
 
@@ -53,6 +51,8 @@ def measure_capacity(
     find_max_batch: bool = True,
     compile: bool = False,
     graph: bool = False,
+    earlier: Capacity | None = None,
+    on_partial: Callable[[Capacity], None] | None = None,
 ) -> Capacity:
     """Measure throughput against batch size, fit its ceiling, and find the largest batch that fits in memory.
 
@@ -71,6 +71,8 @@ def measure_capacity(
         find_max_batch: whether to look for the largest batch that fits, in a fresh process; its steps are eager.
         compile: time steps of the model under torch.compile; compiling is no part of them (`compile_s`).
         graph: time steps replayed as CUDA graphs, and eager ones beside them: `launch_overhead_ms` is the difference.
+        earlier: of the same measurement, cut before its end: what stands of it is not measured again.
+        on_partial: called with what has been found, without a fit, whenever a batch size has become steady.
 
     Raises:
         UsageError: batches or time budget that cannot work, a device without CUDA graphs.
@@ -85,6 +87,9 @@ def measure_capacity(
     place, mode = resolve(device), Mode(compile, graph)
     mode.check(place)
     run = _Measurement(workload, place, dtype, batches, time_budget, seed, clock_for(place), progress, on_point, mode)
+    run.on_partial = on_partial
+    if earlier is not None:
+        run.take_over(earlier)
     try:
         with _short_collections():
             run.measure(find_max_batch)
@@ -135,6 +140,9 @@ class _Measurement:
         self.untimed = OUT_OF_TIME  # why a batch size that runs has no times
         self.ceilings: Ceilings | None = None
         self.largest = largest.Largest(None, None)
+        self.on_partial: Callable[[Capacity], None] | None = None
+        self.kept: dict[int, BatchPoint] = {}  # of an earlier run
+        self.settled = False  # an earlier run found the range of batch sizes
         self.rounds: Rounds | None = None
         self.limit = largest.memory_limit(device)
         self.region = Region(device)
@@ -145,6 +153,21 @@ class _Measurement:
         self.mode, self.graphed = mode, GraphedStep(step) if mode.graph else None
         self.bursts: dict[int, float] = {}
 
+    def take_over(self, earlier: Capacity) -> None:
+        """Let what stands of an earlier run count as measured."""
+        self.kept = {p.batch: p for p in earlier.standing}
+        self.settled = earlier.complete
+        if self.settled:
+            self.notes += [note for note in earlier.notes if note.figure == "batches"]
+        self.ceilings = earlier.ceilings
+        for n, p in self.kept.items():
+            step_s = p.step_ms / 1e3 if p.step_ms is not None else None
+            flops = None if p.model_flops is None else int(p.model_flops)
+            self.explorer.looks[n] = Look(n, p.status, p.reason, step_s, p.memory_bytes, flops)
+        if earlier.max_batch_verified:
+            notes = tuple(note for note in earlier.notes if note.figure.startswith("capacity.max_batch"))
+            self.largest = largest.Largest(earlier.max_batch, True, notes)
+
     def measure(self, find_max_batch: bool) -> None:
         """All stages, in order."""
         self._tell("first step")
@@ -154,18 +177,20 @@ class _Measurement:
             self.graphed()
             self.graphed.check()
             self.graphed.clear()
-        self._tell("ceilings of the device")
-        self.ceilings = measure_ceilings(self.device, self.dtype, min(3.0, _CEILINGS * self.budget))
+        if self.ceilings is None:
+            self._tell("ceilings of the device")
+            self.ceilings = measure_ceilings(self.device, self.dtype, min(3.0, _CEILINGS * self.budget))
         self._tell("looking for the range of batch sizes")
         self._explore()
+        self._save()
         end, reserve = self.started + self.budget, 0.0
         plan: largest.Plan | largest.Largest = largest.Largest(None, None, (_NOT_ASKED,))
-        if find_max_batch and self.explorer.working:
+        if self.largest.verified:
+            plan = self.largest
+        elif find_max_batch and self.explorer.working:
             plan = largest.plan_largest(self.explorer, self.limit, end)
             if isinstance(plan, largest.Plan):
-                needed = largest.needed_s(self.explorer, plan.candidate, self.limit) * _SPARE
-                # Time that would not suffice for the largest batch is better spent on the others.
-                reserve = needed if needed <= _LARGEST * (end - self.clock.now()) else 0.0
+                reserve = largest.reserve_s(self.explorer, plan, self.limit, end - self.clock.now())
         self._time(end - reserve)
         if isinstance(plan, largest.Plan):
             self._tell("largest batch that fits")
@@ -174,9 +199,7 @@ class _Measurement:
 
     def capacity(self) -> Capacity:
         """The record of what has been found so far."""
-        looks = self.explorer.looks
-        wanted = sorted(set(looks if self.batches is None else self.batches))
-        points = [self._point(n) for n in wanted]
+        looks, points = self.explorer.looks, self._points()
         series = list(self.rounds.series.values()) if self.rounds is not None else []
         notes = [*self.notes, *self.largest.notes]
         partial = unfinished(series)
@@ -194,7 +217,7 @@ class _Measurement:
         notes += summary.counter_notes(self.region, points, self.ceilings, self.explorer)
         return summary.summarize(
             points,
-            {s.batch: s.blocks for s in series if s.seconds},
+            {s.batch: s.blocks for s in series if s.seconds} | {n: _blocks(p) for n, p in self.kept.items()},
             notes,
             device=describe(self.device),
             ceilings=self.ceilings,
@@ -209,8 +232,38 @@ class _Measurement:
             mode=self.mode.name,
         )
 
+    def _points(self) -> list[BatchPoint]:
+        wanted = set(self.explorer.looks if self.batches is None else self.batches)
+        return [self._point(n) for n in sorted(wanted | set(self.kept))]
+
+    def _save(self) -> None:
+        """Hand out what there is, for a caller who keeps it in case this process ends."""
+        if self.on_partial is not None:
+            self.on_partial(
+                Capacity(
+                    t0_ms=None,
+                    ceiling_samples_per_s=None,
+                    half_batch=None,
+                    saturation_batch=None,
+                    saturation_low=None,
+                    saturation_high=None,
+                    saturation_measured=None,
+                    max_batch=self.largest.batch,
+                    max_batch_verified=self.largest.verified,
+                    model=None,
+                    complete=False,
+                    notes=tuple(self.notes),
+                    device=describe(self.device),
+                    ceilings=self.ceilings,
+                    workload=self.session.info,
+                    batches=tuple(self._points()),
+                )
+            )
+
     def _explore(self) -> None:
         limit = _STEP * self.budget
+        if self.batches is None and self.settled:
+            return
         if self.batches is None:
             share, at_a_go = (_EXPLORE_GIVEN, 2) if self.mode.compile else (_EXPLORE, 1)  # compiling takes its time
             ended = explore_doubling(self.explorer, self._until(share), limit, self._until(_EXPLORE_GIVEN), at_a_go)
@@ -223,8 +276,13 @@ class _Measurement:
         wanted = {look.batch: look.step_s for look in explorer.working if look.step_s is not None}
         if self.batches is not None:
             wanted = {n: seconds for n, seconds in wanted.items() if n in self.batches}
+        standing = sorted(n for n, p in self.kept.items() if p.status == "ok")
+        control = standing[len(standing) // 2] if standing else None
+        wanted = {n: seconds for n, seconds in wanted.items() if n not in self.kept}
         if not wanted:
             return
+        if control is not None:
+            wanted[control] = explorer.looks[control].step_s or 0.0
         timed: TrainingStep | GraphedStep = self.graphed or step
         self._settle(Settling(timed.load, timed, self.clock, WARM_UP[self.device.type]), wanted, deadline)
         share = max(1.0, 1.5 * (deadline - self.clock.now()) / len(wanted))
@@ -245,6 +303,8 @@ class _Measurement:
         if (busy := others.cores()) is not None and self.device.type == "cpu" and busy > _DISTURBED * usable_cores():
             text = f"other processes kept {busy:.1f} cores busy meanwhile: times are those of a disturbed machine"
             self.notes.append(Note("batches.step_ms", text))
+        if control is not None:
+            self._compare(self.rounds.series.pop(control))
         for series in self.rounds.series.values():
             if series.seconds:
                 explorer.timed(series.batch, series.median.value)
@@ -263,8 +323,18 @@ class _Measurement:
             what = "step times had not settled" if settling.settled is False else "no time was left for a warm-up"
             self.notes.append(Note("batches.step_ms", f"{what} when timing began: sustained times may be longer"))
 
+    def _compare(self, again: Series) -> None:
+        """Say how a kept batch size, timed again, compares with what an earlier run found."""
+        before = self.kept[again.batch].step_ms
+        if again.seconds and before is not None:
+            change = 1e3 * again.median.value / before - 1
+            text = f"batch {again.batch}, which an earlier run had timed, was timed again: {change:+.1%}"
+            self.notes.append(Note("batches.step_ms", text))
+
     def _visited(self, series: Series) -> None:
         assert self.rounds is not None
+        if series.stopped is not None:
+            self._save()
         every = self.rounds.series.values()
         done = sum(s.stopped is not None for s in every)
         self._tell(f"batch {series.batch}: {done} of {len(every)} batch sizes steady")
@@ -272,6 +342,8 @@ class _Measurement:
             self.on_point(self._point(series.batch))
 
     def _point(self, n: int) -> BatchPoint:
+        if n in self.kept:
+            return self.kept[n]
         series = self.rounds.series.get(n) if self.rounds is not None else None
         return summary.point(
             self.explorer.looks.get(n),
@@ -290,3 +362,8 @@ class _Measurement:
 
     def _tell(self, text: str) -> None:
         self.progress(text, min(1.0, (self.clock.now() - self.started) / self.budget))
+
+
+def _blocks(point: BatchPoint) -> list[float]:
+    """Seconds of a kept batch size that the fit resamples."""
+    return [block / 1e3 for block in point.blocks_ms or (point.step_ms,) if block is not None]

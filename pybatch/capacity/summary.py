@@ -82,6 +82,8 @@ def point(
         compile_s=compile_s,
         step_bytes=look.moved_bytes,
         mbu_measured=moved / copy if moved is not None and copy else None,
+        blocks_ms=tuple(float(f"{1e3 * block:.6g}") for block in series.blocks),
+        steady=series.stopped is not None,
         **read,
     )
 
@@ -187,6 +189,11 @@ def counter_notes(
         Note(f"batches.{figure}", reason)
         for figure, reason in sorted(reasons.items())
         if any(getattr(p, figure) is None for p in timed)
+    ]
+    notes += [
+        Note(f"batches.{figure}", origin)
+        for figure, origin in region.origins.items()
+        if any(getattr(p, figure) is not None for p in timed)
     ]
     impossible = [p for p in timed if p.tensor_active is not None and (p.mfu_datasheet or 0) > 1.1 * p.tensor_active]
     if impossible:

@@ -136,8 +136,11 @@ class Rounds:
             seconds += self.clock.time(self.work, min(chunk, count - len(seconds)))
         series.readings.append(self.region.stop())
         self.check()
+        first = not series.seconds
         series.seconds += seconds
         series.guess_s = float(np.median(series.seconds))
+        if first:
+            series.readings[-1] = self.region.estimated(series.readings[-1], self.work, series.guess_s)
         if series.host_bound is None:
             series.host_bound = self.clock.host_bound(self.work, series.guess_s)
         series.errors.append(series.median.relative_error)

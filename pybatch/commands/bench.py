@@ -10,6 +10,7 @@ import typer
 
 from pybatch.commands import flags
 from pybatch.commands.measuring import BUDGET, DONE, Shared, check_budget, measure, typed
+from pybatch.commands.partial import partial_record
 from pybatch.commands.saved import read_run, tell_changes
 from pybatch.comparison import parse_condition
 from pybatch.errors import UsageError
@@ -30,12 +31,15 @@ def bench(
     model: flags.Model = None,
     data: flags.Data = None,
     option: flags.Dials = None,
+    size: flags.Size = None,
     batch: Annotated[
         str | None, typer.Option(help="Batch sizes: '1,2,8', '16-4096*2', '16-64+16'. Default: chosen by measuring.")
     ] = None,
     gpu: flags.Gpu = None,
     cpu: flags.Cpu = False,
-    dtype: flags.Dtype = "fp32",
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, or bf16 (autocast over fp32 parameters). Default: bf16 for base on a GPU.")
+    ] = None,
     time_budget: Annotated[
         float | None, typer.Option(help="Seconds for all measurements together. Default: 70.")
     ] = None,
@@ -48,6 +52,10 @@ def bench(
     ] = False,
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="Time CUDA-graph replays, and tell what launching costs. GPU only.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in -o RUN.json that was cut: only what is missing runs."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report here as well: one HTML page.")] = None,
@@ -71,6 +79,8 @@ def bench(
     budget = THOROUGH_BUDGET if thorough else QUICK_BUDGET if quick else BUDGET
     budget = time_budget if time_budget is not None else budget
     check_budget(budget)
+    partial = partial_record(output, format_, resume)
+    earlier = partial.earlier() if partial is not None and resume else None
     page = Output(html) if html is not None else None  # not writable: said now, not after measuring
 
     def job(chosen: Workload, device: torch.device, progress: Progress) -> Run | None:
@@ -81,13 +91,16 @@ def bench(
 
         mode = Mode(compile_, cuda_graph)
         mode.check(device)
+        used = dtype or ("bf16" if size == "base" and device.type == "cuda" else "fp32")
         if dry_run:
-            print(_plan(chosen, device, dtype, batches, budget, thorough, mode.name))
+            print(_plan(chosen, device, used, batches, budget, thorough, mode.name))
+            if earlier is not None:
+                print(f"continues {output}, begun {earlier.created}")
             raise typer.Exit(DONE)
         return (run_bench_together if launched() else run_bench)(
             chosen,
             device=device,
-            dtype=dtype,
+            dtype=used,
             batches=batches,
             time_budget=budget,
             thorough=thorough,
@@ -96,9 +109,13 @@ def bench(
             graph=cuda_graph,
             command=typed(),
             progress=progress,
+            earlier=earlier,
+            on_partial=partial.write if partial is not None else None,
         )
 
     def then(run: Run) -> int:
+        if partial is not None:
+            partial.discard()
         if html is not None:
             from pybatch.report.page import write_report
 
@@ -107,7 +124,8 @@ def bench(
         return tell_changes(before, run, conditions) if before is not None else DONE
 
     try:
-        measure(job, Shared(workload, model, data, option, gpu, cpu, dtype, seed, format_, output, quiet), then)
+        given = Shared(workload, model, data, option, gpu, cpu, dtype or "fp32", seed, format_, output, quiet, size)
+        measure(job, given, then)
     finally:
         if page is not None:
             page.discard()

@@ -14,6 +14,13 @@ Dials = Annotated[
     list[str] | None,
     typer.Option("--option", help="A dial of the workload as KEY=VALUE, see 'pybatch list'; any number of them."),
 ]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="tiny or base: GPT-2 124M (text), ResNet-50 (images), a five-level U-Net (scenes). Default: tiny, on a "
+        "GPU too: a run ends in time and compares with a CPU's."
+    ),
+]
 Gpu = Annotated[int | None, typer.Option(help="Measure on this GPU. Default: GPU 0 if there is one.")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Measure on the CPU.")]
 Dtype = Annotated[str, typer.Option(help="fp32, or bf16 (autocast over fp32 parameters).")]

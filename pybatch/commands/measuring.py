@@ -65,6 +65,7 @@ class Shared:
     format: str | None
     output: Path | None
     quiet: bool
+    size: str | None = None
 
 
 def measure(
@@ -96,7 +97,7 @@ def measure(
         if launched() and not given.cpu and gpu is None and torch.cuda.is_available():
             gpu = local_rank()
         device = resolve("cpu" if given.cpu else f"cuda:{gpu}" if gpu is not None else None)
-        chosen = find(given.workload, model=given.model, data=given.data, options=given.option or ())
+        chosen = find(given.workload, model=given.model, data=given.data, options=given.option or (), size=given.size)
         try:
             with ProgressLine(Console(stderr=True), given.quiet or local_rank() > 0) as progress:
                 measured = job(chosen, device, progress)

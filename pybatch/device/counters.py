@@ -1,19 +1,22 @@
 """What can be read around a steady region of work, behind one small protocol.
 
-A counter that cannot be read gives None and a reason, also where it fails only in mid-run; nothing is estimated in its
-place.
+A counter that cannot be read gives None and a reason, also where it fails only in mid-run. A GPU's utilization is read
+by the first of NVML GPM, CUPTI PM sampling and Kineto that can at the start of a run; it is not changed within one, as
+their figures differ. What Kineto gives is an estimate, and is called one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from pybatch.device.counters_cpu import CpuTime, Rapl
+from pybatch.device.counters_cupti import PmSampling
+from pybatch.device.counters_kineto import Kineto
 from pybatch.device.counters_nvml import Gpm, Nvml
 
 GPU_FIGURES = ("sm_active", "sm_occupancy", "tensor_active", "dram_active", "sm_clock_mhz", "throttled", "power_capped")
@@ -37,6 +40,10 @@ class Counter(Protocol):
         """End it: what was read over these seconds, by the name of `Reading`'s field. Never raises."""
 
 
+Source = Gpm | PmSampling | Kineto  # of a GPU's utilization: counters with a name, and the figures they give at best
+_SOURCES: tuple[type[Source], ...] = (Gpm, PmSampling, Kineto)  # the most trusted first
+
+
 @dataclass(frozen=True)
 class Reading:
     """What was read over a region; None where a counter could not be read."""
@@ -58,7 +65,21 @@ class Region:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.counters: list[Counter] = [CpuTime(), Rapl()] if device.type == "cpu" else [Nvml(device), Gpm(device)]
+        self.source: Source | None = None  # of the utilization
+        self.better: dict[str, str] = {}  # why a better source is not used, by its name
+        if device.type == "cpu":
+            self.counters: list[Counter] = [CpuTime(), Rapl()]
+            return
+        self.counters = [Nvml(device)]
+        self._passed: list[Source] = []
+        for kind in _SOURCES:
+            source = kind(device)
+            if not source.reasons.keys() >= set(source.figures):
+                self.source = source
+                self.counters.append(source)
+                return
+            self._passed.append(source)
+            self.better[source.name] = "; ".join(dict.fromkeys(source.reasons[f] for f in source.figures))
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -66,6 +87,12 @@ class Region:
         found = dict.fromkeys(GPU_FIGURES, _GPU_ONLY) if self.device.type == "cpu" else {"cpu_active": "a run on a GPU"}
         for counter in self.counters:
             found |= counter.reasons
+        if self.better:
+            tried = self._passed + ([self.source] if self.source is not None else [])
+            for figure in Gpm.figures:
+                causes = [f"{s.name}: {s.reasons[figure]}" for s in tried if figure in s.reasons]
+                if len(causes) == len(tried):
+                    found[figure] = "; ".join(causes)
         if "joules" in found:
             found["joules_per_sample"] = found.pop("joules")
         return found
@@ -84,6 +111,19 @@ class Region:
             values |= counter.stop(seconds)
         return Reading(seconds, **values)
 
+    def estimated(self, reading: Reading, work: Callable[[], object], step_s: float) -> Reading:
+        """A reading with what can only be estimated from more steps of the work; the reading itself elsewhere."""
+        return replace(reading, **self.source.estimate(work, step_s)) if isinstance(self.source, Kineto) else reading
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where a figure does not come from the best source: which it is and why, by the record's field."""
+        if self.source is None or not self.better:
+            return {}
+        how = "estimated from kernel times and launch shapes by" if isinstance(self.source, Kineto) else "read by"
+        why = "; ".join(f"{name}: {reason}" for name, reason in self.better.items())
+        return dict.fromkeys(self.source.figures, f"{how} {self.source.name}, not by a better source ({why})")
+
 
 def mean(readings: Sequence[Reading], figure: str) -> float | None:
     """A figure over regions of one batch, weighted by their length; None where none of them has it."""
@@ -100,9 +140,9 @@ def joules(readings: Sequence[Reading]) -> float | None:
     return sum(v for v in values if v is not None) if None not in values else None
 
 
-def readable(device: torch.device) -> dict[str, str | None]:
+def readable(region: Region) -> dict[str, str | None]:
     """Every figure of a batch that comes from a counter: None when it can be read here, else why it cannot."""
-    reasons = Region(device).reasons
+    reasons = region.reasons
     return {figure: reasons.get(figure) for figure in FIGURES}
 
 

@@ -81,6 +81,9 @@ class Nvml:
 class Gpm:
     """GPU performance monitoring: shares of SMs, tensor cores and DRAM over a region, from a sample at each end."""
 
+    name = "NVML GPM"
+    figures = tuple(_GPM_METRICS)
+
     def __init__(self, device: torch.device) -> None:
         self.reasons: dict[str, str] = {}
         self._library = cast(Any, nvml.library())

@@ -37,6 +37,8 @@ class BatchPoint:
     sm_clock_mhz: float | None = None
     throttled: bool | None = None
     samples: int = 0  # steps timed
+    blocks_ms: tuple[float, ...] = ()  # medians of up to 20 runs of successive steps, which the fit resamples
+    steady: bool | None = None  # False: the time ended before the stopping rule was met
     reason: str | None = None  # why status is not ok
     burst_step_ms: float | None = None  # median of the first 100 steps after a rest; step_ms is the sustained one
     eager_step_ms: float | None = None  # with CUDA graphs: the same step launched kernel by kernel
@@ -104,6 +106,11 @@ class Capacity:
     ceilings: Ceilings | None = field(default=None, metadata=TOP)
     workload: WorkloadInfo | None = field(default=None, metadata=TOP)
     batches: tuple[BatchPoint, ...] = field(default=(), metadata=TOP)
+
+    @property
+    def standing(self) -> tuple[BatchPoint, ...]:
+        """Batch sizes that a continued run need not measure again: all of a complete run, else the steady ones."""
+        return tuple(p for p in self.batches if self.complete or (p.status == "ok" and p.steady))
 
 
 @dataclass(frozen=True)

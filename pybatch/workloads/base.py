@@ -30,6 +30,7 @@ class Workload(ABC):
         models: names accepted as `Workload(model=...)`, the default first; empty when there is one model only.
         dials: keyword arguments of the constructor beside `model` and `data`, with what each does; values are int,
             float or str, as annotated.
+        sizes: what `--size NAME` stands for: arguments of the constructor, `model` among them, by name.
 
     Instance attributes a subclass may set, for the record: `model_name`; `options`, the values of its dials; `data`,
     the path of the user's file or folder.
@@ -47,6 +48,7 @@ class Workload(ABC):
     options: Mapping[str, int | float | str] = MappingProxyType({})
     models: ClassVar[tuple[str, ...]] = ()
     dials: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
 
     @abstractmethod
     def model(self) -> torch.nn.Module:

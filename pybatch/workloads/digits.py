@@ -19,7 +19,8 @@ class Digits(ImageClassification):
     """8 x 8 grey images of ten handwritten digits, pixels scaled to 0..1.
 
     1437 images to train and 360 to test, split by one fixed permutation; a batch is drawn uniformly with replacement.
-    Models: "mlp" (64-64-10, the default), "cnn" (two convolutions and two dense layers, after LeNet-5), "resnet".
+    Models: "mlp" (64-64-10, the default), "cnn" (two convolutions and two dense layers, after LeNet-5), "resnet",
+    "resnet50" (He et al. 2016 with group norm). --size base is resnet50 on 224 x 224 pixels.
     """
 
     name = "digits"

@@ -27,7 +27,14 @@ def shipped() -> dict[str, type[Workload]]:
     return registered()
 
 
-def find(spec: str, *, model: str | None = None, data: str | None = None, options: Sequence[str] = ()) -> Workload:
+def find(
+    spec: str,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    options: Sequence[str] = (),
+    size: str | None = None,
+) -> Workload:
     """The workload a user named, constructed.
 
     Args:
@@ -35,13 +42,14 @@ def find(spec: str, *, model: str | None = None, data: str | None = None, option
         model: one of the class's `models`; None for its default.
         data: path of a data file or folder, for a class that takes one.
         options: "key=value" for further arguments of the constructor, such as the dials of `pybatch list`.
+        size: one of the class's `sizes`; its arguments give way to `model`, `data` and `options`.
 
     Raises:
-        UsageError: no such name, file, class, model, data or option.
+        UsageError: no such name, file, class, model, data, option or size.
         WorkloadError: the class's constructor raised.
     """
-    path, colon, name = spec.rpartition(":")
-    if colon or spec.endswith(".py"):
+    path, _, name = spec.rpartition(":")
+    if is_users(spec):
         cls = _from_file(spec, path, name)
     else:
         known = shipped()
@@ -49,7 +57,7 @@ def find(spec: str, *, model: str | None = None, data: str | None = None, option
             raise unknown("workload", spec, known)
         cls = known[spec]
     given = {key: value for key, value in (("model", model), ("data", data)) if value is not None}
-    return _construct(cls, spec, given, options)
+    return _construct(cls, spec, given, options, _of_size(cls, spec, size))
 
 
 def load_file(path: Path, name: str | None = None) -> ModuleType:
@@ -92,7 +100,25 @@ def _from_file(spec: str, path: str, name: str) -> type[Workload]:
     raise unknown(f"'{path}' has no such workload:", name, classes)
 
 
-def _construct(cls: type[Workload], spec: str, given: dict[str, Any], options: Sequence[str]) -> Workload:
+def _of_size(cls: type[Workload], spec: str, size: str | None) -> Mapping[str, Any]:
+    if size is None:
+        return {}
+    if not cls.sizes:
+        why = "pybatch cannot know a larger model of it" if is_users(spec) else "it has one size only"
+        raise UsageError(f"size {size!r}: workload '{spec}' has no sizes; {why}. Leave --size out.")
+    if size not in cls.sizes:
+        raise unknown(f"workload '{spec}': size", size, cls.sizes)
+    return cls.sizes[size]
+
+
+def is_users(spec: str) -> bool:
+    """Whether a workload's name stands for a class in a file of the user's own."""
+    return ":" in spec or spec.endswith(".py")
+
+
+def _construct(
+    cls: type[Workload], spec: str, given: dict[str, Any], options: Sequence[str], usual: Mapping[str, Any]
+) -> Workload:
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(cls.__abstractmethods__))
         raise UsageError(f"workload '{spec}' lacks {missing}. Define what `pybatch.Workload` asks for.")
@@ -110,7 +136,7 @@ def _construct(cls: type[Workload], spec: str, given: dict[str, Any], options: S
             raise UsageError(f"option '{option}': {key} is given twice. Give it once.")
         given[key] = value
     try:
-        return cls(**given)
+        return cls(**{**usual, **given})
     except (UsageError, WorkloadError):
         raise
     except Exception as error:

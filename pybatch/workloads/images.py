@@ -38,7 +38,11 @@ class ImageClassification(Workload):
         "subset": "share of the training images used, above 0 to 1 (1)",
         "label_noise": "share of training labels replaced by another class, 0 to 1 (0)",
         "resolution": "pixels a side, 8 or more (that of the images)",
-        "width": "of the hidden layer; convolutions have a quarter and up (64)",
+        "width": "of the hidden layer; convolutions have a quarter and up (64), resnet50's all of it and up",
+    }
+    sizes: ClassVar[dict[str, dict[str, int | str]]] = {
+        "tiny": {},
+        "base": {"model": "resnet50", "resolution": 224},  # pixels of the paper's ImageNet crops
     }
     classes: int = 10
 
@@ -59,24 +63,27 @@ class ImageClassification(Workload):
         if resolution is not None:
             check_dial(self.name, "resolution", resolution, _LEAST_SIDE, 4096, f"{_LEAST_SIDE} to 4096 pixels")
         self.width = width
-        train, test = (_resized(data[split], resolution) for split in ("train", "test"))
+        train, test = (data[split] for split in ("train", "test"))
+        self.side = resolution or train.pixels.shape[-1]
+        if self.side < train.pixels.shape[-1]:  # what is enlarged is enlarged when drawn: the set stays small
+            train, test = (Images(_resized(part.pixels, self.side), part.labels) for part in (train, test))
         kept = max(1, round(subset * len(train.labels)))
         labels = _noisy(train.labels, label_noise, self.classes)[:kept]
         self.images = {"train": Images(train.pixels[:kept], labels), "test": test}
         self.examples = kept
         self.options = {"subset": subset, "label_noise": label_noise, "width": width}
-        self.options["resolution"] = train.pixels.shape[-1]
+        self.options["resolution"] = self.side
 
     def model(self) -> nn.Module:
         """A fresh model."""
-        channels, height, side = self.images["train"].pixels.shape[1:]
-        return classifier(self.model_name or self.models[0], (channels, height, side), self.classes, self.width)
+        shape = (self.images["train"].pixels.shape[1], self.side, self.side)
+        return classifier(self.model_name or self.models[0], shape, self.classes, self.width)
 
     def batch(self, n: int, generator: torch.Generator, split: Split = "train") -> tuple[torch.Tensor, torch.Tensor]:
         """Images [n, channels, side, side] with pixels in 0..1, and labels [n]."""
         images = self.images[split]
         chosen = torch.randint(len(images.labels), (n,), generator=generator)
-        pixels = images.pixels[chosen]
+        pixels = _resized(images.pixels[chosen], self.side)
         return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels, images.labels[chosen]
 
     def loss(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -93,13 +100,12 @@ def _noisy(labels: torch.Tensor, share: float, classes: int) -> torch.Tensor:
     return torch.where(wrong, (labels + off) % classes, labels)
 
 
-def _resized(images: Images, side: int | None) -> Images:
+def _resized(pixels: torch.Tensor, side: int) -> torch.Tensor:
     """Images of this many pixels a side, by bilinear interpolation with antialiasing."""
-    if side is None or images.pixels.shape[-2:] == (side, side):
-        return images
+    if pixels.shape[-2:] == (side, side):
+        return pixels
     parts = []
-    for begin in range(0, len(images.pixels), _CHUNK):
-        part = images.pixels[begin : begin + _CHUNK]
+    for part in torch.split(pixels, _CHUNK):
         new = nn.functional.interpolate(part.float(), (side, side), mode="bilinear", antialias=True)
-        parts.append(new if images.pixels.dtype == torch.float32 else new.round().clamp(0, 255).to(torch.uint8))
-    return Images(torch.cat(parts), images.labels)
+        parts.append(new if pixels.dtype == torch.float32 else new.round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(parts)

@@ -28,7 +28,8 @@ class Scenes(Workload):
     A scene has `clutter` digits of random place, size and brightness, later ones over earlier ones. Training scenes
     show the training digits, test scenes the test digits. They are composed once, from a fixed seed, and drawn
     uniformly with replacement; with scenes=0 every training batch is composed anew.
-    Models: "unet" (the default) and "dilated" (a residual network at full resolution).
+    Models: "unet" (the default) and "dilated" (a residual network at full resolution). --size base is the paper's
+    U-Net of five levels from 64 channels on, on 256 x 256 pixels.
     """
 
     name = "scenes"
@@ -41,9 +42,15 @@ class Scenes(Workload):
         "classes": "digits told apart, 2 to 10 (4)",
         "clutter": "digits in a scene (4)",
         "noise": "standard deviation of the pixel noise, full ink being 1 (0.1)",
-        "resolution": "pixels a side, a multiple of 4 from 16 on (32)",
+        "resolution": "pixels a side, a multiple of 4 from 16 on (32); of 2 to the power (levels - 1) for a deep U-Net",
         "scenes": "training scenes; 0: composed anew for each batch (4096)",
         "width": "channels of the first level (8)",
+        "levels": "resolutions of the U-Net, 2 to 8 (3)",
+    }
+    sizes: ClassVar[dict[str, dict[str, int | str]]] = {
+        "tiny": {},
+        # The paper's U-Net. Fewer scenes than usual: they are large, and are kept in memory.
+        "base": {"model": "unet", "width": 64, "levels": 5, "resolution": 256, "scenes": 512},
     }
 
     def __init__(
@@ -56,26 +63,29 @@ class Scenes(Workload):
         resolution: int = _SIDE,
         scenes: int = 4096,
         width: int = 8,
+        levels: int = 3,
     ) -> None:
         self.model_name = chosen_model(self.name, model, self.models)
         check_dial(self.name, "classes", classes, 2, 10, "2 to 10")
         check_dial(self.name, "clutter", clutter, 1, 1000, "1 to 1000")
         check_dial(self.name, "noise", noise, 0.0, 100.0, "0 or more")
-        wanted = "a multiple of 4 from 16 to 1024"
-        check_dial(self.name, "resolution", resolution, 16, 1024, wanted)
-        check_dial(
-            self.name, "resolution", resolution, resolution - resolution % 4, resolution - resolution % 4, wanted
-        )
+        check_dial(self.name, "levels", levels, 2, 8, "2 to 8")
+        step = max(4, 2 ** (levels - 1))
+        wanted = f"a multiple of {step} from {max(16, step)} to 1024"
+        whole = resolution - resolution % step
+        check_dial(self.name, "resolution", resolution, max(16, step), 1024, wanted)
+        check_dial(self.name, "resolution", resolution, whole, whole, wanted)
         check_dial(self.name, "scenes", scenes, 0, 10_000_000, "0 to 10000000")
         check_dial(self.name, "width", width, 4, 4096, "a whole number from 4 to 4096")
-        self.classes, self.clutter, self.noise, self.side, self.width = classes, clutter, noise, resolution, width
+        self.classes, self.clutter, self.noise, self.side = classes, clutter, noise, resolution
+        self.width, self.levels = width, levels
         self.examples = scenes or None
         self.options = {"classes": classes, "clutter": clutter, "noise": noise, "resolution": resolution,
-                        "scenes": scenes, "width": width}  # fmt: skip
+                        "scenes": scenes, "width": width, "levels": levels}  # fmt: skip
 
     def model(self) -> nn.Module:
         """A fresh model: [n, 1, side, side] to logits [n, classes + 1, side, side], ground first."""
-        return segmenter(self.model_name or self.models[0], 1, self.classes + 1, self.width)
+        return segmenter(self.model_name or self.models[0], 1, self.classes + 1, self.width, self.levels)
 
     def batch(self, n: int, generator: torch.Generator, split: Split = "train") -> tuple[torch.Tensor, torch.Tensor]:
         """Scenes [n, 1, side, side] and the class of every pixel [n, side, side]."""

@@ -17,6 +17,7 @@ from pybatch.workloads import files
 from pybatch.workloads.base import Split, Workload, check_dial, chosen_model, register
 
 _BYTES = 256
+_GPT2_VOCABULARY = 50_304  # GPT-2's 50 257 tokens, padded to a multiple of 64: an odd width halves a GPU's matrix rate
 # Width, layers and heads. "base" has the shape of GPT-2's smallest (Radford et al. 2019), 124M with its vocabulary.
 TRANSFORMERS = {"tiny": (64, 2, 4), "small": (384, 6, 6), "base": (768, 12, 12)}
 LSTMS = {"tiny": (64, 2), "small": (512, 2), "base": (1536, 3)}  # width, layers
@@ -30,6 +31,7 @@ class Text(Workload):
     Text: the language reference in CPython's `pydoc_data.topics` (about 0.5 MB), or, where a distribution strips it,
     the standard library's docstrings; or any UTF-8 file (`data`). The first nine tenths train, the last tests.
     Models: "transformer" (2 layers of width 64, 4 heads; the default) and "lstm" (2 layers of width 64), or larger.
+    --size base is GPT-2 124M: its 12 layers, 1024 positions and vocabulary, of which bytes use the first 256 tokens.
     """
 
     name = "text"
@@ -42,7 +44,12 @@ class Text(Workload):
     dials: ClassVar[dict[str, str]] = {
         "size": "of the model: tiny, small, base (tiny); base has the shape of GPT-2's smallest",
         "length": "bytes predicted per sequence (64)",
+        "vocabulary": "rows of the embedding (256); more than 256 are shared with the read-out, as in GPT-2",
         "subset": "share of the training text used, above 0 to 1 (1)",
+    }
+    sizes: ClassVar[dict[str, dict[str, int | str]]] = {
+        "tiny": {},
+        "base": {"size": "base", "length": 1024, "vocabulary": _GPT2_VOCABULARY},
     }
 
     def __init__(
@@ -52,14 +59,18 @@ class Text(Workload):
         *,
         size: str = "tiny",
         length: int = 64,
+        vocabulary: int = _BYTES,
         subset: float = 1.0,
     ) -> None:
         self.model_name = chosen_model(self.name, model, self.models)
         if size not in TRANSFORMERS:
             raise unknown(f"workload {self.name!r}: size", size, TRANSFORMERS)
         check_dial(self.name, "length", length, 2, 65_536, "2 to 65536 bytes")
+        check_dial(self.name, "vocabulary", vocabulary, _BYTES, 1_000_000, f"{_BYTES} to 1000000")
         check_dial(self.name, "subset", subset, 1e-9, 1.0, "a share above 0, at most 1")
-        self.data, self.size, self.length = data, size, length
+        self.data, self.size, self.length, self.vocabulary = data, size, length, vocabulary
+        if size == "base":
+            self.learning_rate = 6e-4  # GPT-3's table for this size (Brown et al. 2020)
         train, test = _splits(data)
         train = train[: round(subset * len(train))]
         self.text = {"train": train, "test": test}
@@ -70,13 +81,13 @@ class Text(Workload):
                     f"need ten times as many. Give more text, or a smaller length."
                 )
         self.examples = len(train) // length
-        self.options = {"size": size, "length": length, "subset": subset}
+        self.options = {"size": size, "length": length, "vocabulary": vocabulary, "subset": subset}
 
     def model(self) -> nn.Module:
-        """A fresh model: bytes [n, length] to logits [n, length, 256]."""
+        """A fresh model: bytes [n, length] to logits [n, length, vocabulary]."""
         if self.model_name == "lstm":
-            return Lstm(*LSTMS[self.size])
-        return Transformer(*TRANSFORMERS[self.size], length=self.length)
+            return Lstm(*LSTMS[self.size], vocabulary=self.vocabulary)
+        return Transformer(*TRANSFORMERS[self.size], length=self.length, vocabulary=self.vocabulary)
 
     def batch(self, n: int, generator: torch.Generator, split: Split = "train") -> tuple[torch.Tensor, torch.Tensor]:
         """Bytes [n, length] and the bytes that follow them [n, length]."""
@@ -99,18 +110,18 @@ class Text(Workload):
 class Transformer(nn.Module):
     """Pre-norm decoder with causal attention and learned positions."""
 
-    def __init__(self, width: int, layers: int, heads: int, *, length: int) -> None:
+    def __init__(self, width: int, layers: int, heads: int, *, length: int, vocabulary: int = _BYTES) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(_BYTES, width)
+        self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width)
         nn.init.normal_(self.tokens.weight, std=0.1)
         nn.init.normal_(self.positions.weight, std=0.1)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, _BYTES)
+        self.head = _readout(self.tokens)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Bytes [n, t] to logits [n, t, 256]."""
+        """Bytes [n, t] to logits [n, t, vocabulary]."""
         x = self.tokens(inputs) + self.positions.weight[: inputs.shape[1]]
         for block in self.blocks:
             x = block(x)
@@ -141,17 +152,27 @@ class Block(nn.Module):
 class Lstm(nn.Module):
     """Two recurrent layers between an embedding and a linear read-out."""
 
-    def __init__(self, width: int, layers: int) -> None:
+    def __init__(self, width: int, layers: int, *, vocabulary: int = _BYTES) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(_BYTES, width)
+        self.tokens = nn.Embedding(vocabulary, width)
         self.recurrent = nn.LSTM(width, width, layers, batch_first=True)
-        self.head = nn.Linear(width, _BYTES)
+        self.head = _readout(self.tokens)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Bytes [n, t] to logits [n, t, 256]."""
+        """Bytes [n, t] to logits [n, t, vocabulary]."""
         hidden, _ = self.recurrent(self.tokens(inputs))
         logits: torch.Tensor = self.head(hidden)
         return logits
+
+
+def _readout(tokens: nn.Embedding) -> nn.Linear:
+    """Hidden states to logits: weights of its own for bytes, those of a larger embedding (Press and Wolf 2017)."""
+    if tokens.num_embeddings == _BYTES:
+        return nn.Linear(tokens.embedding_dim, _BYTES)
+    head = nn.Linear(tokens.embedding_dim, tokens.num_embeddings, bias=False)
+    nn.init.normal_(tokens.weight, std=0.02)  # GPT-2's: at 0.1 the first logits would be far from equal
+    head.weight = tokens.weight
+    return head
 
 
 def _splits(data: str | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,13 @@ class TextFile(Text):
     name = "textfile"
 
     def __init__(
-        self, data: str, model: str | None = None, *, size: str = "tiny", length: int = 64, subset: float = 1.0
+        self,
+        data: str,
+        model: str | None = None,
+        *,
+        size: str = "tiny",
+        length: int = 64,
+        vocabulary: int = 256,
+        subset: float = 1.0,
     ) -> None:
-        super().__init__(model, data, size=size, length=length, subset=subset)
+        super().__init__(model, data, size=size, length=length, vocabulary=vocabulary, subset=subset)

@@ -1,0 +1,125 @@
+"""The GPU check's own logic, without a GPU: a stage that fails, hangs or breaks costs itself; time is kept."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import counters
+import gpu_check
+from gpu_check import Check, Outcome
+
+BENCH = Path(gpu_check.__file__).parent
+
+
+@pytest.fixture
+def checks(tmp_path, monkeypatch):
+    """A check of three stages: one prints, one hangs with a child of its own, one raises in the script itself."""
+    found = Check(None, tmp_path / "stages", tmp_path / "site", 60.0)
+    found.output.mkdir()
+
+    def run(name, code, limit):
+        status, log, seconds = found.run(name, [sys.executable, "-c", code], limit)
+        return Outcome(name, status, seconds, log)
+
+    def broken():
+        raise KeyError("no such figure")
+
+    hang = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    stages = {
+        "build": lambda: run("build", "print('built')", 20),
+        "hangs": lambda: run("hangs", hang, 1.0),
+        "broken": broken,
+        "fails": lambda: run("fails", "raise SystemExit('wrong')", 20),
+        "last": lambda: run("last", "print('here')", 20),
+    }
+    monkeypatch.setattr(found, "stages", lambda: stages)
+    return found
+
+
+def test_every_stage_runs_whatever_the_others_do(checks, tmp_path, capsys):
+    outcomes = gpu_check.check(checks.ordered(None), checks, {"device": "none"}, tmp_path)
+    assert {o.stage: o.status for o in outcomes} == {
+        "build": "ok",
+        "hangs": "timeout",
+        "broken": "failed",
+        "fails": "failed",
+        "last": "ok",
+    }
+    assert outcomes[1].seconds < 10
+    assert "no such figure" in outcomes[2].detail
+    assert capsys.readouterr().out.count("\n") == 5
+    written = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [stage["status"] for stage in written["stages"]] == [o.status for o in outcomes]
+    with tarfile.open(tmp_path / "gpu_check.tar.gz") as archive:
+        assert "gpu_check/last.log" in archive.getnames()
+
+
+def test_nothing_runs_after_a_failed_build(checks, tmp_path, monkeypatch):
+    stages = {"build": lambda: Outcome("build", "failed", 1.0), "tests": lambda: pytest.fail("ran")}
+    monkeypatch.setattr(checks, "stages", lambda: stages)
+    assert [o.stage for o in gpu_check.check(["build", "tests"], checks, {}, tmp_path)] == ["build"]
+
+
+def test_the_time_is_kept(checks, tmp_path):
+    checks.end -= 50  # 10 s are left: too few for a new stage
+    outcomes = gpu_check.check(["build", "last"], checks, {}, tmp_path)
+    assert [o.status for o in outcomes] == ["ok", "skipped"]
+    assert "no time was left" in outcomes[1].detail
+    checks.end -= 9
+    status, _, seconds = checks.run("slow", [sys.executable, "-c", "import time; time.sleep(30)"], 30)
+    assert (status, seconds < 5) == ("timeout", True)
+
+
+def test_stages_asked_for_come_in_their_order_after_the_build(checks):
+    assert checks.ordered("last,fails") == ["build", "last", "fails"]
+    with pytest.raises(ValueError, match=r"no stage lost\. There are: build, hangs"):
+        checks.ordered("lost")
+
+
+def test_every_stage_named_first_exists_and_every_script_too(tmp_path):
+    names = Check(None, tmp_path, tmp_path, 1.0).ordered(None)
+    assert len(names) == len(set(names))
+    assert set(gpu_check.ORDER) <= set(names)
+    for name in ("step", "counters", "per_example", "noise"):
+        assert (BENCH / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "expected"), [(None, 0, "0"), (None, 2, "2"), ("3,5", 1, "5"), ("GPU-ab", 0, "GPU-ab")]
+)
+def test_a_stage_sees_the_device_asked_for_as_gpu_0(monkeypatch, tmp_path, visible, device, expected):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert Check(device, tmp_path, tmp_path, 1.0).environment["CUDA_VISIBLE_DEVICES"] == expected
+
+
+@pytest.mark.parametrize("name", ["gpu_check", "counters", "step", "per_example", "noise"])
+def test_every_script_starts_and_knows_its_flags(name):
+    done = subprocess.run([sys.executable, BENCH / f"{name}.py", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--output" in done.stdout
+
+
+def test_without_a_gpu_the_check_says_so():
+    done = subprocess.run([sys.executable, BENCH / "gpu_check.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "torch sees no GPU 0" in done.stderr
+
+
+def test_what_ncu_prints_is_read():
+    metrics = [metric + counters.SUFFIX for metric in counters.NCU.values()]
+    rows = [["ID", "Kernel Name", *metrics], ["", "", *["%"] * 4]]
+    rows += [["0", "gemm(float, int)", "99.5", "12.5", "90.0", "1,000.0"], ["1", "gemm", "98.5", "11.5", "n/a", "30"]]
+    text = "==PROF== Connected\n" + "\n".join(",".join(f'"{cell}"' for cell in row) for row in rows)
+    assert counters.parse(text) == [
+        {"sm_active": 99.5, "sm_occupancy": 12.5, "dram_active": 1000.0},
+        {"sm_active": 98.5, "sm_occupancy": 11.5, "dram_active": 30.0},
+    ]
+    assert counters.parse("==ERROR== no permission\n") == []

@@ -1,0 +1,347 @@
+"""`pybatch bench --resume`: a run that was cut goes on, whatever cut it, and only with the run it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pybatch import bench, cli, continuation
+from pybatch.capacity import measurement
+from pybatch.capacity.largest import Largest
+from pybatch.commands.partial import PartialRecord
+from pybatch.device.clock import Clock
+from pybatch.device.identity import describe
+from pybatch.errors import Interrupted, UsageError
+from pybatch.records import BatchPoint, Capacity, Ceilings, NoiseScale, Run
+from pybatch.workloads.base import Split, Workload
+from pybatch.workloads.session import Session
+
+CPU = torch.device("cpu")
+BATCHES = [8, 16, 32, 64, 128]
+OWN = """
+import time, torch, pybatch
+class Own(pybatch.Workload):
+    name, reference_batch = "own", 8
+    def model(self): return torch.nn.Linear(4, 1)
+    def batch(self, n, generator, split="train"):
+        with open(LOG, "a") as log: log.write(f"{n}\\n")
+        return torch.randn(n, 4, generator=generator)
+    def loss(self, model, batch):
+        end = time.perf_counter() + 0.003 + 1e-5 * len(batch)
+        while time.perf_counter() < end: pass
+        return (model(batch) - batch.sum(1, keepdim=True)).square().mean()
+"""
+
+
+class Points(Workload):
+    """A regression that keeps the sizes of the batches drawn from it."""
+
+    name, reference_batch = "points", 8
+    last = 0  # batch drawn, by any of them
+
+    def __init__(self) -> None:
+        self.drawn: list[int] = []
+
+    def model(self) -> nn.Module:
+        return nn.Linear(4, 1)
+
+    def batch(self, n: int, generator: torch.Generator, split: Split = "train") -> torch.Tensor:
+        self.drawn.append(n)
+        Points.last = n
+        return torch.randn(n, 4, generator=generator)
+
+    def loss(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = (model(batch) - batch.sum(1, keepdim=True)).square().mean()
+        return loss
+
+
+class PlantedClock(Clock):
+    """Runs the work once, and reports 2 ms and 10 us an example on a clock of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.time_s, self.rng = 0.0, np.random.default_rng(0)
+
+    def time(self, work: Callable[[], object], count: int) -> list[float]:
+        work()
+        base = 2e-3 + 1e-5 * Points.last
+        times = [float(base * np.exp(self.rng.normal(0, 0.01))) for _ in range(count)]
+        self.time_s += sum(times)
+        return times
+
+    def now(self) -> float:
+        return self.time_s
+
+
+def planted_noise(*arguments: object, **options: object) -> NoiseScale:
+    return NoiseScale(40.0, 31.0, 52.0, 0.5, 20.0, "resolved", "planted", 512)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def planted() -> Iterator[None]:
+    """Times, ceilings, noise and the largest batch, which this file is not about; the last test has real ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "clock_for", PlantedClock)
+        patch.setattr(measurement, "measure_ceilings", lambda *a: Ceilings(time.time(), 1e9))
+        patch.setattr(measurement.largest, "plan_largest", lambda *a: Largest(5000, True))
+        patch.setattr(bench, "measure_noise", planted_noise)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(planted: None) -> tuple[Run, list[Run]]:
+    """A run of five batch sizes to its end, and every record that was saved on the way."""
+    saved: list[Run] = []
+    run = bench.run_bench(Points(), device="cpu", batches=BATCHES, time_budget=60.0, on_partial=saved.append)
+    return run, saved
+
+
+def again(earlier: Run, batches: list[int] = BATCHES) -> tuple[Run, list[int]]:
+    work = Points()
+    found = bench.run_bench(work, device="cpu", batches=batches, time_budget=60.0, earlier=earlier)
+    return found, work.drawn
+
+
+def capacity(run: Run) -> Capacity:
+    assert run.capacity is not None
+    return run.capacity
+
+
+def point(run: Run, batch: int) -> BatchPoint:
+    return next(p for p in capacity(run).batches if p.batch == batch)
+
+
+# What is saved on the way
+
+
+def test_the_record_grows_batch_by_batch_and_can_be_read_back(whole: tuple[Run, list[Run]]) -> None:
+    run, saved = whole
+    assert run.complete
+    counts = [len(capacity(part).standing) for part in saved]
+    assert counts[0] == 0
+    assert counts == sorted(counts)
+    assert {1, 3, 5} <= set(counts)
+    assert saved[-1].noise == run.noise
+    for part in saved:
+        assert not part.complete
+        assert Run.from_json(part.to_json()) == part
+
+
+def test_a_point_carries_what_its_fit_resamples(whole: tuple[Run, list[Run]]) -> None:
+    for p in capacity(whole[0]).batches:
+        assert p.steady
+        assert 10 <= len(p.blocks_ms) <= 39
+        assert min(p.blocks_ms) <= (p.step_ms or 0) <= max(p.blocks_ms)
+
+
+# What stands and what is measured again
+
+
+def test_batches_measured_stay_to_the_digit_and_only_missing_ones_run(whole: tuple[Run, list[Run]]) -> None:
+    part = next(part for part in whole[1] if len(capacity(part).standing) == 3)
+    kept = [p.batch for p in capacity(part).standing]
+    missing = set(BATCHES) - set(kept)
+    run, drawn = again(part)
+    assert run.complete
+    assert [point(run, n) for n in kept] == list(capacity(part).standing)
+    assert all(point(run, n).step_ms for n in missing)
+    control = sorted(kept)[1]
+    assert set(drawn) == {1, control} | missing  # 1: whether a step runs at all
+    assert capacity(run).ceilings == capacity(part).ceilings
+    assert capacity(run).model is not None
+    assert run.noise is not None
+    assert run.created == part.created
+    texts = [note.text for note in run.notes]
+    assert texts[0].startswith("continued on ")
+    assert f"batches {', '.join(map(str, kept))}" in texts[0]
+    assert any(
+        f"batch {control}, which an earlier run had timed, was timed again" in n.text for n in capacity(run).notes
+    )
+
+
+def test_a_complete_run_is_not_measured_again(whole: tuple[Run, list[Run]]) -> None:
+    run, drawn = again(whole[0])
+    assert drawn == [1]  # one step, to see that the workload still runs
+    assert capacity(run).batches == capacity(whole[0]).batches
+    before, after = capacity(whole[0]).model, capacity(run).model
+    for figure in ("ceiling", "ceiling_high", "half_batch", "saturation_low"):  # blocks are saved to six digits
+        assert getattr(after, figure) == pytest.approx(getattr(before, figure), rel=1e-4)
+    assert run.noise == whole[0].noise
+    assert run.complete
+
+
+def test_further_batch_sizes_are_added_to_a_complete_run(whole: tuple[Run, list[Run]]) -> None:
+    run, _ = again(whole[0], [8, 256])
+    assert [p.batch for p in capacity(run).batches] == [8, 16, 32, 64, 128, 256]
+    assert point(run, 256).steady
+    assert run.noise == whole[0].noise
+
+
+def test_only_the_noise_is_missing(whole: tuple[Run, list[Run]]) -> None:
+    run, _ = again(dataclasses.replace(whole[0], noise=None))
+    assert run.noise is not None
+    assert capacity(run).batches == capacity(whole[0]).batches
+
+
+def test_only_the_largest_batch_is_missing(whole: tuple[Run, list[Run]], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def found(explorer: object, limit: int, deadline: float) -> Largest:
+        asked.append(limit)
+        return Largest(77, True)
+
+    monkeypatch.setattr(measurement.largest, "plan_largest", found)
+    unverified = dataclasses.replace(capacity(whole[0]), max_batch_verified=False)
+    run, _ = again(dataclasses.replace(whole[0], capacity=unverified))
+    assert (len(asked), capacity(run).max_batch) == (1, 77)
+
+
+def test_ctrl_c_in_a_continued_run_keeps_both_parts(
+    whole: tuple[Run, list[Run]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = next(part for part in whole[1] if len(capacity(part).standing) == 2)
+
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measurement.Rounds, "run", interrupt)
+    with pytest.raises(Interrupted) as stop:
+        again(part)
+    assert not stop.value.partial.complete
+    assert capacity(stop.value.partial).standing == capacity(part).standing
+
+
+# The run it goes on with must be the same
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "says"),
+    [
+        ("workload", {"dtype": "bf16"}, "dtype bf16 there, fp32 here"),
+        ("workload", {"name": "other"}, "workload other there, points here"),
+        ("workload", {"parameters": 9}, "parameters 9 there, 5 here"),
+        ("workload", {"options": {"width": 8}}, "option width 8 there, not set here"),
+        ("device", {"name": "Another CPU"}, "device Another CPU there"),
+        ("environment", {"seed": 4}, "seed 4 there, 0 here"),
+        ("environment", {"torch": "1.0"}, "torch 1.0 there"),
+        ("environment", {"threads": 99}, "threads 99 there"),
+        ("environment", {"pybatch": "0.0.1"}, "pybatch 0.0.1 there"),
+    ],
+)
+def test_another_run_is_refused_with_every_difference(
+    whole: tuple[Run, list[Run]], section: str, change: dict[str, object], says: str
+) -> None:
+    run = whole[0]
+    if section == "environment":
+        assert run.environment is not None
+        other = dataclasses.replace(run, environment=dataclasses.replace(run.environment, **change))
+    else:
+        part = dataclasses.replace(getattr(run.capacity, section), **change)
+        other = dataclasses.replace(run, capacity=dataclasses.replace(capacity(run), **{section: part}))
+    work = Points()
+    with pytest.raises(UsageError, match=rf"--resume: .*{says}.*Give the flags"):
+        bench.run_bench(work, device="cpu", time_budget=9.0, earlier=other)
+    assert work.drawn == []
+
+
+def test_the_same_run_is_not_refused(whole: tuple[Run, list[Run]]) -> None:
+    assert whole[0].environment is not None
+    continuation.check_same(whole[0], Session(Points(), CPU).info, describe(CPU), whole[0].environment)
+
+
+# The files
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, command: str) -> int:
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [("--resume", "none is given. Add -o RUN.json"), ("--resume -o x.csv", "'x.csv' is none")],
+)
+def test_resume_needs_a_record(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert typed(monkeypatch, f"pybatch bench --cpu {flags}") == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_record_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert typed(monkeypatch, f"pybatch bench --cpu --resume -o {tmp_path}/run.json") == 2
+    assert "run.json" in capsys.readouterr().err
+
+
+def test_what_a_crash_left_comes_before_the_output(
+    whole: tuple[Run, list[Run]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = PartialRecord(tmp_path / "run.json")
+    assert record.earlier() is None
+    assert "starts anew" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text(whole[0].to_json())
+    assert record.earlier() == whole[0]
+    record.write(whole[1][2])
+    assert record.earlier() == whole[1][2]
+    record.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_full_disk_does_not_end_the_run(
+    whole: tuple[Run, list[Run]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = PartialRecord(tmp_path / "gone" / "run.json")
+    record.write(whole[0])
+    record.write(whole[0])
+    assert capsys.readouterr().err.count("could not be continued") == 1
+
+
+def test_killed_in_the_middle_and_continued(tmp_path: Path) -> None:
+    """The real thing: a process, kill -9, and the same command again with --resume."""
+    log, path = tmp_path / "log", tmp_path / "run.json"
+    (tmp_path / "own.py").write_text(OWN.replace("LOG", repr(str(log))))
+    command = [sys.executable, "-m", "pybatch.cli", "bench", "--cpu", "--workload", f"{tmp_path}/own.py:Own"]
+    command += ["--batch", "8-128*2", "--time-budget", "20", "-q", "-o", str(path)]
+    partial = tmp_path / "run.json.partial"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as process:
+        end = time.monotonic() + 60
+        standing: tuple[BatchPoint, ...] = ()
+        while len(standing) < 2 and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.1)
+            if partial.exists():
+                standing = capacity(Run.from_json(partial.read_text())).standing
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not path.exists()
+    left = Run.from_json(partial.read_text())
+    kept = capacity(left).standing
+    assert 2 <= len(kept) < 5
+    log.write_text("")
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run = Run.from_json(path.read_text())
+    assert run.complete
+    assert [point(run, p.batch) for p in kept] == list(kept)
+    assert [p.batch for p in capacity(run).batches if p.status == "ok"] == BATCHES
+    assert json.loads(path.read_text())["notes"][0]["text"].startswith("continued on ")
+    assert not partial.exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")][1:]  # at most the killed run's own
