@@ -7,7 +7,7 @@ from typing import Literal
 
 from pybatch.records.subject import TOP, Device, Note, WorkloadInfo
 
-PointStatus = Literal["reached", "not_reached", "diverged"]
+PointStatus = Literal["reached", "not_reached", "diverged", "not_run"]  # not_run: of one seed at one rate only
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ def _cells(curve: Curve, batch: int) -> tuple[str, str]:
     if p is None:
         return "", ""
     value = n.count(round(p.steps)) if p.steps is not None else _WORDS[p.status]
-    ran = p.seeds if p.learning_rate is not None else p.seeds * max(1, len(p.rates))  # no rate reached: all of them
+    ran = p.seeds
+    if p.learning_rate is None and p.rates:  # no rate reached: all of them
+        ran = sum(status != "not_run" for rate in p.rates for status in rate.statuses)
     if p.reached < ran:
         value += f" ({p.reached}/{ran})"
     rate = n.number(p.learning_rate, 2) + ("*" if p.edge else "") if p.learning_rate is not None else ""
