@@ -162,7 +162,7 @@ def test_a_batch_with_trials_in_other_hands_is_waited_for(tmp_path, monkeypatch)
     monkeypatch.setattr(Store, "claim", first_to_the_other)
     monkeypatch.setattr("pybatch.convergence.driver.time", types.SimpleNamespace(sleep=lambda _: other.close()))
     found = measure(batches=[8], store=path)
-    assert len(seen) == 15
+    assert len(seen) == 5  # the first seed at all rates
     assert found.complete
 
 

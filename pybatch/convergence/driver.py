@@ -11,7 +11,7 @@ import torch
 
 from pybatch.convergence.jobs import LostWorkerError, Ticket, Workers
 from pybatch.convergence.plan import Plan
-from pybatch.convergence.search import Search, best_rate
+from pybatch.convergence.search import Heat, Search, best_rate
 from pybatch.convergence.store import Store
 from pybatch.convergence.summary import curve, point
 from pybatch.convergence.trajectory import SMOOTHING, SPLITS, Split
@@ -37,7 +37,9 @@ class Contest:
     targets: dict[str, float]
     cap: int
     search: Search | None
-    trials: list[Trial] = field(default_factory=list)
+    trials: dict[str, Trial] = field(default_factory=dict)  # by key
+    heat: list[Trial] = field(default_factory=list)  # those to run now
+    seeds: tuple[int, ...] = ()  # over whose median a rate ends the slower ones of the heat
     failed: str | None = None  # why it has no outcome
     claimed: list[str] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)  # once it is over
@@ -96,14 +98,19 @@ class Sweep:
         except UsageError as error:
             contest.over, contest.failed = True, str(error)
             return contest
-        contest.trials = [self._trial(scaled, batch, seed) for seed in plan.seeds]
+        self._begin(contest, [self._trial(scaled, batch, seed) for seed in plan.seeds], plan.seeds)
         return contest
+
+    @staticmethod
+    def _begin(contest: Contest, trials: list[Trial], seeds: tuple[int, ...]) -> None:
+        contest.heat, contest.seeds = trials, seeds
+        contest.trials |= {trial.key: trial for trial in trials}
 
     def _base(self, split: str) -> tuple[float | None, float | None]:
         """The rate tuned at the base batch for a split's target, and its median steps."""
         base = self.contests[0]
         race = base.race(self.plan.seeds, base.outcomes)
-        best = best_rate(race, split, sorted({trial.lr for trial in base.trials}))
+        best = best_rate(race, split, sorted({trial.lr for trial in base.trials.values()}))
         return best, race.median(split, best) if best is not None else None
 
     def _cap(self, batch: int, split: str | None = None) -> int:
@@ -163,32 +170,33 @@ class Sweep:
         """The trials to run next; None where the contest is over, or another process runs all that is missing."""
         plan = self.plan
         while True:
-            stored = self.store.outcomes(contest.trials)
-            race = contest.race(plan.seeds, list(stored.values()))
-            missing = [t for t in contest.trials if not _answered(t, stored, race)]
+            stored = self.store.outcomes(contest.trials.values())
+            race = contest.race(contest.seeds, list(stored.values()))
+            missing = [t for t in contest.heat if not _answered(t, stored, race)]
             if missing:
                 granted = self.store.claim(t.key for t in missing)
                 again = self.store.outcomes(t for t in missing if t.key in granted)  # ended before it was claimed
                 fresh = [t for t in missing if t.key in granted and not _answered(t, again, race)]
                 self.store.release(granted - {t.key for t in fresh})
                 if not fresh:
-                    if len(again) == len(missing):
+                    if len(granted) == len(missing):
                         continue
                     return None
                 contest.claimed = [t.key for t in fresh]
                 known = tuple(stored.values())
                 return Unit(
-                    tuple(fresh), dict(contest.targets), plan.seeds, contest.cap, contest.search is not None, known
+                    tuple(fresh), dict(contest.targets), contest.seeds, contest.cap, contest.search is not None, known
                 )
-            rates = contest.search.propose(race) if contest.search is not None else []
-            if not rates:
+            heat = self._next_heat(contest, list(stored.values()))
+            if heat is None:
                 contest.outcomes, contest.over = list(stored.values()), True
                 self._say(contest)
                 return None
-            group = plan.group
-            contest.trials += [
-                self._trial(Scaled(group | {"lr": lr}), contest.batch, s) for lr in rates for s in plan.seeds
-            ]
+            trials = [self._trial(Scaled(plan.group | {"lr": lr}), contest.batch, seed) for lr, seed in heat.cells]
+            self._begin(contest, trials, heat.seeds)
+
+    def _next_heat(self, contest: Contest, outcomes: Sequence[Outcome]) -> Heat | None:
+        return contest.search.heat(contest.race(self.plan.seeds, outcomes)) if contest.search is not None else None
 
     def _say(self, contest: Contest) -> None:
         if self.found is None:
@@ -213,7 +221,7 @@ class Sweep:
             names = ", ".join(f"batch {contest.batch} {contest.rule}" for contest in missing[:8])
             notes = (*notes, Note("curves", f"not finished: {names}{' and more' if len(missing) > 8 else ''}"))
         notes = (*notes, *(Note("trials", text) for text in self.notes), *_confounds(workload, plan, self.device))
-        trials = {t.key for contest in self.contests for t in contest.trials if contest.over}
+        trials = {key for contest in self.contests if contest.over for key in contest.trials}
         session = Session(workload, torch.device("cpu"), plan.dtype)
         return Convergence(
             curves,

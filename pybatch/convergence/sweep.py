@@ -31,7 +31,7 @@ def measure_convergence(
     optimizer: str = "sgd",
     options: Mapping[str, Any] | None = None,
     rates: Sequence[float] | None = None,
-    search: str = "grid",
+    search: str = "race",
     base_batch: int | None = None,
     max_steps: int = MAX_STEPS,
     device: str | torch.device | None = None,
@@ -58,7 +58,9 @@ def measure_convergence(
         options: its arguments but the learning rate, such as {"momentum": 0.9}.
         rates: first learning rates of a search; None: 12, a factor of 2 apart. Where the best one is the lowest or
             highest, more are tried; then two halfway beside it.
-        search: "grid", or an Optuna sampler ("tpe", "qmc", "random", "cmaes") between the ends of `rates`.
+        search: "race" tries every rate with the first seed, and runs the other seeds at the rates that can still have
+            the least median; "grid" runs every seed at every rate; or an Optuna sampler ("tpe", "qmc", "random",
+            "cmaes") between the ends of `rates`.
         base_batch: where the rules start; None: the smallest of `batches`.
         max_steps: a trial is given up then; earlier after 4 times the steps the base batch took (times B_0 / B below
             it), and in a search after 1.5 times the median steps of the best rate.
