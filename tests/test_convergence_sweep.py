@@ -434,15 +434,17 @@ def test_a_fingerprint_shows_what_is_in_the_loss_alone():
     assert still[0] != still[1]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "lamb", "lars", "lion", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "lamb", "lars", "lion", "muon", "sgd"])
 def test_every_optimizer_can_be_swept(optimizer):
     found = measure(batches=[8], optimizer=optimizer, rates=[0.01, 0.02], seeds=1, max_steps=3)
     assert found.curves[0].points[0].rates
 
 
-def test_an_optimizer_with_two_rates_is_refused():
-    with pytest.raises(UsageError, match="'muon' has a rate for matrices and another"):
-        measure(batches=[8], optimizer="muon")
+def test_muon_shares_one_rate_with_adamw_and_a_second_one_is_refused():
+    found = measure(batches=[8], optimizer="muon", rates=[0.05], seeds=1, max_steps=3)
+    assert any("embeddings" in note.text for note in found.notes)
+    with pytest.raises(UsageError, match=r"adamw_lr=0.1 is a second rate"):
+        measure(batches=[8], optimizer="muon", options={"adamw_lr": 0.1})
 
 
 def test_an_optimizers_arguments_reach_the_trials(tmp_path):

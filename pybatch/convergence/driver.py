@@ -268,6 +268,11 @@ def _confounds(workload: Workload, plan: Plan, device: torch.device) -> list[Not
             "Use ghost batches or another norm to tell the two apart"
         )
         notes.append(Note("curves.critical_batch", text))
+    if plan.optimizer == "muon":
+        text = (
+            "muon: every matrix is updated by Muon, embeddings and an output layer too, which users often leave to AdamW"
+        )
+        notes.append(Note("curves", text))
     over = [b for b in plan.batches if workload.examples is not None and b > workload.examples]
     if over:
         text = (
