@@ -34,6 +34,13 @@ class ConvergencePoint:
     edge: bool = False  # the best rate is the lowest or highest one tried: a better one may lie beyond
     rates: tuple[RateSteps, ...] = ()  # every rate tried, ascending
 
+    @property
+    def runs(self) -> int:
+        """The runs that `reached` counts among: the seeds, or where no rate is chosen all runs made."""
+        if self.learning_rate is not None or not self.rates:
+            return self.seeds
+        return sum(status != "not_run" for rate in self.rates for status in rate.statuses)
+
 
 @dataclass(frozen=True)
 class StepsFit:
