@@ -470,3 +470,38 @@ def test_adam_sde_is_measured_up_to_its_end():
     assert [p.batch for p in curve.points] == [4, 8]
     assert any("ends at batch" in note.text for note in curve.notes)
     assert dataclasses.asdict(curve.points[0])["status"] == "reached"
+
+
+# What is said on the way.
+
+
+def test_rows_on_the_way_are_a_table_of_80_columns():
+    said = []
+    measure(batches=[4, 8], rules=["sqrt", "tuned"], target={"train": 0.1, "test": 0.1}, found=said.append)
+    assert " ".join(said[0].split()) == "batch rule steps to train 0.100 steps to test 0.100"
+    assert [line.split()[:2] for line in said[1:3]] == [["4", "tuned"], ["8", "tuned"]]
+    assert len(said) == 1 + 2 + 4
+    assert all("(3/3) at" in line for line in said[1:])
+    assert max(len(f"pybatch: {line}") for line in said) <= 80
+
+
+def test_an_unreachable_target_is_tried_at_both_ends_only_and_its_distance_is_said():
+    said = []
+    found = measure(
+        batches=[4, 8, 16, 32], target={"train": 1e-30}, rates=[0.05, 0.1, 0.2], max_steps=40, found=said.append
+    )
+    [curve] = found.curves
+    assert [p.batch for p in curve.points] == [4, 32]
+    assert not found.complete
+    assert any("batch 8, 16: not run: neither batch 4 nor 32" in note.text for note in curve.notes)
+    near = [note.text for note in curve.notes if "the lowest train loss was" in note.text]
+    assert len(near) == 1
+    assert any("the lowest train loss was" in line for line in said)
+    assert all(p.runs == 5 for p in curve.points)  # the first seed at three rates, the others at the nearest
+
+
+def test_a_target_that_only_large_batches_reach_is_sought_at_all():
+    """At batch 1 the rate must be so low that 60 steps do not suffice; every other batch size is still run."""
+    found = measure(batches=[1, 8, 32], target={"train": 0.03}, rates=[0.02, 0.04, 0.08, 0.4, 0.8], max_steps=40)
+    [curve] = found.curves
+    assert [p.status for p in curve.points] == ["not_reached", "reached", "reached"]
