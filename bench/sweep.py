@@ -127,6 +127,7 @@ def workers(ray: bool) -> list[dict[str, Any]]:
         seconds = time.perf_counter() - begin
         trained = found.trials or 1
         rows.append({"workers": name, "seconds": seconds, "trials": trained, "ms_per_trial": 1e3 * seconds / trained})
+        print(f"{name}: {seconds:.1f} s, {trained} trials, {1e3 * seconds / trained:.0f} ms each", flush=True)
     return rows
 
 
@@ -191,8 +192,6 @@ def main() -> None:
         print("store:", ", ".join(f"{key} {value:.2f}" for key, value in result["store"].items()), flush=True)
     if "workers" in parts:
         result["workers"] = workers(given.ray)
-        for row in result["workers"]:
-            print(f"{row['workers']}: {row['seconds']:.1f} s, {row['trials']} trials, {row['ms_per_trial']:.0f} ms each")
     result["digits"] = []
     for search in given.searches.split(",") if "digits" in parts else ():
         row = digits([16, 64, 256] if given.quick else [8 * 2**k for k in range(11)], given.jobs, search)
