@@ -1,9 +1,11 @@
 """Sweeps: trials per second of replicas against the plain loop, what store and workers cost, the tuned digits sweep.
 
-    python bench/sweep.py [--models mlp,cnn] [--batches 8,16,32,64] [--quick] [--ray] [--output FILE]
+    python bench/sweep.py [--parts replicas,store,workers,digits] [--models mlp,cnn] [--batches 8,16,32,64] [--quick]
+                          [--threads N] [--jobs N] [--ray] [--output FILE]
 
 The loop is pybatch's own, one optimizer step a replica, with the same batches; both sides do the same evaluations, and
-their losses are compared before they are timed. Samples of the two are interleaved.
+their losses are compared before they are timed. Samples of the two are interleaved. Both run on --threads threads: a
+worker of `--jobs` as many as there are cores has one.
 """
 
 from __future__ import annotations
@@ -125,15 +127,28 @@ def workers(ray: bool) -> list[dict[str, Any]]:
         seconds = time.perf_counter() - begin
         trained = found.trials or 1
         rows.append({"workers": name, "seconds": seconds, "trials": trained, "ms_per_trial": 1e3 * seconds / trained})
+        print(f"{name}: {seconds:.1f} s, {trained} trials, {1e3 * seconds / trained:.0f} ms each", flush=True)
     return rows
 
 
-def digits(batches: list[int]) -> dict[str, Any]:
-    """The tuned digits sweep to a train loss of 0.1."""
+def digits(batches: list[int], jobs: int, search: str) -> dict[str, Any]:
+    """The tuned digits sweep to a train loss of 0.1, from nothing: starting the workers is included."""
     begin = time.perf_counter()
-    found = measure_convergence(find("digits"), batches, ["tuned"], SEEDS, target={"train": 0.1}, device="cpu")
+    found = measure_convergence(
+        find("digits"),
+        batches,
+        ["tuned"],
+        SEEDS,
+        target={"train": 0.1},
+        device="cpu",
+        jobs=jobs,
+        search=search,
+        found=lambda row: print(f"  {time.perf_counter() - begin:6.1f} s {row}", flush=True),
+    )
     [curve] = found.curves
     return {
+        "search": search,
+        "jobs": jobs,
         "seconds": time.perf_counter() - begin,
         "trials": found.trials,
         "steps": {p.batch: p.steps for p in curve.points},
@@ -145,17 +160,23 @@ def digits(batches: list[int]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="replicas,store,workers,digits")
     parser.add_argument("--models", default="mlp,cnn")
     parser.add_argument("--batches", default="8,16,32,64,256")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="of the digits sweep")
+    parser.add_argument("--searches", default="race,grid", help="of the digits sweep")
     parser.add_argument("--quick", action="store_true", help="few repeats, a sweep of three batch sizes")
     parser.add_argument("--ray", action="store_true")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    load = os.getloadavg()[0]
-    print(f"{torch.get_num_threads()} threads, load {load:.1f} at the start")
-    result: dict[str, Any] = {"load": load, "threads": torch.get_num_threads(), "replicas": []}
-    for model in given.models.split(","):
+    load, parts = os.getloadavg()[0], given.parts.split(",")
+    all_threads = torch.get_num_threads()
+    print(f"{given.threads} of {all_threads} threads, load {load:.1f} at the start")
+    result: dict[str, Any] = {"load": load, "threads": given.threads, "replicas": []}
+    torch.set_num_threads(given.threads)
+    for model in given.models.split(",") if "replicas" in parts else ():
         for batch in map(int, given.batches.split(",")):
             row = replicas(model, batch, 3 if given.quick else given.repeats)
             result["replicas"].append(row)
@@ -165,15 +186,21 @@ def main() -> None:
                 f"{row['ratio']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
                 flush=True,
             )
-    result["store"] = store(200)
-    print("store:", ", ".join(f"{key} {value:.2f}" for key, value in result["store"].items()), flush=True)
-    result["workers"] = workers(given.ray)
-    for row in result["workers"]:
-        print(f"{row['workers']}: {row['seconds']:.1f} s, {row['trials']} trials, {row['ms_per_trial']:.0f} ms each")
-    result["digits"] = digits([16, 64, 256] if given.quick else [8 * 2**k for k in range(11)])
-    row = result["digits"]
-    critical = row["critical_batch"] if row["critical_batch"] is not None else math.nan
-    print(f"tuned digits sweep: {row['seconds']:.1f} s, {row['trials']} trials, critical batch {critical:.1f}")
+    torch.set_num_threads(all_threads)
+    if "store" in parts:
+        result["store"] = store(200)
+        print("store:", ", ".join(f"{key} {value:.2f}" for key, value in result["store"].items()), flush=True)
+    if "workers" in parts:
+        result["workers"] = workers(given.ray)
+    result["digits"] = []
+    for search in given.searches.split(",") if "digits" in parts else ():
+        row = digits([16, 64, 256] if given.quick else [8 * 2**k for k in range(11)], given.jobs, search)
+        result["digits"].append(row)
+        critical = row["critical_batch"] if row["critical_batch"] is not None else math.nan
+        print(
+            f"tuned digits sweep, {search}, {given.jobs} jobs: {row['seconds']:.1f} s, {row['trials']} trials, "
+            f"critical batch {critical:.1f}"
+        )
     if given.output is not None:
         given.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -89,6 +89,7 @@ def losses(made, steps=12):
         ("sgd", {"maximize": True}),
         ("adamw", {"weight_decay": 0.1}),
         ("adamw", {"amsgrad": True}),
+        ("muon", {"weight_decay": 0.1}),
     ],
 )
 def test_a_stack_gives_what_the_loop_gives(optimizer, options):

@@ -162,7 +162,7 @@ def test_a_batch_with_trials_in_other_hands_is_waited_for(tmp_path, monkeypatch)
     monkeypatch.setattr(Store, "claim", first_to_the_other)
     monkeypatch.setattr("pybatch.convergence.driver.time", types.SimpleNamespace(sleep=lambda _: other.close()))
     found = measure(batches=[8], store=path)
-    assert len(seen) == 15
+    assert len(seen) == 5  # the first seed at all rates
     assert found.complete
 
 
@@ -434,15 +434,17 @@ def test_a_fingerprint_shows_what_is_in_the_loss_alone():
     assert still[0] != still[1]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "lamb", "lars", "lion", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "lamb", "lars", "lion", "muon", "sgd"])
 def test_every_optimizer_can_be_swept(optimizer):
     found = measure(batches=[8], optimizer=optimizer, rates=[0.01, 0.02], seeds=1, max_steps=3)
     assert found.curves[0].points[0].rates
 
 
-def test_an_optimizer_with_two_rates_is_refused():
-    with pytest.raises(UsageError, match="'muon' has a rate for matrices and another"):
-        measure(batches=[8], optimizer="muon")
+def test_muon_shares_one_rate_with_adamw_and_a_second_one_is_refused():
+    found = measure(batches=[8], optimizer="muon", rates=[0.05], seeds=1, max_steps=3)
+    assert any("embeddings" in note.text for note in found.notes)
+    with pytest.raises(UsageError, match=r"adamw_lr=0.1 is a second rate"):
+        measure(batches=[8], optimizer="muon", options={"adamw_lr": 0.1})
 
 
 def test_an_optimizers_arguments_reach_the_trials(tmp_path):
@@ -468,3 +470,38 @@ def test_adam_sde_is_measured_up_to_its_end():
     assert [p.batch for p in curve.points] == [4, 8]
     assert any("ends at batch" in note.text for note in curve.notes)
     assert dataclasses.asdict(curve.points[0])["status"] == "reached"
+
+
+# What is said on the way.
+
+
+def test_rows_on_the_way_are_a_table_of_80_columns():
+    said = []
+    measure(batches=[4, 8], rules=["sqrt", "tuned"], target={"train": 0.1, "test": 0.1}, found=said.append)
+    assert " ".join(said[0].split()) == "batch rule steps to train 0.100 steps to test 0.100"
+    assert [line.split()[:2] for line in said[1:3]] == [["4", "tuned"], ["8", "tuned"]]
+    assert len(said) == 1 + 2 + 4
+    assert all("(3/3) at" in line for line in said[1:])
+    assert max(len(f"pybatch: {line}") for line in said) <= 80
+
+
+def test_an_unreachable_target_is_tried_at_both_ends_only_and_its_distance_is_said():
+    said = []
+    found = measure(
+        batches=[4, 8, 16, 32], target={"train": 1e-30}, rates=[0.05, 0.1, 0.2], max_steps=40, found=said.append
+    )
+    [curve] = found.curves
+    assert [p.batch for p in curve.points] == [4, 32]
+    assert not found.complete
+    assert any("batch 8, 16: not run: neither batch 4 nor 32" in note.text for note in curve.notes)
+    near = [note.text for note in curve.notes if "the lowest train loss was" in note.text]
+    assert len(near) == 1
+    assert any("the lowest train loss was" in line for line in said)
+    assert all(p.runs == 5 for p in curve.points)  # the first seed at three rates, the others at the nearest
+
+
+def test_a_target_that_only_large_batches_reach_is_sought_at_all():
+    """At batch 1 the rate must be so low that 60 steps do not suffice; every other batch size is still run."""
+    found = measure(batches=[1, 8, 32], target={"train": 0.03}, rates=[0.02, 0.04, 0.08, 0.4, 0.8], max_steps=40)
+    [curve] = found.curves
+    assert [p.status for p in curve.points] == ["not_reached", "reached", "reached"]

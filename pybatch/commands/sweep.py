@@ -40,7 +40,13 @@ def sweep(
     rates: Annotated[
         str | None, typer.Option(help="First learning rates: '0.01,0.1,1'. Default: 12, a factor of 2 apart.")
     ] = None,
-    search: Annotated[str, typer.Option(help="grid, or an Optuna sampler: tpe, qmc, random, cmaes.")] = "grid",
+    search: Annotated[
+        str,
+        typer.Option(
+            help="How rates are tried: race (one seed at all, the others where it came near its best), grid (each seed "
+            "at each rate), or an Optuna sampler: tpe, qmc, random, cmaes."
+        ),
+    ] = "race",
     base_batch: Annotated[
         int | None, typer.Option(help="Where rules other than 'tuned' start. Default: the smallest batch.")
     ] = None,

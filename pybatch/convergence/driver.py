@@ -9,23 +9,25 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pybatch.convergence import live
 from pybatch.convergence.jobs import LostWorkerError, Ticket, Workers
+from pybatch.convergence.live import Live
 from pybatch.convergence.plan import Plan
-from pybatch.convergence.search import Search, best_rate
+from pybatch.convergence.search import Heat, Search, best_rate
 from pybatch.convergence.store import Store
 from pybatch.convergence.summary import curve, point
 from pybatch.convergence.trajectory import SMOOTHING, SPLITS, Split
 from pybatch.convergence.trial import FACTOR, Outcome, Race, Trial, Unit
 from pybatch.device.identity import describe
 from pybatch.errors import UsageError
-from pybatch.records import Convergence, Curve, NoiseScale, Note
+from pybatch.records import Convergence, ConvergencePoint, Curve, NoiseScale, Note
 from pybatch.scaling import SEARCHED, Base, Scaled, scale
 from pybatch.workloads.base import Workload
 from pybatch.workloads.session import Session
 
 POLL = 0.5  # s between looks at trials that another process runs
 
-Found = Callable[[str], None]  # a line for each batch size and rule, as it is known
+Found = Callable[[str], None]  # a heading, then a row for each batch size and rule as it is known
 
 
 @dataclass
@@ -37,7 +39,9 @@ class Contest:
     targets: dict[str, float]
     cap: int
     search: Search | None
-    trials: list[Trial] = field(default_factory=list)
+    trials: dict[str, Trial] = field(default_factory=dict)  # by key
+    heat: list[Trial] = field(default_factory=list)  # those to run now
+    seeds: tuple[int, ...] = ()  # over whose median a rate ends the slower ones of the heat
     failed: str | None = None  # why it has no outcome
     claimed: list[str] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)  # once it is over
@@ -55,27 +59,50 @@ class Sweep:
     """One sweep on its way: contests, the store, the workers."""
 
     def __init__(
-        self, plan: Plan, store: Store, workers: Workers, identity: str, device: torch.device, found: Found | None
+        self,
+        plan: Plan,
+        store: Store,
+        workers: Workers,
+        identity: str,
+        device: torch.device,
+        found: Found | None,
+        live: Live,
     ) -> None:
         self.plan, self.store, self.workers = plan, store, workers
-        self.identity, self.device, self.found = identity, device, found
+        self.identity, self.device, self.found, self.live = identity, device, found, live
         self.contests: list[Contest] = []
+        self.ended = False  # nothing is left to run
         self.notes: dict[str, None] = {}  # why trials were not stacked; in order, once each
-        self.asked = 0
 
     def run(self) -> None:
         """Tune the base batch, then run everything else, as many at a time as there are workers."""
         plan = self.plan
+        fixed = [rule for rule in plan.rules if rule != SEARCHED]
+        # Large batches first: they take longest, and the last to end should be short.
+        sought = [b for b in reversed(plan.batches) if b != plan.base_batch] if SEARCHED in plan.rules else []
+        self.live.rows = 1 + len(sought) + len(fixed) * len(plan.targets) * len(plan.batches)
         base = self._search(plan.base_batch, plan.max_steps)
         self._finish([base])
-        contests = []
-        if SEARCHED in plan.rules:
-            # Large batches first: they take longest, and the last to end should be short.
-            contests += [self._search(b, self._cap(b)) for b in reversed(plan.batches) if b != plan.base_batch]
-        for rule in plan.rules:
-            if rule != SEARCHED:
-                contests += [self._fixed(rule, split, b) for split in plan.targets for b in plan.batches]
+        if len(sought) > 1 and not self._reached(base) and sought[0] > plan.base_batch:
+            largest = self._search(sought.pop(0), plan.max_steps)
+            self._finish([largest])
+            if not self._reached(largest):
+                self._leave_out(sought, base, largest)
+                sought = []
+        contests = [self._search(b, self._cap(b)) for b in sought]
+        contests += [self._fixed(rule, split, b) for rule in fixed for split in plan.targets for b in plan.batches]
         self._finish(contests)
+        self.ended = True
+
+    def _reached(self, contest: Contest) -> bool:
+        return any(p.steps is not None for p in self._points(contest).values())
+
+    def _leave_out(self, batches: Sequence[int], base: Contest, largest: Contest) -> None:
+        """Tuned steps fall with the batch and then stay: what neither end reaches, none between is expected to."""
+        steps = self.plan.max_steps
+        text = f"not run: neither batch {base.batch} nor {largest.batch} reached a target in {steps} steps"
+        for batch in batches:
+            self._fail(self._search(batch, steps), text)
 
     def _search(self, batch: int, cap: int) -> Contest:
         contest = Contest(SEARCHED, batch, self.plan.targets, cap, self.plan.searcher())
@@ -89,21 +116,24 @@ class Sweep:
         self.contests.append(contest)
         lr, steps = self._base(split)
         if lr is None:
-            contest.over, contest.failed = True, f"no rate reached the target at the base batch {plan.base_batch}"
-            return contest
+            return self._fail(contest, f"no rate reached the target at the base batch {plan.base_batch}")
         try:
             scaled = scale(rule, plan.group | {"lr": lr}, batch, Base(plan.base_batch, steps))
         except UsageError as error:
-            contest.over, contest.failed = True, str(error)
-            return contest
-        contest.trials = [self._trial(scaled, batch, seed) for seed in plan.seeds]
+            return self._fail(contest, str(error))
+        self._begin(contest, [self._trial(scaled, batch, seed) for seed in plan.seeds], plan.seeds)
         return contest
+
+    @staticmethod
+    def _begin(contest: Contest, trials: list[Trial], seeds: tuple[int, ...]) -> None:
+        contest.heat, contest.seeds = trials, seeds
+        contest.trials |= {trial.key: trial for trial in trials}
 
     def _base(self, split: str) -> tuple[float | None, float | None]:
         """The rate tuned at the base batch for a split's target, and its median steps."""
         base = self.contests[0]
         race = base.race(self.plan.seeds, base.outcomes)
-        best = best_rate(race, split, sorted({trial.lr for trial in base.trials}))
+        best = best_rate(race, split, sorted({trial.lr for trial in base.trials.values()}))
         return best, race.median(split, best) if best is not None else None
 
     def _cap(self, batch: int, split: str | None = None) -> int:
@@ -148,8 +178,7 @@ class Sweep:
             if done.note:
                 self.notes[done.note] = None
             if done.failed:
-                contest.failed, contest.over = f"{done.failed} at batch {contest.batch}", True
-                self._say(contest)
+                self._fail(contest, f"{done.failed} at batch {contest.batch}")
             else:
                 waiting.insert(0, contest)  # to its end before others begin
 
@@ -163,44 +192,58 @@ class Sweep:
         """The trials to run next; None where the contest is over, or another process runs all that is missing."""
         plan = self.plan
         while True:
-            stored = self.store.outcomes(contest.trials)
-            race = contest.race(plan.seeds, list(stored.values()))
-            missing = [t for t in contest.trials if not _answered(t, stored, race)]
+            stored = self.store.outcomes(contest.trials.values())
+            race = contest.race(contest.seeds, list(stored.values()))
+            missing = [t for t in contest.heat if not _answered(t, stored, race)]
             if missing:
                 granted = self.store.claim(t.key for t in missing)
                 again = self.store.outcomes(t for t in missing if t.key in granted)  # ended before it was claimed
                 fresh = [t for t in missing if t.key in granted and not _answered(t, again, race)]
                 self.store.release(granted - {t.key for t in fresh})
                 if not fresh:
-                    if len(again) == len(missing):
+                    if len(granted) == len(missing):
                         continue
                     return None
                 contest.claimed = [t.key for t in fresh]
                 known = tuple(stored.values())
                 return Unit(
-                    tuple(fresh), dict(contest.targets), plan.seeds, contest.cap, contest.search is not None, known
+                    tuple(fresh), dict(contest.targets), contest.seeds, contest.cap, contest.search is not None, known
                 )
-            rates = contest.search.propose(race) if contest.search is not None else []
-            if not rates:
+            heat = self._next_heat(contest, list(stored.values()))
+            if heat is None:
                 contest.outcomes, contest.over = list(stored.values()), True
                 self._say(contest)
                 return None
-            group = plan.group
-            contest.trials += [
-                self._trial(Scaled(group | {"lr": lr}), contest.batch, s) for lr in rates for s in plan.seeds
-            ]
+            trials = [self._trial(Scaled(plan.group | {"lr": lr}), contest.batch, seed) for lr, seed in heat.cells]
+            self._begin(contest, trials, heat.seeds)
+
+    def _next_heat(self, contest: Contest, outcomes: Sequence[Outcome]) -> Heat | None:
+        return contest.search.heat(contest.race(self.plan.seeds, outcomes)) if contest.search is not None else None
+
+    def _fail(self, contest: Contest, reason: str) -> Contest:
+        contest.over, contest.failed = True, reason
+        self._say(contest)
+        return contest
 
     def _say(self, contest: Contest) -> None:
+        self.live.over += 1
         if self.found is None:
             return
-        parts = [contest.failed] if contest.failed else []
+        if self.live.over == 1:
+            self.found(live.head(self.plan.targets))
+        if contest.failed:
+            self.found(live.failed(contest.batch, contest.rule, contest.failed))
+            return
+        points = self._points(contest)
+        self.found(live.row(contest.batch, contest.rule, [points.get(split) for split in self.plan.targets]))
+        for split, found in points.items():
+            near = live.nearest(split, contest.outcomes) if found.steps is None else None
+            if near is not None:
+                self.found(f"{'':16}  {near}")
+
+    def _points(self, contest: Contest) -> dict[str, ConvergencePoint]:
         race = contest.race(self.plan.seeds, contest.outcomes)
-        for split, target in contest.targets.items() if not contest.failed else ():
-            found = point(contest.batch, split, race, contest.outcomes)
-            steps = f"{found.steps:g} steps" if found.steps is not None else found.status.replace("_", " ")
-            rate = f", rate {found.learning_rate:.3g}" if found.learning_rate is not None else ""
-            parts.append(f"{split} {target:g}: {steps} ({found.reached}/{found.seeds} seeds{rate})")
-        self.found(f"batch {contest.batch}, {contest.rule}: {'; '.join(parts)}")
+        return {split: point(contest.batch, split, race, contest.outcomes) for split in contest.targets}
 
     def result(self, workload: Workload, noise: NoiseScale | None, notes: tuple[Note, ...] = ()) -> Convergence:
         """The record of all contests that are over."""
@@ -209,11 +252,12 @@ class Sweep:
             self._curve(rule, split, noise) for rule in plan.rules for split in SPLITS if split in plan.targets
         )
         missing = [contest for contest in self.contests if not contest.over]
-        if missing:
+        if not self.ended:
             names = ", ".join(f"batch {contest.batch} {contest.rule}" for contest in missing[:8])
+            names = names or f"all that follows the base batch {plan.base_batch}"
             notes = (*notes, Note("curves", f"not finished: {names}{' and more' if len(missing) > 8 else ''}"))
         notes = (*notes, *(Note("trials", text) for text in self.notes), *_confounds(workload, plan, self.device))
-        trials = {t.key for contest in self.contests for t in contest.trials if contest.over}
+        trials = {key for contest in self.contests if contest.over for key in contest.trials}
         session = Session(workload, torch.device("cpu"), plan.dtype)
         return Convergence(
             curves,
@@ -223,7 +267,7 @@ class Sweep:
             trials=len(trials),
             base_batch=plan.base_batch,
             smoothing=SMOOTHING,
-            complete=not missing and len(self.contests) > 0 and not any(c.failed for c in self.contests),
+            complete=self.ended and not any(c.failed for c in self.contests),
             device=describe(self.device),
             workload=dataclasses.replace(session.info, target=dict(plan.targets), learning_rate=None),
         )
@@ -235,14 +279,19 @@ class Sweep:
             for contest in self.contests
             if contest.rule == rule and split in contest.targets and contest.over and contest.batch in plan.batches
         ]
-        points, caps, notes = [], {}, []
+        points, caps = [], {}
+        failed: dict[str, list[str]] = {}
         for contest in sorted(own, key=lambda contest: contest.batch):
             if contest.failed:
-                notes.append(Note("points", f"batch {contest.batch}: {contest.failed}"))
+                failed.setdefault(contest.failed, []).append(str(contest.batch))
                 continue
             race = contest.race(plan.seeds, contest.outcomes)
             points.append(point(contest.batch, split, race, contest.outcomes))
             caps[contest.batch] = race.limit(split)
+        notes = [Note("points", f"batch {', '.join(batches)}: {reason}") for reason, batches in failed.items()]
+        if points and all(p.steps is None for p in points):
+            near = live.nearest(split, [outcome for contest in own for outcome in contest.outcomes])
+            notes += [Note("points", near)] if near is not None else []
         return curve(rule, split, plan.targets[split], points, caps, noise, notes)
 
 
@@ -260,6 +309,9 @@ def _confounds(workload: Workload, plan: Plan, device: torch.device) -> list[Not
             "Use ghost batches or another norm to tell the two apart"
         )
         notes.append(Note("curves.critical_batch", text))
+    if plan.optimizer == "muon":
+        text = "muon: every matrix is updated by Muon, embeddings and an output layer too, often left to AdamW"
+        notes.append(Note("curves", text))
     over = [b for b in plan.batches if workload.examples is not None and b > workload.examples]
     if over:
         text = (

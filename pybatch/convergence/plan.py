@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pybatch import scaling
-from pybatch.convergence.search import SAMPLERS, Grid, Sampled, Search, default_rates, load_optuna
+from pybatch.convergence.search import GRIDS, SAMPLERS, Grid, Racing, Sampled, Search, default_rates, load_optuna
 from pybatch.convergence.training import initial_losses
 from pybatch.convergence.trajectory import SPLITS
 from pybatch.convergence.trial import Trial
@@ -63,7 +63,7 @@ class Plan:
         if not self.rates or not all(0 < rate < float("inf") for rate in self.rates):
             raise UsageError(f"rates {self.rates}: give learning rates above 0.")
         self.search = search
-        if search != "grid":
+        if search not in GRIDS:
             load_optuna(search)
         for rule in self.rules:  # what can be refused is refused before anything runs
             scaling.scale(rule, self.group | {"lr": 1.0}, self.base_batch, scaling.Base(self.base_batch))
@@ -83,7 +83,7 @@ class Plan:
         """A search for one batch size."""
         if self.search in SAMPLERS:
             return Sampled(self.search, min(self.rates), max(self.rates), max(len(self.rates), 12), seed=0)
-        return Grid(self.rates)
+        return Racing(Grid(self.rates)) if self.search == "race" else Grid(self.rates)
 
 
 def _targets(workload: Workload, target: Mapping[str, float] | None) -> dict[str, float]:

@@ -15,6 +15,13 @@ from pybatch.errors import UsageError
 from pybatch.fits.steps import fit_steps
 from pybatch.records import ConvergencePoint, Curve, NoiseScale, Note, PointStatus, RateSteps
 
+# By how a trial without a crossing ended; met: it reached the target past the limit, or another split's alone.
+_STATUS: dict[str | None, PointStatus] = {
+    None: "not_run",
+    "diverged": "diverged",
+    "capped": "not_reached",
+    "met": "not_reached",
+}
 FEW_STEPS = 4  # a target met within so few steps says more of the first evaluations than of the batch size
 
 
@@ -26,7 +33,7 @@ def point(batch: int, split: str, race: Race, outcomes: Sequence[Outcome]) -> Co
     best = best_rate(race, split, tried)
     chosen = next((r for r in rates if r.learning_rate == best), rates[0] if len(rates) == 1 else None)
     shown = rates if chosen is None else (chosen,)  # where no rate reaches, all of them are the answer
-    statuses = [status for rate in shown for status in rate.statuses]
+    statuses = [status for rate in shown for status in rate.statuses if status != "not_run"]
     before = [race.steps(split, best, seed) for seed in race.seeds] if best is not None else []
     return ConvergencePoint(
         batch=batch,
@@ -45,7 +52,7 @@ def point(batch: int, split: str, race: Race, outcomes: Sequence[Outcome]) -> Co
 def _rate(split: str, race: Race, lr: float, ends: Mapping[tuple[float, int], str]) -> RateSteps:
     crossings = [race.steps(split, lr, seed) for seed in race.seeds]
     statuses: list[PointStatus] = [
-        "reached" if c is not None else "diverged" if ends.get((lr, seed)) == "diverged" else "not_reached"
+        "reached" if c is not None else _STATUS[ends.get((lr, seed))]
         for seed, c in zip(race.seeds, crossings, strict=True)
     ]
     return RateSteps(lr, tuple(c.steps if c is not None else None for c in crossings), tuple(statuses))
@@ -118,7 +125,7 @@ def _table(points: Sequence[ConvergencePoint]) -> tuple[np.ndarray, np.ndarray]:
         for i, rate in enumerate(p.rates):
             rates[i, j] = rate.learning_rate
             for k, (value, status) in enumerate(zip(rate.steps, rate.statuses, strict=True)):
-                steps[i, j, k] = value if value is not None else math.nan if status == "diverged" else math.inf
+                steps[i, j, k] = value if value is not None else math.inf if status == "not_reached" else math.nan
     return steps, rates
 
 

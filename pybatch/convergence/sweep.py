@@ -11,6 +11,7 @@ import torch
 from pybatch.convergence.driver import Found, Sweep
 from pybatch.convergence.fingerprint import fingerprint
 from pybatch.convergence.jobs import Inline, Processes, Workers
+from pybatch.convergence.live import Live
 from pybatch.convergence.plan import MAX_STEPS, Plan
 from pybatch.convergence.store import Store
 from pybatch.device.environment import capture
@@ -31,7 +32,7 @@ def measure_convergence(
     optimizer: str = "sgd",
     options: Mapping[str, Any] | None = None,
     rates: Sequence[float] | None = None,
-    search: str = "grid",
+    search: str = "race",
     base_batch: int | None = None,
     max_steps: int = MAX_STEPS,
     device: str | torch.device | None = None,
@@ -58,7 +59,9 @@ def measure_convergence(
         options: its arguments but the learning rate, such as {"momentum": 0.9}.
         rates: first learning rates of a search; None: 12, a factor of 2 apart. Where the best one is the lowest or
             highest, more are tried; then two halfway beside it.
-        search: "grid", or an Optuna sampler ("tpe", "qmc", "random", "cmaes") between the ends of `rates`.
+        search: "race" tries every rate with the first seed, and runs the other seeds at the rates that can still have
+            the least median; "grid" runs every seed at every rate; or an Optuna sampler ("tpe", "qmc", "random",
+            "cmaes") between the ends of `rates`.
         base_batch: where the rules start; None: the smallest of `batches`.
         max_steps: a trial is given up then; earlier after 4 times the steps the base batch took (times B_0 / B below
             it), and in a search after 1.5 times the median steps of the best rate.
@@ -70,7 +73,7 @@ def measure_convergence(
         ray: "auto" or HOST:PORT: train as tasks of a Ray cluster instead.
         noise: the gradient noise scale, for its ratio to the critical batches.
         progress: called with (what is being done, share done).
-        found: called with a line for each batch size and rule.
+        found: called with a heading, then with a row for each batch size and rule as it is known.
         environment: of the run, for the store; None: captured now.
 
     Returns:
@@ -106,8 +109,9 @@ def measure_convergence(
                 f"store '{store}' holds {len(kept)} trials. Add --resume (resume=True) to run only what is missing, or "
                 "name another file."
             )
-        with _workers(workload, kept, place, jobs, ray, progress) as workers:
-            sweep = Sweep(plan, kept, workers, fingerprint(workload), place, found)
+        live = Live(kept.put, progress, alone=jobs == 1 and ray is None)
+        with _workers(workload, live, place, jobs, ray) as workers:
+            sweep = Sweep(plan, kept, workers, fingerprint(workload), place, found, live)
             try:
                 sweep.run()
             except KeyboardInterrupt:
@@ -116,13 +120,11 @@ def measure_convergence(
             return sweep.result(workload, noise)
 
 
-def _workers(
-    workload: Workload, kept: Store, device: torch.device, jobs: int, ray: str | None, progress: Progress | None
-) -> Workers:
+def _workers(workload: Workload, live: Live, device: torch.device, jobs: int, ray: str | None) -> Workers:
     if ray is not None:
         from pybatch.convergence.ray import Cluster
 
-        return Cluster(workload, kept.put, device, ray)
+        return Cluster(workload, live.deliver, device, ray)
     if jobs > 1:
-        return Processes(workload, kept.put, device, jobs)
-    return Inline(workload, kept.put, device, progress)
+        return Processes(workload, live.deliver, device, jobs)
+    return Inline(workload, live.deliver, device, live)

@@ -45,17 +45,17 @@ def run_unit(
         return None
     first = Session(workload, torch.device("cpu"), unit.trials[0].dtype, unit.trials[0].seed)
     size = sum(p.numel() * p.element_size() for p in first.parameters)
-    reason, finished = None, 0
+    reason, finished, split = None, 0, next(iter(unit.targets))
 
     def delivered(outcome: Outcome) -> None:
         nonlocal finished
         finished += 1
         deliver(outcome)
 
-    def say(step: int, left: int) -> None:
+    def say(step: int, left: int, loss: float) -> None:
         if progress is not None:
             text = f"trials: batch {unit.trials[0].batch}, step {step}, {left} of {len(unit.trials)} left"
-            progress(text, finished / len(unit.trials))
+            progress(f"{text}, {split} loss {loss:.3g}", finished / len(unit.trials))
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for group in chunks(unit.trials, size):
@@ -78,12 +78,12 @@ class _Training:
         self.losses: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])  # per evaluation, [trials] each
         self.how = "stacked" if isinstance(replicas, Stack) else "loop"
 
-    def run(self, say: Callable[[int, int], None]) -> None:
+    def run(self, say: Callable[[int, int, float], None]) -> None:
         """Train until no replica is left."""
         self._evaluate(0)
         while any(self.alive):
             start, step = time.perf_counter(), self.steps[-1]
-            say(step, sum(self.alive))
+            say(step, sum(self.alive), self._nearest())
             then = next_evaluation(step)
             held = [row for row in self.rows if self.alive[row]]
             self.replicas.advance(then - step)
@@ -91,6 +91,11 @@ class _Training:
             for row in held:
                 self.seconds[row] += (time.perf_counter() - start) / len(held)
             self._shrink()
+
+    def _nearest(self) -> float:
+        """The lowest loss of now, of the first split with a target."""
+        losses = self.losses[SPLITS.index(next(split for split in SPLITS if split in self.race.targets))][-1]
+        return float(np.nanmin(losses, initial=np.inf))
 
     def _evaluate(self, step: int) -> None:
         self.steps.append(step)

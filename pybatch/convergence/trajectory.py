@@ -96,6 +96,13 @@ def smoothed(steps: Steps, losses: NDArray[np.floating], i: int) -> NDArray[np.f
     return mean
 
 
+def lowest(found: Trajectory, split: str) -> tuple[float, int]:
+    """The lowest smoothed loss of a run and the step at which it was taken; infinite where none is finite."""
+    losses = found.loss(split)
+    values = [(float(smoothed(found.steps, losses, i)), int(step)) for i, step in enumerate(found.steps)]
+    return min((value for value in values if math.isfinite(value[0])), default=(math.inf, 0))
+
+
 def crossing_at(steps: Steps, losses: NDArray[np.floating], i: int, target: float) -> Crossing | None:
     """The crossing between evaluations i - 1 and i of one run, interpolated and rounded up to a whole step."""
     now = float(smoothed(steps, losses, i))

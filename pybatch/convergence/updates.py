@@ -17,12 +17,7 @@ from pybatch.optim import FusedOptimizer
 
 def optimizer_class(name: str) -> Any:
     """A pybatch optimizer by its name in any case; raises UsageError for another."""
-    if name.lower() == "muon":
-        raise UsageError(
-            "optimizer 'muon' has a rate for matrices and another for the rest, which no learning-rate rule scales "
-            "together. Use another one, such as 'adamw'."
-        )
-    known = {entry.lower(): entry for entry in optim.__all__ if entry not in ("FusedOptimizer", "Muon")}
+    known = {entry.lower(): entry for entry in optim.__all__ if entry != "FusedOptimizer"}
     if name.lower() not in known:
         raise unknown("optimizer", name, known)
     return getattr(optim, known[name.lower()])
@@ -32,8 +27,18 @@ def arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Hyper-parameters of an optimizer made with these options, all of them arguments it can be made with again.
 
     A parameter group holds more (AdamW's decoupled_weight_decay) and less (max_grad_norm).
+
+    A sweep has one rate. Muon's matrices and the rest, which AdamW updates, share it: adjust_lr_fn="match_rms_adamw"
+    gives Muon's update the root mean square of AdamW's, so that one rate suits both (Liu et al. 2025, section 2.2).
     """
     cls = optimizer_class(name)
+    if name.lower() == "muon":
+        if options.get("adamw_lr") is not None:
+            raise UsageError(
+                f"optimizer 'muon': adamw_lr={options['adamw_lr']} is a second rate, and a sweep chooses one for both. "
+                "Leave it out: with adjust_lr_fn=match_rms_adamw, which a sweep sets, one rate suits both."
+            )
+        options = {"adjust_lr_fn": "match_rms_adamw"} | dict(options)
     try:
         made = cls([torch.zeros(1, requires_grad=True)], **options)
     except TypeError as error:
@@ -133,7 +138,7 @@ class StackedAdamW(Update):
 
 
 class Views(Update):
-    """Any optimizer: one parameter group a replica, whose parameters are the replica's slices of the stacks."""
+    """Any optimizer: parameter groups of a replica's own, whose parameters are its slices of the stacks."""
 
     def __init__(self, name: str, group: Mapping[str, Any]) -> None:
         self.cls, self.group = optimizer_class(name), group
@@ -151,8 +156,10 @@ class Views(Update):
             assert p.grad is not None
             for piece, grad in zip(column, p.grad.unbind(0), strict=True):
                 piece.grad = grad
-        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-            group["lr"] = lr
+        groups = self.optimizer.param_groups
+        each = len(groups) // len(lrs)  # Muon parts a replica's group in two
+        for i, group in enumerate(groups):
+            group["lr"] = lrs[i // each]
         self.optimizer.step()
 
     def keep(self, index: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pybatch.records.subject import TOP, Device, Note, WorkloadInfo
 
-PointStatus = Literal["reached", "not_reached", "diverged"]
+PointStatus = Literal["reached", "not_reached", "diverged", "not_run"]  # not_run: of one seed at one rate only
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,13 @@ class ConvergencePoint:
     diverged: int = 0  # seeds whose loss became NaN, infinite, or over three times the initial one
     edge: bool = False  # the best rate is the lowest or highest one tried: a better one may lie beyond
     rates: tuple[RateSteps, ...] = ()  # every rate tried, ascending
+
+    @property
+    def runs(self) -> int:
+        """The runs that `reached` counts among: the seeds, or where no rate is chosen all runs made."""
+        if self.learning_rate is not None or not self.rates:
+            return self.seeds
+        return sum(status != "not_run" for rate in self.rates for status in rate.statuses)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Se
         (n.count(batch), *(cell for curve in curves for cell in _cells(curve, batch)[:columns])) for batch in batches
     )
     lines = [line for curve in curves for line in _lines(curve, unit, alone=len(curves) == 1)]
-    if split == curves[0].split and steps.optimizer:
+    if split == steps.curves[0].split and steps.optimizer:
         lines.append(("trained by", f"{steps.optimizer}, {n.count(steps.trials)} trials, {_seeds(steps.seeds)}"))
         lines.append(("in brackets", "seeds that reached the target, where not all did"))
     notes = tuple(
@@ -59,9 +59,8 @@ def _cells(curve: Curve, batch: int) -> tuple[str, str]:
     if p is None:
         return "", ""
     value = n.count(round(p.steps)) if p.steps is not None else _WORDS[p.status]
-    ran = p.seeds if p.learning_rate is not None else p.seeds * max(1, len(p.rates))  # no rate reached: all of them
-    if p.reached < ran:
-        value += f" ({p.reached}/{ran})"
+    if p.reached < p.runs:
+        value += f" ({p.reached}/{p.runs})"
     rate = n.number(p.learning_rate, 2) + ("*" if p.edge else "") if p.learning_rate is not None else ""
     return value, rate
 
