@@ -274,14 +274,18 @@ def test_a_file_removed_or_replaced_in_flight_is_noticed_at_the_next_write(path,
     assert path.exists() == replaced
 
 
+def put_many(store):
+    for seed in range(1, 100):
+        store.put(outcome(seed, last=3000))
+
+
 def test_a_full_disk_says_to_free_space_and_loses_nothing_that_was_put(path):
     with Store(path, HERE) as store:
         store.put(outcome(0))
         [pages] = store._db.execute("PRAGMA page_count").fetchone()
         store._db.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(StoreError, match=r"full\. Free space on its disk, then run .*--resume"):
-            for seed in range(1, 100):
-                store.put(outcome(seed, last=3000))
+            put_many(store)
         kept = len(store)
     with Store(path, HERE) as store:
         assert len(store) == kept >= 1

@@ -94,8 +94,10 @@ class Store:
         except OSError as error:
             raise self._refused(f"cannot be opened: {error.strerror}") from None
         self._closing = threading.Event()
-        self._heart = threading.Thread(target=self._beat, daemon=True)
-        if path is not None:
+        # Its own connection, made here: opened later it would make a new file where this one has gone.
+        pulse = self._connect() if path is not None else None
+        self._heart = threading.Thread(target=self._beat, args=(pulse,), daemon=True)
+        if pulse is not None:
             self._heart.start()
 
     def __enter__(self) -> Self:
@@ -251,9 +253,8 @@ class Store:
         host, pid, started, _ = owner.rsplit(":", 3)
         return host == socket.gethostname() and abs(_started(int(pid)) - float(started)) > 1.0
 
-    def _beat(self) -> None:
+    def _beat(self, db: sqlite3.Connection) -> None:
         """Renew the claims until the store is closed."""
-        db = self._connect()
         while not self._closing.wait(self.lease / 4):
             with contextlib.suppress(sqlite3.Error):  # the next renewal makes up for it, or the next write says why not
                 db.execute("UPDATE claim SET expires = ? WHERE owner = ?", (time.time() + self.lease, self.owner))

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from scipy.special import log_ndtr, stdtrit
 
 from pybatch.fits import steps_model, steps_notes
-from pybatch.fits.regimes import Regimes, of_doubling, of_model
+from pybatch.fits.regimes import Regimes, of_doubling, of_model, unknown
 from pybatch.fits.solver import Array, Evaluate, aicc, minimize
 from pybatch.fits.steps_data import CENSORED, REACHED, Cells, Table, best_rate, cells, checked, choose_rates
 from pybatch.records import Note, StepsFit
@@ -27,6 +27,7 @@ SOFT = 3.0  # standard deviations from which on a residual counts linearly
 RESOLUTION = 2e-3  # log steps: steps are whole numbers, and a perfect fit must not drive AICc to minus infinity
 TRUST = 3.0  # degrees of freedom at which a misfit below that of the evaluations' intervals is believed by half
 LEAST = 3  # batch sizes that must reach the target for a fit
+LEAST_FREE = 2  # degrees of freedom of a single seed's batch sizes: one alone can be met by chance, however few steps
 LEAST_THREE = 5  # batch sizes for a model of three unknowns
 SUPPORT = 2.0  # of AICc: within it models are about as good (Burnham and Anderson 2002, 2.6), and the hyperbola stands
 
@@ -59,6 +60,7 @@ def fit_steps(
         seed: of the bootstrap.
         resamples: bootstrap resamples behind the 95 % intervals; whole seeds are drawn. What they cannot show (a
             single seed, a model's misfit) is added as independent errors, and the ends are widened as few seeds ask.
+            One seed at hardly more batch sizes than the model has unknowns shows nothing: both ends are None.
 
     Returns:
         The fit, with notes on what a reader must know. Where under three batch sizes reach the target in most of
@@ -84,12 +86,26 @@ def fit_steps(
     best = fits[int(np.argmin([fit.score + _handicap(fit.model) for fit in fits]))]
     least = float(table.size.min())
     point = steps_model.figures(best.model, best.p[None], least)[0]
+    rivals = [fit for fit in fits if fit.score < best.score]
+    notes += [_rival(fit.model, best.score - fit.score, fit.p, least) for fit in rivals]
+    met, seeds = int((data.kind[0] == REACHED).any(-1).sum()), picked.shape[1]
+    if seeds == 1:
+        notes.append(steps_notes.of_one_seed(met, len(best.p), LEAST_FREE))
+    if seeds == 1 and met - len(best.p) < LEAST_FREE:
+        low, high = np.full((2, 4), np.nan)
+        return _record(table, fits, best, point, low, high, (unknown(table.size),) * 2, data, notes)
     drawn, freedom = _resample(table, best, data, resamples, np.random.default_rng(seed))
     spread = _refit(fits, best.sigma, drawn, table.size, least)
     low, high = _interval(point, spread, freedom)
     medians = best_rate(np.where(drawn.kind == REACHED, np.exp(drawn.log), np.inf)[None])[1]
     regimes = of_model(table.size, spread[:, 1], spread[:, 3]), of_doubling(table.size, medians)
     return _record(table, fits, best, point, low, high, regimes, data, notes)
+
+
+def _rival(model: str, better: float, p: Array, least: float) -> Note:
+    """On a model of three unknowns whose AICc is lower by less than SUPPORT."""
+    critical = float(steps_model.figures(model, p[None], least)[0][2])
+    return steps_notes.of_rival(model, better, critical)
 
 
 @dataclass(frozen=True)
@@ -171,7 +187,7 @@ def _resample(table: Table, fit: _Fit, data: Cells, resamples: int, rng: np.rand
     index = rng.integers(0, m, (resamples, m))
     again, open_ = (np.moveaxis(v[..., index], 2, 1) for v in (table.steps, table.variance))  # [rates, R, n, seeds]
     taken = best_rate(again)[0][None, ..., None]
-    drawn = cells(*(np.take_along_axis(v, taken, 0)[0] for v in (again, open_)), table.caps)
+    drawn = cells(np.take_along_axis(again, taken, 0)[0], np.take_along_axis(open_, taken, 0)[0], table.caps)
 
     reached = data.kind[0] == REACHED
     counts = reached.sum(-1)
