@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -29,6 +30,7 @@ TRUST = 3.0  # degrees of freedom at which a misfit below that of the evaluation
 LEAST = 3  # batch sizes that must reach the target for a fit
 LEAST_FREE = 2  # degrees of freedom of a single seed's batch sizes: one alone can be met by chance, however few steps
 LEAST_THREE = 5  # batch sizes for a model of three unknowns
+FEW = 4  # runs up to which AICc has no correction for the hyperbola: models are then compared without it
 SUPPORT = 2.0  # of AICc: within it models are about as good (Burnham and Anderson 2002, 2.6), and the hyperbola stands
 
 
@@ -126,6 +128,11 @@ def _handicap(model: str) -> float:
     return SUPPORT if len(steps_model.NAMES[model]) > 2 else 0.0
 
 
+def _points(runs: Any) -> Any:
+    """Data points for AICc, infinite where they are so few that its correction would leave no model with a bend."""
+    return np.where(np.asarray(runs) > FEW, runs, np.inf)
+
+
 def _evaluator(model: str, size: Array, data: Cells, sigma: float) -> Evaluate:
     """Minus log likelihood, without its ln sigma, as `minimize` wants it."""
     reached, censored = data.kind == REACHED, data.kind == CENSORED
@@ -173,7 +180,7 @@ def _fit(model: str, size: Array, data: Cells) -> _Fit:
             sigma = math.hypot(math.sqrt(max(own, 0.0)), RESOLUTION)
         p, cost = minimize(p, _evaluator(model, size, data, sigma), *bounds)
     likelihood = float(np.sum(np.log(sigma**2 + variance))) + 2 * float(cost[0])
-    return _Fit(model, p[0], sigma, float(aicc(likelihood, int((kind > 0).sum()), p.shape[-1])))
+    return _Fit(model, p[0], sigma, float(aicc(likelihood, _points(counts.sum()), p.shape[-1])))
 
 
 def _resample(table: Table, fit: _Fit, data: Cells, resamples: int, rng: np.random.Generator) -> tuple[Cells, float]:
@@ -230,7 +237,7 @@ def _shared(data: Cells) -> Array:
 
 def _refit(fits: list[_Fit], sigma: float, drawn: Cells, size: Array, least: float) -> Array:
     """Figures [R, 4] of the best model of each resample."""
-    count = (drawn.kind > 0).sum((-2, -1))
+    count = _points((drawn.kind > 0).sum((-2, -1)))
     scores, found = [], []
     for fit in fits:
         low, high = steps_model.limits(fit.model, size)

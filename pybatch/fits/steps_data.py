@@ -13,7 +13,8 @@ from pybatch.fits import steps_model
 from pybatch.fits.solver import Array
 
 REACHED, CENSORED = 1, 2  # codes of a run; 0: diverged, not run, or left out
-_HALF = 1e12  # above any number of steps: a rate that half of the seeds reach and no more
+LEAST, MOST = 1e-9, 1e12  # of batch sizes and steps in any unit; ranks of rates lie above
+_HALF = 1e13  # above any number of steps: a rate that half of the seeds reach and no more
 _UNREACHED = 1e15  # above those: among rates that fail, the one that fails least is first
 
 
@@ -113,8 +114,8 @@ def checked(
         raise UsageError(f"resamples {resamples} cannot show a 95 % interval. Give 200 or more.")
     size = _numbers("batches", batches)
     for value in size.ravel():
-        if not (np.isfinite(value) and value > 0):
-            raise UsageError(f"batch {value:g} is not a batch size. Give positive numbers.")
+        if not LEAST <= value <= MOST:
+            raise UsageError(f"batch {value:g} is not a batch size. Give numbers from {LEAST:g} to {MOST:g}.")
     if size.ndim != 1 or not len(size):
         raise UsageError(f"batches has shape {size.shape}. Give a list of batch sizes.")
     if len(np.unique(size)) < len(size):
@@ -134,6 +135,10 @@ def checked(
             f"steps {first:g} cannot be: the target was met before training. Leave the target out, or give math.inf "
             "for a run that did not reach it and math.nan for one that diverged."
         )
+    finite = table[np.isfinite(table)]
+    if finite.size and not (finite.min() >= LEAST and finite.max() <= MOST):
+        worst = finite.max() if finite.max() > MOST else finite.min()
+        raise UsageError(f"steps {worst:g} are out of range: give {LEAST:g} to {MOST:g}, math.inf where not reached.")
     grid = _grid(rates, table.shape[0], len(size)) if rates is not None else None
     caps = _caps(cap, size, table)
     table, variance = _between(before, table, np.shape(steps), size)
