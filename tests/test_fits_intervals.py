@@ -113,7 +113,7 @@ def test_three_exact_points_of_one_seed_claim_no_interval():
 
 
 def test_golmants_table():
-    """Steps of Golmant et al. 2018: twice the batch halves them up to 128, then no longer. Three points, no interval."""
+    """Steps of Golmant et al. 2018: twice the batch halves them up to 128, then no longer. Three points."""
     fit = fit_steps([64, 128, 256], [46000, 23000, 13282])
     assert (fit.model, fit.low, fit.high) == ("hyperbola", None, None)
     assert fit.critical_batch == pytest.approx(1100, rel=0.01)
@@ -139,7 +139,7 @@ def test_few_points_do_not_favour_the_larger_model():
 
 
 def test_the_hyperbola_stands_against_a_model_that_is_about_as_good(monkeypatch):
-    """Planted hyperbolas with the misfit of chosen rates: without the margin some are another model's, and B_50 jumps."""
+    """Planted hyperbolas with the misfit of chosen rates: without the margin some are another model's."""
     rng, errors = np.random.default_rng(11), {0.0: [], steps.SUPPORT: []}
     tables = [runs(rng) * np.exp(0.05 * rng.standard_normal((len(BATCHES), 1))) for _ in range(40)]
     named = False

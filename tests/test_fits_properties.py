@@ -60,10 +60,9 @@ def test_any_numbers_at_all_give_a_fit_or_a_usage_error(data: st.DataObject) -> 
     steps = data.draw(st.lists(number, min_size=max(0, n - data.draw(st.integers(0, 1))), max_size=n))
     try:
         fit = fitted(batches, steps)
-    except UsageError as error:
-        assert str(error).endswith((".", "diverged."))
-    else:
-        in_order(fit)
+    except UsageError:
+        return
+    in_order(fit)
 
 
 def curve(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
