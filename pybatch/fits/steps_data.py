@@ -61,7 +61,7 @@ def choose_rates(steps: Array, rates: Array | None = None) -> Choice:
     if rates is not None and len(rates) > 1:
         taken = np.take_along_axis(rates, index[None], 0)[0]
         least, most = np.nanmin(rates, 0), np.nanmax(rates, 0)
-        edge = (least < most) & ((taken == least) | (taken == most))
+        edge = (least < most) & ((taken == least) | (taken == most)) & np.isfinite(median)
     return Choice(index, median, edge)
 
 
