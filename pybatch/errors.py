@@ -23,6 +23,10 @@ class DeviceError(PybatchError, RuntimeError):
     """The device asked for is not there or cannot do what was asked."""
 
 
+class StoreError(PybatchError, RuntimeError):
+    """The store of a sweep failed while the sweep ran: the disk is full, the file damaged, gone, or held by another."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a measurement; `partial` is the record of what had been measured."""
 

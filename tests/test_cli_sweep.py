@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import sqlite3
@@ -126,3 +127,21 @@ def test_a_killed_sweep_keeps_its_trials_and_is_resumed(pybatch, tmp_path):
     kept = [row for row in before if row in after]
     assert len(kept) >= len(before) - 2  # one given up early may be run on: nothing that met its target is run twice
     assert len({key for key, *_ in after}) == len(after) == json.loads(out.read_text())["convergence"]["trials"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--batch 16,32,64 --rates 1e5,1e6 --max-steps 40", "all trials diverged. Give lower learning rates"),
+        ("--batch 16,32,64 --rates 1e-6 --max-steps 20", "no batch size reached the target .* Give a higher target"),
+        ("--batch 256 --rates 0.5,1 --max-steps 60", "one batch size shows no dependence on it. Give at least three"),
+        ("--batch 512,1024,2048 --rates 1 --max-steps 60", "batch 2048 is larger than the data set of 1437 examples"),
+    ],
+)
+def test_what_cannot_give_a_critical_batch_is_said_once_with_what_to_change(pybatch, flags, says):
+    status, out, _ = pybatch(f"sweep --cpu -q --noise-budget 0 --seeds 1 --target train=0.9 {flags}")
+    assert status == 0
+    notes = [" ".join(note.split()) for note in out.split("·")[1:]]
+    assert sum(bool(re.search(says, note)) for note in notes) == 1
+    assert len({note.partition(":")[2] for note in notes}) == len(notes)
+    assert not any("edge" in note for note in notes if "diverged" in out)

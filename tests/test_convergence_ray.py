@@ -1,6 +1,8 @@
 """Sweeps on a Ray cluster of two nodes on this machine, one of which is lost on the way."""
 
+import socket
 import sqlite3
+import sys
 import warnings
 
 import pytest
@@ -65,13 +67,51 @@ def test_a_sweep_survives_the_loss_of_a_node(cluster, tmp_path, monkeypatch):
         assert b.steps == pytest.approx(a.steps, rel=0.02)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_an_address_without_a_cluster_is_refused(monkeypatch):
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+@pytest.fixture
+def listening():
+    """The address of a port that accepts connections and is no cluster."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def join(monkeypatch, address, error):
+    """Start a sweep at an address at which Ray raises this error."""
 
     def init(**_):
-        raise ConnectionError("nobody there")
+        raise error
 
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(UsageError, match=r"--ray '10\.0\.0\.1:6379': no cluster answers there"):
-        measure_convergence(find("digits"), ray="10.0.0.1:6379", **ARGUMENTS)
+    measure_convergence(find("digits"), ray=address, **ARGUMENTS)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("nobody there"), RuntimeError("timed out"), ValueError("what")])
+def test_an_address_without_a_cluster_is_refused(monkeypatch, listening, error):
+    with pytest.raises(UsageError, match=rf"--ray '{listening}': no cluster answers there \({error}\)"):
+        join(monkeypatch, listening, error)
+
+
+def test_another_version_is_named_as_the_cause(monkeypatch, listening):
+    error = RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 1.0\n    Python: 3.8")
+    with pytest.raises(UsageError, match=r"runs other versions .*Ray: 1.0 Python: 3.8.*Install the same"):
+        join(monkeypatch, listening, error)
+
+
+def test_an_address_at_which_nothing_listens_is_refused_at_once(monkeypatch):
+    """Ray would try for minutes: it is not asked."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(UsageError, match=rf"--ray '127.0.0.1:{port}': no cluster answers there \(Connection refused"):
+        join(monkeypatch, f"127.0.0.1:{port}", AssertionError("Ray was asked"))
+
+
+@pytest.mark.parametrize("address", ["head", "head:", ":6379", "head:0", "head:99999", "head:port"])
+def test_what_is_no_address_is_refused(monkeypatch, address):
+    with pytest.raises(UsageError, match=rf"--ray '{address}' is no address. Give HOST:PORT"):
+        join(monkeypatch, address, AssertionError("Ray was asked"))
+
+
+def test_without_ray_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"--ray needs Ray, which is not installed. Run: pip install 'pybatch\[ray\]'"):
+        measure_convergence(find("digits"), ray="auto", **ARGUMENTS)

@@ -12,10 +12,11 @@ import time
 import numpy as np
 import pytest
 
+from pybatch.convergence import store as store_module
 from pybatch.convergence.store import APPLICATION, Store
 from pybatch.convergence.trajectory import Trajectory
 from pybatch.convergence.trial import Outcome, Trial
-from pybatch.errors import UsageError
+from pybatch.errors import StoreError, UsageError
 from pybatch.records import Environment
 from pybatch.scaling import Scaled
 
@@ -225,3 +226,129 @@ def test_in_memory_without_a_path():
         assert store.claim([trial().key])
         store.put(outcome())
         assert len(store) == 1
+
+
+def filled(path, count=60):
+    with Store(path, HERE) as store:
+        for seed in range(count):
+            store.put(outcome(seed, last=300))
+
+
+def test_a_page_damaged_after_opening_is_named_and_the_rest_is_kept(path):
+    """Pages that were read before stay in SQLite's cache; this one is read for the first time after the damage."""
+    filled(path)
+    with Store(path, HERE) as store:
+        store._db.execute("PRAGMA cache_size = 1")
+        data = bytearray(path.read_bytes())
+        middle = len(data) // 2 // 4096 * 4096
+        data[middle : middle + 3 * 4096] = np.random.default_rng(0).bytes(3 * 4096)
+        with path.open("r+b") as file:
+            file.write(data)
+        with pytest.raises(StoreError, match=r"runs\.db' cannot be read: .*damaged: name another file.*--resume"):
+            store.outcomes([trial(seed) for seed in range(60)])
+
+
+def test_a_trajectory_that_cannot_be_unpacked_names_the_store(path):
+    filled(path, 1)
+    db = sqlite3.connect(path)
+    with db:
+        db.execute("UPDATE trial SET train = X'00'")
+    db.close()
+    with Store(path, HERE) as store:
+        for use in (lambda: store.outcomes([trial()]), lambda: store.put(outcome(last=400))):
+            with pytest.raises(StoreError, match=r"runs\.db' cannot be .*trajectory cannot be read"):
+                use()
+        assert store.claim([trial(1).key])  # the transaction that failed was rolled back
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_removed_or_replaced_in_flight_is_noticed_at_the_next_write(path, replaced):
+    """SQLite itself would go on writing to the file that has no name any more."""
+    with Store(path, HERE) as store:
+        store.put(outcome(0))
+        path.unlink()
+        if replaced:
+            Store(path, HERE).close()
+        with pytest.raises(StoreError, match=r"removed or replaced while it was in use.*--resume"):
+            store.put(outcome(1))
+    assert path.exists() == replaced
+
+
+def put_many(store):
+    for seed in range(1, 100):
+        store.put(outcome(seed, last=3000))
+
+
+def test_a_full_disk_says_to_free_space_and_loses_nothing_that_was_put(path):
+    with Store(path, HERE) as store:
+        store.put(outcome(0))
+        [pages] = store._db.execute("PRAGMA page_count").fetchone()
+        store._db.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(StoreError, match=r"full\. Free space on its disk, then run .*--resume"):
+            put_many(store)
+        kept = len(store)
+    with Store(path, HERE) as store:
+        assert len(store) == kept >= 1
+        store.put(outcome(200))
+
+
+def test_a_lock_held_beyond_the_wait_says_so(path, monkeypatch):
+    monkeypatch.setattr(store_module, "BUSY", 0.05)
+    with Store(path, HERE) as store:
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match=r"locked\. Another program holds it: end that one"):
+            store.put(outcome())
+        with pytest.raises(UsageError, match=r"cannot be used: database is locked\. Another program holds it"):
+            Store(path, HERE)
+        other.execute("COMMIT")
+        other.close()
+        store.put(outcome())
+        assert len(store) == 1
+
+
+def test_a_store_that_turned_read_only_says_so(path):
+    with Store(path, HERE) as store:
+        store._db.execute("PRAGMA query_only = 1")
+        with pytest.raises(StoreError, match=r"readonly database\. Make file and folder writable"):
+            store.put(outcome())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(UsageError, match="Make file and folder writable"):
+            Store(tmp_path / "runs.db", HERE)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_the_heart_outlives_a_damaged_file(path):
+    with Store(path, HERE, lease=0.2) as store:
+        store.claim([trial().key])
+        with store._write():
+            store._db.execute("DROP TABLE claim")
+        time.sleep(0.3)
+        assert store._heart.is_alive()
+
+
+def test_a_sweep_whose_store_fails_gives_what_is_done(path, monkeypatch):
+    from pybatch.convergence.sweep import measure_convergence
+    from pybatch.workloads.finding import find
+
+    put, done = Store.put, []
+
+    def failing(self, outcome):
+        done.append(outcome.trial.batch)
+        if len(set(done)) > 2:
+            raise StoreError("store 'x' cannot be written: full. Free space.")
+        put(self, outcome)
+
+    monkeypatch.setattr(Store, "put", failing)
+    found = measure_convergence(
+        find("quadratic"), [2, 4, 8, 16], seeds=1, rates=[0.1, 0.2], max_steps=50, device="cpu", store=path
+    )
+    assert not found.complete
+    assert any("Free space" in note.text for note in found.notes)
+    assert len(found.curves[0].points) == 2

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pybatch.errors import UsageError
+from pybatch.workloads import cifar10
 from pybatch.workloads.finding import find
 from pybatch.workloads.session import Session
 
@@ -35,6 +36,12 @@ def mnist(place: Path, packed: bool = False, side: int = 28) -> dict[str, np.nda
         else:
             (place / name).write_bytes(idx(array))
     return made
+
+
+@pytest.fixture
+def small_cifar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of six images each in place of ten thousand."""
+    monkeypatch.setattr(cifar10, "IMAGES", 6)
 
 
 def cifar(place: Path, count: int = 6) -> dict[str, np.ndarray]:
@@ -130,6 +137,7 @@ def test_a_spoiled_gzip_file_is_named(tmp_path: Path) -> None:
             find("mnist", data=str(tmp_path))
 
 
+@pytest.mark.usefixtures("small_cifar")
 def test_cifar10(tmp_path: Path) -> None:
     made = cifar(tmp_path)
     work = find("cifar10", data=str(tmp_path))
@@ -145,16 +153,31 @@ def test_cifar10(tmp_path: Path) -> None:
     (tmp_path / "up").mkdir()
     inner = tmp_path / "up" / "cifar-10-batches-bin"
     inner.mkdir()
-    cifar(inner, count=2)
-    assert find("cifar10", data=str(tmp_path / "up")).examples == 10  # the folder the archive was unpacked in
+    cifar(inner)
+    assert find("cifar10", data=str(tmp_path / "up")).examples == 30  # the folder the archive was unpacked in
 
 
+def test_a_real_cifar_file_cut_between_two_images_is_named(tmp_path: Path) -> None:
+    with (tmp_path / "data_batch_1.bin").open("wb") as file:
+        file.truncate(9_999 * 3073)  # a hole: nothing is written
+    says = r"data_batch_1.bin' is not .*it has 30726927 bytes, 10000 images of 3073 bytes are 30730000"
+    with pytest.raises(UsageError, match=says):
+        find("cifar10", data=str(tmp_path))
+
+
+@pytest.mark.usefixtures("small_cifar")
 @pytest.mark.parametrize(
     ("spoil", "names", "says"),
     [
-        (cut("data_batch_3.bin", -1), "data_batch_3.bin", "its 18437 bytes are no multiple of 3073"),
-        (cut("test_batch.bin", 0), "test_batch.bin", "its 0 bytes"),
-        (put("data_batch_1.bin", bytes(3073) + b"\x0a" + bytes(3072)), "data_batch_1.bin", "image 1 has label 10"),
+        (cut("data_batch_3.bin", -1), "data_batch_3.bin", "it has 18437 bytes, 6 images of 3073 bytes are 18438"),
+        (cut("data_batch_2.bin", 5 * 3073), "data_batch_2.bin", "it has 15365 bytes.*truncated"),  # between two images
+        (put("data_batch_4.bin", bytes(7 * 3073)), "data_batch_4.bin", "it has 21511 bytes"),
+        (cut("test_batch.bin", 0), "test_batch.bin", "it has 0 bytes"),
+        (
+            put("data_batch_1.bin", bytes(3073) + b"\x0a" + bytes(5 * 3073 - 1)),
+            "data_batch_1.bin",
+            "image 1 has label 10",
+        ),
         (drop("data_batch_5.bin"), "", "has no file data_batch_5.bin"),
     ],
 )
@@ -238,3 +261,77 @@ def test_without_pillow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(UsageError, match=r"decodes with Pillow, which is missing. pip install pillow"):
         find("imagefolder", data=str(tmp_path))
+
+
+def boundaries(raw: bytes, inner: set[int]) -> list[int]:
+    """Lengths to cut a file to: none, every place where a part of it ends, one byte to each side, some others."""
+    places = {0, 1, len(raw) // 3, len(raw) // 2, len(raw) - 2, len(raw) - 1} | inner
+    near = {place + off for place in places for off in (-1, 0, 1)}
+    return sorted(place for place in near if 0 <= place < len(raw))
+
+
+def refused(name: str, data: Path, path: Path, keep: int) -> None:
+    """The file cut to `keep` bytes is an error that names it."""
+    raw = path.read_bytes()
+    path.write_bytes(raw[:keep])
+    try:
+        with pytest.raises(UsageError) as caught:
+            find(name, data=str(data))
+        assert str(path) in str(caught.value), keep
+    finally:
+        path.write_bytes(raw)
+
+
+@pytest.mark.usefixtures("small_cifar")
+def test_cifar_files_cut_anywhere_are_named(tmp_path: Path) -> None:
+    cifar(tmp_path)
+    for path in (tmp_path / "data_batch_5.bin", tmp_path / "test_batch.bin"):
+        for keep in boundaries(path.read_bytes(), {1, *range(0, 6 * 3073, 3073), 3073 + 1, 3073 + 1025}):
+            refused("cifar10", tmp_path, path, keep)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+def test_mnist_files_cut_anywhere_are_named(tmp_path: Path, packed: bool) -> None:
+    mnist(tmp_path, packed, side=8)
+    for path in sorted(tmp_path.iterdir()):
+        raw = path.read_bytes()
+        header = {4 * i for i in range(5)} | {8 + 64 * i for i in (1, 2, 29)} | {16 + 64 * i for i in (1, 2, 29)}
+        trailer = {len(raw) - 8, len(raw) - 4} if packed else set()  # check sum and length end a gzip file
+        for keep in boundaries(raw, header | trailer):
+            refused("mnist", tmp_path, path, keep)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "gif", "webp", "tiff"])
+def test_images_cut_anywhere_are_named_or_whole(tmp_path: Path, suffix: str) -> None:
+    """What a decoder accepts must have every pixel: a few bytes after the last one may be missing."""
+    pictures(tmp_path, classes=2, count=2, suffix=suffix)
+    path = tmp_path / "class1" / f"0.{suffix}"
+    raw = path.read_bytes()
+    options = ["resolution=8"]
+    splits = find("imagefolder", data=str(tmp_path), options=options).images  # type: ignore[attr-defined]
+    for keep in boundaries(raw, {8, 16, 33, 54, len(raw) - 12, len(raw) - 16}):
+        path.write_bytes(raw[:keep])
+        found, says = splits, str(path)
+        try:
+            found = find("imagefolder", data=str(tmp_path), options=options).images  # type: ignore[attr-defined]
+        except UsageError as error:
+            says = str(error)
+        assert str(path) in says
+        for split, images in splits.items():
+            assert torch.equal(found[split].pixels, images.pixels), keep
+
+
+def test_text_cut_within_a_character_is_named(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("Große Wörter \U0001f600 " * 2000, encoding="utf-8")
+    path = tmp_path / "b.txt"
+    raw = path.read_bytes()
+    for keep in range(len(raw) - 26, len(raw)):
+        path.write_bytes(raw[:keep])
+        whole = raw[:keep].decode("utf-8", "ignore").encode() == raw[:keep]
+        if whole:
+            assert find("textfile", data=str(tmp_path)).examples
+            continue
+        with pytest.raises(UsageError, match=r"is not UTF-8 text: byte \d+") as caught:
+            find("textfile", data=str(tmp_path))
+        assert str(path) in str(caught.value)

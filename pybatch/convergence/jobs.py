@@ -21,7 +21,7 @@ import torch
 
 from pybatch.convergence.training import run_unit
 from pybatch.convergence.trial import Outcome, Unit
-from pybatch.errors import PybatchError, WorkloadError
+from pybatch.errors import PybatchError, StoreError, WorkloadError
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.packing import Packed, pack
 from pybatch.workloads.session import is_out_of_memory
@@ -125,6 +125,8 @@ def train(
     """`run_unit`, with what can go wrong in a workload told apart from faults of pybatch, which are raised."""
     try:
         return Done(run_unit(workload, unit, deliver, device=device, progress=progress))
+    except StoreError:  # of `deliver`: no fault of the workload
+        raise
     except PybatchError as error:
         return Done(error=str(error))
     except (RuntimeError, MemoryError) as error:

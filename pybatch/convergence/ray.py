@@ -7,6 +7,7 @@ On a machine of one's own, `--ray auto` starts Ray; to use several machines, run
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from pybatch.convergence.trial import Outcome, Unit
 from pybatch.errors import UsageError
 from pybatch.workloads.base import Workload
 from pybatch.workloads.packing import Packed, pack
+
+ANSWER = 5.0  # s in which a machine of the cluster accepts a connection
 
 
 def load_ray() -> Any:
@@ -113,6 +116,8 @@ class Cluster(Workers):
 
     def _join(self, address: str) -> None:
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        if address != "auto":
+            _check_reachable(address)
         try:
             if address == "auto":
                 try:
@@ -122,6 +127,26 @@ class Cluster(Workers):
             else:
                 self._ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
+            if "Version mismatch" in str(error):
+                found = " ".join(str(error).split())
+                raise UsageError(
+                    f"--ray {address!r}: the cluster runs other versions than this process ({found}). Install the same "
+                    "Ray and Python on all of its machines."
+                ) from None
             raise UsageError(
                 f"--ray {address!r}: no cluster answers there ({error}). Give HOST:PORT of `ray start --head`, or auto."
             ) from None
+
+
+def _check_reachable(address: str) -> None:
+    """Raise UsageError where nothing listens at HOST:PORT. Ray itself tries again for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UsageError(f"--ray {address!r} is no address. Give HOST:PORT of `ray start --head`, or auto.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
+    except OSError as error:
+        cause = error.strerror or "no answer"
+        raise UsageError(
+            f"--ray {address!r}: no cluster answers there ({cause}). Give HOST:PORT of `ray start --head`, or auto."
+        ) from None

@@ -25,13 +25,24 @@ import psutil
 
 from pybatch.convergence.trajectory import Trajectory
 from pybatch.convergence.trial import Outcome, Trial
-from pybatch.errors import UsageError
+from pybatch.errors import StoreError, UsageError
 from pybatch.records import Environment
 
 APPLICATION = 0x70796261  # "pyba": SQLite's own mark of whose file it is
 SCHEMA = 1
 LEASE = 60.0  # s; renewed four times as often
 BUSY = 30.0  # s to wait for another process's write, each of which takes milliseconds
+
+_GO_ON = "then run the same command with --resume: what is stored is kept."
+_DAMAGED = f"It is damaged: name another file, or restore it from a copy, {_GO_ON}"
+_REMEDIES = (  # by SQLite's primary result code
+    ((sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR), f"Free space on its disk, {_GO_ON}"),
+    ((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED), f"Another program holds it: end that one, {_GO_ON}"),
+    (
+        (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM),
+        f"Make file and folder writable, {_GO_ON}",
+    ),
+)
 
 _TABLES = """
 CREATE TABLE environment (id INTEGER PRIMARY KEY, json TEXT NOT NULL UNIQUE);
@@ -61,6 +72,7 @@ class Store:
 
     Raises:
         UsageError: the file is no store of pybatch, is damaged, or has another schema.
+        StoreError: later, from any method: it can no longer be read or written. What was put before is kept.
     """
 
     def __init__(self, path: Path | None, environment: Environment, lease: float = LEASE) -> None:
@@ -70,18 +82,22 @@ class Store:
         try:
             self._check_header()
             self._db = self._connect()
+            self._file = self._identity()
             self._check()
             with self._write():
                 text = json.dumps(asdict(environment), sort_keys=True)
                 self._db.execute("INSERT OR IGNORE INTO environment (json) VALUES (?)", (text,))
                 [self._environment] = self._db.execute("SELECT id FROM environment WHERE json = ?", (text,)).fetchone()
-        except sqlite3.Error as error:
-            raise self._refused(f"cannot be used: {error}") from None
+        except (StoreError, sqlite3.Error) as error:
+            cause = error.__cause__ or error
+            raise self._refused(f"cannot be used: {cause}", _remedy(cause)) from None
         except OSError as error:
             raise self._refused(f"cannot be opened: {error.strerror}") from None
         self._closing = threading.Event()
-        self._heart = threading.Thread(target=self._beat, daemon=True)
-        if path is not None:
+        # Its own connection, made here: opened later it would make a new file where this one has gone.
+        pulse = self._connect() if path is not None else None
+        self._heart = threading.Thread(target=self._beat, args=(pulse,), daemon=True)
+        if pulse is not None:
             self._heart.start()
 
     def __enter__(self) -> Self:
@@ -99,25 +115,28 @@ class Store:
         self._closing.set()
         if self._heart.is_alive():
             self._heart.join()
-        with self._write():
+        with contextlib.suppress(StoreError), self._write():  # claims end with this process in any case
             self._db.execute("DELETE FROM claim WHERE owner = ?", (self.owner,))
-        self._db.close()
+        with contextlib.suppress(sqlite3.Error):  # a log that cannot be folded in is folded in at the next opening
+            self._db.close()
 
     def __len__(self) -> int:
         """Trials stored."""
-        count: int = self._db.execute("SELECT count(*) FROM trial").fetchone()[0]
+        with self._named("read"):
+            count: int = self._db.execute("SELECT count(*) FROM trial").fetchone()[0]
         return count
 
     def outcomes(self, trials: Iterable[Trial]) -> dict[str, Outcome]:
         """What is stored of these trials, by key."""
         found = {}
         for trial in trials:
-            row = self._db.execute(
-                "SELECT end, seconds, how, steps, train, test FROM trial WHERE key = ?", (trial.key,)
-            ).fetchone()
-            if row is not None:
-                end, seconds, how, *columns = row
-                found[trial.key] = Outcome(trial, end, Trajectory.decompressed(*columns), seconds, how)
+            with self._named("read"):
+                row = self._db.execute(
+                    "SELECT end, seconds, how, steps, train, test FROM trial WHERE key = ?", (trial.key,)
+                ).fetchone()
+                if row is not None:
+                    end, seconds, how, *columns = row
+                    found[trial.key] = Outcome(trial, end, Trajectory.decompressed(*columns), seconds, how)
         return found
 
     def claim(self, keys: Iterable[str]) -> set[str]:
@@ -161,16 +180,39 @@ class Store:
     @contextlib.contextmanager
     def _write(self) -> Iterator[None]:
         """A write transaction: the lock is taken at its start, so what is read in it holds until its end."""
-        try:
+        with self._named("written"):
+            if self._identity() != self._file:
+                raise StoreError(
+                    f"store '{self._name}' was removed or replaced while it was in use: what is stored from now on "
+                    "would be lost. Put it back, or name another file, and run the same command with --resume."
+                )
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk ends it by itself
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:  # a full disk, a file that has gone
-            raise self._refused(f"cannot be written: {error}") from None
+
+    @contextlib.contextmanager
+    def _named(self, done: str) -> Iterator[None]:
+        """What SQLite raises, and a trajectory that cannot be unpacked, as a StoreError with cause and remedy."""
+        try:
+            yield
+        except (sqlite3.Error, UsageError) as error:
+            cause = str(error).removesuffix(".")
+            raise StoreError(f"store '{self._name}' cannot be {done}: {cause}. {_remedy(error) or _DAMAGED}") from error
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Which file the path names: device and inode; a file that was replaced has others."""
+        if self.path is None:
+            return None
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return (0, 0)
+        return found.st_dev, found.st_ino
 
     def _check_header(self) -> None:
         if self.path is None or not self.path.exists():
@@ -202,8 +244,8 @@ class Store:
         value: int | str = self._db.execute(f"PRAGMA {name}").fetchone()[0]
         return value
 
-    def _refused(self, why: str) -> UsageError:
-        return UsageError(f"store '{self._name}' {why}. It was left as it is; name another file.")
+    def _refused(self, why: str, remedy: str | None = None) -> UsageError:
+        return UsageError(f"store '{self._name}' {why}. {remedy or 'It was left as it is; name another file.'}")
 
     def _ended(self, owner: str, expires: float, now: float) -> bool:
         if owner == self.owner or expires < now:
@@ -211,13 +253,18 @@ class Store:
         host, pid, started, _ = owner.rsplit(":", 3)
         return host == socket.gethostname() and abs(_started(int(pid)) - float(started)) > 1.0
 
-    def _beat(self) -> None:
+    def _beat(self, db: sqlite3.Connection) -> None:
         """Renew the claims until the store is closed."""
-        db = self._connect()
         while not self._closing.wait(self.lease / 4):
-            with contextlib.suppress(sqlite3.OperationalError):  # busy all the time: the next renewal makes up for it
+            with contextlib.suppress(sqlite3.Error):  # the next renewal makes up for it, or the next write says why not
                 db.execute("UPDATE claim SET expires = ? WHERE owner = ?", (time.time() + self.lease, self.owner))
         db.close()
+
+
+def _remedy(error: BaseException) -> str | None:
+    """What to do about an error of SQLite's that says nothing against the file itself."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # extended codes have the primary one in their low byte
+    return next((text for codes, text in _REMEDIES if code in codes), None)
 
 
 def _started(pid: int) -> float:

@@ -99,6 +99,8 @@ def curve(
             fit = fit_steps(batches, table, cap=ceilings, rates=rates)
     except UsageError as error:
         return dataclasses.replace(bare, cap=cap, notes=(*found, Note("critical_batch", str(error))))
+    # What the remarks have said already, with its remedy, need not be said again by the fit.
+    told = len(points) == 1 or not any(p.status == "reached" for p in points)
     whole = dataclasses.replace(
         bare,
         s_min=fit.s_min,
@@ -108,7 +110,7 @@ def curve(
         regimes=fit.regimes,
         fit=fit,
         cap=cap,
-        notes=(*found, *fit.notes),
+        notes=tuple(found) if told else (*found, *fit.notes),
     )
     return _with_ratio(whole, noise)
 

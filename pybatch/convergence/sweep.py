@@ -16,7 +16,7 @@ from pybatch.convergence.plan import MAX_STEPS, Plan
 from pybatch.convergence.store import Store
 from pybatch.device.environment import capture
 from pybatch.device.identity import resolve
-from pybatch.errors import Interrupted, UsageError
+from pybatch.errors import Interrupted, StoreError, UsageError
 from pybatch.records import Convergence, Environment, NoiseScale, Note
 from pybatch.scaling import SEARCHED
 from pybatch.workloads.base import Progress, Workload
@@ -117,6 +117,8 @@ def measure_convergence(
             except KeyboardInterrupt:
                 text = "interrupted by Ctrl-C: what was done until then is kept"
                 raise Interrupted(sweep.result(workload, noise, (Note("convergence", text),))) from None
+            except StoreError as error:
+                return sweep.result(workload, noise, (Note("trials", str(error)),))
             return sweep.result(workload, noise)
 
 

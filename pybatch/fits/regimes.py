@@ -21,6 +21,11 @@ DOUBLING = (1.4, 3.0)  # a batch this many times larger tells what a doubling do
 Regimes = tuple[tuple[int, str], ...]
 
 
+def unknown(size: Array) -> Regimes:
+    """No label for any batch size [n]."""
+    return _agreed(size, np.full((1, len(size)), -1))
+
+
 def of_model(size: Array, b20: Array, b_stag: Array) -> Regimes:
     """Labels of batch sizes [n] from the resampled B_20 and B_stag [R]: linear up to one, stagnant from the other."""
     codes = np.where(size >= b_stag[:, None], 2, np.where(size <= b20[:, None], 0, 1))

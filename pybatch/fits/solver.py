@@ -52,9 +52,14 @@ def aicc(minus_two_log_likelihood: float | Array, n: Any, parameters: int) -> An
 
     Args:
         minus_two_log_likelihood: of the fit.
-        n: data points.
+        n: data points; infinite for the criterion without its correction.
         parameters: unknowns of the curve; the error's size is counted as one more.
+
+    Infinite for a model with too many unknowns for the points: without a correction it would beat smaller ones that
+    have theirs.
     """
     k = parameters + 1
-    rest = np.maximum(n - k - 1, 0)
-    return minus_two_log_likelihood + 2 * k + np.where(rest > 0, 2 * k * (k + 1) / np.maximum(rest, 1), 0.0)
+    rest = np.asarray(n, dtype=np.float64) - k - 1
+    return (
+        minus_two_log_likelihood + 2 * k + np.where(rest > 0, 2 * k * (k + 1) / np.where(rest > 0, rest, 1.0), np.inf)
+    )

@@ -2,7 +2,9 @@
 
 Log steps in log-parameters. Errors are normal in log steps, with tails that count linearly (soft-L1); a run that did
 not reach the target within its cap T counts by its probability, 1 - Phi((ln T - mu) / sigma); a diverged run is a
-label, never a value. The candidates of `steps_model` are compared by AICc.
+label, never a value. Where the loss was evaluated now and then, steps lie between two evaluations: they count as the
+mean of their logarithm over that interval, with its variance added to that of the runs. The soft tails stay, which the
+probability of an interval under a normal would lose. The candidates of `steps_model` are compared by AICc.
 """
 
 from __future__ import annotations
@@ -10,21 +12,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import log_ndtr, stdtrit
 
 from pybatch.fits import steps_model, steps_notes
-from pybatch.fits.regimes import Regimes, of_doubling, of_model
+from pybatch.fits.regimes import Regimes, of_doubling, of_model, unknown
 from pybatch.fits.solver import Array, Evaluate, aicc, minimize
 from pybatch.fits.steps_data import CENSORED, REACHED, Cells, Table, best_rate, cells, checked, choose_rates
 from pybatch.records import Note, StepsFit
 
 SOFT = 3.0  # standard deviations from which on a residual counts linearly
 RESOLUTION = 2e-3  # log steps: steps are whole numbers, and a perfect fit must not drive AICc to minus infinity
+TRUST = 3.0  # degrees of freedom at which a misfit below that of the evaluations' intervals is believed by half
 LEAST = 3  # batch sizes that must reach the target for a fit
+LEAST_FREE = 2  # degrees of freedom of a single seed's batch sizes: one alone can be met by chance, however few steps
 LEAST_THREE = 5  # batch sizes for a model of three unknowns
+FEW = 4  # runs up to which AICc has no correction for the hyperbola: models are then compared without it
+SUPPORT = 2.0  # of AICc: within it models are about as good (Burnham and Anderson 2002, 2.6), and the hyperbola stands
 
 
 def fit_steps(
@@ -34,6 +41,7 @@ def fit_steps(
     model: str | None = None,
     cap: ArrayLike | None = None,
     rates: ArrayLike | None = None,
+    before: ArrayLike | None = None,
     seed: int = 0,
     resamples: int = 400,
 ) -> StepsFit:
@@ -49,9 +57,12 @@ def fit_steps(
         rates: [rates] or [rates, n] learning rates of the first axis, nan for a slot not used. Each batch size takes
             the rate of the least median, unreached counting as infinite, and takes it anew in each resample. Half of
             the seeds must reach; of an even number, a rate that just half reach comes after all that more reach.
+        before: shaped as `steps`, where `steps` are the first evaluations at or below the target: the last evaluations
+            above it, nan where unknown. Steps then lie anywhere between the two. None: steps are exact.
         seed: of the bootstrap.
         resamples: bootstrap resamples behind the 95 % intervals; whole seeds are drawn. What they cannot show (a
             single seed, a model's misfit) is added as independent errors, and the ends are widened as few seeds ask.
+            One seed at hardly more batch sizes than the model has unknowns shows nothing: both ends are None.
 
     Returns:
         The fit, with notes on what a reader must know. Where under three batch sizes reach the target in most of
@@ -60,9 +71,10 @@ def fit_steps(
     Raises:
         UsageError: values that cannot be steps or batch sizes.
     """
-    table = checked(batches, steps, model, cap, rates, resamples)
+    table = checked(batches, steps, model, cap, rates, resamples, before)
     chosen = choose_rates(table.steps, table.rates)
-    picked = np.take_along_axis(table.steps, chosen.index[None, :, None], 0)[0]
+    taken = chosen.index[None, :, None]
+    picked, variance = (np.take_along_axis(values, taken, 0)[0] for values in (table.steps, table.variance))
     notes = steps_notes.of_data(table, picked, chosen, cap is not None)
     reached = int(np.isfinite(chosen.median).sum())
     if reached < LEAST:
@@ -70,18 +82,32 @@ def fit_steps(
         nothing = (None,) * 8
         return StepsFit(*nothing, batches=reached, seeds=picked.shape[1], notes=tuple(notes))
 
-    data = cells(picked[None], table.caps)
+    data = cells(picked[None], variance[None], table.caps)
     models = [model] if model is not None else _candidates(reached)
     fits = [_fit(name, table.size, data) for name in models]
-    best = min(fits, key=lambda fit: fit.score)
+    best = fits[int(np.argmin([fit.score + _handicap(fit.model) for fit in fits]))]
     least = float(table.size.min())
     point = steps_model.figures(best.model, best.p[None], least)[0]
+    rivals = [fit for fit in fits if fit.score < best.score]
+    notes += [_rival(fit.model, best.score - fit.score, fit.p, least) for fit in rivals]
+    met, seeds = int((data.kind[0] == REACHED).any(-1).sum()), picked.shape[1]
+    if seeds == 1:
+        notes.append(steps_notes.of_one_seed(met, len(best.p), LEAST_FREE))
+    if seeds == 1 and met - len(best.p) < LEAST_FREE:
+        low, high = np.full((2, 4), np.nan)
+        return _record(table, fits, best, point, low, high, (unknown(table.size),) * 2, data, notes)
     drawn, freedom = _resample(table, best, data, resamples, np.random.default_rng(seed))
     spread = _refit(fits, best.sigma, drawn, table.size, least)
     low, high = _interval(point, spread, freedom)
     medians = best_rate(np.where(drawn.kind == REACHED, np.exp(drawn.log), np.inf)[None])[1]
     regimes = of_model(table.size, spread[:, 1], spread[:, 3]), of_doubling(table.size, medians)
     return _record(table, fits, best, point, low, high, regimes, data, notes)
+
+
+def _rival(model: str, better: float, p: Array, least: float) -> Note:
+    """On a model of three unknowns whose AICc is lower by less than SUPPORT."""
+    critical = float(steps_model.figures(model, p[None], least)[0][2])
+    return steps_notes.of_rival(model, better, critical)
 
 
 @dataclass(frozen=True)
@@ -96,14 +122,26 @@ def _candidates(reached: int) -> list[str]:
     return [name for name, unknowns in steps_model.NAMES.items() if len(unknowns) < 3 or reached >= LEAST_THREE]
 
 
+def _handicap(model: str) -> float:
+    """What a model of three unknowns must do better, by AICc. Runs of one seed, and seeds of one batch size, err
+    together, so that AICc sees more data than there are, and a third unknown moves B_50 by half for nothing."""
+    return SUPPORT if len(steps_model.NAMES[model]) > 2 else 0.0
+
+
+def _points(runs: Any) -> Any:
+    """Data points for AICc, infinite where they are so few that its correction would leave no model with a bend."""
+    return np.where(np.asarray(runs) > FEW, runs, np.inf)
+
+
 def _evaluator(model: str, size: Array, data: Cells, sigma: float) -> Evaluate:
     """Minus log likelihood, without its ln sigma, as `minimize` wants it."""
     reached, censored = data.kind == REACHED, data.kind == CENSORED
     any_censored = bool(censored.any())
+    error = np.sqrt(sigma**2 + data.variance)
 
     def evaluate(p: Array) -> tuple[Array, Array, Array]:
         value, slope = steps_model.log_steps(model, p, size)
-        z = (data.log - value[..., None]) / sigma
+        z = (data.log - value[..., None]) / error
         root = np.sqrt(1 + (z / SOFT) ** 2)
         cost = np.sum(np.where(reached, SOFT**2 * (root - 1), 0.0), (-2, -1))
         force = np.where(reached, z / root, 0.0)
@@ -115,7 +153,7 @@ def _evaluator(model: str, size: Array, data: Cells, sigma: float) -> Evaluate:
             cost = cost - np.sum(np.where(censored, log_survival, 0.0), (-2, -1))
             force = np.where(censored, hazard, force)
             weight = np.where(censored, hazard * (hazard - at), weight)
-        pull, stiff = force.sum(-1) / sigma, weight.sum(-1) / sigma**2
+        pull, stiff = (force / error).sum(-1), (weight / error**2).sum(-1)
         normal = np.swapaxes(slope, -1, -2) @ (slope * stiff[..., None])
         return cost, np.sum(slope * pull[..., None], -2), normal
 
@@ -132,27 +170,31 @@ def _fit(model: str, size: Array, data: Cells) -> _Fit:
     bounds = steps_model.limits(model, size)
     p, cost = minimize(p, _evaluator(model, size, data, sigma), *bounds)
     p = p[[int(np.argmin(cost))]]
+    variance = data.variance[0][kind == REACHED]
     for _ in range(4):
         residual = (log - steps_model.log_steps(model, p, size)[0][0][:, None])[kind == REACHED]
         for _ in range(10):
-            soft = residual**2 / np.sqrt(1 + (residual / (SOFT * sigma)) ** 2)
-            sigma = math.hypot(math.sqrt(float(np.mean(soft))), RESOLUTION)
+            total = sigma**2 + variance
+            soft = residual**2 / np.sqrt(1 + residual**2 / (SOFT**2 * total))
+            own = float(np.average(soft - variance, weights=total**-2))  # what evaluations do not explain
+            sigma = math.hypot(math.sqrt(max(own, 0.0)), RESOLUTION)
         p, cost = minimize(p, _evaluator(model, size, data, sigma), *bounds)
-    likelihood = 2 * int((kind == REACHED).sum()) * math.log(sigma) + 2 * float(cost[0])
-    return _Fit(model, p[0], sigma, float(aicc(likelihood, int((kind > 0).sum()), p.shape[-1])))
+    likelihood = float(np.sum(np.log(sigma**2 + variance))) + 2 * float(cost[0])
+    return _Fit(model, p[0], sigma, float(aicc(likelihood, _points(counts.sum()), p.shape[-1])))
 
 
 def _resample(table: Table, fit: _Fit, data: Cells, resamples: int, rng: np.random.Generator) -> tuple[Cells, float]:
     """Cells [resamples, n, seeds] as another experiment could have given them, and the degrees of freedom behind.
 
     Whole seeds are drawn, and the rate is chosen anew. That understates the variance by the factor (m - 1) / m of m
-    seeds; independent errors make up for it. A batch size's own misfit beyond the spread of its seeds is added too.
+    seeds; independent errors make up for it. A batch size's own misfit beyond the spread of its seeds is added too,
+    and where seeds crossed between the same two evaluations, what their spread cannot show of that interval.
     """
     m = table.steps.shape[-1]
     index = rng.integers(0, m, (resamples, m))
-    again = np.moveaxis(table.steps[..., index], 2, 1)  # [rates, resamples, n, seeds]
-    rate, _ = best_rate(again)
-    drawn = cells(np.take_along_axis(again, rate[None, ..., None], 0)[0], table.caps)
+    again, open_ = (np.moveaxis(v[..., index], 2, 1) for v in (table.steps, table.variance))  # [rates, R, n, seeds]
+    taken = best_rate(again)[0][None, ..., None]
+    drawn = cells(np.take_along_axis(again, taken, 0)[0], np.take_along_axis(open_, taken, 0)[0], table.caps)
 
     reached = data.kind[0] == REACHED
     counts = reached.sum(-1)
@@ -161,30 +203,48 @@ def _resample(table: Table, fit: _Fit, data: Cells, resamples: int, rng: np.rand
     middle = residual.sum(-1) / np.maximum(counts, 1)
     within = np.where(reached, residual - middle[:, None], 0.0)
     inner = float(np.sum(within**2)) / max(int((counts - 1).clip(0).sum()), 1)
+    shared = _shared(data)
     met = counts > 0
     free = max(int(met.sum()) - len(fit.p), 1)
     # Method of moments: the spread of the means beyond that of their seeds; an outlier counts as in the fit.
-    misfit = float(np.sum(np.clip(middle[met], -SOFT * fit.sigma, SOFT * fit.sigma) ** 2)) / free
-    misfit = max(misfit - inner * float(np.mean(1 / counts[met])), 0.0)
+    total = fit.sigma**2 + shared
+    excess = np.minimum(middle**2, SOFT**2 * total) * (met.sum() / free) - inner / np.maximum(counts, 1) - shared
+    misfit = float(np.average(excess[met], weights=1 / total[met]))
+    if misfit < 0 and shared.any():  # intervals overlap with the seeds' own spread: as far as the data can tell
+        shared *= max(1 + misfit / float(np.average(shared[met], weights=1 / total[met])) * free / (free + TRUST), 0.0)
     noise = math.sqrt(inner / m) * rng.standard_normal(drawn.log.shape)
-    noise += math.sqrt(misfit) * rng.standard_normal((*drawn.log.shape[:2], 1))
+    noise += np.sqrt(max(misfit, RESOLUTION**2) + shared)[:, None] * rng.standard_normal((*drawn.log.shape[:2], 1))
     log = np.where(drawn.kind == REACHED, drawn.log + noise, drawn.log)
+    drawn = Cells(log, drawn.kind, drawn.variance)
     if m == 1:
-        return Cells(log, drawn.kind), float(free)
+        return drawn, float(free)
     pooled = max(int(counts.sum()) - len(fit.p), 1)
-    return Cells(log, drawn.kind), m**2 / (m - 1 + 1 / pooled)  # Satterthwaite
+    return drawn, m**2 / (m - 1 + 1 / pooled)  # Satterthwaite
+
+
+def _shared(data: Cells) -> Array:
+    """Variance [n] of log steps that all seeds of a batch size have in common: that of their interval, times the share
+    of pairs of seeds that are in the same one. Pairs in different ones show it in their spread."""
+    log, variance, reached = data.log[0], data.variance[0], data.kind[0] == REACHED
+    count = reached.sum(-1)
+    pair = reached[:, :, None] & reached[:, None, :] & ~np.eye(log.shape[-1], dtype=bool)
+    same = (log[:, :, None] == log[:, None, :]) & pair
+    pairs = pair.sum((-2, -1))
+    share = np.where(count > 1, same.sum((-2, -1)) / np.maximum(pairs, 1), 1.0)
+    result: Array = share * variance.sum(-1) / np.maximum(count, 1)
+    return result
 
 
 def _refit(fits: list[_Fit], sigma: float, drawn: Cells, size: Array, least: float) -> Array:
     """Figures [R, 4] of the best model of each resample."""
-    count = (drawn.kind > 0).sum((-2, -1))
+    count = _points((drawn.kind > 0).sum((-2, -1)))
     scores, found = [], []
     for fit in fits:
         low, high = steps_model.limits(fit.model, size)
         inside = np.clip(fit.p, low + 1.0, high - 1.0) if len(fit.p) > 1 else fit.p  # no slope at the very limits
         start = np.repeat(np.where(np.isfinite(low), inside, fit.p)[None], len(count), axis=0)
         p, cost = minimize(start, _evaluator(fit.model, size, drawn, sigma), low, high, rounds=30)
-        scores.append(aicc(2 * cost, count, p.shape[-1]))
+        scores.append(aicc(2 * cost, count, p.shape[-1]) + _handicap(fit.model))
         found.append(steps_model.figures(fit.model, p, least))
     best = np.argmin(scores, axis=0)
     spread: Array = np.stack(found)[best, np.arange(len(count))]
@@ -245,7 +305,7 @@ def _record(
         regimes=regimes[0],
         measured_regimes=regimes[1],
         parameters=parameters,
-        candidates={fit.model: fit.score - best.score for fit in fits},
+        candidates={fit.model: fit.score - min(fit.score for fit in fits) for fit in fits},
         rms_log_error=float(np.sqrt(np.mean(residual[data.kind[0] == REACHED] ** 2))),
         batches=int((data.kind[0] == REACHED).any(-1).sum()),
         seeds=table.steps.shape[-1],

@@ -13,7 +13,8 @@ from pybatch.fits import steps_model
 from pybatch.fits.solver import Array
 
 REACHED, CENSORED = 1, 2  # codes of a run; 0: diverged, not run, or left out
-_HALF = 1e12  # above any number of steps: a rate that half of the seeds reach and no more
+LEAST, MOST = 1e-9, 1e12  # of batch sizes and steps in any unit; ranks of rates lie above
+_HALF = 1e13  # above any number of steps: a rate that half of the seeds reach and no more
 _UNREACHED = 1e15  # above those: among rates that fail, the one that fails least is first
 
 
@@ -25,6 +26,7 @@ class Table:
     steps: Array  # [rates, n, seeds]; infinite: not reached, nan: diverged
     caps: Array  # [n]
     rates: Array | None  # [rates, n]
+    variance: Array  # [rates, n, seeds] of log steps between two evaluations; 0 where steps are exact
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Cells:
-    """Log steps [R, n, seeds], the log cap where censored, and the code of each run."""
+    """Log steps [R, n, seeds], the log cap where censored, the code of each run, and what evaluations leave open."""
 
     log: Array
     kind: NDArray[np.int8]
+    variance: Array  # of log steps; 0 where they are exact or not reached
 
 
 def choose_rates(steps: Array, rates: Array | None = None) -> Choice:
@@ -58,7 +61,7 @@ def choose_rates(steps: Array, rates: Array | None = None) -> Choice:
     if rates is not None and len(rates) > 1:
         taken = np.take_along_axis(rates, index[None], 0)[0]
         least, most = np.nanmin(rates, 0), np.nanmax(rates, 0)
-        edge = (least < most) & ((taken == least) | (taken == most))
+        edge = (least < most) & ((taken == least) | (taken == most)) & np.isfinite(median)
     return Choice(index, median, edge)
 
 
@@ -78,15 +81,32 @@ def best_rate(steps: Array) -> tuple[NDArray[np.intp], Array]:
     return index, np.take_along_axis(median, index[None], 0)[0]
 
 
-def cells(steps: Array, caps: Array) -> Cells:
+def cells(steps: Array, variance: Array, caps: Array) -> Cells:
     """What runs of steps [R, n, seeds] tell. A batch size at which most seeds diverge tells nothing."""
     kind = np.where(np.isfinite(steps), REACHED, np.where(np.isnan(steps), 0, CENSORED)).astype(np.int8)
     kind *= (2 * (kind > 0).sum(-1, keepdims=True) >= steps.shape[-1]).astype(np.int8)
     log = np.log(np.where(kind == REACHED, steps, caps[:, None]))
-    return Cells(np.where(kind == 0, 0.0, log), kind)
+    return Cells(np.where(kind == 0, 0.0, log), kind, np.where(kind == REACHED, variance, 0.0))
 
 
-def checked(batches: Any, steps: Any, model: str | None, cap: Any, rates: Any, resamples: int) -> Table:
+def between(before: Array, at: Array) -> tuple[Array, Array]:
+    """Steps that are somewhere in (before, at], each place alike: exp of the mean of their logarithm, its variance.
+
+    For u uniform on (a, b]: E ln u = (b ln b - a ln a) / (b - a) - 1 and Var ln u = 1 - a b (ln(b/a) / (b - a))^2.
+    """
+    share = 1 - before / at  # of the interval in its upper end: both depend on it alone
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log = np.log1p(-share)
+        mean = np.where(share < 1, -(1 - share) * log / share, 0.0) - 1
+        variance = 1 - np.where(share < 1, (1 - share) * (log / share) ** 2, 0.0)
+    narrow = share < 1e-3  # where the differences above cancel
+    mean = np.where(narrow, -share / 2, mean)
+    return at * np.exp(mean), np.where(narrow, share**2 / 12, variance)
+
+
+def checked(
+    batches: Any, steps: Any, model: str | None, cap: Any, rates: Any, resamples: int, before: Any = None
+) -> Table:
     """The arguments of `fit_steps` as a table, or a UsageError that says what is wrong with which value."""
     if model is not None and model not in steps_model.MODELS:
         raise unknown("model", model, steps_model.MODELS)
@@ -94,8 +114,8 @@ def checked(batches: Any, steps: Any, model: str | None, cap: Any, rates: Any, r
         raise UsageError(f"resamples {resamples} cannot show a 95 % interval. Give 200 or more.")
     size = _numbers("batches", batches)
     for value in size.ravel():
-        if not (np.isfinite(value) and value > 0):
-            raise UsageError(f"batch {value:g} is not a batch size. Give positive numbers.")
+        if not LEAST <= value <= MOST:
+            raise UsageError(f"batch {value:g} is not a batch size. Give numbers from {LEAST:g} to {MOST:g}.")
     if size.ndim != 1 or not len(size):
         raise UsageError(f"batches has shape {size.shape}. Give a list of batch sizes.")
     if len(np.unique(size)) < len(size):
@@ -115,10 +135,36 @@ def checked(batches: Any, steps: Any, model: str | None, cap: Any, rates: Any, r
             f"steps {first:g} cannot be: the target was met before training. Leave the target out, or give math.inf "
             "for a run that did not reach it and math.nan for one that diverged."
         )
+    finite = table[np.isfinite(table)]
+    if finite.size and not (finite.min() >= LEAST and finite.max() <= MOST):
+        worst = finite.max() if finite.max() > MOST else finite.min()
+        raise UsageError(f"steps {worst:g} are out of range: give {LEAST:g} to {MOST:g}, math.inf where not reached.")
     grid = _grid(rates, table.shape[0], len(size)) if rates is not None else None
     caps = _caps(cap, size, table)
+    table, variance = _between(before, table, np.shape(steps), size)
     order = np.argsort(size)
-    return Table(size[order], table[:, order], caps[order], grid[:, order] if grid is not None else None)
+    by_batch = grid[:, order] if grid is not None else None
+    return Table(size[order], table[:, order], caps[order], by_batch, variance[:, order])
+
+
+def _between(before: Any, table: Array, shape: tuple[int, ...], size: Array) -> tuple[Array, Array]:
+    """Steps and the variance of their logarithm, for runs whose loss was last seen above the target at `before`."""
+    if before is None:
+        return table, np.zeros_like(table)
+    last = _numbers("before", before)
+    if last.shape != shape:
+        raise UsageError(f"before has shape {last.shape}, steps has {shape}. Give one for each run, nan where unknown.")
+    last = last.reshape(table.shape)
+    known = np.isfinite(table) & ~np.isnan(last)
+    wrong = known & ~((last >= 0) & (last < table))
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise UsageError(
+            f"before {last[where]:g} at batch {size[where[1]]:g} is not from 0 to below its steps of {table[where]:g}. "
+            "Give the step of the last evaluation above the target, nan where unknown."
+        )
+    centre, variance = between(np.where(known, last, 0.0), np.where(known, table, 1.0))
+    return np.where(known, centre, table), np.where(known, variance, 0.0)
 
 
 def _grid(rates: Any, count: int, batches: int) -> Array:

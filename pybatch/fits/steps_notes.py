@@ -38,9 +38,22 @@ def of_data(table: Table, picked: Array, chosen: Choice, capped: bool) -> list[N
             "may lie beyond. Extend the grid"
         )
         notes.append(Note("points.learning_rate", text))
-    if picked.shape[1] == 1:
-        notes.append(Note("low", "one seed: the interval rests on how far single batch sizes miss the curve"))
     return notes
+
+
+def of_one_seed(met: int, unknowns: int, least: int) -> Note:
+    """What the interval of one seed at `met` batch sizes rests on, or why there is none."""
+    if met - unknowns >= least:
+        return Note("low", "one seed: the interval rests on how far single batch sizes miss the curve")
+    text = f"one seed at {met} batch sizes for {unknowns} unknowns: too little to tell an error from, so no interval"
+    return Note("low", f"{text}. Measure more batch sizes, or more seeds")
+
+
+def of_rival(model: str, better: float, critical: float) -> Note:
+    """On a model that is about as good as the hyperbola, and the critical batch it would give."""
+    gives = f"a critical batch of {number(critical)}" if np.isfinite(critical) else "none"
+    text = f"the {model} model is about as good (AICc lower by {number(better, 2)}) and gives {gives}"
+    return Note("critical_batch", f"{text}. More seeds would tell them apart")
 
 
 def of_nothing(table: Table, picked: Array, reached: int, least: int) -> Note:

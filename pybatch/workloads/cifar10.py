@@ -13,6 +13,7 @@ from pybatch.workloads.images import ImageClassification, Images
 
 _SIDE, _CHANNELS, _CLASSES = 32, 3, 10
 _RECORD = 1 + _CHANNELS * _SIDE * _SIDE  # bytes: the label, then the planes of red, green and blue
+IMAGES = 10_000  # of every file; one that is cut off between two images shows in nothing else
 _INNER = "cifar-10-batches-bin"  # the folder the archive unpacks to
 
 
@@ -50,8 +51,9 @@ class Cifar10(ImageClassification):
 def _read(path: Path) -> np.ndarray:
     """Records [n, 3073] of one file."""
     raw = files.read(path)
-    if not raw or len(raw) % _RECORD:
-        raise files.foreign(path, "CIFAR-10's binary version", f"its {len(raw)} bytes are no multiple of {_RECORD}")
+    if len(raw) != IMAGES * _RECORD:
+        found = f"it has {len(raw)} bytes, {IMAGES} images of {_RECORD} bytes are {IMAGES * _RECORD}"
+        raise files.foreign(path, "CIFAR-10's binary version", found)
     records = np.frombuffer(raw, dtype=np.uint8).reshape(-1, _RECORD)
     if records[:, 0].max() >= _CLASSES:
         row = int(np.argmax(records[:, 0] >= _CLASSES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -111,7 +112,8 @@ def _decoded(pairs: Pairs, side: int) -> Images:
     pixels = np.empty((len(pairs), 3, side, side), dtype=np.uint8)
     for row, (path, _) in enumerate(pairs):
         try:
-            with Image.open(path) as image:
+            # Pillow warns of damaged metadata, which is not used; damaged pixels raise.
+            with warnings.catch_warnings(action="ignore", category=UserWarning), Image.open(path) as image:
                 square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
         except UnidentifiedImageError:
             raise files.foreign(path, "an image", "Pillow knows no such format") from None
