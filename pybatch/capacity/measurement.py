@@ -159,6 +159,7 @@ class _Measurement:
             workload=self.session.info,
             largest=self.largest,
             drift=self.rounds.drift if self.rounds is not None else None,
+            anchor=self.rounds.anchor if self.rounds is not None else None,
             complete=not any(p.reason == OUT_OF_TIME or (p.batch in looks and looks[p.batch].late) for p in points),
             seed=self.seed,
         )

@@ -7,10 +7,10 @@ from typing import Any
 
 from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, Look
 from pybatch.capacity.largest import Largest
-from pybatch.capacity.timing import Series
+from pybatch.capacity.timing import Series, quantiles_ms
 from pybatch.device import counters
 from pybatch.fits.throughput import fit_throughput
-from pybatch.records import BatchPoint, Capacity, Ceilings, Device, Note, ThroughputFit, WorkloadInfo
+from pybatch.records import Anchor, BatchPoint, Capacity, Ceilings, Device, Note, ThroughputFit, WorkloadInfo
 
 _AVERAGED = ("sm_active", "sm_occupancy", "tensor_active", "dram_active", "cpu_active", "sm_clock_mhz")
 _NEAR = 0.95  # of the ceiling: a measured batch that reaches this saturates the device
@@ -55,6 +55,7 @@ def point(
         joules_per_sample=None if joules is None else joules / (n * len(series.seconds)),
         throttled=None if throttled is None else throttled > 0,
         samples=len(series.seconds),
+        step_ms_quantiles=quantiles_ms(series.seconds),
         **read,
     )
 
@@ -71,6 +72,7 @@ def summarize(
     drift: float | None,
     complete: bool,
     seed: int,
+    anchor: Anchor | None = None,
 ) -> Capacity:
     """The capacity record: the fit over what was timed, and what a reader must know of it."""
     timed = [p for p in points if p.status == "ok"]
@@ -105,6 +107,7 @@ def summarize(
         max_batch_verified=largest.verified,
         model=fit,
         drift=drift,
+        anchor=anchor,
         complete=complete,
         notes=tuple(notes),
         device=device,

@@ -9,6 +9,7 @@ from typing import Literal
 from pybatch.records.subject import TOP, Ceilings, Device, Note, WorkloadInfo
 
 BatchStatus = Literal["ok", "oom", "predicted_oom", "skipped"]
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of the samples kept in a record
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,16 @@ class BatchPoint:
     throttled: bool | None = None
     samples: int = 0  # steps timed
     reason: str | None = None  # why status is not ok
+    step_ms_quantiles: tuple[float, ...] = ()  # of the samples, at QUANTILES; empty: not kept
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One batch size timed first and once more at the end: what changed on the device meanwhile."""
+
+    batch: int
+    start_ms: tuple[float, ...]  # of the first visit's step times, at QUANTILES
+    end_ms: tuple[float, ...]  # of the last visit's
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,7 @@ class Capacity:
     ceilings: Ceilings | None = field(default=None, metadata=TOP)
     workload: WorkloadInfo | None = field(default=None, metadata=TOP)
     batches: tuple[BatchPoint, ...] = field(default=(), metadata=TOP)
+    anchor: Anchor | None = None  # what `drift` is taken from
 
 
 @dataclass(frozen=True)
