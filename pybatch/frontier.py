@@ -1,7 +1,7 @@
 """Time, cost and energy to a loss over (batch, devices), and how a wanted global batch is put together.
 
-Modelled: steps S(B) times t(B / K), see `tradeoff`. Where steps on several devices were not measured, communication is not
-counted and time on them is a lower bound. All figures are factors of one device at its own best batch.
+Modelled: steps S(B) times t(B / K), see `tradeoff`. Where steps on several devices were not measured, communication is
+not counted and time on them is a lower bound. All figures are factors of one device at its own best batch.
 """
 
 from __future__ import annotations

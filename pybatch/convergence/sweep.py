@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pybatch.convergence.archive import describe_sweep
 from pybatch.convergence.driver import Found, Sweep
 from pybatch.convergence.fingerprint import fingerprint
 from pybatch.convergence.jobs import Inline, Processes, Workers
@@ -107,7 +108,9 @@ def measure_convergence(
                 "name another file."
             )
         with _workers(workload, kept, place, jobs, ray, progress) as workers:
-            sweep = Sweep(plan, kept, workers, fingerprint(workload), place, found)
+            identity = fingerprint(workload)
+            sweep = Sweep(plan, kept, workers, identity, place, found)
+            kept.keep_sweep(describe_sweep(identity, plan.group, plan.batches, sweep.result(workload, None)))
             try:
                 sweep.run()
             except KeyboardInterrupt:
