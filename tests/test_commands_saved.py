@@ -8,7 +8,7 @@ import typer.testing
 
 from pybatch import bench as main_job
 from pybatch import cli
-from pybatch.commands.saved import read_record
+from pybatch.commands.saved import read_records
 from pybatch.errors import UsageError
 from pybatch.noise.trajectory import SCHEMA, read_trajectory
 
@@ -66,16 +66,16 @@ def test_a_file_that_is_no_record_is_named(text, cause, tmp_path):
     if text is not None:
         path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match=cause) as raised:
-        read_record(path)
+        read_records(path)
     assert "x.json" in str(raised.value)
 
 
 def test_a_trajectory_that_is_none_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"schema": "other/1"}\n')
     with pytest.raises(UsageError, match=r"x\.jsonl is not a noise trajectory"):
-        read_record(tmp_path / "x.jsonl")
+        read_records(tmp_path / "x.jsonl")
     with pytest.raises(UsageError, match="cannot be read"):
-        read_record(tmp_path / "absent.jsonl")
+        read_records(tmp_path / "absent.jsonl")
 
 
 def test_compare_prints_and_fails_where_it_shall(saved, slower):

@@ -209,12 +209,14 @@ def _rates(curve: Curve, goal: str, number: str, unit: str) -> Figure:
             "colorbar": {"title": {"text": "steps"}, **_ticks(z), "thickness": 12},
         }
     ]
-    for sign, label, found in (
-        ("x-thin-open", "diverged", [key for key, cell in cells.items() if cell[1] == "diverged"]),
-        ("circle-open", "best", [(p.batch, p.learning_rate) for p in curve.points if p.steps and p.rates]),
+    for sign, color, label, found in (
+        ("x-thin-open", "@ink", "diverged", [key for key, cell in cells.items() if cell[1] == "diverged"]),
+        # A white disk with a dark edge is seen on every shade of the map, in both themes.
+        ("circle", "#ffffff", "best", [(p.batch, p.learning_rate) for p in curve.points if p.steps and p.rates]),
     ):
         if found:
-            marker = {"symbol": sign, "size": 9, "color": "@ink", "line": {"width": 2, "color": "@ink"}}
+            edge = "#1b1f24" if sign == "circle" else color
+            marker = {"symbol": sign, "size": 9, "color": color, "line": {"width": 2, "color": edge}}
             xs, ys = [n.count(b) for b, _ in found], [n.number(rate) for _, rate in found]
             traces.append({"type": "scatter", "mode": "markers", "x": xs, "y": ys, "name": label, "marker": marker})
     rows = tuple(
