@@ -55,6 +55,7 @@ TORCH_FREE = (
     "noise.estimator",
     "noise.accumulator",
     "noise.trajectory",
+    "convergence.archive",
     "report.formats",
     "cli",
 )

@@ -230,7 +230,7 @@ def _run(sweep: _Sweep, rows: Mapping[str, _Row], environments: Mapping[int, Env
     )
     notes = list(sweep.head.notes)
     if open_ := [name for name, can_run in missing.items() if can_run]:
-        text = f"not finished: {', '.join(open_[:8])}{' and more' if len(open_) > 8 else ''}"
+        text = f"trials are missing of {', '.join(open_[:8])}{' and more' if len(open_) > 8 else ''}"
         notes.append(Note("curves", text))
     steps = dataclasses.replace(
         sweep.head, curves=curves, notes=tuple(notes), seeds=len(seeds), trials=len(own), complete=not missing
@@ -254,13 +254,14 @@ def _curve(
     points: list[ConvergencePoint] = []
     caps: dict[int, float] = {}
     notes: list[Note] = []
+    base = _base(sweep, split, seeds, searched) if rule != SEARCHED else None
     targets: dict[str, float] = dict(sweep.targets) if rule == SEARCHED else {split: sweep.targets[split]}
     for batch in sorted(sweep.batches):
         if rule == SEARCHED:
             outcomes = searched.get(batch, [])
         else:
             try:
-                trials = _trials(sweep, rule, split, batch, seeds, searched)
+                trials = _trials(sweep, rule, batch, seeds, base)
             except UsageError as error:  # as in the sweep: the rule has no answer for this batch size
                 notes.append(Note("points", f"batch {batch}: {error}"))
                 missing[f"batch {batch} {rule}"] = False
@@ -284,14 +285,24 @@ def _race(targets: Mapping[str, float], seeds: Sequence[int], outcomes: Sequence
     return race
 
 
+def _base(
+    sweep: _Sweep, split: Split, seeds: Sequence[int], searched: Mapping[int, list[Outcome]]
+) -> tuple[float, float] | None:
+    """The rate tuned at the base batch for a split's target, and its median steps; None where none reached it."""
+    outcomes = searched.get(sweep.base_batch, [])
+    if not outcomes:
+        return None
+    race = _race(sweep.targets, seeds, outcomes, search=True)
+    lr = best_rate(race, split, sorted({outcome.trial.lr for outcome in outcomes}))
+    return (lr, race.median(split, lr)) if lr is not None else None
+
+
 def _trials(
-    sweep: _Sweep, rule: str, split: Split, batch: int, seeds: Sequence[int], searched: Mapping[int, list[Outcome]]
+    sweep: _Sweep, rule: str, batch: int, seeds: Sequence[int], base: tuple[float, float] | None
 ) -> list[Trial]:
     """The trials a rule makes of the rate tuned at the base batch."""
-    base = searched.get(sweep.base_batch, [])
-    race = _race(sweep.targets, seeds, base, True) if base else None
-    lr = best_rate(race, split, sorted({o.trial.lr for o in base})) if race is not None else None
-    if race is None or lr is None:
+    if base is None:
         raise UsageError(f"no rate reached the target at the base batch {sweep.base_batch}")
-    scaled: Scaled = scale(rule, sweep.group | {"lr": lr}, batch, Base(sweep.base_batch, race.median(split, lr)))
+    lr, steps = base
+    scaled: Scaled = scale(rule, sweep.group | {"lr": lr}, batch, Base(sweep.base_batch, steps))
     return [Trial(sweep.workload, sweep.optimizer, scaled, batch, s, sweep.dtype, sweep.device) for s in seeds]
