@@ -2,9 +2,9 @@
 
     python bench/report.py [--seeds 14] [--profile] [--output FILE]
 
-The store is planted: losses fall exponentially, steps to the target follow a hyperbola in the batch size and a parabola
-in the logarithm of the rate, high rates diverge. Writing it is not timed; reading, fits and page are, in a fresh process
-as `pybatch report` runs them, and its imports apart.
+The store is planted: losses fall exponentially, steps to the target follow a hyperbola in the batch size and a
+parabola in the logarithm of the rate, high rates diverge. Writing it is not timed; reading, fits and page are, in a
+fresh process as `pybatch report` runs them, and its imports apart.
 """
 
 from __future__ import annotations
