@@ -97,6 +97,7 @@ def samples(capacity: Capacity, timed: list[BatchPoint]) -> list[Figure]:
             "what differs is drift of the device."
         )
         title += ", and drift"
+    seen = [value for trace in traces for end in ("lowerfence", "upperfence") for value in trace[end]]
     return [
         Figure(
             "samples",
@@ -106,7 +107,8 @@ def samples(capacity: Capacity, timed: list[BatchPoint]) -> list[Figure]:
             tuple(traces),
             {
                 "xaxis": {"type": "category", "title": {"text": safe(f"batch size ({example(capacity)})")}},
-                "yaxis": axis("step time over its median", tickformat=".3~g"),
+                # Logarithmic: where something else ran meanwhile, the slowest steps take ten times the others.
+                "yaxis": axis("step time over its median", log=True, values=seen, tickformat=".3~g"),
             },
             Table(("batch", "steps", *(_PERCENTILE_NAMES[q] for q in QUANTILES)), tuple(rows)),
         )
