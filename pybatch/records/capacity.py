@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pybatch.display import Shown
 from pybatch.records.subject import TOP, Ceilings, Device, Note, WorkloadInfo
 
 BatchStatus = Literal["ok", "oom", "predicted_oom", "skipped"]
@@ -50,7 +51,7 @@ class Anchor:
 
 
 @dataclass(frozen=True)
-class ThroughputFit:
+class ThroughputFit(Shown):
     """Step time against batch size, seconds: t(B) = alpha + beta B, max(floor, alpha + beta B), or in waves.
 
     Intervals are 95 % by bootstrap over the measured steps.
@@ -83,7 +84,7 @@ class ThroughputFit:
 
 
 @dataclass(frozen=True)
-class Capacity:
+class Capacity(Shown):
     """What the device does with this workload at each batch size, and where its ceiling is."""
 
     t0_ms: float | None

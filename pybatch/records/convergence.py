@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pybatch.display import Shown
 from pybatch.records.subject import TOP, Device, Note, WorkloadInfo
 
 PointStatus = Literal["reached", "not_reached", "diverged"]
@@ -36,7 +37,7 @@ class ConvergencePoint:
 
 
 @dataclass(frozen=True)
-class StepsFit:
+class StepsFit(Shown):
     """Steps to target against batch size: a fitted model with its critical batches. Intervals are 95 %.
 
     A bound of None is open. Where no batch tested bends the curve, `critical_batch` is None and `low` bounds it; where
@@ -117,7 +118,7 @@ class Branching:
 
 
 @dataclass(frozen=True)
-class Convergence:
+class Convergence(Shown):
     """Steps to target against batch size, measured by training."""
 
     curves: tuple[Curve, ...]

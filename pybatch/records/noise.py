@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pybatch.display import Shown
 from pybatch.records.subject import Note
 
 NoiseStatus = Literal["resolved", "lower_bound", "unresolved"]
@@ -40,7 +41,7 @@ class WeightedNoise:
 
 
 @dataclass(frozen=True)
-class NoiseScale:
+class NoiseScale(Shown):
     """Gradient noise scale B_simple = tr(Sigma) / |G|^2 (McCandlish et al. 2018, eq. 2.9), in examples.
 
     `resolved`: `low` and `high` bound it at 95 %. `lower_bound`: |G|^2 is not separated from zero, only `low` is
@@ -87,7 +88,7 @@ class NoisePoint:
 
 
 @dataclass(frozen=True)
-class NoiseTrajectory:
+class NoiseTrajectory(Shown):
     """The gradient noise scale against training steps."""
 
     points: tuple[NoisePoint, ...]

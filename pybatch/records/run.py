@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pybatch.codec import decode, encode
+from pybatch.display import Shown
 from pybatch.errors import UsageError
 from pybatch.records.capacity import Capacity, Distributed
 from pybatch.records.convergence import Convergence
@@ -19,7 +20,7 @@ SCHEMA = "pybatch/1"
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Shown):
     """One saved run: the whole record of DESIGN, as written by `pybatch bench -o`."""
 
     created: str  # ISO 8601, UTC

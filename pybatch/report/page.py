@@ -162,7 +162,7 @@ def _run(run: Run, figures: Sequence[Figure], number: int) -> str:
     if run.verdict is not None:
         parts.append(_answer(run.verdict))
     parts += [_figure(figure) for figure in figures]
-    parts += [_section(section) for section in found]
+    parts += [section_html(section) for section in found]
     if run.environment is not None:
         parts.append(_provenance(run.environment, run.capacity))
     return "".join([*parts, "</section>\n"])
@@ -232,7 +232,14 @@ def _table(table: Table) -> str:
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>\n{rows}</tbody></table></div>\n'
 
 
-def _section(section: Section) -> str:
+def run_text(run: Run) -> str:
+    """A run's words and tables, without figures: escaped HTML."""
+    answer = _answer(run.verdict) if run.verdict is not None else ""
+    return "".join([f"<h1>{_text(title(run))}</h1>\n", answer, *map(section_html, sections(run))])
+
+
+def section_html(section: Section) -> str:
+    """A section as escaped HTML."""
     parts = [f"<h2>{_text(section.title)}</h2>\n"]
     if section.text and section.title != "Verdict":  # the verdict's words stand at the top
         parts.append(f"<p>{_text(section.text)}</p>\n")
