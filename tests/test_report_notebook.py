@@ -47,7 +47,25 @@ def shown(run):
 
 
 KINDS = ("Run", "Verdict", "Capacity", "NoiseScale", "Convergence", "NoiseTrajectory", "StepsFit", "ThroughputFit")
-TAGS = set("div style h1 h2 h3 p table thead tbody tr th td ul li span strong details summary".split(" "))
+TAGS = {
+    "div",
+    "style",
+    "h1",
+    "h2",
+    "h3",
+    "p",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "ul",
+    "li",
+    "span",
+    "strong",
+}
+TAGS |= {"details", "summary"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
