@@ -96,7 +96,8 @@ def compare(
         if value is None:
             notes.append(Note(f"verdict.{name}", critical.reason.text if name == "critical_batch" else absent))
     if seconds is None:
-        notes.append(Note("verdict.time_to_target", "steps to a target were not measured, only what a step takes"))
+        lack = absent if critical.curve else "steps to a target were not measured, only what a step takes"
+        notes.append(Note("verdict.time_to_target", lack))
     return Verdict(
         critical_batch=critical.value,
         critical_low=critical.low,

@@ -41,7 +41,7 @@ NOISE = {
 def curve(critical, low, high, s_min=500.0):
     model = {(True, False): "inverse", (False, True): "flat"}.get((low is not None, high is not None), "hyperbola")
     bend = critical or (1e9 if low else 1e-9)
-    points = tuple(ConvergencePoint(b, s_min * (1 + bend / b), "reached", 3, 0.1) for b in BATCHES)
+    points = tuple(ConvergencePoint(b, s_min * (1 + bend / b), "reached", 3, 0.1, reached=3) for b in BATCHES)
     fit = StepsFit(model, s_min if critical else None, critical, low, high, None, critical, None)
     return Curve("tuned", "train", points, fit.s_min, critical, low, high, target=0.3, fit=fit)
 
@@ -154,7 +154,9 @@ MODELS = {
 
 
 def swept_by(fit):
-    points = tuple(ConvergencePoint(b, predicted(fit.model, fit.parameters, b), "reached", 3, 0.1) for b in BATCHES)
+    points = tuple(
+        ConvergencePoint(b, predicted(fit.model, fit.parameters, b), "reached", 3, 0.1, reached=3) for b in BATCHES
+    )
     made = Curve("tuned", "train", points, fit.s_min, fit.critical_batch, fit.low, fit.high, target=0.3, fit=fit)
     return Convergence((made,))
 

@@ -191,6 +191,8 @@ def _verdict(verdict: Verdict) -> Section:
     if optimum:
         best += f", the modelled optimum is in {optimum}"
     lines = [("critical batch", critical), ("best batch", best), ("limited by", verdict.limit)]
+    if verdict.time_to_target is not None:
+        lines.append(("time to target", f"{n.number(verdict.time_to_target)} s on one device (modelled)"))
     if verdict.useful_devices is not None:
         devices = f"up to {n.count(verdict.useful_devices)}" if verdict.useful_devices > 1 else "one"
         lines.append(("devices worth it", f"{devices} ({communication(verdict)})"))
