@@ -26,6 +26,7 @@ FLOORS = {
     "pybatch.frontier": 0.8,
     "pybatch.comparison": 0.8,
     "pybatch.verdict": 1,
+    "pybatch.joining": 1.5,
     "pybatch.noise.estimator": 1,
     "pybatch.noise.accumulator": 1,
     "pybatch.noise.trajectory": 1,

@@ -18,6 +18,7 @@ from pybatch.comparison import Condition, broken, compare_runs, parse_condition
 from pybatch.convergence.archive import is_store, read_store
 from pybatch.convergence.trajectory import SPLITS
 from pybatch.errors import UsageError, unknown
+from pybatch.joining import join
 from pybatch.noise.trajectory import read_trajectory
 from pybatch.records import NoiseTrajectory, Run
 from pybatch.report.comparison import comparison_sections
@@ -62,7 +63,10 @@ def report(
         str | None, typer.Option(help="Losses to report a store at: 'train=0.1'. Default: those of its sweeps.")
     ] = None,
 ) -> None:
-    """One self-contained HTML page from saved runs and sweeps, for a browser without a network; or text, or figures."""
+    """One self-contained HTML page from saved runs and sweeps, for a browser without a network; or text, or figures.
+
+    A run and a sweep of the same workload on the same device become one, with a verdict that stands on the sweep.
+    """
     from pybatch.report.page import as_runs, page
 
     targets = parse_targets(target) if target is not None else None
@@ -76,14 +80,16 @@ def report(
     if output is not None and format_ is not None:
         file = Output(output)
         try:
-            file.write(page(runs) if format_ == "html" else render_all(runs, format_))
+            # Rows are of one kind each; all else is of one run, whose verdict may stand on both measurements.
+            shown = runs if format_ in ("csv", "jsonl") else join(runs)
+            file.write(page(shown) if format_ == "html" else render_all(shown, format_))
         finally:
             file.discard()
         print(f"pybatch: wrote {output}", file=sys.stderr)
     if png is not None:
         from pybatch.report.png import write_pngs
 
-        written = write_pngs(runs, png)
+        written = write_pngs(join(runs), png)
         print(f"pybatch: wrote {len(written)} figures to {png}", file=sys.stderr)
 
 
