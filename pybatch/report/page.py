@@ -86,7 +86,8 @@ def figures_of(run: Run, number: int = 0) -> list[Figure]:
 def page(runs: Sequence[Run]) -> str:
     """The whole page as text."""
     drawn = [figures_of(run, number) for number, run in enumerate(runs)]
-    parts = [_run(run, own, number) for number, (run, own) in enumerate(zip(runs, drawn, strict=True))]
+    several = len(runs) > 1  # else the page's own heading names the run
+    parts = [_run(run, own, number, several) for number, (run, own) in enumerate(zip(runs, drawn, strict=True))]
     heading = title(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"
     nav = ""
     if len(runs) > 1:
@@ -152,13 +153,12 @@ def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def _run(run: Run, figures: Sequence[Figure], number: int) -> str:
+def _run(run: Run, figures: Sequence[Figure], number: int, titled: bool) -> str:
     found = sections(run)
     when = f'<p class="soft">{_text(run.created)}</p>\n' if run.created else ""
     incomplete = "" if run.complete else "<p><strong>Incomplete:</strong> the notes below say what is missing.</p>\n"
-    parts = [f'<section id="run-{number}">\n{when}{incomplete}']
-    if number or len(figures) == 0:
-        parts.append(f"<h2>{_text(title(run))}</h2>\n")
+    heading = f"<h2>{_text(title(run))}</h2>\n" if titled else ""
+    parts = [f'<section id="run-{number}">\n{heading}{when}{incomplete}']
     if run.verdict is not None:
         parts.append(_answer(run.verdict))
     parts += [_figure(figure) for figure in figures]
