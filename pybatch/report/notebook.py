@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 
 from pybatch.numerals import number
-from pybatch.records import NoiseTrajectory, Run, StepsFit, ThroughputFit, Verdict
+from pybatch.records import Run, StepsFit, ThroughputFit, Verdict
 from pybatch.report.layout import Section
-from pybatch.report.noise_figures import noise_figures
 from pybatch.report.page import as_runs, resource, run_text, section_html
 from pybatch.report.sections import sections
 
@@ -22,9 +21,6 @@ def render(record: object) -> str:
     """
     if isinstance(record, StepsFit | ThroughputFit):
         body = section_html(_fit(record))
-    elif isinstance(record, NoiseTrajectory):
-        [along] = noise_figures(None, record, "examples")
-        body = section_html(Section(along.title, along.table))
     elif isinstance(record, Run):
         body = run_text(record)
     else:

@@ -164,7 +164,7 @@ def _run(run: Run, figures: Sequence[Figure], number: int, titled: bool) -> str:
     parts += [_figure(figure) for figure in figures]
     parts += [section_html(section) for section in found]
     if run.environment is not None:
-        parts.append(_provenance(run.environment, run.capacity))
+        parts.append(_provenance(run.environment, run.capacity or run.convergence))
     return "".join([*parts, "</section>\n"])
 
 
@@ -258,10 +258,15 @@ def _pairs(rows: Sequence[tuple[str, str]]) -> str:
     return f'<div class="scroll"><table class="pairs">{body}</table></div>\n'
 
 
-def _provenance(environment: Environment, capacity: Capacity | None) -> str:
+def _provenance(environment: Environment, measured: Capacity | Convergence | None) -> str:
     """Everything about where and how a run took place, so that someone else can repeat it."""
     rows: list[tuple[str, str]] = []
-    for record in (environment, capacity.device if capacity else None, capacity.workload if capacity else None):
+    parts = (
+        ("", environment),
+        ("device ", measured.device if measured else None),
+        ("workload ", measured.workload if measured else None),
+    )
+    for prefix, record in parts:
         if record is None:
             continue
         for field in fields(record):
@@ -269,5 +274,5 @@ def _provenance(environment: Environment, capacity: Capacity | None) -> str:
             if isinstance(value, dict):
                 value = ", ".join(f"{key} {item}" for key, item in value.items())
             if value not in (None, ""):
-                rows.append((field.name.replace("_", " "), str(value)))
+                rows.append((prefix + field.name.replace("_", " "), str(value)))
     return f"<h2>Provenance</h2>\n{_pairs(rows)}"

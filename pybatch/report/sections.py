@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 
 from pybatch import numerals as n
-from pybatch.records import BatchPoint, Capacity, Ceilings, Distributed, NoiseScale, Note, Run, Verdict
+from pybatch.records import BatchPoint, Capacity, Ceilings, Distributed, NoiseScale, NoiseTrajectory, Note, Run, Verdict
 from pybatch.report import branches, curves
 from pybatch.report.layout import Section, Table
+from pybatch.report.noise_figures import trajectory_table
 
 # Figures of the record that are not printed, and so need no explanation when they are null.
 _SEEN = {"batch", "status", "step_ms", "step_ms_low", "step_ms_high", "samples_per_s", "mfu_measured", "memory_bytes"}
@@ -34,6 +35,8 @@ def sections(run: Run) -> list[Section]:
         found.append(_capacity(run.capacity))
     if run.noise is not None:
         found.append(_noise(run.noise, unit_of(run)))
+    if run.trajectory is not None:
+        found.append(_trajectory(run.trajectory))
     if run.convergence is not None and run.convergence.curves:
         found += curves.sections(run.convergence, unit_of(run))
     if run.convergence is not None and run.convergence.branches:
@@ -144,6 +147,11 @@ def _noise(noise: NoiseScale, unit: str) -> Section:
             pair = f" of gradients over {n.number(noise.small_batch)} and {n.number(noise.large_batch)} {unit}"
         lines.append(("from", f"{n.count(noise.steps)} pairs of norms{pair} ({noise.source})"))
     return Section("Gradient noise scale", lines=tuple(lines), notes=_notes(noise.notes))
+
+
+def _trajectory(found: NoiseTrajectory) -> Section:
+    lines = (("from", f"{found.source}, in {found.unit or 'examples'}"),)
+    return Section("Noise scale along training", trajectory_table(found), lines, notes=_notes(found.notes))
 
 
 def communication(verdict: Verdict) -> str:
