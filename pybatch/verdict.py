@@ -77,7 +77,8 @@ def compare(
         law = "sqrt(critical batch x half batch) at the"
         if critical.low is not None:
             low = max(1, math.floor(_model(fit, critical.low, capacity).optimum()))
-            bound = _bound(capacity) if low >= math.floor(_bound(capacity).value) else None
+            most = _bound(capacity)
+            bound = most if low + 1 > most.value else None
             text = f"{law} lower bound of the critical batch: use at least this"
             inputs: Inputs = {"critical_low": critical.low, "half_batch": fit.half_batch}
             reasons.append(Reason("best_low", text, "modelled", inputs))

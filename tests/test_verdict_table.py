@@ -10,6 +10,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_verdict import BATCHES, capacity, noise, throughput, unaccounted
 
 from pybatch.fits.steps_model import predicted
@@ -208,6 +210,38 @@ def test_an_end_of_the_interval_moves_the_curve_along_the_batch_axis():
         moved = TimeModel(throughput(), critical, shape=fit)
         assert moved.steps(64.0) == pytest.approx(1 + critical / 64)
         assert moved.optimum() == pytest.approx(math.sqrt(critical * HALF), rel=2e-3)
+
+
+@given(
+    alpha=st.floats(1e-6, 1.0),
+    half=st.floats(0.5, 1e5),
+    critical=st.floats(0.5, 1e6),
+    width=st.floats(1.01, 30.0),
+    most=st.one_of(st.none(), st.integers(1, 10**6)),
+    examples=st.one_of(st.none(), st.integers(1, 10**6)),
+    source=st.sampled_from(["noise", "lower bound", "sweep", "bound", *MODELS]),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_every_number_said_is_in_the_record(alpha, half, critical, width, most, examples, source):
+    """Whatever was measured: no sentence has a number of its own, and the interval holds the optimum."""
+    device = capacity(throughput(alpha=alpha, beta=alpha / half), max_batch=most, examples=examples)
+    scale = noise(critical, critical / width, critical * width)
+    steps = None
+    if source == "lower bound":
+        scale = noise(None, critical, status="lower_bound")
+    elif source == "sweep":
+        steps = Convergence((curve(critical, critical / width, critical * width),))
+    elif source == "bound":
+        steps = Convergence((curve(None, critical, None),))
+    elif source in MODELS:
+        steps = swept_by(MODELS[source])
+    verdict = compare(device, scale, steps)
+    assert unaccounted(verdict) == set()
+    if verdict.best_batch is not None:
+        assert verdict.best_batch <= min(most or math.inf, examples or math.inf)
+        optimum = verdict.why("best_batch").inputs["optimum"]
+        assert verdict.best_low <= optimum
+        assert verdict.best_high is None or optimum <= verdict.best_high
 
 
 def test_only_a_curve_that_is_known_has_a_shape():
