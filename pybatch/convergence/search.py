@@ -1,51 +1,27 @@
-"""Which trials to run at a batch size: a log grid of rates that grows past its edges, a race over it, or Optuna.
-
-In a race the first seed tries every rate, and the other seeds run only those that can still have the least median.
-What it saves are the seeds of rates that are out; the rate chosen is that of the whole grid unless a rate's first seed
-is SURE times slower than the best median while the rate's own median is the best.
-"""
+"""Which learning rates to try at a batch size: a log grid that grows past its edges, or an Optuna sampler."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
-from pybatch.convergence.trial import SLACK, Race
+from pybatch.convergence.trial import Race
 from pybatch.errors import UsageError, unknown
 
 RATES = 12  # of the first grid, a factor of 2 apart: 2000-fold from the lowest to the highest
 EXTENSIONS = 4  # of two rates each, past an edge at which the best rate lies
 ASKED = 4  # rates asked of a sampler at a time: they are trained together
-SURE = 1.2  # times the least median: a rate whose first seed takes longer is out; seeds differ by some 5 to 10 %
 SAMPLERS = {"tpe": "TPESampler", "qmc": "QMCSampler", "random": "RandomSampler", "cmaes": "CmaEsSampler"}
 
 
-@dataclass(frozen=True)
-class Heat:
-    """Trials to run together, and the seeds over whose median a rate ends the slower ones."""
-
-    cells: tuple[tuple[float, int], ...]  # (rate, seed)
-    seeds: tuple[int, ...]
-
-
 class Search(ABC):
-    """The trials of one race, in heats."""
+    """The rates of one race, in rounds."""
 
     @abstractmethod
     def propose(self, race: Race) -> list[float]:
         """The next rates to try, given all outcomes so far; empty when the search is over."""
-
-    def heat(self, race: Race) -> Heat | None:
-        """The next trials, given all outcomes so far, every rate with every seed; None when the search is over."""
-        seeds = tuple(race.seeds)
-        return _heat([(rate, seed) for rate in self.propose(race) for seed in seeds], seeds)
-
-
-def _heat(cells: Sequence[tuple[float, int]], seeds: tuple[int, ...]) -> Heat | None:
-    return Heat(tuple(dict.fromkeys(cells)), seeds) if cells else None
 
 
 def best_rate(race: Race, split: str, rates: Sequence[float]) -> float | None:
@@ -75,95 +51,28 @@ class Grid(Search):
 
     def propose(self, race: Race) -> list[float]:
         """As `Search.propose`."""
-        return self.outward(race) + self.halfway(race)
-
-    def outward(self, race: Race) -> list[float]:
-        """The first grid; later two rates more past an edge at which a split's best rate lies."""
         if not self.tried:
             return self._try(self.rates)
         wanted: list[float] = []
+        extended = False
         for split in race.targets:
             best = best_rate(race, split, self.tried)
+            if best is None:
+                continue
             steps = (-2, -1) if best == min(self.tried) else (1, 2) if best == max(self.tried) else ()
-            wanted += [best * self.ratio**step for step in steps if best is not None]
-        if not wanted or self.extensions == EXTENSIONS:
-            return []
-        self.extensions += 1
-        return self._try(wanted)
-
-    def halfway(self, race: Race) -> list[float]:
-        """Two rates halfway beside each split's best, once a split, where it lies within those tried."""
-        wanted: list[float] = []
-        for split in race.targets:
-            best = best_rate(race, split, self.tried)
-            if best is not None and min(self.tried) < best < max(self.tried) and split not in self.refined:
+            if steps and self.extensions < EXTENSIONS:
+                extended = True
+                wanted += [best * self.ratio**step for step in steps]
+            elif not steps and split not in self.refined:
                 self.refined.add(split)
                 wanted += [best / math.sqrt(self.ratio), best * math.sqrt(self.ratio)]
+        self.extensions += extended
         return self._try(wanted)
 
     def _try(self, rates: Sequence[float]) -> list[float]:
         fresh = sorted({_rounded(rate) for rate in rates} - set(self.tried))
         self.tried = sorted([*self.tried, *fresh])
         return fresh
-
-
-class Racing(Search):
-    """A grid whose rates are tried by the first seed, and by the others where they can have the least median.
-
-    In turn: the first seed at all rates, past the edges too; the other seeds at the rates where it came within SLACK
-    of its best, together with all seeds halfway beside that; what the medians then ask for. A rate stays out only
-    while its first seed is known to take SURE times the least median; otherwise it is run on.
-    """
-
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-
-    def propose(self, race: Race) -> list[float]:
-        """The rates of the whole grid, as `Search.propose`."""
-        return self.grid.propose(race)
-
-    def heat(self, race: Race) -> Heat | None:
-        """As `Search.heat`."""
-        seeds = tuple(race.seeds)
-        if len(seeds) == 1:
-            return super().heat(race)
-        first = replace(race, seeds=seeds[:1])
-        fresh = self.grid.outward(first) or self.grid.outward(race)
-        if fresh:
-            return _heat([(rate, seeds[0]) for rate in fresh], seeds[:1])
-        begun = any(self._whole(race, rate) for rate in self.grid.tried)
-        cells = [cell for split in race.targets for cell in self._contenders(race, first, split)]
-        if not begun and not cells:
-            cells = self._nearest(race)
-        beside = [] if begun and cells else self.grid.halfway(race if begun else first)
-        return _heat(cells + [(rate, seed) for rate in beside for seed in seeds], seeds)
-
-    def _contenders(self, race: Race, first: Race, split: str) -> list[tuple[float, int]]:
-        """Trials without which a rate is neither in nor out."""
-        best = min(first.median(split, rate) for rate in self.grid.tried)
-        whole = [race.median(split, rate) for rate in self.grid.tried if self._whole(race, rate)]
-        sure = min(SURE * min(whole, default=0.0), race.cap)  # infinite medians: every rate is run to the cap
-        limit, cells = max(SLACK * best, sure), []
-        for rate in self.grid.tried:
-            if self._whole(race, rate):
-                continue
-            outcome = race.ended[rate, race.seeds[0]]
-            if first.median(split, rate) <= limit:
-                cells += [(rate, seed) for seed in race.seeds if (rate, seed) not in race.ended]
-            elif outcome.end == "capped" and outcome.steps < sure:
-                cells.append((rate, race.seeds[0]))
-        return cells
-
-    def _nearest(self, race: Race) -> list[tuple[float, int]]:
-        """The other seeds where the first one came nearest: that no rate reaches shall not stand on one seed alone."""
-        ended = [(rate, race.ended[rate, race.seeds[0]]) for rate in self.grid.tried]
-        left = [(float(o.trajectory.loss(split)[-1]), rate) for split in race.targets for rate, o in ended]
-        near = min((entry for entry in left if math.isfinite(entry[0])), default=None)
-        return [] if near is None else [(near[1], seed) for seed in race.seeds[1:]]
-
-    @staticmethod
-    def _whole(race: Race, rate: float) -> bool:
-        return all((rate, seed) in race.ended for seed in race.seeds)
 
 
 class Sampled(Search):

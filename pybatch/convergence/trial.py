@@ -113,7 +113,6 @@ class Race:
     search: bool = True
     # split -> rate -> seed -> the crossing
     found: dict[str, dict[float, dict[int, Crossing]]] = field(default_factory=dict)
-    ended: dict[tuple[float, int], Outcome] = field(default_factory=dict)  # (rate, seed) -> what came of the trial
 
     def record(self, split: str, lr: float, seed: int, crossing: Crossing) -> None:
         """One trial reached one target."""
@@ -121,7 +120,6 @@ class Race:
 
     def take(self, outcome: Outcome) -> None:
         """All that a finished trial reached."""
-        self.ended[outcome.trial.lr, outcome.trial.seed] = outcome
         for split, target in self.targets.items():
             if (crossing := outcome.trajectory.crossing(split, target)) is not None:
                 self.record(split, outcome.trial.lr, outcome.trial.seed, crossing)
