@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pybatch import display
+
 if TYPE_CHECKING:
     from pybatch.capacity.measurement import measure_capacity as measure_capacity
     from pybatch.convergence.branch import measure_branches as measure_branches
@@ -57,6 +59,15 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+def _html(record: object) -> str:
+    """A record for a notebook; what makes the HTML is imported when one is first shown."""
+    html: str = importlib.import_module("pybatch.report.notebook").render(record)
+    return html
+
+
+display.render_with(_html)
 
 
 def __dir__() -> list[str]:

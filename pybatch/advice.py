@@ -17,7 +17,7 @@ def advise(
     wall: Wall | None,
     limit: Limit,
     best: Best | None,
-    low: int | None,
+    span: tuple[int | None, int | None],
     bound: Bound | None,
     devices: int | None,
     further: Inputs,
@@ -28,9 +28,9 @@ def advise(
         critical: the critical batch, or why it is not known.
         capacity, wall: what the device does, and the batch past which it gains nothing; None where not measured.
         limit: which of the two is smaller.
-        best: the batch to use; None where only a bound (`low`) or nothing is known.
-        low: the least batch worth using.
-        bound: what keeps `low` from being larger; None where nothing does.
+        best: the batch to use; None where only bounds (`span`) or nothing is known.
+        span: the least and the largest batch worth using, where not `best`.
+        bound: what keeps the least one from being larger; None where nothing does.
         devices: how many are worth it.
         further: what going on to the wall costs, as factors.
     """
@@ -40,7 +40,7 @@ def advise(
     known = _said(critical)
     if wall is None:
         lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"
-        if critical.value is None and critical.low is None:
+        if critical.value is None and critical.low is None and critical.high is None:
             return f"{lack}, and the critical batch is not known ({critical.reason.text}): no batch can be advised."
         return (
             f"The critical batch is {known}: far below it more examples per step save almost as many steps, far "
@@ -51,15 +51,23 @@ def advise(
         f"The device reaches half its ceiling at batch {count(math.ceil(fit.half_batch))} and its {wall.name} is "
         f"{_size(wall.value)}"
     )
-    if low is not None:
-        above = ", above what the device can use" if limit == "hardware" else ""
-        reach = f", the largest that {bound.name} allows" if bound else " or larger"
-        advice = f"Use batch {count(low)}{reach}: the critical batch is {known}{above}."
+    if span != (None, None):
+        beside = {"hardware": ", above what the device can use", "noise": ", below what the device can use"}
+        advice = f"Use batch {_range(span, bound)}: the critical batch is {known}{beside.get(limit, '')}."
         return f"{_distrust(fit)}{advice} {device}. {_more(critical)}"
     return _distrust(fit) + (
         f"No batch can be advised yet: {critical.reason.text}. {device}; below the former it is poorly used, "
         f"past the latter it gains next to nothing. {_more(critical)}"
     )
+
+
+def _range(span: tuple[int | None, int | None], bound: Bound | None) -> str:
+    low, high = span
+    if low is None:
+        return f"{count(high)} or smaller"
+    if bound is not None:
+        return f"{count(low)}, the largest that {bound.name} allows"
+    return f"{count(low)} or larger" if high is None else f"{count(low)} to {count(high)}"
 
 
 def _distrust(fit: ThroughputFit | None) -> str:
@@ -120,7 +128,8 @@ def _said(critical: Critical) -> str:
     """The critical batch in words, with its interval and its source."""
     source = {"sweep": "fitted to steps", "branch": "from branched runs"}.get(critical.source or "", _NOISE)
     if critical.value is None:
-        return f"at least {_size(critical.low)} ({source})"
+        ends = (("at least", critical.low), ("at most", critical.high))
+        return " and ".join(f"{side} {_size(end)}" for side, end in ends if end is not None) + f" ({source})"
     if critical.low is None or critical.high is None:
         return f"{_size(critical.value)} ({source})"
     return f"{_size(critical.value)} ({_size(critical.low)} to {_size(critical.high)}, {source})"
@@ -145,8 +154,10 @@ def _trial(batch: int) -> str:
 
 
 def _more(critical: Critical) -> str:
-    if critical.source == "branch":
-        return "Branches with larger batches would close the interval."
+    if critical.source in ("branch", "sweep"):
+        which = "smaller" if critical.low is None else "larger"
+        runs = "Branches" if critical.source == "branch" else "A sweep"
+        return f"{runs} with {which} batches would close the interval."
     if critical.source is None and not critical.reason.inputs:
         return "Measure the noise scale as well."
     return "A longer --time-budget narrows the noise scale."

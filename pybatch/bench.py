@@ -10,6 +10,7 @@ import torch
 
 from pybatch import continuation
 from pybatch.capacity.measurement import measure_capacity
+from pybatch.capacity.modes import Mode
 from pybatch.convergence.branch import measure_branches
 from pybatch.device.environment import capture
 from pybatch.device.identity import describe, resolve
@@ -72,7 +73,7 @@ def run_bench(
     created = now = datetime.now(UTC).isoformat(timespec="seconds")
     if earlier is not None:
         info = Session(workload, place, dtype, seed).info
-        continuation.check_same(earlier, info, describe(place), environment)
+        continuation.check_same(earlier, info, describe(place), environment, Mode(compile, graph).name)
         created = earlier.created
     past = continuation.notes(earlier, now)
 

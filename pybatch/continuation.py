@@ -6,12 +6,14 @@ from typing import Any
 
 from pybatch.errors import UsageError
 from pybatch.noise.estimator import MIN_BLOCKS
-from pybatch.records import Convergence, Device, Environment, NoiseScale, Note, Run, WorkloadInfo
+from pybatch.records import Convergence, Device, Environment, NoiseScale, Note, Run, StepMode, WorkloadInfo
 
 _CONTINUED = "continued on "
 
 
-def check_same(earlier: Run, workload: WorkloadInfo, device: Device, environment: Environment) -> None:
+def check_same(
+    earlier: Run, workload: WorkloadInfo, device: Device, environment: Environment, mode: StepMode = "eager"
+) -> None:
     """Raise UsageError with every difference that forbids to put the earlier run's figures beside new ones.
 
     A record cut before anything was measured names no workload or device, and fits to any.
@@ -20,6 +22,8 @@ def check_same(earlier: Run, workload: WorkloadInfo, device: Device, environment
     saved_workload, saved_device = (measured.workload, measured.device) if measured is not None else (None, None)
     there = _of_workload(saved_workload) | _of_device(saved_device) | _of_environment(earlier.environment)
     here = {} if saved_workload is None else _of_workload(workload)
+    if saved_workload is not None and measured is not None:
+        there, here = there | {"steps": measured.mode}, here | {"steps": mode}
     here |= {} if saved_device is None else _of_device(device)
     here |= {} if earlier.environment is None else _of_environment(environment)
     pairs = {key: (there.get(key, "not set"), here.get(key, "not set")) for key in there | here}

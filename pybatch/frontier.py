@@ -1,7 +1,7 @@
 """Time, cost and energy to a loss over (batch, devices), and how a wanted global batch is put together.
 
-Modelled: steps 1 + critical / B times t(B / K). Where steps on several devices were not measured, communication is not
-counted and time on them is a lower bound. All figures are factors of one device at its own best batch.
+Modelled: steps S(B) times t(B / K), see `tradeoff`. Where steps on several devices were not measured, communication is
+not counted and time on them is a lower bound. All figures are factors of one device at its own best batch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _energy(model: TimeModel, batch: float, share: float, base: float, batches: 
     here, there = joules(share, batches), joules(base, batches)
     if here is None or there is None:
         return None
-    return here * (batch + model.critical) / (there * (base + model.critical))
+    return here * float(model.examples(batch)) / (there * float(model.examples(base)))
 
 
 def joules(batch: float, batches: tuple[BatchPoint, ...]) -> float | None:
@@ -63,7 +63,7 @@ def doubling(best: Best, batches: tuple[BatchPoint, ...]) -> Inputs:
     if twice > min(model.most, model.most_global):
         return {}
     here, there = joules(twice, batches), joules(once, batches)
-    examples = (twice + model.critical) / (once + model.critical)
+    examples = float(model.examples(twice) / model.examples(once))
     return {
         "batch": twice,
         "steps_factor": examples / 2,

@@ -1,8 +1,9 @@
 """Steps against step time: the quantities the verdict weighs, and the model of time to a loss.
 
-Time to a loss is T(B) = S(B) t(B), with S(B) = S_min (1 + B_c / B) optimizer steps (McCandlish et al. 2018, eq. 2.11)
-and t(B) seconds per step. For t = alpha + beta B it is least at B* = sqrt(B_c alpha / beta), the geometric mean of
-critical batch and half batch.
+Time to a loss is T(B) = S(B) t(B), with S(B) optimizer steps and t(B) seconds per step. Where steps were measured, S
+is the model fitted to them; where the critical batch alone is known, S = S_min (1 + B_c / B) (McCandlish et al. 2018,
+eq. 2.11). For that and t = alpha + beta B, time is least at B* = sqrt(B_c alpha / beta), the geometric mean of critical
+batch and half batch.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from pybatch.fits.communication import step_s
-from pybatch.records import CommunicationFit, Curve, Reason, ThroughputFit
+from pybatch.fits.steps_model import predicted_all
+from pybatch.records import CommunicationFit, Curve, Reason, StepsFit, ThroughputFit
 
 EFFICIENCY = 0.8  # parallel efficiency below which a further device is not called worth it
 MAX_DEVICES = 65_536  # the search for devices ends here
 _BLOCK = 1024  # numbers of devices looked at together
-_GRID = np.geomspace(1 / 64, 256, 800)  # steps of 1.2 %, around the optimum without communication
+_GRID = np.geomspace(1 / 64, 256, 800)  # steps of 1.2 %, around the closed form
+_FINE = np.geomspace(1 / 1.015, 1.015, 31)  # and around the best of those: 0.1 %
 DISTURBED = 0.3  # rms of ln(measured / fitted) from which no advice stands on the fit: caches and tiles bend it less
 
 Inputs = dict[str, float | str | None]
@@ -27,9 +30,11 @@ Inputs = dict[str, float | str | None]
 
 @dataclass(frozen=True)
 class TimeModel:
-    """Modelled time to a loss: steps 1 + critical / B times t(B / K) on K devices.
+    """Modelled time to a loss: steps S(B) times t(B / K) on K devices.
 
-    Communication is counted where it was measured; else time on several devices is a lower bound.
+    Communication is counted where it was measured; else time on several devices is a lower bound. `shape` is the fit
+    of steps whose curve S follows; None: the hyperbola. It is moved along the batch axis to the critical batch given,
+    which is how an end of that one's interval acts.
     """
 
     fit: ThroughputFit
@@ -37,6 +42,29 @@ class TimeModel:
     most: float = math.inf  # largest batch on one device
     most_global: float = math.inf  # largest batch on all devices together: the data set
     communication: CommunicationFit | None = None
+    shape: StepsFit | None = None
+
+    @property
+    def law(self) -> str:
+        """How steps depend on the batch size, in words."""
+        if self.shape is None:
+            return "steps 1 + critical batch / batch"
+        return f"steps by the {self.shape.model} model fitted to them"
+
+    def steps(self, batch: Any) -> Any:
+        """Steps to the loss at this global batch, over S_min."""
+        if self.shape is None or not self.critical:
+            return 1 + self.critical / batch
+        assert self.shape.model is not None  # `shaped` has looked
+        assert self.shape.critical_batch is not None
+        assert self.shape.s_min is not None
+        moved = np.asarray(batch, dtype=float) * (self.shape.critical_batch / self.critical)
+        found = predicted_all(self.shape.model, self.shape.parameters, moved) / self.shape.s_min
+        return found if np.ndim(batch) else float(found)
+
+    def examples(self, batch: Any) -> Any:
+        """Examples to the loss, over S_min: their ratios are those of cost."""
+        return batch * self.steps(batch)
 
     @property
     def knee(self) -> float:
@@ -47,18 +75,22 @@ class TimeModel:
     def optimum(self, devices: Any = 1.0) -> Any:
         """Global batch of least time: sqrt(B_c K alpha / beta), not below the floor's knee, within bounds, >= 1.
 
-        With communication there is no closed form: the best of a fine grid around it.
+        With communication or another curve of steps there is no closed form: the best of a fine grid around it.
         """
         free = np.maximum(np.sqrt(self.critical * devices * self.fit.alpha_s / self.fit.beta_s), devices * self.knee)
         closed = np.maximum(np.minimum(np.minimum(free, devices * self.most), self.most_global), 1.0)
-        if self.communication is None:
+        if self.communication is None and self.shape is None:
             return closed
         k = np.atleast_1d(np.asarray(devices, dtype=float))[:, None]
-        bound = np.minimum(k * self.most, self.most_global)
-        grid = np.clip(np.atleast_1d(closed)[:, None] * _GRID, 1.0, np.maximum(bound, 1.0))
-        best = np.argmin(self.time(grid, k), axis=1)
-        found = np.where(k[:, 0] > 1, grid[np.arange(len(grid)), best], np.atleast_1d(closed))
-        return found if np.ndim(devices) else found[0]
+        bound = np.maximum(np.minimum(k * self.most, self.most_global), 1.0)
+        found = np.atleast_1d(closed)[:, None]
+        for steps in (_GRID, _FINE):
+            grid = np.clip(np.concatenate([found * steps, k * self.knee], axis=1), 1.0, bound)
+            best = np.argmin(self.time(grid, k), axis=1)
+            found = grid[np.arange(len(grid)), best][:, None]
+        if self.shape is None:  # one device does not communicate
+            found = np.where(k > 1, found, np.atleast_1d(closed)[:, None])
+        return found[:, 0] if np.ndim(devices) else found[0, 0]
 
     def time(self, batch: Any, devices: Any = 1.0) -> Any:
         """Time to the loss at this global batch, in seconds per S_min: only ratios mean something."""
@@ -66,7 +98,7 @@ class TimeModel:
         step = np.maximum(self.fit.alpha_s + self.fit.beta_s * batch / devices, floor)
         if self.communication is not None:
             step = np.where(np.asarray(devices) > 1, step_s(self.communication, step, devices), step)
-        return (1 + self.critical / batch) * step
+        return self.steps(batch) * step
 
     def useful_devices(self) -> int:
         """Most devices K with T(1) / (K T(K)) >= EFFICIENCY all the way up to K, each K at its own best batch."""
@@ -81,7 +113,7 @@ class TimeModel:
 
 @dataclass(frozen=True)
 class Critical:
-    """The critical batch with the evidence it stands on."""
+    """The critical batch with the evidence it stands on. Without a value, `low` or `high` may bound it."""
 
     value: float | None
     low: float | None
@@ -89,6 +121,14 @@ class Critical:
     source: str | None
     reason: Reason
     curve: Curve | None = None  # steps to target, where they were measured
+    shape: StepsFit | None = None  # the curve steps follow, where it is known and no hyperbola
+
+
+def shaped(fit: StepsFit | None) -> StepsFit | None:
+    """The fit, where it has a curve that the critical batch alone does not give."""
+    if fit is None or fit.model in (None, "hyperbola") or not (fit.parameters and fit.critical_batch and fit.s_min):
+        return None
+    return fit
 
 
 @dataclass(frozen=True)

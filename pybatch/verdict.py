@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 from pybatch.advice import advise
-from pybatch.fits.steps_model import predicted
 from pybatch.frontier import doubling, frontier
 from pybatch.numerals import number
 from pybatch.records import (
@@ -23,10 +22,11 @@ from pybatch.records import (
     NoiseScale,
     Note,
     Reason,
+    StepsFit,
     ThroughputFit,
     Verdict,
 )
-from pybatch.tradeoff import DISTURBED, EFFICIENCY, Best, Bound, Critical, Inputs, TimeModel, Wall
+from pybatch.tradeoff import DISTURBED, EFFICIENCY, Best, Bound, Critical, Inputs, TimeModel, Wall, shaped
 
 NOTICEABLE = 1.1  # a batch surely measured 10 % faster to the loss overrules the model: above the drift between runs
 MULTIPLE = 8  # a batch bounded by memory is rounded down to a multiple of this, which suits every device
@@ -43,13 +43,14 @@ def compare(
 
     Args:
         capacity: throughput against batch size on one device.
-        noise: the gradient noise scale, taken for the critical batch where `steps` is None.
-        steps: measured steps to target, or branches; a critical batch fitted to them goes before the noise scale.
+        noise: the gradient noise scale, taken for the critical batch where `steps` says nothing of it.
+        steps: measured steps to target, or branches; a critical batch fitted to them, or a bound of it, goes before
+            the noise scale.
         distributed: steps on several devices; without it, communication is not counted.
 
     Any of them may be None or unresolved: what then cannot be said is None, and the text and the notes say why.
     """
-    critical = _from_steps(steps) or _from_branches(steps) or _from_noise(noise)
+    critical = critical_of(noise, steps)
     fit = capacity.model if capacity is not None else None
     wall = _wall(capacity)
     limit, why = _limit(critical, wall)
@@ -70,14 +71,22 @@ def compare(
         assert capacity is not None  # there is a best batch
         points = frontier(best.model, devices, capacity.batches)
         if twice := doubling(best, capacity.batches):
-            text = "steps 1 + critical batch / batch times the modelled step time, at twice the best batch and at it"
+            text = f"{best.model.law} times the modelled step time, at twice the best batch and at it"
             reasons.append(Reason("doubling", text, "modelled", twice))
-    elif critical.low is not None and capacity is not None and fit is not None:
-        low = max(1, math.floor(_model(fit, critical.low, capacity).optimum()))
-        bound = _bound(capacity) if low >= math.floor(_bound(capacity).value) else None
-        text = "sqrt(critical batch x half batch) at the lower bound of the critical batch: use at least this"
-        inputs: Inputs = {"critical_low": critical.low, "half_batch": fit.half_batch}
-        reasons.append(Reason("best_low", text, "modelled", inputs))
+    elif capacity is not None and fit is not None:
+        law = "sqrt(critical batch x half batch) at the"
+        if critical.low is not None:
+            low = max(1, math.floor(_model(fit, critical.low, capacity).optimum()))
+            most = _bound(capacity)
+            bound = most if low + 1 > most.value else None
+            text = f"{law} lower bound of the critical batch: use at least this"
+            inputs: Inputs = {"critical_low": critical.low, "half_batch": fit.half_batch}
+            reasons.append(Reason("best_low", text, "modelled", inputs))
+        if critical.high is not None:
+            high = math.ceil(_model(fit, critical.high, capacity).optimum())
+            text = f"{law} upper bound of the critical batch: use at most this"
+            inputs = {"critical_high": critical.high, "half_batch": fit.half_batch}
+            reasons.append(Reason("best_high", text, "modelled", inputs))
     further = _further(best, wall)
     reasons.append(Reason("limit", why, "modelled", further | ({wall.name: wall.value} if wall else {})))
     seconds, seconds_reason = _time_to_target(critical.curve, best, capacity)
@@ -88,7 +97,8 @@ def compare(
         if value is None:
             notes.append(Note(f"verdict.{name}", critical.reason.text if name == "critical_batch" else absent))
     if seconds is None:
-        notes.append(Note("verdict.time_to_target", "steps to a target were not measured, only what a step takes"))
+        lack = absent if critical.curve else "steps to a target were not measured, only what a step takes"
+        notes.append(Note("verdict.time_to_target", lack))
     return Verdict(
         critical_batch=critical.value,
         critical_low=critical.low,
@@ -101,28 +111,56 @@ def compare(
         limit=limit,
         useful_devices=devices,
         time_to_target=seconds,
-        text=advise(critical, capacity, wall, limit, best, low, bound, devices, further),
+        text=advise(critical, capacity, wall, limit, best, (low, high), bound, devices, further),
         reasons=tuple(reasons),
         notes=tuple(notes),
         frontier=points,
     )
 
 
+def critical_of(noise: NoiseScale | None, steps: Convergence | None) -> Critical:
+    """The critical batch by the best evidence there is: a sweep, then branches, then the noise scale.
+
+    A bound that was measured goes before a value that is modelled.
+    """
+    return _from_steps(steps) or _from_branches(steps) or _from_noise(noise)
+
+
+def time_model(
+    capacity: Capacity, noise: NoiseScale | None, steps: Convergence | None, distributed: Distributed | None = None
+) -> TimeModel | None:
+    """The model of time to the loss that `compare` weighs; None where a side of it is not known."""
+    critical = critical_of(noise, steps)
+    if critical.value is None or capacity.model is None:
+        return None
+    return _model(capacity.model, critical.value, capacity, distributed, critical.shape)
+
+
 def _from_steps(steps: Convergence | None) -> Critical | None:
-    """The critical batch of the best-tuned curve that has one, on the training loss if there is a choice."""
-    fitted = [c for c in steps.curves if c.critical_batch is not None] if steps else []
+    """The critical batch of the best-tuned curve that has one, on the training loss if there is a choice.
+
+    Where no curve bends within the batches tested, the bound that this gives.
+    """
+    curves = steps.curves if steps else ()
+    fitted = [c for c in curves if c.critical_batch is not None]
+    fitted = fitted or [c for c in curves if c.low is not None or c.high is not None]
     if not fitted:
         return None
     curve = min(fitted, key=lambda c: (c.rule != "tuned", c.split != "train"))
-    text = f"fitted to measured steps to the {curve.split} loss target, learning-rate rule {curve.rule!r}"
+    what = f"measured steps to the {curve.split} loss target, learning-rate rule {curve.rule!r}"
+    text = f"fitted to {what}"
+    if curve.critical_batch is None:
+        text = f"{what}, show no bend between the smallest and the largest batch tested, which bounds it"
     inputs: Inputs = {"target": curve.target, "s_min": curve.s_min, "points": len(curve.points)}
+    if curve.fit is not None:
+        inputs["model"] = curve.fit.model
     reason = Reason("critical_batch", text, "measured", inputs)
-    return Critical(curve.critical_batch, curve.low, curve.high, "sweep", reason, curve)
+    return Critical(curve.critical_batch, curve.low, curve.high, "sweep", reason, curve, shaped(curve.fit))
 
 
 def _from_branches(steps: Convergence | None) -> Critical | None:
     """The critical batch at the last checkpoint that has one: it grows along training, and most of a run lies there."""
-    known = [b for b in steps.branches if b.fit is not None and (b.fit.critical_batch or b.fit.low)] if steps else []
+    known = [b for b in steps.branches if b.fit and (b.fit.critical_batch or b.fit.low or b.fit.high)] if steps else []
     if not known:
         return None
     last = known[-1]
@@ -130,7 +168,8 @@ def _from_branches(steps: Convergence | None) -> Critical | None:
     text = f"fitted to the steps that branches from step {last.step} take to a common loss"
     inputs: Inputs = {"step": last.step, "level": last.level, "window": last.window, "points": len(last.points)}
     reason = Reason("critical_batch", text, "measured", inputs)
-    return Critical(last.fit.critical_batch, last.fit.low, last.fit.high, "branch", reason)
+    fit = last.fit
+    return Critical(fit.critical_batch, fit.low, fit.high, "branch", reason, shape=shaped(fit))
 
 
 def _from_noise(noise: NoiseScale | None) -> Critical:
@@ -183,18 +222,22 @@ def _limit(critical: Critical, wall: Wall | None) -> tuple[Limit, str]:
     high = critical.high if critical.high is not None else critical.value
     if low is not None and low > wall.high:
         return "hardware", f"the critical batch lies above the {wall.name} beyond the error of both"
+    if high is not None and high < wall.low:
+        return "noise", f"the critical batch lies below the {wall.name} beyond the error of both"
     if critical.value is None or low is None or high is None:
         return "unresolved", f"the critical batch is not known well enough to compare it with the {wall.name}"
-    if high < wall.low:
-        return "noise", f"the critical batch lies below the {wall.name} beyond the error of both"
     return "balanced", f"the critical batch and the {wall.name} agree within their errors"
 
 
 def _model(
-    fit: ThroughputFit, critical: float, capacity: Capacity, distributed: Distributed | None = None
+    fit: ThroughputFit,
+    critical: float,
+    capacity: Capacity,
+    distributed: Distributed | None = None,
+    shape: StepsFit | None = None,
 ) -> TimeModel:
     memory, data = _bounds(capacity)
-    return TimeModel(fit, critical, memory.value, data.value, distributed.fit if distributed else None)
+    return TimeModel(fit, critical, memory.value, data.value, distributed.fit if distributed else None, shape)
 
 
 def _bounds(capacity: Capacity) -> tuple[Bound, Bound]:
@@ -214,13 +257,14 @@ def _best(critical: Critical, capacity: Capacity, distributed: Distributed | Non
     fit, value, bound = capacity.model, critical.value, _bound(capacity)
     assert fit is not None  # the caller has looked
     assert value is not None
-    model = _model(fit, value, capacity, distributed)
+    model = _model(fit, value, capacity, distributed, critical.shape)
     optimum = float(model.optimum())
     measured = [p for p in capacity.batches if p.status == "ok" and p.step_ms and p.batch <= bound.value]
     largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=None)
     at_knee = optimum == model.knee and optimum < bound.value
-    law = "the end of the floor in step time, below which batches take the same time"
-    law = law if at_knee else "sqrt(critical batch x half batch)"
+    law = "sqrt(critical batch x half batch)" if model.shape is None else f"the least time with {model.law}"
+    if at_knee:
+        law = "the end of the floor in step time, below which batches take the same time"
     near = [p.batch for p in measured if 1 / math.sqrt(2) <= p.batch / optimum <= math.sqrt(2)]
     if optimum >= bound.value:
         whole = int(bound.value)
@@ -236,7 +280,7 @@ def _best(critical: Critical, capacity: Capacity, distributed: Distributed | Non
     inputs: Inputs = {"optimum": optimum, "critical_batch": value, "half_batch": fit.half_batch}
     inputs["largest_measured"] = largest
     evidence: Evidence = "modelled"
-    faster = _surely_faster(batch, value, measured) if fit.rms_log_error <= DISTURBED else None
+    faster = _surely_faster(batch, model, measured) if fit.rms_log_error <= DISTURBED else None
     if faster is not None:
         inputs["modelled_batch"] = batch
         batch, evidence = faster, "measured"
@@ -257,18 +301,19 @@ def _interval(critical: Critical, capacity: Capacity, model: TimeModel, at_knee:
     fit, optimum, most = model.fit, float(model.optimum()), _bound(capacity).value
     ends = []
     for sign, end, half in ((-1, critical.low, fit.half_low), (1, critical.high, fit.half_high)):
-        moved = float(_model(fit, model.critical if end is None else end, capacity).optimum())
+        value = model.critical if end is None else end
+        moved = float(_model(fit, value, capacity, shape=model.shape).optimum())
         open_end = half is None or half == 0.0
         device = math.inf if open_end else (1.0 if at_knee else 0.5) * math.log((half or 0.0) / fit.half_batch)
         ends.append(min(optimum * math.exp(sign * math.hypot(math.log(moved / optimum), device)), most))
     return ends[0], ends[1]
 
 
-def _surely_faster(batch: int, critical: float, measured: list[BatchPoint]) -> int | None:
+def _surely_faster(batch: int, model: TimeModel, measured: list[BatchPoint]) -> int | None:
     """A measured batch that reaches the loss NOTICEABLE sooner than this one, beyond the error of both times."""
 
     def time(p: BatchPoint, milliseconds: float | None) -> float:
-        return (1 + critical / p.batch) * milliseconds if milliseconds is not None else math.nan
+        return float(model.steps(p.batch)) * milliseconds if milliseconds is not None else math.nan
 
     own = next((time(p, p.step_ms_low) for p in measured if p.batch == batch), math.nan)
     surely = {p.batch: time(p, p.step_ms_high) for p in measured}
@@ -286,7 +331,7 @@ def _further(best: Best | None, wall: Wall | None) -> Inputs:
     if model.time(to) < model.time(best.batch):  # where measured times overruled the model, it can't tell the cost
         return {}
     return {
-        "examples_factor": (to + model.critical) / (best.batch + model.critical),
+        "examples_factor": float(model.examples(to) / model.examples(best.batch)),
         "time_factor": float(model.time(to) / model.time(best.batch)),
         "throughput_factor": (to / model.fit.step_s(to)) / (best.batch / model.fit.step_s(best.batch)),
     }
@@ -297,11 +342,7 @@ def _time_to_target(
 ) -> tuple[float | None, Reason | None]:
     if curve is None or curve.s_min is None or best is None or capacity is None:
         return None, None
-    fit = curve.fit
-    if fit is not None and fit.model is not None and fit.parameters:
-        steps = predicted(fit.model, fit.parameters, best.batch)
-    else:
-        steps = curve.s_min * (1 + best.model.critical / best.batch)
+    steps = curve.s_min * float(best.model.steps(best.batch))
     timed = next((p.step_ms for p in capacity.batches if p.batch == best.batch and p.step_ms), None)
     step_s = timed / 1e3 if timed else best.model.fit.step_s(best.batch)
     text = f"fitted steps to the {curve.split} loss target times the {'measured' if timed else 'modelled'} step time"

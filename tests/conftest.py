@@ -10,6 +10,10 @@ import pytest
 from pybatch import records as r
 
 
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew from what the code says now")
+
+
 @pytest.fixture
 def fit():
     return r.ThroughputFit(

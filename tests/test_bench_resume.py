@@ -256,6 +256,12 @@ def test_another_run_is_refused_with_every_difference(
     assert work.drawn == []
 
 
+def test_compiled_steps_do_not_stand_beside_others(whole: tuple[Run, list[Run]]) -> None:
+    other = dataclasses.replace(whole[0], capacity=dataclasses.replace(capacity(whole[0]), mode="compiled"))
+    with pytest.raises(UsageError, match="steps compiled there, eager here"):
+        bench.run_bench(Points(), device="cpu", time_budget=9.0, earlier=other)
+
+
 def test_the_same_run_is_not_refused(whole: tuple[Run, list[Run]]) -> None:
     assert whole[0].environment is not None
     continuation.check_same(whole[0], Session(Points(), CPU).info, describe(CPU), whole[0].environment)

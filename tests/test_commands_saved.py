@@ -8,7 +8,7 @@ import typer.testing
 
 from pybatch import bench as main_job
 from pybatch import cli
-from pybatch.commands.saved import read_record
+from pybatch.commands.saved import read_records
 from pybatch.errors import UsageError
 from pybatch.noise.trajectory import SCHEMA, read_trajectory
 
@@ -66,16 +66,16 @@ def test_a_file_that_is_no_record_is_named(text, cause, tmp_path):
     if text is not None:
         path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match=cause) as raised:
-        read_record(path)
+        read_records(path)
     assert "x.json" in str(raised.value)
 
 
 def test_a_trajectory_that_is_none_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"schema": "other/1"}\n')
     with pytest.raises(UsageError, match=r"x\.jsonl is not a noise trajectory"):
-        read_record(tmp_path / "x.jsonl")
+        read_records(tmp_path / "x.jsonl")
     with pytest.raises(UsageError, match="cannot be read"):
-        read_record(tmp_path / "absent.jsonl")
+        read_records(tmp_path / "absent.jsonl")
 
 
 def test_compare_prints_and_fails_where_it_shall(saved, slower):
@@ -135,3 +135,27 @@ def test_a_dry_run_measures_nothing(monkeypatch):
     assert "batches   1, 2" in done.output
     assert "branched runs" in done.output
     assert "180 s at most" in done.output
+
+
+def test_a_trajectory_alone_is_a_table_too(tmp_path):
+    line = {"first_step": 0, "last_step": 9, "pairs": 10, "grad_sq": 10.0, "trace": 400.0, "loss": 5.0, "losses": 10}
+    lines = [{"schema": SCHEMA, "source": "ddp", "unit": "tokens"}]
+    lines += [line | {"first_step": 10 * i, "last_step": 10 * i + 9} for i in range(20)]
+    (tmp_path / "noise.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = runner.invoke(cli.app, ["report", str(tmp_path / "noise.jsonl"), "-o", str(tmp_path / "a.md")])
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "a.md").read_text()
+    assert "## Noise scale along training" in text
+    assert "ddp, in tokens" in text
+    assert "| 0 to " in text
+
+
+def test_png_flag_writes_figures_alone(saved, tmp_path, monkeypatch):
+    from pybatch.report import png
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(png, "write_pngs", lambda runs, folder: [folder / f"{len(runs)}.png"])
+    done = runner.invoke(cli.app, ["report", str(saved), "--png", "figures"])
+    assert done.exit_code == 0, done.output
+    assert "wrote 1 figures to figures" in done.output
+    assert not (tmp_path / "report.html").exists()

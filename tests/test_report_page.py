@@ -12,6 +12,7 @@ import pytest
 from pybatch.errors import UsageError
 from pybatch.fits.steps import fit_steps
 from pybatch.records import (
+    Anchor,
     Convergence,
     ConvergencePoint,
     Curve,
@@ -70,6 +71,55 @@ def test_the_picture_shows_what_the_record_says(judged):
     peak = next(t for t in goodput.traces if t["name"] == "goodput, of its peak")
     at = peak["x"][peak["y"].index(max(peak["y"]))]
     assert at == pytest.approx(judged.verdict.why("best_batch").inputs["optimum"], rel=0.05)
+
+
+def with_samples(run):
+    """Step times spread evenly from 0.9 to 1.5 of the median, and an anchor that became a tenth slower."""
+    shape = (0.9, 0.92, 0.97, 1.0, 1.1, 1.4, 1.5)
+    points = tuple(
+        dataclasses.replace(p, step_ms_quantiles=tuple(p.step_ms * s for s in shape)) if p.status == "ok" else p
+        for p in run.capacity.batches
+    )
+    anchor = Anchor(8, tuple(2.8 * s for s in shape), tuple(1.1 * 2.8 * s for s in shape))
+    return dataclasses.replace(run, capacity=dataclasses.replace(run.capacity, batches=points, anchor=anchor))
+
+
+def test_samples_and_drift_are_drawn_from_quantiles(judged):
+    import plotly.graph_objects as go
+
+    [figure] = [f for f in capacity_figures(with_samples(judged)) if f.name == "samples"]
+    plain = json.loads(re.sub(r'"@[a-z]+(/\d+)?"', '"#123456"', json.dumps([figure.traces, figure.layout])))
+    go.Figure(data=plain[0], layout=plain[1])
+    boxes, anchor = figure.traces
+    assert boxes["x"] == ["1", "8", "64", "512"]
+    for key, value in {"lowerfence": 0.92, "q1": 0.97, "median": 1.0, "q3": 1.1, "upperfence": 1.4}.items():
+        assert boxes[key] == pytest.approx([value] * 4)
+    assert anchor["x"] == ["8 at first", "8 at last"]
+    assert anchor["median"] == pytest.approx([1.0, 1.1])
+    assert len(figure.table.rows) == 6
+    assert figure.table.rows[0][:3] == ("1", "25", "1.89")
+    assert not [f for f in capacity_figures(judged) if f.name == "samples"]  # an older record kept none
+
+
+def test_goodput_peaks_where_the_fitted_curve_says(run):
+    from test_verdict_table import MODELS, swept_by
+
+    steps = swept_by(MODELS["power"])
+    judged = dataclasses.replace(run, convergence=steps, verdict=compare(run.capacity, run.noise, steps))
+    goodput = capacity_figures(judged)[1]
+    peak = next(t for t in goodput.traces if t["name"] == "goodput, of its peak")
+    at = peak["x"][peak["y"].index(max(peak["y"]))]
+    assert at == pytest.approx(judged.verdict.why("best_batch").inputs["optimum"], rel=0.05)
+    assert max(max(t["y"]) for t in goodput.traces if t["name"].startswith("progress")) == pytest.approx(1.0)
+    assert "power fit" in goodput.caption
+
+
+def test_seeds_that_a_race_left_out_are_no_failures():
+    raced = RateSteps(0.1, (40.0, None, None), ("reached", "not_run", "not_run"))
+    none = RateSteps(0.2, (None, None, None), ("not_run", "not_run", "not_run"))
+    point = ConvergencePoint(8, 40.0, "reached", 3, 0.1, reached=1, rates=(raced, none))
+    heat = convergence_figures(Convergence((Curve("tuned", "train", (point,), None, None, None, None, 0.1),)))[2]
+    assert heat.traces[0]["text"] == [["40 (1 of 3 seeds)"], ["not tried"]]
 
 
 def curve(rule="tuned"):
@@ -237,14 +287,14 @@ def visit(browser, path, width, scheme="light"):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(browser, judged, tmp_path, width, scheme):
     path = tmp_path / "report.html"
-    write_report([hostile(judged), judged], path)
+    write_report([hostile(judged), with_samples(judged)], path)
     errors, requests = visit(browser, path, width, scheme)
     assert errors == []
     assert requests == []
     drawn = browser.execute_script(
         "return [...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.trace').length)"
     )
-    assert len(drawn) == 14
+    assert len(drawn) == 15
     assert min(drawn) > 0
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.title.startswith("pybatch")

@@ -224,6 +224,7 @@ class _Measurement:
             workload=self.session.info,
             largest=self.largest,
             drift=self.rounds.drift if self.rounds is not None else None,
+            anchor=self.rounds.anchor if self.rounds is not None else None,
             complete=not late and not refused,
             seed=self.seed,
             place=Place(
@@ -257,6 +258,7 @@ class _Measurement:
                     ceilings=self.ceilings,
                     workload=self.session.info,
                     batches=tuple(self._points()),
+                    mode=self.mode.name,
                 )
             )
 

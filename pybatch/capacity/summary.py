@@ -9,10 +9,20 @@ from pybatch.capacity.bound import Place, undecided, with_bounds
 from pybatch.capacity.burst import BURST_STEPS
 from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, Look
 from pybatch.capacity.largest import Largest
-from pybatch.capacity.timing import Series
+from pybatch.capacity.timing import Series, quantiles_ms
 from pybatch.device import counters
 from pybatch.fits.throughput import fit_throughput
-from pybatch.records import BatchPoint, Capacity, Ceilings, Device, Note, StepMode, ThroughputFit, WorkloadInfo
+from pybatch.records import (
+    Anchor,
+    BatchPoint,
+    Capacity,
+    Ceilings,
+    Device,
+    Note,
+    StepMode,
+    ThroughputFit,
+    WorkloadInfo,
+)
 
 _AVERAGED = ("sm_active", "sm_occupancy", "tensor_active", "dram_active", "cpu_active", "sm_clock_mhz")
 _NEAR = 0.95  # of the ceiling: a measured batch that reaches this saturates the device
@@ -84,6 +94,7 @@ def point(
         mbu_measured=moved / copy if moved is not None and copy else None,
         blocks_ms=tuple(float(f"{1e3 * block:.6g}") for block in series.blocks),
         steady=series.stopped is not None,
+        step_ms_quantiles=quantiles_ms(series.seconds),
         **read,
     )
 
@@ -113,6 +124,7 @@ def summarize(
     seed: int,
     place: Place,
     mode: StepMode = "eager",
+    anchor: Anchor | None = None,
 ) -> Capacity:
     """The capacity record: the fit over what was timed, and what a reader must know of it."""
     timed = [p for p in points if p.status == "ok"]
@@ -151,6 +163,7 @@ def summarize(
         max_batch_verified=largest.verified,
         model=fit,
         drift=drift,
+        anchor=anchor,
         complete=complete,
         mode=mode,
         notes=tuple(notes),

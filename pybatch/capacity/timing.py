@@ -12,7 +12,7 @@ from pybatch.capacity.exploration import failed
 from pybatch.capacity.stopping import Median, StoppingRule, blocks, median
 from pybatch.device.clock import Clock, Work
 from pybatch.device.counters import Reading, Region
-from pybatch.records import BatchStatus
+from pybatch.records import QUANTILES, Anchor, BatchStatus
 
 _QUANTUM_S = 0.25  # of one visit: several visits spread a batch size's steps over the whole run
 _CHUNK_S = 0.05  # between looks at the deadline, which a sudden disturbance must not carry far past
@@ -45,11 +45,16 @@ class Series:
         return blocks(self.seconds)
 
 
+def quantiles_ms(seconds: Sequence[float]) -> tuple[float, ...]:
+    """Step times as a record keeps them: milliseconds at QUANTILES, empty without samples."""
+    return tuple(float(1e3 * q) for q in np.quantile(seconds, QUANTILES)) if len(seconds) else ()
+
+
 class Rounds:
     """Visits every batch size in random order, again and again, until the rule is met for each or the deadline is near.
 
     Interleaving makes a slow drift or a passing disturbance touch all batch sizes alike instead of bending the curve.
-    An anchor batch is timed first and once more at the end: `drift` is the change between.
+    An anchor batch is timed first and once more at the end: `anchor` has both, `drift` is the change between.
 
     Args:
         load: makes the work that follows a step of this batch size.
@@ -77,6 +82,7 @@ class Rounds:
         self._order = np.random.default_rng(seed)
         self.series: dict[int, Series] = {}
         self.drift: float | None = None
+        self.anchor: Anchor | None = None
 
     def run(
         self,
@@ -89,7 +95,7 @@ class Rounds:
         anchor = self.series[sorted(guesses)[len(guesses) // 2]]
         reserve = self._visit_s(anchor)
         self._visit(anchor, deadline)
-        first = anchor.median.value if anchor.seconds else None
+        first = list(anchor.seconds)
         on_visit(anchor)
         while True:
             order = self._order.permutation([n for n, series in self.series.items() if series.stopped is None])
@@ -101,8 +107,9 @@ class Rounds:
             if not visited:
                 break
         last = Series(anchor.batch, anchor.guess_s)
-        if first is not None and self._visit(last, deadline) and last.seconds:
-            self.drift = last.median.value / first - 1
+        if first and self._visit(last, deadline) and last.seconds:
+            self.drift = last.median.value / median(first).value - 1
+            self.anchor = Anchor(anchor.batch, quantiles_ms(first), quantiles_ms(last.seconds))
 
     def _visit_s(self, series: Series) -> float:
         return series.guess_s * (WARM_UP[self.region.device.type] + self._steps(series))

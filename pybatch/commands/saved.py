@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,13 +12,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pybatch.commands.assignments import parse_targets
 from pybatch.commands.measuring import BROKEN, DONE
 from pybatch.comparison import Condition, broken, compare_runs, parse_condition
-from pybatch.errors import UsageError
+from pybatch.convergence.archive import is_store, read_store
+from pybatch.convergence.trajectory import SPLITS
+from pybatch.errors import UsageError, unknown
+from pybatch.joining import join
 from pybatch.noise.trajectory import read_trajectory
 from pybatch.records import NoiseTrajectory, Run
 from pybatch.report.comparison import comparison_sections
-from pybatch.report.formats import markdown, print_sections
+from pybatch.report.formats import SUFFIXES, markdown, print_sections, render_all
+from pybatch.report.output import Output
 
 
 def read_run(path: Path) -> Run:
@@ -33,22 +38,77 @@ def read_run(path: Path) -> Run:
         raise UsageError(f"{str(path)!r}: {error}") from None
 
 
-def read_record(path: Path) -> Run | NoiseTrajectory:
-    """A saved run, or the noise trajectory of a training run."""
-    return read_trajectory(path) if path.suffix == ".jsonl" else read_run(path)
+def read_records(path: Path, targets: Mapping[str, float] | None = None) -> Sequence[Run | NoiseTrajectory]:
+    """What a file holds: a saved run, the noise trajectory of a training run, or the sweeps of a store.
+
+    Raises:
+        UsageError: it is none of these, or a store without targets; the message has the file's name.
+    """
+    if is_store(path):
+        return read_store(path, targets)
+    return [read_trajectory(path) if path.suffix == ".jsonl" else read_run(path)]
 
 
 def report(
     records: Annotated[
-        list[Path], typer.Argument(help="Saved runs (FILE.json), and a noise trajectory (FILE.jsonl) if there is one.")
+        list[Path],
+        typer.Argument(help="Saved runs (FILE.json), stores of sweeps (FILE.db), a noise trajectory (FILE.jsonl)."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="FILE.html (default: report.html), .md, .csv, .jsonl, .json or .txt."),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Folder for every figure as a PNG file; needs Chromium.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Losses to report a store at: 'train=0.1'. Default: those of its sweeps.")
+    ] = None,
 ) -> None:
-    """One self-contained HTML page from saved runs, for a browser without a network."""
-    from pybatch.report.page import write_report
+    """One self-contained HTML page from saved runs and sweeps, for a browser without a network; or text, or figures.
 
-    write_report([read_record(path) for path in records], output)
-    print(f"pybatch: wrote {output}", file=sys.stderr)
+    A run and a sweep of the same workload on the same device become one, with a verdict that stands on the sweep.
+    """
+    from pybatch.report.page import as_runs, page
+
+    targets = parse_targets(target) if target is not None else None
+    for split in targets or ():
+        if split not in SPLITS:
+            raise unknown("target split", split, SPLITS)
+    if output is None and png is None:
+        output = Path("report.html")
+    format_ = _report_format(output) if output is not None else None
+    runs = as_runs([record for path in records for record in _told(path, read_records(path, targets))])
+    if output is not None and format_ is not None:
+        file = Output(output)
+        try:
+            # Rows are of one kind each; all else is of one run, whose verdict may stand on both measurements.
+            shown = runs if format_ in ("csv", "jsonl") else join(runs)
+            file.write(page(shown) if format_ == "html" else render_all(shown, format_))
+        finally:
+            file.discard()
+        print(f"pybatch: wrote {output}", file=sys.stderr)
+    if png is not None:
+        from pybatch.report.png import write_pngs
+
+        written = write_pngs(join(runs), png)
+        print(f"pybatch: wrote {len(written)} figures to {png}", file=sys.stderr)
+
+
+def _report_format(output: Path) -> str:
+    suffix = output.suffix.lower()
+    if suffix in (".html", ".htm"):
+        return "html"
+    if suffix in (".png", ".svg", ".pdf"):
+        raise UsageError(f"output {str(output)!r} would hold one figure of several. Give a folder: --png FOLDER.")
+    if suffix not in SUFFIXES:
+        known = ", ".join([".html", *SUFFIXES])
+        raise UsageError(f"output {str(output)!r} ends in no format known here ({known}). Give it such an ending.")
+    return SUFFIXES[suffix]
+
+
+def _told(path: Path, records: Sequence[Run | NoiseTrajectory]) -> Sequence[Run | NoiseTrajectory]:
+    if len(records) > 1:
+        print(f"pybatch: {path} holds {len(records)} sweeps; each has a part of its own", file=sys.stderr)
+    return records
 
 
 def compare(

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
@@ -60,6 +60,7 @@ CREATE TABLE trial (
 ) WITHOUT ROWID;
 CREATE TABLE claim (key TEXT PRIMARY KEY, owner TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID;
 """
+_SWEEPS = "CREATE TABLE IF NOT EXISTS sweep (json TEXT PRIMARY KEY) WITHOUT ROWID"  # stores of old lack it
 
 
 class Store:
@@ -171,6 +172,12 @@ class Store:
                     (key, trial.spec, outcome.end, outcome.seconds, outcome.how, *columns, self._environment, created),
                 )
             self._db.execute("DELETE FROM claim WHERE key = ? AND owner = ?", (key, self.owner))
+
+    def keep_sweep(self, asked: Mapping[str, Any]) -> None:
+        """Keep what a sweep was asked for: `archive` puts its record together again without the workload."""
+        with self._write():
+            self._db.execute(_SWEEPS)
+            self._db.execute("INSERT OR IGNORE INTO sweep VALUES (?)", (json.dumps(asked, sort_keys=True),))
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._name, timeout=BUSY, isolation_level=None, check_same_thread=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pybatch.convergence.archive import describe_sweep
 from pybatch.convergence.driver import Found, Sweep
 from pybatch.convergence.fingerprint import fingerprint
 from pybatch.convergence.jobs import Inline, Processes, Workers
@@ -111,7 +112,9 @@ def measure_convergence(
             )
         live = Live(kept.put, progress, alone=jobs == 1 and ray is None)
         with _workers(workload, live, place, jobs, ray) as workers:
-            sweep = Sweep(plan, kept, workers, fingerprint(workload), place, found, live)
+            identity = fingerprint(workload)
+            sweep = Sweep(plan, kept, workers, identity, place, found, live)
+            kept.keep_sweep(describe_sweep(identity, plan.group, plan.batches, sweep.result(workload, None)))
             try:
                 sweep.run()
             except KeyboardInterrupt:

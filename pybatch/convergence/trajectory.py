@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,7 +61,7 @@ class Trajectory:
     def crossing(self, split: str, target: float, limit: float = math.inf) -> Crossing | None:
         """The first crossing of the smoothed loss up to step `limit`, or None."""
         losses = self.loss(split)
-        for i in range(len(self.steps)):
+        for i in _near(self.steps, losses, target):
             if i and self.steps[i - 1] >= limit:
                 return None
             if (found := crossing_at(self.steps, losses, i, target)) is not None:
@@ -101,6 +102,19 @@ def lowest(found: Trajectory, split: str) -> tuple[float, int]:
     losses = found.loss(split)
     values = [(float(smoothed(found.steps, losses, i)), int(step)) for i, step in enumerate(found.steps)]
     return min((value for value in values if math.isfinite(value[0])), default=(math.inf, 0))
+
+
+def _near(steps: Steps, losses: Losses, target: float) -> Iterator[int]:
+    """Evaluations whose smoothed loss is at or below the target, to rounding: all at once, where one by one is slow."""
+    finite = np.isfinite(losses)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, losses, 0.0), dtype=np.float64)])
+    broken = np.concatenate([[0], np.cumsum(~finite)])
+    ends = np.arange(len(steps))
+    first = np.minimum(np.searchsorted(steps, (1 - WINDOW) * steps, side="right"), ends)
+    first[steps == 0] = ends[steps == 0]
+    mean = (total[ends + 1] - total[first]) / (ends + 1 - first)
+    error = 1e-12 * (1 + float(np.max(np.abs(total))))
+    return iter(np.flatnonzero((mean <= target + error) & (broken[ends + 1] == broken[first])).tolist())
 
 
 def crossing_at(steps: Steps, losses: NDArray[np.floating], i: int, target: float) -> Crossing | None:

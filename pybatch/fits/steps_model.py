@@ -61,8 +61,14 @@ def log_steps(model: str, p: Array, size: Array) -> tuple[Array, Array]:
 
 def predicted(model: str, parameters: Mapping[str, float], batch: float) -> float:
     """Steps at a batch size by a fitted model, from the `model` and `parameters` of a `StepsFit`."""
+    return float(predicted_all(model, parameters, np.array([float(batch)]))[0])
+
+
+def predicted_all(model: str, parameters: Mapping[str, float], batches: Array) -> Array:
+    """As `predicted`, for batch sizes [...] at once."""
     p = np.log([[parameters[name] for name in NAMES[model]]])
-    return float(np.exp(log_steps(model, p, np.array([float(batch)]))[0][0, 0]))
+    found: Array = np.exp(log_steps(model, p, np.ravel(batches))[0][0]).reshape(np.shape(batches))
+    return found
 
 
 def limits(model: str, size: Array) -> tuple[Array, Array]:

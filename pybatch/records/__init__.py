@@ -5,6 +5,8 @@ in the same section names the figure and the reason. Nothing here imports torch:
 """
 
 from pybatch.records.capacity import (
+    QUANTILES,
+    Anchor,
     BatchPoint,
     BatchStatus,
     Capacity,
@@ -39,8 +41,10 @@ from pybatch.records.subject import Ceilings, Device, Environment, Note, Workloa
 from pybatch.records.verdict import AccumulationPlan, Evidence, FrontierPoint, Limit, Reason, Verdict
 
 __all__ = [
+    "QUANTILES",
     "SCHEMA",
     "AccumulationPlan",
+    "Anchor",
     "BatchPoint",
     "BatchStatus",
     "BranchPoint",

@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pybatch.display import Shown
 from pybatch.records.subject import TOP, Ceilings, Device, Note, WorkloadInfo
 
 BatchStatus = Literal["ok", "oom", "predicted_oom", "skipped"]
 StepMode = Literal["eager", "compiled", "graph", "compiled, graph"]
 StepLimit = Literal["host", "launch", "memory", "tensor", "compute", "power"]
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of the samples kept in a record
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,20 @@ class BatchPoint:
     power_capped: bool | None = None  # the power limit lowered the clock
     bound_by: StepLimit | None = None  # what most limits this step
     bound_why: str | None = None  # the figures behind bound_by, or why it is null
+    step_ms_quantiles: tuple[float, ...] = ()  # of the samples, at QUANTILES; empty: not kept
 
 
 @dataclass(frozen=True)
-class ThroughputFit:
+class Anchor:
+    """One batch size timed first and once more at the end: what changed on the device meanwhile."""
+
+    batch: int
+    start_ms: tuple[float, ...]  # of the first visit's step times, at QUANTILES
+    end_ms: tuple[float, ...]  # of the last visit's
+
+
+@dataclass(frozen=True)
+class ThroughputFit(Shown):
     """Step time against batch size, seconds: t(B) = alpha + beta B, max(floor, alpha + beta B), or in waves.
 
     Intervals are 95 % by bootstrap over the measured steps.
@@ -85,7 +97,7 @@ class ThroughputFit:
 
 
 @dataclass(frozen=True)
-class Capacity:
+class Capacity(Shown):
     """What the device does with this workload at each batch size, and where its ceiling is."""
 
     t0_ms: float | None
@@ -106,6 +118,7 @@ class Capacity:
     ceilings: Ceilings | None = field(default=None, metadata=TOP)
     workload: WorkloadInfo | None = field(default=None, metadata=TOP)
     batches: tuple[BatchPoint, ...] = field(default=(), metadata=TOP)
+    anchor: Anchor | None = None  # what `drift` is taken from
 
     @property
     def standing(self) -> tuple[BatchPoint, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pybatch.display import Shown
 from pybatch.records.subject import TOP, Device, Note, WorkloadInfo
 
 PointStatus = Literal["reached", "not_reached", "diverged", "not_run"]  # not_run: of one seed at one rate only
@@ -43,7 +44,7 @@ class ConvergencePoint:
 
 
 @dataclass(frozen=True)
-class StepsFit:
+class StepsFit(Shown):
     """Steps to target against batch size: a fitted model with its critical batches. Intervals are 95 %.
 
     A bound of None is open. Where no batch tested bends the curve, `critical_batch` is None and `low` bounds it; where
@@ -124,7 +125,7 @@ class Branching:
 
 
 @dataclass(frozen=True)
-class Convergence:
+class Convergence(Shown):
     """Steps to target against batch size, measured by training."""
 
     curves: tuple[Curve, ...]

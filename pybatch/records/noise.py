@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from pybatch.display import Shown
 from pybatch.errors import UsageError
 from pybatch.records.subject import Note
 
@@ -66,7 +67,7 @@ class CountedNoise:
 
 
 @dataclass(frozen=True)
-class NoiseScale:
+class NoiseScale(Shown):
     """Gradient noise scale B_simple = tr(Sigma) / |G|^2 (McCandlish et al. 2018, eq. 2.9), in examples, or in `unit`.
 
     `resolved`: `low` and `high` bound it at 95 %. `lower_bound`: |G|^2 is not separated from zero, only `low` is
@@ -173,7 +174,7 @@ class NoisePoint:
 
 
 @dataclass(frozen=True)
-class NoiseTrajectory:
+class NoiseTrajectory(Shown):
     """The gradient noise scale against training steps."""
 
     points: tuple[NoisePoint, ...]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pybatch.codec import encode
+from pybatch.display import Shown
 from pybatch.errors import UsageError
 from pybatch.records.subject import Note
 
@@ -47,7 +48,7 @@ class AccumulationPlan:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Shown):
     """The answer. Every number in `text` stands in a field, and `why(field)` says how it came about."""
 
     critical_batch: float | None

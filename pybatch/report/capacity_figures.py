@@ -1,25 +1,17 @@
-"""Figures of capacity and verdict: throughput with every limit in one axis, goodput, utilization, roofs, frontier."""
+"""Figures of capacity and verdict: throughput with every limit in one axis, goodput, frontier, and `step_figures`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from pybatch import numerals as n
-from pybatch.records import BatchPoint, Capacity, Run, ThroughputFit, Verdict
-from pybatch.report.figure import COLORS, MARKERS, Figure, axis, band, batch_axis, line, mark, points, safe, spread
+from pybatch.records import BatchPoint, Capacity, Run, Verdict
+from pybatch.report.figure import Figure, axis, band, batch_axis, line, mark, points, safe, spread
 from pybatch.report.layout import Table
 from pybatch.report.sections import communication
-
-_UTILIZATION = (
-    ("mfu_measured", "MFU, of the measured matrix product"),
-    ("mfu_datasheet", "MFU, of the datasheet"),
-    ("sm_active", "SM active"),
-    ("tensor_active", "tensor cores active"),
-    ("dram_active", "DRAM bandwidth"),
-    ("sm_occupancy", "SM occupancy"),
-    ("cpu_active", "CPU active"),
-    ("host_bound", "waiting for the host"),
-)
+from pybatch.report.step_figures import example, roofs, samples, step_time, utilization
+from pybatch.tradeoff import TimeModel
+from pybatch.verdict import time_model
 
 
 def capacity_figures(run: Run) -> list[Figure]:
@@ -29,16 +21,15 @@ def capacity_figures(run: Run) -> list[Figure]:
     if capacity is None or not timed:
         return []
     made = [throughput(capacity, timed, run.verdict)]
-    if run.verdict is not None and capacity.model is not None and run.verdict.critical_batch is not None:
-        made.append(goodput(capacity, capacity.model, timed, run.verdict))
-    made += [step_time(capacity, timed), utilization(capacity, timed), roofs(capacity, timed)]
+    if run.verdict is not None and run.verdict.critical_batch is not None and capacity.model is not None:
+        model = time_model(capacity, run.noise, run.convergence)
+        model = model or TimeModel(capacity.model, run.verdict.critical_batch)  # the verdict alone was given
+        made.append(goodput(capacity, model, timed, run.verdict))
+    made += [step_time(capacity, timed), *samples(capacity, timed)]
+    made += [utilization(capacity, timed), roofs(capacity, timed)]
     if run.verdict is not None and len(run.verdict.frontier) > 1:
         made.append(frontier(run.verdict))
     return made
-
-
-def _unit(capacity: Capacity) -> str:
-    return capacity.workload.unit if capacity.workload else "examples"
 
 
 def _reach(capacity: Capacity, timed: list[BatchPoint], verdict: Verdict | None) -> tuple[float, float]:
@@ -55,7 +46,7 @@ def _reach(capacity: Capacity, timed: list[BatchPoint], verdict: Verdict | None)
 
 def throughput(capacity: Capacity, timed: list[BatchPoint], verdict: Verdict | None) -> Figure:
     """The question of Golmant et al. (2018) in one picture: where is the critical batch, where the device's ceiling?"""
-    unit, fit = _unit(capacity), capacity.model
+    unit, fit = example(capacity), capacity.model
     low, high = _reach(capacity, timed, verdict)
     speeds = [p.samples_per_s or 0.0 for p in timed]
     ends = (min(speeds) / 1.6, 1.6 * max([*speeds, fit.ceiling if fit else 0.0]))
@@ -113,15 +104,16 @@ def throughput(capacity: Capacity, timed: list[BatchPoint], verdict: Verdict | N
     )
 
 
-def goodput(capacity: Capacity, fit: ThroughputFit, timed: list[BatchPoint], verdict: Verdict) -> Figure:
+def goodput(capacity: Capacity, model: TimeModel, timed: list[BatchPoint], verdict: Verdict) -> Figure:
     """Throughput times statistical efficiency (goodput of Qiao et al. 2021), which peaks at the best batch."""
-    critical = verdict.critical_batch
-    assert critical is not None  # the caller has looked
+    fit = model.fit
     low, high = _reach(capacity, timed, verdict)
     xs = spread(low, high)
+    # 1 / (1 + B / B_c) for the hyperbola; of other curves the fewest examples of this picture are the whole.
+    fewest = model.critical if model.shape is None else min(float(model.examples(x)) for x in xs)
 
     def statistical(batch: float) -> float:
-        return 1 / (1 + batch / critical)
+        return fewest / float(model.examples(batch))
 
     def device(batch: float) -> float:
         return batch / fit.step_s(batch) / fit.ceiling
@@ -138,13 +130,14 @@ def goodput(capacity: Capacity, fit: ThroughputFit, timed: list[BatchPoint], ver
     traces.append(points("goodput of measured times", [p.batch for p in measured], rates, "@green", marker="diamond"))
     if verdict.best_batch is not None:
         traces += mark("best batch", verdict.best_batch, (0.0, 1.05), "@red", (verdict.best_low, verdict.best_high))
+    law = "1/(1 + B/critical batch)" if model.shape is None else f"by the {model.shape.model} fit to measured steps"
     return Figure(
         "goodput",
         "Why this batch: speed of the device times progress per example",
-        "A larger batch uses the device better (dotted) but makes less of each example (dashed: 1/(1 + B/critical "
-        "batch)). Their product, goodput, is least time to the loss at its peak. Diamonds use measured step times.",
+        f"A larger batch uses the device better (dotted) but makes less of each example (dashed: {law}). Their "
+        "product, goodput, is least time to the loss at its peak. Diamonds use measured step times.",
         tuple(traces),
-        {"xaxis": batch_axis(low, high, f"batch size ({_unit(capacity)})"), "yaxis": axis("share", tickformat=".0%")},
+        {"xaxis": batch_axis(low, high, f"batch size ({example(capacity)})"), "yaxis": axis("share", tickformat=".0%")},
         Table(
             ("batch", "throughput of ceiling", "progress per example", "goodput of peak"),
             tuple(
@@ -158,139 +151,6 @@ def goodput(capacity: Capacity, fit: ThroughputFit, timed: list[BatchPoint], ver
             ),
         ),
     )
-
-
-def step_time(capacity: Capacity, timed: list[BatchPoint]) -> Figure:
-    """Step time with its interval, the fit, and drift."""
-    low, high = float(timed[0].batch), float(timed[-1].batch)
-    traces = [
-        points(
-            "measured, 95 % interval",
-            [p.batch for p in timed],
-            [p.step_ms for p in timed],
-            "@blue",
-            [p.step_ms_low for p in timed],
-            [p.step_ms_high for p in timed],
-        )
-    ]
-    if capacity.model is not None:
-        xs, fit = spread(low, high), capacity.model
-        traces.insert(0, line(f"fit ({fit.model})", xs, [1e3 * fit.step_s(x) for x in xs], "@orange"))
-    drift = (
-        f" The anchor batch, timed again at the end, had changed by {100 * capacity.drift:+.1f} %."
-        if capacity.drift is not None
-        else ""
-    )
-    return Figure(
-        "step-time",
-        "Step time",
-        f"Median milliseconds of a full training step.{drift}",
-        tuple(traces),
-        {
-            "xaxis": batch_axis(low, high, f"batch size ({_unit(capacity)})"),
-            "yaxis": axis("ms per step", log=True, values=[p.step_ms for p in timed]),
-        },
-        Table(
-            ("batch", "status", "step ms", "memory", "SM clock MHz", "throttled", "J per example"),
-            tuple(
-                (
-                    n.count(p.batch),
-                    p.status.replace("_", " "),
-                    n.number(p.step_ms),
-                    n.memory(p.memory_bytes),
-                    n.number(p.sm_clock_mhz),
-                    n.MISSING if p.throttled is None else ("yes" if p.throttled else "no"),
-                    n.number(p.joules_per_sample),
-                )
-                for p in capacity.batches
-            ),
-        ),
-    )
-
-
-def utilization(capacity: Capacity, timed: list[BatchPoint]) -> Figure:
-    """Every share of the device that could be read, by batch."""
-    known = [(key, name) for key, name in _UTILIZATION if any(getattr(p, key) is not None for p in timed)]
-    title = "Utilization"
-    absent = [name for key, name in _UTILIZATION if (key, name) not in known]
-    if not known:
-        return Figure("utilization", title, "", missing="No counter could be read; the notes give the reasons.")
-    low, high = float(timed[0].batch), float(timed[-1].batch)
-    traces = tuple(
-        points(
-            name,
-            [p.batch for p in timed],
-            [getattr(p, key) for p in timed],
-            COLORS[i % len(COLORS)],
-            marker=MARKERS[i % len(MARKERS)],
-            mode="lines+markers",
-        )
-        for i, (key, name) in enumerate(known)
-    )
-    lacking = f" Not read on this device: {', '.join(absent)}; the notes say why." if absent else ""
-    return Figure(
-        "utilization",
-        title,
-        f"Shares of what the device can do, during the steady part of each batch size.{lacking}",
-        traces,
-        {
-            "xaxis": batch_axis(low, high, f"batch size ({_unit(capacity)})"),
-            "yaxis": axis("share", tickformat=".0%", rangemode="tozero"),
-        },
-        Table(
-            ("batch", *(name for _, name in known)),
-            tuple((n.count(p.batch), *(n.share(getattr(p, key)) for key, _ in known)) for p in timed),
-        ),
-    )
-
-
-def roofs(capacity: Capacity, timed: list[BatchPoint]) -> Figure:
-    """Roofline (Williams et al. 2009) with measured roofs where traffic was counted; else FLOP/s under the roof."""
-    title, ceilings = "Roofs", capacity.ceilings
-    peak = ceilings.gemm_flops if ceilings else None
-    copy = ceilings.copy_bytes_per_s if ceilings else None
-    rated = [p for p in timed if p.model_flops and p.step_ms]
-    if not rated or peak is None:
-        return Figure("roofs", title, "", missing="Model FLOPs or the matrix-product roof were not measured.")
-    speed = [1e3 * (p.model_flops or 0.0) / (p.step_ms or 1.0) for p in rated]
-    counted = [(p, s) for p, s in zip(rated, speed, strict=True) if p.dram_active and copy]
-    table = Table(
-        ("batch", "FLOP per step", "achieved", "of the matrix product"),
-        tuple(
-            (n.count(p.batch), n.rate(p.model_flops, "FLOP"), n.rate(s, "FLOP/s"), n.share(s / peak))
-            for p, s in zip(rated, speed, strict=True)
-        ),
-    )
-    if counted and copy is not None:
-        intensity = [s / (copy * (p.dram_active or 1.0)) for p, s in counted]
-        xs = spread(min([*intensity, peak / copy]) / 4, max([*intensity, peak / copy]) * 4)
-        traces = [
-            line("measured roofs", xs, [min(peak, copy * x) for x in xs], "@gray"),
-            points("batches", intensity, [s for _, s in counted], "@blue")
-            | {"text": [f"batch {p.batch}" for p, _ in counted], "hoverinfo": "text+y"},
-        ]
-        caption = "FLOP per byte of DRAM traffic against FLOP/s, under the two roofs measured on this device."
-        layout = {"xaxis": axis("FLOP per byte", log=True), "yaxis": axis("FLOP/s", log=True)}
-        return Figure("roofs", "Roofline", caption, tuple(traces), layout, table)
-    low, high = float(rated[0].batch), float(rated[-1].batch)
-    traces = [
-        line(f"matrix product, {n.rate(peak, 'FLOP/s')}", [low, high], [peak, peak], "@gray", dash="dot"),
-        points("model FLOP/s", [p.batch for p in rated], speed, "@blue", mode="lines+markers"),
-    ]
-    if ceilings is not None and ceilings.datasheet_flops:
-        sheet = ceilings.datasheet_flops
-        traces.append(
-            line(f"datasheet, {n.rate(sheet, 'FLOP/s')}", [low, high], [sheet, sheet], "@orange", dash="dash")
-        )
-    caption = (
-        "Model FLOP/s under the largest matrix product this device was measured to do. Bytes moved were not counted "
-        "here, so there is no axis of intensity."
-    )
-    layout = {
-        "xaxis": batch_axis(low, high, f"batch size ({_unit(capacity)})"),
-        "yaxis": axis("FLOP/s", log=True, values=[*speed, peak]),
-    }
-    return Figure("roofs", title, caption, tuple(traces), layout, table)
 
 
 def frontier(verdict: Verdict) -> Figure:

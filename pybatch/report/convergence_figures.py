@@ -209,12 +209,14 @@ def _rates(curve: Curve, goal: str, number: str, unit: str) -> Figure:
             "colorbar": {"title": {"text": "steps"}, **_ticks(z), "thickness": 12},
         }
     ]
-    for sign, label, found in (
-        ("x-thin-open", "diverged", [key for key, cell in cells.items() if cell[1] == "diverged"]),
-        ("circle-open", "best", [(p.batch, p.learning_rate) for p in curve.points if p.steps and p.rates]),
+    for sign, color, label, found in (
+        ("x-thin-open", "@ink", "diverged", [key for key, cell in cells.items() if cell[1] == "diverged"]),
+        # A white disk with a dark edge is seen on every shade of the map, in both themes.
+        ("circle", "#ffffff", "best", [(p.batch, p.learning_rate) for p in curve.points if p.steps and p.rates]),
     ):
         if found:
-            marker = {"symbol": sign, "size": 9, "color": "@ink", "line": {"width": 2, "color": "@ink"}}
+            edge = "#1b1f24" if sign == "circle" else color
+            marker = {"symbol": sign, "size": 9, "color": color, "line": {"width": 2, "color": edge}}
             xs, ys = [n.count(b) for b, _ in found], [n.number(rate) for _, rate in found]
             traces.append({"type": "scatter", "mode": "markers", "x": xs, "y": ys, "name": label, "marker": marker})
     rows = tuple(
@@ -238,13 +240,17 @@ def _rates(curve: Curve, goal: str, number: str, unit: str) -> Figure:
 
 
 def _cell(rate: RateSteps) -> tuple[float | None, str]:
-    """Median steps, an unreached target counting as infinite, and the cell in words."""
-    values = [math.inf if s is None else s for s in rate.steps]
+    """Median steps over the seeds run, an unreached target counting as infinite, and the cell in words."""
+    ran = [(steps, status) for steps, status in zip(rate.steps, rate.statuses, strict=True) if status in _STATUS]
+    values = [math.inf if steps is None else steps for steps, _ in ran]
     middle = median(values) if values else math.inf
     if math.isfinite(middle):
-        return middle, n.rounded(middle)
-    lost = sum(status == "diverged" for status in rate.statuses)
-    return None, "diverged" if 2 * lost >= len(rate.statuses) else "not reached"
+        few = f" ({len(ran)} of {len(rate.statuses)} seeds)" if len(ran) < len(rate.statuses) else ""
+        return middle, n.rounded(middle) + few
+    if not ran:
+        return None, "not tried"
+    lost = sum(status == "diverged" for _, status in ran)
+    return None, "diverged" if 2 * lost >= len(ran) else "not reached"
 
 
 def _log(steps: float | None) -> float | None:

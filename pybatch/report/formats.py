@@ -38,6 +38,16 @@ def render(run: Run, format_: str) -> str:
     return FORMATS[format_](run)
 
 
+def render_all(runs: Sequence[Run], format_: str) -> str:
+    """Several runs one after another; raises UsageError for JSON, which holds one."""
+    if format_ == "csv":
+        return _csv_of([row for run in runs for row in _rows(run)])
+    if format_ == "json" and len(runs) > 1:
+        raise UsageError(f"a .json file holds one run, and these are {len(runs)}. Use .jsonl, or give one of them.")
+    between = "" if format_ == "jsonl" else "\n"
+    return between.join(render(run, format_) for run in runs)
+
+
 def print_run(run: Run, console: Console) -> None:
     """The table format of a run, with the colours and the width of the console it goes to."""
     console.print(Text(title(run), style="bold"))
@@ -137,12 +147,18 @@ def _flat(point: ConvergencePoint) -> dict[str, object]:
 
 def _csv(run: Run) -> str:
     """The batches, or the points of a sweep, alone: one row each. All else is in the other formats."""
-    rows = _rows(run)
+    return _csv_of(_rows(run))
+
+
+def _csv_of(rows: Sequence[dict[str, object]]) -> str:
+    """Rows under the names of them all, in order of appearance; what a row has not is empty, lists are JSON."""
     text = io.StringIO()
     if rows:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(
+            text, fieldnames=list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n"
+        )
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
     return text.getvalue()
 
 

@@ -20,10 +20,9 @@ def noise_figures(noise: NoiseScale | None, trajectory: NoiseTrajectory | None, 
     return made
 
 
-def _along(trajectory: NoiseTrajectory, unit: str) -> Figure:
-    known = [p for p in trajectory.points if p.b_simple is not None and p.b_simple > 0]
-    title = "Noise scale along training"
-    table = Table(
+def trajectory_table(trajectory: NoiseTrajectory) -> Table:
+    """One row a stretch of training, those that were not resolved among them."""
+    return Table(
         ("steps", "B_simple", "low", "high", "status", "loss"),
         tuple(
             (
@@ -37,6 +36,12 @@ def _along(trajectory: NoiseTrajectory, unit: str) -> Figure:
             for p in trajectory.points
         ),
     )
+
+
+def _along(trajectory: NoiseTrajectory, unit: str) -> Figure:
+    known = [p for p in trajectory.points if p.b_simple is not None and p.b_simple > 0]
+    title = "Noise scale along training"
+    table = trajectory_table(trajectory)
     if not known:
         return Figure("noise-along", title, "", table=table, missing="No stretch of the run resolved the noise scale.")
     middle = [(p.first_step + p.last_step) / 2 for p in known]

@@ -40,8 +40,15 @@
       .map(([key, value]) => [key, axis(value)]));
     return themed({ ...base, ...given, ...axes }, theme);
   }
+  // On a phone each entry of the legend takes a line of its own: the figure grows by them, so that the plot does not
+  // shrink.
+  function grow(name, traces, narrow) {
+    const entries = traces.filter((trace) => trace.name && trace.showlegend !== false).length;
+    document.getElementById(name).style.height = narrow && entries > 3 ? `calc(21rem + ${18 * (entries - 3)}px)` : "";
+  }
   function draw(theme) {
     const narrow = innerWidth < 600;
+    figures.forEach(({ name, traces }) => grow(name, traces, narrow));
     return Promise.all(figures.map(({ name, traces, layout: given }) =>
       Plotly.react(name, themed(traces, theme), layout(given, theme, narrow),
                    { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover",

@@ -39,7 +39,7 @@ def write_report(records: Sequence[object] | object, path: str | Path) -> None:
     Raises:
         UsageError: there is nothing to report, something is not a record, or the file can't be written.
     """
-    runs = _runs(records if isinstance(records, Sequence) else [records])
+    runs = as_runs(records if isinstance(records, Sequence) else [records])
     output = Output(Path(path))
     try:
         output.write(page(runs))
@@ -47,7 +47,8 @@ def write_report(records: Sequence[object] | object, path: str | Path) -> None:
         output.discard()
 
 
-def _runs(records: Sequence[object]) -> list[Run]:
+def as_runs(records: Sequence[object]) -> list[Run]:
+    """Runs as they are, and loose results together as one more; raises UsageError as `write_report`."""
     runs = [record for record in records if isinstance(record, Run)]
     loose: dict[str, object] = {}
     names = {
@@ -72,26 +73,28 @@ def _runs(records: Sequence[object]) -> list[Run]:
     return runs
 
 
+def figures_of(run: Run, number: int = 0) -> list[Figure]:
+    """All figures of a run, those that can't be drawn among them, named apart from those of other runs."""
+    found = capacity_figures(run)
+    if run.convergence is not None:
+        place = 2 if run.capacity is not None else 0  # after throughput and goodput
+        found[place:place] = convergence_figures(run.convergence, unit_of(run))
+    found += noise_figures(run.noise, run.trajectory, unit_of(run))
+    return [replace(figure, name=f"{figure.name}-{number}") for figure in found]
+
+
 def page(runs: Sequence[Run]) -> str:
     """The whole page as text."""
-    figures: list[Figure] = []
-    parts = []
-    for number, run in enumerate(runs):
-        found = capacity_figures(run)
-        if run.convergence is not None:
-            place = 2 if run.capacity is not None else 0  # after throughput and goodput
-            found[place:place] = convergence_figures(run.convergence, unit_of(run))
-        found += noise_figures(run.noise, run.trajectory, unit_of(run))
-        drawn = [replace(figure, name=f"{figure.name}-{number}") for figure in found]
-        figures += drawn
-        parts.append(_run(run, drawn, number))
+    drawn = [figures_of(run, number) for number, run in enumerate(runs)]
+    several = len(runs) > 1  # else the page's own heading names the run
+    parts = [_run(run, own, number, several) for number, (run, own) in enumerate(zip(runs, drawn, strict=True))]
     heading = title(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"
     nav = ""
     if len(runs) > 1:
         nav = "<nav>" + "".join(f'<a href="#run-{i}">{_text(title(run))}</a>' for i, run in enumerate(runs)) + "</nav>"
-    data = [{"name": f.name, "traces": f.traces, "layout": f.layout} for f in figures if f.missing is None]
-    script = _resource("page.js")
-    library = _plotly() if data else ""
+    data = [as_data(figure) for own in drawn for figure in own if figure.missing is None]
+    script = resource("page.js")
+    library = plotly() if data else ""
     allowed = " ".join(_digest(code) for code in (library, script)) if data else "'none'"
     policy = "; ".join(
         [
@@ -102,7 +105,7 @@ def page(runs: Sequence[Run]) -> str:
         ]
     )
     drawing = (
-        f'<script type="application/json" id="figures">{_json(data)}</script>\n'
+        f'<script type="application/json" id="figures">{embedded(data)}</script>\n'
         f"<script>{library}</script>\n<script>{script}</script>\n"
         if data
         else ""
@@ -112,16 +115,23 @@ def page(runs: Sequence[Run]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<title>pybatch: {_text(heading)}</title>\n<link rel="icon" href="data:,">\n'
-        f"<style>\n{_resource('page.css')}</style>\n</head>\n<body>\n"
+        f"<style>\n{resource('page.css')}</style>\n</head>\n<body>\n"
         f"<h1>{_text(heading)}</h1>\n{nav}\n{''.join(parts)}{drawing}</body>\n</html>\n"
     )
 
 
-def _resource(name: str) -> str:
+def as_data(figure: Figure) -> dict[str, object]:
+    """What `page.js` draws a figure from."""
+    return {"name": figure.name, "traces": figure.traces, "layout": figure.layout}
+
+
+def resource(name: str) -> str:
+    """The text of a file beside this one."""
     return files("pybatch.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _plotly() -> str:
+def plotly() -> str:
+    """plotly.js as text; raises UsageError where plotly is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -134,7 +144,7 @@ def _digest(code: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
 
 
-def _json(data: object) -> str:
+def embedded(data: object) -> str:
     """JSON that can't end its script element."""
     return json.dumps(encode(data), separators=(",", ":")).replace("<", "\\u003c")
 
@@ -143,19 +153,18 @@ def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def _run(run: Run, figures: Sequence[Figure], number: int) -> str:
+def _run(run: Run, figures: Sequence[Figure], number: int, titled: bool) -> str:
     found = sections(run)
     when = f'<p class="soft">{_text(run.created)}</p>\n' if run.created else ""
     incomplete = "" if run.complete else "<p><strong>Incomplete:</strong> the notes below say what is missing.</p>\n"
-    parts = [f'<section id="run-{number}">\n{when}{incomplete}']
-    if number or len(figures) == 0:
-        parts.append(f"<h2>{_text(title(run))}</h2>\n")
+    heading = f"<h2>{_text(title(run))}</h2>\n" if titled else ""
+    parts = [f'<section id="run-{number}">\n{heading}{when}{incomplete}']
     if run.verdict is not None:
         parts.append(_answer(run.verdict))
     parts += [_figure(figure) for figure in figures]
-    parts += [_section(section) for section in found]
+    parts += [section_html(section) for section in found]
     if run.environment is not None:
-        parts.append(_provenance(run.environment, run.capacity))
+        parts.append(_provenance(run.environment, run.capacity or run.convergence))
     return "".join([*parts, "</section>\n"])
 
 
@@ -223,7 +232,14 @@ def _table(table: Table) -> str:
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>\n{rows}</tbody></table></div>\n'
 
 
-def _section(section: Section) -> str:
+def run_text(run: Run) -> str:
+    """A run's words and tables, without figures: escaped HTML."""
+    answer = _answer(run.verdict) if run.verdict is not None else ""
+    return "".join([f"<h1>{_text(title(run))}</h1>\n", answer, *map(section_html, sections(run))])
+
+
+def section_html(section: Section) -> str:
+    """A section as escaped HTML."""
     parts = [f"<h2>{_text(section.title)}</h2>\n"]
     if section.text and section.title != "Verdict":  # the verdict's words stand at the top
         parts.append(f"<p>{_text(section.text)}</p>\n")
@@ -242,10 +258,15 @@ def _pairs(rows: Sequence[tuple[str, str]]) -> str:
     return f'<div class="scroll"><table class="pairs">{body}</table></div>\n'
 
 
-def _provenance(environment: Environment, capacity: Capacity | None) -> str:
+def _provenance(environment: Environment, measured: Capacity | Convergence | None) -> str:
     """Everything about where and how a run took place, so that someone else can repeat it."""
     rows: list[tuple[str, str]] = []
-    for record in (environment, capacity.device if capacity else None, capacity.workload if capacity else None):
+    parts = (
+        ("", environment),
+        ("device ", measured.device if measured else None),
+        ("workload ", measured.workload if measured else None),
+    )
+    for prefix, record in parts:
         if record is None:
             continue
         for field in fields(record):
@@ -253,5 +274,5 @@ def _provenance(environment: Environment, capacity: Capacity | None) -> str:
             if isinstance(value, dict):
                 value = ", ".join(f"{key} {item}" for key, item in value.items())
             if value not in (None, ""):
-                rows.append((field.name.replace("_", " "), str(value)))
+                rows.append((prefix + field.name.replace("_", " "), str(value)))
     return f"<h2>Provenance</h2>\n{_pairs(rows)}"

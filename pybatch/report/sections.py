@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 
 from pybatch import numerals as n
-from pybatch.records import BatchPoint, Capacity, Ceilings, Distributed, NoiseScale, Note, Run, Verdict
+from pybatch.records import BatchPoint, Capacity, Ceilings, Distributed, NoiseScale, NoiseTrajectory, Note, Run, Verdict
 from pybatch.report import branches, curves
 from pybatch.report.layout import Section, Table
+from pybatch.report.noise_figures import trajectory_table
 
 # Figures of the record that are not printed, and so need no explanation when they are null.
 _SEEN = {
@@ -43,6 +44,8 @@ def sections(run: Run) -> list[Section]:
         found.append(_capacity(run.capacity))
     if run.noise is not None:
         found.append(_noise(run.noise, unit_of(run)))
+    if run.trajectory is not None:
+        found.append(_trajectory(run.trajectory))
     if run.convergence is not None and run.convergence.curves:
         found += curves.sections(run.convergence, unit_of(run))
     if run.convergence is not None and run.convergence.branches:
@@ -182,6 +185,11 @@ def _noise(noise: NoiseScale, unit: str) -> Section:
     return Section("Gradient noise scale", lines=tuple(lines), notes=_notes(noise.notes))
 
 
+def _trajectory(found: NoiseTrajectory) -> Section:
+    lines = (("from", f"{found.source}, in {found.unit or 'examples'}"),)
+    return Section("Noise scale along training", trajectory_table(found), lines, notes=_notes(found.notes))
+
+
 def communication(verdict: Verdict) -> str:
     """What the verdict's figures of several devices stand on."""
     inputs = next((r.inputs for r in verdict.reasons if r.figure == "useful_devices"), {})
@@ -227,6 +235,8 @@ def _verdict(verdict: Verdict) -> Section:
     if optimum:
         best += f", the modelled optimum is in {optimum}"
     lines = [("critical batch", critical), ("best batch", best), ("limited by", verdict.limit)]
+    if verdict.time_to_target is not None:
+        lines.append(("time to target", f"{n.number(verdict.time_to_target)} s on one device (modelled)"))
     if verdict.useful_devices is not None:
         devices = f"up to {n.count(verdict.useful_devices)}" if verdict.useful_devices > 1 else "one"
         lines.append(("devices worth it", f"{devices} ({communication(verdict)})"))

@@ -1,0 +1,57 @@
+"""A bench run and a sweep of the same workload as one run, whose verdict stands on the sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pybatch.records import Capacity, Convergence, Note, Run
+from pybatch.verdict import compare
+
+
+def join(runs: Sequence[Run]) -> list[Run]:
+    """Runs in their order, each sweep put into the one bench run of its workload and device, with a verdict anew.
+
+    Two sweeps of one workload, or two bench runs, stay apart: which of them belong together is not known.
+    """
+    sweeps = [r for r in runs if r.capacity is None and r.convergence is not None and r.convergence.curves]
+    benches = [r for r in runs if r.capacity is not None and not (r.convergence and r.convergence.curves)]
+    joined: dict[int, Run] = {}
+    gone: set[int] = set()
+    for bench in benches:
+        own = [sweep for sweep in sweeps if _alike(bench.capacity, sweep.convergence)]
+        if len(own) == 1 and sum(_alike(other.capacity, own[0].convergence) for other in benches) == 1:
+            joined[id(bench)] = _joined(bench, own[0])
+            gone.add(id(own[0]))
+    return [joined.get(id(run), run) for run in runs if id(run) not in gone]
+
+
+def _alike(capacity: Capacity | None, steps: Convergence | None) -> bool:
+    """Whether both are of one workload in one precision, on a device of one name."""
+    if capacity is None or steps is None or None in (capacity.workload, capacity.device, steps.workload, steps.device):
+        return False
+    assert capacity.workload is not None  # for the type checker, here and below
+    assert steps.workload is not None
+    assert capacity.device is not None
+    assert steps.device is not None
+    asked = replace(capacity.workload, target={}, learning_rate=None)  # what a sweep chooses itself
+    same = asked == replace(steps.workload, target={}, learning_rate=None)
+    return same and (capacity.device.kind, capacity.device.name) == (steps.device.kind, steps.device.name)
+
+
+def _joined(bench: Run, sweep: Run) -> Run:
+    assert sweep.convergence is not None  # the caller has looked
+    before = bench.convergence
+    steps = replace(sweep.convergence, branches=before.branches if before is not None else ())
+    with_whom = f" with {steps.optimizer}" if steps.optimizer else ""
+    text = (
+        f"put together: step times of the run of {bench.created}, steps to target of the sweep{with_whom} of "
+        f"{sweep.created}. An optimizer's own time is that of the former"
+    )
+    return replace(
+        bench,
+        convergence=steps,
+        verdict=compare(bench.capacity, bench.noise, steps, bench.distributed),
+        complete=bench.complete and sweep.complete,
+        notes=(*bench.notes, *sweep.notes, Note("verdict", text)),
+    )

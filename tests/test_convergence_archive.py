@@ -1,0 +1,199 @@
+"""A store read back: the record of the sweep that wrote it, without torch, and every store that is none."""
+
+import dataclasses
+import json
+import math
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer.testing
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import report as planted
+
+import pybatch
+from pybatch import cli
+from pybatch.convergence.archive import read_store
+from pybatch.convergence.trajectory import Trajectory, crossing_at, next_evaluation
+from pybatch.errors import UsageError
+from pybatch.workloads.finding import find
+
+runner = typer.testing.CliRunner()
+BATCHES = (8, 32, 128, 512)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("store") / "runs.db"
+    planted.plant(path, BATCHES)
+    return path
+
+
+@pytest.fixture
+def copy(store, tmp_path):
+    return Path(shutil.copy(store, tmp_path / "copy.db"))
+
+
+def change(path, statement, *values):
+    db = sqlite3.connect(path)
+    db.execute(statement, values)
+    db.commit()
+    db.close()
+
+
+def test_the_record_is_that_of_the_sweep(tmp_path):
+    path = tmp_path / "runs.db"
+    arguments = {"device": "cpu", "seeds": 2, "rates": [0.25, 0.5, 1.0], "target": {"train": 0.3}, "store": path}
+    live = pybatch.measure_convergence(find("quadratic"), [4, 16, 64], ["tuned", "sqrt", "linear"], **arguments)
+    [run] = read_store(path)
+    read = run.convergence
+    for a, b in zip(live.curves, read.curves, strict=True):
+        assert (a.rule, a.split, a.target) == (b.rule, b.split, b.target)
+        assert [(p.batch, p.steps, p.status, p.learning_rate) for p in a.points] == [
+            (p.batch, p.steps, p.status, p.learning_rate) for p in b.points
+        ]
+        for end in ("critical_batch", "low", "high"):
+            one, other = getattr(a, end), getattr(b, end)
+            assert one == other or math.isclose(one, other, rel_tol=1e-3)
+    changed = ("curves", "notes")
+    assert dataclasses.replace(read, **{k: getattr(live, k) for k in changed}) == live
+    assert run.complete
+    assert run.environment is not None
+
+
+def test_planted_steps_and_rates_come_back(store):
+    [run] = read_store(store)
+    curve = next(c for c in run.convergence.curves if (c.rule, c.split) == ("tuned", "train"))
+    for p in curve.points:
+        assert p.learning_rate == planted.best_rate(p.batch)
+        assert p.steps == pytest.approx(planted.S_MIN * (1 + planted.CRITICAL / p.batch), rel=0.25)
+    assert curve.low <= planted.CRITICAL <= curve.high
+    assert {c.rule for c in run.convergence.curves} == {"tuned", "sqrt", "linear"}
+    assert all(len(c.points) == len(BATCHES) for c in run.convergence.curves)
+
+
+def test_the_file_is_only_read(store):
+    before = store.read_bytes()
+    read_store(store)
+    assert store.read_bytes() == before
+    assert [p.name for p in store.parent.iterdir()] == ["runs.db"]
+
+
+def test_each_experiment_is_a_run_and_a_resumed_sweep_is_none_of_its_own(copy):
+    planted.plant(copy, BATCHES[:3], optimizer="adamw")
+    planted.plant(copy, (8, 2048), rules=("tuned",))
+    runs = {run.convergence.optimizer: run.convergence for run in read_store(copy)}
+    assert set(runs) == {"sgd", "adamw"}
+    tuned = next(c for c in runs["sgd"].curves if c.rule == "tuned")
+    assert [p.batch for p in tuned.points] == [*BATCHES, 2048]
+    assert len(runs["adamw"].curves[0].points) == 3
+
+
+def test_another_target_is_read_from_the_same_losses(store):
+    [run] = read_store(store, {"train": 0.5})
+    [curve] = [c for c in run.convergence.curves if c.rule == "tuned"]
+    [own] = [c for c in read_store(store)[0].convergence.curves if (c.rule, c.split) == ("tuned", "train")]
+    share = np.log(2.3 / 0.5) / np.log(2.3 / 0.1)  # of exponential losses
+    for p, q in zip(curve.points, own.points, strict=True):
+        assert p.steps == pytest.approx(share * q.steps, rel=0.1)
+    assert run.convergence.workload.target == {"train": 0.5}
+
+
+def test_what_is_missing_is_said(copy):
+    [(key, spec)] = sqlite3.connect(copy).execute("SELECT key, spec FROM trial LIMIT 1").fetchall()
+    batch = json.loads(spec)["batch"]
+    keys = [
+        k for k, s in sqlite3.connect(copy).execute("SELECT key, spec FROM trial") if json.loads(s)["batch"] == batch
+    ]
+    for key in keys:
+        change(copy, "DELETE FROM trial WHERE key = ?", key)
+    [run] = read_store(copy)
+    assert not run.complete
+    assert any(f"trials are missing of batch {batch} tuned" in note.text for note in run.convergence.notes)
+
+
+def test_a_store_that_does_not_name_its_targets_needs_them(tmp_path):
+    path = tmp_path / "old.db"
+    planted.plant(path, BATCHES, named=False)
+    change(path, "DROP TABLE IF EXISTS sweep")
+    with pytest.raises(UsageError, match=r"Give them: --target train=0\.1"):
+        read_store(path)
+    [run] = read_store(path, {"train": 0.1})
+    assert [c.rule for c in run.convergence.curves] == ["tuned"]
+    assert any("planted (mlp)" in note.text for note in run.convergence.notes)
+
+
+@pytest.mark.parametrize(
+    ("statement", "cause"),
+    [
+        ("PRAGMA application_id = 7", "another program"),
+        ("PRAGMA user_version = 9", "has schema 9, this pybatch reads 1"),
+        ("UPDATE trial SET steps = x'00'", "cannot be read"),
+        ("UPDATE trial SET spec = '{}'", "is damaged"),
+        ("UPDATE sweep SET json = '[]'", "is damaged"),
+        ("UPDATE sweep SET json = '{\"record\": {}}'", "schema None"),
+        ("DROP TABLE trial", "cannot be read: no such table"),
+        ("DELETE FROM trial", None),
+    ],
+)
+def test_a_store_that_cannot_be_read_is_named(copy, statement, cause):
+    change(copy, statement)
+    if cause is None:  # a sweep that has only begun
+        [run] = read_store(copy)
+        assert not run.complete
+        return
+    with pytest.raises(UsageError, match=cause) as raised:
+        read_store(copy)
+    assert "store" in str(raised.value)
+
+
+def test_a_cut_file_is_named(copy):
+    copy.write_bytes(copy.read_bytes()[:-6000])
+    with pytest.raises(UsageError, match=r"copy\.db' (is damaged|cannot be read)"):
+        read_store(copy)
+
+
+def test_report_writes_a_store_in_every_format_without_torch(store, tmp_path):
+    endings = ("html", "md", "csv", "jsonl", "json", "txt")
+    code = (
+        "import sys; sys.modules['torch'] = None; from pybatch.cli import app\n"
+        "for ending in sys.argv[2:]: app(['report', sys.argv[1], '-o', f'a.{ending}'], standalone_mode=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(store), *endings], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    for ending in endings:
+        assert "tuned" in (tmp_path / f"a.{ending}").read_text()
+
+
+def test_bad_report_flags(store, tmp_path):
+    for flags, cause in (
+        (["-o", "a.png"], "--png FOLDER"),
+        (["-o", "a.xls"], "no format known here"),
+        (["--target", "trian=0.1"], "train"),
+    ):
+        done = runner.invoke(cli.app, ["report", str(store), *flags])
+        assert isinstance(done.exception, UsageError)
+        assert cause in str(done.exception)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_crossings_found_at_once_are_those_found_one_by_one(seed):
+    rng = np.random.default_rng(seed)
+    steps = [0]
+    while steps[-1] < 3000:
+        steps.append(next_evaluation(steps[-1]))
+    steps = np.array(steps, dtype=np.int32)
+    losses = (np.exp(-steps / 800) + 0.2 * rng.standard_normal(len(steps))).astype(np.float32)
+    if seed > 2:
+        losses[rng.integers(5, len(losses), 3)] = [np.nan, np.inf, np.nan]
+    found = Trajectory(steps, losses, losses)
+    for target in (*np.quantile(losses[np.isfinite(losses)], [0.05, 0.3, 0.6]), float(losses[0]), -9.0):
+        each = (crossing_at(steps, losses, i, target) for i in range(len(steps)))
+        assert found.crossing("train", target) == next((c for c in each if c is not None), None)

@@ -1,0 +1,59 @@
+"""A bench run and a sweep of one workload become one run; what may not belong together stays apart."""
+
+import dataclasses
+
+import pytest
+from test_verdict_table import SWEEP
+
+from pybatch.joining import join
+from pybatch.records import Convergence, Note, Run
+from pybatch.verdict import compare
+
+
+@pytest.fixture
+def bench(run):
+    return dataclasses.replace(run, verdict=compare(run.capacity, run.noise))
+
+
+@pytest.fixture
+def sweep(run):
+    workload = dataclasses.replace(run.capacity.workload, target={"train": 0.3}, learning_rate=None)
+    steps = Convergence((SWEEP["fitted"][0],), optimizer="sgd", device=run.capacity.device, workload=workload)
+    return Run("2026-01-03T00:00:00+00:00", run.environment, convergence=steps, notes=(Note("x", "of the sweep"),))
+
+
+def test_the_verdict_of_both_stands_on_the_sweep(bench, sweep):
+    for runs in ([bench, sweep], [sweep, bench]):
+        [one] = join(runs)
+        assert one.verdict == compare(bench.capacity, bench.noise, sweep.convergence)
+        assert (one.verdict.critical_source, bench.verdict.critical_source) == ("sweep", "noise")
+        assert one.verdict.time_to_target is not None
+        assert [note.text for note in one.notes][:1] == ["of the sweep"]
+        assert "sweep with sgd of 2026-01-03" in one.notes[-1].text
+    assert Run.from_json(one.to_json()).convergence.curves == sweep.convergence.curves
+
+
+@pytest.mark.parametrize("change", [{"dtype": "bf16"}, {"options": {"width": 8}}, {"name": "text"}, {"model": "cnn"}])
+def test_another_workload_stays_apart(bench, sweep, change):
+    other = dataclasses.replace(sweep.convergence.workload, **change)
+    apart = dataclasses.replace(sweep, convergence=dataclasses.replace(sweep.convergence, workload=other))
+    assert join([bench, apart]) == [bench, apart]
+
+
+def test_what_is_not_clear_stays_apart(bench, sweep):
+    elsewhere = dataclasses.replace(
+        sweep,
+        convergence=dataclasses.replace(sweep.convergence, device=dataclasses.replace(bench.capacity.device, name="X")),
+    )
+    nameless = dataclasses.replace(sweep, convergence=dataclasses.replace(sweep.convergence, workload=None))
+    second = dataclasses.replace(sweep, created="2026-01-04T00:00:00+00:00")
+    again = dataclasses.replace(bench, created="2026-01-05T00:00:00+00:00")
+    for runs in (
+        [bench, elsewhere],
+        [bench, nameless],
+        [bench, sweep, second],
+        [bench, again, sweep],
+        [sweep],
+        [bench],
+    ):
+        assert join(runs) == runs
