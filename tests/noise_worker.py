@@ -293,7 +293,10 @@ def fsdp(rank, world):
 
 
 def fsdp_accumulated(rank, world):
-    """Without gradient sync the small batch is what accumulated; with it every backward pass is a pair of its own."""
+    """Without gradient sync the small batch is what accumulated; with it every backward pass is a pair of its own.
+
+    The last of them is not finite on one process.
+    """
     model, whole = sharded(), seeded()
     handle = pybatch.noise.attach(model)
     micro = [[batch(0, 10 * r, 2 + r), batch(0, 10 * r + 1, 3)] for r in range(world)]
@@ -307,6 +310,8 @@ def fsdp_accumulated(rank, world):
     alone = [float(part.sum()) for part in expected([example_gradients(whole, *b)[0] for b in batches])]
     for _ in range(2):
         loss_of(model(batches[rank][0]), batches[rank][1]).backward()
+    (loss_of(model(batches[rank][0]), batches[rank][1]) * (float("inf") if rank == 1 else 1.0)).backward()
+    model.zero_grad()
     with torch.enable_grad():
         model(batches[rank][0])  # the next forward pass exchanges the last pair
     want = torch.tensor([accumulated, alone, alone]).mean(0).tolist()

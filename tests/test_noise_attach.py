@@ -1,5 +1,6 @@
 """`attach` on one process: every source against a float64 loop over examples and against closed forms."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -303,8 +304,11 @@ def test_a_fused_optimizer_measures_itself():
     assert handle.state_dict() == {}
     with pytest.raises(UsageError, match="made without noise=True"):
         pybatch.noise.attach(*regression(kind=AdamW))
-    with pytest.raises(UsageError, match=r"unit, preconditioned can't be given with a fused optimizer"):
-        pybatch.noise.attach(model, optimizer, unit="tokens", preconditioned=True)
+    counted = pybatch.noise.attach(model, optimizer, unit="tokens").noise
+    assert counted == dataclasses.replace(optimizer.noise, unit="tokens")
+    assert counted.in_examples(4.0).large_batch == 4.0
+    with pytest.raises(UsageError, match=r"examples, preconditioned can't be given with a fused optimizer"):
+        pybatch.noise.attach(model, optimizer, examples="count", preconditioned=True)
 
 
 def test_a_backward_pass_that_raised_is_left_behind():

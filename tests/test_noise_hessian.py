@@ -82,7 +82,7 @@ def test_pairs_are_unbiased():
     truth = np.array([grad, grad + excess * float((lam**2).sum())])
     for k in (1, 3):
         noise = HessianNoise(Session(Anisotropic(), torch.device("cpu"), seed=k), 8, k)
-        for _ in range(900):
+        for _ in range(600):
             noise.pair()
         rows = noise._pairs.rows
         means = rows / rows[:, :1]

@@ -319,6 +319,15 @@ def test_fp32_and_bf16_autocast_are_close(route):
         torch.testing.assert_close(half.by_parameter[name], sq, rtol=0.1, atol=0.0)
 
 
+@pytest.mark.parametrize("t", [1, 32, 63, 64, 96, 128, 192])
+def test_gram_in_halves(t):
+    """Whole or in blocks, contiguous or not: what the products themselves give."""
+    rows, cols = torch.randn(3, 2, t, 7, dtype=torch.float64), torch.randn(3, 2, 5, t, dtype=torch.float64)
+    expected = uses.TORCH.weight(rows, cols.mT)
+    torch.testing.assert_close(uses.TORCH.gram(rows, cols.mT), expected)
+    torch.testing.assert_close(uses.TORCH.gram(rows, cols.mT.contiguous()), expected)
+
+
 def test_chunks_make_no_difference(monkeypatch):
     monkeypatch.setattr(uses, "CHUNK_BYTES", 1)  # one example at a time
     for route in ("auto", "gram", "weight", "fused"):

@@ -63,7 +63,8 @@ def attach(
             tokens, over all processes.
         layers: record every parameter too; under FSDP2 every `fully_shard` group.
         preconditioned: record tr(P Sigma) / (G^T P G) with Adam's P too: experimental, one more pass over gradients.
-        unit: what is counted, where it is not examples, such as "tokens".
+        unit: what is counted, where it is not examples, such as "tokens"; `.noise.in_examples(mean tokens per example)`
+            is what a batch size is compared with.
         scaler: the GradScaler in use, so that norms are unscaled.
         hook, hook_state: a DDP communication hook of your own and its state, such as `bf16_compress_hook` and the
             process group; for FSDP2 a custom reduce-scatter. It is called in place of the plain one.
@@ -118,7 +119,7 @@ def attach(
         return MomentsNoise(model, optimizer, **common, every=every)
     _refuse_reduced(model, source)
     if isinstance(optimizer, FusedOptimizer):
-        given = {"examples": examples, "unit": unit, "scaler": scaler, "preconditioned": preconditioned or None}
+        given = {"examples": examples, "scaler": scaler, "preconditioned": preconditioned or None}
         given["accumulation"] = accumulation if accumulation != "mean" else None
         ignored = [name for name, value in given.items() if value is not None]
         if ignored:
@@ -126,7 +127,7 @@ def attach(
                 f"attach(): {', '.join(ignored)} can't be given with a fused optimizer, which takes the norms itself "
                 "and counts in opt.accumulate(n). Leave them out, or use an optimizer of torch."
             )
-        return OptimizerNoise(optimizer)
+        return OptimizerNoise(optimizer, unit)
     return BackwardNoise(model, optimizer, **common, preconditioned=preconditioned, scaler=scaler)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from pybatch.errors import UsageError
@@ -11,15 +12,15 @@ from pybatch.records import NoiseScale
 
 
 class OptimizerNoise(Handle):
-    """Reads `opt.noise`; counts and state are the optimizer's own."""
+    """Reads `opt.noise`; counts and state are the optimizer's own, and `unit` says what it was given to count."""
 
-    def __init__(self, optimizer: FusedOptimizer) -> None:
+    def __init__(self, optimizer: FusedOptimizer, unit: str | None = None) -> None:
         _ = optimizer.noise  # refuses an optimizer made without noise=True
-        self._optimizer = optimizer
+        self._optimizer, self._unit = optimizer, unit
 
     @property
     def noise(self) -> NoiseScale:
-        return self._optimizer.noise
+        return dataclasses.replace(self._optimizer.noise, unit=self._unit)
 
     def count(self, n: float) -> None:
         raise UsageError(f"count({n!r}): a fused optimizer counts in opt.accumulate(n). Leave the call out.")
