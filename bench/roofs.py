@@ -41,7 +41,7 @@ class Products(Workload):
 
     name, unit = "products", "rows"
 
-    def __init__(self, width: int = 512, depth: int = 6) -> None:
+    def __init__(self, width: int = 512, depth: int = 3) -> None:
         self.width, self.depth = width, depth
 
     def model(self) -> nn.Module:
