@@ -41,7 +41,7 @@ class Products(Workload):
 
     name, unit = "products", "rows"
 
-    def __init__(self, width: int = 512, depth: int = 6) -> None:
+    def __init__(self, width: int = 1024, depth: int = 2) -> None:
         self.width, self.depth = width, depth
 
     def model(self) -> nn.Module:
@@ -51,7 +51,7 @@ class Products(Workload):
         return torch.randn(n, self.width, generator=generator)
 
     def loss(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = model(batch).square().mean()
+        loss: torch.Tensor = model(batch).mean()  # its gradient is one number: few bytes beside the products
         return loss
 
     def flops(self, n: int) -> int:
@@ -60,12 +60,12 @@ class Products(Workload):
 
 
 class Copies(Workload):
-    """Copies the batch into a buffer; the model is one number, so that there is something to train."""
+    """Copies the batch into a buffer some times; the model is one number, so that there is something to train."""
 
     name, unit = "copies", "rows"
 
-    def __init__(self, width: int = 1 << 16) -> None:
-        self.width = width
+    def __init__(self, width: int = 1 << 16, times: int = 4) -> None:
+        self.width, self.times = width, times
         self.buffer: torch.Tensor | None = None
 
     def model(self) -> nn.Module:
@@ -77,13 +77,14 @@ class Copies(Workload):
     def loss(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         if self.buffer is None or self.buffer.shape != batch.shape or self.buffer.device != batch.device:
             self.buffer = torch.empty_like(batch)
-        self.buffer.copy_(batch)
+        for _ in range(self.times):
+            self.buffer.copy_(batch)
         weight = next(model.parameters())
         return weight.square().sum()
 
     def bytes(self, n: int) -> int:
-        """Of the copy of n examples, read and written."""
-        return 2 * 4 * n * self.width
+        """Of the copies of n examples, read and written."""
+        return self.times * 2 * 4 * n * self.width
 
 
 def read(step: TrainingStep, dtype: str, rounds: int, seconds: float, share: float) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def main() -> int:
     device = resolve("cuda:0" if arguments.device == "cuda" else arguments.device)
     large = device.type == "cuda"
     cases: list[tuple[Workload, int, str, str, float]] = [
-        (Products(8192 if large else 512), 8192 if large else 2048, "mfu_measured", arguments.dtype, 2 / 3),
+        (Products(8192 if large else 1024), 8192 if large else 2048, "mfu_measured", arguments.dtype, 2 / 3),
         (Copies(1 << 20 if large else 1 << 16), 1024 if large else 512, "mbu_measured", "fp32", 1 / 3),
     ]
     attempts: list[dict[str, Any]] = []

@@ -130,6 +130,12 @@ def test_flags_reach_the_measurement(pybatch, measured):
     assert "Use batch 32." in out
 
 
+def test_modes_reach_the_measurement(pybatch, measured):
+    for flags, modes in (("", (False, False)), ("--compile", (True, False))):
+        pybatch("bench", "--cpu", *flags.split())
+        assert (measured[-1][1]["compile"], measured[-1][1]["graph"]) == modes
+
+
 def test_the_format_goes_to_stdout_alone(pybatch, measured, run):
     status, out, err = pybatch("bench", "--cpu", "--format", "json")
     assert (status, err) == (0, "")

@@ -105,6 +105,9 @@ def test_a_gpu_is_asked_by_uuid_and_read_over_the_region(plug):
 def test_throttling_is_told(plug):
     library = plug(SimulatedNvml(throttle=8))
     assert read(counters.Region(GPU), library).throttled == 1.0
+    assert read(counters.Region(GPU), library).power_capped == 0.0  # slowed by something else
+    library.throttle = 4
+    assert read(counters.Region(GPU), library).power_capped == 1.0
 
 
 def test_a_region_too_short_for_gpm_gives_no_shares(plug):

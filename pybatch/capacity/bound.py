@@ -42,7 +42,8 @@ def bound(point: BatchPoint, place: Place, fit: ThroughputFit | None = None) -> 
                 f"{n.number(point.eager_step_ms)} ms: {n.share(saved)} of that is launching"
             )
     if point.host_bound is not None and point.host_bound >= WAITING:
-        return "host", f"the device waits for the host during {n.share(point.host_bound)} of the step"
+        part = "" if point.launch_overhead_ms is not None else "; --cuda-graph tells what of that is launching"
+        return "host", f"the device waits for the host during {n.share(point.host_bound)} of the step{part}"
     if point.power_capped:
         return "power", "the power limit lowered the clock, and the device does not wait for the host"
     roofs = _roofs(point, place)
