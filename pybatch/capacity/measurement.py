@@ -113,6 +113,7 @@ class _Measurement:
         self.largest = largest.Largest(None, None)
         self.on_partial: Callable[[Capacity], None] | None = None
         self.kept: dict[int, BatchPoint] = {}  # of an earlier run
+        self.first_round = 0
         self.settled = False  # an earlier run found the range of batch sizes
         self.rounds: Rounds | None = None
         self.limit = largest.memory_limit(device)
@@ -124,6 +125,7 @@ class _Measurement:
     def take_over(self, earlier: Capacity) -> None:
         """Let what stands of an earlier run count as measured."""
         self.kept = {p.batch: p for p in earlier.standing}
+        self.first_round = 1 + max((r for p in earlier.standing for r in p.block_rounds), default=-1)
         self.settled = earlier.complete
         if self.settled:
             self.notes += [note for note in earlier.notes if note.figure == "batches"]
@@ -240,6 +242,7 @@ class _Measurement:
         rule = StoppingRule(max_seconds=share)
         others = OtherLoad()
         self.rounds = Rounds(step.load, step, step.check, self.clock, self.region, rule, self.seed)
+        self.rounds.turn = self.first_round
         self.rounds.run(wanted, deadline, self._visited)
         step.clear()
         if (busy := others.cores()) is not None and self.device.type == "cpu" and busy > _DISTURBED * usable_cores():
