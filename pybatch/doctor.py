@@ -83,14 +83,15 @@ def catalogue() -> Findings:
     workloads = []
     for name, kind in sorted(shipped().items()):
         models = f" Models: {', '.join(kind.models)}." if kind.models else ""
-        workloads.append((name, _summary(kind) + models))
+        sizes = f" Sizes: {', '.join(kind.sizes)}." if kind.sizes else ""
+        workloads.append((name, _summary(kind) + models + sizes))
         workloads += [(f"  {dial}=", what) for dial, what in kind.dials.items()]
     workloads.append(("FILE.py:CLASS", "A pybatch.Workload of your own."))
     names = sorted((name for name in optim.__all__ if name != "FusedOptimizer"), key=str.casefold)
     optimizers = [(name, _summary(getattr(optim, name))) for name in names]
     rules = [(name, _summary(rule)) for name, rule in scaling.rules().items()]
     return [
-        ("Workloads (--workload NAME --model MODEL --option DIAL=VALUE)", workloads),
+        ("Workloads (--workload NAME --model MODEL --size SIZE --option DIAL=VALUE)", workloads),
         ("Optimizers (pybatch.optim.NAME)", optimizers),
         ("Learning-rate rules (pybatch sweep --rule NAME)", rules),
     ]

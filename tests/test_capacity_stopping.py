@@ -12,7 +12,7 @@ from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from pybatch.capacity.flops import count_flops
 from pybatch.capacity.stopping import StoppingRule, median
-from pybatch.capacity.timing import Rounds
+from pybatch.capacity.timing import Rounds, Series
 from pybatch.device.clock import Clock
 
 
@@ -194,3 +194,23 @@ def test_custom_operators_are_named() -> None:
     flops, reason = count_flops(lambda: torch.ops.pybatch_test.twice(torch.ones(2)))
     assert flops == 0
     assert reason == "custom operators count nothing: pybatch_test.twice"
+
+
+def test_blocks_know_their_round() -> None:
+    series = Series(8, 1e-3, seconds=[1.0] * 100, visits=[(0, 30), (2, 50), (3, 20)])
+    assert len(series.blocks) == len(series.block_rounds) == 20
+    assert series.block_rounds == [0] * 6 + [2] * 10 + [3] * 4
+    few = Series(8, 1e-3, seconds=[1.0] * 5, visits=[(1, 3), (4, 2)])
+    assert few.block_rounds == [1, 1, 1, 4, 4]
+    assert Series(8, 1e-3).block_rounds == []
+
+
+def test_rounds_are_counted_over_all_batch_sizes() -> None:
+    clock = PlantedClock()
+    run = rounds(clock)
+    run.run({8: 1e-3, 16: 2e-3, 32: 4e-3}, clock.now() + 1e9)
+    turns = {n: [turn for turn, _ in series.visits] for n, series in run.series.items()}
+    assert turns[16][0] == 0  # the anchor's first visit comes before the rounds
+    assert all(turn == sorted(set(turn)) for turn in turns.values())
+    assert {turns[n][0] for n in (8, 32)} == {1}
+    assert all(sum(count for _, count in s.visits) == len(s.seconds) for s in run.series.values())

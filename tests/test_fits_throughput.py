@@ -84,6 +84,45 @@ def test_intervals_hold_the_planted_values(curve, half, samples):
     assert chosen / 200 >= 0.9
 
 
+def in_rounds(rng, common, own=0.005, rounds=8, visits=3):
+    """Step times in rounds that each have a speed of their own, and which round each is of."""
+    speeds = common * rng.standard_normal(rounds)
+    times = [
+        affine(b) * np.exp(np.repeat(speeds, visits) + own * rng.standard_normal(rounds * visits)) for b in BATCHES
+    ]
+    return times, [np.repeat(np.arange(rounds), visits).tolist() for _ in BATCHES]
+
+
+def test_a_speed_that_changes_from_round_to_round_is_in_the_intervals():
+    rng, held = np.random.default_rng(3), {True: 0, False: 0}
+    for seed in range(80):
+        times, rounds = in_rounds(rng, common=0.03)
+        for given in held:
+            fit = fit_throughput(BATCHES, times, seed=seed, resamples=100, rounds=rounds if given else None)
+            held[given] += fit.ceiling_low <= 5000 <= fit.ceiling_high
+    assert held[True] / 80 >= 0.85  # eight rounds tell their spread only roughly
+    assert held[False] / 80 < 0.5  # samples drawn one by one do not know of it
+
+
+def test_rounds_of_one_speed_change_nothing_much():
+    rng = np.random.default_rng(4)
+    wide = []
+    for seed in range(20):
+        times, rounds = in_rounds(rng, common=0.0)
+        fits = [fit_throughput(BATCHES, times, seed=seed, resamples=200, rounds=r) for r in (rounds, None)]
+        wide.append((fits[0].ceiling_high - fits[0].ceiling_low) / (fits[1].ceiling_high - fits[1].ceiling_low))
+    assert 0.8 < np.median(wide) < 2.0
+
+
+def test_a_batch_that_was_in_few_rounds_and_rounds_that_do_not_fit():
+    times, rounds = in_rounds(np.random.default_rng(5), common=0.01)
+    times[3], rounds[3] = times[3][:3], rounds[3][:3]
+    fit = fit_throughput(BATCHES, times, rounds=rounds)
+    assert fit.ceiling_low < 5000 < fit.ceiling_high
+    with pytest.raises(UsageError, match="rounds do not fit the step times"):
+        fit_throughput(BATCHES, times, rounds=rounds[:-1])
+
+
 def test_one_disturbed_batch_does_not_bend_the_fit():
     seconds = affine(BATCHES)
     seconds[4] *= 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import pybatch.bench
+from pybatch import cli
+from pybatch.device import identity
 from pybatch.errors import UsageError
+from pybatch.records import Run
 from pybatch.workloads.finding import find, shipped
 from pybatch.workloads.session import Session
 from pybatch.workloads.vision import UNet, resnet50
@@ -118,3 +124,36 @@ def test_sizes_that_cannot_be_had_are_refused_with_the_reason(tmp_path: Path) ->
         find("quadratic", size="base")
     with pytest.raises(UsageError, match="Did you mean 'base'"):
         find("text", size="bas")
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, command: str) -> int:
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def test_the_size_as_typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed(monkeypatch, "pybatch bench --cpu --size base --dry-run") == 0
+    assert "digits (resnet50), fp32" in capsys.readouterr().out
+    assert typed(monkeypatch, "pybatch bench --cpu --size huge --dry-run") == 2
+    assert "size 'huge' is not known" in capsys.readouterr().err
+    assert typed(monkeypatch, "pybatch list") == 0
+    assert "Sizes: tiny, base." in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [("--size base", "bf16"), ("--size base --dtype fp32", "fp32"), ("--size tiny", "fp32"), ("", "fp32")],
+)
+def test_base_on_a_gpu_runs_in_bf16(monkeypatch: pytest.MonkeyPatch, run: Run, flags: str, dtype: str) -> None:
+    asked = []
+
+    def run_bench(workload: object, **arguments: object) -> Run:
+        asked.append(arguments["dtype"])
+        return run
+
+    monkeypatch.setattr(pybatch.bench, "run_bench", run_bench)
+    monkeypatch.setattr(identity, "resolve", lambda request: torch.device("cuda", 0))
+    assert typed(monkeypatch, f"pybatch bench --gpu 0 --quiet {flags}") == 0
+    assert asked == [dtype]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +26,7 @@ CPU_SHARE = 0.50  # of available host memory, which other processes need as well
 _MARGIN = 0.97  # of the limit aimed at, so that the line's own error does not decide
 _STEP_LIMIT = 10.0  # seconds; a longer step is not run for verification
 _START_S = 5.0  # seconds to start a process, import torch and make the session, at most
-_FAULT_BYTES_PER_S = 1e9  # at which a system, also a virtual one, hands out fresh pages, at least
+_FRESH_BYTES = 128 << 20  # above every allocator's threshold: such memory is fresh from the system
 _TRIES = 4
 _SPARE = 1.2  # the time of the largest batch is estimated from small ones
 _SHARE = 0.50  # of the time that is left, at most, for verifying the largest batch
@@ -99,8 +101,19 @@ def needed_s(explorer: Explorer, batch: int, size: float) -> float:
     expected = explorer.predicted_s(batch)
     if expected > _STEP_LIMIT:
         return math.inf
-    pages = size / _FAULT_BYTES_PER_S if explorer.step.session.device.type == "cpu" else 0.0
+    pages = size / _fresh_bytes_per_s() if explorer.step.session.device.type == "cpu" else 0.0
     return _START_S + expected + pages
+
+
+@functools.cache
+def _fresh_bytes_per_s() -> float:
+    """Rate at which the system hands out fresh pages, best of three: virtual machines differ by an order."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.empty(_FRESH_BYTES, dtype=torch.uint8).fill_(1)
+        seconds.append(time.perf_counter() - start)
+    return _FRESH_BYTES / min(seconds)
 
 
 def reserve_s(explorer: Explorer, plan: Plan, limit: int, left: float) -> float:

@@ -142,6 +142,7 @@ class _Measurement:
         self.largest = largest.Largest(None, None)
         self.on_partial: Callable[[Capacity], None] | None = None
         self.kept: dict[int, BatchPoint] = {}  # of an earlier run
+        self.first_round = 0
         self.settled = False  # an earlier run found the range of batch sizes
         self.rounds: Rounds | None = None
         self.limit = largest.memory_limit(device)
@@ -156,6 +157,7 @@ class _Measurement:
     def take_over(self, earlier: Capacity) -> None:
         """Let what stands of an earlier run count as measured."""
         self.kept = {p.batch: p for p in earlier.standing}
+        self.first_round = 1 + max((r for p in earlier.standing for r in p.block_rounds), default=-1)
         self.settled = earlier.complete
         if self.settled:
             self.notes += [note for note in earlier.notes if note.figure == "batches"]
@@ -300,6 +302,7 @@ class _Measurement:
             self.seed,
             eager=step if self.graphed is not None else None,
         )
+        self.rounds.turn = self.first_round
         self.rounds.run(wanted, deadline, self._visited)
         timed.clear()
         if (busy := others.cores()) is not None and self.device.type == "cpu" and busy > _DISTURBED * usable_cores():

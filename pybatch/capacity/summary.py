@@ -93,6 +93,7 @@ def point(
         step_bytes=look.moved_bytes,
         mbu_measured=moved / copy if moved is not None and copy else None,
         blocks_ms=tuple(float(f"{1e3 * block:.6g}") for block in series.blocks),
+        block_rounds=tuple(series.block_rounds),
         steady=series.stopped is not None,
         step_ms_quantiles=quantiles_ms(series.seconds),
         **read,
@@ -133,7 +134,14 @@ def summarize(
         notes.append(Note("capacity.model", f"{len(timed)} batch sizes timed; a fit needs {_FITTABLE}"))
     else:
         rising = _before_fall(timed)
-        fit = fit_throughput([p.batch for p in rising], [samples[p.batch] for p in rising], seed=seed)
+        rounds = [p.block_rounds for p in rising]
+        known = all(len(entry) == len(samples[p.batch]) for entry, p in zip(rounds, rising, strict=True))
+        fit = fit_throughput(
+            [p.batch for p in rising],
+            [samples[p.batch] for p in rising],
+            seed=seed,
+            rounds=rounds if known else None,
+        )
         notes += _fit_notes(fit, timed, largest)
         if len(rising) < len(timed):
             text = f"throughput falls by over {_FALL:.0%} past batch {rising[-1].batch}; the fit is of those up to it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class Series:
     host_bound: float | None = None
     eager_s: float | None = None  # median step time without the CUDA graphs that `seconds` are of
     stopped: str | None = None  # why it is done; None while it is not
+    visits: list[tuple[int, int]] = field(default_factory=list)  # round, and steps timed in it
     failure: tuple[BatchStatus, str] | None = None  # a step raised: status and reason; there are no times then
 
     @property
@@ -43,6 +45,13 @@ class Series:
     def blocks(self) -> list[float]:
         """Nearly independent step times, for a bootstrap."""
         return blocks(self.seconds)
+
+    @property
+    def block_rounds(self) -> list[int]:
+        """The round that each block was timed in: that of its middle step."""
+        of_steps = [turn for turn, count in self.visits for _ in range(count)]
+        edges = np.linspace(0, len(of_steps), len(self.blocks) + 1)
+        return [of_steps[int((a + b) / 2)] for a, b in itertools.pairwise(edges)]
 
 
 def quantiles_ms(seconds: Sequence[float]) -> tuple[float, ...]:
@@ -83,6 +92,7 @@ class Rounds:
         self.series: dict[int, Series] = {}
         self.drift: float | None = None
         self.anchor: Anchor | None = None
+        self.turn = 0  # of the rounds
 
     def run(
         self,
@@ -98,6 +108,7 @@ class Rounds:
         first = list(anchor.seconds)
         on_visit(anchor)
         while True:
+            self.turn += 1
             order = self._order.permutation([n for n, series in self.series.items() if series.stopped is None])
             visited = False
             for n in order:
@@ -127,6 +138,7 @@ class Rounds:
         except Exception as error:
             series.failure, series.stopped = failed(error), "failed"
             series.seconds.clear()
+            series.visits.clear()
         return True
 
     def _time(self, series: Series, warm_up: int, count: int, deadline: float) -> None:
@@ -145,6 +157,7 @@ class Rounds:
         self.check()
         first = not series.seconds
         series.seconds += seconds
+        series.visits.append((self.turn, len(seconds)))
         series.guess_s = float(np.median(series.seconds))
         if first:
             series.readings[-1] = self.region.estimated(series.readings[-1], self.work, series.guess_s)

@@ -34,6 +34,7 @@ def fit_throughput(
     gain: float = 0.05,
     seed: int = 0,
     resamples: int = 400,
+    rounds: Sequence[Sequence[int]] | None = None,
 ) -> ThroughputFit:
     """Fit seconds per step against batch size by AICc: affine, floor or wave.
 
@@ -49,6 +50,8 @@ def fit_throughput(
             (alpha / beta) (1 - gain) / (2 gain) for the affine model, 9.5 half batches at 5 %.
         seed: of the bootstrap.
         resamples: bootstrap resamples behind the 95 % intervals.
+        rounds: for each sample, which round over the batch sizes it was taken in. A machine that is slower for a while
+            is so for all of a round: rounds are then drawn anew as wholes, the same ones for all batch sizes.
 
     The bootstrap draws the samples of each batch size anew, and adds what the model misses beyond their spread as an
     independent error of each batch size, Student-distributed with the fit's degrees of freedom; with one value per
@@ -58,6 +61,8 @@ def fit_throughput(
     model can follow, and the ceiling is that of a compromise. Raises UsageError for values that cannot be fitted.
     """
     size, samples = _checked(batches, seconds, gain, resamples)
+    if rounds is not None and [len(entry) for entry in rounds] != [len(sample) for sample in samples]:
+        raise UsageError("rounds do not fit the step times. Give one round for each of them.")
     data = np.log([np.median(s) for s in samples])
     models: list[Model] = ["affine", "floor"] if len(np.unique(size)) >= FLOOR_LEAST else ["affine"]
     fits = {model: _solve(_starts(model, size, data), size, data) for model in models}
@@ -73,7 +78,7 @@ def fit_throughput(
         size = wave * np.ceil(size / wave)  # on whole waves the curve is affine
 
     figures = _figures(best, gain)
-    drawn = _resample(best, size, data, samples, resamples, np.random.default_rng(seed))
+    drawn = _resample(best, size, data, samples, rounds, resamples, np.random.default_rng(seed))
     spread = _figures(_polish(np.repeat(best[None], resamples, axis=0), size, drawn)[0], gain)
     low, high = np.quantile(spread, [0.025, 0.975], axis=0)
     low, high = np.minimum(low, figures), np.maximum(high, figures)  # the estimate itself is always compatible
@@ -227,21 +232,55 @@ def _polish(p: Array, size: Array, data: Array) -> tuple[Array, Array]:
 
 
 def _resample(
-    best: Array, size: Array, data: Array, samples: list[Array], resamples: int, rng: np.random.Generator
+    best: Array,
+    size: Array,
+    data: Array,
+    samples: list[Array],
+    rounds: Sequence[Sequence[int]] | None,
+    resamples: int,
+    rng: np.random.Generator,
 ) -> Array:
     """ln seconds [resamples, n] as another measurement could have given them."""
     n, free = len(size), max(len(size) - len(best), 1)
     fitted = _log_time(best, size)[0]
     inner = np.zeros((resamples, n))
+    drawn_rounds = _drawn_rounds(rounds, resamples, rng) if rounds is not None else None
     for j, sample in enumerate(samples):
-        if len(sample) > 1:
+        if len(sample) > 1 and rounds is not None and drawn_rounds is not None:
+            weights = np.stack([drawn_rounds[r] for r in rounds[j]], axis=-1)
+            inner[:, j] = np.log(_weighted_medians(sample, weights, rng)) - data[j]
+        elif len(sample) > 1:
             again = rng.integers(0, len(sample), (resamples, len(sample)))
             inner[:, j] = np.log(np.median(sample[again], axis=1)) - data[j]
-    # Misfit: what the residuals hold beyond the spread of the medians (method of moments).
-    misfit = max(float(np.sum((data - fitted) ** 2)) / free - float(np.mean(inner.var(axis=0))), 0.0)
+    # Misfit: what the residuals hold beyond the spread of the medians (method of moments). What moves all batch sizes
+    # alike leaves no residual.
+    own = inner if rounds is None else inner - inner.mean(axis=1, keepdims=True)
+    misfit = max(float(np.sum((data - fitted) ** 2)) / free - float(np.mean(own.var(axis=0))), 0.0)
     student = rng.standard_normal((resamples, n)) * np.sqrt(free / rng.chisquare(free, (resamples, 1)))
     drawn: Array = fitted + inner + np.sqrt(misfit) * np.clip(student, -1e3, 1e3)
     return drawn
+
+
+def _drawn_rounds(
+    rounds: Sequence[Sequence[int]], resamples: int, rng: np.random.Generator
+) -> dict[int, NDArray[np.int64]]:
+    """How often each round is drawn in each resample, [resamples] by round."""
+    every = sorted({r for entry in rounds for r in entry})
+    counts = rng.multinomial(len(every), np.full(len(every), 1 / len(every)), size=resamples)
+    return {r: counts[:, i] for i, r in enumerate(every)}
+
+
+def _weighted_medians(sample: Array, weights: NDArray[np.int64], rng: np.random.Generator) -> Array:
+    """Medians [resamples] of samples [m] drawn anew within rounds of these weights [resamples, m]."""
+    order = np.argsort(sample)
+    again = rng.multinomial(len(sample), np.full(len(sample), 1 / len(sample)), size=len(weights))
+    both = (again * weights)[:, order]
+    both = np.where(both.any(axis=1, keepdims=True), both, again[:, order])  # none of its rounds was drawn
+    heap = np.cumsum(both, axis=1)
+    half = heap[:, -1:] / 2
+    low, high = np.argmax(heap >= half, axis=1), np.argmax(heap > half, axis=1)
+    medians: Array = (sample[order][low] + sample[order][high]) / 2
+    return medians
 
 
 def _checked(batches: Any, seconds: Any, gain: float, resamples: int) -> tuple[Array, list[Array]]:

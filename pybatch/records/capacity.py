@@ -40,6 +40,7 @@ class BatchPoint:
     throttled: bool | None = None
     samples: int = 0  # steps timed
     blocks_ms: tuple[float, ...] = ()  # medians of up to 20 runs of successive steps, which the fit resamples
+    block_rounds: tuple[int, ...] = ()  # the round over all batch sizes that each block was timed in
     steady: bool | None = None  # False: the time ended before the stopping rule was met
     reason: str | None = None  # why status is not ok
     burst_step_ms: float | None = None  # median of the first 100 steps after a rest; step_ms is the sustained one
