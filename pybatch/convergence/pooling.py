@@ -46,7 +46,7 @@ def _largest(parts: list[Tensor]) -> Tensor:
 
 
 def _window(
-    input: Tensor,  # noqa: A002 - torch's name
+    input: Tensor,
     kernel_size: Any,
     stride: Any = None,
     padding: Any = 0,
