@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pybatch.convergence import replicas as module
+from pybatch.convergence.pooling import Pooling
 from pybatch.convergence.replicas import Loop, Stack, choose, chunks
 from pybatch.convergence.training import run_unit
 from pybatch.convergence.trial import Trial, Unit
@@ -283,3 +284,30 @@ def test_groups_change_no_result(monkeypatch):
         steps.append([c.steps if c else None for c in crossings])
     assert steps[0] == steps[1]
     assert any(steps[0])
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        torch.nn.MaxPool2d(2),
+        torch.nn.MaxPool2d((4, 2)),
+        torch.nn.MaxPool2d(3, stride=2, padding=1),
+        torch.nn.MaxPool2d(2, stride=1),
+        torch.nn.MaxPool2d(2, dilation=2),
+        torch.nn.MaxPool2d(3, ceil_mode=True),
+        lambda x: torch.max_pool2d(x, [2, 2]),
+    ],
+)
+def test_pooling_without_a_gradient_gives_the_same_maxima(pool, monkeypatch):
+    images = torch.randn(3, 2, 8, 12, generator=torch.Generator().manual_seed(0))
+    images[0, 0, 0, 0] = torch.nan
+    with torch.no_grad():
+        expected = pool(images)
+        with Pooling():
+            alone = pool(images)
+            stacked = torch.vmap(pool)(images[:, None])[:, 0]
+    for found in (alone, stacked):
+        assert torch.equal(torch.nan_to_num(found, 9.0), torch.nan_to_num(expected, 9.0))
+    images.requires_grad_()
+    with Pooling():
+        assert "MaxPool2D" in type(pool(images).grad_fn).__name__  # with one it is torch's

@@ -497,6 +497,7 @@ def test_an_unreachable_target_is_tried_at_both_ends_only_and_its_distance_is_sa
     near = [note.text for note in curve.notes if "the lowest train loss was" in note.text]
     assert len(near) == 1
     assert any("the lowest train loss was" in line for line in said)
+    assert not any("diverged" in note.text for note in curve.notes)  # a seed that was not run is no failure
     assert all(p.runs == 5 for p in curve.points)  # the first seed at three rates, the others at the nearest
 
 
@@ -505,3 +506,11 @@ def test_a_target_that_only_large_batches_reach_is_sought_at_all():
     found = measure(batches=[1, 8, 32], target={"train": 0.03}, rates=[0.02, 0.04, 0.08, 0.4, 0.8], max_steps=40)
     [curve] = found.curves
     assert [p.status for p in curve.points] == ["not_reached", "reached", "reached"]
+
+
+def test_a_race_gives_the_rates_of_the_grid_for_fewer_trials():
+    rates = [0.0125 * 2**k for k in range(8)]
+    grid, race = (measure(batches=[4, 32], rates=rates, search=search) for search in ("grid", "race"))
+    for a, b in zip(grid.curves[0].points, race.curves[0].points, strict=True):
+        assert (a.learning_rate, a.steps, a.reached) == (b.learning_rate, b.steps, b.reached)
+    assert race.trials < 0.75 * grid.trials

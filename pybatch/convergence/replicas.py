@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from pybatch.convergence.pooling import Pooling
 from pybatch.convergence.trial import Trial
 from pybatch.convergence.updates import Update, optimizer_class, update_for
 from pybatch.device.identity import DTYPES
@@ -102,7 +103,8 @@ class Loop(Replicas):
 
     def evaluate(self) -> Losses:
         """As `Replicas.evaluate`."""
-        train, test = ([float(s.evaluate(batch)) for s in self.sessions] for batch in self.held_out)
+        with Pooling():
+            train, test = ([float(s.evaluate(batch)) for s in self.sessions] for batch in self.held_out)
         return train, test
 
     def keep(self, index: Sequence[int]) -> None:
@@ -220,12 +222,13 @@ class Stack(Replicas):
     def _evaluate(self, together: bool) -> Losses:
         """Losses of all replicas at once, or one by one: stacked convolutions are slow on large batches."""
         if together:
-            train, test = (self._losses(batch, None).tolist() for batch in self.held_out)
+            with Pooling():
+                train, test = (self._losses(batch, None).tolist() for batch in self.held_out)
             return train, test
         train, test = [], []
         for r in range(len(self.trials)):
             one = {key: value[r] for key, value in {**self.params, **self.buffers}.items()}
-            with self._autocast():
+            with self._autocast(), Pooling():
                 losses = [functional_call(self.template, one, (batch,)) for batch in self.held_out]
             train.append(float(losses[0]))
             test.append(float(losses[1]))

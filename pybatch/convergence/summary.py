@@ -124,7 +124,8 @@ def _table(points: Sequence[ConvergencePoint]) -> tuple[np.ndarray, np.ndarray]:
     most, seeds = max(len(p.rates) for p in points), points[0].seeds
     steps, rates = np.full((most, len(points), seeds), np.nan), np.full((most, len(points)), np.nan)
     for j, p in enumerate(points):
-        for i, rate in enumerate(p.rates):
+        # Whole rates first: where none reaches, the fit takes the first one, and must find all seeds in it.
+        for i, rate in enumerate(sorted(p.rates, key=lambda rate: rate.statuses.count("not_run"))):
             rates[i, j] = rate.learning_rate
             for k, (value, status) in enumerate(zip(rate.steps, rate.statuses, strict=True)):
                 steps[i, j, k] = value if value is not None else math.inf if status == "not_reached" else math.nan

@@ -65,7 +65,8 @@ def measure_convergence(
             "cmaes") between the ends of `rates`.
         base_batch: where the rules start; None: the smallest of `batches`.
         max_steps: a trial is given up then; earlier after 4 times the steps the base batch took (times B_0 / B below
-            it), and in a search after 1.5 times the median steps of the best rate.
+            it), and in a search after 1.5 times the median steps of the best rate. Where neither the base batch nor
+            the largest one reaches a target, the others are not tried.
         device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
         dtype: "fp32" or "bf16" (autocast over fp32 parameters).
         store: SQLite file that keeps every trial; None: nothing is kept.
