@@ -31,7 +31,7 @@ LEAST = 3  # batch sizes that must reach the target for a fit
 LEAST_FREE = 2  # degrees of freedom of a single seed's batch sizes: one alone can be met by chance, however few steps
 LEAST_THREE = 5  # batch sizes for a model of three unknowns
 FEW = 4  # runs up to which AICc has no correction for the hyperbola: models are then compared without it
-SUPPORT = 2.0  # of AICc: within it models are about as good (Burnham and Anderson 2002, 2.6), and the hyperbola stands
+SUPPORT = 4.0  # of AICc: within it the hyperbola has support and stands (Burnham and Anderson 2002, section 2.6)
 
 
 def fit_steps(
