@@ -117,6 +117,16 @@ def test_what_is_missing_is_said(copy):
     assert any(f"trials are missing of batch {batch} tuned" in note.text for note in run.convergence.notes)
 
 
+def test_a_seed_that_has_not_run_is_missing(copy):
+    for key, spec in sqlite3.connect(copy).execute("SELECT key, spec FROM trial").fetchall():
+        if json.loads(spec)["seed"] == 2:
+            change(copy, "DELETE FROM trial WHERE key = ?", key)
+    [run] = read_store(copy)
+    assert not run.complete
+    assert run.convergence.seeds == 3
+    assert {p.reached for p in run.convergence.curves[0].points} == {2}
+
+
 def test_a_store_that_does_not_name_its_targets_needs_them(tmp_path):
     path = tmp_path / "old.db"
     planted.plant(path, BATCHES, named=False)

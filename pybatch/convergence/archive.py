@@ -217,7 +217,8 @@ def _run(sweep: _Sweep, rows: Mapping[str, _Row], environments: Mapping[int, Env
         if (t := row.outcome.trial).workload == sweep.workload
         and (t.optimizer, t.dtype, t.device) == (sweep.optimizer, sweep.dtype, sweep.device)
     ]
-    seeds = tuple(sorted({row.outcome.trial.seed for row in own}))
+    asked = set(range(sweep.head.seeds or 0))  # of which some may not have run yet
+    seeds = tuple(sorted(asked | {row.outcome.trial.seed for row in own}))
     by_key = {row.outcome.trial.key: row.outcome for row in own}
     searched: dict[int, list[Outcome]] = {}
     for row in own:
