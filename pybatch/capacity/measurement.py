@@ -145,6 +145,7 @@ class _Measurement:
         self.first_round = 0
         self.settled = False  # an earlier run found the range of batch sizes
         self.rounds: Rounds | None = None
+        self.runs = 1  # a batch size that does
         self.limit = largest.memory_limit(device)
         self.region = Region(device)
         memory = PeakMemory(device)
@@ -158,9 +159,10 @@ class _Measurement:
         """Let what stands of an earlier run count as measured."""
         self.kept = {p.batch: p for p in earlier.standing}
         self.first_round = 1 + max((r for p in earlier.standing for r in p.block_rounds), default=-1)
-        self.settled = earlier.complete
+        found = [note for note in earlier.notes if note.figure == "batches"]  # how the range was found
+        self.settled = earlier.complete and bool(found)
         if self.settled:
-            self.notes += [note for note in earlier.notes if note.figure == "batches"]
+            self.notes += found
         self.ceilings = earlier.ceilings
         for n, p in self.kept.items():
             step_s = p.step_ms / 1e3 if p.step_ms is not None else None
@@ -173,9 +175,9 @@ class _Measurement:
     def measure(self, find_max_batch: bool) -> None:
         """All stages, in order."""
         self._tell("first step")
-        runs = self.explorer.sanity(self.session.workload.reference_batch)
+        self.runs = self.explorer.sanity(self.session.workload.reference_batch)
         if self.graphed is not None:  # what cannot be captured is said before time is spent
-            self.graphed.load(runs)
+            self.graphed.load(self.runs)
             self.graphed()
             self.graphed.check()
             self.graphed.clear()
@@ -270,7 +272,8 @@ class _Measurement:
             return
         if self.batches is None:
             share, at_a_go = (_EXPLORE_GIVEN, 2) if self.mode.compile else (_EXPLORE, 1)  # compiling takes its time
-            ended = explore_doubling(self.explorer, self._until(share), limit, self._until(_EXPLORE_GIVEN), at_a_go)
+            last = self._until(_EXPLORE_GIVEN)
+            ended = explore_doubling(self.explorer, self._until(share), limit, last, at_a_go, self.runs)
             self.notes.append(Note("batches", f"{'quadrupled' if at_a_go > 1 else 'doubled'} from 1 on; {ended}"))
         else:
             explore_given(self.explorer, self.batches, self._until(_EXPLORE_GIVEN), limit)
