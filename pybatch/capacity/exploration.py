@@ -248,7 +248,7 @@ def explore_doubling(
     """Double the batch from 1 on, so many times at a go; returns why it ended.
 
     It ends when two doublings in a row gain less than 2 % throughput, when steps get too long for the budget, or when
-    memory ends. A batch size that the workload refuses is passed over; where all below `runs`, which is known to run, are
+    memory ends. A batch size that the workload refuses is passed over; where all below `runs` (which runs) are
     refused, doubling goes on from there: until some batch has run, nothing bounds the memory of the next. Until enough
     batch sizes for a fit have run, longer steps are allowed, and `last_deadline` counts.
     """
