@@ -319,6 +319,9 @@ def test_what_a_crash_left_comes_before_the_output(
     assert record.earlier() == whole[0]
     record.write(whole[1][2])
     assert record.earlier() == whole[1][2]
+    later = record.path.stat().st_mtime_ns + 1_000_000_000
+    os.utime(record.output, ns=(later, later))  # written whole, and the process ended before it tidied up
+    assert record.earlier() == whole[0]
     record.discard()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 

@@ -339,6 +339,17 @@ def test_a_model_that_never_fits_is_said_in_words() -> None:
         measure(refuse, [8])
 
 
+def test_a_largest_batch_that_was_asked_for_is_not_said_to_be_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement._Measurement, "_explore", lambda self: None)  # no time for any
+    texts = {
+        asked: notes(
+            measure_capacity(Linear(), device="cpu", time_budget=1.0, find_max_batch=asked), "capacity.max_batch"
+        )
+        for asked in (True, False)
+    }
+    assert texts == {True: "no batch size ran, so that nothing is known of memory", False: "not asked for"}
+
+
 def test_a_figure_without_flops_is_not_put_down_to_the_datasheet() -> None:
     region: Any = SimpleNamespace(device=torch.device("cuda", 0), reasons={}, origins={})
     explorer: Any = SimpleNamespace(

@@ -36,6 +36,7 @@ _BURSTS = _WARM_UP = 0.08  # each, of the time for timing
 _STEP = 1 / 60  # of the time budget; a step that takes more of it leaves no room for ten at every batch size
 _DISTURBED = 0.1  # of the usable cores, kept busy by others, that a reader should hear of
 _NOT_ASKED = Note("capacity.max_batch", "not asked for")
+_NONE_RAN = Note("capacity.max_batch", "no batch size ran, so that nothing is known of memory")
 
 
 def measure_capacity(
@@ -188,7 +189,9 @@ class _Measurement:
         self._explore()
         self._save()
         end, reserve = self.started + self.budget, 0.0
-        plan: largest.Plan | largest.Largest = largest.Largest(None, None, (_NOT_ASKED,))
+        plan: largest.Plan | largest.Largest = largest.Largest(
+            None, None, (_NONE_RAN if find_max_batch else _NOT_ASKED,)
+        )
         if self.largest.verified:
             plan = self.largest
         elif find_max_batch and self.explorer.working:

@@ -36,14 +36,14 @@ class PartialRecord:
                 file.discard()
 
     def earlier(self) -> Run | None:
-        """The run to go on with: what a crash left, else the output itself; None where there is neither.
+        """The run to go on with: what a crash left or the output, whichever is newer; None where there is neither.
 
         Raises:
             UsageError: the file is no record.
         """
-        for path in (self.path, self.output):
-            if path.exists():
-                return read_run(path)
+        there = [path for path in (self.path, self.output) if path.exists()]
+        if there:
+            return read_run(max(there, key=lambda path: path.stat().st_mtime_ns))  # the first of equals
         print(f"pybatch: there is no {self.output} to go on with; the run starts anew", file=sys.stderr)
         return None
 
