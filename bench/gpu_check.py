@@ -51,7 +51,7 @@ ORDER = (
 
 @dataclass
 class Outcome:
-    """One stage: `status` is ok, failed, timeout or skipped, the last with the reason in `detail`."""
+    """One stage: `status` is ok, incomplete, failed, timeout or skipped, the last with the reason in `detail`."""
 
     stage: str
     status: str
@@ -86,8 +86,13 @@ class Check:
         """Seconds."""
         return self.end - time.monotonic()
 
-    def run(self, stage: str, command: Sequence[str], limit: float, **environment: str) -> tuple[str, str, float]:
-        """(status, log, seconds); the log is also written to the output folder."""
+    def run(
+        self, stage: str, command: Sequence[str], limit: float, incomplete: int | None = None, **environment: str
+    ) -> tuple[str, str, float]:
+        """(status, log, seconds); the log is also written to the output folder.
+
+        `incomplete` is the exit status of a command that gave its figures but for some.
+        """
         start, limit = time.monotonic(), max(1.0, min(limit, self.left))
         with (self.output / f"{stage}.log").open("w+", encoding="utf-8", errors="replace") as log:
             process = subprocess.Popen(
@@ -99,7 +104,8 @@ class Check:
                 start_new_session=True,
             )
             try:
-                status = "ok" if process.wait(limit) == 0 else "failed"
+                code = process.wait(limit)
+                status = "ok" if code == 0 else "incomplete" if code == incomplete else "failed"
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)  # with its children, which may hold the device
                 process.wait()
@@ -180,7 +186,7 @@ class Check:
         ]
         if self.device is None:
             command = [part for part in command if part not in ("--gpu", "0")] + ["--cpu", "--batch", "1,2,4"]
-        status, log, seconds = self.run(stage, [*command, "--time-budget", "40", "-o", str(figures)], 90)
+        status, log, seconds = self.run(stage, [*command, "--time-budget", "40", "-o", str(figures)], 90, incomplete=3)
         return Outcome(stage, status, seconds, log[-TAIL:], _loaded(figures))
 
     def stages(self) -> dict[str, Callable[[], Outcome]]:
@@ -194,7 +200,7 @@ class Check:
             "bench_scenes": lambda: self.bench("scenes", "bf16"),
             "bench_digits_cuda-graph": lambda: self.bench("digits", "fp32", "--cuda-graph"),
             "bench_text_compile": lambda: self.bench("text", "bf16", "--compile"),
-            "roofs": lambda: self.script("roofs", 60, "--dtype", "bf16", "--rounds", "4", "--seconds", "1"),
+            "roofs": lambda: self.script("roofs", 90, "--dtype", "bf16", "--rounds", "4", "--seconds", "1"),
             "sanitizer_memcheck": lambda: self.sanitizer("memcheck"),
             "sanitizer_racecheck": lambda: self.sanitizer("racecheck"),
             "per_example": lambda: self.script("per_example", 60),
@@ -298,7 +304,7 @@ def main() -> int:
             needed.mkdir(parents=True, exist_ok=True)
         outcomes = check(stages, checks, _environment(device), output)
     for outcome in outcomes:
-        if outcome.status in ("failed", "timeout"):
+        if outcome.status in ("incomplete", "failed", "timeout"):
             print(f"\n--- {outcome.stage} ({outcome.status}), end of its log ---\n{outcome.detail}")
     return int(any(outcome.status in ("failed", "timeout") for outcome in outcomes))
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import torch
 
 from pybatch import continuation
+from pybatch.capacity.exploration import first_line
 from pybatch.capacity.measurement import measure_capacity
 from pybatch.capacity.modes import Mode
 from pybatch.convergence.branch import measure_branches
@@ -20,10 +21,11 @@ from pybatch.noise.micro_batch import measure_noise
 from pybatch.records import Capacity, Convergence, NoiseScale, Note, Run
 from pybatch.verdict import compare
 from pybatch.workloads.base import Progress, Workload
-from pybatch.workloads.session import Session
+from pybatch.workloads.session import Session, is_out_of_memory
 
 _SHARES = (0.75, 0.25)  # of the time budget: capacity, noise
 _THOROUGH_SHARES = (0.4, 0.15)  # the branches get what is left
+_STEPS = 2  # of the noise scale, at least: a step of its training before, and a micro-batch
 _INTERRUPTED = "interrupted by Ctrl-C: what was measured until then is kept"
 
 
@@ -64,7 +66,7 @@ def run_bench(
 
     Raises:
         UsageError: `earlier` is of another workload, device, dtype, seed or version.
-        Interrupted: on Ctrl-C, with the run so far in `.partial`.
+        Interrupted: on Ctrl-C, with the run so far in `.partial`; KeyboardInterrupt where nothing is measured yet.
         WorkloadError: where the workload fails before anything was measured.
     """
     start = time.monotonic()
@@ -115,6 +117,8 @@ def run_bench(
         if left <= 0:
             return finish(capacity, noise, steps)
         if noise is None:
+            if (why := _beyond(capacity, workload.reference_batch, left)) is not None:
+                return finish(capacity, noise, steps, (Note("noise", why),))
             noise = measure_noise(
                 workload,
                 device=place,
@@ -139,18 +143,43 @@ def run_bench(
     except Interrupted as stop:
         if isinstance(stop.partial, Capacity):
             capacity = stop.partial
+            if capacity.ceilings is None:  # the first figures: a record without any must not replace an earlier one
+                raise KeyboardInterrupt from None
         elif isinstance(stop.partial, Convergence):
             steps = stop.partial
         else:
             noise = stop.partial
         raise Interrupted(finish(capacity, noise, steps, interrupted)) from None
     except KeyboardInterrupt:
+        if capacity is None:
+            raise
         raise Interrupted(finish(capacity, noise, steps, interrupted)) from None
     except PybatchError as error:
         if capacity is None:
             raise
         return finish(capacity, noise, steps, (Note("noise" if noise is None else "branches", str(error)),))
+    except (RuntimeError, MemoryError) as error:
+        if capacity is None or not is_out_of_memory(error):
+            raise
+        if noise is not None:
+            return finish(capacity, noise, steps, (Note("branches", f"memory ran out: {first_line(error)}"),))
+        text = (
+            f"memory ran out in steps of batch {workload.reference_batch}, the workload's reference_batch: make that "
+        )
+        return finish(capacity, noise, steps, (Note("noise", f"{text}or the model smaller"),))
     return finish(capacity, noise, steps)
+
+
+def _beyond(capacity: Capacity, n: int, left: float) -> str | None:
+    """Why steps of n examples, of which the noise scale takes many, cannot be run in so many seconds; else None."""
+    steps = f"not measured: it takes steps of batch {n}, the workload's reference_batch, and"
+    if capacity.max_batch is not None and n > capacity.max_batch:
+        return f"{steps} the largest that fits is {capacity.max_batch}. Make reference_batch or the model smaller"
+    seconds = [n / p.batch * p.step_ms / 1e3 for p in capacity.batches if p.step_ms is not None and p.batch <= n]
+    step_s = capacity.model.step_s(n) if capacity.model is not None else min(seconds, default=0.0)
+    if _STEPS * step_s > left:
+        return f"{steps} one takes about {step_s:.2g} s, of {left:.2g} s that are left; raise --time-budget"
+    return None
 
 
 def record_convergence(measure: Callable[[], Convergence], *, seed: int, command: str) -> Run:

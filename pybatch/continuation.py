@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pybatch.errors import UsageError
-from pybatch.noise.estimator import MIN_BLOCKS
+from pybatch.noise.estimator import INTERRUPTED, MIN_BLOCKS
 from pybatch.records import Convergence, Device, Environment, NoiseScale, Note, Run, StepMode, WorkloadInfo
 
 _CONTINUED = "continued on "
@@ -58,13 +58,15 @@ def _of_environment(environment: Environment | None) -> dict[str, Any]:
 
 
 def enough(noise: NoiseScale | None) -> bool:
-    """Whether a noise scale was measured to its end."""
+    """Whether a noise scale rests on enough pairs of norms for an interval."""
     return noise is not None and noise.steps >= MIN_BLOCKS
 
 
 def standing_noise(earlier: Run | None) -> NoiseScale | None:
     """The noise scale that need not be measured again."""
-    return earlier.noise if earlier is not None and enough(earlier.noise) else None
+    noise = earlier.noise if earlier is not None and enough(earlier.noise) else None
+    cut = noise is not None and any(note.text.startswith(INTERRUPTED) for note in noise.notes)
+    return None if cut else noise
 
 
 def standing_branches(earlier: Run | None) -> Convergence | None:

@@ -59,6 +59,12 @@ def test_every_stage_runs_whatever_the_others_do(checks, tmp_path, capsys):
         assert "gpu_check/last.log" in archive.getnames()
 
 
+def test_figures_with_gaps_are_told_from_a_failure(checks):
+    command = [sys.executable, "-c", "raise SystemExit(3)"]
+    assert checks.run("gaps", command, 20, incomplete=3)[0] == "incomplete"
+    assert checks.run("gaps", command, 20)[0] == "failed"
+
+
 def test_nothing_runs_after_a_failed_build(checks, tmp_path, monkeypatch):
     stages = {"build": lambda: Outcome("build", "failed", 1.0), "tests": lambda: pytest.fail("ran")}
     monkeypatch.setattr(checks, "stages", lambda: stages)

@@ -21,11 +21,14 @@ from torch import nn
 from pybatch import bench, cli, continuation
 from pybatch.capacity import measurement
 from pybatch.capacity.largest import Largest
+from pybatch.commands import measuring
 from pybatch.commands.partial import PartialRecord
 from pybatch.device.clock import Clock
 from pybatch.device.identity import describe
 from pybatch.errors import Interrupted, UsageError
-from pybatch.records import BatchPoint, Capacity, Ceilings, NoiseScale, Run
+from pybatch.noise.estimator import INTERRUPTED
+from pybatch.records import BatchPoint, Capacity, Ceilings, NoiseScale, Note, Run
+from pybatch.report.output import Output
 from pybatch.workloads.base import Split, Workload
 from pybatch.workloads.session import Session
 
@@ -316,6 +319,9 @@ def test_what_a_crash_left_comes_before_the_output(
     assert record.earlier() == whole[0]
     record.write(whole[1][2])
     assert record.earlier() == whole[1][2]
+    later = record.path.stat().st_mtime_ns + 1_000_000_000
+    os.utime(record.output, ns=(later, later))  # written whole, and the process ended before it tidied up
+    assert record.earlier() == whole[0]
     record.discard()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
@@ -351,3 +357,113 @@ def test_killed_in_the_middle_and_continued(tmp_path: Path) -> None:
         assert run.complete
         assert all(p.step_ms for p in capacity(run).batches)
     assert not partial.exists()
+
+
+# Nothing that was measured is lost
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, where: object, name: str) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, name, interrupt)
+
+
+@pytest.mark.parametrize("name", ["measure_ceilings", "Session"])
+@pytest.mark.parametrize("flags", ["", "--resume"])
+def test_ctrl_c_before_the_first_figure_leaves_the_earlier_record(
+    whole: tuple[Run, list[Run]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, flags: str
+) -> None:
+    part = next(part for part in whole[1] if len(capacity(part).standing) == 3)
+    earlier = dataclasses.replace(part, capacity=dataclasses.replace(capacity(part), ceilings=None))
+    path, text = tmp_path / "run.json", earlier.to_json()
+    path.write_text(text)
+    monkeypatch.setattr(bench.continuation, "check_same", lambda *a: None)
+    stop_at(monkeypatch, measurement, name)
+    (tmp_path / "own.py").write_text(OWN)
+    command = f"pybatch bench --cpu --workload {tmp_path}/own.py:Own --batch 8,16 -q -o {path} {flags}"
+    assert typed(monkeypatch, command) == 130
+    assert path.read_text() == text
+
+
+def test_what_ran_out_of_memory_in_the_noise_keeps_the_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.14 GiB")
+
+    monkeypatch.setattr(bench, "measure_noise", fail)
+    run = bench.run_bench(Points(), device="cpu", batches=BATCHES, time_budget=60.0)
+    assert [p.status for p in capacity(run).batches] == ["ok"] * 5
+    assert not run.complete
+    assert run.notes[0].figure == "noise"
+    assert "memory ran out in steps of batch 8" in run.notes[0].text
+
+
+def test_an_interrupted_noise_scale_is_measured_to_its_end(whole: tuple[Run, list[Run]]) -> None:
+    noise = planted_noise()
+    assert continuation.standing_noise(dataclasses.replace(whole[0], noise=noise)) == noise
+    cut = dataclasses.replace(noise, notes=(Note("noise.low", f"{INTERRUPTED}; a longer one narrows it"),))
+    assert continuation.standing_noise(dataclasses.replace(whole[0], noise=cut)) is None
+
+
+def test_a_run_over_given_sizes_is_no_search_for_the_range(whole: tuple[Run, list[Run]]) -> None:
+    run = bench.run_bench(Points(), device="cpu", time_budget=60.0, earlier=whole[0])
+    sizes = {p.batch for p in capacity(run).batches}
+    assert {1, 2, 4, 256, 1024} <= sizes
+    assert [measured(point(run, n)) for n in BATCHES] == [measured(p) for p in capacity(whole[0]).batches]
+
+
+def test_a_result_that_cannot_be_written_leaves_the_partial_record(
+    whole: tuple[Run, list[Run]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, write = tmp_path / "run.json", Output.write
+
+    def full(self: Output, text: str) -> None:
+        if self.path == path:
+            raise OSError(28, "No space left on device")
+        write(self, text)
+
+    def job(workload: Workload, *, on_partial: Callable[[Run], None], **options: object) -> Run:
+        on_partial(whole[1][-1])
+        return whole[0]
+
+    monkeypatch.setattr(Output, "write", full)
+    monkeypatch.setattr(bench, "run_bench", job)
+    assert typed(monkeypatch, f"pybatch bench --cpu -q -o {path}") == 3
+    assert "The result follows on stdout" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json.partial"]
+    assert PartialRecord(path).earlier() == whole[1][-1]
+
+
+def test_a_partial_record_that_fails_leaves_no_other_file(
+    whole: tuple[Run, list[Run]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pybatch.report.output.os.replace", full)
+    PartialRecord(tmp_path / "run.json").write(whole[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_writing_does_not_say_that_nothing_was_measured(
+    whole: tuple[Run, list[Run]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "run_bench", lambda *arguments, **options: whole[0])
+    stop_at(monkeypatch, measuring, "deliver")
+    assert typed(monkeypatch, f"pybatch bench --cpu -q -o {tmp_path}/run.json") == 130
+    assert "interrupted while the result was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("batch", "most", "budget", "says"),
+    [(4096, 5000, 60.0, None), (8192, 5000, 60.0, "largest that fits is 5000"), (4096, 5000, 0.05, "takes about 0.04")],
+)
+def test_noise_that_the_device_cannot_run_is_not_begun(
+    whole: tuple[Run, list[Run]], batch: int, most: int, budget: float, says: str | None
+) -> None:
+    """Steps are of 2 ms and 10 us an example: 43 ms at batch 4096."""
+    known = dataclasses.replace(capacity(whole[0]), max_batch=most)
+    found = bench._beyond(known, batch, budget)
+    assert (found is None) if says is None else (found is not None and says in found)
+    unfitted = dataclasses.replace(known, model=None)
+    assert (bench._beyond(unfitted, batch, budget) is None) == (says is None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 from pybatch.capacity import measurement
 from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, ladder
 from pybatch.capacity.measurement import measure_capacity
+from pybatch.capacity.summary import counter_notes
 from pybatch.device.clock import Clock
 from pybatch.errors import Interrupted, UsageError, WorkloadError
 from pybatch.records import BatchPoint, Capacity, Ceilings, Run, to_dict
@@ -313,6 +315,52 @@ def test_what_the_budget_left_untimed_is_said() -> None:
     untimed = [p for p in found.batches if p.reason == OUT_OF_TIME]
     assert untimed or "the time budget ended before these were steady" in notes(found, "batches.step_ms")
     assert found.complete == (not untimed)
+
+
+def test_sizes_that_all_refuse_lead_to_one_that_runs() -> None:
+    """Doubling from 1 never meets a multiple of 3; without a size that runs nothing bounds the memory of the next."""
+
+    class Threes(Linear):
+        reference_batch = 3
+
+    found = measure(Threes(lambda n: ValueError("groups of three") if n % 3 else None), budget=20.0)
+    ran = [p.batch for p in found.batches if p.status == "ok"]
+    assert ran[:4] == [3, 6, 12, 24]
+    assert {p.batch for p in found.batches if p.status == "skipped"} == {1, 2}
+    assert found.complete
+    assert found.model is not None
+
+
+def test_a_model_that_never_fits_is_said_in_words() -> None:
+    refuse = Linear(lambda n: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.14 GiB"))
+    with pytest.raises(
+        WorkloadError, match=r"'linear' at batch 1 does not fit in memory \(OutOfMemoryError.*smaller model"
+    ):
+        measure(refuse, [8])
+
+
+def test_a_largest_batch_that_was_asked_for_is_not_said_to_be_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement._Measurement, "_explore", lambda self: None)  # no time for any
+    texts = {
+        asked: notes(
+            measure_capacity(Linear(), device="cpu", time_budget=1.0, find_max_batch=asked), "capacity.max_batch"
+        )
+        for asked in (True, False)
+    }
+    assert texts == {True: "no batch size ran, so that nothing is known of memory", False: "not asked for"}
+
+
+def test_a_figure_without_flops_is_not_put_down_to_the_datasheet() -> None:
+    region: Any = SimpleNamespace(device=torch.device("cuda", 0), reasons={}, origins={})
+    explorer: Any = SimpleNamespace(
+        step=SimpleNamespace(compiled=False),
+        memory=SimpleNamespace(reason=None),
+        flops_reason="no FLOP formula for aten._cudnn_rnn",
+    )
+    point = BatchPoint(8, "ok", step_ms=1.0)
+    for peak, says in ((989e12, "no FLOP formula"), (None, "not in the table")):
+        found = counter_notes(region, [point], Ceilings(7e14, 4e12, peak), explorer)
+        assert says in next(note.text for note in found if note.figure == "batches.mfu_datasheet")
 
 
 def test_ctrl_c_carries_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from pybatch.errors import Interrupted, UsageError, WorkloadError
 from pybatch.noise import micro_batch
 from pybatch.noise.confounds import confounds
+from pybatch.noise.estimator import INTERRUPTED
 from pybatch.noise.micro_batch import measure_noise
 from pybatch.workloads.base import Workload
 from pybatch.workloads.finding import find
@@ -208,7 +209,11 @@ def test_ctrl_c_keeps_what_was_measured():
         measure_noise(Stops(20 + 4 * 20 + 2), device="cpu", warmup_steps=20, micro_batch=32)
     partial = late.value.partial
     assert (partial.steps, partial.warmup_steps, partial.large_batch) == (20, 20, 128)
+    assert not any(note.text.startswith(INTERRUPTED) for note in partial.notes)  # it was narrow by then
     assert partial.status == "resolved"
+    with pytest.raises(Interrupted) as wide:
+        measure_noise(Stops(20 + 4 * 5 + 2), device="cpu", warmup_steps=20, micro_batch=32)
+    assert any(note.text.startswith(INTERRUPTED) for note in wide.value.partial.notes)
 
 
 class Explodes(Regression):

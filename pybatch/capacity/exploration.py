@@ -77,6 +77,13 @@ class Explorer:
             except WorkloadError as error:
                 first = first or error
                 continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                name = self.step.session.workload.name
+                text = f"a step of workload {name!r} at batch {n} does not fit in memory ({first_line(error)})"
+                first = first or WorkloadError(f"{text}. Take a smaller model, or a device with more.")
+                continue
             finally:
                 self.step.clear()
             self.memory.rebase(self.step.held_bytes)
@@ -231,13 +238,19 @@ def explore_given(explorer: Explorer, batches: Sequence[int], deadline: float, s
 
 
 def explore_doubling(
-    explorer: Explorer, deadline: float, step_limit: float, last_deadline: float | None = None, doublings: int = 1
+    explorer: Explorer,
+    deadline: float,
+    step_limit: float,
+    last_deadline: float | None = None,
+    doublings: int = 1,
+    runs: int = 1,
 ) -> str:
     """Double the batch from 1 on, so many times at a go; returns why it ended.
 
     It ends when two doublings in a row gain less than 2 % throughput, when steps get too long for the budget, or when
-    memory ends. A batch size that the workload refuses is passed over. Until enough batch sizes for a fit have run,
-    longer steps are allowed, and `last_deadline` counts.
+    memory ends. A batch size that the workload refuses is passed over; where all below `runs` (which runs) are
+    refused, doubling goes on from there: until some batch has run, nothing bounds the memory of the next. Until enough
+    batch sizes for a fit have run, longer steps are allowed, and `last_deadline` counts.
     """
     n, best, flat, gain = 1, 0.0, 0, (1 + _GAIN) ** doublings
     while True:
@@ -258,7 +271,9 @@ def explore_doubling(
             best = max(best, throughput)
         if flat >= _PATIENCE and len(explorer.working) >= max(_LEAST // doublings, _FITTABLE + 1):
             return f"throughput gained less than {_GAIN:.0%} over two doublings up to batch {n}"
-        n *= 2**doublings
+        before, n = n, n * 2**doublings
+        if not explorer.working and before < runs < n:
+            n = runs
 
 
 def failed(error: Exception) -> tuple[BatchStatus, str]:

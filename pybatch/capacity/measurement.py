@@ -36,6 +36,7 @@ _BURSTS = _WARM_UP = 0.08  # each, of the time for timing
 _STEP = 1 / 60  # of the time budget; a step that takes more of it leaves no room for ten at every batch size
 _DISTURBED = 0.1  # of the usable cores, kept busy by others, that a reader should hear of
 _NOT_ASKED = Note("capacity.max_batch", "not asked for")
+_NONE_RAN = Note("capacity.max_batch", "no batch size ran, so that nothing is known of memory")
 
 
 def measure_capacity(
@@ -145,6 +146,7 @@ class _Measurement:
         self.first_round = 0
         self.settled = False  # an earlier run found the range of batch sizes
         self.rounds: Rounds | None = None
+        self.runs = 1  # a batch size that does
         self.limit = largest.memory_limit(device)
         self.region = Region(device)
         memory = PeakMemory(device)
@@ -158,9 +160,10 @@ class _Measurement:
         """Let what stands of an earlier run count as measured."""
         self.kept = {p.batch: p for p in earlier.standing}
         self.first_round = 1 + max((r for p in earlier.standing for r in p.block_rounds), default=-1)
-        self.settled = earlier.complete
+        found = [note for note in earlier.notes if note.figure == "batches"]  # how the range was found
+        self.settled = earlier.complete and bool(found)
         if self.settled:
-            self.notes += [note for note in earlier.notes if note.figure == "batches"]
+            self.notes += found
         self.ceilings = earlier.ceilings
         for n, p in self.kept.items():
             step_s = p.step_ms / 1e3 if p.step_ms is not None else None
@@ -173,9 +176,9 @@ class _Measurement:
     def measure(self, find_max_batch: bool) -> None:
         """All stages, in order."""
         self._tell("first step")
-        runs = self.explorer.sanity(self.session.workload.reference_batch)
+        self.runs = self.explorer.sanity(self.session.workload.reference_batch)
         if self.graphed is not None:  # what cannot be captured is said before time is spent
-            self.graphed.load(runs)
+            self.graphed.load(self.runs)
             self.graphed()
             self.graphed.check()
             self.graphed.clear()
@@ -186,7 +189,9 @@ class _Measurement:
         self._explore()
         self._save()
         end, reserve = self.started + self.budget, 0.0
-        plan: largest.Plan | largest.Largest = largest.Largest(None, None, (_NOT_ASKED,))
+        plan: largest.Plan | largest.Largest = largest.Largest(
+            None, None, (_NONE_RAN if find_max_batch else _NOT_ASKED,)
+        )
         if self.largest.verified:
             plan = self.largest
         elif find_max_batch and self.explorer.working:
@@ -270,7 +275,8 @@ class _Measurement:
             return
         if self.batches is None:
             share, at_a_go = (_EXPLORE_GIVEN, 2) if self.mode.compile else (_EXPLORE, 1)  # compiling takes its time
-            ended = explore_doubling(self.explorer, self._until(share), limit, self._until(_EXPLORE_GIVEN), at_a_go)
+            last = self._until(_EXPLORE_GIVEN)
+            ended = explore_doubling(self.explorer, self._until(share), limit, last, at_a_go, self.runs)
             self.notes.append(Note("batches", f"{'quadrupled' if at_a_go > 1 else 'doubled'} from 1 on; {ended}"))
         else:
             explore_given(self.explorer, self.batches, self._until(_EXPLORE_GIVEN), limit)

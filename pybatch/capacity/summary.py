@@ -205,6 +205,8 @@ def counter_notes(
         reasons["memory_bytes"] = explorer.memory.reason
     if explorer.flops_reason is not None:
         reasons["model_flops"] = reasons["mfu_measured"] = explorer.flops_reason
+        if ceilings is not None and ceilings.datasheet_flops is not None:
+            reasons["mfu_datasheet"] = explorer.flops_reason
     timed = [p for p in points if p.status == "ok"]
     notes = [
         Note(f"batches.{figure}", reason)

@@ -113,8 +113,8 @@ def bench(
             on_partial=partial.write if partial is not None else None,
         )
 
-    def then(run: Run) -> int:
-        if partial is not None:
+    def then(run: Run, delivered: bool) -> int:
+        if partial is not None and delivered:
             partial.discard()
         if html is not None:
             from pybatch.report.page import write_report

@@ -71,11 +71,12 @@ class Shared:
 def measure(
     job: Callable[[Workload, torch.device, ProgressLine], Run | None],
     given: Shared,
-    then: Callable[[Run], int] = lambda run: DONE,
+    then: Callable[[Run, bool], int] = lambda run, delivered: DONE,
 ) -> NoReturn:
     """Check the flags, run the job with progress, deliver its record, and leave with the exit status.
 
-    `then` is called with a record that was delivered; what it returns is the status where nothing else is wrong.
+    `then` is called with the record and whether it was written where it should be; what it returns is the status where
+    nothing else is wrong.
     """
     format_ = checked_format(given.format, given.output)
     if given.gpu is not None and given.cpu:
@@ -83,6 +84,7 @@ def measure(
     if not 0 <= given.seed < 2**63:
         raise UsageError(f"seed {given.seed} is out of range. Give a whole number from 0 to 2**63 - 1.")
     target = Output(given.output) if given.output is not None else None
+    run: Run | None = None
     try:
         # Torch takes seconds to import: what can be refused without it has been by now.
         import torch
@@ -107,9 +109,10 @@ def measure(
         except Interrupted as stop:
             run = stop.partial
         delivered = deliver(run, format_, target)
-        status = then(run)
+        status = then(run, delivered)
     except KeyboardInterrupt:
-        print("pybatch: interrupted before anything was measured; nothing was written", file=sys.stderr)
+        when = "before anything was measured; nothing was written" if run is None else "while the result was written"
+        print(f"pybatch: interrupted {when}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     finally:
         if target is not None:

@@ -24,21 +24,26 @@ class PartialRecord:
         """Save the record so far. Where that fails, the run goes on without, and says so once."""
         if not self._works:
             return
+        file: Output | None = None
         try:
-            Output(self.path).write(run.to_json() + "\n")
+            file = Output(self.path)
+            file.write(run.to_json() + "\n")
         except (OSError, UsageError) as error:
             self._works = False
             print(f"pybatch: the run goes on, but it could not be continued after a crash: {error}", file=sys.stderr)
+        finally:
+            if file is not None:
+                file.discard()
 
     def earlier(self) -> Run | None:
-        """The run to go on with: what a crash left, else the output itself; None where there is neither.
+        """The run to go on with: what a crash left or the output, whichever is newer; None where there is neither.
 
         Raises:
             UsageError: the file is no record.
         """
-        for path in (self.path, self.output):
-            if path.exists():
-                return read_run(path)
+        there = [path for path in (self.path, self.output) if path.exists()]
+        if there:
+            return read_run(max(there, key=lambda path: path.stat().st_mtime_ns))  # the first of equals
         print(f"pybatch: there is no {self.output} to go on with; the run starts anew", file=sys.stderr)
         return None
 

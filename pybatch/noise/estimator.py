@@ -27,6 +27,7 @@ BLOCKS = 32  # blocks an interval is computed from: long enough to absorb autoco
 MIN_BLOCKS = 8  # fewer leave the variance itself too uncertain: the interval would be wide and unstable
 CONFIDENCE = 0.95
 ROUNDING = 1e-5  # of the small batch: norms of bf16 means over equal gradients differ by less
+INTERRUPTED = "interrupted before the interval was narrow"
 MISSING = "no pair of norms: a step needs two or more micro-batches, each followed by accumulate(n)"
 NEGATIVE = (
     "|G|^2 or tr(Sigma) is negative beyond its error: the examples of a step are not independent draws, or the counts "

@@ -18,7 +18,7 @@ import torch
 from pybatch.device.identity import resolve
 from pybatch.errors import Interrupted, UsageError, unknown
 from pybatch.noise.confounds import confounds
-from pybatch.noise.estimator import noiseless
+from pybatch.noise.estimator import INTERRUPTED, noiseless
 from pybatch.noise.feeds import Feed, HookFeed, OptimizerFeed
 from pybatch.noise.hessian import HessianNoise
 from pybatch.noise.rounds import Round
@@ -107,7 +107,7 @@ def measure_noise(
             run.warm_up(warmup_steps)
             run.measure_all(micro_batch or max(1, workload.reference_batch), mode, hessian)
         except KeyboardInterrupt:
-            found = run.result("interrupted before the interval was narrow") if run.measured else None
+            found = run.result(INTERRUPTED) if run.measured else None
             raise Interrupted(found) from None
         return run.result()
 
@@ -271,7 +271,7 @@ class _Measurement:
         """The best-resolved round, with what a reader must know of it."""
         found = self._best()
         notes = list(found.notes) + self.notes
-        if found.status == "resolved" and relative_width(found) > WIDTH:
+        if relative_width(found) > WIDTH and (found.status == "resolved" or why == INTERRUPTED):
             notes.append(Note("noise.low", f"{why}; a longer one narrows it"))
         if found.skipped:
             text = f"{found.skipped} groups had a gradient that is not finite and were left out"
