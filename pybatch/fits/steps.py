@@ -50,7 +50,7 @@ def fit_steps(
     Args:
         batches: [n] distinct batch sizes, in any order.
         steps: [n], or [n, seeds], or with `rates` [rates, n, seeds]: steps to the target; math.inf where it was not
-            reached within the cap, math.nan where the run diverged.
+            reached within the cap, math.nan where the run diverged or is missing.
         model: one of `steps_model.MODELS` ("hyperbola", ...); None: the best by AICc.
         cap: steps at which runs were given up, a number or [n]; None: the largest number in `steps`, which it cannot
             have been below.
@@ -305,12 +305,19 @@ def _record(
         regimes=regimes[0],
         measured_regimes=regimes[1],
         parameters=parameters,
-        candidates={fit.model: fit.score - min(fit.score for fit in fits) for fit in fits},
+        candidates=_compared(fits),
         rms_log_error=float(np.sqrt(np.mean(residual[data.kind[0] == REACHED] ** 2))),
         batches=int((data.kind[0] == REACHED).any(-1).sum()),
         seeds=table.steps.shape[-1],
         notes=tuple(notes),
     )
+
+
+def _compared(fits: list[_Fit]) -> dict[str, float]:
+    """AICc above the best; a model with too many unknowns for the runs has none, and no place in a record."""
+    scores = {fit.model: fit.score for fit in fits if np.isfinite(fit.score)}
+    least = min(scores.values(), default=0.0)
+    return {model: score - least for model, score in scores.items()}
 
 
 def _unbounded(point: Array, low: Array, high: Array) -> tuple[Array, Array, Array]:
