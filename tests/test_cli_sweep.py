@@ -140,7 +140,7 @@ def test_a_killed_sweep_keeps_its_trials_and_is_resumed(pybatch, tmp_path):
 )
 def test_what_cannot_give_a_critical_batch_is_said_once_with_what_to_change(pybatch, flags, says):
     status, out, _ = pybatch(f"sweep --cpu -q --noise-budget 0 --seeds 1 --target train=0.9 {flags}")
-    assert status == 0
+    assert status == (3 if "not run" in out else 0)  # batches between two that fail are left out
     notes = [" ".join(note.split()) for note in out.split("·")[1:]]
     assert sum(bool(re.search(says, note)) for note in notes) == 1
     assert len({note.partition(":")[2] for note in notes}) == len(notes)

@@ -24,7 +24,7 @@ def outcome(batch, lr, seed, steps, limit):
     if math.isnan(steps):
         return Outcome(trial, "diverged", made([0, 1], [1.0, math.nan]), 0.0)
     if steps <= limit:
-        return Outcome(trial, "met", made([0, steps - 1, steps], [1.0, 1.0, -math.inf]), 0.0)
+        return Outcome(trial, "met", made([0, steps - 1, steps], [1.0, 1.0, -1e6]), 0.0)
     return Outcome(trial, "capped", made([0, limit], [1.0, 1.0]), 0.0)
 
 

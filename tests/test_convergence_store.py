@@ -347,7 +347,7 @@ def test_a_sweep_whose_store_fails_gives_what_is_done(path, monkeypatch):
 
     monkeypatch.setattr(Store, "put", failing)
     found = measure_convergence(
-        find("quadratic"), [2, 4, 8, 16], seeds=1, rates=[0.1, 0.2], max_steps=50, device="cpu", store=path
+        find("quadratic"), [2, 4, 8, 16], seeds=1, rates=[0.1, 0.2], target={"train": 1.0}, device="cpu", store=path
     )
     assert not found.complete
     assert any("Free space" in note.text for note in found.notes)

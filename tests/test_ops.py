@@ -38,7 +38,9 @@ def test_backend_that_can_not_work_says_why_and_what_to_do(name, device, message
 
 
 def test_cuda_backend_of_a_cpu_build_says_how_to_get_one(monkeypatch):
-    monkeypatch.setattr(ops, "_C", type("Fake", (), {"cuda": False, "cuda_reason": "built where nvcc was not found"}))
+    monkeypatch.setattr(
+        ops.backends, "core", type("Fake", (), {"cuda": False, "cuda_reason": "built where nvcc was not found"})
+    )
     with pytest.raises(DeviceError, match=r"nvcc was not found. Reinstall with nvcc on PATH, or use 'triton'"):
         ops.choose_backend("cuda", CUDA)
 

@@ -131,7 +131,7 @@ def _library() -> Any | str:
     try:
         version = metadata.version("cupti-python")
     except metadata.PackageNotFoundError:
-        return "cupti-python is not installed (13.3 or later, for CUDA 13)"
+        return "cupti-python is not installed (13.3 or later, for CUDA 13: the extra 'cupti')"
     try:
         return importlib.import_module("cupti.pm_sampling")
     except ModuleNotFoundError as error:
