@@ -30,7 +30,7 @@ TRUST = 3.0  # degrees of freedom at which a misfit below that of the evaluation
 LEAST = 3  # batch sizes that must reach the target for a fit
 LEAST_FREE = 2  # degrees of freedom of a single seed's batch sizes: one alone can be met by chance, however few steps
 LEAST_THREE = 5  # batch sizes for a model of three unknowns
-FEW = 4  # runs up to which AICc has no correction for the hyperbola: models are then compared without it
+FEW = 5  # runs up to which AICc has no correction, or one of 20 against any bend: models are compared without it
 SUPPORT = 4.0  # of AICc: within it the hyperbola has support and stands (Burnham and Anderson 2002, section 2.6)
 
 
@@ -83,7 +83,7 @@ def fit_steps(
         return StepsFit(*nothing, batches=reached, seeds=picked.shape[1], notes=tuple(notes))
 
     data = cells(picked[None], variance[None], table.caps)
-    models = [model] if model is not None else _candidates(reached)
+    models = [model] if model is not None else _candidates(reached, int((data.kind > 0).sum()))
     fits = [_fit(name, table.size, data) for name in models]
     best = fits[int(np.argmin([fit.score + _handicap(fit.model) for fit in fits]))]
     least = float(table.size.min())
@@ -118,8 +118,9 @@ class _Fit:
     score: float  # AICc
 
 
-def _candidates(reached: int) -> list[str]:
-    return [name for name, unknowns in steps_model.NAMES.items() if len(unknowns) < 3 or reached >= LEAST_THREE]
+def _candidates(reached: int, runs: int) -> list[str]:
+    three = reached >= LEAST_THREE and runs > FEW
+    return [name for name, unknowns in steps_model.NAMES.items() if len(unknowns) < 3 or three]
 
 
 def _handicap(model: str) -> float:
@@ -305,19 +306,12 @@ def _record(
         regimes=regimes[0],
         measured_regimes=regimes[1],
         parameters=parameters,
-        candidates=_compared(fits),
+        candidates={fit.model: fit.score - min(fit.score for fit in fits) for fit in fits},
         rms_log_error=float(np.sqrt(np.mean(residual[data.kind[0] == REACHED] ** 2))),
         batches=int((data.kind[0] == REACHED).any(-1).sum()),
         seeds=table.steps.shape[-1],
         notes=tuple(notes),
     )
-
-
-def _compared(fits: list[_Fit]) -> dict[str, float]:
-    """AICc above the best; a model with too many unknowns for the runs has none, and no place in a record."""
-    scores = {fit.model: fit.score for fit in fits if np.isfinite(fit.score)}
-    least = min(scores.values(), default=0.0)
-    return {model: score - least for model, score in scores.items()}
 
 
 def _unbounded(point: Array, low: Array, high: Array) -> tuple[Array, Array, Array]:

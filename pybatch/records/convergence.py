@@ -68,7 +68,7 @@ class StepsFit(Shown):
     regimes: tuple[tuple[int, str], ...] = ()  # by the model: linear, diminishing, stagnant, undetermined
     measured_regimes: tuple[tuple[int, str], ...] = ()  # from the steps saved by doubling, without a model
     parameters: dict[str, float] = field(default_factory=dict)  # of the model, see `steps_model`
-    candidates: dict[str, float] = field(default_factory=dict)  # AICc above the best, of every model that has one
+    candidates: dict[str, float] = field(default_factory=dict)  # AICc of every model tried, above the best
     rms_log_error: float | None = None  # root mean square of ln(measured / fitted) over the cells that reached
     batches: int = 0  # batch sizes that reached the target
     seeds: int = 0
