@@ -130,9 +130,14 @@ def _said(critical: Critical) -> str:
     if critical.value is None:
         ends = (("at least", critical.low), ("at most", critical.high))
         return " and ".join(f"{side} {_size(end)}" for side, end in ends if end is not None) + f" ({source})"
-    if critical.low is None or critical.high is None:
-        return f"{_size(critical.value)} ({source})"
-    return f"{_size(critical.value)} ({_size(critical.low)} to {_size(critical.high)}, {source})"
+    span = f"{_size(critical.low)} to {_size(critical.high)}, "
+    if critical.low is None and critical.high is None:
+        span = "interval not known, "
+    elif critical.low is None:
+        span = f"at most {_size(critical.high)}, "
+    elif critical.high is None:
+        span = f"at least {_size(critical.low)}, "
+    return f"{_size(critical.value)} ({span}{source})"
 
 
 def _size(batch: float | None) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from pybatch.errors import UsageError
 from pybatch.records import BatchPoint, Run
+from pybatch.verdict import critical_of
 
 Estimate = tuple[float | None, float | None, float | None]  # value, low, high
 
@@ -198,13 +199,21 @@ def _values(name: str, run: Run) -> Estimate:
             return capacity.max_batch, None, None
         case "noise_scale" if noise is not None and noise.status == "resolved":
             return noise.b_simple, noise.low, noise.high
-        case "critical_batch" if verdict is not None:
-            return verdict.critical_batch, verdict.critical_low, verdict.critical_high
+        case "critical_batch":
+            return _critical(run)[0]
         case "best_batch" if verdict is not None:
             return verdict.best_batch, verdict.best_low, verdict.best_high
         case "time_to_target" if verdict is not None:
             return verdict.time_to_target, None, None
     return None, None, None
+
+
+def _critical(run: Run) -> tuple[Estimate, str | None]:
+    """The critical batch, and the evidence it stands on; a sweep has no verdict of its own."""
+    if (said := run.verdict) is not None:
+        return (said.critical_batch, said.critical_low, said.critical_high), said.critical_source
+    found = critical_of(None, run.convergence)
+    return (found.value, found.low, found.high), found.source
 
 
 def _differences(old: Run, new: Run) -> tuple[str, ...]:
@@ -215,12 +224,17 @@ def _differences(old: Run, new: Run) -> tuple[str, ...]:
         if before != after:
             said.append(f"{what}: {before} against {after}")
 
-    before, after = old.capacity, new.capacity
+    if old.capacity and new.capacity:
+        tell("steps", old.capacity.mode, new.capacity.mode)
+    (one, source), (other, another) = _critical(old), _critical(new)
+    if one[0] and other[0]:
+        tell("critical batch from", source, another)
+    before, after = old.capacity or old.convergence, new.capacity or new.convergence
     if before and after:
         if before.device and after.device:
             tell("device", before.device.name, after.device.name)
         if before.workload and after.workload:
-            for name in ("name", "model", "dtype", "parameters", "examples"):
+            for name in ("name", "model", "dtype", "parameters", "examples", "options"):
                 tell(
                     f"workload {name}" if name == "name" else name,
                     getattr(before.workload, name),

@@ -48,10 +48,12 @@ def _joined(bench: Run, sweep: Run) -> Run:
         f"put together: step times of the run of {bench.created}, steps to target of the sweep{with_whom} of "
         f"{sweep.created}. An optimizer's own time is that of the former"
     )
+    noise = bench.noise if bench.noise is not None else sweep.noise
     return replace(
         bench,
+        noise=noise,
         convergence=steps,
-        verdict=compare(bench.capacity, bench.noise, steps, bench.distributed),
+        verdict=compare(bench.capacity, noise, steps, bench.distributed),
         complete=bench.complete and sweep.complete,
         notes=(*bench.notes, *sweep.notes, Note("verdict", text)),
     )

@@ -26,6 +26,7 @@ from pybatch.records import (
     ThroughputFit,
     Verdict,
 )
+from pybatch.scaling import SEARCHED
 from pybatch.tradeoff import DISTURBED, EFFICIENCY, Best, Bound, Critical, Inputs, TimeModel, Wall, shaped
 
 NOTICEABLE = 1.1  # a batch surely measured 10 % faster to the loss overrules the model: above the drift between runs
@@ -139,14 +140,14 @@ def time_model(
 def _from_steps(steps: Convergence | None) -> Critical | None:
     """The critical batch of the best-tuned curve that has one, on the training loss if there is a choice.
 
-    Where no curve bends within the batches tested, the bound that this gives.
+    Where no tuned curve bends within the batches tested, the bound that this gives: it says more of the problem than
+    the value of a rule whose rate fails at large batches.
     """
     curves = steps.curves if steps else ()
-    fitted = [c for c in curves if c.critical_batch is not None]
-    fitted = fitted or [c for c in curves if c.low is not None or c.high is not None]
-    if not fitted:
+    known = [c for c in curves if not (c.critical_batch is None and c.low is None and c.high is None)]
+    if not known:
         return None
-    curve = min(fitted, key=lambda c: (c.rule != "tuned", c.split != "train"))
+    curve = min(known, key=lambda c: (c.rule != SEARCHED, c.critical_batch is None, c.split != "train"))
     what = f"measured steps to the {curve.split} loss target, learning-rate rule {curve.rule!r}"
     text = f"fitted to {what}"
     if curve.critical_batch is None:
@@ -218,13 +219,12 @@ def _limit(critical: Critical, wall: Wall | None) -> tuple[Limit, str]:
     """Which of the two is smaller beyond the error of both."""
     if wall is None:
         return "unresolved", "the throughput of this device has no fit to compare with"
-    low = critical.low if critical.low is not None else critical.value
-    high = critical.high if critical.high is not None else critical.value
+    low, high = critical.low, critical.high
     if low is not None and low > wall.high:
         return "hardware", f"the critical batch lies above the {wall.name} beyond the error of both"
     if high is not None and high < wall.low:
         return "noise", f"the critical batch lies below the {wall.name} beyond the error of both"
-    if critical.value is None or low is None or high is None:
+    if critical.value is None or low is None or high is None:  # an open end may lie on either side
         return "unresolved", f"the critical batch is not known well enough to compare it with the {wall.name}"
     return "balanced", f"the critical batch and the {wall.name} agree within their errors"
 
@@ -296,16 +296,18 @@ def _interval(critical: Critical, capacity: Capacity, model: TimeModel, at_knee:
     """95 % interval of the optimum.
 
     Errors of critical and half batch are independent: in logarithms B* carries half of each, added in quadrature. At
-    a floor's knee the half batch is half the knee, whose error the optimum carries whole.
+    a floor's knee the half batch is half the knee, whose error the optimum carries whole. An open end of either opens
+    the optimum's.
     """
     fit, optimum, most = model.fit, float(model.optimum()), _bound(capacity).value
     ends = []
     for sign, end, half in ((-1, critical.low, fit.half_low), (1, critical.high, fit.half_high)):
-        value = model.critical if end is None else end
-        moved = float(_model(fit, value, capacity, shape=model.shape).optimum())
+        noise = math.inf
+        if end is not None:
+            noise = math.log(float(_model(fit, end, capacity, shape=model.shape).optimum()) / optimum)
         open_end = half is None or half == 0.0
         device = math.inf if open_end else (1.0 if at_knee else 0.5) * math.log((half or 0.0) / fit.half_batch)
-        ends.append(min(optimum * math.exp(sign * math.hypot(math.log(moved / optimum), device)), most))
+        ends.append(min(optimum * math.exp(sign * math.hypot(noise, device)), most))
     return ends[0], ends[1]
 
 

@@ -159,3 +159,12 @@ def test_png_flag_writes_figures_alone(saved, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "wrote 1 figures to figures" in done.output
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_run_saved_as_jsonl_says_what_to_save(run, tmp_path):
+    from pybatch.report.formats import render
+
+    (tmp_path / "run.jsonl").write_text(render(run, "jsonl"))
+    done = runner.invoke(cli.app, ["report", str(tmp_path / "run.jsonl")])
+    assert isinstance(done.exception, UsageError)
+    assert "save it as .json" in str(done.exception)

@@ -8,6 +8,7 @@ import pytest
 
 from pybatch.comparison import Condition, broken, compare_runs, parse_condition
 from pybatch.errors import UsageError
+from pybatch.records import Convergence, Curve, Run
 from pybatch.report.comparison import comparison_sections
 from pybatch.report.formats import markdown
 
@@ -117,3 +118,22 @@ def test_markdown_says_better_and_worse(run):
     assert "better" in text
     assert "worse" in markdown("x", comparison_sections(compare_runs(run, scaled(run, 2.0))))
     assert json.dumps(dataclasses.asdict(compare_runs(run, run)))  # plain types all through
+
+
+def test_how_steps_were_run_is_told(run):
+    graph = dataclasses.replace(run, capacity=dataclasses.replace(run.capacity, mode="graph"))
+    assert compare_runs(run, graph).differences == ("steps: eager against graph",)
+
+
+def test_two_sweeps_have_their_critical_batches_compared(run):
+    def swept(critical, name):
+        curve = Curve("tuned", "train", (), 100.0, critical, critical / 1.2, critical * 1.2, target=0.1)
+        where = dataclasses.replace(run.capacity.workload, name=name)
+        return Run(run.created, None, convergence=Convergence((curve,), workload=where, device=run.capacity.device))
+
+    found = compare_runs(swept(100.0, "digits"), swept(200.0, "text"))
+    change = change_of(found, "critical_batch")
+    assert (change.old, change.new, change.significant) == (100.0, 200.0, True)
+    assert found.differences == ("workload name: digits against text",)
+    other = compare_runs(dataclasses.replace(run, capacity=None), swept(100.0, "digits"))
+    assert "critical batch from: noise against sweep" in other.differences

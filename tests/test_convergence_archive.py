@@ -207,3 +207,48 @@ def test_crossings_found_at_once_are_those_found_one_by_one(seed):
     for target in (*np.quantile(losses[np.isfinite(losses)], [0.05, 0.3, 0.6]), float(losses[0]), -9.0):
         each = (crossing_at(steps, losses, i, target) for i in range(len(steps)))
         assert found.crossing("train", target) == next((c for c in each if c is not None), None)
+
+
+def test_a_finished_sweep_is_not_said_to_be_unfinished(tmp_path):
+    path = tmp_path / "runs.db"
+    live = pybatch.measure_convergence(
+        find("quadratic"), [4, 16], device="cpu", seeds=1, rates=[0.5, 1.0], target={"train": 0.5}, store=path
+    )
+    [run] = read_store(path)
+    assert run.complete
+    assert set(run.convergence.notes) <= set(live.notes)
+
+
+def test_a_sweep_with_other_options_and_more_seeds_changes_nothing(copy, monkeypatch):
+    [before] = read_store(copy)
+    monkeypatch.setattr(planted, "GROUP", planted.GROUP | {"momentum": 0.0})
+    planted.plant(copy, BATCHES, seeds=5, rules=("tuned",))
+    runs = {run.convergence.seeds: run for run in read_store(copy)}
+    assert set(runs) == {3, 5}
+    assert runs[3].convergence == before.convergence
+    assert runs[5].convergence.trials == 5 * len(BATCHES) * len(planted.RATES)
+
+
+def test_batches_that_more_seeds_have_not_run_keep_their_median(copy):
+    [before] = read_store(copy)
+    planted.plant(copy, BATCHES[:2], seeds=5, rules=("tuned",))
+    [run] = read_store(copy)
+    assert not run.complete
+    tuned, own = run.convergence.curves[0], before.convergence.curves[0]
+    assert [(p.batch, p.seeds, p.reached) for p in tuned.points] == [(8, 5, 5), (32, 5, 5), (128, 3, 3), (512, 3, 3)]
+    assert [p.steps for p in tuned.points[2:]] == [p.steps for p in own.points[2:]]
+    assert tuned.low <= planted.CRITICAL <= tuned.high
+    assert any("are missing" in note.text for note in tuned.notes)
+    assert not any("diverged are" in note.text for note in tuned.notes)
+
+
+def test_a_batch_whose_first_seed_alone_has_run_is_reached_by_it(copy):
+    """As a race that was cut leaves it."""
+    for key, spec in sqlite3.connect(copy).execute("SELECT key, spec FROM trial").fetchall():
+        if (trial := json.loads(spec))["seed"] > 0 and trial["batch"] == 512:
+            change(copy, "DELETE FROM trial WHERE key = ?", key)
+    [run] = read_store(copy)
+    found = run.convergence.curves[0].points[-1]
+    assert (found.batch, found.status, found.reached, found.seeds) == (512, "reached", 1, 1)
+    assert found.rates[0].statuses[1:] == ("not_run", "not_run")
+    assert not run.complete

@@ -191,3 +191,15 @@ def test_two_targets_have_their_own_contenders():
     second = search.heat(race)
     assert {lr for lr, seed in second.cells if seed == 2} >= {0.5, 8.0}
     assert SURE > 1
+
+
+def test_of_two_seeds_a_rate_that_one_alone_reaches_puts_no_other_out():
+    """At 2.0 the first seed takes 60 and the second never gets there: 0.5, which both reach in 100, is better."""
+
+    def steps(lr, seed):
+        return (60 if seed == 0 else 10_000) if lr == 2.0 else bowl(lr)
+
+    whole = point(8, "train", *play(Grid(RATES), steps, 8, (0, 1), 300)[:2])
+    found, _, _ = raced(steps, 300, (0, 1))
+    for each in (whole, found):
+        assert (each.learning_rate, each.steps, each.reached) == (0.5, 100, 2)

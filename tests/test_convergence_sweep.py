@@ -52,6 +52,15 @@ class Broken(Isotropic):
         raise KeyError("no such column")
 
 
+class Small(Isotropic):
+    """What a user may write: batches without replacement from too few examples; those of 512 evaluate."""
+
+    def batch(self, n, generator, split="train"):
+        if 8 < n < 512:
+            raise IndexError(f"no {n} examples")
+        return super().batch(n, generator, split)
+
+
 class Normed(Isotropic):
     def model(self):
         return nn.Sequential(nn.Linear(D, 1), nn.BatchNorm1d(1))
@@ -254,6 +263,16 @@ def test_the_ratio_to_the_noise_scale_has_an_interval():
         assert curve.noise_ratio_low < curve.noise_ratio < curve.noise_ratio_high
 
 
+def test_a_noise_scale_in_tokens_has_no_ratio_to_a_batch_in_examples():
+    noise = NoiseScale(1600.0, 1400.0, 1800.0, 1.0, 1600.0, "resolved", "test", 100, unit="tokens")
+    [curve] = measure(noise=noise).curves
+    assert curve.critical_batch is not None
+    assert curve.noise_ratio is None
+    assert any("is in tokens" in note.text for note in curve.notes)
+    [curve] = measure(noise=noise.in_examples(100.0)).curves
+    assert curve.noise_ratio == pytest.approx(16.0 / curve.critical_batch)
+
+
 def test_the_catalogue_has_it():
     assert pybatch.measure_convergence is measure_convergence
 
@@ -309,6 +328,14 @@ def test_batch_norm_is_a_confound():
 def test_a_workload_that_fails_is_named():
     with pytest.raises(WorkloadError, match="no such column"):
         measure(Broken())
+
+
+def test_a_workload_that_fails_at_large_batches_keeps_the_others():
+    found = measure(Small())
+    [curve] = found.curves
+    assert [p.batch for p in curve.points] == [4, 8]
+    assert not found.complete
+    assert {16, 32} == {b for b in (4, 8, 16, 32) if any(f"no {b} examples" in note.text for note in curve.notes)}
 
 
 @pytest.mark.parametrize(

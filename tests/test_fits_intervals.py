@@ -155,3 +155,13 @@ def test_the_hyperbola_stands_against_a_model_that_is_about_as_good(monkeypatch)
     log = np.log([[100.0, 60.0, 6.0]])
     bent = np.exp(steps_model.log_steps("smooth", log, BATCHES)[0][0])
     assert fit_steps(BATCHES, runs(rng, 3, 0.05, 0.05, bent), resamples=20).model == "smooth"
+
+
+@pytest.mark.parametrize("count", [4, 5, 6])
+def test_a_bend_is_seen_by_one_seed_whatever_the_number_of_batch_sizes(count):
+    """Steps with 10 % of noise that double from B_c = 32 on: one batch size more must not hide the bend."""
+    size, rng, bent = 4.0 * 2 ** np.arange(count), np.random.default_rng(1), 0
+    for seed in range(20):
+        steps = 100 * (1 + 32 / size) * np.exp(0.1 * rng.standard_normal(count))
+        bent += fit_steps(size, np.round(steps), resamples=20, seed=seed).critical_batch is not None
+    assert bent >= 18

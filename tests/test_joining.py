@@ -33,6 +33,12 @@ def test_the_verdict_of_both_stands_on_the_sweep(bench, sweep):
     assert Run.from_json(one.to_json()).convergence.curves == sweep.convergence.curves
 
 
+def test_the_noise_scale_of_the_sweep_serves_a_run_without_one(bench, sweep):
+    bare = dataclasses.replace(bench, noise=None, verdict=compare(bench.capacity))
+    [one] = join([bare, dataclasses.replace(sweep, noise=bench.noise)])
+    assert one.noise == bench.noise
+
+
 @pytest.mark.parametrize("change", [{"dtype": "bf16"}, {"options": {"width": 8}}, {"name": "text"}, {"model": "cnn"}])
 def test_another_workload_stays_apart(bench, sweep, change):
     other = dataclasses.replace(sweep.convergence.workload, **change)

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from pybatch.errors import UsageError
+from pybatch.fits.steps import fit_steps
 from pybatch.records import Convergence, ConvergencePoint, Curve, Run, to_dict
 
 # The record of DESIGN: what readers of saved files rely on.
@@ -97,3 +98,12 @@ def test_why_gives_the_chain_or_the_choices(run):
     assert run.verdict.why("best_batch").inputs == {"critical_batch": 40.0}
     with pytest.raises(UsageError, match=r"no figure .speed. in this verdict. Ask for one of: best_batch"):
         run.verdict.why("speed")
+
+
+@pytest.mark.parametrize("model", [None, "power"])
+def test_a_fit_with_too_few_runs_for_some_models_reads_back(run, model):
+    """One seed at five batch sizes: AICc is not defined for models of three unknowns."""
+    fit = fit_steps([16, 32, 64, 128, 256], [420, 230, 130, 80, 56], model=model)
+    curve = Curve("tuned", "train", (), fit.s_min, fit.critical_batch, fit.low, fit.high, 0.1, fit=fit)
+    run = dataclasses.replace(run, convergence=Convergence((curve,)))
+    assert Run.from_json(run.to_json()).convergence == run.convergence

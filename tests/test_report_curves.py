@@ -7,7 +7,19 @@ import json
 
 import pytest
 
-from pybatch.records import Convergence, ConvergencePoint, Curve, Note, RateSteps, Run, StepsFit
+from pybatch.records import (
+    Branching,
+    BranchPoint,
+    Convergence,
+    ConvergencePoint,
+    Curve,
+    NoisePoint,
+    NoiseTrajectory,
+    Note,
+    RateSteps,
+    Run,
+    StepsFit,
+)
 from pybatch.report.formats import FORMATS, render
 
 
@@ -90,3 +102,27 @@ def test_jsonl_has_points_and_the_whole_section(swept):
 def test_a_sweep_without_points_is_printed(swept, format_):
     bare = dataclasses.replace(swept.convergence.curves[0], points=())
     render(dataclasses.replace(swept, convergence=Convergence((bare,))), format_)
+
+
+@pytest.mark.parametrize("format_", ["csv", "jsonl"])
+def test_branches_have_a_row_each(run, format_):
+    points = (BranchPoint(32, 0.1, (0.5, 0.6), (40.0, None)), BranchPoint(64, 0.2, (0.5, 0.6), (21.0, 22.0)))
+    fit = StepsFit("hyperbola", 10.0, 90.0, 70.0, None, None, 90.0, None)
+    branching = Branching(200, 0.9, 32, 4096, 0.8, 0.02, points, 64, 32, None, fit)
+    text = render(Run(run.created, run.environment, convergence=Convergence((), branches=(branching,))), format_)
+    if format_ == "csv":
+        rows = list(csv.DictReader(io.StringIO(text)))
+    else:
+        rows = [row for row in map(json.loads, text.splitlines()) if row["record"] == "point"]
+    assert [(int(row["step"]), int(row["batch"]), float(row["learning_rate"])) for row in rows] == [
+        (200, 32, 0.1),
+        (200, 64, 0.2),
+    ]
+    assert {float(row["critical_batch"]) for row in rows} == {90.0}
+    assert str(rows[0]["steps"]).replace("None", "null") == "[40.0, null]"
+
+
+def test_a_trajectory_has_a_row_a_stretch():
+    stretch = NoisePoint(0, 99, 40.0, 30.0, 50.0, 1.0, 40.0, "resolved", 100)
+    text = render(Run("", None, trajectory=NoiseTrajectory((stretch, stretch), "ddp")), "csv")
+    assert [row["b_simple"] for row in csv.DictReader(io.StringIO(text))] == ["40.0", "40.0"]

@@ -332,3 +332,11 @@ def test_a_trajectory_and_layers_are_drawn(judged):
     assert by_layer.traces[0]["error_x"]["array"] == [3.0]
     unresolved = NoiseTrajectory((lost,), "ddp")
     assert noise_figures(None, unresolved, "images")[0].missing
+
+
+def test_reach_rates_count_the_runs_they_are_of():
+    """No rate is chosen where none has half of its seeds reach: all runs of all rates are counted then."""
+    rates = tuple(RateSteps(lr, (40.0, None, None), ("reached", "diverged", "diverged")) for lr in (0.1, 0.2, 0.4, 0.8))
+    point = ConvergencePoint(8, None, "diverged", 3, None, reached=4, diverged=8, rates=rates)
+    [steps, *_] = convergence_figures(Convergence((Curve("tuned", "train", (point,), None, None, None, None, 0.1),)))
+    assert steps.table.rows[0][5] == "4 of 12"

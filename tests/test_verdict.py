@@ -326,3 +326,34 @@ def test_misfit_is_told():
 def test_extrapolation_is_told():
     assert "380 by extrapolation" in compare(capacity(batches=(1, 4, 16, 64)), noise(40)).text
     assert "extrapolat" not in compare(capacity(), noise(40)).text
+
+
+def test_an_open_end_of_the_critical_batch_opens_the_optimums():
+    """A sweep that bends little: the critical batch may lie far above, or a single seed gave no interval at all."""
+    for low, high in ((160.0, None), (None, 250.0), (None, None)):
+        curve = dataclasses.replace(sweep().curves[-1], low=low, high=high)
+        found = compare(capacity(), None, Convergence((curve,)))
+        assert found.critical_batch == 200.0
+        if low is None:
+            assert found.best_low == 1
+        else:
+            assert found.best_low == pytest.approx(math.sqrt(low * 40), rel=0.06)
+        if high is None:
+            assert found.best_high == 100_000  # the largest that fits
+        else:
+            assert found.best_high == pytest.approx(math.sqrt(high * 40), rel=0.06)
+        # 200 itself lies below the saturation batch of 380; an end that is not known may not.
+        assert found.limit == ("noise" if high is not None else "unresolved")
+        assert unaccounted(found) == set()
+    assert "200 (interval not known, fitted to steps)" in found.text
+
+
+def test_a_bound_of_the_tuned_rates_goes_before_the_value_of_a_fixed_rule():
+    tuned = Curve("tuned", "train", (), None, None, 4096.0, None, target=0.3)
+    other = dataclasses.replace(sweep().curves[-1], rule="constant")
+    found = compare(capacity(), None, Convergence((other, tuned)))
+    assert (found.critical_batch, found.critical_low) == (None, 4096.0)
+    assert found.limit == "hardware"
+    test = dataclasses.replace(sweep().curves[-1], split="test")
+    assert compare(capacity(), None, Convergence((other, tuned, test))).critical_batch == 200.0
+    assert compare(capacity(), None, Convergence((other,))).critical_batch == 200.0

@@ -46,7 +46,12 @@ def read_records(path: Path, targets: Mapping[str, float] | None = None) -> Sequ
     """
     if is_store(path):
         return read_store(path, targets)
-    return [read_trajectory(path) if path.suffix == ".jsonl" else read_run(path)]
+    if path.suffix != ".jsonl":
+        return [read_run(path)]
+    try:
+        return [read_trajectory(path)]
+    except UsageError as error:
+        raise UsageError(f"{error} A run saved as .jsonl is for other programs: save it as .json too.") from None
 
 
 def report(

@@ -61,7 +61,9 @@ def sweep(
     gpu: flags.Gpu = None,
     cpu: flags.Cpu = False,
     dtype: flags.Dtype = "fp32",
-    seed: flags.Seed = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the noise scale. Trainings have the seeds 0, 1, ... in every sweep.")
+    ] = 0,
     format_: flags.Format = None,
     output: flags.Output = None,
     quiet: flags.Quiet = False,

@@ -176,6 +176,7 @@ def _merged(sweeps: Iterable[_Sweep], targets: Mapping[str, float] | None) -> li
             continue
         same.rules = list(dict.fromkeys([*same.rules, *sweep.rules]))
         same.batches |= sweep.batches
+        same.head = dataclasses.replace(same.head, seeds=max(same.head.seeds or 0, sweep.head.seeds or 0))
     return found
 
 
@@ -211,34 +212,41 @@ def _unnamed(rows: Mapping[str, _Row], found: Sequence[_Sweep], targets: Mapping
 
 
 def _run(sweep: _Sweep, rows: Mapping[str, _Row], environments: Mapping[int, Environment]) -> Run:
-    own = [
-        row
-        for row in rows.values()
+    own = {
+        key: row
+        for key, row in rows.items()
         if (t := row.outcome.trial).workload == sweep.workload
         and (t.optimizer, t.dtype, t.device) == (sweep.optimizer, sweep.dtype, sweep.device)
-    ]
-    asked = set(range(sweep.head.seeds or 0))  # of which some may not have run yet
-    seeds = tuple(sorted(asked | {row.outcome.trial.seed for row in own}))
-    by_key = {row.outcome.trial.key: row.outcome for row in own}
+    }
+    alike = {
+        key: row.outcome
+        for key, row in own.items()
+        if _plain(row.outcome.trial) and _hyper(row.outcome.trial) == sweep.group
+    }
+    # Those asked for, of which some may not have run yet; a sweep of other targets may have run more.
+    count = sweep.head.seeds
+    seeds = tuple(range(count)) if count else tuple(sorted({found.trial.seed for found in alike.values()}))
+    by_key = {key: row.outcome for key, row in own.items()}
     searched: dict[int, list[Outcome]] = {}
-    for row in own:
-        if _plain(row.outcome.trial) and _hyper(row.outcome.trial) == sweep.group:
-            searched.setdefault(row.outcome.trial.batch, []).append(row.outcome)
+    for outcome in alike.values():
+        if outcome.trial.seed in seeds:
+            searched.setdefault(outcome.trial.batch, []).append(outcome)
     splits: list[Split] = [split for split in SPLITS if split in sweep.targets]
     missing: dict[str, bool] = {}  # what has no point or not all seeds -> whether it can still be run
+    used = set(map(id, searched.get(sweep.base_batch, [])))  # outcomes that the record stands on
     curves = tuple(
-        _curve(sweep, rule, split, seeds, searched, by_key, missing) for rule in sweep.rules for split in splits
+        _curve(sweep, rule, split, seeds, searched, by_key, missing, used) for rule in sweep.rules for split in splits
     )
     notes = list(sweep.head.notes)
     if open_ := [name for name, can_run in missing.items() if can_run]:
         text = f"trials are missing of {', '.join(open_[:8])}{' and more' if len(open_) > 8 else ''}"
         notes.append(Note("curves", text))
     steps = dataclasses.replace(
-        sweep.head, curves=curves, notes=tuple(notes), seeds=len(seeds), trials=len(own), complete=not missing
+        sweep.head, curves=curves, notes=tuple(notes), seeds=len(seeds), trials=len(used), complete=not missing
     )
     if steps.workload is not None:
         steps = dataclasses.replace(steps, workload=dataclasses.replace(steps.workload, target=dict(sweep.targets)))
-    last = max(own, key=lambda row: row.created, default=None)
+    last = max((row for row in own.values() if id(row.outcome) in used), key=lambda row: row.created, default=None)
     where = environments.get(last.environment) if last is not None else None
     return Run(last.created if last is not None else "", where, convergence=steps, complete=not missing)
 
@@ -251,7 +259,9 @@ def _curve(
     searched: Mapping[int, list[Outcome]],
     by_key: Mapping[str, Outcome],
     missing: dict[str, bool],
+    used: set[int],
 ) -> Curve:
+    """One curve; `missing` and `used` (by `id`) are added to."""
     points: list[ConvergencePoint] = []
     caps: dict[int, float] = {}
     notes: list[Note] = []
@@ -268,14 +278,37 @@ def _curve(
                 missing[f"batch {batch} {rule}"] = False
                 continue
             outcomes = [by_key[trial.key] for trial in trials if trial.key in by_key]
-        if len({outcome.trial.seed for outcome in outcomes}) < len(seeds):
+        used.update(map(id, outcomes))
+        ran = _ran(seeds, outcomes)
+        if len(ran) < len(seeds):
             missing[f"batch {batch} {rule}"] = True
         if not outcomes:
             continue
-        race = _race(targets, seeds, outcomes, rule == SEARCHED)
-        points.append(point(batch, split, race, outcomes))
+        race = _race(targets, ran, outcomes, rule == SEARCHED)
+        points.append(_widened(point(batch, split, race, outcomes), ran, seeds))
         caps[batch] = race.limit(split)
     return curve(rule, split, sweep.targets[split], points, caps, None, notes)
+
+
+def _ran(seeds: Sequence[int], outcomes: Sequence[Outcome]) -> tuple[int, ...]:
+    """The seeds that have run: one that has not is no run that failed."""
+    found = {outcome.trial.seed for outcome in outcomes}
+    return tuple(seed for seed in seeds if seed in found)
+
+
+def _widened(found: ConvergencePoint, ran: Sequence[int], seeds: Sequence[int]) -> ConvergencePoint:
+    """A point of the seeds that ran, its table with a column for each seed of the curve."""
+    rates = []
+    for rate in found.rates:
+        steps, statuses = dict(zip(ran, rate.steps, strict=True)), dict(zip(ran, rate.statuses, strict=True))
+        rates.append(
+            dataclasses.replace(
+                rate,
+                steps=tuple(steps.get(seed) for seed in seeds),
+                statuses=tuple(statuses.get(seed, "not_run") for seed in seeds),
+            )
+        )
+    return dataclasses.replace(found, rates=tuple(rates))
 
 
 def _race(targets: Mapping[str, float], seeds: Sequence[int], outcomes: Sequence[Outcome], search: bool) -> Race:
@@ -293,7 +326,7 @@ def _base(
     outcomes = searched.get(sweep.base_batch, [])
     if not outcomes:
         return None
-    race = _race(sweep.targets, seeds, outcomes, search=True)
+    race = _race(sweep.targets, _ran(seeds, outcomes), outcomes, search=True)
     lr = best_rate(race, split, sorted({outcome.trial.lr for outcome in outcomes}))
     return (lr, race.median(split, lr)) if lr is not None else None
 

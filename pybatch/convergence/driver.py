@@ -19,7 +19,7 @@ from pybatch.convergence.summary import curve, point
 from pybatch.convergence.trajectory import SMOOTHING, SPLITS, Split
 from pybatch.convergence.trial import FACTOR, Outcome, Race, Trial, Unit
 from pybatch.device.identity import describe
-from pybatch.errors import UsageError
+from pybatch.errors import UsageError, WorkloadError
 from pybatch.records import Convergence, ConvergencePoint, Curve, NoiseScale, Note
 from pybatch.scaling import SEARCHED, Base, Scaled, scale
 from pybatch.workloads.base import Workload
@@ -86,7 +86,7 @@ class Sweep:
         if len(sought) > 1 and not self._reached(base) and sought[0] > plan.base_batch:
             largest = self._search(sought.pop(0), plan.max_steps)
             self._finish([largest])
-            if not self._reached(largest):
+            if not largest.failed and not self._reached(largest):
                 self._leave_out(sought, base, largest)
                 sought = []
         contests = [self._search(b, self._cap(b)) for b in sought]
@@ -177,7 +177,11 @@ class Sweep:
             self.store.release(contest.claimed)
             if done.note:
                 self.notes[done.note] = None
-            if done.failed:
+            if done.error is not None:
+                if not any(c.outcomes for c in self.contests):  # it works at no batch size
+                    raise WorkloadError(done.error)
+                self._fail(contest, done.error)
+            elif done.failed:
                 self._fail(contest, f"{done.failed} at batch {contest.batch}")
             else:
                 waiting.insert(0, contest)  # to its end before others begin
@@ -252,7 +256,7 @@ class Sweep:
             self._curve(rule, split, noise) for rule in plan.rules for split in SPLITS if split in plan.targets
         )
         missing = [contest for contest in self.contests if not contest.over]
-        if not self.ended:
+        if self.contests and not self.ended:  # without any, it is what the store keeps of a sweep that begins
             names = ", ".join(f"batch {contest.batch} {contest.rule}" for contest in missing[:8])
             names = names or f"all that follows the base batch {plan.base_batch}"
             notes = (*notes, Note("curves", f"not finished: {names}{' and more' if len(missing) > 8 else ''}"))

@@ -21,7 +21,7 @@ import torch
 
 from pybatch.convergence.training import run_unit
 from pybatch.convergence.trial import Outcome, Unit
-from pybatch.errors import PybatchError, StoreError, WorkloadError
+from pybatch.errors import PybatchError, StoreError
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.packing import Packed, pack
 from pybatch.workloads.session import is_out_of_memory
@@ -48,7 +48,8 @@ class Ticket:
 
     unit: Unit
     note: str | None = None  # as in `Done`
-    failed: str | None = None
+    failed: str | None = None  # as in `Done`
+    error: str | None = None  # as in `Done`
     tries: int = 0
     delivered: set[str] = field(default_factory=set)
 
@@ -103,10 +104,8 @@ class Workers(ABC):
             self._deliver(outcome)
 
     def finish(self, ticket: Ticket, done: Done) -> Ticket:
-        """A ticket with its end written in; raises WorkloadError where the workload failed."""
-        if done.error is not None:
-            raise WorkloadError(done.error)
-        ticket.note, ticket.failed = done.note, done.failed
+        """A ticket with its end written in."""
+        ticket.note, ticket.failed, ticket.error = done.note, done.failed, done.error
         return ticket
 
 

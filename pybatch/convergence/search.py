@@ -152,7 +152,9 @@ class Racing(Search):
     def _contenders(self, race: Race, first: Race, split: str) -> list[tuple[float, int]]:
         """Trials without which a rate is neither in nor out."""
         best = min(first.median(split, rate) for rate in self.grid.tried)
-        whole = [race.median(split, rate) for rate in self.grid.tried if self._whole(race, rate)]
+        # A rate that half of the seeds reach is taken only where no other is better: it puts none out.
+        ranks = [race.rank(split, rate) for rate in self.grid.tried if self._whole(race, rate)]
+        whole = [math.inf if half else median for half, median in ranks]
         sure = min(SURE * min(whole, default=0.0), race.cap)  # infinite medians: every rate is run to the cap
         limit, cells = max(REACH * best, sure), []
         for rate in self.grid.tried:

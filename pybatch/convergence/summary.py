@@ -121,7 +121,8 @@ def _reached(p: ConvergencePoint) -> list[float]:
 
 def _table(points: Sequence[ConvergencePoint]) -> tuple[np.ndarray, np.ndarray]:
     """Steps [rates, batches, seeds] and rates [rates, batches], nan where a batch has fewer rates."""
-    most, seeds = max(len(p.rates) for p in points), points[0].seeds
+    most = max(len(p.rates) for p in points)
+    seeds = max((len(rate.steps) for p in points for rate in p.rates), default=0)
     steps, rates = np.full((most, len(points), seeds), np.nan), np.full((most, len(points)), np.nan)
     for j, p in enumerate(points):
         # Whole rates first: where none reaches, the fit takes the first one, and must find all seeds in it.
@@ -153,6 +154,9 @@ def _with_ratio(curve: Curve, noise: NoiseScale | None) -> Curve:
     """B_simple over the critical batch; errors of the two are independent, added in quadrature in logarithms."""
     if noise is None or noise.b_simple is None or not curve.critical_batch:
         return curve
+    if noise.unit is not None:
+        text = f"the noise scale is in {noise.unit}, batch sizes are not. Give noise.in_examples(mean per example)"
+        return dataclasses.replace(curve, notes=(*curve.notes, Note("noise_ratio", text)))
     ratio = noise.b_simple / curve.critical_batch
     low = _distance(noise.b_simple, noise.low, curve.high, curve.critical_batch)
     high = _distance(noise.high, noise.b_simple, curve.critical_batch, curve.low)

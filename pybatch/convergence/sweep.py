@@ -83,7 +83,7 @@ def measure_convergence(
 
     Raises:
         UsageError: an argument that cannot work, or a target met before the first step.
-        WorkloadError: the workload fails.
+        WorkloadError: the workload fails at the base batch; elsewhere the record says so.
         Interrupted: on Ctrl-C, `partial` holding the Convergence of what was done.
     """
     place = resolve(device)

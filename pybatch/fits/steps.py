@@ -30,7 +30,7 @@ TRUST = 3.0  # degrees of freedom at which a misfit below that of the evaluation
 LEAST = 3  # batch sizes that must reach the target for a fit
 LEAST_FREE = 2  # degrees of freedom of a single seed's batch sizes: one alone can be met by chance, however few steps
 LEAST_THREE = 5  # batch sizes for a model of three unknowns
-FEW = 4  # runs up to which AICc has no correction for the hyperbola: models are then compared without it
+FEW = 5  # runs up to which AICc has no correction, or one of 20 against any bend: models are compared without it
 SUPPORT = 4.0  # of AICc: within it the hyperbola has support and stands (Burnham and Anderson 2002, section 2.6)
 
 
@@ -50,7 +50,7 @@ def fit_steps(
     Args:
         batches: [n] distinct batch sizes, in any order.
         steps: [n], or [n, seeds], or with `rates` [rates, n, seeds]: steps to the target; math.inf where it was not
-            reached within the cap, math.nan where the run diverged.
+            reached within the cap, math.nan where the run diverged or is missing.
         model: one of `steps_model.MODELS` ("hyperbola", ...); None: the best by AICc.
         cap: steps at which runs were given up, a number or [n]; None: the largest number in `steps`, which it cannot
             have been below.
@@ -83,7 +83,7 @@ def fit_steps(
         return StepsFit(*nothing, batches=reached, seeds=picked.shape[1], notes=tuple(notes))
 
     data = cells(picked[None], variance[None], table.caps)
-    models = [model] if model is not None else _candidates(reached)
+    models = [model] if model is not None else _candidates(reached, int((data.kind > 0).sum()))
     fits = [_fit(name, table.size, data) for name in models]
     best = fits[int(np.argmin([fit.score + _handicap(fit.model) for fit in fits]))]
     least = float(table.size.min())
@@ -118,8 +118,9 @@ class _Fit:
     score: float  # AICc
 
 
-def _candidates(reached: int) -> list[str]:
-    return [name for name, unknowns in steps_model.NAMES.items() if len(unknowns) < 3 or reached >= LEAST_THREE]
+def _candidates(reached: int, runs: int) -> list[str]:
+    three = reached >= LEAST_THREE and runs > FEW
+    return [name for name, unknowns in steps_model.NAMES.items() if len(unknowns) < 3 or three]
 
 
 def _handicap(model: str) -> float:

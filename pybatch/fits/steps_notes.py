@@ -23,9 +23,10 @@ def of_data(table: Table, picked: Array, chosen: Choice, capped: bool) -> list[N
         capped: whether the cap is known.
     """
     notes, size = [], table.size
-    diverged = np.isnan(picked)
-    if diverged.any():
-        text = f"runs that diverged are left out: {_counted(size, diverged)}. A smaller learning rate may reach"
+    lost = np.isnan(picked)
+    if lost.any():
+        text = f"runs that diverged or are missing are left out: {_counted(size, lost)}. Where they diverged, a "
+        text += "smaller learning rate may reach"
         notes.append(Note("points.steps", text))
     missed = np.isposinf(picked)
     if missed.any():

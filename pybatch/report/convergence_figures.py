@@ -132,12 +132,12 @@ def _table(curves: Sequence[Curve], unit: str) -> Table:
                     n.rounded(p.steps),
                     n.count(p.steps * p.batch) if p.steps else n.MISSING,
                     _STATUS[p.status],
-                    f"{p.reached} of {p.seeds}",
+                    f"{p.reached} of {p.runs}",
                     n.number(p.learning_rate) + (" (edge)" if p.edge else ""),
                     regimes.get(p.batch, n.MISSING),
                 )
             )
-    return Table(("rule", "batch", "steps", unit, "status", "seeds", "learning rate", "regime"), tuple(rows))
+    return Table(("rule", "batch", "steps", unit, "status", "runs", "learning rate", "regime"), tuple(rows))
 
 
 def _examples(curves: Sequence[Curve], goal: str, number: int, unit: str) -> Figure:
@@ -167,8 +167,9 @@ def _examples(curves: Sequence[Curve], goal: str, number: int, unit: str) -> Fig
     return Figure(
         name,
         title,
-        f"Examples processed until the target over the fewest of any batch ({n.count(fewest)} {unit}): the cost in "
-        "compute. The critical batch is where the fitted curve crosses 2.",
+        f"Examples processed until the target over the fewest of any batch size and rule here ({n.count(fewest)} "
+        f"{unit}): the cost in compute. Dotted: twice that. The critical batch takes twice the fewest of its fitted "
+        "curve, which may be fewer than any measured here.",
         tuple(traces),
         {
             "xaxis": batch_axis(low, high, f"batch size ({unit})"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from pybatch.errors import UsageError
-from pybatch.records import Convergence, ConvergencePoint, Run, to_dict
+from pybatch.records import Branching, Convergence, ConvergencePoint, Run, to_dict
 from pybatch.report.layout import Section, Table
 from pybatch.report.sections import sections, title
 
@@ -121,10 +122,13 @@ def _escape(text: str) -> str:
 
 
 def _rows(run: Run) -> list[dict[str, object]]:
-    """One flat row a batch size, each with what it was measured on; of a sweep alone, one a point of its curves."""
+    """One flat row a batch size, each with what it was measured on; of a sweep alone, one a point of its curves.
+
+    Of branches, one a batch size and checkpoint; of a noise trajectory, one a stretch of training.
+    """
     measured = run.capacity or run.convergence
     if measured is None:
-        return []
+        return [to_dict(point) for point in run.trajectory.points] if run.trajectory is not None else []
     head = {
         "created": run.created,
         "device": measured.device.name if measured.device else None,
@@ -136,8 +140,17 @@ def _rows(run: Run) -> list[dict[str, object]]:
             head | {"rule": curve.rule, "split": curve.split, "target": curve.target} | _flat(point)
             for curve in measured.curves
             for point in curve.points
-        ]
+        ] + [head | row for at in measured.branches for row in _branch_rows(at)]
     return [head | to_dict(point) for point in measured.batches]
+
+
+def _branch_rows(at: Branching) -> list[dict[str, object]]:
+    """The branches of one checkpoint, each with what all of them together say."""
+    whole: dict[str, object] = to_dict(dataclasses.replace(at, points=(), notes=(), fit=None))
+    shared = {key: value for key, value in whole.items() if key not in ("points", "notes", "fit")}
+    if at.fit is not None:
+        shared |= {"critical_batch": at.fit.critical_batch, "low": at.fit.low, "high": at.fit.high}
+    return [{"step": at.step} | to_dict(point) | shared for point in at.points]
 
 
 def _flat(point: ConvergencePoint) -> dict[str, object]:
@@ -146,7 +159,10 @@ def _flat(point: ConvergencePoint) -> dict[str, object]:
 
 
 def _csv(run: Run) -> str:
-    """The batches, or the points of a sweep, alone: one row each. All else is in the other formats."""
+    """The batches, points of a sweep, branches, or stretches of a trajectory alone: one row each.
+
+    All else is in the other formats.
+    """
     return _csv_of(_rows(run))
 
 
