@@ -138,7 +138,7 @@ def main() -> int:
     device = resolve("cuda:0" if arguments.device == "cuda" else arguments.device)
     large = device.type == "cuda"
     cases: list[tuple[Workload, int, str, str, float]] = [
-        (Products(8192 if large else 1024), 65_536 if large else 2048, "mfu_measured", arguments.dtype, 2 / 3),
+        (Products(8192 if large else 2048), 65_536 if large else 4096, "mfu_measured", arguments.dtype, 2 / 3),
         (Copies(1 << 20 if large else 1 << 16), 512, "mbu_measured", "fp32", 1 / 3),
     ]
     attempts: list[dict[str, Any]] = []
