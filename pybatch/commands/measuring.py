@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 from rich.console import Console
 
+from pybatch.commands.interrupting import interrupts_heard
 from pybatch.errors import Interrupted, UsageError
 from pybatch.records import Run
 from pybatch.report.formats import FORMATS, format_of, print_run, render
@@ -101,7 +102,8 @@ def measure(
         device = resolve("cpu" if given.cpu else f"cuda:{gpu}" if gpu is not None else None)
         chosen = find(given.workload, model=given.model, data=given.data, options=given.option or (), size=given.size)
         try:
-            with ProgressLine(Console(stderr=True), given.quiet or local_rank() > 0) as progress:
+            quiet = given.quiet or local_rank() > 0
+            with interrupts_heard(), ProgressLine(Console(stderr=True), quiet) as progress:
                 measured = job(chosen, device, progress)
             if measured is None:  # one of torchrun's processes: the first one has the result
                 raise typer.Exit(DONE)
