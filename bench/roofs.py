@@ -3,8 +3,9 @@
     python bench/roofs.py [--device cpu] [--dtype fp32] [--threads N] [--rounds 8] [--attempts 3] [--output FILE]
 
 The products should read 90 to 105 % of the GEMM ceiling, the copy likewise of the copy ceiling. Ceilings and steps take
-turns, so that both meet the same disturbances, and of each the best median counts, as for a ceiling. On a shared
-machine an attempt that misses is made again, so many times; every attempt is in the JSON, with the load.
+turns, and what counts is the median over the turns of a step's share of the ceiling measured just before it: on a
+shared machine both change by a fifth within seconds, and the best of either says little about the other. An attempt
+that misses is made again, so many times; every attempt is in the JSON, with the load.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,8 @@ from pybatch import Workload
 from pybatch.capacity.flops import count_flops
 from pybatch.capacity.step import TrainingStep
 from pybatch.capacity.traffic import Traffic, update_bytes
-from pybatch.device.ceilings import measure_ceilings
-from pybatch.device.clock import clock_for
+from pybatch.device.ceilings import best_median, measure_ceilings
 from pybatch.device.identity import describe, resolve
-from pybatch.records import Ceilings
 from pybatch.workloads.base import Split
 from pybatch.workloads.session import Session
 
@@ -89,37 +89,33 @@ class Copies(Workload):
 
 
 def read(step: TrainingStep, dtype: str, rounds: int, seconds: float, share: float) -> dict[str, Any]:
-    """One attempt on a loaded step: its best median, the best ceilings, and the shares of them.
+    """One attempt on a loaded step: medians over the rounds of its time, of the ceilings, and of the shares of them.
 
     `share` is that of the ceiling in question in the time `measure_ceilings` takes.
     """
     device = step.session.device
-    clock, load = clock_for(device), os.getloadavg()[0]
+    load = os.getloadavg()[0]
     step()  # the optimizer's state exists from here on
     with Traffic() as traffic:
         flops, _ = count_flops(step)
     moved = traffic.bytes + update_bytes(step.session.parameters, step.optimizer.state)
-    ceilings: list[Ceilings] = []
-    medians: list[float] = []
+    shares: dict[str, list[float]] = {"mfu_measured": [], "mbu_measured": []}
+    rates: dict[str, list[float]] = {"gemm_flops": [], "copy_bytes_per_s": []}
+    steps: list[float] = []
     for _ in range(rounds):
-        ceilings.append(measure_ceilings(device, dtype, seconds / share))
-        end = clock.now() + seconds
-        while True:
-            medians.append(sorted(clock.time(step, 3))[1])
-            if clock.now() > end:
-                break
-    gemm = max(c.gemm_flops or 0.0 for c in ceilings)
-    copy = max(c.copy_bytes_per_s or 0.0 for c in ceilings)
-    return {
-        "step_ms": 1e3 * min(medians),
-        "model_flops": flops,
-        "step_bytes": moved,
-        "gemm_flops": gemm,
-        "copy_bytes_per_s": copy,
-        "mfu_measured": flops / min(medians) / gemm if flops is not None and gemm else None,
-        "mbu_measured": moved / min(medians) / copy if copy else None,
-        "load_before": load,
-    }
+        ceilings = measure_ceilings(device, dtype, seconds / share)
+        steps.append(best_median(device, step, seconds))
+        for figure, rate, work in zip(shares, rates, (flops, moved), strict=True):
+            ceiling = getattr(ceilings, rate)
+            if ceiling and work is not None:
+                rates[rate].append(ceiling)
+                shares[figure].append(work / steps[-1] / ceiling)
+    found: dict[str, Any] = {"step_ms": 1e3 * statistics.median(steps), "model_flops": flops, "step_bytes": moved}
+    for name, values in (rates | shares).items():
+        found[name] = statistics.median(values) if values else None
+    for name, values in shares.items():
+        found[f"{name}_rounds"] = values
+    return found | {"load_before": load}
 
 
 def main() -> int:
@@ -138,7 +134,7 @@ def main() -> int:
     device = resolve("cuda:0" if arguments.device == "cuda" else arguments.device)
     large = device.type == "cuda"
     cases: list[tuple[Workload, int, str, str, float]] = [
-        (Products(8192 if large else 2048), 65_536 if large else 4096, "mfu_measured", arguments.dtype, 2 / 3),
+        (Products(8192 if large else 1024), 65_536 if large else 4096, "mfu_measured", arguments.dtype, 2 / 3),
         (Copies(1 << 20 if large else 1 << 16), 512, "mbu_measured", "fp32", 1 / 3),
     ]
     attempts: list[dict[str, Any]] = []

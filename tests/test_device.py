@@ -125,17 +125,32 @@ def test_no_fp32_peak_is_quoted_under_tf32(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_ceilings_are_work_over_the_best_median_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "last_level_cache_bytes", lambda device: 1 << 20)
-    slow_first = iter([1.0, 0.5, 2.0])
+    windows = iter([1.0] * 6 + [2.0] * 2)  # warming up, scouting and the first windows are slow
 
     class Planted(WallClock):
         def time(self, work: object, count: int) -> list[float]:
-            return [next(slow_first, 0.25)] * count
+            return [next(windows, 0.25)] * count
 
     monkeypatch.setattr(ceilings, "clock_for", lambda device: Planted())
     found = ceilings.measure_ceilings(CPU, "fp32", 0.02)
     assert found.gemm_flops == 2 * 512**3 / 0.25
     assert found.copy_bytes_per_s == 2 * (64 << 20) / 0.25
     assert found.datasheet_flops is None
+
+
+def test_a_burst_is_not_a_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "last_level_cache_bytes", lambda device: 1 << 20)
+
+    class Bursting(WallClock):
+        """Twice as fast in the first calls after each rest."""
+
+        def time(self, work: object, count: int) -> list[float]:
+            return [0.01 if i < 5 else 0.02 for i in range(count)]
+
+    monkeypatch.setattr(ceilings, "clock_for", lambda device: Bursting())
+    found = ceilings.measure_ceilings(CPU, "fp32", 0.6)
+    assert found.gemm_flops == 2 * 512**3 / 0.02  # the scouts of 3 calls are all burst; a window holds 25
+    assert found.copy_bytes_per_s == 2 * (64 << 20) / 0.02
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

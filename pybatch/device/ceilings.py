@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +27,8 @@ _DATASHEET: tuple[tuple[str, dict[str, float]], ...] = (
     (r"NVIDIA GeForce RTX 4090", {"bf16": 165.2e12, "fp32": 82.6e12}),
     (r"NVIDIA B200", {"bf16": 2250e12}),
 )
+
+WINDOW_S = 0.25  # of a ceiling; of windows of 15 ms the best is 5 to 10 % faster than steps can run
 
 
 def datasheet_flops(name: str, dtype: str) -> float | None:
@@ -50,7 +54,8 @@ def measure_ceilings(device: torch.device, dtype: str = "fp32", time_budget_s: f
 
     The product is square, of random data (zeros run faster), as large as the budget allows. The copy's arrays are at
     least four times the last-level cache. Both figures are the best of the medians of successive windows, so that a
-    passing disturbance does not lower a ceiling (MEASURING, "Ceilings").
+    passing disturbance does not lower a ceiling (MEASURING, "Ceilings"); a window lasts as long as the measurement of
+    a step does, so that a burst does not raise it above what a step could reach.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return Ceilings(
@@ -62,17 +67,24 @@ def measure_ceilings(device: torch.device, dtype: str = "fp32", time_budget_s: f
 
 def _gemm(device: torch.device, dtype: torch.dtype, budget: float) -> float:
     deadline = time.perf_counter() + budget
-    best, edge = 0.0, 512
+    sizes: list[tuple[int, float]] = []  # edges and the seconds of one product
     while True:
-        a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        work = partial(torch.mm, a, b, out=out)
-        quick = _best_median(device, work, 0.0)
-        left = deadline - time.perf_counter()
+        edge = 512 << len(sizes)
+        sizes.append((edge, _median(device, _product(device, dtype, edge), 3)))
         # A product of twice the edge is 8 times the work: go on while a few windows of it fit.
-        if edge == 16384 or quick * 8 * 12 > left:
-            return max(best, 2 * edge**3 / min(quick, _best_median(device, work, left)))
-        best, edge = max(best, 2 * edge**3 / quick), 2 * edge
+        if edge == 16384 or sizes[-1][1] * 8 * 12 > deadline - time.perf_counter():
+            break
+    # The rate of short products is a burst's: what counts is measured over whole windows, at the two largest sizes.
+    rates: list[float] = []
+    for left, (edge, _) in zip((2, 1), sizes[:-3:-1], strict=False):
+        share = (deadline - time.perf_counter()) / left
+        rates.append(2 * edge**3 / best_median(device, _product(device, dtype, edge), share))
+    return max(rates)
+
+
+def _product(device: torch.device, dtype: torch.dtype, edge: int) -> Callable[[], object]:
+    a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
+    return partial(torch.mm, a, b, out=torch.empty_like(a))
 
 
 def _copy(device: torch.device, budget: float) -> float | None:
@@ -82,16 +94,22 @@ def _copy(device: torch.device, budget: float) -> float | None:
         return None
     source = torch.randn(wanted // 4, device=device)
     target = torch.empty_like(source)
-    seconds = _best_median(device, lambda: target.copy_(source), deadline - time.perf_counter())
+    seconds = best_median(device, lambda: target.copy_(source), deadline - time.perf_counter())
     return 2 * 4 * source.numel() / seconds  # read and written
 
 
-def _best_median(device: torch.device, work: Callable[[], object], budget: float) -> float:
-    """Seconds of one call: the smallest of the medians over windows of three calls, within the budget."""
-    clock = clock_for(device)
+def best_median(device: torch.device, work: Callable[[], object], budget: float) -> float:
+    """Seconds of one call: the smallest of the medians of windows of WINDOW_S, as many as fit the budget in seconds."""
     deadline = time.perf_counter() + budget
-    clock.time(work, 1)
+    calls = max(3, math.ceil(min(WINDOW_S, budget) / _median(device, work, 3)))
     medians: list[float] = []
     while not medians or time.perf_counter() < deadline:
-        medians.append(sorted(clock.time(work, 3))[1])
+        medians.append(_median(device, work, calls))
     return min(medians)
+
+
+def _median(device: torch.device, work: Callable[[], object], calls: int) -> float:
+    """Median seconds of so many calls, after one that warms up."""
+    clock = clock_for(device)
+    clock.time(work, 1)
+    return statistics.median(clock.time(work, calls))
