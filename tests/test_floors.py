@@ -23,6 +23,7 @@ FLOORS = {
     "pybatch._C": 0,
     "pybatch.tradeoff": 0.7,
     "pybatch.advice": 0.8,
+    "pybatch.claims": 0.8,
     "pybatch.frontier": 0.8,
     "pybatch.verdict": 1,
     "pybatch.comparison": 1.5,

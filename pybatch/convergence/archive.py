@@ -308,7 +308,9 @@ def _widened(found: ConvergencePoint, ran: Sequence[int], seeds: Sequence[int]) 
                 statuses=tuple(statuses.get(seed, "not_run") for seed in seeds),
             )
         )
-    return dataclasses.replace(found, rates=tuple(rates))
+    other = dict(zip(ran, found.other_losses, strict=False))
+    losses = tuple(other.get(seed) for seed in seeds) if found.other_losses else ()
+    return dataclasses.replace(found, rates=tuple(rates), other_losses=losses)
 
 
 def _race(targets: Mapping[str, float], seeds: Sequence[int], outcomes: Sequence[Outcome], search: bool) -> Race:

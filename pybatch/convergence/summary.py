@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pybatch.convergence.search import at_edge, best_rate
-from pybatch.convergence.trajectory import Split
+from pybatch.convergence.trajectory import Split, loss_at
 from pybatch.convergence.trial import Outcome, Race, middle
 from pybatch.errors import UsageError
 from pybatch.fits.steps import fit_steps
@@ -46,6 +46,18 @@ def point(batch: int, split: str, race: Race, outcomes: Sequence[Outcome]) -> Co
         diverged=statuses.count("diverged"),
         edge=race.search and at_edge(race, split, tried),
         rates=rates,
+        other_losses=_other_losses(split, race, best, outcomes) if best is not None else (),
+    )
+
+
+def _other_losses(split: str, race: Race, lr: float, outcomes: Sequence[Outcome]) -> tuple[float | None, ...]:
+    """The other split's loss where each seed's run met its target, at one rate."""
+    other = "test" if split == "train" else "train"
+    runs = {outcome.trial.seed: outcome.trajectory for outcome in outcomes if outcome.trial.lr == lr}
+    crossings = {seed: race.steps(split, lr, seed) for seed in race.seeds}
+    return tuple(
+        loss_at(runs[seed], other, found) if found is not None and seed in runs else None
+        for seed, found in crossings.items()
     )
 
 

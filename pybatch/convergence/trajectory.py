@@ -97,6 +97,16 @@ def smoothed(steps: Steps, losses: NDArray[np.floating], i: int) -> NDArray[np.f
     return mean
 
 
+def loss_at(found: Trajectory, split: str, crossing: Crossing) -> float | None:
+    """The smoothed loss of a split at a crossing, of whichever split; None where training had broken down."""
+    i = int(np.searchsorted(found.steps, crossing.at))
+    now = float(smoothed(found.steps, found.loss(split), i))
+    if crossing.at > crossing.before:
+        last = float(smoothed(found.steps, found.loss(split), i - 1))
+        now = last + (now - last) * (crossing.steps - crossing.before) / (crossing.at - crossing.before)
+    return now if math.isfinite(now) else None
+
+
 def lowest(found: Trajectory, split: str) -> tuple[float, int]:
     """The lowest smoothed loss of a run and the step at which it was taken; infinite where none is finite."""
     losses = found.loss(split)

@@ -34,6 +34,7 @@ class ConvergencePoint:
     diverged: int = 0  # seeds whose loss became NaN, infinite, or over three times the initial one
     edge: bool = False  # the best rate is the lowest or highest one tried: a better one may lie beyond
     rates: tuple[RateSteps, ...] = ()  # every rate tried, ascending
+    other_losses: tuple[float | None, ...] = ()  # by seed: the other split's smoothed loss where the target was met
 
     @property
     def runs(self) -> int:

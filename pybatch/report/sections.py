@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from pybatch import numerals as n
 from pybatch.records import BatchPoint, Capacity, Ceilings, Distributed, NoiseScale, NoiseTrajectory, Note, Run, Verdict
-from pybatch.report import branches, curves
+from pybatch.report import branches, claims, curves
 from pybatch.report.layout import Section, Table
 from pybatch.report.noise_figures import trajectory_table
 
@@ -47,7 +47,7 @@ def sections(run: Run) -> list[Section]:
     if run.trajectory is not None:
         found.append(_trajectory(run.trajectory))
     if run.convergence is not None and run.convergence.curves:
-        found += curves.sections(run.convergence, unit_of(run))
+        found += curves.sections(run.convergence, unit_of(run)) + claims.sections(run)
     if run.convergence is not None and run.convergence.branches:
         found.append(branches.section(run.convergence, unit_of(run)))
     if run.distributed is not None:

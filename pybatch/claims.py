@@ -1,0 +1,216 @@
+"""What Golmant et al. (2018) claim of large batches, each checked on a sweep of one's own. Pure: a record in.
+
+A finding is "yes" or "no" where the 95 % interval leaves no doubt, and "undetermined" otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from scipy.special import stdtrit
+
+from pybatch import numerals as n
+from pybatch.records import Capacity, Convergence, ConvergencePoint, Curve, Run
+from pybatch.scaling import SEARCHED
+
+Finding = Literal["yes", "no", "undetermined", "not measured"]
+BROKEN = 2.0  # times the tuned rate's steps, from which a rule counts as broken
+CONSTANT = "constant"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper, and what this sweep says of it."""
+
+    name: str  # a label of a few words
+    claim: str  # as the paper has it
+    finding: Finding
+    text: str  # what was seen here, with its figures
+
+
+def check_claims(run: Run) -> tuple[Claim, ...]:
+    """The claims that the curves of a run's sweep can speak of; empty where it has none.
+
+    Args:
+        run: a sweep, or a run and a sweep joined as `pybatch report` does: only then capacity is known.
+    """
+    steps = run.convergence
+    if steps is None or not steps.curves:
+        return ()
+    found: list[Claim] = []
+    for split in dict.fromkeys(curve.split for curve in steps.curves):
+        curves = [curve for curve in steps.curves if curve.split == split]
+        best = next((c for c in curves if c.rule == SEARCHED), curves[0])
+        found += [_stagnation(best), _cost(best), _capacity(best, run.capacity)]
+        found += [_rule(curve, curves, steps.base_batch) for curve in curves if curve.rule != SEARCHED]
+        if split == "train":
+            found += [_generalization(curve) for curve in curves]
+    return tuple(found)
+
+
+def notes_on_claims(steps: Convergence) -> tuple[str, ...]:
+    """What no claim here can speak of."""
+    if not any(curve.split == "train" for curve in steps.curves):
+        return ("test loss at equal train loss: not measured, as no train target was swept",)
+    return ("test loss at equal epochs and at equal steps: not measured, as trainings end at their target",)
+
+
+def _stagnation(curve: Curve) -> Claim:
+    def said(finding: Finding, text: str) -> Claim:
+        name = f"{curve.split} steps level off"
+        return Claim(name, "steps stop falling past some batch size", finding, text)
+
+    fit, largest = curve.fit, max((p.batch for p in _reached(curve)), default=None)
+    if fit is None or fit.model is None or largest is None:
+        return said("not measured", "too few batch sizes reached the target for a fit")
+    tested = f"tested to {n.count(largest)}"
+    if fit.b_stag is None:
+        return said("no", f"no bend, {tested}") if curve.high is None else said("yes", f"hardly any fall, {tested}")
+    band = n.interval(fit.b_stag_low, fit.b_stag_high)
+    text = f"doubling saves less than 10 % of the steps from {n.number(fit.b_stag)} {band} on, {tested}"
+    if fit.b_stag_high is not None and fit.b_stag_high <= largest:
+        return said("yes", text)
+    return said("no" if fit.b_stag_low is not None and fit.b_stag_low > largest else "undetermined", text)
+
+
+def _cost(curve: Curve) -> Claim:
+    def said(finding: Finding, text: str) -> Claim:
+        name = f"{curve.split} cost rises"
+        return Claim(name, "a larger batch raises the total of examples", finding, text)
+
+    points = _reached(curve)
+    if len(points) < 2:
+        return said("not measured", "fewer than two batch sizes reached the target")
+    large = points[-1]
+    cheap = min(points, key=lambda p: p.batch * (p.steps or math.inf))
+    if cheap is large:
+        return said("no", f"the largest batch, {n.count(large.batch)}, took the fewest examples")
+    logs = [
+        math.log(large.batch * a / (cheap.batch * b))
+        for a, b in zip(_by_seed(large), _by_seed(cheap), strict=False)
+        if a and b
+    ]
+    mean, low, high = _mean(logs)
+    factor = " ".join(filter(None, (n.number(math.exp(mean)), _ends(math.exp(low), math.exp(high)))))
+    text = f"batch {n.count(large.batch)} took {factor} times the examples of {n.count(cheap.batch)}"
+    return said("yes" if low > 0 else "undetermined", text)
+
+
+def _capacity(curve: Curve, capacity: Capacity | None) -> Claim:
+    def said(finding: Finding, text: str) -> Claim:
+        name = f"{curve.split} below capacity"
+        return Claim(name, "the critical batch lies below what the device can take", finding, text)
+
+    if capacity is None or capacity.saturation_batch is None:
+        why = "no throughput fit stands beside this sweep: give the report a run of 'pybatch bench' as well"
+        return said("not measured", why)
+    walls = [("saturation batch", capacity.saturation_batch, capacity.saturation_low, capacity.saturation_high)]
+    if capacity.max_batch is not None:
+        most = float(capacity.max_batch)
+        walls.append(("largest batch that fits", most, most, most))
+    name, wall, least, most_ = min(walls, key=lambda found: found[1])
+    low = curve.low / most_ if curve.low and most_ else None
+    high = curve.high / least if curve.high and least else None
+    if curve.critical_batch is None and low is None and high is None:
+        return said("not measured", "the critical batch is not known")
+    value = f"{n.number(curve.critical_batch / wall)} " if curve.critical_batch else ""
+    text = f"critical batch over {name}: {value}{n.interval(low, high)}"
+    if high is not None and high < 1:
+        return said("yes", text)
+    return said("no" if low is not None and low > 1 else "undetermined", text)
+
+
+def _rule(curve: Curve, curves: Sequence[Curve], base: int | None) -> Claim:
+    """How far a rule holds: up to the first batch past the base one at which it fails."""
+
+    def said(finding: Finding, text: str) -> Claim:
+        name = f"{curve.split}, {curve.rule} fails"
+        return Claim(name, "a rule that scales the rate helps at first, then fails", finding, text)
+
+    tuned = {p.batch: p for c in curves if c.rule == SEARCHED for p in c.points}
+    plain = {p.batch: p for c in curves if c.rule == CONSTANT and curve.rule != CONSTANT for p in c.points}
+    points = sorted((p for p in curve.points if base is None or p.batch > base), key=lambda p: p.batch)
+    if not points:
+        return said("not measured", "no batch size above the base one was run")
+    texts, held = [], []
+    broken: ConvergencePoint | None = None
+    for p in points:
+        if _fails(p, tuned.get(p.batch)):
+            broken = p
+            break
+        held.append(p)
+    if held:
+        against = _ratio(held[-1], tuned.get(held[-1].batch))
+        texts.append(f"holds to {n.count(held[-1].batch)}" + (f" ({against})" if against else ""))
+    if broken is not None:
+        against = _ratio(broken, tuned.get(broken.batch))
+        what = against if against else f"{broken.reached} of {broken.runs} reach"
+        texts.append(f"fails at {n.count(broken.batch)}: {what}")
+    elif not tuned:
+        texts.append("no tuned rates to compare with")
+    better = [p.batch for p in points if p.steps and (o := plain.get(p.batch)) and (o.steps or math.inf) > p.steps]
+    if plain:
+        texts.append(f"fewer steps than {CONSTANT} up to {n.count(max(better))}" if better else "no help")
+    return said("yes" if broken is not None else "no", "; ".join(texts))
+
+
+def _fails(p: ConvergencePoint, tuned: ConvergencePoint | None) -> bool:
+    if p.status != "reached" or p.steps is None:
+        return True
+    return tuned is not None and tuned.steps is not None and p.steps > BROKEN * tuned.steps
+
+
+def _ratio(p: ConvergencePoint, tuned: ConvergencePoint | None) -> str:
+    if tuned is None or not tuned.steps or p.steps is None:
+        return ""
+    ratio = p.steps / tuned.steps
+    return f"{n.number(ratio)} times the tuned steps" if ratio != 1 else "as many steps as tuned"
+
+
+def _generalization(curve: Curve) -> Claim:
+    def said(finding: Finding, text: str) -> Claim:
+        name = f"{curve.rule}: test loss"
+        return Claim(name, "a larger batch generalizes worse", finding, text)
+
+    points = [p for p in _reached(curve) if any(loss is not None for loss in p.other_losses)]
+    if len(points) < 2:
+        return said("not measured", "fewer than two batch sizes have a test loss where the train target was met")
+    small, large = points[0], points[-1]
+    both = [
+        (a, b) for a, b in zip(large.other_losses, small.other_losses, strict=False) if a is not None and b is not None
+    ]
+    if not both:
+        return said("not measured", "no seed reached the target at both ends")
+    mean, low, high = _mean([a - b for a, b in both])
+    there, here = (sum(values) / len(both) for values in zip(*both, strict=True))
+    text = (
+        f"at the train target {n.number(there)} with batch {n.count(large.batch)}, {n.number(here)} with "
+        f"{n.count(small.batch)}: {'+' if mean >= 0 else ''}{n.number(mean)} {_ends(low, high)}"
+    )
+    return said("yes" if low > 0 else "no" if high < 0 else "undetermined", text.rstrip())
+
+
+def _reached(curve: Curve) -> list[ConvergencePoint]:
+    return sorted((p for p in curve.points if p.status == "reached" and p.steps), key=lambda p: p.batch)
+
+
+def _by_seed(p: ConvergencePoint) -> tuple[float | None, ...]:
+    """Steps by seed at the rate that was chosen."""
+    return next((rate.steps for rate in p.rates if rate.learning_rate == p.learning_rate), (p.steps,))
+
+
+def _ends(low: float, high: float) -> str:
+    return n.interval(low, high) if math.isfinite(high) else "(one seed: no interval)"
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean with its 95 % interval by Student's t; of one value the interval is open."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    half = float(stdtrit(len(values) - 1, 0.975)) * spread / math.sqrt(len(values))
+    return mean, mean - half, mean + half
