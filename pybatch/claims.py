@@ -68,7 +68,11 @@ def _stagnation(curve: Curve) -> Claim:
         return said("not measured", "too few batch sizes reached the target for a fit")
     tested = f"tested to {n.count(largest)}"
     if fit.b_stag is None:
-        return said("no", f"no bend, {tested}") if curve.high is None else said("yes", f"hardly any fall, {tested}")
+        if curve.critical_batch is not None or (curve.low is None and curve.high is None):
+            return said("undetermined", f"the fit puts no batch size to it, {tested}")
+        if curve.high is None:
+            return said("no", f"steps fall with every batch size, {tested}")
+        return said("yes", f"steps hardly fall at all, {tested}")
     band = n.interval(fit.b_stag_low, fit.b_stag_high)
     text = f"doubling saves less than 10 % of the steps from {n.number(fit.b_stag)} {band} on, {tested}"
     if fit.b_stag_high is not None and fit.b_stag_high <= largest:

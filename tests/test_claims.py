@@ -65,9 +65,18 @@ def test_steps_level_off_only_where_the_whole_interval_was_tested(changes, findi
     assert claims(curve("tuned", TUNED, **changes))["train steps level off"].finding == finding
 
 
-def test_a_curve_without_a_bend_does_not_level_off():
-    flat = dataclasses.replace(curve("tuned", TUNED, b_stag=None), critical_batch=None, low=512.0, high=None)
-    assert claims(flat)["train steps level off"].finding == "no"
+@pytest.mark.parametrize(
+    ("critical", "low", "high", "finding"),
+    [
+        (None, 512.0, None, "no"),  # falls to the end
+        (None, None, 8.0, "yes"),  # never falls
+        (50.0, 40.0, 60.0, "undetermined"),  # a fit that has no such batch
+        (None, None, None, "undetermined"),
+    ],
+)
+def test_a_fit_without_a_stagnant_batch_is_read_by_its_bounds(critical, low, high, finding):
+    bare = dataclasses.replace(curve("tuned", TUNED, b_stag=None), critical_batch=critical, low=low, high=high)
+    assert claims(bare)["train steps level off"].finding == finding
 
 
 def test_what_the_largest_batch_costs_is_a_ratio_of_examples_over_the_seeds():
