@@ -15,7 +15,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """A plain number rounded to so many significant digits: 0.0123, 4.56, 78.9, 1,230; a whole one as it is: 32."""
     if value is None or not math.isfinite(value):
         return MISSING
-    if value == round(value) and abs(value) < 10**digits:
+    if math.isclose(value, round(value), rel_tol=1e-9) and abs(value) < 10**digits:  # to rounding: 0.1 * 10 is 1
         return f"{value:.0f}"
     exponent = math.floor(math.log10(abs(value)))
     if round(abs(value), digits - 1 - exponent) >= 10 ** (exponent + 1):

@@ -74,7 +74,8 @@ def _lines(curve: Curve, unit: str, alone: bool) -> list[tuple[str, str]]:
         elif curve.high is not None:
             bound = f"at most {n.number(curve.high)} {unit}"
         return [(name, bound)]
-    text = f"{n.number(curve.critical_batch)} {n.interval(curve.low, curve.high)} {unit}"
+    low = curve.low if curve.low is not None and curve.low >= 1 else None  # below one example a bound says nothing
+    text = f"{n.number(curve.critical_batch)} {n.interval(low, curve.high)} {unit}"
     if curve.fit is not None and curve.fit.model is not None:
         text += f", fit: {curve.fit.model}, at least {n.number(curve.s_min)} steps"
     lines = [(name, text)]
