@@ -24,6 +24,7 @@ FLOORS = {
     "pybatch.tradeoff": 0.7,
     "pybatch.advice": 0.8,
     "pybatch.claims": 0.8,
+    "pybatch.factors": 0.8,
     "pybatch.frontier": 0.8,
     "pybatch.verdict": 1,
     "pybatch.comparison": 1.5,

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from pybatch.errors import UsageError
 from pybatch.records import Branching, Convergence, ConvergencePoint, Run, to_dict
+from pybatch.report import factors
 from pybatch.report.layout import Section, Table
 from pybatch.report.sections import sections, title
 
@@ -46,7 +47,10 @@ def render_all(runs: Sequence[Run], format_: str) -> str:
     if format_ == "json" and len(runs) > 1:
         raise UsageError(f"a .json file holds one run, and these are {len(runs)}. Use .jsonl, or give one of them.")
     between = "" if format_ == "jsonl" else "\n"
-    return between.join(render(run, format_) for run in runs)
+    parts = [render(run, format_) for run in runs]
+    if format_ in _OF_ALL:
+        parts += [_OF_ALL[format_](section) for section in factors.sections(runs)]
+    return between.join(parts)
 
 
 def print_run(run: Run, console: Console) -> None:
@@ -87,8 +91,12 @@ def _rich_table(table: Table) -> RichTable:
 
 
 def _plain(run: Run) -> str:
+    return _printed(lambda console: print_run(run, console))
+
+
+def _printed(work: Callable[[Console], None]) -> str:
     text = io.StringIO()
-    print_run(run, Console(file=text, width=80, color_system=None))
+    work(Console(file=text, width=80, color_system=None))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
@@ -192,6 +200,12 @@ def _jsonl(run: Run) -> str:
             lines.append({"record": name} | to_dict(section))
     return "".join(json.dumps(line) + "\n" for line in lines)
 
+
+# What is said of several runs together, in the formats that are read.
+_OF_ALL: dict[str, Callable[[Section], str]] = {
+    "table": lambda section: _printed(lambda console: print_sections([section], console)),
+    "md": lambda section: _markdown_section(section) + "\n",
+}
 
 FORMATS: dict[str, Callable[[Run], str]] = {
     "table": _plain,

@@ -19,6 +19,7 @@ from pybatch import numerals as n
 from pybatch.codec import encode
 from pybatch.errors import UsageError
 from pybatch.records import Capacity, Convergence, Environment, NoiseScale, NoiseTrajectory, Reason, Run, Verdict
+from pybatch.report import factors
 from pybatch.report.capacity_figures import capacity_figures
 from pybatch.report.convergence_figures import convergence_figures
 from pybatch.report.figure import Figure
@@ -92,6 +93,7 @@ def page(runs: Sequence[Run]) -> str:
     nav = ""
     if len(runs) > 1:
         nav = "<nav>" + "".join(f'<a href="#run-{i}">{_text(title(run))}</a>' for i, run in enumerate(runs)) + "</nav>"
+    parts += [f"<section>\n{section_html(section)}</section>\n" for section in factors.sections(runs)]
     data = [as_data(figure) for own in drawn for figure in own if figure.missing is None]
     script = resource("page.js")
     library = plotly() if data else ""
