@@ -1,4 +1,4 @@
-"""Small models for the noise sources, and their norms by a float64 loop over examples."""
+"""Small models and workloads for the noise sources, and norms by a float64 loop over examples."""
 
 import copy
 
@@ -6,6 +6,26 @@ import torch
 from torch import nn
 
 from pybatch.noise.estimator import pair
+from pybatch.workloads.base import Workload
+
+
+class Regression(Workload):
+    """x ~ N(0, I_d), no label noise, weights half a unit off everywhere: B_simple = d + 1 whatever the batch."""
+
+    name = "regression"
+    reference_batch = 8
+    d = 63
+
+    def model(self):
+        model = nn.Linear(self.d, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        return model
+
+    def batch(self, n, generator, split="train"):
+        return torch.randn(n, self.d, generator=generator)
+
+    def loss(self, model, batch):
+        return 0.5 * (model(batch)[:, 0] - 0.5 * batch.sum(1)).square().mean()
 
 
 class Sequence(nn.Module):
