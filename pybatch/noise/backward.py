@@ -62,6 +62,8 @@ class BackwardNoise(Collector):
         self._in_backward = False
         self._several = 0  # backward passes after more than one counted forward pass
         self._fresh: set[int] = set()  # parameters whose `.grad` was None before this backward pass
+        self._left: list[tuple[int, tuple[int, int]]] = []  # parameters and what `_mark` said after the last pass
+        self._altered = torch.zeros((), dtype=torch.float64, device=self._device)  # steps left out for it
         self._own = self._zeros()  # [2, parameters] of this backward pass: plain and preconditioned
         self.forget()
         self._removals = [
@@ -77,6 +79,7 @@ class BackwardNoise(Collector):
         """Leave out the micro-batches since the last step."""
         self._members, self._inverse, self._examples = 0, 0.0, 0.0
         self._squares, self._large = self._zeros(), self._zeros()
+        self._doubt: torch.Tensor | None = None  # NaN where the step began with gradients of unknown origin
 
     def _recover(self) -> None:
         """A backward pass that raised, out of memory say, never came to its end: what it left is let go."""
@@ -87,9 +90,7 @@ class BackwardNoise(Collector):
     def _watch(self, index: int) -> Any:
         def see(grad: torch.Tensor) -> None:
             if not self._in_backward:
-                self._in_backward = True
-                self._own, self._fresh = self._zeros(), set()
-                torch.autograd.Variable._execution_engine.queue_callback(self._end)
+                self._begin()
             if self._params[index].grad is None:
                 self._fresh.add(index)  # becomes `.grad` itself: holding it would force a copy
                 return
@@ -99,6 +100,19 @@ class BackwardNoise(Collector):
                 self._flush()
 
         return see
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """The first gradient of a backward pass is there; none was added to `.grad` yet."""
+        self._in_backward = True
+        self._own, self._fresh = self._zeros(), set()
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        if self._members and any(_mark(self._params[i]) not in (None, mark) for i, mark in self._left):
+            # Set to zero, which begins a step anew; or clipped, say, and then their sum is not that of the passes.
+            self._abandon()
+            left = squares([g for p in self._params if (g := p.grad) is not None]).sum()
+            self._altered = self._altered + (left != 0.0)
+            self._doubt = torch.where(left == 0.0, 1.0, torch.nan).double()
 
     def _flush(self) -> None:
         if self._held:
@@ -140,11 +154,10 @@ class BackwardNoise(Collector):
         size = sizes[-1]
         self._several += len(sizes) > 1
         self._squares += self._own / size if self._accumulation == "weighted" else self._own
-        self._members, self._inverse, self._examples = (
-            self._members + 1,
-            self._inverse + 1.0 / size,
-            self._examples + size,
-        )
+        self._members += 1
+        self._inverse += 1.0 / size
+        self._examples += size
+        self._left = [(i, mark) for i in present if (mark := _mark(self._params[i])) is not None]
 
     def _abandon(self) -> None:
         """Gradients were cleared without a step; under a scaler because they were not finite."""
@@ -168,6 +181,8 @@ class BackwardNoise(Collector):
             if self._scaler is not None:
                 factor = self._scaler.scale(torch.ones((), device=self._device)).double() ** -2
                 small, large = small * factor, large * factor
+            if self._doubt is not None:
+                small = small * self._doubt
             self._row(n_small, n_large, self._arrange(small), self._arrange(large))
         self.forget()
 
@@ -181,10 +196,22 @@ class BackwardNoise(Collector):
         """A step is a row at once."""
 
     def _said(self) -> tuple[Note, ...]:
-        if not self._several:
-            return self._notes
-        text = (
-            f"{self._several} backward passes came after several forward passes, and the examples of the last alone "
-            "were counted: where a loss holds them all, attach with examples='count'"
-        )
-        return (*self._notes, Note("noise.b_simple", text))
+        notes, altered = list(self._notes), round(float(self._altered))
+        if self._several:
+            text = (
+                f"{self._several} backward passes came after several forward passes, and the examples of the last "
+                "alone were counted: where a loss holds them all, attach with examples='count'"
+            )
+            notes.append(Note("noise.b_simple", text))
+        if altered:
+            text = (
+                f"{altered} steps are left out because gradients were changed in place between their backward passes: "
+                "clip or scale them once, before optimizer.step()"
+            )
+            notes.append(Note("noise.skipped", text))
+        return tuple(notes)
+
+
+def _mark(param: torch.Tensor) -> tuple[int, int] | None:
+    """What changes when a gradient is written in place or replaced; None where there is none."""
+    return None if param.grad is None else (param.grad.data_ptr(), param.grad._version)
