@@ -24,6 +24,7 @@ Accumulation = Literal["mean", "sum", "weighted"]
 Examples = int | Literal["count"] | None
 
 ACCUMULATIONS = ("mean", "sum", "weighted")
+HIGH_SCALE = 2.0**50  # of a loss, times gradients around 1: within 2^10 of where squares overflow in fp32
 
 
 class Count:
@@ -186,6 +187,7 @@ class Collector(Handle):
         self._pending = Pending(2 + 2 * self._series, device, self._take)
         self._device = device
         self._counter: Count | None = None
+        self._scaler: Any = None
         self._single = 0  # steps whose large batch is no larger than the small one
         self._removals: list[Callable[[], None]] = []
 
@@ -199,7 +201,7 @@ class Collector(Handle):
         self._settle()
         self._pending.drain()
         found = self._accumulator.estimate(self._single, self._said())
-        notes = (*found.notes, *confounds(self._model, None, found))
+        notes = (*found.notes, *confounds(self._model, None, found), *self._overflown(found))
         return dataclasses.replace(found, notes=notes, unit=self._unit)
 
     def detach(self) -> None:
@@ -235,6 +237,16 @@ class Collector(Handle):
 
     def _said(self) -> tuple[Note, ...]:
         return self._notes
+
+    def _overflown(self, found: NoiseScale) -> list[Note]:
+        scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
+        if not found.skipped or scale < HIGH_SCALE:
+            return []
+        text = (
+            f"the loss scale is {scale:.2g}, where squared norms overflow in fp32 although gradients are finite: such "
+            "steps are left out. bf16 and fp32 need no GradScaler; leave it out"
+        )
+        return [Note("noise.skipped", text)]
 
     def _row(self, n_small: Any, n_large: Any, small: torch.Tensor, large: torch.Tensor) -> None:
         """One step: counts, and [series] squared norms each: total, preconditioned if kept, layers."""
