@@ -43,6 +43,7 @@ class Count:
         self._examples, self._started = examples, started
         self._sizes: list[float] = []
         self.forwards = 0  # passes with gradients since the last `take`, counted or not
+        self.modes: set[bool] = set()  # whether the model was in training mode in them
         self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def add(self, n: float) -> None:
@@ -83,6 +84,7 @@ class Count:
         if not torch.is_grad_enabled():
             return
         self.forwards += 1
+        self.modes.add(module.training)
         if not module.training:
             return
         if self._started is not None:
@@ -201,7 +203,9 @@ class Collector(Handle):
         self._settle()
         self._pending.drain()
         found = self._accumulator.estimate(self._single, self._said())
-        notes = (*found.notes, *confounds(self._model, None, found), *self._overflown(found))
+        evaluation = self._counter is not None and self._counter.modes == {False}
+        said = confounds(self._model, None, found, training=not evaluation)
+        notes = (*found.notes, *said, *self._overflown(found))
         return dataclasses.replace(found, notes=notes, unit=self._unit)
 
     def detach(self) -> None:
