@@ -41,6 +41,8 @@ class BackwardNoise(Collector):
         named = dict(trainable(model))
         if not named:
             raise UsageError("attach(): the model has no parameter to train, so there is no gradient to measure.")
+        if not {p for group in optimizer.param_groups for p in group["params"]}.intersection(named.values()):
+            raise UsageError("attach(): the optimizer holds no parameter of this model. Pass its own.")
         self._params = list(named.values())
         names = tuple(named) if layers else ()
         super().__init__(
@@ -83,6 +85,7 @@ class BackwardNoise(Collector):
 
     def _recover(self) -> None:
         """A backward pass that raised, out of memory say, never came to its end: what it left is let go."""
+        self._refuse_changed(frozen=False)
         if self._in_backward and torch._C._current_graph_task_id() < 0:
             self._in_backward = False
             self._held, self._held_bytes = [], 0
@@ -107,10 +110,13 @@ class BackwardNoise(Collector):
         self._in_backward = True
         self._own, self._fresh = self._zeros(), set()
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
-        if self._members and any(_mark(self._params[i]) not in (None, mark) for i, mark in self._left):
-            # Set to zero, which begins a step anew; or clipped, say, and then their sum is not that of the passes.
-            self._abandon()
-            left = squares([g for p in self._params if (g := p.grad) is not None]).sum()
+        grads = [grad for p in self._params if (grad := p.grad) is not None]
+        changed = any(_mark(self._params[i]) not in (None, mark) for i, mark in self._left)
+        if changed if self._members else grads:
+            # Zeros begin a step; gradients of the step before, or clipped ones, are no sum of this step's passes.
+            if self._members:
+                self._abandon()
+            left = squares(grads).sum()
             self._altered = self._altered + (left != 0.0)
             self._doubt = torch.where(left == 0.0, 1.0, torch.nan).double()
 
@@ -133,16 +139,18 @@ class BackwardNoise(Collector):
         """The backward pass is over: close the micro-batch."""
         self._in_backward = False
         self._flush()
-        sizes = self._counter.take() if self._counter is not None else []
         present = [i for i, p in enumerate(self._params) if p.grad is not None]
-        if not present:
+        marks = [(i, mark) for i in present if (mark := _mark(self._params[i])) is not None]
+        if not present or (self._members and marks == self._left):
             return  # torch.autograd.grad(): nothing was accumulated
+        sizes = self._counter.take() if self._counter is not None else []
         if self._members and self._fresh.issuperset(present):
             self._abandon()
         if not sizes:
             raise UsageError(
-                "no examples were counted for this backward pass: the model's forward() was not called. "
-                "Attach with examples='count' and call handle.count(n) before each backward()."
+                "no examples were counted for this backward pass: the attached model's forward() was not called. "
+                "Attach to the model that is called (the compiled one, say), or with examples='count' and call "
+                "handle.count(n) before each backward()."
             )
         grads = [g for i in present if (g := self._params[i].grad) is not None]
         self._large = self._zeros()
@@ -157,7 +165,7 @@ class BackwardNoise(Collector):
         self._members += 1
         self._inverse += 1.0 / size
         self._examples += size
-        self._left = [(i, mark) for i in present if (mark := _mark(self._params[i])) is not None]
+        self._left = marks
 
     def _abandon(self) -> None:
         """Gradients were cleared without a step; under a scaler because they were not finite."""
@@ -205,8 +213,8 @@ class BackwardNoise(Collector):
             notes.append(Note("noise.b_simple", text))
         if altered:
             text = (
-                f"{altered} steps are left out because gradients were changed in place between their backward passes: "
-                "clip or scale them once, before optimizer.step()"
+                f"{altered} steps are left out because gradients were left from the step before, or changed between "
+                "backward passes: clear those of the whole model after every step, and clip once, right before it"
             )
             notes.append(Note("noise.skipped", text))
         return tuple(notes)
