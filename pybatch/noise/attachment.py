@@ -121,7 +121,7 @@ def attach(
     _refuse_reduced(model, source)
     # A GradScaler looks for infinities in `.grad`, so opt.accumulate() can't be used with one; hooks can.
     if isinstance(optimizer, FusedOptimizer) and scaler is None:
-        given = {"examples": examples, "preconditioned": preconditioned or None}
+        given: dict[str, Any] = {"examples": examples, "preconditioned": preconditioned or None}
         given["accumulation"] = accumulation if accumulation != "mean" else None
         ignored = [name for name, value in given.items() if value is not None]
         if ignored:
