@@ -1,4 +1,4 @@
-"""Small models for the noise sources, and their norms by a float64 loop over examples."""
+"""Small models and workloads for the noise sources, and norms by a float64 loop over examples."""
 
 import copy
 
@@ -6,6 +6,26 @@ import torch
 from torch import nn
 
 from pybatch.noise.estimator import pair
+from pybatch.workloads.base import Workload
+
+
+class Regression(Workload):
+    """x ~ N(0, I_d), no label noise, weights half a unit off everywhere: B_simple = d + 1 whatever the batch."""
+
+    name = "regression"
+    reference_batch = 8
+    d = 63
+
+    def model(self):
+        model = nn.Linear(self.d, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        return model
+
+    def batch(self, n, generator, split="train"):
+        return torch.randn(n, self.d, generator=generator)
+
+    def loss(self, model, batch):
+        return 0.5 * (model(batch)[:, 0] - 0.5 * batch.sum(1)).square().mean()
 
 
 class Sequence(nn.Module):
@@ -75,3 +95,39 @@ def expected(members, weighted=False):
         n_small = k / (1 / sizes).sum()
         small, large, n_large = means.square().mean(0), means.mean(0).square(), k * n_small
     return pair(small, large, n_small, n_large)  # [parameters] each: summed as wanted
+
+
+class Fixed(nn.Module):
+    """A dropout layer that has been seen: the factors it applied, one example after the other."""
+
+    def __init__(self, factors):
+        super().__init__()
+        self.rows = iter(factors)
+
+    def forward(self, x):
+        return x * next(self.rows)[None]
+
+
+def watch_dropout(model):
+    """Names of the dropout layers, and the factors [n, ...] that each applied last; filled by forward passes."""
+    seen = {}
+
+    def see(name):
+        def hook(module, args, out):
+            (x,) = args
+            seen[name] = torch.where(x == 0, 0.0, out / x).detach().double()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(see(name))
+    return seen
+
+
+def masked_gradients(model, factors, x, y):
+    """As `example_gradients`, with dropout as it was in the pass that made these factors."""
+    model = copy.deepcopy(model)
+    for name, own in factors.items():
+        model.set_submodule(name, Fixed(own))
+    return example_gradients(model, x, y)[0]

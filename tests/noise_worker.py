@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from noise_models import example_gradients, expected, images, loss_of, mlp
+from noise_models import example_gradients, expected, images, loss_of, masked_gradients, mlp, watch_dropout
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -253,10 +254,11 @@ def moments(rank, world):
     return numbers(handle.noise), {"small": 5 * world, "refused": refused}
 
 
-def sharded():
-    model = seeded()
-    fully_shard(model[1])
-    fully_shard(model[3])
+def sharded(make=mlp):
+    model = seeded(make)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
     return fully_shard(model)
 
 
@@ -318,8 +320,118 @@ def fsdp_accumulated(rank, world):
     return numbers(handle.noise), {"grad_sq": want[0], "trace": want[1]}
 
 
-DDP_CASES = (plain, weighted, no_sync, synchronized_twice, own_hook, uneven, preconditioned, moments)
-FSDP_CASES = (fsdp, fsdp_accumulated)
+def totals(truth):
+    grad_sq, trace = mean_pairs(truth)
+    return {"grad_sq": float(grad_sq.sum()), "trace": float(trace.sum())}
+
+
+def state(model):
+    """Whole parameters, by the names they have without a wrapper."""
+    own = model.module if isinstance(model, DistributedDataParallel) else model
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v.clone() for k, v in own.state_dict().items()}
+
+
+def scaled(model, rank, world):
+    """fp16 under a loss scale that overflows at first and grows again; gradients cleared either way."""
+    whole = seeded()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**21, growth_interval=3)
+    handle = pybatch.noise.attach(model, optimizer, scaler=scaler)
+    truth, skipped = [], 0
+    for step in range(12):
+        before = state(model)
+        whole.load_state_dict(before)
+        batches = [batch(step, r, 3 + r) for r in range(world)]
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_of(model(batches[rank][0]), batches[rank][1])
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=step % 2 == 0)
+        after = state(model)
+        if any(not torch.equal(before[k], after[k]) for k in before):
+            truth.append(expected([example_gradients(whole, *b)[0] for b in batches]))
+        else:
+            skipped += 1
+    return numbers(handle.noise), totals(truth) | {"steps": len(truth), "skipped": skipped}
+
+
+def ddp_scaled(rank, world):
+    """A step that the scaler leaves out is not taken for a second synchronization of the next."""
+    return scaled(ddp(seeded()), rank, world)
+
+
+def fsdp_scaled(rank, world):
+    """A step that is left out is exchanged at the next forward pass."""
+    return scaled(sharded(), rank, world)
+
+
+def dropping():
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(36, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 4))
+
+
+def dropout(model, rank, world, training):
+    """Every process draws masks of its own, and the gradients as made with them are the sample."""
+    whole = seeded(dropping)
+    model.train(training)
+    seen = watch_dropout(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    handle = pybatch.noise.attach(model, optimizer, examples="count")
+    truth = {"own": [], "redrawn": [], "ignored": []}
+    torch.manual_seed(100 + rank)
+    for step in range(4):
+        whole.load_state_dict(state(model))
+        batches = [batch(step, r, 4 + r) for r in range(world)]
+        x, y = batches[rank]
+        handle.count(len(x))
+        loss_of(model(x), y).backward()
+        masks = [None] * world
+        dist.all_gather_object(masks, {name.removeprefix("module."): value for name, value in seen.items()})
+        ways = {"own": masks, "redrawn": [{k: m[k][torch.randperm(len(m[k]))] for k in m} for m in masks]}
+        for way, used in ways.items():
+            truth[way].append(expected([masked_gradients(whole, m, *b) for m, b in zip(used, batches, strict=True)]))
+        truth["ignored"].append(expected([example_gradients(whole.eval(), *b)[0] for b in batches]))
+        optimizer.step()
+        optimizer.zero_grad()
+    one, two = ({k: v[:4] for k, v in m.items()} for m in masks[:2])
+    differ = any(not torch.equal(one[k], two[k]) for k in one)
+    torch.manual_seed(0)
+    found = {way: totals(pairs) for way, pairs in truth.items() if way != "redrawn"}
+    return numbers(handle.noise), found | {"differ": differ, "redrawn": gathered(totals(truth["redrawn"]))}
+
+
+def gathered(value):
+    """That of process 0, in every process."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def ddp_dropout(rank, world):
+    """In training mode."""
+    return dropout(ddp(seeded(dropping)), rank, world, True)
+
+
+def ddp_dropout_eval(rank, world):
+    """In evaluation mode, where nothing is dropped."""
+    return dropout(ddp(seeded(dropping)), rank, world, False)
+
+
+def fsdp_dropout(rank, world):
+    """In training mode."""
+    return dropout(sharded(dropping), rank, world, True)
+
+
+def fsdp_dropout_eval(rank, world):
+    """In evaluation mode, where nothing is dropped."""
+    return dropout(sharded(dropping), rank, world, False)
+
+
+DDP_CASES = (
+    *(plain, weighted, no_sync, synchronized_twice, own_hook, uneven, preconditioned, moments),
+    *(ddp_scaled, ddp_dropout, ddp_dropout_eval),
+)
+FSDP_CASES = (fsdp, fsdp_accumulated, fsdp_scaled, fsdp_dropout, fsdp_dropout_eval)
 
 
 def main(rank, world, folder):

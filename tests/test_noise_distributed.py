@@ -127,3 +127,42 @@ def test_fsdp_accumulation(processes):
     found, want = processes(2)[0]["fsdp_accumulated"]
     same(found, want)
     assert (found["steps"], found["skipped"]) == (3, 1)
+
+
+def scaled(rank, case):
+    found, want = rank[case]
+    assert (found["steps"], found["skipped"]) == (want["steps"], want["skipped"])
+    assert want["skipped"] >= 3
+    assert want["steps"] >= 4
+    same(found, want, rel=1e-3)
+    assert not any("synchronized again" in text for text in found["notes"])
+
+
+def test_loss_scale_that_overflows_under_ddp(ranks):
+    scaled(ranks[0], "ddp_scaled")
+
+
+def test_loss_scale_that_overflows_under_fsdp(processes):
+    scaled(processes(2)[0], "fsdp_scaled")
+
+
+def dropout(rank, case):
+    """Each process's own masks in training, none in evaluation; other masks, or none, would be noticed."""
+    found, want = rank[case]
+    training = not case.endswith("eval")
+    same(found, want["own"])
+    assert want["differ"] == training
+    for way in ("redrawn", "ignored"):
+        gap = abs(want[way]["trace"] / want["own"]["trace"] - 1)
+        assert (gap > 1e-2) if training else (gap < 1e-6)
+    assert any("dropout was active" in text for text in found["notes"]) == training
+
+
+@pytest.mark.parametrize("case", ["ddp_dropout", "ddp_dropout_eval"])
+def test_dropout_under_ddp(ranks, case):
+    dropout(ranks[0], case)
+
+
+@pytest.mark.parametrize("case", ["fsdp_dropout", "fsdp_dropout_eval"])
+def test_dropout_under_fsdp(processes, case):
+    dropout(processes(2)[0], case)

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import noise_models
 import pytest
 import torch
 from noise_models import images, loss_of, mlp
@@ -13,7 +14,6 @@ from pybatch.errors import UsageError
 from pybatch.noise.estimator import pair
 from pybatch.noise.micro_batch import measure_noise
 from pybatch.optim import SGD, AdamW
-from pybatch.workloads.base import Workload
 from pybatch.workloads.quadratic import Quadratic
 
 SOURCES = {
@@ -32,21 +32,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-class Regression(Workload):
-    """x ~ N(0, I_15), weights half a unit off: B_simple = 16."""
+class Regression(noise_models.Regression):
+    """B_simple = 16."""
 
-    reference_batch = 4
-
-    def model(self):
-        model = nn.Linear(15, 1, bias=False)
-        nn.init.zeros_(model.weight)
-        return model
-
-    def batch(self, n, generator, split="train"):
-        return torch.randn(n, 15, generator=generator)
-
-    def loss(self, model, batch):
-        return 0.5 * (model(batch)[:, 0] - 0.5 * batch.sum(1)).square().mean()
+    d, reference_batch = 15, 4
 
 
 def measure(workload, source, **options):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from noise_models import Regression
 from torch import nn
 
 from pybatch.errors import Interrupted, UsageError, WorkloadError
@@ -12,27 +13,8 @@ from pybatch.noise import micro_batch
 from pybatch.noise.confounds import confounds
 from pybatch.noise.estimator import INTERRUPTED
 from pybatch.noise.micro_batch import measure_noise
-from pybatch.workloads.base import Workload
 from pybatch.workloads.finding import find
 from pybatch.workloads.session import Session
-
-
-class Regression(Workload):
-    """x ~ N(0, I_63), no label noise, weights half a unit off everywhere: B_simple = 64 whatever the batch."""
-
-    name = "regression"
-    reference_batch = 8
-
-    def model(self):
-        model = nn.Linear(63, 1, bias=False)
-        nn.init.zeros_(model.weight)
-        return model
-
-    def batch(self, n, generator, split="train"):
-        return torch.randn(n, 63, generator=generator)
-
-    def loss(self, model, batch):
-        return 0.5 * (model(batch)[:, 0] - 0.5 * batch.sum(1)).square().mean()
 
 
 @pytest.fixture(autouse=True)

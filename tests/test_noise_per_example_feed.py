@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from noise_models import Regression
 from torch import nn
 
 from pybatch.errors import UsageError
@@ -12,7 +13,6 @@ from pybatch.noise.estimator import estimate, pair
 from pybatch.noise.micro_batch import measure_noise
 from pybatch.noise.per_example import ExampleRecorder
 from pybatch.noise.per_example.feed import ExampleFeed, probed
-from pybatch.workloads.base import Workload
 from pybatch.workloads.finding import find
 from pybatch.workloads.session import Session
 
@@ -61,24 +61,6 @@ def test_interval_holds_the_truth(case):
 
 def test_closed_form_of_the_isotropic_case():
     assert closed_form(np.ones(63), 0.0) == pytest.approx(64)
-
-
-class Regression(Workload):
-    """x ~ N(0, I_63), no label noise, weights half a unit off everywhere: B_simple = 64 whatever the batch."""
-
-    name = "regression"
-    reference_batch = 8
-
-    def model(self):
-        model = nn.Linear(63, 1, bias=False)
-        nn.init.zeros_(model.weight)
-        return model
-
-    def batch(self, n, generator, split="train"):
-        return torch.randn(n, 63, generator=generator)
-
-    def loss(self, model, batch):
-        return 0.5 * (model(batch)[:, 0] - 0.5 * batch.sum(1)).square().mean()
 
 
 def test_measure_noise_on_the_closed_form():

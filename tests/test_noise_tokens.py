@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -125,6 +126,40 @@ def test_tokens_of_a_sequence_that_are_no_independent_draws(source):
     found = [measure_noise(Alike(), seed=seed, **options) for seed in range(4)]
     assert np.mean([f.b_simple for f in found]) == pytest.approx(Alike.tokens / MEAN, rel=0.1)
     assert np.mean([f.b_simple for f in found]) > 2 * Ragged.tokens / MEAN
+
+
+def possible(found):
+    """The factor that the note on tokens gives; 1 without one."""
+    text = " ".join(n.text for n in found.notes if "differ in their tokens" in n.text)
+    return float(re.search("up to (.*) times", text)[1]) if text else 1.0
+
+
+@pytest.mark.parametrize("size", [12, 24])
+def test_what_the_note_on_alike_tokens_says(size):
+    """Micro-batches of so few sequences read too little, by the factor that the note gives, and say what is right."""
+    options = {"device": "cpu", "warmup_steps": 0, "micro_batch": size}
+    found = [measure_noise(Alike(), seed=seed, **options) for seed in range(6)]
+    read, factor = (np.mean([f(n) for n in found]) for f in (lambda n: n.b_simple, possible))
+    truth = Alike.tokens / MEAN
+    assert read < 0.95 * truth
+    assert factor > 1.05
+    assert read * factor == pytest.approx(truth, rel=0.08)
+    assert any("source='per-example' is right for both" in n.text for n in found[0].notes)
+
+
+def test_tally_of_sequences_that_are_alike():
+    """Of equal lengths nothing is lost; of unequal ones, alone in their micro-batches, the groups must be long."""
+    tally = Tally()
+    assert tally.alike(100.0, 4) == 1.0
+    for _ in range(4):
+        tally.add(torch.full((2,), 5.0, dtype=torch.float64))
+    assert tally.alike(100.0, 4) == 1.0
+    tally = Tally()
+    for length in (1.0, 3.0):
+        tally.add(torch.tensor([length], dtype=torch.float64))
+    r = 2.0 / (10.0 / 4.0)  # E[T] over E[T^2] / E[T]
+    assert tally.alike(10.0, 101) == pytest.approx(1 / ((101 * r - 1) / 100 - 10.0 * (1 - r) / 200.0))
+    assert tally.alike(10.0, 2) == math.inf
 
 
 def loop(batches, by_example):

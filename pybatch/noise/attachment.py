@@ -65,7 +65,8 @@ def attach(
         preconditioned: record tr(P Sigma) / (G^T P G) with Adam's P too: experimental, one more pass over gradients.
         unit: what is counted, where it is not examples, such as "tokens"; `.noise.in_examples(mean tokens per example)`
             is what a batch size is compared with.
-        scaler: the GradScaler in use, so that norms are unscaled.
+        scaler: the GradScaler in use, so that norms are unscaled. With it a fused optimizer is measured as any other:
+            let gradients add up in `.grad`, which a scaler needs, in place of opt.accumulate(n).
         hook, hook_state: a DDP communication hook of your own and its state, such as `bf16_compress_hook` and the
             process group; for FSDP2 a custom reduce-scatter. It is called in place of the plain one.
         every: "adam-moments": steps between readings; None: 3 / (1 - beta1).
@@ -118,14 +119,16 @@ def attach(
             raise UsageError("source 'adam-moments' has no preconditioned norms. Use another source, or leave it out.")
         return MomentsNoise(model, optimizer, **common, every=every)
     _refuse_reduced(model, source)
-    if isinstance(optimizer, FusedOptimizer):
-        given = {"examples": examples, "scaler": scaler, "preconditioned": preconditioned or None}
+    # A GradScaler looks for infinities in `.grad`, so opt.accumulate() can't be used with one; hooks can.
+    if isinstance(optimizer, FusedOptimizer) and scaler is None:
+        given: dict[str, Any] = {"examples": examples, "preconditioned": preconditioned or None}
         given["accumulation"] = accumulation if accumulation != "mean" else None
         ignored = [name for name, value in given.items() if value is not None]
         if ignored:
             raise UsageError(
                 f"attach(): {', '.join(ignored)} can't be given with a fused optimizer, which takes the norms itself "
-                "and counts in opt.accumulate(n). Leave them out, or use an optimizer of torch."
+                "and counts in opt.accumulate(n). Leave them out, or use an optimizer of torch; with a GradScaler give "
+                "scaler=..., and gradients are measured as they add up in .grad."
             )
         return OptimizerNoise(optimizer, unit)
     return BackwardNoise(model, optimizer, **common, preconditioned=preconditioned, scaler=scaler)

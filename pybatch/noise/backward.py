@@ -41,6 +41,8 @@ class BackwardNoise(Collector):
         named = dict(trainable(model))
         if not named:
             raise UsageError("attach(): the model has no parameter to train, so there is no gradient to measure.")
+        if not {p for group in optimizer.param_groups for p in group["params"]}.intersection(named.values()):
+            raise UsageError("attach(): the optimizer holds no parameter of this model. Pass its own.")
         self._params = list(named.values())
         names = tuple(named) if layers else ()
         super().__init__(
@@ -62,6 +64,8 @@ class BackwardNoise(Collector):
         self._in_backward = False
         self._several = 0  # backward passes after more than one counted forward pass
         self._fresh: set[int] = set()  # parameters whose `.grad` was None before this backward pass
+        self._left: list[tuple[int, tuple[int, int]]] = []  # parameters and what `_mark` said after the last pass
+        self._altered = torch.zeros((), dtype=torch.float64, device=self._device)  # steps left out for it
         self._own = self._zeros()  # [2, parameters] of this backward pass: plain and preconditioned
         self.forget()
         self._removals = [
@@ -77,9 +81,11 @@ class BackwardNoise(Collector):
         """Leave out the micro-batches since the last step."""
         self._members, self._inverse, self._examples = 0, 0.0, 0.0
         self._squares, self._large = self._zeros(), self._zeros()
+        self._doubt: torch.Tensor | None = None  # NaN where the step began with gradients of unknown origin
 
     def _recover(self) -> None:
         """A backward pass that raised, out of memory say, never came to its end: what it left is let go."""
+        self._refuse_changed(frozen=False)
         if self._in_backward and torch._C._current_graph_task_id() < 0:
             self._in_backward = False
             self._held, self._held_bytes = [], 0
@@ -87,9 +93,7 @@ class BackwardNoise(Collector):
     def _watch(self, index: int) -> Any:
         def see(grad: torch.Tensor) -> None:
             if not self._in_backward:
-                self._in_backward = True
-                self._own, self._fresh = self._zeros(), set()
-                torch.autograd.Variable._execution_engine.queue_callback(self._end)
+                self._begin()
             if self._params[index].grad is None:
                 self._fresh.add(index)  # becomes `.grad` itself: holding it would force a copy
                 return
@@ -99,6 +103,22 @@ class BackwardNoise(Collector):
                 self._flush()
 
         return see
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """The first gradient of a backward pass is there; none was added to `.grad` yet."""
+        self._in_backward = True
+        self._own, self._fresh = self._zeros(), set()
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        grads = [grad for p in self._params if (grad := p.grad) is not None]
+        changed = any(_mark(self._params[i]) not in (None, mark) for i, mark in self._left)
+        if changed if self._members else grads:
+            # Zeros begin a step; gradients of the step before, or clipped ones, are no sum of this step's passes.
+            if self._members:
+                self._abandon()
+            left = squares(grads).sum()
+            self._altered = self._altered + (left != 0.0)
+            self._doubt = torch.where(left == 0.0, 1.0, torch.nan).double()
 
     def _flush(self) -> None:
         if self._held:
@@ -119,16 +139,18 @@ class BackwardNoise(Collector):
         """The backward pass is over: close the micro-batch."""
         self._in_backward = False
         self._flush()
-        sizes = self._counter.take() if self._counter is not None else []
         present = [i for i, p in enumerate(self._params) if p.grad is not None]
-        if not present:
+        marks = [(i, mark) for i in present if (mark := _mark(self._params[i])) is not None]
+        if not present or (self._members and marks == self._left):
             return  # torch.autograd.grad(): nothing was accumulated
+        sizes = self._counter.take() if self._counter is not None else []
         if self._members and self._fresh.issuperset(present):
             self._abandon()
         if not sizes:
             raise UsageError(
-                "no examples were counted for this backward pass: the model's forward() was not called. "
-                "Attach with examples='count' and call handle.count(n) before each backward()."
+                "no examples were counted for this backward pass: the attached model's forward() was not called. "
+                "Attach to the model that is called (the compiled one, say), or with examples='count' and call "
+                "handle.count(n) before each backward()."
             )
         grads = [g for i in present if (g := self._params[i].grad) is not None]
         self._large = self._zeros()
@@ -140,11 +162,10 @@ class BackwardNoise(Collector):
         size = sizes[-1]
         self._several += len(sizes) > 1
         self._squares += self._own / size if self._accumulation == "weighted" else self._own
-        self._members, self._inverse, self._examples = (
-            self._members + 1,
-            self._inverse + 1.0 / size,
-            self._examples + size,
-        )
+        self._members += 1
+        self._inverse += 1.0 / size
+        self._examples += size
+        self._left = marks
 
     def _abandon(self) -> None:
         """Gradients were cleared without a step; under a scaler because they were not finite."""
@@ -168,6 +189,8 @@ class BackwardNoise(Collector):
             if self._scaler is not None:
                 factor = self._scaler.scale(torch.ones((), device=self._device)).double() ** -2
                 small, large = small * factor, large * factor
+            if self._doubt is not None:
+                small = small * self._doubt
             self._row(n_small, n_large, self._arrange(small), self._arrange(large))
         self.forget()
 
@@ -181,10 +204,22 @@ class BackwardNoise(Collector):
         """A step is a row at once."""
 
     def _said(self) -> tuple[Note, ...]:
-        if not self._several:
-            return self._notes
-        text = (
-            f"{self._several} backward passes came after several forward passes, and the examples of the last alone "
-            "were counted: where a loss holds them all, attach with examples='count'"
-        )
-        return (*self._notes, Note("noise.b_simple", text))
+        notes, altered = list(self._notes), round(float(self._altered))
+        if self._several:
+            text = (
+                f"{self._several} backward passes came after several forward passes, and the examples of the last "
+                "alone were counted: where a loss holds them all, attach with examples='count'"
+            )
+            notes.append(Note("noise.b_simple", text))
+        if altered:
+            text = (
+                f"{altered} steps are left out because gradients were left from the step before, or changed between "
+                "backward passes: clear those of the whole model after every step, and clip once, right before it"
+            )
+            notes.append(Note("noise.skipped", text))
+        return tuple(notes)
+
+
+def _mark(param: torch.Tensor) -> tuple[int, int] | None:
+    """What changes when a gradient is written in place or replaced; None where there is none."""
+    return None if param.grad is None else (param.grad.data_ptr(), param.grad._version)

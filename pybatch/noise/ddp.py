@@ -110,7 +110,8 @@ class DDPNoise(Collector):
             {param: first + i for i, param in enumerate(named.values())} if layers else {}
         )
         self._places = Places(self._device)
-        self._counter = Count(model, examples)
+        self._params = list(named.values())
+        self._counter = Count(model, examples, started=self._began)
         self._small = self._zeros()
         self._large: list[torch.Tensor] = []  # of each bucket; their callbacks may run in several threads
         self._waiting: tuple[dist.Work, torch.Tensor] | None = None  # the step's sums over processes, under way
@@ -132,6 +133,17 @@ class DDPNoise(Collector):
 
     def _stepped(self, *_: Any) -> None:
         self._rounds = 0
+
+    @torch.no_grad()
+    def _began(self) -> None:
+        """A forward pass. Gradients cleared since the last synchronization: its step was left out, as by a GradScaler.
+
+        Zeros are looked at, which waits for the device, only where a step was left out or synchronizes again.
+        """
+        if self._rounds and self._watched:
+            left = [grad for param in self._params if (grad := param.grad) is not None]
+            if not left or not bool(squares(left).any()):
+                self._rounds = 0
 
     # Called by the relay, in backward.
 

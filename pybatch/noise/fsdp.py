@@ -124,6 +124,7 @@ class FSDPNoise(Collector):
         self._places = Places(self._device)
         self._counter = Count(model, examples, started=self._exchange)
         self._unknown_op = False
+        self._unscale: torch.Tensor | float = 1.0
         self._forget()
         self._removals = [self._counter.remove]
         for index, module in enumerate(shards.values()):
@@ -146,6 +147,8 @@ class FSDPNoise(Collector):
             self._exchange()
         if not self._norms:
             self._sizes = self._counter.take() if self._counter is not None else []
+            if self._scaler is not None:  # now: the scale of the next step may be another
+                self._unscale = self._scaler.scale(torch.ones((), device=self._device)).double() ** -2
         if op == dist.ReduceOp.SUM:
             large = large / group.size() ** 2
         elif op != dist.ReduceOp.AVG:
@@ -169,9 +172,7 @@ class FSDPNoise(Collector):
         dist.all_reduce(sums, group=group)
         locals_, large = sums[:-1].view(2, -1) * factor**2
         small, n_small, n_large = combine(weighted, group.size(), locals_, sums[-1])
-        if self._scaler is not None:
-            unscale = self._scaler.scale(torch.ones((), device=self._device)).double() ** -2
-            small, large = small * unscale, large * unscale
+        small, large = small * self._unscale, large * self._unscale
         layers = self._accumulator.layers
         unused = [i for i in range(len(self._names)) if i not in norms]
         rows = [norm.index_fill(0, self._places(unused), torch.nan) for norm in (small, large)]

@@ -24,6 +24,7 @@ Accumulation = Literal["mean", "sum", "weighted"]
 Examples = int | Literal["count"] | None
 
 ACCUMULATIONS = ("mean", "sum", "weighted")
+HIGH_SCALE = 2.0**50  # of a loss, times gradients around 1: within 2^10 of where squares overflow in fp32
 
 
 class Count:
@@ -42,6 +43,7 @@ class Count:
         self._examples, self._started = examples, started
         self._sizes: list[float] = []
         self.forwards = 0  # passes with gradients since the last `take`, counted or not
+        self.modes: set[bool] = set()  # whether the model was in training mode in them
         self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def add(self, n: float) -> None:
@@ -82,6 +84,7 @@ class Count:
         if not torch.is_grad_enabled():
             return
         self.forwards += 1
+        self.modes.add(module.training)
         if not module.training:
             return
         if self._started is not None:
@@ -90,7 +93,12 @@ class Count:
             self._sizes.append(float(self._examples))
         elif self._examples is None:
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.ndim]
-            if not tensors or not len(tensors[0]):
+            if tensors and not len(tensors[0]):
+                raise UsageError(
+                    f"{type(module).__name__}.forward() got a batch without examples, of shape "
+                    f"{tuple(tensors[0].shape)}. Leave it out: it has no gradient to measure."
+                )
+            if not tensors:
                 raise UsageError(
                     f"{type(module).__name__}.forward() got no tensor to count examples in. "
                     "Attach with examples=N, or with examples='count' and call handle.count(n) before backward()."
@@ -185,7 +193,9 @@ class Collector(Handle):
         self._series = 1 + preconditioned + len(layers)
         self._pending = Pending(2 + 2 * self._series, device, self._take)
         self._device = device
+        self._trained, self._frozen = dict(trainable(model)), dict(trainable(model, False))
         self._counter: Count | None = None
+        self._scaler: Any = None
         self._single = 0  # steps whose large batch is no larger than the small one
         self._removals: list[Callable[[], None]] = []
 
@@ -199,7 +209,9 @@ class Collector(Handle):
         self._settle()
         self._pending.drain()
         found = self._accumulator.estimate(self._single, self._said())
-        notes = (*found.notes, *confounds(self._model, None, found))
+        evaluation = self._counter is not None and self._counter.modes == {False}
+        said = confounds(self._model, None, found, training=not evaluation)
+        notes = (*found.notes, *said, *self._overflown(found))
         return dataclasses.replace(found, notes=notes, unit=self._unit)
 
     def detach(self) -> None:
@@ -236,6 +248,30 @@ class Collector(Handle):
     def _said(self) -> tuple[Note, ...]:
         return self._notes
 
+    def _refuse_changed(self, *, frozen: bool) -> None:
+        """Raise UsageError where a parameter began to be trained since attach(), or with `frozen` ceased to be."""
+        changed = [name for name, param in self._frozen.items() if param.requires_grad]
+        what = "began to be trained"
+        if frozen and not changed:
+            changed = [name for name, param in self._trained.items() if not param.requires_grad]
+            what = "was frozen"
+        if changed:
+            more = f" (and {len(changed) - 1} more)" if changed[1:] else ""
+            raise UsageError(
+                f"parameter {changed[0]!r}{more} {what} after attach(), and is not measured rightly. Call the handle's "
+                "detach(), after which its noise stays readable, and attach() again."
+            )
+
+    def _overflown(self, found: NoiseScale) -> list[Note]:
+        scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
+        if not found.skipped or scale < HIGH_SCALE:
+            return []
+        text = (
+            f"the loss scale is {scale:.2g}, where squared norms overflow in fp32 although gradients are finite: such "
+            "steps are left out. bf16 and fp32 need no GradScaler; leave it out"
+        )
+        return [Note("noise.skipped", text)]
+
     def _row(self, n_small: Any, n_large: Any, small: torch.Tensor, large: torch.Tensor) -> None:
         """One step: counts, and [series] squared norms each: total, preconditioned if kept, layers."""
         sizes = torch.empty(2, dtype=torch.float64, device=self._device)
@@ -261,10 +297,10 @@ class Collector(Handle):
                 self._accumulator.update(small, large, n_small, n_large, layers=own, preconditioned=weighted)
 
 
-def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters that get a gradient; the prefix of a DDP wrapper is left out."""
+def trainable(model: nn.Module, wanted: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters that get a gradient, or those that do not; the prefix of a DDP wrapper is left out."""
     for name, param in model.named_parameters():
-        if param.requires_grad:
+        if param.requires_grad is wanted:
             yield name.removeprefix("module.") if _wraps(model) else name, param
 
 

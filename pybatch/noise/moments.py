@@ -118,6 +118,7 @@ class MomentsNoise(Collector):
         A fused optimizer takes them away in accumulate(), and its step() is called for gradients not finite too.
         """
         assert self._counter is not None
+        self._refuse_changed(frozen=True)
         fused = isinstance(self._optimizer, FusedOptimizer)
         if self._counter.pending and not fused and all(p.grad is None for p in self._params.values()):
             self._cleared += self._counter.pending

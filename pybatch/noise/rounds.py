@@ -13,7 +13,7 @@ from pybatch.noise.feeds import Feed, counted
 from pybatch.records import NoiseScale, Note
 from pybatch.workloads.session import Session
 
-ALIKE = 0.02  # bias of the noise scale, from which on the record says it: a seventh of the interval aimed at
+ALIKE = 0.02  # possible bias of the noise scale, from which on the record says it: a seventh of the interval aimed at
 
 
 class Tally:
@@ -21,10 +21,13 @@ class Tally:
 
     def __init__(self) -> None:
         self._examples, self._sum, self._squares = 0, 0.0, 0.0
+        self._micro_batches, self._own = 0, 0.0
 
     def add(self, weights: torch.Tensor | None) -> None:
-        """Examples of these weights, [n]; None: nothing to convert."""
+        """A micro-batch with examples of these weights, [n]; None: nothing to convert."""
         if weights is not None:
+            self._micro_batches += 1
+            self._own += float(weights.square().sum() / weights.sum())
             self._examples += len(weights)
             self._sum += float(weights.sum())
             self._squares += float(weights.square().sum())
@@ -38,6 +41,24 @@ class Tally:
     def spread(self) -> float:
         """Variance of the weights over their squared mean."""
         return max(self._squares * self._examples / self._sum**2 - 1.0, 0.0) if self._examples else 0.0
+
+    def alike(self, scale: float, k: int) -> float:
+        """How many times `scale` the noise scale is where the tokens of an example are all alike; inf: no bound.
+
+        Args:
+            scale: as read from pairs that take tokens for independent draws, in tokens.
+            k: micro-batches per group.
+
+        The squared norm of a micro-batch of T_i tokens then has r = E[sum T^2 / sum T] / (E[T^2] / E[T]) times the
+        noise that goes with its share of the group: over groups of N tokens tr(Sigma) is read (k r - 1) / (k - 1)
+        times and |G|^2 with (1 - r) tr(Sigma) / (N - N / k) on top.
+        """
+        if not self._examples:
+            return 1.0
+        r = min(self._own / self._micro_batches / (self._squares / self._sum), 1.0)
+        more = (k - 1) * self._sum / self._micro_batches  # tokens of a group beyond one micro-batch
+        share = (k * r - 1.0) / (k - 1) - scale * (1.0 - r) / more
+        return 1.0 / share if share > 0 else math.inf
 
     @property
     def error(self) -> float:
@@ -104,11 +125,13 @@ class Round:
         found = dataclasses.replace(self.feed.noise, loss=float(self.loss) / self.counted if self.counted else None)
         if self.tally.mean is None:
             return found
-        unit, bias = self.session.workload.weight_unit, self.tally.spread / self.micro_batch
-        if bias > ALIKE and found.source != "per-example":
+        unit = self.session.workload.weight_unit
+        factor = self.tally.alike(found.b_simple or found.low or 0.0, self.k)
+        if factor > 1 + ALIKE and found.source != "per-example":
+            size = "without a bound" if math.isinf(factor) else f"up to {factor:.3g} times"
             text = (
-                f"micro-batches differ in their {unit}: up to {bias:.0%} too large where those of one example are "
-                "alike. A larger micro_batch makes it less"
+                f"micro-batches differ in their {unit}: too small, {size}, where the {unit} of an example are no "
+                "independent draws. source='per-example' is right for both; a larger micro_batch makes it less"
             )
             found = dataclasses.replace(found, notes=(*found.notes, Note("noise.b_simple", text)))
         return dataclasses.replace(found, unit=unit).in_examples(self.tally.mean, self.tally.error)
