@@ -73,6 +73,13 @@ class Exits(Good):
     def model(self):
         raise SystemExit("bye")
 
+class Huge(Good):
+    def model(self):
+        class Model(torch.nn.Linear):
+            def to(self, device):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+        return Model(8, 1)
+
 class NotAWorkload:
     pass
 """
@@ -229,6 +236,17 @@ def test_a_faulty_workload_is_named_with_its_method(pybatch, user_file, name, sa
     assert (status, out) == (2, "")
     assert says in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("flags", ["", "--thorough", "--compile"])
+def test_a_model_that_does_not_fit_on_the_device_is_said_before_anything_is_written(
+    pybatch, user_file, tmp_path, flags
+):
+    path = tmp_path / "run.json"
+    status, out, err = pybatch("bench", "--cpu", "--workload", f"{user_file}:Huge", "-o", path, *flags.split())
+    assert (status, out, list(tmp_path.iterdir())) == (2, "", [])
+    assert "pybatch: the model of workload 'mine' (36 B) does not fit on cpu, out of memory: OutOfMemoryError" in err
+    assert "Take a smaller model" in err
 
 
 def test_a_user_workload_runs_end_to_end(pybatch, user_file, tmp_path):
