@@ -25,6 +25,7 @@ from pybatch.device.counters_cpu import OtherLoad
 from pybatch.device.identity import describe, last_level_cache_bytes, resolve, usable_cores
 from pybatch.device.memory import PeakMemory
 from pybatch.errors import Interrupted, UsageError
+from pybatch.numerals import counted
 from pybatch.records import BatchPoint, Capacity, Ceilings, Note
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.session import Session
@@ -357,7 +358,7 @@ class _Measurement:
             self._save()
         every = self.rounds.series.values()
         done = sum(s.stopped is not None for s in every)
-        self._tell(f"batch {series.batch}: {done} of {len(every)} batch sizes steady")
+        self._tell(f"batch {series.batch}: {done} of {counted(len(every), 'batch size')} steady")
         if series.stopped is not None and self.on_point is not None:
             self.on_point(self._point(series.batch))
 

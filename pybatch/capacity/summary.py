@@ -13,6 +13,7 @@ from pybatch.capacity.largest import Largest
 from pybatch.capacity.timing import Series, quantiles_ms
 from pybatch.device import counters
 from pybatch.fits.throughput import fit_throughput
+from pybatch.numerals import counted
 from pybatch.records import (
     Anchor,
     BatchPoint,
@@ -135,7 +136,7 @@ def summarize(
     timed = [p for p in points if p.status == "ok"]
     fit = None
     if len(timed) < _FITTABLE:
-        notes.append(Note("capacity.model", f"{len(timed)} batch sizes timed; a fit needs {_FITTABLE}"))
+        notes.append(Note("capacity.model", f"{counted(len(timed), 'batch size')} timed; a fit needs {_FITTABLE}"))
     else:
         rising = _before_fall(timed)
         rounds = [p.block_rounds for p in rising]
