@@ -58,7 +58,8 @@ def run_bench(
         compile, graph: time compiled steps, or CUDA-graph replays; see `measure_capacity`. Noise is taken eagerly.
         command: what the user typed, for the record.
         progress: called with (what is being done, share done).
-        earlier: a record of the same run that was cut: what stands of it is not measured again.
+        earlier: a record of the same run that was cut: what stands of it is not measured again. Its steps on several
+            devices are kept as they are.
         on_partial: called with the record so far whenever it has grown, for a caller who keeps it.
 
     Returns:
@@ -73,16 +74,18 @@ def run_bench(
     place = resolve(device)
     environment = capture(seed=seed, command=command)
     created = now = datetime.now(UTC).isoformat(timespec="seconds")
+    source: str | None = None
     if earlier is not None:
         info = Session(workload, place, dtype, seed).info
         continuation.check_same(earlier, info, describe(place), environment, Mode(compile, graph).name)
-        created = earlier.created
-    past = continuation.notes(earlier, now)
+        created, source = earlier.created, info.source
+    past = continuation.notes(earlier, now, source)
+    together = earlier.distributed if earlier is not None else None
 
     def save(capacity: Capacity | None, noise: NoiseScale | None, steps: Convergence | None) -> None:
         if on_partial is not None:
             cut = Note("run", "cut: this is what was saved while it ran")
-            on_partial(Run(created, environment, capacity, noise, steps, None, False, (*past, cut)))
+            on_partial(Run(created, environment, capacity, noise, steps, None, False, (*past, cut), together))
 
     def finish(
         capacity: Capacity | None, noise: NoiseScale | None, steps: Convergence | None, notes: tuple[Note, ...] = ()
@@ -91,8 +94,8 @@ def run_bench(
         if not notes and thorough and not (steps is not None and steps.complete):
             lacking += (Note("branches", f"cut short by the time budget of {time_budget:g} s; raise --time-budget"),)
         notes = notes + lacking
-        verdict = compare(capacity, noise, steps) if capacity is not None else None
-        return Run(created, environment, capacity, noise, steps, verdict, not notes, past + notes)
+        verdict = compare(capacity, noise, steps, together) if capacity is not None else None
+        return Run(created, environment, capacity, noise, steps, verdict, not notes, past + notes, together)
 
     shares = _THOROUGH_SHARES if thorough else _SHARES
     interrupted = (Note("run", _INTERRUPTED),)

@@ -9,6 +9,7 @@ from pybatch.noise.estimator import INTERRUPTED, MIN_BLOCKS
 from pybatch.records import Convergence, Device, Environment, NoiseScale, Note, Run, StepMode, WorkloadInfo
 
 _CONTINUED = "continued on "
+_OF_FILE = "SHA-256 of the workload's file"
 
 
 def check_same(
@@ -26,6 +27,8 @@ def check_same(
         there, here = there | {"steps": measured.mode}, here | {"steps": mode}
     here |= {} if saved_device is None else _of_device(device)
     here |= {} if earlier.environment is None else _of_environment(environment)
+    if _OF_FILE not in there:  # a record of before it was kept; `notes` says so
+        here.pop(_OF_FILE, None)
     pairs = {key: (there.get(key, "not set"), here.get(key, "not set")) for key in there | here}
     differences = [f"{key} {saved} there, {now} here" for key, (saved, now) in pairs.items() if saved != now]
     if differences:
@@ -39,13 +42,18 @@ def _of_workload(info: WorkloadInfo | None) -> dict[str, Any]:
     if info is None:
         return {}
     options = {f"option {key}": value for key, value in info.options.items()}
-    return options | {
-        "workload": info.name,
-        "model": info.model,
-        "dtype": info.dtype,
-        "parameters": info.parameters,
-        "examples": info.examples,
-    }
+    source = {} if info.source is None else {_OF_FILE: info.source[:12]}
+    return (
+        source
+        | options
+        | {
+            "workload": info.name,
+            "model": info.model,
+            "dtype": info.dtype,
+            "parameters": info.parameters,
+            "examples": info.examples,
+        }
+    )
 
 
 def _of_device(device: Device | None) -> dict[str, Any]:
@@ -75,8 +83,14 @@ def standing_branches(earlier: Run | None) -> Convergence | None:
     return steps if steps is not None and steps.complete else None
 
 
-def notes(earlier: Run | None, now: str) -> tuple[Note, ...]:
-    """What a continued record says of its past; `now` is an ISO 8601 time."""
+def notes(earlier: Run | None, now: str, source: str | None = None) -> tuple[Note, ...]:
+    """What a continued record says of its past.
+
+    Args:
+        earlier: the run that goes on.
+        now: ISO 8601 time.
+        source: digest of the user's file that the workload is defined in now, if it is.
+    """
     if earlier is None:
         return ()
     before = tuple(note for note in earlier.notes if note.text.startswith(_CONTINUED))
@@ -86,7 +100,11 @@ def notes(earlier: Run | None, now: str) -> tuple[Note, ...]:
     parts += ["the largest batch"] if capacity is not None and capacity.max_batch_verified else []
     parts += ["the noise scale"] if standing_noise(earlier) is not None else []
     parts += ["the branches"] if standing_branches(earlier) is not None else []
+    parts += ["steps on several devices"] if earlier.distributed is not None else []
     stands = f"{' and '.join(parts)} of the run begun {earlier.created} stand" if parts else "nothing stands"
     commit = earlier.environment.commit if earlier.environment is not None else None
     there = f" (measured at commit {commit})" if commit is not None else ""
+    saved = capacity.workload if capacity is not None else None
+    if saved is not None and saved.source is None and source is not None:
+        there += "; it does not tell which version of the workload's file it ran: that it is the same is assumed"
     return (*before, Note("run", f"{_CONTINUED}{now}: {stands}{there}"))

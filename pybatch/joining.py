@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from pybatch.records import Capacity, Convergence, Note, Run
 from pybatch.verdict import compare
@@ -34,8 +35,10 @@ def _alike(capacity: Capacity | None, steps: Convergence | None) -> bool:
     assert steps.workload is not None
     assert capacity.device is not None
     assert steps.device is not None
-    asked = replace(capacity.workload, target={}, learning_rate=None)  # what a sweep chooses itself
-    same = asked == replace(steps.workload, target={}, learning_rate=None)
+    apart: dict[str, Any] = {"target": {}, "learning_rate": None}  # what a sweep chooses itself
+    if None in (capacity.workload.source, steps.workload.source):
+        apart["source"] = None  # older records do not tell it
+    same = replace(capacity.workload, **apart) == replace(steps.workload, **apart)
     return same and (capacity.device.kind, capacity.device.name) == (steps.device.kind, steps.device.name)
 
 

@@ -29,6 +29,11 @@ def count(value: float | None) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{round(value):,}"
 
 
+def counted(value: int, one: str, many: str | None = None) -> str:
+    """A count with its noun: "1 batch size", "1,234 batch sizes"; `many` where the plural takes more than an s."""
+    return f"{count(value)} {one if value == 1 else many or one + 's'}"
+
+
 def rounded(value: float | None) -> str:
     """A count in full from 100 on, three digits below: 1,234 and 0.512."""
     return number(value) if value is not None and value < 100 else count(value)

@@ -51,12 +51,12 @@ def run_bench_together(
                 )
             except BaseException as caught:  # also Ctrl-C: the others wait for an answer
                 error = caught
-        told: list[Any] = [_per_device(run, workload) if run is not None else None]
+        told: list[Any] = [_per_device(run, workload) if run is not None and not _stands(run) else None]
         dist.broadcast_object_list(told, 0)
         if error is not None:
             raise error
         if told[0] is None:
-            return None
+            return run
         together = measure_distributed(
             workload,
             device=device,
@@ -69,6 +69,12 @@ def run_bench_together(
         if run is None:
             return None
         return replace(run, distributed=together, verdict=compare(run.capacity, run.noise, run.convergence, together))
+
+
+def _stands(run: Run) -> bool:
+    """Whether steps on as many devices were measured by the run that this one continues."""
+    found = run.distributed
+    return found is not None and (found.devices, found.backend) == (dist.get_world_size(), dist.get_backend())
 
 
 def _per_device(run: Run, workload: Workload) -> list[int]:

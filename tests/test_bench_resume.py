@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shlex
@@ -18,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from pybatch import bench, cli, continuation
+from pybatch import bench, cli, continuation, together
 from pybatch.capacity import measurement
 from pybatch.capacity.largest import Largest
 from pybatch.commands import measuring
@@ -27,9 +29,21 @@ from pybatch.device.clock import Clock
 from pybatch.device.identity import describe
 from pybatch.errors import Interrupted, UsageError
 from pybatch.noise.estimator import INTERRUPTED
-from pybatch.records import BatchPoint, Capacity, Ceilings, NoiseScale, Note, Run
+from pybatch.records import (
+    BatchPoint,
+    Capacity,
+    Ceilings,
+    CommunicationFit,
+    Distributed,
+    DistributedPoint,
+    NoiseScale,
+    Note,
+    Run,
+)
 from pybatch.report.output import Output
+from pybatch.verdict import compare
 from pybatch.workloads.base import Split, Workload
+from pybatch.workloads.finding import FILE_MODULE, find
 from pybatch.workloads.session import Session
 
 CPU = torch.device("cpu")
@@ -276,6 +290,85 @@ def test_compiled_steps_do_not_stand_beside_others(whole: tuple[Run, list[Run]])
 def test_the_same_run_is_not_refused(whole: tuple[Run, list[Run]]) -> None:
     assert whole[0].environment is not None
     continuation.check_same(whole[0], Session(Points(), CPU).info, describe(CPU), whole[0].environment)
+
+
+def distributed() -> Distributed:
+    points = tuple(DistributedPoint(2, n, 2.0, 3.0) for n in (8, 64))
+    return Distributed(2, "gloo", points, CommunicationFit(1.5, 1e9, 1e-5, 100, 0.01, 2))
+
+
+def test_steps_on_several_devices_are_kept(whole: tuple[Run, list[Run]]) -> None:
+    found, _ = again(dataclasses.replace(whole[0], distributed=distributed()))
+    assert found.distributed == distributed()
+    assert "steps on several devices" in found.notes[0].text
+    assert found.verdict == compare(found.capacity, found.noise, None, distributed())
+    saved: list[Run] = []
+    bench.run_bench(
+        Points(), device="cpu", batches=[*BATCHES, 256], time_budget=60.0, earlier=found, on_partial=saved.append
+    )
+    assert saved
+    assert all(run.distributed == distributed() for run in saved)
+
+
+@pytest.mark.parametrize(("devices", "measured_anew"), [(2, False), (4, True)])
+def test_only_steps_on_as_many_devices_stand(
+    whole: tuple[Run, list[Run]], monkeypatch: pytest.MonkeyPatch, devices: int, measured_anew: bool
+) -> None:
+    asked: list[object] = []
+
+    def measure(*arguments: object, **options: object) -> Distributed:
+        asked.append(options["batches"])
+        return dataclasses.replace(distributed(), devices=devices)
+
+    monkeypatch.setattr(together, "process_group", lambda kind: contextlib.nullcontext(0))
+    monkeypatch.setattr(together, "measure_distributed", measure)
+    monkeypatch.setattr(together.dist, "broadcast_object_list", lambda told, source: None)
+    monkeypatch.setattr(together.dist, "get_world_size", lambda: devices)
+    monkeypatch.setattr(together.dist, "get_backend", lambda: "gloo")
+    earlier = dataclasses.replace(whole[0], distributed=distributed())
+    found = together.run_bench_together(
+        Points(), device=CPU, dtype="fp32", time_budget=60.0, seed=0, batches=BATCHES, earlier=earlier
+    )
+    assert found is not None
+    assert found.distributed is not None
+    assert found.distributed.devices == devices
+    assert bool(asked) == measured_anew
+
+
+# A user's file
+
+
+def from_file(path: Path, text: str) -> Workload:
+    path.write_text(text)
+    for name in [name for name in sys.modules if name.startswith(FILE_MODULE)]:
+        del sys.modules[name]  # as a new process does
+    return find(f"{path}:Own")
+
+
+def test_an_edited_workload_file_is_another_run(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    text = f"PARTIAL = ''\n{OWN}"
+    first = bench.run_bench(from_file(path, text), device="cpu", batches=[8, 16, 32], time_budget=60.0)
+    info = capacity(first).workload
+    assert info is not None
+    assert info.source == hashlib.sha256(text.encode()).hexdigest()
+    assert Run.from_json(first.to_json()) == first
+    path.write_text("changed while it ran")  # what counts is what was loaded
+    same = from_file(path, text)
+    assert bench.run_bench(same, device="cpu", batches=[8, 16, 32], time_budget=60.0, earlier=first).complete
+    edited = from_file(path, text.replace("0.003", "0.004"))
+    with pytest.raises(UsageError, match=r"--resume: .* SHA-256 of the workload's file [0-9a-f]{12} there"):
+        bench.run_bench(edited, device="cpu", batches=[8, 16, 32], time_budget=60.0, earlier=first)
+
+
+def test_a_record_without_the_files_digest_goes_on_and_says_so(tmp_path: Path) -> None:
+    work = from_file(tmp_path / "own.py", f"PARTIAL = ''\n{OWN}")
+    first = bench.run_bench(work, device="cpu", batches=[8, 16, 32], time_budget=60.0)
+    data = json.loads(first.to_json())
+    del data["workload"]["source"]
+    old = Run.from_json(json.dumps(data))
+    found = bench.run_bench(work, device="cpu", batches=[8, 16, 32], time_budget=60.0, earlier=old)
+    assert "which version of the workload's file it ran: that it is the same is assumed" in found.notes[0].text
 
 
 # The files

@@ -138,9 +138,13 @@ def point(**figures: Any) -> BatchPoint:
         (GPU, {"host_bound": 0.1, "dram_active": 0.65, "tensor_active": 0.75}, "tensor", "75.0 %"),
         (GPU, {"host_bound": 0.1, "mfu_measured": 0.9}, "tensor", "90.0 %"),
         (Place("cuda", "fp32", CACHE), {"host_bound": 0.1, "mfu_measured": 0.9}, "compute", "90.0 %"),
-        (GPU, {"host_bound": 0.1, "dram_active": 0.85, "power_capped": True}, "power", "power limit"),
+        (GPU, {"host_bound": 0.1, "dram_active": 0.85, "power_capped_share": 0.9}, "power", "90.0 % of the looks"),
+        # Capped now and then, it is not what limits most of the steps; nor is it where no share was kept.
+        (GPU, {"host_bound": 0.1, "dram_active": 0.85, "power_capped_share": 0.5}, "memory", "85.0 %"),
+        (GPU, {"dram_active": 0.1, "power_capped_share": 0.2}, None, "lowered the clock at 20.0 %"),
+        (GPU, {"dram_active": 0.85, "power_capped": True}, "memory", "85.0 %"),
         # Waiting for the host, a capped clock costs nothing.
-        (GPU, {"host_bound": 0.8, "power_capped": True}, "host", "80.0 %"),
+        (GPU, {"host_bound": 0.8, "power_capped_share": 1.0}, "host", "80.0 %"),
         (GPU, {"host_bound": 0.1, "mbu_measured": 0.9, "memory_bytes": LARGE}, "memory", "90.0 %"),
         # A counter is believed before a count of bytes.
         (GPU, {"dram_active": 0.2, "mbu_measured": 0.9, "memory_bytes": LARGE}, None, "no limit is near"),

@@ -200,7 +200,11 @@ def test_a_step_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch)
 def test_the_eager_step_is_timed_beside_the_replay_before_the_capture() -> None:
     clock, order = PlantedClock(1e-3, 0.0), list[str]()
     region = SimpleNamespace(
-        device=CPU, start=lambda: None, stop=lambda: None, estimated=lambda reading, *rest: reading
+        device=CPU,
+        start=lambda: None,
+        look=lambda: None,
+        stop=lambda: None,
+        estimated=lambda reading, *rest: reading,
     )
     rounds = Rounds(
         lambda n: order.append("load"),

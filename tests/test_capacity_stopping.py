@@ -103,7 +103,11 @@ class PlantedClock(Clock):
 
 def rounds(clock: PlantedClock, rule: StoppingRule | None = None) -> Rounds:
     region = SimpleNamespace(
-        device=torch.device("cpu"), start=lambda: None, stop=lambda: None, estimated=lambda reading, *_: reading
+        device=torch.device("cpu"),
+        start=lambda: None,
+        look=lambda: None,
+        stop=lambda: None,
+        estimated=lambda reading, *_: reading,
     )
     return Rounds(clock.load, lambda: None, lambda: None, clock, region, rule or StoppingRule(), 0)  # type: ignore[arg-type]
 

@@ -73,6 +73,18 @@ class Exits(Good):
     def model(self):
         raise SystemExit("bye")
 
+class Pairs(Good):
+    def loss(self, model, batch):
+        found = model(batch[0])
+        return (found - found.T).square().mean()
+
+class Huge(Good):
+    def model(self):
+        class Model(torch.nn.Linear):
+            def to(self, device):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+        return Model(8, 1)
+
 class NotAWorkload:
     pass
 """
@@ -231,6 +243,17 @@ def test_a_faulty_workload_is_named_with_its_method(pybatch, user_file, name, sa
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("flags", ["", "--thorough", "--compile"])
+def test_a_model_that_does_not_fit_on_the_device_is_said_before_anything_is_written(
+    pybatch, user_file, tmp_path, flags
+):
+    path = tmp_path / "run.json"
+    status, out, err = pybatch("bench", "--cpu", "--workload", f"{user_file}:Huge", "-o", path, *flags.split())
+    assert (status, out, list(tmp_path.iterdir())) == (2, "", [])
+    assert "pybatch: the model of workload 'mine' (36 B) does not fit on cpu, out of memory: OutOfMemoryError" in err
+    assert "Take a smaller model" in err
+
+
 def test_a_user_workload_runs_end_to_end(pybatch, user_file, tmp_path):
     path = tmp_path / "run.json"
     status, out, _ = pybatch(
@@ -262,6 +285,32 @@ def test_a_model_that_runs_only_at_some_batch_sizes_gives_those_and_is_incomplet
     assert "ValueError: an even number of points is needed" in data["batches"][1]["reason"]
     assert data["capacity"]["model"] is not None
     assert [note["text"] for note in data["notes"]] == ["the workload refuses batch 3; each one's reason says how"]
+
+
+def test_memory_that_is_not_linear_gives_what_was_measured_and_a_batch_that_ran_or_the_reason(
+    pybatch, user_file, monkeypatch
+):
+    from pybatch.capacity import largest, probe
+
+    limit, matrices = 512 << 20, 3  # of fp32, n x n, that a step holds at its peak
+
+    def run_probe(request, timeout_s):
+        fits = matrices * 4 * request.batch**2 <= limit
+        return probe.Outcome("ok", 3, 1) if fits else probe.Outcome("oom", reason="MemoryError")
+
+    monkeypatch.setattr(largest, "memory_limit", lambda device: limit)
+    monkeypatch.setattr(largest, "run_probe", run_probe)
+    command = ("bench", "--cpu", "--workload", f"{user_file}:Pairs", "--batch", "64,128,256,512", "--time-budget", "20")
+    status, out, _ = pybatch(*command, "--format", "json")
+    data = json.loads(out)
+    assert status == (0 if data["complete"] else 3)
+    assert "ok" in [b["status"] for b in data["batches"]]
+    found = data["capacity"]
+    if found["max_batch_verified"]:  # there was time to step down from what a line predicts
+        assert matrices * 4 * found["max_batch"] ** 2 <= limit
+    else:
+        why = [note["text"] for note in found["notes"] if note["figure"].startswith("capacity.max_batch")]
+        assert why
 
 
 def test_a_batch_the_workload_refuses_is_never_advised(pybatch, user_file):

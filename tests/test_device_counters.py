@@ -56,13 +56,6 @@ def test_means_are_weighted_by_time_and_pass_over_what_is_unknown():
     assert counters.mean(readings, "tensor_active") is None
 
 
-def test_energy_is_summed_and_withheld_below_five_seconds():
-    reading = counters.Reading(seconds=3.0, joules=30.0)
-    assert counters.joules([reading]) is None
-    assert counters.joules([reading, reading]) == 60.0
-    assert counters.joules([reading, reading, counters.Reading(seconds=3.0)]) is None  # a part is unknown
-
-
 def test_every_counter_figure_is_readable_or_has_a_reason():
     found = counters.readable(counters.Region(CPU))
     assert set(found) == set(counters.FIGURES)
@@ -108,6 +101,20 @@ def test_throttling_is_told(plug):
     assert read(counters.Region(GPU), library).power_capped == 0.0  # slowed by something else
     library.throttle = 4
     assert read(counters.Region(GPU), library).power_capped == 1.0
+
+
+def test_what_lowers_the_clock_is_looked_at_all_along(plug):
+    library = plug(SimulatedNvml())
+    region = counters.Region(GPU)
+    region.start()
+    for throttle, clock in ((4, 1200), (4, 1300), (8, 1500)):
+        library.throttle, library.clock = throttle, clock
+        library.work(0.1)
+        region.look()
+    library.throttle, library.clock = 0, 2000  # at the end alone there is nothing to see
+    reading = region.stop()
+    assert (reading.throttled, reading.power_capped, reading.sm_clock_mhz) == (0.75, 0.5, 1500)
+    assert read(region, library).throttled == 0  # the looks of the region before do not count
 
 
 def test_a_region_too_short_for_gpm_gives_no_shares(plug):

@@ -285,7 +285,7 @@ def test_accumulator_keeps_layers_and_preconditioned_norms_apart():
 def test_only_steps_that_are_not_finite_are_said():
     accumulator = NoiseAccumulator()
     accumulator.update(math.nan, 1.0, 8, 16)
-    assert "1 steps had a gradient that is not finite" in accumulator.estimate().notes[0].text
+    assert "1 step had a gradient that is not finite" in accumulator.estimate().notes[0].text
 
 
 def test_gradients_from_one_micro_batch_alone_are_said():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pybatch.errors import UsageError, WorkloadError
+from pybatch.errors import DeviceError, UsageError, WorkloadError
 from pybatch.workloads.base import Split, Workload
 from pybatch.workloads.session import Session, is_out_of_memory
 
@@ -90,6 +90,42 @@ def test_a_failing_backward_pass_is_the_losss_fault() -> None:
 
     with pytest.raises(WorkloadError, match=r"Planted\.loss\(\).*backward pass: no way back"):
         one_step(Planted(loss=lambda m, b: Refuse.apply(m(b)).mean()))
+
+
+class Stuck(nn.Linear):
+    """Cannot leave the place where it was made."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(1024, 256)
+        self.error = error
+
+    def to(self, *arguments: Any, **options: Any) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "memory"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\nto"),
+            "does not fit on cpu, out of memory: OutOfMemoryError: CUDA",
+            True,
+        ),
+        (MemoryError(), "does not fit on cpu, out of memory: MemoryError. Take a smaller model", True),
+        (
+            RuntimeError("CUDA error: busy"),
+            "cannot be moved to cpu: RuntimeError: CUDA error: busy. Name another",
+            False,
+        ),
+        (NotImplementedError("Cannot copy out of meta tensor"), "cannot be moved to cpu: NotImplementedError", False),
+    ],
+)
+def test_a_model_that_cannot_be_moved_is_an_error_with_its_size(error: Exception, says: str, memory: bool) -> None:
+    with pytest.raises(DeviceError, match="the model of workload 'planted'") as caught:
+        Session(Planted(model=lambda: Stuck(error)), CPU)
+    assert f"(1.00 MiB) {says}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert is_out_of_memory(caught.value) == memory  # where running out is a measurement, it still is
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])

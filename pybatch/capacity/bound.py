@@ -11,6 +11,7 @@ from pybatch.records import BatchPoint, StepLimit, ThroughputFit
 
 WAITING = 0.3  # of the step: without it throughput would grow 1.4-fold
 NEAR = 0.6  # of a roof: from there on Nsight Compute's guide, too, calls a kernel bound by that unit, below by latency
+CAPPED = 0.5  # of the looks at the clock: most of the steady region
 FIXED = 0.5  # of the step, independent of the batch: the batch's own work is then the smaller part
 OUT_OF_CACHE = 4  # times the last-level cache that a step must touch, before operators' bytes are taken for memory's
 
@@ -28,9 +29,9 @@ def bound(point: BatchPoint, place: Place, fit: ThroughputFit | None = None) -> 
     """The limit of a timed batch size and the figures it stands on; None and why, where they do not decide.
 
     In this order: work that waits for the host (its launches, where a CUDA graph shows them apart) is not limited by
-    the device at all; a clock lowered for power limits whatever else is near its roof; then the roof that the step
-    comes nearest to, of memory and arithmetic. On a CPU, a step far from both whose time hardly depends on the batch is
-    bound by the host: the fixed cost of each operator.
+    the device at all; a clock lowered for power most of the time limits whatever else is near its roof; then the roof
+    that the step comes nearest to, of memory and arithmetic. On a CPU, a step far from both whose time hardly depends
+    on the batch is bound by the host: the fixed cost of each operator.
     """
     if point.step_ms is None:
         return None, "not timed"
@@ -44,8 +45,10 @@ def bound(point: BatchPoint, place: Place, fit: ThroughputFit | None = None) -> 
     if point.host_bound is not None and point.host_bound >= WAITING:
         part = "" if point.launch_overhead_ms is not None else "; --cuda-graph tells what of that is launching"
         return "host", f"the device waits for the host during {n.share(point.host_bound)} of the step{part}"
-    if point.power_capped:
-        return "power", "the power limit lowered the clock, and the device does not wait for the host"
+    capped = point.power_capped_share
+    lowered = "" if capped is None else f"the power limit lowered the clock at {n.share(capped)} of the looks at it"
+    if capped is not None and capped > CAPPED:
+        return "power", f"{lowered}, and the device does not wait for the host"
     roofs = _roofs(point, place)
     if roofs:
         share, limit, what = max(roofs)
@@ -55,6 +58,7 @@ def bound(point: BatchPoint, place: Place, fit: ThroughputFit | None = None) -> 
     fixed = fit.step_s(0) / fit.step_s(point.batch) if fit is not None else None
     if place.kind == "cpu" and fixed is not None and fixed >= FIXED and _both_known(point):
         return "host", f"{n.share(fixed)} of the step is independent of the batch; {seen}"
+    seen += f"; {lowered}" if capped else ""
     return None, f"no limit is near ({n.share(NEAR)} of a roof, or {n.share(WAITING)} waiting): {seen}"
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pybatch import numerals
 from pybatch.capacity.exploration import Explorer
 from pybatch.capacity.probe import Outcome, Request
 from pybatch.device import memory
@@ -28,6 +29,7 @@ _STEP_LIMIT = 10.0  # seconds; a longer step is not run for verification
 _START_S = 5.0  # seconds to start a process, import torch and make the session, at most
 _FRESH_BYTES = 128 << 20  # above every allocator's threshold: such memory is fresh from the system
 _TRIES = 4
+_FAR = 8  # times the largest batch that ran: a prediction beyond is said to be far
 _SPARE = 1.2  # the time of the largest batch is estimated from small ones
 _SHARE = 0.50  # of the time that is left, at most, for verifying the largest batch
 _CHECK_SHARE = 0.25  # for checking the line of memory by a smaller one, where the largest takes too long
@@ -169,6 +171,11 @@ def verify_largest(
             break
         # The line is nearly right as a rule: step back a little first, then halve the way to what has run.
         candidate = max(fits, int(candidate * 0.9) if attempt == 0 else (fits + candidate) // 2)
+    if candidate > _FAR * fits:
+        far = numerals.number(candidate / fits, 2)
+        reason += (
+            f"; a line of memory up to batch {fits} predicts it, {far} times further, and memory may bend on the way"
+        )
     return Largest(candidate, False, (*plan.notes, Note("capacity.max_batch_verified", f"not verified: {reason}")))
 
 

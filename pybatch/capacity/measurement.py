@@ -12,6 +12,7 @@ import torch
 from pybatch.capacity import largest, summary
 from pybatch.capacity.bound import Place
 from pybatch.capacity.burst import Settling
+from pybatch.capacity.energy import EnergyWindows
 from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, Look, explore_doubling, explore_given
 from pybatch.capacity.modes import EAGER, GraphedStep, Mode
 from pybatch.capacity.step import TrainingStep
@@ -24,6 +25,7 @@ from pybatch.device.counters_cpu import OtherLoad
 from pybatch.device.identity import describe, last_level_cache_bytes, resolve, usable_cores
 from pybatch.device.memory import PeakMemory
 from pybatch.errors import Interrupted, UsageError
+from pybatch.numerals import counted
 from pybatch.records import BatchPoint, Capacity, Ceilings, Note
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.session import Session
@@ -295,6 +297,8 @@ class _Measurement:
             wanted[control] = explorer.looks[control].step_s or 0.0
         timed: TrainingStep | GraphedStep = self.graphed or step
         self._settle(Settling(timed.load, timed, self.clock, WARM_UP[self.device.type]), wanted, deadline)
+        energy = EnergyWindows(timed.load, timed, self.clock, self.region.meter)
+        end, deadline = deadline, deadline - energy.reserve_s(wanted, deadline - self.clock.now())
         share = max(1.0, 1.5 * (deadline - self.clock.now()) / len(wanted))
         rule = StoppingRule(max_seconds=share)
         others = OtherLoad()
@@ -310,6 +314,12 @@ class _Measurement:
         )
         self.rounds.turn = self.first_round
         self.rounds.run(wanted, deadline, self._visited)
+        self._tell("energy")
+        medians = {
+            s.batch: s.median.value for s in self.rounds.series.values() if s.seconds and s.batch not in self.kept
+        }
+        for n, window in energy.measure(medians, end).items():
+            self.rounds.series[n].energy = window
         timed.clear()
         if (busy := others.cores()) is not None and self.device.type == "cpu" and busy > _DISTURBED * usable_cores():
             text = f"other processes kept {busy:.1f} cores busy meanwhile: times are those of a disturbed machine"
@@ -348,7 +358,7 @@ class _Measurement:
             self._save()
         every = self.rounds.series.values()
         done = sum(s.stopped is not None for s in every)
-        self._tell(f"batch {series.batch}: {done} of {len(every)} batch sizes steady")
+        self._tell(f"batch {series.batch}: {done} of {counted(len(every), 'batch size')} steady")
         if series.stopped is not None and self.on_point is not None:
             self.on_point(self._point(series.batch))
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from pybatch.capacity.bound import Place, undecided, with_bounds
 from pybatch.capacity.burst import BURST_STEPS
+from pybatch.capacity.energy import WINDOW_S
 from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, Look
 from pybatch.capacity.largest import Largest
 from pybatch.capacity.timing import Series, quantiles_ms
 from pybatch.device import counters
 from pybatch.fits.throughput import fit_throughput
+from pybatch.numerals import counted
 from pybatch.records import (
     Anchor,
     BatchPoint,
@@ -65,7 +67,7 @@ def point(
     rate = look.flops / middle.value if look.flops is not None else None
     gemm = ceilings.gemm_flops if ceilings is not None else None
     peak = ceilings.datasheet_flops if ceilings is not None else None
-    joules = counters.joules(series.readings)
+    energy = series.energy
     throttled, capped = (counters.mean(series.readings, figure) for figure in ("throttled", "power_capped"))
     copy, eager = ceilings.copy_bytes_per_s if ceilings is not None else None, series.eager_s
     moved = look.moved_bytes / middle.value if look.moved_bytes is not None else None
@@ -82,9 +84,12 @@ def point(
         mfu_measured=rate / gemm if rate is not None and gemm else None,
         mfu_datasheet=rate / peak if rate is not None and peak else None,
         memory_bytes=look.memory_bytes,
-        joules_per_sample=None if joules is None else joules / (n * len(series.seconds)),
+        joules_per_sample=None if energy is None else energy.per_step / n,
+        energy_window_s=None if energy is None else energy.seconds,
         throttled=None if throttled is None else throttled > 0,
         power_capped=None if capped is None else capped > 0,
+        throttled_share=throttled,
+        power_capped_share=capped,
         samples=len(series.seconds),
         burst_step_ms=None if burst_s is None else burst_s * 1e3,
         eager_step_ms=None if eager is None else eager * 1e3,
@@ -131,7 +136,7 @@ def summarize(
     timed = [p for p in points if p.status == "ok"]
     fit = None
     if len(timed) < _FITTABLE:
-        notes.append(Note("capacity.model", f"{len(timed)} batch sizes timed; a fit needs {_FITTABLE}"))
+        notes.append(Note("capacity.model", f"{counted(len(timed), 'batch size')} timed; a fit needs {_FITTABLE}"))
     else:
         rising = _before_fall(timed)
         rounds = [p.block_rounds for p in rising]
@@ -187,7 +192,11 @@ def counter_notes(
 ) -> list[Note]:
     """A reason for every figure that is null in some of the timed points."""
     device, reasons = region.device, dict(region.reasons)
-    reasons["joules_per_sample"] = counters.energy_reason(reasons)
+    reasons.setdefault(
+        "joules_per_sample",
+        f"the time budget had no room for a window of {WINDOW_S:g} s at these batch sizes, or the run was cut before "
+        "it; shorter ones say little, as the counter lags",
+    )
     for figure in counters.GPU_FIGURES:
         reasons.setdefault(figure, "the steady region of these batches was too short for the counter")
     if device.type == "cpu":

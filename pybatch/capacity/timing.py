@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pybatch.capacity.energy import Energy
 from pybatch.capacity.exploration import failed
 from pybatch.capacity.stopping import Median, StoppingRule, blocks, median
 from pybatch.device.clock import Clock, Work
@@ -34,6 +35,7 @@ class Series:
     eager_s: float | None = None  # median step time without the CUDA graphs that `seconds` are of
     stopped: str | None = None  # why it is done; None while it is not
     visits: list[tuple[int, int]] = field(default_factory=list)  # round, and steps timed in it
+    energy: Energy | None = None
     failure: tuple[BatchStatus, str] | None = None  # a step raised: status and reason; there are no times then
 
     @property
@@ -153,6 +155,7 @@ class Rounds:
         self.region.start()
         while len(seconds) < count and (not seconds or self.clock.now() < end):
             seconds += self.clock.time(self.work, min(chunk, count - len(seconds)))
+            self.region.look()
         series.readings.append(self.region.stop())
         self.check()
         first = not series.seconds

@@ -21,7 +21,6 @@ from pybatch.device.counters_nvml import Gpm, Nvml
 
 GPU_FIGURES = ("sm_active", "sm_occupancy", "tensor_active", "dram_active", "sm_clock_mhz", "throttled", "power_capped")
 FIGURES = (*GPU_FIGURES, "cpu_active", "joules_per_sample")
-_MIN_ENERGY_S = 5.0  # below this, the energy counter's update period (~100 ms) is more than 2 % of the window
 _GPU_ONLY = "a GPU's counter; this run is on a CPU"
 
 
@@ -54,10 +53,10 @@ class Reading:
     sm_occupancy: float | None = None
     tensor_active: float | None = None
     dram_active: float | None = None
-    sm_clock_mhz: float | None = None  # at the region's end
-    throttled: float | None = None  # 1: something other than idling or the user's settings lowered the clock
-    power_capped: float | None = None  # 1: the power limit did
-    joules: float | None = None
+    sm_clock_mhz: float | None = None  # mean over the looks taken in the region, of which one is at its end
+    throttled: float | None = None  # share of them at which something but idling or the user's settings lowered it
+    power_capped: float | None = None  # share of them at which the power limit did
+    joules: float | None = None  # of regions under 5 s it tells little: the counter lags
 
 
 class Region:
@@ -67,10 +66,11 @@ class Region:
         self.device = device
         self.source: Source | None = None  # of the utilization
         self.better: dict[str, str] = {}  # why a better source is not used, by its name
+        self.meter: Nvml | Rapl = Rapl() if device.type == "cpu" else Nvml(device)  # of energy
+        self.counters: list[Counter] = [self.meter]
         if device.type == "cpu":
-            self.counters: list[Counter] = [CpuTime(), Rapl()]
+            self.counters.append(CpuTime())
             return
-        self.counters = [Nvml(device)]
         self._passed: list[Source] = []
         for kind in _SOURCES:
             source = kind(device)
@@ -103,6 +103,11 @@ class Region:
             counter.start()
         self._began = time.perf_counter()
 
+    def look(self) -> None:
+        """Look at the clock and what lowers it, within a region: the state at its end alone may be a moment's."""
+        if isinstance(self.meter, Nvml):
+            self.meter.look()
+
     def stop(self) -> Reading:
         """End it."""
         seconds = time.perf_counter() - self._began
@@ -132,21 +137,7 @@ def mean(readings: Sequence[Reading], figure: str) -> float | None:
     return sum(s * value for s, value in known) / seconds if seconds > 0 else None
 
 
-def joules(readings: Sequence[Reading]) -> float | None:
-    """Energy over regions of one batch, J; None where unreadable or where they last less than 5 s together."""
-    if sum(reading.seconds for reading in readings) < _MIN_ENERGY_S:
-        return None
-    values = [reading.joules for reading in readings]
-    return sum(v for v in values if v is not None) if None not in values else None
-
-
 def readable(region: Region) -> dict[str, str | None]:
     """Every figure of a batch that comes from a counter: None when it can be read here, else why it cannot."""
     reasons = region.reasons
     return {figure: reasons.get(figure) for figure in FIGURES}
-
-
-def energy_reason(reasons: dict[str, str]) -> str:
-    """Why a batch has no energy figure."""
-    short = f"the steady region is shorter than {_MIN_ENERGY_S:g} s, too short for the energy counter"
-    return reasons.get("joules_per_sample", short)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ _GPM_METRICS = {  # our figure: NVML's metric, in percent
 
 
 class Nvml:
-    """Clock and throttling at a region's end, energy over it."""
+    """Clock and throttling over the looks taken in a region and at its end; energy over it."""
 
     def __init__(self, device: torch.device) -> None:
         self.reasons: dict[str, str] = {}
@@ -32,16 +33,23 @@ class Nvml:
         if isinstance(self._gpu, str):
             self.reasons = dict.fromkeys(("sm_clock_mhz", "throttled", "power_capped", "joules"), self._gpu)
         self._energy = self._joules()
+        self._looks: list[dict[str, float]] = []
         self._now()
 
     def start(self) -> None:
         """Begin a region."""
-        self._energy = self._joules()
+        self._energy, self._looks = self._joules(), []
+
+    def look(self) -> None:
+        """Look at the clock and what lowers it now."""
+        self._looks.append(self._now())
 
     def stop(self, seconds: float) -> dict[str, float]:
-        """Energy over the region; clock and throttling now."""
+        """Energy over the region; the clock's mean, and the shares of the looks at which it was lowered."""
         energy, before = self._joules(), self._energy
-        found = self._now()
+        self.look()
+        figures = {figure for seen in self._looks for figure in seen}
+        found = {figure: fmean(seen[figure] for seen in self._looks if figure in seen) for figure in figures}
         if energy is not None and before is not None and energy >= before:  # else the counter wrapped around
             found["joules"] = energy - before
         return found

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from pybatch.fits.solver import Array
 from pybatch.fits.steps_data import Choice, Table
-from pybatch.numerals import number
+from pybatch.numerals import counted, number
 from pybatch.records import Note
 
 FEW_STEPS = 10.0  # S_min below which a step is too coarse a unit: the models fail there
@@ -46,7 +46,8 @@ def of_one_seed(met: int, unknowns: int, least: int) -> Note:
     """What the interval of one seed at `met` batch sizes rests on, or why there is none."""
     if met - unknowns >= least:
         return Note("low", "one seed: the interval rests on how far single batch sizes miss the curve")
-    text = f"one seed at {met} batch sizes for {unknowns} unknowns: too little to tell an error from, so no interval"
+    at = f"one seed at {counted(met, 'batch size')} for {unknowns} unknowns"
+    text = f"{at}: too little to tell an error from, so no interval"
     return Note("low", f"{text}. Measure more batch sizes, or more seeds")
 
 
@@ -63,7 +64,7 @@ def of_nothing(table: Table, picked: Array, reached: int, least: int) -> Note:
         return Note("critical_batch", "every run diverged. Lower the learning rates")
     if not reached:
         return Note("critical_batch", "no batch size reached the target. Raise the cap on steps, or ease the target")
-    of = f"{reached} of {len(table.size)} batch sizes reached the target in most of their seeds"
+    of = f"{reached} of {counted(len(table.size), 'batch size')} reached the target in most of their seeds"
     change = "Measure more batch sizes" if reached == len(table.size) else "Raise the cap on steps, or ease the target"
     return Note("critical_batch", f"{of}, a fit needs {least}. {change}")
 

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
 from pybatch.errors import UsageError
+from pybatch.numerals import counted
 from pybatch.records import LayerNoise, NoiseScale, NoiseStatus, Note, WeightedNoise
 
 T = TypeVar("T")
@@ -171,12 +172,16 @@ def estimate(
         single: steps with one micro-batch only, which give no pair.
     """
     if skipped:
-        missing = f"no pair of norms: {skipped} steps had a gradient that is not finite and were left out"
+        missing = (
+            f"no pair of norms: {counted(skipped, 'step')} had a gradient that is not finite, and counted for nothing"
+        )
     found = judge(rows, small_batch, missing)
     said = [Note("noise.b_simple", found.why)] if found.why else []  # the first thing to be read of this figure
     said += notes
     if single:
-        said.append(Note("noise.steps", f"{single} steps had one micro-batch only and give no pair of norms"))
+        said.append(
+            Note("noise.steps", f"{counted(single, 'step')} had one micro-batch only, which gives no pair of norms")
+        )
     return NoiseScale(
         b_simple=found.value,
         low=found.low,

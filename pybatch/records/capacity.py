@@ -37,7 +37,7 @@ class BatchPoint:
     memory_bytes: int | None = None  # peak during a step
     joules_per_sample: float | None = None
     sm_clock_mhz: float | None = None
-    throttled: bool | None = None
+    throttled: bool | None = None  # at some look
     samples: int = 0  # steps timed
     blocks_ms: tuple[float, ...] = ()  # medians of up to 20 runs of successive steps, which the fit resamples
     block_rounds: tuple[int, ...] = ()  # the round over all batch sizes that each block was timed in
@@ -49,10 +49,13 @@ class BatchPoint:
     compile_s: float | None = None  # with torch.compile: not part of any step time
     step_bytes: int | None = None  # read and written by the operators and the update, as if nothing stayed in caches
     mbu_measured: float | None = None  # step_bytes / step time over ceilings.copy_bytes_per_s
-    power_capped: bool | None = None  # the power limit lowered the clock
+    power_capped: bool | None = None  # the power limit lowered the clock, at some look
     bound_by: StepLimit | None = None  # what most limits this step
     bound_why: str | None = None  # the figures behind bound_by, or why it is null
     step_ms_quantiles: tuple[float, ...] = ()  # of the samples, at QUANTILES; empty: not kept
+    throttled_share: float | None = None  # of the looks at the clock, spread over the steady steps, 0..1
+    power_capped_share: float | None = None
+    energy_window_s: float | None = None  # of continuous steps, that joules_per_sample is taken over
 
 
 @dataclass(frozen=True)

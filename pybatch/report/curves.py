@@ -31,7 +31,7 @@ def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Se
     )
     lines = [line for curve in curves for line in _lines(curve, unit, alone=len(curves) == 1)]
     if split == steps.curves[0].split and steps.optimizer:
-        lines.append(("trained by", f"{steps.optimizer}, {n.count(steps.trials)} trials, {_seeds(steps.seeds)}"))
+        lines.append(("trained by", f"{steps.optimizer}, {_of(steps.trials, 'trial')}, {_of(steps.seeds, 'seed')}"))
         lines.append(("in brackets", "seeds that reached the target, where not all did"))
     notes = tuple(
         dict.fromkeys(
@@ -85,5 +85,5 @@ def _lines(curve: Curve, unit: str, alone: bool) -> list[tuple[str, str]]:
     return lines
 
 
-def _seeds(count: int | None) -> str:
-    return "1 seed" if count == 1 else f"{n.count(count)} seeds"
+def _of(number: int | None, what: str) -> str:
+    return f"{n.MISSING} {what}s" if number is None else n.counted(number, what)

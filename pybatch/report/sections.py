@@ -181,7 +181,7 @@ def _noise(noise: NoiseScale, unit: str) -> Section:
         pair = ""
         if noise.small_batch and noise.large_batch:
             pair = f" of gradients over {n.number(noise.small_batch)} and {n.number(noise.large_batch)} {unit}"
-        lines.append(("from", f"{n.count(noise.steps)} pairs of norms{pair} ({noise.source})"))
+        lines.append(("from", f"{n.counted(noise.steps, 'pair')} of norms{pair} ({noise.source})"))
     return Section("Gradient noise scale", lines=tuple(lines), notes=_notes(noise.notes))
 
 

@@ -18,6 +18,7 @@ from pybatch.errors import UsageError, WorkloadError, unknown
 from pybatch.workloads.base import Workload, registered
 
 FILE_MODULE = "_pybatch_workload_"  # prefix of the modules made from users' files
+_digests: dict[str, str] = {}  # of users' files as they were loaded, by module
 
 
 def shipped() -> dict[str, type[Workload]]:
@@ -73,6 +74,7 @@ def load_file(path: Path, name: str | None = None) -> ModuleType:
         sys.path.insert(0, str(path.parent))
     module = importlib.util.module_from_spec(description)
     sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up
+    _digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()  # now: a run may outlast the file's next edit
     try:
         description.loader.exec_module(module)
     except Exception as error:
@@ -80,6 +82,14 @@ def load_file(path: Path, name: str | None = None) -> ModuleType:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise UsageError(f"workload file '{path}' cannot be loaded: {type(error).__name__}: {error}{line}.") from error
     return module
+
+
+def source_digest(cls: type[Workload]) -> str | None:
+    """SHA-256 of the user's file that a class was loaded from by name; None for every other class.
+
+    What the file imports is not part of it.
+    """
+    return _digests.get(cls.__module__)
 
 
 def _from_file(spec: str, path: str, name: str) -> type[Workload]:

@@ -10,10 +10,12 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pybatch.device.identity import DTYPES
-from pybatch.errors import UsageError, WorkloadError
+from pybatch.errors import DeviceError, UsageError, WorkloadError
+from pybatch.numerals import memory
 from pybatch.records import WorkloadInfo
 from pybatch.workloads.base import Split, Workload
 from pybatch.workloads.compiling import compiled
+from pybatch.workloads.finding import source_digest
 
 
 def checked_dtype(name: str) -> torch.dtype:
@@ -33,7 +35,8 @@ class Session:
         seed: of the model's initialization and of the stream of batches.
 
     Every failure of a method of the workload is raised as `WorkloadError` that names the method; running out of
-    memory is passed on unchanged, because it is a measurement and not a fault.
+    memory is passed on unchanged, because it is a measurement and not a fault. A model that cannot be moved to the
+    device is a `DeviceError`.
     """
 
     def __init__(self, workload: Workload, device: torch.device, dtype: str = "fp32", seed: int = 0) -> None:
@@ -45,11 +48,28 @@ class Session:
             model = self._call("model")
         if not isinstance(model, torch.nn.Module):
             raise self._error("model", f"returned {type(model).__name__}, not a torch.nn.Module")
-        self.model = model.to(device).train()
+        self.model = self._placed(model).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not self.parameters:
             raise self._error("model", "returned a model without a parameter to train")
         self._runs = self.model  # what the losses of training go through
+
+    def _placed(self, model: torch.nn.Module) -> torch.nn.Module:
+        tensors = [*model.parameters(), *model.buffers()]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        what = f"the model of workload {self.workload.name!r} ({memory(size)})"
+        try:
+            return model.to(self.device)
+        except (RuntimeError, MemoryError, NotImplementedError) as error:
+            cause = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            if is_out_of_memory(error):
+                raise DeviceError(
+                    f"{what} does not fit on {self.device}, out of memory: {cause}. Take a smaller model, end what "
+                    "else uses the device, or name another one."
+                ) from error
+            raise DeviceError(
+                f"{what} cannot be moved to {self.device}: {cause}. Name another device, or see 'pybatch doctor'."
+            ) from error
 
     def compile(self) -> None:
         """Have torch.compile compile the model for training, for each batch size anew; evaluation stays eager."""
@@ -83,6 +103,7 @@ class Session:
             learning_rate=work.learning_rate,
             target=dict(work.target),
             options=dict(work.options),
+            source=source_digest(type(work)),
         )
 
     def batch(self, n: int, split: Split = "train") -> Any:

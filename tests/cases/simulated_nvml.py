@@ -1,6 +1,9 @@
 """A stand-in for `pynvml` that plays a GPU and each of its failures. Only what pybatch calls."""
 
+import math
 from types import SimpleNamespace
+
+import numpy as np
 
 
 class SimulatedError(Exception):
@@ -15,6 +18,8 @@ class SimulatedNvml:
         refused: names of calls that raise, from the start; more may be added in mid-run.
         metric_codes: GPM metrics with a return code of their own, by id.
         throttle: the throttle reasons' bits.
+        update_s: period at which the energy counter is brought up to date.
+        lag_s: how long the device's work takes to be seen in it.
     """
 
     NVMLError = SimulatedError
@@ -30,16 +35,18 @@ class SimulatedNvml:
     nvmlClocksThrottleReasonSwPowerCap = 4
     nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 128
 
-    def __init__(self, gpm=True, refused=(), metric_codes=None, throttle=0):
+    def __init__(self, gpm=True, refused=(), metric_codes=None, throttle=0, update_s=0.0, lag_s=0.0):
         self.gpm, self.refused, self.metric_codes, self.throttle = gpm, set(refused), metric_codes or {}, throttle
-        self.time, self.millijoules, self.clock = 0.0, 0.0, 1980
+        self.update_s, self.lag_s = update_s, lag_s
+        self.time, self.clock = 0.0, 1980
+        self.energy = [(0.0, 0.0)]  # seconds, millijoules: straight lines between
         self.integrals = dict.fromkeys((2, 3, 5, 10), 0.0)  # percent x seconds, by metric
         self.asked, self.allocated = [], 0
 
     def work(self, seconds, sm=90.0, occupancy=50.0, tensor=70.0, dram=40.0, watts=500.0):
         """Let the device work for a while at these percentages."""
         self.time += seconds
-        self.millijoules += 1e3 * watts * seconds
+        self.energy.append((self.time, self.energy[-1][1] + 1e3 * watts * seconds))
         for metric, percent in zip(self.integrals, (sm, occupancy, tensor, dram), strict=True):
             self.integrals[metric] += percent * seconds
 
@@ -62,7 +69,10 @@ class SimulatedNvml:
 
     def nvmlDeviceGetTotalEnergyConsumption(self, gpu):
         self._refuse("nvmlDeviceGetTotalEnergyConsumption")
-        return int(self.millijoules)
+        seen = self.time - self.lag_s
+        if self.update_s:
+            seen = math.floor(seen / self.update_s) * self.update_s
+        return int(np.interp(seen, *zip(*self.energy, strict=True)))
 
     def nvmlGpmQueryDeviceSupport(self, gpu):
         self._refuse("nvmlGpmQueryDeviceSupport")
