@@ -518,7 +518,7 @@ def test_an_optimizers_arguments_reach_the_trials(tmp_path):
 
 def test_adam_sde_is_measured_up_to_its_end():
     found = measure(
-        batches=[4, 8, 64],
+        batches=[4, 8, 64, 128],
         rules=["adam-sde"],
         optimizer="adamw",
         rates=[0.02, 0.05, 0.1],
@@ -526,7 +526,8 @@ def test_adam_sde_is_measured_up_to_its_end():
     )
     [curve] = found.curves
     assert [p.batch for p in curve.points] == [4, 8]
-    assert any("ends at batch" in note.text for note in curve.notes)
+    [note] = [note.text for note in curve.notes if "ends at batch" in note.text]  # said once for all of them
+    assert note.startswith("batch 64, 128: rule 'adam-sde' ends at batch 20, above which")
     assert dataclasses.asdict(curve.points[0])["status"] == "reached"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pybatch.convergence.search import best_rate
 from pybatch.convergence.store import Cell
-from pybatch.convergence.summary import curve, point
+from pybatch.convergence.summary import bare_reason, curve, point, unanswered
 from pybatch.convergence.trajectory import SPLITS, Split
 from pybatch.convergence.trial import VERSION, Outcome, Race, Trial
 from pybatch.errors import UsageError
@@ -170,7 +170,7 @@ def _curve(
     """One curve; `missing` and `used` (by `id`) are added to."""
     points: list[ConvergencePoint] = []
     caps: dict[int, float] = {}
-    notes: list[Note] = []
+    failed: dict[str, list[int]] = {}
     base = _base(sweep, split, seeds, searched) if rule != SEARCHED else None
     targets: dict[str, float] = dict(sweep.targets) if rule == SEARCHED else {split: sweep.targets[split]}
     for batch in sorted(sweep.batches):
@@ -180,7 +180,7 @@ def _curve(
             try:
                 trials = _trials(sweep, rule, batch, seeds, base)
             except UsageError as error:  # as in the sweep: the rule has no answer for this batch size
-                notes.append(Note("points", f"batch {batch}: {error}"))
+                failed.setdefault(bare_reason(batch, error), []).append(batch)
                 missing[f"batch {batch} {rule}"] = False
                 continue
             outcomes = [by_key[trial.key] for trial in trials if trial.key in by_key]
@@ -193,7 +193,7 @@ def _curve(
         race = _race(targets, ran, outcomes, rule == SEARCHED)
         points.append(_widened(point(batch, split, race, outcomes), ran, seeds))
         caps[batch] = race.limit(split)
-    return curve(rule, split, sweep.targets[split], points, caps, None, notes)
+    return curve(rule, split, sweep.targets[split], points, caps, None, unanswered(failed))
 
 
 def _ran(seeds: Sequence[int], outcomes: Sequence[Outcome]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from pybatch.convergence.live import Live
 from pybatch.convergence.plan import Plan
 from pybatch.convergence.search import Heat, best_rate
 from pybatch.convergence.store import BEGUN, Store
+from pybatch.convergence.summary import bare_reason
 from pybatch.convergence.sweep_record import record
 from pybatch.convergence.trial import FACTOR, Outcome, Race, Trial, Unit
 from pybatch.errors import UsageError, WorkloadError
@@ -97,7 +98,7 @@ class Sweep:
         try:
             scaled = scale(rule, plan.group | {"lr": lr}, batch, Base(plan.base_batch, steps))
         except UsageError as error:
-            return self._fail(contest, str(error))
+            return self._fail(contest, bare_reason(batch, error))
         self._begin(contest, [self._trial(scaled, batch, seed) for seed in plan.seeds], plan.seeds)
         return contest
 

@@ -10,7 +10,7 @@ import torch
 from pybatch.convergence import live
 from pybatch.convergence.contest import Contest
 from pybatch.convergence.plan import Plan
-from pybatch.convergence.summary import curve
+from pybatch.convergence.summary import curve, unanswered
 from pybatch.convergence.trajectory import SMOOTHING, SPLITS, Split
 from pybatch.device.identity import describe
 from pybatch.records import Convergence, Curve, NoiseScale, Note
@@ -66,14 +66,14 @@ def record(
 def _curve(plan: Plan, contests: Sequence[Contest], rule: str, split: Split, noise: NoiseScale | None) -> Curve:
     own = [c for c in contests if c.rule == rule and split in c.targets and c.over and c.batch in plan.batches]
     points, caps = [], {}
-    failed: dict[str, list[str]] = {}
+    failed: dict[str, list[int]] = {}
     for contest in sorted(own, key=lambda contest: contest.batch):
         if contest.failed:
-            failed.setdefault(contest.failed, []).append(str(contest.batch))
+            failed.setdefault(contest.failed, []).append(contest.batch)
             continue
         points.append(contest.points(plan.seeds)[split])
         caps[contest.batch] = contest.race(plan.seeds, contest.outcomes).limit(split)
-    notes = [Note("points", f"batch {', '.join(batches)}: {reason}") for reason, batches in failed.items()]
+    notes = unanswered(failed)
     if points and all(p.steps is None for p in points):
         near = live.nearest(split, [outcome for contest in own for outcome in contest.outcomes])
         notes += [Note("points", near)] if near is not None else []
