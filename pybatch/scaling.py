@@ -127,8 +127,8 @@ def adascale(group: Mapping[str, Any], batch: int, base: Base) -> Scaled:
     """Rate times the measured gain of B over B_0, between 1 and B / B_0 (Johnson et al. 2020, section 3)."""
     if batch % base.batch:
         raise UsageError(
-            f"rule 'adascale': batch {batch} is no multiple of the base batch {base.batch}, whose gradients it "
-            "compares. Leave this batch or rule out, or take another base batch."
+            f"batch {batch}: rule 'adascale' compares gradients of the base batch {base.batch}, of which this is no "
+            "multiple. Leave this batch or rule out, or take another base batch."
         )
     return Scaled(dict(group), gain_batch=base.batch if batch > base.batch else None)
 
@@ -143,8 +143,8 @@ def adam_sde(group: Mapping[str, Any], batch: int, base: Base) -> Scaled:
     if min(betas) < 0:
         most = math.floor(base.batch / (1 - min(group["betas"])))
         raise UsageError(
-            f"rule 'adam-sde': batch {batch} is {k:g} base batches, which makes a beta of {tuple(group['betas'])} "
-            f"negative. The rule ends at batch {most}; leave larger ones out, or take a larger base batch."
+            f"batch {batch}: rule 'adam-sde' ends at batch {most}, above which a beta of {tuple(group['betas'])} would "
+            "be negative. Leave larger batches out, or take a larger base batch."
         )
     return Scaled({**group, "lr": group["lr"] * math.sqrt(k), "betas": betas, "eps": group["eps"] / math.sqrt(k)})
 

@@ -33,7 +33,7 @@ def run_sweep(
         device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
         dtype: "fp32" or "bf16" (autocast over fp32 parameters).
         noise_budget: seconds for the noise scale, for its ratio to the critical batches; 0 leaves it out.
-        seed: of the noise measurement.
+        seed: of the noise measurement and the first training run; the others count up from it.
         command: what the user typed, for the record.
         progress: called with (what is being done, share done).
         arguments: those of `measure_convergence`.
@@ -64,6 +64,7 @@ def run_sweep(
             workload,
             device=device,
             dtype=dtype,
+            seed=seed,
             noise=noise,
             progress=progress,
             environment=environment,

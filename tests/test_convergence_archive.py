@@ -19,8 +19,10 @@ import report as planted
 import pybatch
 from pybatch import cli
 from pybatch.convergence.archive import read_store
+from pybatch.convergence.search import Grid
 from pybatch.convergence.trajectory import Trajectory, crossing_at, next_evaluation
-from pybatch.errors import UsageError
+from pybatch.convergence.trial import Trial
+from pybatch.errors import Interrupted, UsageError
 from pybatch.workloads.finding import find
 
 runner = typer.testing.CliRunner()
@@ -252,3 +254,100 @@ def test_a_batch_whose_first_seed_alone_has_run_is_reached_by_it(copy):
     assert (found.batch, found.status, found.reached, found.seeds) == (512, "reached", 1, 1)
     assert found.rates[0].statuses[1:] == ("not_run", "not_run")
     assert not run.complete
+
+
+def sweep_of_quadratic(path, batches=(4, 16, 64), **changes):
+    given = {"device": "cpu", "seeds": 2, "rates": [0.25, 0.5, 1.0], "search": "grid", "target": {"train": 0.3}}
+    return pybatch.measure_convergence(find("quadratic"), list(batches), store=path, resume=True, **(given | changes))
+
+
+def cut(monkeypatch, path, batches_done, **changes):
+    """A sweep that is interrupted once every seed of a batch size has run the first grid, before the rates beside."""
+    own, calls = Grid.halfway, []
+
+    def halfway(self, race):
+        if id(self) not in calls:
+            calls.append(id(self))
+        if len(calls) > batches_done:
+            raise KeyboardInterrupt
+        return own(self, race)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Grid, "halfway", halfway)
+        with pytest.raises(Interrupted):
+            sweep_of_quadratic(path, **changes)
+
+
+def test_a_search_cut_after_every_seed_has_run_is_not_complete(tmp_path, monkeypatch):
+    path = tmp_path / "runs.db"
+    cut(monkeypatch, path, 1)  # the base batch is over, the largest is not, the middle one has not begun
+    [run] = read_store(path)
+    [curve] = run.convergence.curves
+    assert [(p.batch, p.reached) for p in curve.points] == [(4, 2), (64, 2)]
+    assert not run.complete
+    [note] = [note.text for note in run.convergence.notes if "missing" in note.text]
+    assert "batch 16 tuned" in note
+    assert "batch 64 tuned" in note
+    assert "batch 4 tuned" not in note
+    live = sweep_of_quadratic(path)
+    [run] = read_store(path)
+    assert run.complete
+    assert [p.steps for p in run.convergence.curves[0].points] == [p.steps for p in live.curves[0].points]
+
+
+def test_the_last_sweep_of_an_experiment_says_what_is_missing(tmp_path, monkeypatch):
+    """A finished sweep of few rates does not make the larger one complete that was cut."""
+    path = tmp_path / "runs.db"
+    sweep_of_quadratic(path, rates=[0.25, 0.5])
+    assert read_store(path)[0].complete
+    cut(monkeypatch, path, 1)
+    assert not read_store(path)[0].complete
+    sweep_of_quadratic(path)
+    assert read_store(path)[0].complete
+
+
+def test_what_a_sweep_added_to_is_still_over(tmp_path):
+    path = tmp_path / "runs.db"
+    sweep_of_quadratic(path, (4, 16))
+    sweep_of_quadratic(path, (4, 64))
+    [run] = read_store(path)
+    assert run.complete
+    assert [p.batch for p in run.convergence.curves[0].points] == [4, 16, 64]
+
+
+def test_a_store_from_before_ends_were_noted_is_read_by_its_seeds(tmp_path):
+    path = tmp_path / "runs.db"
+    sweep_of_quadratic(path)
+    change(path, "DROP TABLE mark")
+    assert read_store(path)[0].complete
+
+
+def test_trials_of_another_version_are_a_run_of_their_own(copy):
+    [before] = read_store(copy)
+    for key, spec in sqlite3.connect(copy).execute("SELECT key, spec FROM trial").fetchall():
+        trial = Trial.from_spec(json.dumps(json.loads(spec) | {"version": 0}))
+        change(copy, "UPDATE trial SET key = ?, spec = ? WHERE key = ?", trial.key, trial.spec, key)
+    [(text,)] = sqlite3.connect(copy).execute("SELECT json FROM sweep").fetchall()
+    change(copy, "UPDATE sweep SET json = ?", json.dumps(json.loads(text) | {"version": 0}))
+    [old] = read_store(copy)
+    assert old.convergence.curves == before.convergence.curves
+    assert old.complete
+    assert any("trained by the rules of version 0" in note.text for note in old.convergence.notes)
+    planted.plant(copy, BATCHES[:3], seeds=2)
+    runs = {run.convergence.seeds: run.convergence for run in read_store(copy)}
+    assert runs[3] == old.convergence
+    assert [p.batch for p in runs[2].curves[0].points] == [*BATCHES[:3]]
+    assert not any("version" in note.text for note in runs[2].notes)
+
+
+def test_another_first_seed_is_another_run(tmp_path):
+    path = tmp_path / "runs.db"
+    one = sweep_of_quadratic(path)
+    other = sweep_of_quadratic(path, seed=7)
+    runs = read_store(path)
+    assert [run.complete for run in runs] == [True, True]
+    assert {run.environment.seed for run in runs} == {0, 7}
+    by_seed = {run.environment.seed: [p.steps for p in run.convergence.curves[0].points] for run in runs}
+    assert by_seed == {seed: [p.steps for p in live.curves[0].points] for seed, live in {0: one, 7: other}.items()}
+    seeds = {json.loads(spec)["seed"] for (spec,) in sqlite3.connect(path).execute("SELECT spec FROM trial")}
+    assert seeds == {0, 1, 7, 8}

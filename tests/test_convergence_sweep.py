@@ -148,6 +148,37 @@ def test_a_finished_sweep_trains_nothing_when_resumed(tmp_path, monkeypatch):
     assert again == whole
 
 
+def test_more_seeds_add_to_those_of_the_store(tmp_path, monkeypatch):
+    path = tmp_path / "runs.db"
+    batches = [4, 32]
+    measure(batches=batches, store=path, seeds=3)
+    before = {json.loads(s)["batch"]: set() for (s,) in sqlite3.connect(path).execute("SELECT spec FROM trial")}
+    for (spec,) in sqlite3.connect(path).execute("SELECT spec FROM trial"):
+        trial = json.loads(spec)
+        before[trial["batch"]].add((trial["scaled"]["group"]["lr"], trial["seed"]))
+    ran = []
+    put = Store.put
+    monkeypatch.setattr(Store, "put", lambda self, outcome: (ran.append(outcome), put(self, outcome)))
+    found = measure(batches=batches, store=path, seeds=5, resume=True)
+    assert {len(rate.steps) for p in found.curves[0].points for rate in p.rates} == {5}
+    assert {o.trial.seed for o in ran} >= {3, 4}
+    again = [o for o in ran if (o.trial.lr, o.trial.seed) in before[o.trial.batch]]
+    assert all(o.end != "met" or o.trial.seed >= 3 for o in again)  # none that had reached the target
+    assert len(again) <= 0.2 * sum(map(len, before.values()))  # given up early, which five seeds give longer
+    monkeypatch.undo()
+    fresh = measure(batches=batches, seeds=5)
+    assert [p.steps for p in found.curves[0].points] == [p.steps for p in fresh.curves[0].points]
+
+
+def test_another_seed_repeats_the_experiment_independently():
+    first, again, other = measure(batches=[4, 32]), measure(batches=[4, 32], seed=0), measure(batches=[4, 32], seed=50)
+    assert first.curves == again.curves
+    own = [p.rates for p in first.curves[0].points]
+    assert all(a.steps != b.steps for a, b in zip(own[0][1:3], other.curves[0].points[0].rates[1:3], strict=True))
+    for p, q in zip(first.curves[0].points, other.curves[0].points, strict=True):
+        assert q.steps == pytest.approx(p.steps, rel=0.4)
+
+
 def test_a_store_that_holds_trials_is_not_used_unasked(tmp_path):
     path = tmp_path / "runs.db"
     measure(batches=[4], store=path)
@@ -487,7 +518,7 @@ def test_an_optimizers_arguments_reach_the_trials(tmp_path):
 
 def test_adam_sde_is_measured_up_to_its_end():
     found = measure(
-        batches=[4, 8, 64],
+        batches=[4, 8, 64, 128],
         rules=["adam-sde"],
         optimizer="adamw",
         rates=[0.02, 0.05, 0.1],
@@ -495,7 +526,8 @@ def test_adam_sde_is_measured_up_to_its_end():
     )
     [curve] = found.curves
     assert [p.batch for p in curve.points] == [4, 8]
-    assert any("ends at batch" in note.text for note in curve.notes)
+    [note] = [note.text for note in curve.notes if "ends at batch" in note.text]  # said once for all of them
+    assert note.startswith("batch 64, 128: rule 'adam-sde' ends at batch 20, above which")
     assert dataclasses.asdict(curve.points[0])["status"] == "reached"
 
 

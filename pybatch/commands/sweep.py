@@ -62,7 +62,8 @@ def sweep(
     cpu: flags.Cpu = False,
     dtype: flags.Dtype = "fp32",
     seed: Annotated[
-        int, typer.Option(help="Of the noise scale. Trainings have the seeds 0, 1, ... in every sweep.")
+        int,
+        typer.Option(help="Of the noise scale and the first training; --seeds N counts up from it to seed + N - 1."),
     ] = 0,
     format_: flags.Format = None,
     output: flags.Output = None,

@@ -118,7 +118,10 @@ def _batches(base: int, factors: Sequence[float]) -> list[int]:
         if not (math.isfinite(factor) and factor > 0):
             raise UsageError(f"factor {factor:g} makes no batch. Give positive numbers, such as 0.5,1,2,4.")
         if factors is not FACTORS and factor * base != round(factor * base):
-            raise UsageError(f"factor {factor:g} makes {factor * base:g} of base batch {base}. Batches are whole.")
+            raise UsageError(
+                f"factor {factor:g} of base batch {base} makes {factor * base:g} examples; a batch has whole ones. "
+                "Leave it out, or take another base batch."
+            )
     return sorted({base, *(round(f * base) for f in factors if f * base == round(f * base))})
 
 

@@ -12,6 +12,7 @@ import torch
 from pybatch.errors import UsageError
 
 FORMAT = "pybatch checkpoint 1"
+_ANEW = "Delete it, and it is made anew, or name another folder."
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -36,17 +37,18 @@ def load(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # on what torch does not like about a foreign pickle: it is refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UsageError(f"checkpoint '{path}' cannot be read: {error.strerror}.") from None
-    except pickle.UnpicklingError as error:
-        why = str(error).splitlines()[0]
+        raise UsageError(f"checkpoint '{path}' cannot be read: {error.strerror}. {_ANEW}") from None
+    except pickle.UnpicklingError:  # whose text is on arguments of torch.load
         raise UsageError(
-            f"checkpoint '{path}' is refused, as it holds more than tensors, or none at all: {why} "
-            "Give a file written by 'pybatch branch', or delete it."
+            f"checkpoint '{path}' is refused: it holds more than tensors and plain values, or none at all, and was not "
+            f"written by 'pybatch branch'. {_ANEW}"
         ) from None
-    except (RuntimeError, EOFError, ValueError) as error:  # what torch raises on a damaged archive
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"checkpoint '{path}' is damaged: {why}. Delete it; it is then made anew.") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # torch reads a foreign file as a program of its own, which may fail in any way
+        why = str(error).splitlines()[0].partition(". ")[0].rstrip(".") if str(error) else type(error).__name__
+        raise UsageError(f"checkpoint '{path}' is damaged or no checkpoint ({why}). {_ANEW}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UsageError(f"checkpoint '{path}' was not written by this pybatch. Delete it, or name another folder.")
+        raise UsageError(f"checkpoint '{path}' was not written by this pybatch. {_ANEW}")
     del state["format"]
     return state

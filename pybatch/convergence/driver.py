@@ -1,58 +1,30 @@
-"""A sweep on its way: which trials are run next, and the record of those that are done."""
+"""A sweep on its way: which trials are run next."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from pybatch.convergence import live
+from pybatch.convergence.contest import Contest
 from pybatch.convergence.jobs import LostWorkerError, Ticket, Workers
 from pybatch.convergence.live import Live
 from pybatch.convergence.plan import Plan
-from pybatch.convergence.search import Heat, Search, best_rate
-from pybatch.convergence.store import Store
-from pybatch.convergence.summary import curve, point
-from pybatch.convergence.trajectory import SMOOTHING, SPLITS, Split
+from pybatch.convergence.search import Heat, best_rate
+from pybatch.convergence.store import BEGUN, Store
+from pybatch.convergence.summary import bare_reason
+from pybatch.convergence.sweep_record import record
 from pybatch.convergence.trial import FACTOR, Outcome, Race, Trial, Unit
-from pybatch.device.identity import describe
 from pybatch.errors import UsageError, WorkloadError
-from pybatch.records import Convergence, ConvergencePoint, Curve, NoiseScale, Note
+from pybatch.records import Convergence, NoiseScale, Note
 from pybatch.scaling import SEARCHED, Base, Scaled, scale
 from pybatch.workloads.base import Workload
-from pybatch.workloads.session import Session
 
 POLL = 0.5  # s between looks at trials that another process runs
 
 Found = Callable[[str], None]  # a heading, then a row for each batch size and rule as it is known
-
-
-@dataclass
-class Contest:
-    """The trials of one batch size whose outcomes are compared: all rates of a search, or one rate of a rule."""
-
-    rule: str
-    batch: int
-    targets: dict[str, float]
-    cap: int
-    search: Search | None
-    trials: dict[str, Trial] = field(default_factory=dict)  # by key
-    heat: list[Trial] = field(default_factory=list)  # those to run now
-    seeds: tuple[int, ...] = ()  # over whose median a rate ends the slower ones of the heat
-    failed: str | None = None  # why it has no outcome
-    claimed: list[str] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)  # once it is over
-    over: bool = False
-
-    def race(self, seeds: Sequence[int], outcomes: Sequence[Outcome]) -> Race:
-        """The contest as its outcomes stand."""
-        race = Race(dict(self.targets), seeds, self.cap, self.search is not None)
-        for outcome in outcomes:
-            race.take(outcome)
-        return race
 
 
 class Sweep:
@@ -70,9 +42,15 @@ class Sweep:
     ) -> None:
         self.plan, self.store, self.workers = plan, store, workers
         self.identity, self.device, self.found, self.live = identity, device, found, live
+        self.key = ""  # of this sweep in the store
         self.contests: list[Contest] = []
         self.ended = False  # nothing is left to run
         self.notes: dict[str, None] = {}  # why trials were not stacked; in order, once each
+
+    def begin(self, key: str) -> None:
+        """Note in the store that the sweep of this key has begun."""
+        self.key = key
+        self.store.mark(key, [BEGUN])
 
     def run(self) -> None:
         """Tune the base batch, then run everything else, as many at a time as there are workers."""
@@ -95,7 +73,7 @@ class Sweep:
         self.ended = True
 
     def _reached(self, contest: Contest) -> bool:
-        return any(p.steps is not None for p in self._points(contest).values())
+        return any(p.steps is not None for p in contest.points(self.plan.seeds).values())
 
     def _leave_out(self, batches: Sequence[int], base: Contest, largest: Contest) -> None:
         """Tuned steps fall with the batch and then stay: what neither end reaches, none between is expected to."""
@@ -120,7 +98,7 @@ class Sweep:
         try:
             scaled = scale(rule, plan.group | {"lr": lr}, batch, Base(plan.base_batch, steps))
         except UsageError as error:
-            return self._fail(contest, str(error))
+            return self._fail(contest, bare_reason(batch, error))
         self._begin(contest, [self._trial(scaled, batch, seed) for seed in plan.seeds], plan.seeds)
         return contest
 
@@ -216,6 +194,7 @@ class Sweep:
             heat = self._next_heat(contest, list(stored.values()))
             if heat is None:
                 contest.outcomes, contest.over = list(stored.values()), True
+                self.store.mark(self.key, [(contest.rule, split, contest.batch) for split in contest.targets])
                 self._say(contest)
                 return None
             trials = [self._trial(Scaled(plan.group | {"lr": lr}), contest.batch, seed) for lr, seed in heat.cells]
@@ -238,89 +217,26 @@ class Sweep:
         if contest.failed:
             self.found(live.failed(contest.batch, contest.rule, contest.failed))
             return
-        points = self._points(contest)
+        points = contest.points(self.plan.seeds)
         self.found(live.row(contest.batch, contest.rule, [points.get(split) for split in self.plan.targets]))
         for split, found in points.items():
             near = live.nearest(split, contest.outcomes) if found.steps is None else None
             if near is not None:
                 self.found(f"{'':16}  {near}")
 
-    def _points(self, contest: Contest) -> dict[str, ConvergencePoint]:
-        race = contest.race(self.plan.seeds, contest.outcomes)
-        return {split: point(contest.batch, split, race, contest.outcomes) for split in contest.targets}
-
     def result(self, workload: Workload, noise: NoiseScale | None, notes: tuple[Note, ...] = ()) -> Convergence:
         """The record of all contests that are over."""
-        plan = self.plan
-        curves = tuple(
-            self._curve(rule, split, noise) for rule in plan.rules for split in SPLITS if split in plan.targets
+        return record(
+            workload,
+            self.plan,
+            self.device,
+            self.contests,
+            ended=self.ended,
+            remarks=self.notes,
+            noise=noise,
+            notes=notes,
         )
-        missing = [contest for contest in self.contests if not contest.over]
-        if self.contests and not self.ended:  # without any, it is what the store keeps of a sweep that begins
-            names = ", ".join(f"batch {contest.batch} {contest.rule}" for contest in missing[:8])
-            names = names or f"all that follows the base batch {plan.base_batch}"
-            notes = (*notes, Note("curves", f"not finished: {names}{' and more' if len(missing) > 8 else ''}"))
-        notes = (*notes, *(Note("trials", text) for text in self.notes), *_confounds(workload, plan, self.device))
-        trials = {key for contest in self.contests if contest.over for key in contest.trials}
-        session = Session(workload, torch.device("cpu"), plan.dtype)
-        return Convergence(
-            curves,
-            notes,
-            optimizer=plan.optimizer,
-            seeds=len(plan.seeds),
-            trials=len(trials),
-            base_batch=plan.base_batch,
-            smoothing=SMOOTHING,
-            complete=self.ended and not any(c.failed for c in self.contests),
-            device=describe(self.device),
-            workload=dataclasses.replace(session.info, target=dict(plan.targets), learning_rate=None),
-        )
-
-    def _curve(self, rule: str, split: Split, noise: NoiseScale | None) -> Curve:
-        plan = self.plan
-        own = [
-            contest
-            for contest in self.contests
-            if contest.rule == rule and split in contest.targets and contest.over and contest.batch in plan.batches
-        ]
-        points, caps = [], {}
-        failed: dict[str, list[str]] = {}
-        for contest in sorted(own, key=lambda contest: contest.batch):
-            if contest.failed:
-                failed.setdefault(contest.failed, []).append(str(contest.batch))
-                continue
-            race = contest.race(plan.seeds, contest.outcomes)
-            points.append(point(contest.batch, split, race, contest.outcomes))
-            caps[contest.batch] = race.limit(split)
-        notes = [Note("points", f"batch {', '.join(batches)}: {reason}") for reason, batches in failed.items()]
-        if points and all(p.steps is None for p in points):
-            near = live.nearest(split, [outcome for contest in own for outcome in contest.outcomes])
-            notes += [Note("points", near)] if near is not None else []
-        return curve(rule, split, plan.targets[split], points, caps, noise, notes)
 
 
 def _answered(trial: Trial, stored: Mapping[str, Outcome], race: Race) -> bool:
     return trial.key in stored and stored[trial.key].answers(race.targets, race.limits())
-
-
-def _confounds(workload: Workload, plan: Plan, device: torch.device) -> list[Note]:
-    """What in the model or the data makes steps depend on the batch size by another way than gradient noise."""
-    notes = []
-    model = Session(workload, torch.device("cpu"), plan.dtype).model
-    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        text = (
-            "the model has BatchNorm: its statistics are of the whole batch, so a larger batch also regularizes less. "
-            "Use ghost batches or another norm to tell the two apart"
-        )
-        notes.append(Note("curves.critical_batch", text))
-    if plan.optimizer == "muon":
-        text = "muon: every matrix is updated by Muon, embeddings and an output layer too, often left to AdamW"
-        notes.append(Note("curves", text))
-    over = [b for b in plan.batches if workload.examples is not None and b > workload.examples]
-    if over:
-        text = (
-            f"batch {', '.join(map(str, over))} is larger than the data set of {workload.examples} examples: batches "
-            "are drawn with replacement, so examples repeat within one"
-        )
-        notes.append(Note("curves.points", text))
-    return notes

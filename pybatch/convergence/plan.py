@@ -30,6 +30,7 @@ class Plan:
         batches: Sequence[int],
         rules: Sequence[str],
         seeds: int,
+        seed: int = 0,
         target: Mapping[str, float] | None,
         optimizer: str,
         options: Mapping[str, Any],
@@ -53,7 +54,9 @@ class Plan:
             raise UsageError("no rule was given. Give at least one, such as 'tuned'.")
         if seeds < 1:
             raise UsageError(f"seeds {seeds} is below 1. Give at least 1; 3 show an interval.")
-        self.seeds = tuple(range(seeds))
+        if not 0 <= seed <= 2**63 - seeds:
+            raise UsageError(f"seed {seed} is out of range. Give a whole number from 0 to 2**63 - 1.")
+        self.seeds = tuple(range(seed, seed + seeds))
         if max_steps < 1:
             raise UsageError(f"max_steps {max_steps} is below 1. Give the steps after which a trial is given up.")
         self.targets: dict[str, float] = _targets(workload, target)
@@ -70,7 +73,8 @@ class Plan:
 
     def check_start(self, workload: Workload, device: torch.device) -> None:
         """Raise UsageError where a target is met before the first step: steps to it would say nothing."""
-        trial = Trial("", self.optimizer, scaling.Scaled(self.group), self.batches[0], 0, self.dtype, device.type)
+        first = self.seeds[0]
+        trial = Trial("", self.optimizer, scaling.Scaled(self.group), self.batches[0], first, self.dtype, device.type)
         losses = initial_losses(workload, trial, device)
         for split, target in self.targets.items():
             if losses[split] <= target:
@@ -79,10 +83,15 @@ class Plan:
                     "Give a lower target."
                 )
 
+    @property
+    def searched(self) -> dict[str, Any]:
+        """How rates are tried, as plain JSON types."""
+        return {"search": self.search, "rates": self.rates, "max_steps": self.max_steps}
+
     def searcher(self) -> Search:
         """A search for one batch size."""
         if self.search in SAMPLERS:
-            return Sampled(self.search, min(self.rates), max(self.rates), max(len(self.rates), 12), seed=0)
+            return Sampled(self.search, min(self.rates), max(self.rates), max(len(self.rates), 12), self.seeds[0])
         return Racing(Grid(self.rates)) if self.search == "race" else Grid(self.rates)
 
 

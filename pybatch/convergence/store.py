@@ -7,6 +7,7 @@ ends when its process is gone (same machine), or when it has not been renewed fo
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -19,7 +20,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import psutil
 
@@ -60,7 +61,33 @@ CREATE TABLE trial (
 ) WITHOUT ROWID;
 CREATE TABLE claim (key TEXT PRIMARY KEY, owner TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID;
 """
-_SWEEPS = "CREATE TABLE IF NOT EXISTS sweep (json TEXT PRIMARY KEY) WITHOUT ROWID"  # stores of old lack it
+_SWEEPS = (  # stores of old lack them
+    "CREATE TABLE IF NOT EXISTS sweep (json TEXT PRIMARY KEY) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS mark (sweep TEXT, rule TEXT, split TEXT, batch INTEGER, created TEXT NOT NULL, "
+    "PRIMARY KEY (sweep, rule, split, batch)) WITHOUT ROWID",
+)
+
+Cell = tuple[str, str, int]  # rule, split, batch size
+BEGUN: Cell = ("", "", 0)  # the mark of a sweep's beginning
+
+
+class Mark(NamedTuple):
+    """A part of a sweep that is over, and when it was."""
+
+    rule: str
+    split: str
+    batch: int
+    created: str
+
+    @property
+    def cell(self) -> Cell:
+        """What is over."""
+        return self.rule, self.split, self.batch
+
+
+def sweep_key(text: str) -> str:
+    """The name of a sweep in its marks, from the JSON of what it was asked for."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Store:
@@ -173,11 +200,22 @@ class Store:
                 )
             self._db.execute("DELETE FROM claim WHERE key = ? AND owner = ?", (key, self.owner))
 
-    def keep_sweep(self, asked: Mapping[str, Any]) -> None:
-        """Keep what a sweep was asked for: `archive` puts its record together again without the workload."""
+    def keep_sweep(self, asked: Mapping[str, Any]) -> str:
+        """Keep what a sweep was asked for, from which `archive` puts its record together; returns the sweep's key."""
+        text = json.dumps(asked, sort_keys=True)
         with self._write():
-            self._db.execute(_SWEEPS)
-            self._db.execute("INSERT OR IGNORE INTO sweep VALUES (?)", (json.dumps(asked, sort_keys=True),))
+            for statement in _SWEEPS:
+                self._db.execute(statement)
+            self._db.execute("INSERT OR IGNORE INTO sweep VALUES (?)", (text,))
+        return sweep_key(text)
+
+    def mark(self, sweep: str, cells: Iterable[Cell]) -> None:
+        """Note that these parts of a sweep are over: its trials alone do not show whether its search was."""
+        created = datetime.now(UTC).isoformat()
+        with self._write():
+            self._db.executemany(
+                "INSERT OR REPLACE INTO mark VALUES (?, ?, ?, ?, ?)", [(sweep, *cell, created) for cell in cells]
+            )
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._name, timeout=BUSY, isolation_level=None, check_same_thread=False)

@@ -127,6 +127,16 @@ def curve(
     return _with_ratio(whole, noise)
 
 
+def bare_reason(batch: int, error: UsageError) -> str:
+    """Why a rule has no answer for a batch size, in words that are the same for every batch size."""
+    return str(error).removeprefix(f"batch {batch}: ")
+
+
+def unanswered(failed: Mapping[str, Sequence[int]]) -> list[Note]:
+    """A note for each reason why batch sizes have no point."""
+    return [Note("points", f"batch {', '.join(map(str, batches))}: {reason}") for reason, batches in failed.items()]
+
+
 def _reached(p: ConvergencePoint) -> list[float]:
     return [steps for rate in p.rates for steps in rate.steps if steps is not None] or [1.0]
 

@@ -15,6 +15,7 @@ from pybatch.convergence.jobs import Inline, Processes, Workers
 from pybatch.convergence.live import Live
 from pybatch.convergence.plan import MAX_STEPS, Plan
 from pybatch.convergence.store import Store
+from pybatch.convergence.sweep_record import record
 from pybatch.device.environment import capture
 from pybatch.device.identity import resolve
 from pybatch.errors import Interrupted, StoreError, UsageError
@@ -29,6 +30,7 @@ def measure_convergence(
     rules: Sequence[str] = (SEARCHED,),
     seeds: int = 3,
     *,
+    seed: int = 0,
     target: Mapping[str, float] | None = None,
     optimizer: str = "sgd",
     options: Mapping[str, Any] | None = None,
@@ -55,6 +57,8 @@ def measure_convergence(
         rules: names of `pybatch.scaling.rules()`. "tuned" searches the rate at every batch size; the others start from
             the rate tuned at `base_batch`.
         seeds: training runs of each batch size and rate, each with a model and a data order of its own.
+        seed: of the first of them; the others count up from it. With a store, more `seeds` add to those it holds, and
+            another `seed`, at least `seeds` away, repeats the experiment.
         target: losses to reach, by split; None: the workload's own.
         optimizer: a name of `pybatch.optim`, in any case.
         options: its arguments but the learning rate, such as {"momentum": 0.9}.
@@ -92,6 +96,7 @@ def measure_convergence(
         batches=batches,
         rules=rules,
         seeds=seeds,
+        seed=seed,
         target=target,
         optimizer=optimizer,
         options=options or {},
@@ -104,7 +109,7 @@ def measure_convergence(
     if jobs < 1:
         raise UsageError(f"jobs {jobs} is below 1. Give the number of processes that train at the same time.")
     plan.check_start(workload, place)
-    where = environment or capture(seed=0)
+    where = environment or capture(seed=seed)
     with Store(Path(store) if store is not None else None, where) as kept:
         if len(kept) and not resume:
             raise UsageError(
@@ -115,7 +120,10 @@ def measure_convergence(
         with _workers(workload, live, place, jobs, ray) as workers:
             identity = fingerprint(workload)
             sweep = Sweep(plan, kept, workers, identity, place, found, live)
-            kept.keep_sweep(describe_sweep(identity, plan.group, plan.batches, sweep.result(workload, None)))
+            asked = describe_sweep(
+                identity, plan.group, plan.batches, record(workload, plan, place), seed=seed, search=plan.searched
+            )
+            sweep.begin(kept.keep_sweep(asked))
             try:
                 sweep.run()
             except KeyboardInterrupt:

@@ -1,0 +1,41 @@
+"""A contest: trials whose outcomes are compared, and how far they have come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pybatch.convergence.search import Search
+from pybatch.convergence.summary import point
+from pybatch.convergence.trial import Outcome, Race, Trial
+from pybatch.records import ConvergencePoint
+
+
+@dataclass
+class Contest:
+    """The trials of one batch size whose outcomes are compared: all rates of a search, or one rate of a rule."""
+
+    rule: str
+    batch: int
+    targets: dict[str, float]
+    cap: int
+    search: Search | None
+    trials: dict[str, Trial] = field(default_factory=dict)  # by key
+    heat: list[Trial] = field(default_factory=list)  # those to run now
+    seeds: tuple[int, ...] = ()  # over whose median a rate ends the slower ones of the heat
+    failed: str | None = None  # why it has no outcome
+    claimed: list[str] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)  # once it is over
+    over: bool = False
+
+    def race(self, seeds: Sequence[int], outcomes: Sequence[Outcome]) -> Race:
+        """The contest as its outcomes stand."""
+        race = Race(dict(self.targets), seeds, self.cap, self.search is not None)
+        for outcome in outcomes:
+            race.take(outcome)
+        return race
+
+    def points(self, seeds: Sequence[int]) -> dict[str, ConvergencePoint]:
+        """What a contest that is over says of its batch size, by split."""
+        race = self.race(seeds, self.outcomes)
+        return {split: point(self.batch, split, race, self.outcomes) for split in self.targets}
