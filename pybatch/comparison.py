@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pybatch.critical import critical_of
 from pybatch.errors import UsageError
 from pybatch.records import BatchPoint, Run
-from pybatch.verdict import critical_of
 
 Estimate = tuple[float | None, float | None, float | None]  # value, low, high
 
