@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pybatch.records import Convergence, NoiseScale, Reason
+import dataclasses
+import math
+
+from pybatch.records import Convergence, Curve, NoiseScale, Note, Reason
 from pybatch.scaling import SEARCHED
 from pybatch.tradeoff import Critical, Inputs, shaped
 
@@ -79,3 +82,32 @@ def _from_noise(noise: NoiseScale | None) -> Critical:
     reason = Reason("critical_batch", why, "measured", inputs)
     bound = noise.low if noise.status == "lower_bound" else None
     return Critical(None, bound, None, "noise" if bound is not None else None, reason)
+
+
+def with_noise_ratio(curve: Curve, noise: NoiseScale | None) -> Curve:
+    """B_simple over the critical batch, by this noise scale; a curve keeps its own where this one has no value.
+
+    Errors of the two are independent, added in quadrature in logarithms.
+    """
+    if noise is None or noise.b_simple is None or not curve.critical_batch:
+        return curve
+    if noise.unit is not None:
+        text = f"the noise scale is in {noise.unit}, batch sizes are not. Give noise.in_examples(mean per example)"
+        note = Note("noise_ratio", text)
+        return curve if note in curve.notes else dataclasses.replace(curve, notes=(*curve.notes, note))
+    ratio = noise.b_simple / curve.critical_batch
+    low = _distance(noise.b_simple, noise.low, curve.high, curve.critical_batch)
+    high = _distance(noise.high, noise.b_simple, curve.critical_batch, curve.low)
+    return dataclasses.replace(
+        curve,
+        noise_ratio=ratio,
+        noise_ratio_low=ratio / math.exp(low) if low is not None else None,
+        noise_ratio_high=ratio * math.exp(high) if high is not None else None,
+    )
+
+
+def _distance(a: float | None, b: float | None, c: float | None, d: float | None) -> float | None:
+    """hypot(ln(a / b), ln(c / d)), or None where an end is open."""
+    if not (a and b and c and d):
+        return None
+    return math.hypot(math.log(a / b), math.log(c / d))

@@ -63,3 +63,13 @@ def test_what_is_not_clear_stays_apart(bench, sweep):
         [bench],
     ):
         assert join(runs) == runs
+
+
+def test_the_ratio_to_the_noise_scale_is_of_the_noise_scale_shown(bench, sweep):
+    curve = dataclasses.replace(sweep.convergence.curves[0], noise_ratio=99.0)
+    [one] = join(
+        [bench, dataclasses.replace(sweep, convergence=dataclasses.replace(sweep.convergence, curves=(curve,)))]
+    )
+    found = one.convergence.curves[0]
+    assert found.noise_ratio == pytest.approx(one.noise.b_simple / found.critical_batch)
+    assert found.noise_ratio_low < found.noise_ratio < found.noise_ratio_high
