@@ -11,6 +11,7 @@ No device is measured, so load doesn't matter.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from pybatch.verdict import compare
 SWEPT = 2 ** np.arange(2, 11)  # 4 to 1024
 TIMED = 2 ** np.arange(0, 13)  # 1 to 4096
 SEEDS, RESAMPLES = 3, 20  # resamples set intervals alone, which regret does not see
+GOAL = 1.05
 WITHIN = 0.01  # relative error that the interval of a step time knows of; drift between batch sizes comes on top
 
 Array = np.ndarray
@@ -47,9 +49,8 @@ TIMES: Curves = {
 }
 
 
-def drawn(steps: Array, times: Array, noise: float, rng: np.random.Generator) -> tuple[Capacity, Convergence]:
-    """What a sweep and a capacity measurement of this truth may record; steps at SWEPT, times at TIMED."""
-    table = np.maximum(1, np.round(steps[:, None] * np.exp(noise * rng.standard_normal((len(steps), SEEDS)))))
+def timed(times: Array, noise: float, rng: np.random.Generator) -> Capacity:
+    """What a capacity measurement may record of these step times at TIMED."""
     seen = times * np.exp(0.5 * noise * rng.standard_normal(len(times)))  # drift from one batch size to another
     low, high = seen * (1 - 2 * WITHIN), seen * (1 + 2 * WITHIN)
     samples = seen[:, None] * np.exp(WITHIN * rng.standard_normal((len(seen), 10)))
@@ -58,7 +59,7 @@ def drawn(steps: Array, times: Array, noise: float, rng: np.random.Generator) ->
         BatchPoint(int(b), "ok", 1e3 * t, 1e3 * lo, 1e3 * hi, samples=10)
         for b, t, lo, hi in zip(TIMED, seen, low, high, strict=True)
     )
-    capacity = Capacity(
+    return Capacity(
         t0_ms=1e3 * fit.t0_s,
         ceiling_samples_per_s=fit.ceiling,
         half_batch=fit.half_batch,
@@ -71,45 +72,43 @@ def drawn(steps: Array, times: Array, noise: float, rng: np.random.Generator) ->
         model=fit,
         batches=points,
     )
+
+
+def swept(steps: Array, noise: float, rng: np.random.Generator) -> Convergence:
+    """What a sweep of SEEDS seeds may record of these steps at SWEPT."""
+    table = np.maximum(1, np.round(steps[:, None] * np.exp(noise * rng.standard_normal((len(steps), SEEDS)))))
     found = fit_steps(SWEPT, table, cap=1e6, resamples=RESAMPLES)
     reached = tuple(
         ConvergencePoint(int(b), float(np.median(row)), "reached", SEEDS, 0.1, reached=SEEDS)
         for b, row in zip(SWEPT, table, strict=True)
     )
     curve = Curve("tuned", "train", reached, found.s_min, found.critical_batch, found.low, found.high, 0.1, fit=found)
-    return capacity, Convergence((curve,), seeds=SEEDS)
+    return Convergence((curve,), seeds=SEEDS)
 
 
 def regrets(repeats: int, noise: float) -> list[dict[str, float | str]]:
-    """One row a truth."""
+    """One row a truth: every curve of steps with every curve of step times."""
+    rng = np.random.default_rng(1)
+    sweeps = {name: [swept(f(SWEPT), noise, rng) for _ in range(repeats)] for name, f in STEPS.items()}
+    capacities = {name: [timed(f(TIMED), noise, rng) for _ in range(repeats)] for name, f in TIMES.items()}
     rows: list[dict[str, float | str]] = []
-    for name, steps in STEPS.items():
-        for shape, times in TIMES.items():
-            rng = np.random.default_rng(1)
-            advised = []
-            for _ in range(repeats):
-                found = compare(*_arguments(drawn(steps(SWEPT), times(TIMED), noise, rng))).best_batch
-                if found is not None:  # a curve that hardly bends may leave a bound alone
-                    advised.append(found)
-            batch = np.array(advised, dtype=float)
-            paid = steps(batch) * times(batch) / np.min(steps(SWEPT) * times(SWEPT))
-            apart = np.abs(np.log2(batch)[:, None] - np.log2(batch)[None, :])
-            rows.append(
-                {
-                    "steps": name,
-                    "times": shape,
-                    "median": float(np.median(paid)),
-                    "p90": float(np.quantile(paid, 0.9)),
-                    "over_goal": float(np.mean(paid > 1.05)),
-                    "moved": float(apart.sum() / max(1, len(batch) * (len(batch) - 1))),
-                    "advised": len(advised) / repeats,
-                }
-            )
+    for (name, steps), (shape, times) in itertools.product(STEPS.items(), TIMES.items()):
+        found = [compare(c, None, s).best_batch for c, s in zip(capacities[shape], sweeps[name], strict=True)]
+        batch = np.array([b for b in found if b is not None], dtype=float)  # a curve may bend too little for a value
+        paid = steps(batch) * times(batch) / np.min(steps(SWEPT) * times(SWEPT))
+        apart = np.abs(np.log2(batch)[:, None] - np.log2(batch)[None, :])
+        rows.append(
+            {
+                "steps": name,
+                "times": shape,
+                "mean": float(np.mean(paid)),
+                "p90": float(np.quantile(paid, 0.9)),
+                "over_goal": float(np.mean(paid > GOAL)),
+                "moved": float(apart.sum() / max(1, len(batch) * (len(batch) - 1))),
+                "advised": len(batch) / repeats,
+            }
+        )
     return rows
-
-
-def _arguments(found: tuple[Capacity, Convergence]) -> tuple[Capacity, None, Convergence]:
-    return found[0], None, found[1]
 
 
 def main() -> None:
@@ -119,13 +118,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     rows = regrets(given.repeats, given.noise)
-    print(f"{'steps':14} {'step time':12} median   90 %  over 1.05  moved  advised")
+    print(f"{'steps':14} {'step time':12}  mean    90 %  over 1.05  moved  advised")
     for row in rows:
         print(
-            f"{row['steps']:14} {row['times']:12} {row['median']:6.3f} {row['p90']:6.3f} {row['over_goal']:10.2f}"
+            f"{row['steps']:14} {row['times']:12} {row['mean']:6.3f} {row['p90']:6.3f} {row['over_goal']:10.2f}"
             f" {row['moved']:6.2f} {row['advised']:8.2f}"
         )
-    figures = {key: np.mean([float(row[key]) for row in rows]) for key in ("median", "p90", "over_goal", "moved")}
+    figures = {key: np.mean([float(row[key]) for row in rows]) for key in ("mean", "p90", "over_goal", "moved")}
     print("mean " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
     if given.output is not None:
         given.output.write_text(json.dumps({"noise": given.noise, "repeats": given.repeats, "rows": rows}) + "\n")
