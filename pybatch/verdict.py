@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from pybatch.advice import advise
-from pybatch.best import NOTICEABLE, best_of, bound_of, model_of
+from pybatch.best import best_of, bound_of, model_of
 from pybatch.critical import critical_of
 from pybatch.frontier import doubling, frontier
 from pybatch.numerals import number
@@ -27,6 +27,7 @@ from pybatch.records import (
 )
 from pybatch.tradeoff import EFFICIENCY, Best, Critical, Inputs, TimeModel, Wall
 
+FURTHER = 1.1  # factor from the best batch to the wall below which going on is no choice worth telling
 MISFIT = 0.1  # rms of ln(measured / fitted) from which the throughput model's error is worth telling
 
 
@@ -156,7 +157,7 @@ def _further(best: Best | None, wall: Wall | None) -> Inputs:
     if best is None or wall is None:
         return {}
     model, to = best.model, wall.value
-    if not NOTICEABLE * best.batch <= to <= min(model.most, model.most_global):
+    if not FURTHER * best.batch <= to <= min(model.most, model.most_global):
         return {}
     if model.time(to) < model.time(best.batch):  # where measured times overruled the model, it can't tell the cost
         return {}
