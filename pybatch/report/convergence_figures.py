@@ -193,7 +193,7 @@ def _rates(curve: Curve, goal: str, number: str, unit: str) -> Figure:
     cells = {(p.batch, r.learning_rate): _cell(r) for p in curve.points for r in p.rates}
     labels = [n.count(size) for size in sizes]
     names = n.distinct(grid)
-    name = dict(zip(grid, names, strict=True))
+    name: dict[float | None, str] = dict(zip(grid, names, strict=True))
     z = [[_log(cells.get((size, rate), (None, ""))[0]) for size in sizes] for rate in grid]
     text = [[safe(cells.get((size, rate), (None, "not tried"))[1]) for size in sizes] for rate in grid]
     traces: list[dict[str, Any]] = [
