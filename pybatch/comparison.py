@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pybatch.critical import critical_of
 from pybatch.errors import UsageError
+from pybatch.numerals import interval, number
 from pybatch.records import BatchPoint, Run
-from pybatch.verdict import critical_of
 
 Estimate = tuple[float | None, float | None, float | None]  # value, low, high
 
@@ -27,6 +28,7 @@ FIGURES = {  # name: whether more is better; None: neither
     "energy": False,
     "noise_scale": None,
     "critical_batch": None,
+    "steps": False,
     "best_batch": None,
     "time_to_target": False,
 }
@@ -84,6 +86,9 @@ def compare_runs(old: Run, new: Run) -> Comparison:
         if name in _PER_BATCH:
             if per_batch[name]:
                 found.append(_mean(name, [change for _, change in per_batch[name]]))
+        elif name == "steps":
+            if shared := _steps(old, new):
+                found.append(_mean(name, shared))
         elif (change := _ratio(name, _values(name, old), _values(name, new))) is not None:
             found.append(change)
     if not found:
@@ -144,6 +149,26 @@ def _batches(figure: str, old: Run, new: Run) -> list[tuple[int, Change]]:
         if change is not None:
             found.append((batch, change))
     return found
+
+
+def _steps(old: Run, new: Run) -> list[Change]:
+    """Steps to target at each batch size that reached it in both runs, on curves of one rule, split and target.
+
+    Medians of a few seeds: no interval is claimed.
+    """
+    before, after = _reached(old), _reached(new)
+    changes = (_ratio("steps", (before[key], None, None), (after[key], None, None)) for key in before if key in after)
+    return [change for change in changes if change is not None]
+
+
+def _reached(run: Run) -> dict[tuple[str, str, float | None, int], float]:
+    curves = run.convergence.curves if run.convergence else ()
+    return {
+        (curve.rule, curve.split, curve.target, point.batch): point.steps
+        for curve in curves
+        for point in curve.points
+        if point.status == "reached" and point.steps
+    }
 
 
 def _timed(run: Run) -> dict[int, BatchPoint]:
@@ -216,6 +241,14 @@ def _critical(run: Run) -> tuple[Estimate, str | None]:
     return (found.value, found.low, found.high), found.source
 
 
+def _estimate(found: Estimate) -> str:
+    value, low, high = found
+    if value is not None or (low is None and high is None):
+        return f"{number(value)} {interval(low, high)}".strip() if value is not None else "not known"
+    ends = (("at least", low), ("at most", high))
+    return " and ".join(f"{side} {number(end)}" for side, end in ends if end is not None)
+
+
 def _differences(old: Run, new: Run) -> tuple[str, ...]:
     """What was not the same in both runs."""
     said = []
@@ -229,6 +262,8 @@ def _differences(old: Run, new: Run) -> tuple[str, ...]:
     (one, source), (other, another) = _critical(old), _critical(new)
     if one[0] and other[0]:
         tell("critical batch from", source, another)
+    elif one != other:  # a bound is no figure, and yet it may be what changed
+        tell("critical batch", _estimate(one), _estimate(other))
     before, after = old.capacity or old.convergence, new.capacity or new.convergence
     if before and after:
         if before.device and after.device:

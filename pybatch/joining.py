@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from pybatch.critical import with_noise_ratio
 from pybatch.records import Capacity, Convergence, Note, Run
 from pybatch.verdict import compare
 
@@ -45,13 +46,14 @@ def _alike(capacity: Capacity | None, steps: Convergence | None) -> bool:
 def _joined(bench: Run, sweep: Run) -> Run:
     assert sweep.convergence is not None  # the caller has looked
     before = bench.convergence
-    steps = replace(sweep.convergence, branches=before.branches if before is not None else ())
+    noise = bench.noise if bench.noise is not None else sweep.noise
+    curves = tuple(with_noise_ratio(curve, noise) for curve in sweep.convergence.curves)
+    steps = replace(sweep.convergence, curves=curves, branches=before.branches if before is not None else ())
     with_whom = f" with {steps.optimizer}" if steps.optimizer else ""
     text = (
         f"put together: step times of the run of {bench.created}, steps to target of the sweep{with_whom} of "
         f"{sweep.created}. An optimizer's own time is that of the former"
     )
-    noise = bench.noise if bench.noise is not None else sweep.noise
     return replace(
         bench,
         noise=noise,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
@@ -22,6 +22,15 @@ def number(value: float | None, digits: int = 3) -> str:
         exponent += 1  # 99.96 is read as 100
     rounded = round(value, digits - 1 - exponent)
     return f"{rounded:,.{max(0, digits - 1 - exponent)}f}" if exponent >= -4 else f"{rounded:.{digits - 1}e}"
+
+
+def distinct(values: Sequence[float]) -> list[str]:
+    """Different numbers, each in as few digits from three on as tell all of them apart."""
+    for digits in range(3, 17):
+        names = [number(value, digits) for value in values]
+        if len(set(names)) == len(set(values)):
+            return names
+    return [repr(value) for value in values]
 
 
 def count(value: float | None) -> str:

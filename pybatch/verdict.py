@@ -1,6 +1,7 @@
 """Critical batch against capacity: the batch to use, what going further costs, how many devices are worth it.
 
-Pure: records in, Verdict out. `tradeoff` has the model, `advice` the words.
+Pure: records in, Verdict out. `critical` weighs the evidence, `best` chooses the batch, `tradeoff` has the model of
+time to a loss and `advice` the words.
 """
 
 from __future__ import annotations
@@ -8,29 +9,25 @@ from __future__ import annotations
 import math
 
 from pybatch.advice import advise
+from pybatch.best import best_of, bound_of, model_of
+from pybatch.critical import critical_of
 from pybatch.frontier import doubling, frontier
 from pybatch.numerals import number
 from pybatch.records import (
-    BatchPoint,
     Capacity,
     Convergence,
     Curve,
     Distributed,
-    Evidence,
     FrontierPoint,
     Limit,
     NoiseScale,
     Note,
     Reason,
-    StepsFit,
-    ThroughputFit,
     Verdict,
 )
-from pybatch.scaling import SEARCHED
-from pybatch.tradeoff import DISTURBED, EFFICIENCY, Best, Bound, Critical, Inputs, TimeModel, Wall, shaped
+from pybatch.tradeoff import EFFICIENCY, Best, Critical, Inputs, TimeModel, Wall
 
-NOTICEABLE = 1.1  # a batch surely measured 10 % faster to the loss overrules the model: above the drift between runs
-MULTIPLE = 8  # a batch bounded by memory is rounded down to a multiple of this, which suits every device
+FURTHER = 1.1  # factor from the best batch to the wall below which going on is no choice worth telling
 MISFIT = 0.1  # rms of ln(measured / fitted) from which the throughput model's error is worth telling
 
 
@@ -56,7 +53,7 @@ def compare(
     wall = _wall(capacity)
     limit, why = _limit(critical, wall)
     best = (
-        _best(critical, capacity, distributed)
+        best_of(critical, capacity, distributed)
         if critical.value is not None and capacity is not None and fit is not None
         else None
     )
@@ -77,14 +74,14 @@ def compare(
     elif capacity is not None and fit is not None:
         law = "sqrt(critical batch x half batch) at the"
         if critical.low is not None:
-            low = max(1, math.floor(_model(fit, critical.low, capacity).optimum()))
-            most = _bound(capacity)
+            low = max(1, math.floor(model_of(fit, critical.low, capacity).optimum()))
+            most = bound_of(capacity)
             bound = most if low + 1 > most.value else None
             text = f"{law} lower bound of the critical batch: use at least this"
             inputs: Inputs = {"critical_low": critical.low, "half_batch": fit.half_batch}
             reasons.append(Reason("best_low", text, "modelled", inputs))
         if critical.high is not None:
-            high = math.ceil(_model(fit, critical.high, capacity).optimum())
+            high = math.ceil(model_of(fit, critical.high, capacity).optimum())
             text = f"{law} upper bound of the critical batch: use at most this"
             inputs = {"critical_high": critical.high, "half_batch": fit.half_batch}
             reasons.append(Reason("best_high", text, "modelled", inputs))
@@ -119,14 +116,6 @@ def compare(
     )
 
 
-def critical_of(noise: NoiseScale | None, steps: Convergence | None) -> Critical:
-    """The critical batch by the best evidence there is: a sweep, then branches, then the noise scale.
-
-    A bound that was measured goes before a value that is modelled.
-    """
-    return _from_steps(steps) or _from_branches(steps) or _from_noise(noise)
-
-
 def time_model(
     capacity: Capacity, noise: NoiseScale | None, steps: Convergence | None, distributed: Distributed | None = None
 ) -> TimeModel | None:
@@ -134,73 +123,7 @@ def time_model(
     critical = critical_of(noise, steps)
     if critical.value is None or capacity.model is None:
         return None
-    return _model(capacity.model, critical.value, capacity, distributed, critical.shape)
-
-
-def _from_steps(steps: Convergence | None) -> Critical | None:
-    """The critical batch of the best-tuned curve that has one, on the training loss if there is a choice.
-
-    Where no tuned curve bends within the batches tested, the bound that this gives: it says more of the problem than
-    the value of a rule whose rate fails at large batches.
-    """
-    curves = steps.curves if steps else ()
-    known = [c for c in curves if not (c.critical_batch is None and c.low is None and c.high is None)]
-    if not known:
-        return None
-    curve = min(known, key=lambda c: (c.rule != SEARCHED, c.critical_batch is None, c.split != "train"))
-    what = f"measured steps to the {curve.split} loss target, learning-rate rule {curve.rule!r}"
-    text = f"fitted to {what}"
-    if curve.critical_batch is None:
-        text = f"{what}, show no bend between the smallest and the largest batch tested, which bounds it"
-    inputs: Inputs = {"target": curve.target, "s_min": curve.s_min, "points": len(curve.points)}
-    if curve.fit is not None:
-        inputs["model"] = curve.fit.model
-    reason = Reason("critical_batch", text, "measured", inputs)
-    return Critical(curve.critical_batch, curve.low, curve.high, "sweep", reason, curve, shaped(curve.fit))
-
-
-def _from_branches(steps: Convergence | None) -> Critical | None:
-    """The critical batch at the last checkpoint that has one: it grows along training, and most of a run lies there."""
-    known = [b for b in steps.branches if b.fit and (b.fit.critical_batch or b.fit.low or b.fit.high)] if steps else []
-    if not known:
-        return None
-    last = known[-1]
-    assert last.fit is not None
-    text = f"fitted to the steps that branches from step {last.step} take to a common loss"
-    inputs: Inputs = {"step": last.step, "level": last.level, "window": last.window, "points": len(last.points)}
-    reason = Reason("critical_batch", text, "measured", inputs)
-    fit = last.fit
-    return Critical(fit.critical_batch, fit.low, fit.high, "branch", reason, shape=shaped(fit))
-
-
-def _from_noise(noise: NoiseScale | None) -> Critical:
-    if noise is None:
-        reason = Reason("critical_batch", "neither the noise scale nor steps to a target were measured", "measured")
-        return Critical(None, None, None, None, reason)
-    inputs: Inputs = {
-        "grad_sq": noise.grad_sq,
-        "trace": noise.trace,
-        "pairs": noise.steps,
-        "warmup_steps": noise.warmup_steps,
-    }
-    if noise.unit is not None:
-        text = f"the noise scale is in {noise.unit}, batch sizes are not. Give noise.in_examples(mean per example)"
-        return Critical(None, None, None, None, Reason("critical_batch", text, "measured", inputs))
-    if noise.counted is not None:
-        inputs[f"{noise.counted.unit} per example"] = noise.counted.per_example
-    if noise.status == "resolved" and noise.b_simple is not None:
-        # The identification is the model; across McCandlish's tasks the ratio of the two runs from 0.05 to 8.
-        text = (
-            "the gradient noise scale tr(Sigma) / |G|^2, taken for the critical batch; on published tasks the two "
-            "differed by up to 20 times"
-        )
-        return Critical(
-            noise.b_simple, noise.low, noise.high, "noise", Reason("critical_batch", text, "modelled", inputs)
-        )
-    why = next((n.text for n in noise.notes if n.figure == "noise.b_simple"), "the noise scale is not resolved")
-    reason = Reason("critical_batch", why, "measured", inputs)
-    bound = noise.low if noise.status == "lower_bound" else None
-    return Critical(None, bound, None, "noise" if bound is not None else None, reason)
+    return model_of(capacity.model, critical.value, capacity, distributed, critical.shape)
 
 
 def _wall(capacity: Capacity | None) -> Wall | None:
@@ -229,106 +152,12 @@ def _limit(critical: Critical, wall: Wall | None) -> tuple[Limit, str]:
     return "balanced", f"the critical batch and the {wall.name} agree within their errors"
 
 
-def _model(
-    fit: ThroughputFit,
-    critical: float,
-    capacity: Capacity,
-    distributed: Distributed | None = None,
-    shape: StepsFit | None = None,
-) -> TimeModel:
-    memory, data = _bounds(capacity)
-    return TimeModel(fit, critical, memory.value, data.value, distributed.fit if distributed else None, shape)
-
-
-def _bounds(capacity: Capacity) -> tuple[Bound, Bound]:
-    """The largest batch on one device, and the largest at all."""
-    examples = capacity.workload.examples if capacity.workload else None
-    memory = Bound(float(capacity.max_batch), "memory") if capacity.max_batch is not None else Bound(math.inf, None)
-    data = Bound(float(examples), "the data set") if examples is not None else Bound(math.inf, None)
-    return memory, data
-
-
-def _bound(capacity: Capacity) -> Bound:
-    return min(_bounds(capacity), key=lambda bound: bound.value)
-
-
-def _best(critical: Critical, capacity: Capacity, distributed: Distributed | None) -> Best:
-    """B*, within memory and data, rounded to a batch people use, and checked against the measured step times."""
-    fit, value, bound = capacity.model, critical.value, _bound(capacity)
-    assert fit is not None  # the caller has looked
-    assert value is not None
-    model = _model(fit, value, capacity, distributed, critical.shape)
-    optimum = float(model.optimum())
-    measured = [p for p in capacity.batches if p.status == "ok" and p.step_ms and p.batch <= bound.value]
-    largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=None)
-    at_knee = optimum == model.knee and optimum < bound.value
-    law = "sqrt(critical batch x half batch)" if model.shape is None else f"the least time with {model.law}"
-    if at_knee:
-        law = "the end of the floor in step time, below which batches take the same time"
-    near = [p.batch for p in measured if 1 / math.sqrt(2) <= p.batch / optimum <= math.sqrt(2)]
-    if optimum >= bound.value:
-        whole = int(bound.value)
-        batch = whole - whole % MULTIPLE if bound.name == "memory" and whole > MULTIPLE else whole
-        text = f"bounded by {bound.name}, below {law}"
-    elif near:
-        batch = min(near, key=lambda b: abs(math.log(b / optimum)))
-        text = f"{law}, rounded to the nearest measured batch"
-    else:
-        batch = 2 ** round(math.log2(optimum))
-        batch = batch if batch <= bound.value else 2 ** math.floor(math.log2(bound.value))
-        text = f"{law}, rounded to the nearest power of two"
-    inputs: Inputs = {"optimum": optimum, "critical_batch": value, "half_batch": fit.half_batch}
-    inputs["largest_measured"] = largest
-    evidence: Evidence = "modelled"
-    faster = _surely_faster(batch, model, measured) if fit.rms_log_error <= DISTURBED else None
-    if faster is not None:
-        inputs["modelled_batch"] = batch
-        batch, evidence = faster, "measured"
-        text = "least modelled steps times measured step time; the throughput model misses the measured times here"
-    low, high = _interval(critical, capacity, model, at_knee)
-    inputs |= {"optimum_low": low, "optimum_high": high if math.isfinite(high) else None}
-    reason = Reason("best_batch", text, evidence, inputs)
-    upper = math.ceil(high) if math.isfinite(high) else None
-    return Best(batch, optimum, max(1, math.floor(low)), upper, batch > (largest or 0), model, reason)
-
-
-def _interval(critical: Critical, capacity: Capacity, model: TimeModel, at_knee: bool) -> tuple[float, float]:
-    """95 % interval of the optimum.
-
-    Errors of critical and half batch are independent: in logarithms B* carries half of each, added in quadrature. At
-    a floor's knee the half batch is half the knee, whose error the optimum carries whole. An open end of either opens
-    the optimum's.
-    """
-    fit, optimum, most = model.fit, float(model.optimum()), _bound(capacity).value
-    ends = []
-    for sign, end, half in ((-1, critical.low, fit.half_low), (1, critical.high, fit.half_high)):
-        noise = math.inf
-        if end is not None:
-            noise = math.log(float(_model(fit, end, capacity, shape=model.shape).optimum()) / optimum)
-        open_end = half is None or half == 0.0
-        device = math.inf if open_end else (1.0 if at_knee else 0.5) * math.log((half or 0.0) / fit.half_batch)
-        ends.append(min(optimum * math.exp(sign * math.hypot(noise, device)), most))
-    return ends[0], ends[1]
-
-
-def _surely_faster(batch: int, model: TimeModel, measured: list[BatchPoint]) -> int | None:
-    """A measured batch that reaches the loss NOTICEABLE sooner than this one, beyond the error of both times."""
-
-    def time(p: BatchPoint, milliseconds: float | None) -> float:
-        return float(model.steps(p.batch)) * milliseconds if milliseconds is not None else math.nan
-
-    own = next((time(p, p.step_ms_low) for p in measured if p.batch == batch), math.nan)
-    surely = {p.batch: time(p, p.step_ms_high) for p in measured}
-    faster = {b: t for b, t in surely.items() if own > NOTICEABLE * t}
-    return min(faster, key=lambda b: faster[b]) if faster else None
-
-
 def _further(best: Best | None, wall: Wall | None) -> Inputs:
     """What going from the best batch to what the device can take costs, as factors; empty where it is no further."""
     if best is None or wall is None:
         return {}
     model, to = best.model, wall.value
-    if not NOTICEABLE * best.batch <= to <= min(model.most, model.most_global):
+    if not FURTHER * best.batch <= to <= min(model.most, model.most_global):
         return {}
     if model.time(to) < model.time(best.batch):  # where measured times overruled the model, it can't tell the cost
         return {}

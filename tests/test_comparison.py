@@ -8,7 +8,7 @@ import pytest
 
 from pybatch.comparison import Condition, broken, compare_runs, parse_condition
 from pybatch.errors import UsageError
-from pybatch.records import Convergence, Curve, Run
+from pybatch.records import Convergence, ConvergencePoint, Curve, Run
 from pybatch.report.comparison import comparison_sections
 from pybatch.report.formats import markdown
 
@@ -137,3 +137,18 @@ def test_two_sweeps_have_their_critical_batches_compared(run):
     assert found.differences == ("workload name: digits against text",)
     other = compare_runs(dataclasses.replace(run, capacity=None), swept(100.0, "digits"))
     assert "critical batch from: noise against sweep" in other.differences
+
+
+def test_sweeps_with_bounds_alone_share_their_steps_and_tell_the_bounds(run):
+    def swept(steps, low, target=0.1):
+        points = tuple(ConvergencePoint(b, s, "reached", 3, 0.1, reached=3) for b, s in steps.items())
+        curve = Curve("tuned", "train", points, None, None, low, None, target=target)
+        return Run(run.created, None, convergence=Convergence((curve,)))
+
+    old = swept({8: 100.0, 16: 50.0, 32: 25.0}, 32.0)
+    found = compare_runs(old, swept({8: 200.0, 16: 100.0}, 16.0))
+    change = change_of(found, "steps")
+    assert (change.ratio, change.batches, change.low) == (pytest.approx(2.0), 2, None)
+    assert found.differences == ("critical batch: at least 32 against at least 16",)
+    with pytest.raises(UsageError, match="no figure in common"):  # steps to another target are another thing
+        compare_runs(old, swept({8: 200.0}, 8.0, target=0.2))

@@ -26,6 +26,8 @@ FLOORS = {
     "pybatch.claims": 0.8,
     "pybatch.factors": 0.8,
     "pybatch.frontier": 0.8,
+    "pybatch.critical": 0.8,
+    "pybatch.best": 0.8,
     "pybatch.verdict": 1,
     "pybatch.comparison": 1.5,
     "pybatch.joining": 1.5,

@@ -30,7 +30,9 @@ def test_the_verdict_of_both_stands_on_the_sweep(bench, sweep):
         assert one.verdict.time_to_target is not None
         assert [note.text for note in one.notes][:1] == ["of the sweep"]
         assert "sweep with sgd of 2026-01-03" in one.notes[-1].text
-    assert Run.from_json(one.to_json()).convergence.curves == sweep.convergence.curves
+    ratios = {"noise_ratio": None, "noise_ratio_low": None, "noise_ratio_high": None}  # made with the bench's noise
+    curves = Run.from_json(one.to_json()).convergence.curves
+    assert tuple(dataclasses.replace(c, **ratios) for c in curves) == sweep.convergence.curves
 
 
 def test_the_noise_scale_of_the_sweep_serves_a_run_without_one(bench, sweep):
@@ -63,3 +65,13 @@ def test_what_is_not_clear_stays_apart(bench, sweep):
         [bench],
     ):
         assert join(runs) == runs
+
+
+def test_the_ratio_to_the_noise_scale_is_of_the_noise_scale_shown(bench, sweep):
+    curve = dataclasses.replace(sweep.convergence.curves[0], noise_ratio=99.0)
+    [one] = join(
+        [bench, dataclasses.replace(sweep, convergence=dataclasses.replace(sweep.convergence, curves=(curve,)))]
+    )
+    found = one.convergence.curves[0]
+    assert found.noise_ratio == pytest.approx(one.noise.b_simple / found.critical_batch)
+    assert found.noise_ratio_low < found.noise_ratio < found.noise_ratio_high

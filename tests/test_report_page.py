@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from pybatch import numerals
 from pybatch.errors import UsageError
 from pybatch.fits.steps import fit_steps
 from pybatch.records import (
@@ -332,6 +333,21 @@ def test_a_trajectory_and_layers_are_drawn(judged):
     assert by_layer.traces[0]["error_x"]["array"] == [3.0]
     unresolved = NoiseTrajectory((lost,), "ddp")
     assert noise_figures(None, unresolved, "images")[0].missing
+
+
+def test_of_many_layers_the_largest_are_drawn_and_the_caption_says_so(judged):
+    layers = tuple(LayerNoise(f"l{i}", 1.0 + i, 0.1, 1.2, 1.0, 150.0, "resolved", 16) for i in range(100))
+    [figure] = noise_figures(dataclasses.replace(judged.noise, layers=layers), None, "images")
+    assert figure.traces[0]["y"] == [f"l{i}" for i in range(40, 100)]
+    assert "60 largest of 100" in figure.caption
+    assert len(figure.table.rows) == 100
+    [few] = noise_figures(dataclasses.replace(judged.noise, layers=layers[:60]), None, "images")
+    assert "largest" not in few.caption
+
+
+def test_rates_alike_in_three_digits_have_names_of_their_own():
+    assert numerals.distinct([0.1, 0.01]) == ["0.100", "0.0100"]
+    assert numerals.distinct([0.10001, 0.10002]) == ["0.10001", "0.10002"]
 
 
 def test_reach_rates_count_the_runs_they_are_of():

@@ -254,6 +254,15 @@ def test_measured_times_overrule_a_model_that_misses_them():
     assert compare(capacity(), noise(100)).best_batch == 64
 
 
+@pytest.mark.parametrize(("faster", "best"), [(1.03, 64), (1.07, 32)])
+def test_a_batch_surely_measured_a_few_percent_faster_is_taken(faster, best):
+    """Each time is known to 1 %: 7 % lies beyond the error of both and the drift between runs, 3 % does not."""
+    fit = throughput()
+    least, own = (fit.step_s(b) * (1 + 100 / b) for b in (32, 64))
+    times = [1e3 * fit.step_s(b) * (faster * least / own if b == 64 else 1.0) for b in BATCHES]
+    assert compare(capacity(times=times), noise(100)).best_batch == best
+
+
 def test_a_noisy_time_overrules_nothing():
     """Of many batches timed with 15 % error some looks faster by chance: the least of them is no evidence."""
     rng = np.random.default_rng(5)

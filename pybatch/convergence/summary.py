@@ -11,6 +11,7 @@ import numpy as np
 from pybatch.convergence.search import at_edge, best_rate
 from pybatch.convergence.trajectory import Split, loss_at
 from pybatch.convergence.trial import Outcome, Race, middle
+from pybatch.critical import with_noise_ratio
 from pybatch.errors import UsageError
 from pybatch.fits.steps import fit_steps
 from pybatch.records import ConvergencePoint, Curve, NoiseScale, Note, PointStatus, RateSteps
@@ -124,7 +125,7 @@ def curve(
         cap=cap,
         notes=tuple(found) if told else (*found, *fit.notes),
     )
-    return _with_ratio(whole, noise)
+    return with_noise_ratio(whole, noise)
 
 
 def bare_reason(batch: int, error: UsageError) -> str:
@@ -170,28 +171,3 @@ def _remarks(rule: str, points: Sequence[ConvergencePoint]) -> list[Note]:
         text = f"the target is met within {FEW_STEPS} steps at batch {', '.join(map(str, early))}. Give a lower one"
         notes.append(Note("points.steps", text))
     return notes
-
-
-def _with_ratio(curve: Curve, noise: NoiseScale | None) -> Curve:
-    """B_simple over the critical batch; errors of the two are independent, added in quadrature in logarithms."""
-    if noise is None or noise.b_simple is None or not curve.critical_batch:
-        return curve
-    if noise.unit is not None:
-        text = f"the noise scale is in {noise.unit}, batch sizes are not. Give noise.in_examples(mean per example)"
-        return dataclasses.replace(curve, notes=(*curve.notes, Note("noise_ratio", text)))
-    ratio = noise.b_simple / curve.critical_batch
-    low = _distance(noise.b_simple, noise.low, curve.high, curve.critical_batch)
-    high = _distance(noise.high, noise.b_simple, curve.critical_batch, curve.low)
-    return dataclasses.replace(
-        curve,
-        noise_ratio=ratio,
-        noise_ratio_low=ratio / math.exp(low) if low is not None else None,
-        noise_ratio_high=ratio * math.exp(high) if high is not None else None,
-    )
-
-
-def _distance(a: float | None, b: float | None, c: float | None, d: float | None) -> float | None:
-    """hypot(ln(a / b), ln(c / d)), or None where an end is open."""
-    if not (a and b and c and d):
-        return None
-    return math.hypot(math.log(a / b), math.log(c / d))

@@ -192,7 +192,8 @@ def _rates(curve: Curve, goal: str, number: str, unit: str) -> Figure:
     grid = sorted({r.learning_rate for p in curve.points for r in p.rates})
     cells = {(p.batch, r.learning_rate): _cell(r) for p in curve.points for r in p.rates}
     labels = [n.count(size) for size in sizes]
-    names = [n.number(rate) for rate in grid]
+    names = n.distinct(grid)
+    name: dict[float | None, str] = dict(zip(grid, names, strict=True))
     z = [[_log(cells.get((size, rate), (None, ""))[0]) for size in sizes] for rate in grid]
     text = [[safe(cells.get((size, rate), (None, "not tried"))[1]) for size in sizes] for rate in grid]
     traces: list[dict[str, Any]] = [
@@ -218,13 +219,10 @@ def _rates(curve: Curve, goal: str, number: str, unit: str) -> Figure:
         if found:
             edge = "#1b1f24" if sign == "circle" else color
             marker = {"symbol": sign, "size": 9, "color": color, "line": {"width": 2, "color": edge}}
-            xs, ys = [n.count(b) for b, _ in found], [n.number(rate) for _, rate in found]
+            xs, ys = [n.count(b) for b, _ in found], [name[rate] for _, rate in found]
             traces.append({"type": "scatter", "mode": "markers", "x": xs, "y": ys, "name": label, "marker": marker})
     rows = tuple(
-        (n.count(size), n.number(rate), cells[size, rate][1])
-        for size in sizes
-        for rate in grid
-        if (size, rate) in cells
+        (n.count(size), name[rate], cells[size, rate][1]) for size in sizes for rate in grid if (size, rate) in cells
     )
     return Figure(
         f"rates-{number}",

@@ -85,7 +85,9 @@ def _layers(noise: NoiseScale, unit: str) -> Figure:
         ),
     )
     title = "Noise scale by layer"
-    known = [layer for layer in noise.layers if layer.b_simple is not None and layer.b_simple > 0][:_MOST_LAYERS]
+    resolved = [layer for layer in noise.layers if layer.b_simple is not None and layer.b_simple > 0]
+    largest = sorted(resolved, key=lambda layer: layer.b_simple or 0.0, reverse=True)[:_MOST_LAYERS]
+    known = [layer for layer in resolved if layer in largest]  # in the order of the model again
     if not known:
         return Figure("noise-layers", title, "", table=table, missing="No layer's noise scale was resolved.")
     trace = points(
@@ -107,4 +109,6 @@ def _layers(noise: NoiseScale, unit: str) -> Figure:
         "yaxis": {"type": "category", "autorange": "reversed", "title": {"text": ""}},
     }
     caption = "The same measurement for each parameter alone, in the order of the model, with 95 % intervals."
+    if len(known) < len(resolved):
+        caption += f" Drawn are the {len(known)} largest of {n.count(len(resolved))}; the table has all."
     return Figure("noise-layers", title, caption, (trace,), layout, table)
