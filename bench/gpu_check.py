@@ -39,13 +39,15 @@ ORDER = (
     "doctor",
     "tests",
     "step",
-    "counters",
     "bench_text_size_base",
-    "bench_digits",
-    "roofs",
-    "sanitizer_memcheck",
     "bench_digits_size_base",
     "bench_scenes_size_base",
+    "counters",
+    "sanitizer_memcheck",
+    "tests_triton",
+    "noise",
+    "per_example",
+    "roofs",
 )
 
 
@@ -136,17 +138,32 @@ class Check:
         status, log, seconds = self.run("doctor", [sys.executable, "-m", "pybatch", "doctor"], 60)
         return Outcome("doctor", status, seconds, log[-2 * TAIL :])
 
-    def tests(self) -> Outcome:
-        """The tests marked gpu."""
-        report = self.output / "tests.xml"
-        which = ["-m", "gpu"] if self.device is not None else ["-m", "not gpu", "-k", "test_plan"]
-        command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), *which, "-q", "-p", "no:cacheprovider"]
-        command += ["-o", "filterwarnings=default"]  # a warning of this machine's torch says nothing of pybatch
+    def tests(self, stage: str = "tests", chosen: str = "not triton") -> Outcome:
+        """The tests marked gpu; those of Triton's backend are a stage of their own, which compiles for minutes."""
+        if missing := [name for name in ("pytest", "hypothesis", "pytest_benchmark") if find_spec(name) is None]:
+            return Outcome(stage, "skipped", 0.0, f"not installed here: {', '.join(missing)}")
+        report = self.output / f"{stage}.xml"
+        files, which = [ROOT / "tests/test_plan.py"], ["-m", "not gpu"]
+        if self.device is not None:  # by their text: collecting every test takes each worker many seconds
+            files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
+            which = ["-m", "gpu", "-k", chosen]
+        command = [sys.executable, "-m", "pytest", *map(str, files), *which, "-q", "-p", "no:cacheprovider"]
+        command += [
+            "--tb=short",
+            "-o",
+            "filterwarnings=default",
+        ]  # a warning of this machine's torch says nothing of pybatch
         command += ["--continue-on-collection-errors"]  # a file that needs a library that is not here
-        if find_spec("xdist") is not None:  # most of the time is Triton compiling
-            command += ["-n", str(min(8, os.cpu_count() or 1))]
-        status, log, seconds = self.run("tests", [*command, f"--junitxml={report}", f"--rootdir={ROOT}"], 240)
-        return Outcome("tests", status, seconds, log[-TAIL:], {"closing_line": log.strip().rpartition("\n")[2]})
+        if find_spec("xdist") is not None:
+            command += ["-n", str(min(12, os.cpu_count() or 1))]
+        status, log, seconds = self.run(stage, [*command, f"--junitxml={report}", f"--rootdir={ROOT}"], 150)
+        first = log.partition("= FAILURES =")[2][
+            : TAIL // 2
+        ]  # where it is one fault, its place says more than the list
+        figures = {"closing_line": log.strip().rpartition("\n")[2]}
+        return Outcome(
+            stage, status, seconds, f"{first}\n[...]\n{log[-TAIL // 2 :]}" if first else log[-TAIL:], figures
+        )
 
     def sanitizer(self, tool: str) -> Outcome:
         """compute-sanitizer over the trap list."""
@@ -194,13 +211,16 @@ class Check:
         return {
             "build": self.build,
             "tests": self.tests,
-            "step": lambda: self.script("step", 120, "--repeats", "21"),
+            "tests_triton": lambda: self.tests("tests_triton", "triton"),
+            "step": lambda: self.script("step", 120, "--repeats", "15"),
             "bench_digits": lambda: self.bench("digits", "fp32"),
             "bench_text": lambda: self.bench("text", "bf16"),
             "bench_scenes": lambda: self.bench("scenes", "bf16"),
             "bench_digits_cuda-graph": lambda: self.bench("digits", "fp32", "--cuda-graph"),
             "bench_text_compile": lambda: self.bench("text", "bf16", "--compile"),
-            "roofs": lambda: self.script("roofs", 90, "--dtype", "bf16", "--rounds", "4", "--seconds", "1"),
+            "roofs": lambda: self.script(
+                "roofs", 90, "--dtype", "bf16", "--rounds", "4", "--seconds", "1", "--attempts", "2"
+            ),
             "sanitizer_memcheck": lambda: self.sanitizer("memcheck"),
             "sanitizer_racecheck": lambda: self.sanitizer("racecheck"),
             "per_example": lambda: self.script("per_example", 60),

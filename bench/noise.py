@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,18 +37,31 @@ from pybatch.noise.estimator import pair
 from pybatch.noise.handle import Handle
 from pybatch.optim import AdamW
 
-MICRO_BATCHES, EXAMPLES, LENGTH, VOCABULARY, TOLERANCE = 2, 8, 64, 512, 1e-3
+MICRO_BATCHES, EXAMPLES, TOLERANCE = 2, 8, 1e-3
+
+
+class Size(NamedTuple):
+    """Of the model and its batch."""
+
+    width: int
+    heads: int
+    layers: int
+    vocabulary: int
+    length: int
+
+
+SIZES = {"cpu": Size(256, 4, 4, 512, 64), "cuda": Size(768, 12, 12, 50257, 1024)}  # 3.4 M parameters, GPT-2 124M's
 
 
 class Model(nn.Module):
-    """A small Transformer language model of 3.4 M parameters."""
+    """A Transformer language model; on a GPU its head is not tied to the embedding, and it trains in bf16 autocast."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 256)
-        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
-        self.body = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-        self.head = nn.Linear(256, VOCABULARY)
+        self.embed = nn.Embedding(size.vocabulary, size.width)
+        layer = nn.TransformerEncoderLayer(size.width, size.heads, 4 * size.width, dropout=0.0, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, size.layers, enable_nested_tensor=False)
+        self.head = nn.Linear(size.width, size.vocabulary)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens [n, length] to logits [n, length, vocabulary]."""
@@ -70,7 +83,8 @@ class Step:
         self, device: torch.device, source: str | None, model: nn.Module | None = None, **options: Any
     ) -> None:
         torch.manual_seed(0)
-        self.model: nn.Module = model or Model().to(device)
+        self.device, size = device, SIZES[device.type]
+        self.model: nn.Module = model or Model(size).to(device)
         self.fused = source in ("accumulate", "accumulate, no noise")
         if source and source.startswith("ddp"):
             self.model = DistributedDataParallel(self.model)
@@ -82,12 +96,13 @@ class Step:
         self.handle: Handle | None = None
         if source and not self.fused and not source.endswith("no noise"):
             self.handle = pybatch.noise.attach(self.model, self.optimizer, source, **options)  # type: ignore[arg-type]
-        self.tokens = torch.randint(0, VOCABULARY, (MICRO_BATCHES, EXAMPLES, LENGTH + 1), device=device)
+        self.tokens = torch.randint(0, size.vocabulary, (MICRO_BATCHES, EXAMPLES, size.length + 1), device=device)
 
     def loss(self, i: int) -> torch.Tensor:
         """Of micro-batch i."""
-        logits = self.model(self.tokens[i, :, :-1])
-        return nn.functional.cross_entropy(logits.flatten(0, 1), self.tokens[i, :, 1:].flatten())
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits = self.model(self.tokens[i, :, :-1])
+            return nn.functional.cross_entropy(logits.flatten(0, 1), self.tokens[i, :, 1:].flatten())
 
     def __call__(self) -> None:
         for i in range(MICRO_BATCHES):
@@ -207,6 +222,14 @@ def written(found: dict[str, float]) -> str:
     return f"{found['ratio']:.4f}x [{found['ratio_low']:.4f}, {found['ratio_high']:.4f}]"
 
 
+def report(row: dict[str, Any]) -> None:
+    """Print a variant as it is done."""
+    ratios = f"{row['measured_ms']:8.1f} ms  plain {row['plain_ms']:8.1f} ms  {written(row)} wall clock"
+    print(f"{row['what']:28} {ratios}", flush=True)
+    if row["cpu_time"]:
+        print(f"{'':59}{written(row['cpu_time'])} processor time", flush=True)
+
+
 def wait(device: torch.device) -> None:
     """For the device to finish."""
     if device.type == "cuda":
@@ -235,21 +258,22 @@ def main() -> None:
         alone = world == 1
         names = [name for name in VARIANTS if (name != "fsdp" if alone else name.startswith(("ddp", "fsdp")))]
         names = [name for name in names if not arguments.only or name in arguments.only]
-        rows = [measure(name, device, arguments.seconds) for name in names]
+        size = SIZES[device.type]
+        parameters = sum(p.numel() for p in Model(size).parameters())
+        if not rank:
+            print(
+                f"{parameters / 1e6:.1f} M parameters, {MICRO_BATCHES} micro-batches of {EXAMPLES} x {size.length}, "
+                f"{world} processes"
+            )
+        rows = []
+        for name in names:
+            row = measure(name, device, arguments.seconds)
+            rows.append(row)
+            if not rank:
+                report(row)
         dist.destroy_process_group()
     if rank:
         return
-    parameters = sum(p.numel() for p in Model().parameters())
-    print(
-        f"{parameters / 1e6:.1f} M parameters, {MICRO_BATCHES} micro-batches of {EXAMPLES} x {LENGTH}, "
-        f"{world} processes"
-    )
-    for row in rows:
-        print(
-            f"{row['what']:28} {row['measured_ms']:8.1f} ms  plain {row['plain_ms']:8.1f} ms  {written(row)} wall clock"
-        )
-        if row["cpu_time"]:
-            print(f"{'':59}{written(row['cpu_time'])} processor time")
     print(f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after; {torch.get_num_threads()} threads")
     if arguments.output:
         record = {
@@ -260,6 +284,7 @@ def main() -> None:
             "python": sys.version.split()[0],
             "torch": torch.__version__,
             "processes": world,
+            "parameters": parameters,
             "load_before": load,
             "results": rows,
         }

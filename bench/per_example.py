@@ -364,6 +364,20 @@ def profile(case: str, device: torch.device, repeats: int) -> dict[str, float]:
     return {label: statistics.median(values) * 1e3 for label, values in rows.items()}
 
 
+def write(output: Path, device: torch.device, load: float, results: list[dict[str, Any]]) -> None:
+    """The JSON of the cases so far."""
+    record = {
+        "script": "bench/per_example.py",
+        "device": describe(device).name,
+        "kind": device.type,
+        "threads": torch.get_num_threads(),
+        "load": load,
+        "torch": torch.__version__,
+        "results": results,
+    }
+    output.write_text(json.dumps(record, indent=2) + "\n")
+
+
 def main() -> None:
     """Measure and print; `--output` writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -388,11 +402,13 @@ def main() -> None:
                 print(f"  {label:42}{ms:9.2f} ms")
         print(f"threads {torch.get_num_threads()}, load before {load:.1f}")
         return
-    results = []
+    results: list[dict[str, Any]] = []
     for case in cases:
         found = measure(case, device, arguments.repeats)
         results.append(found)
-        print(case)
+        if arguments.output:  # after each: the run may be cut short
+            write(arguments.output, device, load, results)
+        print(case, flush=True)
         for name, row in found["sides"].items():
             memory = "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
             print(
@@ -402,17 +418,6 @@ def main() -> None:
         for name, why in found["left_out"].items():
             print(f"  {name:10} left out: {why}")
     print(f"threads {torch.get_num_threads()}, load before {load:.1f}")
-    if arguments.output:
-        record = {
-            "script": "bench/per_example.py",
-            "device": describe(device).name,
-            "kind": arguments.device,
-            "threads": torch.get_num_threads(),
-            "load": load,
-            "torch": torch.__version__,
-            "results": results,
-        }
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -148,13 +148,13 @@ def main() -> int:
             share = attempts[-1][figure]
             said = "not measured" if share is None else f"{100 * share:.1f} % of the ceiling"
             print(f"{work.name:9} attempt {attempt + 1}: {said}, load {attempts[-1]['load_before']:.1f}", flush=True)
+            if arguments.output is not None:  # after each: the run may be cut short
+                figures = {"device": describe(device).name, "threads": torch.get_num_threads(), "attempts": attempts}
+                arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
             if share is not None and LOW <= share <= HIGH:
                 break
         else:
             within = False
-    if arguments.output is not None:
-        figures = {"device": describe(device).name, "threads": torch.get_num_threads(), "attempts": attempts}
-        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
     return 0 if within else 1
 
 

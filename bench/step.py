@@ -4,8 +4,10 @@
                          [--chains update,clip,scaler,noise,accumulate] [--shapes "GPT-2 124M"] [--output FILE]
 
 Validated on the same inputs before anything is timed. Random data, last-level cache flushed before every sample, all
-sides interleaved in one process. A ratio is of medians; its interval is from resampling the pairs. Without filters the
-cases are those named in `selection`. The table goes to stdout; results to bench/results/<device>.json.
+sides interleaved in one process. A ratio is of medians; its interval is from resampling the pairs. On a GPU, times are
+of a lone step, host and device, and beside them of the device alone with the host ahead, as behind a backward pass;
+bytes per second and ceilings are of the latter. Results are written after each case. Without filters the cases are
+those named in `selection`. The table goes to stdout; results to bench/results/<device>.json.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import math
 import re
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +28,7 @@ from accumulation import Accumulate, NoisyStep
 from peers import BETAS, DECAY, LAMB_EPS, LION_BETAS, LR, MOMENTUM, TRUST, Params, Peer, peers
 from shapes import SHAPES, Shapes
 from tensors import gradients, parameters, share
-from timing import Clock, ceilings, interleave, ratio
+from timing import Clock, DeviceClock, ceilings, interleave, ratio
 
 from pybatch import ops, optim
 from pybatch.device.identity import describe
@@ -198,6 +201,11 @@ def measure(case: Case, label: str, clock: Clock, repeats: int) -> dict[str, Any
         raise SystemExit(f"{what}: no peer agrees with ours, nothing is timed. Deviations over movement: {errors}")
     sides = {name: run for name, run in case.sides.items() if name == "ours" or name in agree}
     times = interleave(sides, lambda: case.prepare(None), clock, repeats)
+    device_s: dict[str, float] = {}
+    if clock.device.type == "cuda":
+        hold_s = min(0.1, max(2e-3, 2 * max(map(statistics.median, times.values()))))
+        on_device = interleave(sides, lambda: case.prepare(None), DeviceClock(clock.device, hold_s), repeats)
+        device_s = {name: statistics.median(values) for name, values in on_device.items()}
     elements = sum(math.prod(shape) for shape in SHAPES[label])
     ours_s = statistics.median(times["ours"])
     row: dict[str, Any] = {
@@ -210,7 +218,8 @@ def measure(case: Case, label: str, clock: Clock, repeats: int) -> dict[str, Any
         "ours_ms": 1e3 * ours_s,
         "ours_quartiles_ms": _quartiles(times["ours"]),
         "ours_bytes_per_element": case.ours_bytes,
-        "ours_bytes_per_s": elements * case.ours_bytes / ours_s,
+        "ours_device_ms": 1e3 * device_s["ours"] if device_s else None,
+        "ours_bytes_per_s": elements * case.ours_bytes / device_s.get("ours", ours_s),
         "peers": {},
         "missing": getattr(case, "missing", {}) | failed,
     }
@@ -221,6 +230,7 @@ def measure(case: Case, label: str, clock: Clock, repeats: int) -> dict[str, Any
         middle, low, high = ratio(times["ours"], times[name])
         row["peers"][name] = {
             "ms": 1e3 * statistics.median(times[name]),
+            "device_ms": 1e3 * device_s[name] if device_s else None,
             "quartiles_ms": _quartiles(times[name]),
             "ratio": middle,
             "ratio_low": low,
@@ -282,8 +292,8 @@ def listed(known: Collection[str]) -> Callable[[str], list[str]]:
     return read
 
 
-def main() -> None:
-    """Measure, print each case as it is done, write the results."""
+def main() -> int:
+    """Measure, print and write each case as it is done; exit status 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=31)
@@ -294,17 +304,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: bench/results/<device>.json")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
     identity, clock = describe(device), Clock(device)
-    roof = ceilings(clock, max(5, arguments.repeats // 3))
+    roof = ceilings(DeviceClock(device) if device.type == "cuda" else clock, max(5, arguments.repeats // 3))
     print(f"ceilings: copy {roof['copy'] / 1e9:.1f} GB/s, in place {roof['in_place'] / 1e9:.1f} GB/s", flush=True)
-    rows = []
-    for name, precision, chain, label in chosen(arguments, device):
-        make = makers(name, precision, chain)
-        assert make is not None
-        row = measure(make(SHAPES[label], device), label, clock, arguments.repeats)
-        rows.append(row)
-        print(line(row, max(roof.values())), flush=True)
     output = arguments.output or Path(__file__).parent / "results" / f"{slug(identity)}.json"
+    rows: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
     record = {
         "script": "bench/step.py",
         "device": identity.name,
@@ -315,8 +322,22 @@ def main() -> None:
         "torch": torch.__version__,
         "ceilings_bytes_per_s": roof,
         "results": rows,
+        "failed": failed,
     }
-    output.write_text(json.dumps(record, indent=2) + "\n")
+    for name, precision, chain, label in chosen(arguments, device):
+        make = makers(name, precision, chain)
+        assert make is not None
+        try:
+            row = measure(make(SHAPES[label], device), label, clock, arguments.repeats)
+        except (Exception, SystemExit) as error:  # the other cases still count
+            what = f"{name}, {precision}, {chain}, {label}"
+            failed[what] = f"{type(error).__name__}: {error}"
+            print(f"{what} FAILED\n{traceback.format_exc(limit=-4)}", flush=True)
+        else:
+            rows.append(row)
+            print(line(row, max(roof.values())), flush=True)
+        output.write_text(json.dumps(record, indent=2) + "\n")  # after each: the run may be cut short
+    return int(bool(failed))
 
 
 def slug(identity: Device) -> str:
@@ -327,17 +348,23 @@ def slug(identity: Device) -> str:
 
 def line(row: dict[str, Any], roof: float) -> str:
     """One case in one line of the table, one more for every peer that could not be timed for a reason of its own."""
+
+    def alone(device_ms: float | None) -> str:
+        return "" if device_ms is None else f" ({device_ms:.3f} on the device)"
+
     against = "  ".join(
-        f"{name} {peer['ms']:.2f} ms {peer['ratio']:.2f}x [{peer['ratio_low']:.2f}, {peer['ratio_high']:.2f}]"
+        f"{name} {peer['ms']:.2f} ms{alone(peer['device_ms'])} {peer['ratio']:.2f}x "
+        f"[{peer['ratio_low']:.2f}, {peer['ratio_high']:.2f}]"
         for name, peer in row["peers"].items()
     )
     notes = "".join(f"\n    {name}: {why}" for name, why in row["missing"].items() if why.startswith("not timed"))
     return (
-        f"{row['optimizer']:6}{row['precision']:5}{row['chain']:46}{row['shapes']:23}{row['ours_ms']:8.2f} ms "
+        f"{row['optimizer']:6}{row['precision']:5}{row['chain']:46}{row['shapes']:23}{row['ours_ms']:8.2f} ms"
+        f"{alone(row['ours_device_ms'])} "
         f"{row['ours_bytes_per_s'] / 1e9:6.1f} GB/s of the byte model, {row['ours_bytes_per_s'] / roof:4.0%} of the "
         f"ceiling | {against}{notes}"
     )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,13 +13,14 @@ Params = list[torch.nn.Parameter]
 
 def parameters(shapes: Shapes, device: torch.device, dtype: torch.dtype = torch.float32) -> Params:
     """The same ones in every call."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
+    generator = torch.Generator(device).manual_seed(0)  # a CPU takes a second for what a GPU draws at once
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator, device=device).to(dtype)) for shape in shapes]
 
 
 def gradients(params: Params, seed: int, scale: float = 1.0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [(scale * torch.randn(p.shape, generator=generator)).to(p.device, p.dtype) for p in params]
+    device = params[0].device
+    generator = torch.Generator(device).manual_seed(seed)
+    return [(scale * torch.randn(p.shape, generator=generator, device=device)).to(p.dtype) for p in params]
 
 
 def share(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], start: Sequence[torch.Tensor]) -> float:

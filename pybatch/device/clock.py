@@ -72,17 +72,22 @@ class EventClock(Clock):
         The device time is taken with the step enqueued while the device is held busy, so that it never waits for the
         host. A step that synchronizes inside hides part of its waiting: the share is then a lower bound.
         """
+        alone = self.behind(work, min(1.0, max(4 * step_s, 1e-3)))
+        return min(1.0, max(0.0, 1.0 - alone / step_s))
+
+    def behind(self, work: Work, hold_s: float, before: Work | None = None) -> float:
+        """Device seconds of a call enqueued while the device is held busy for about `hold_s`, and by `before`."""
         with torch.cuda.device(self.device):
             torch.cuda.synchronize(self.device)
             begin, end = _event(), _event()
-            cycles = int(2e9 * min(1.0, max(4 * step_s, 1e-3)))  # ~2 GHz: about four steps long
-            torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(int(2e9 * hold_s))  # type: ignore[no-untyped-call]  # cycles at about 2 GHz
+            if before is not None:
+                before()
             begin.record()
             work()
             end.record()
             torch.cuda.synchronize(self.device)
-            alone = float(begin.elapsed_time(end)) / 1e3
-        return min(1.0, max(0.0, 1.0 - alone / step_s))
+            return float(begin.elapsed_time(end)) / 1e3
 
 
 def _event() -> Any:
