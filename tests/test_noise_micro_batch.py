@@ -171,7 +171,7 @@ def test_confounds_are_named():
 
 
 class Stops(Regression):
-    """Ctrl-C in the middle of so many draws."""
+    """Ctrl-C in the middle of so many draws, five to a group: four micro-batches and a training step."""
 
     def __init__(self, after):
         self.after = after
@@ -188,13 +188,13 @@ def test_ctrl_c_keeps_what_was_measured():
         measure_noise(Stops(10), device="cpu", warmup_steps=20)
     assert early.value.partial is None
     with pytest.raises(Interrupted) as late:
-        measure_noise(Stops(20 + 4 * 20 + 2), device="cpu", warmup_steps=20, micro_batch=32)
+        measure_noise(Stops(20 + 5 * 20 + 2), device="cpu", warmup_steps=20, micro_batch=32)
     partial = late.value.partial
     assert (partial.steps, partial.warmup_steps, partial.large_batch) == (20, 20, 128)
     assert not any(note.text.startswith(INTERRUPTED) for note in partial.notes)  # it was narrow by then
     assert partial.status == "resolved"
     with pytest.raises(Interrupted) as wide:
-        measure_noise(Stops(20 + 4 * 5 + 2), device="cpu", warmup_steps=20, micro_batch=32)
+        measure_noise(Stops(20 + 5 * 5 + 2), device="cpu", warmup_steps=20, micro_batch=32)
     assert any(note.text.startswith(INTERRUPTED) for note in wide.value.partial.notes)
 
 

@@ -85,7 +85,7 @@ def one_thread():
 
 WAYS = {
     "micro-batches": {"micro_batch": 2},
-    "hooks": {"micro_batch": 2, "preconditioned": True, "warmup_steps": 1},
+    "hooks": {"micro_batch": 2, "preconditioned": True, "warmup_steps": 1, "hold": True},
     "per-example": {"micro_batch": 8, "source": "per-example"},
 }
 

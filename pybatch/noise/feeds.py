@@ -1,4 +1,4 @@
-"""What turns backward passes at fixed parameters into pairs of norms, for `measure_noise`."""
+"""What turns the backward passes of a group into a pair of norms, for `measure_noise`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ class Feed(Protocol):
 
     def group(self) -> None:
         """Take the pair of the micro-batches since `start`."""
+
+    def outside(self, backward: Callable[[], torch.Tensor], n: int) -> torch.Tensor:
+        """Run a backward pass of n examples between groups, of which no pair is made; returns its loss."""
 
     def end(self) -> None:
         """Let go of the model; `noise` stays readable."""
@@ -88,6 +91,10 @@ class OptimizerFeed:
         """As Feed.group."""
         self.optimizer.step()
 
+    def outside(self, backward: Callable[[], torch.Tensor], n: int) -> torch.Tensor:
+        """As Feed.outside: a pass counts only where `accumulate` follows."""
+        return backward()
+
     def end(self) -> None:
         """As Feed.end: nothing is held."""
 
@@ -130,6 +137,13 @@ class HookFeed:
     def group(self) -> None:
         """As Feed.group."""
         self.handle.close(scale=self.shares.scale)
+
+    def outside(self, backward: Callable[[], torch.Tensor], n: int) -> torch.Tensor:
+        """As Feed.outside: the hooks see the pass, and forget it before the optimizer's step could close it."""
+        self.handle.count(float(n))
+        loss = backward()
+        self.handle.forget()
+        return loss
 
     def end(self) -> None:
         """As Feed.end: its hooks would take the passes of the next feed for uncounted ones of its own."""

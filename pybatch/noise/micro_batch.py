@@ -1,7 +1,9 @@
-"""The gradient noise scale of a workload from micro-batches, at parameters held fixed after a short training.
+"""The gradient noise scale of a workload from micro-batches, along a stretch of training after a short warm-up.
 
 Each group of k micro-batches gives one pair of squared norms: of the micro-batches' gradients, and of their mean
-(McCandlish et al. 2018, appendix A.1). Both come from the fused optimizer's own pass, here with a learning rate of 0.
+(McCandlish et al. 2018, appendix A.1). A training step follows each group: |G|^2 changes tenfold within ten steps, so
+that a scale at one point says little of the run. Both norms come from the fused optimizer's own pass, here with a
+learning rate of 0.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ Source = Literal["micro-batches", "per-example"]
 Mode = Literal["train", "eval", "both"]
 
 WARMUP_STEPS = 200  # past the first fall of the loss, where the noise scale is least like later training
+STRETCH_STEPS = 400  # of training while measuring: twice the warm-up, as the scale grows where the loss falls further
 WARMUP_SHARE = 0.4  # of the time budget; slower workloads warm up for fewer steps, and the record says so
 CHECK_STEPS = 25  # training steps between looks at the loss, each of which waits for the device
 FIRST_GROUP = 4  # micro-batches per group to begin with
@@ -50,15 +53,18 @@ def measure_noise(
     micro_batch: int | None = None,
     source: Source = "micro-batches",
     mode: Mode = "train",
+    hold: bool | None = None,
     layers: bool = False,
     preconditioned: bool = False,
     hessian: bool = False,
     progress: Progress | None = None,
 ) -> NoiseScale:
-    """Train shortly, hold the parameters, and measure B_simple there until its interval is narrow or time is up.
+    """Train shortly, and measure B_simple along the steps that follow until its interval is narrow or time is up.
 
     The warm-up uses pybatch's AdamW at the workload's `learning_rate` and `reference_batch`. A pilot with small groups
-    then finds the scale's size; the measurement proper uses groups about as large, which resolve it soonest.
+    then finds the scale's size; the measurement proper uses groups about as large, which resolve it soonest. After
+    each group training goes on by one step: the scale is the ratio of the means over this stretch, and its interval
+    holds the changes along it.
 
     Args:
         workload: what to measure.
@@ -72,7 +78,9 @@ def measure_noise(
         source: "micro-batches", which holds for any model; or "per-example", exact norms of every example's gradient,
             which resolve the scale with fewer examples and refuse some models (`per_example.ExampleRecorder`).
         mode: "train": the model as in training, dropout's noise included; "eval": in evaluation mode; "both": the
-            first, and the second as `eval_mode`. The warm-up is always in training mode.
+            first, and the second as `eval_mode`. Training is always in training mode.
+        hold: True: no training between groups, and the scale is that of one point of the run; None: held only where
+            `warmup_steps` is 0.
         layers: every parameter's own noise scale too, as `layers`.
         preconditioned: tr(P Sigma) / (G^T P G) with the P of the warm-up's AdamW too, as `preconditioned`.
         hessian: B_noise = tr(H Sigma) / (G^T H G) too, as `hessian`; the time budget is shared evenly.
@@ -103,6 +111,7 @@ def measure_noise(
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
         run = _Measurement(workload, place, dtype, seed, time_budget, progress, source, layers, preconditioned)
+        run.held = warmup_steps == 0 if hold is None else hold
         try:
             run.warm_up(warmup_steps)
             run.measure_all(micro_batch or max(1, workload.reference_batch), mode, hessian)
@@ -139,7 +148,9 @@ class _Measurement:
             from pybatch.noise.per_example.feed import probed  # only where wanted: it brings Triton in
 
             self.feed = probed(self.session, layers)
-        self.warmup_steps = 0
+        self.warmup_steps = self.stretch_steps = 0
+        self.stretch_end = STRETCH_STEPS
+        self.held = False
         self.rounds: list[Round] = []
         self.deadline = self.start + time_budget  # of the part under way
         self.eval_mode: NoiseScale | None = None
@@ -174,6 +185,19 @@ class _Measurement:
             optimizer.step()
             self.warmup_steps = step + 1
         optimizer.zero_grad()
+
+    def train_on(self) -> None:
+        """One more training step, between groups."""
+        assert self.feeding is not None
+        training, n = self.session.model.training, self.workload.reference_batch
+        self.session.model.train()
+        self.optimizer.zero_grad()
+        batch = self.session.batch(n)
+        self.feeding.outside(lambda: self.session.backward(batch), n)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.session.model.train(training)
+        self.stretch_steps += 1
 
     def measure_all(self, micro_batch: int, mode: Mode, hessian: bool) -> None:
         """What was asked for, in even shares of the time that is left."""
@@ -216,9 +240,10 @@ class _Measurement:
 
     def measure(self, micro_batch: int) -> None:
         """Rounds of growing groups until groups are as large as the scale, then more groups until it is narrow."""
-        k = FIRST_GROUP
+        k, self.stretch_end = FIRST_GROUP, self.stretch_steps + STRETCH_STEPS
         while True:
-            current = Round(self.session, micro_batch, k, self.new_feed())
+            between = None if self.held else self.train_on
+            current = Round(self.session, micro_batch, k, self.new_feed(), between)
             self.rounds.append(current)
             if not self._fill(current, GROUPS):
                 return
@@ -241,7 +266,10 @@ class _Measurement:
     def _fill(self, current: Round, groups: int) -> bool:
         while current.groups < groups:
             self.say("measuring gradients")
-            if not current.run(min(groups, current.groups + max(1, GROUPS // 4)), self.deadline):
+            some = min(groups, current.groups + max(1, GROUPS // 4))
+            if not self.held:
+                some = min(some, current.groups + self.stretch_end - self.stretch_steps)
+            if some == current.groups or not current.run(some, self.deadline):
                 return False
         return True
 
@@ -267,12 +295,15 @@ class _Measurement:
             default=NoiseScale(None, None, None, None, None, "unresolved", self.source, 0, notes=(nothing,)),
         )
 
-    def result(self, why: str = "the time budget ended before the interval was narrow") -> NoiseScale:
+    def result(self, why: str | None = None) -> NoiseScale:
         """The best-resolved round, with what a reader must know of it."""
         found = self._best()
+        ended = not self.held and self.stretch_steps >= self.stretch_end
+        usual = f"{STRETCH_STEPS} training steps ended" if ended else "the time budget ended"
         notes = list(found.notes) + self.notes
         if relative_width(found) > WIDTH and (found.status == "resolved" or why == INTERRUPTED):
-            notes.append(Note("noise.low", f"{why}; a longer one narrows it"))
+            more = "measure_noise(hold=True) narrows it, at one point of the run" if ended and not why else "a longer one narrows it"
+            notes.append(Note("noise.low", f"{why or usual + ' before the interval was narrow'}; {more}"))
         if found.skipped:
             text = f"{found.skipped} groups had a gradient that is not finite and were left out"
             notes.append(Note("noise.skipped", text))
@@ -285,6 +316,7 @@ class _Measurement:
         return dataclasses.replace(
             found,
             warmup_steps=self.warmup_steps,
+            stretch_steps=self.stretch_steps,
             learning_rate=self.workload.learning_rate,
             notes=tuple(dict.fromkeys(notes)),
             eval_mode=None if self.eval_mode is None else as_weighted(self.eval_mode),

@@ -1,10 +1,11 @@
-"""Groups of micro-batches at fixed parameters, each of which gives one pair of norms."""
+"""Groups of micro-batches, each at fixed parameters, each of which gives one pair of norms."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -69,16 +70,20 @@ class Tally:
 
 
 class Round:
-    """Groups of k micro-batches at fixed parameters, all of one size: nothing chosen from the data enters a mean.
+    """Groups of k micro-batches, all of one size: nothing chosen from the data enters a mean.
 
     Args:
         session: model and data.
         micro_batch: examples per micro-batch.
         k: micro-batches per group.
         feed: takes the norms.
+        between: called after each group: a training step, or None to hold the parameters.
     """
 
-    def __init__(self, session: Session, micro_batch: int, k: int, feed: Feed) -> None:
+    def __init__(
+        self, session: Session, micro_batch: int, k: int, feed: Feed, between: Callable[[], None] | None = None
+    ) -> None:
+        self.between = between
         self.session, self.micro_batch, self.k, self.feed = session, micro_batch, k, feed
         self.groups = 0
         self.seconds = 0.0  # for all groups, partial ones left out
@@ -92,7 +97,7 @@ class Round:
         while self.groups < groups:
             if not self._group(deadline):
                 return False
-        self.session.check_finite(self.loss, f"on batches of {self.micro_batch} at fixed parameters")
+        self.session.check_finite(self.loss, f"on batches of {self.micro_batch} while the noise was measured")
         if self.groups > before:
             self.seconds += time.monotonic() - start
         return True
@@ -113,6 +118,8 @@ class Round:
         self.loss += loss
         self.counted += total
         self.groups += 1
+        if self.between is not None:
+            self.between()
         return True
 
     @property

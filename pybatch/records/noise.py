@@ -87,6 +87,7 @@ class NoiseScale(Shown):
     skipped: int = 0  # steps left out for a non-finite gradient
     warmup_steps: int | None = None  # training steps before the measurement
     loss: float | None = None  # training loss where it was measured
+    stretch_steps: int | None = None  # training steps made while measuring, from `warmup_steps` on; 0: none
     learning_rate: float | None = None  # of the warm-up training
     preconditioned: WeightedNoise | None = None  # experimental: A = 1 / (sqrt(v) + eps) of Adam
     layers: tuple[LayerNoise, ...] = ()

@@ -176,7 +176,10 @@ def _noise(noise: NoiseScale, unit: str) -> Section:
         lines.append(("the same", f"{value}, at {n.number(own.per_example)} {own.unit} per example"))
     if noise.warmup_steps is not None:
         loss = f", where the training loss was {n.number(noise.loss)}" if noise.loss is not None else ""
-        lines.append(("measured", f"after {n.count(noise.warmup_steps)} warm-up steps{loss}"))
+        when = f"after {n.counted(noise.warmup_steps, 'warm-up step')}"
+        if noise.stretch_steps:
+            when = f"over {n.counted(noise.stretch_steps, 'training step')} {when}"
+        lines.append(("measured", f"{when}{loss}"))
     if noise.steps:
         pair = ""
         if noise.small_batch and noise.large_batch:
