@@ -302,7 +302,11 @@ class _Measurement:
         usual = f"{STRETCH_STEPS} training steps ended" if ended else "the time budget ended"
         notes = list(found.notes) + self.notes
         if relative_width(found) > WIDTH and (found.status == "resolved" or why == INTERRUPTED):
-            more = "measure_noise(hold=True) narrows it, at one point of the run" if ended and not why else "a longer one narrows it"
+            more = (
+                "measure_noise(hold=True) narrows it, at one point of the run"
+                if ended and not why
+                else "a longer one narrows it"
+            )
             notes.append(Note("noise.low", f"{why or usual + ' before the interval was narrow'}; {more}"))
         if found.skipped:
             text = f"{found.skipped} groups had a gradient that is not finite and were left out"
