@@ -65,7 +65,7 @@ def test_training_steps_are_no_pairs_whichever_source():
 def test_a_wide_interval_says_that_the_stretch_ended():
     found = measure_noise(find("digits", options=["subset=0.25"]), device="cpu")
     assert found.stretch_steps == STRETCH_STEPS
-    assert any(n.figure == "noise.low" and "400 training steps ended" in n.text for n in found.notes)
+    assert any(n.figure == "noise.low" and "400 training steps, the most made" in n.text for n in found.notes)
 
 
 def test_without_a_warm_up_the_parameters_are_held():

@@ -299,15 +299,12 @@ class _Measurement:
         """The best-resolved round, with what a reader must know of it."""
         found = self._best()
         ended = not self.held and self.stretch_steps >= self.stretch_end
-        usual = f"{STRETCH_STEPS} training steps ended" if ended else "the time budget ended"
         notes = list(found.notes) + self.notes
         if relative_width(found) > WIDTH and (found.status == "resolved" or why == INTERRUPTED):
-            more = (
-                "measure_noise(hold=True) narrows it, at one point of the run"
-                if ended and not why
-                else "a longer one narrows it"
-            )
-            notes.append(Note("noise.low", f"{why or usual + ' before the interval was narrow'}; {more}"))
+            text = f"{why or 'the time budget ended before the interval was narrow'}; a longer one narrows it"
+            if ended and not why:
+                text = f"the interval holds how the gradient changed over {STRETCH_STEPS} training steps, the most made"
+            notes.append(Note("noise.low", text))
         if found.skipped:
             text = f"{found.skipped} groups had a gradient that is not finite and were left out"
             notes.append(Note("noise.skipped", text))
