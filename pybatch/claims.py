@@ -98,9 +98,10 @@ def _cost(curve: Curve) -> Claim:
         if a and b
     ]
     mean, low, high = _mean(logs)
-    factor = " ".join(filter(None, (n.number(math.exp(mean)), _ends(math.exp(low), math.exp(high)))))
-    text = f"batch {n.count(large.batch)} took {factor} times the examples of {n.count(cheap.batch)}"
-    return said("yes" if low > 0 else "undetermined", text)
+    factor, ends = n.number(math.exp(mean)), n.interval(math.exp(low), math.exp(high)) if len(logs) > 1 else ""
+    times = " ".join(filter(None, (factor, ends)))
+    text = f"batch {n.count(large.batch)} took {times} times the examples of {n.count(cheap.batch)}"
+    return said("yes" if low > 0 else "undetermined", text if len(logs) > 1 else f"{text} (one seed: no interval)")
 
 
 def _capacity(curve: Curve, capacity: Capacity | None) -> Claim:

@@ -86,6 +86,9 @@ def _shorten_spinning() -> None:
 def main() -> None:
     """The `pybatch` command."""
     _shorten_spinning()
+    # Closed by the caller (`>&-`): what is printed there is dropped, not taken for a fault or put on the other stream.
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a sign must not lose the result

@@ -8,13 +8,20 @@ from collections.abc import Callable, Sequence
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
+_LONG = 1e15  # further digits of a float are no longer its own
+
 MISSING = "–"  # a figure that was not measured; the notes say why
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A plain number rounded to so many significant digits: 0.0123, 4.56, 78.9, 1,230; a whole one as it is: 32."""
+    """A plain number rounded to so many significant digits: 0.0123, 4.56, 78.9, 1,230; a whole one as it is: 32.
+
+    Below 1e-4 and from 1e15 on with an exponent: 2.47e+24.
+    """
     if value is None or not math.isfinite(value):
         return MISSING
+    if abs(value) >= _LONG:
+        return f"{value:.{digits - 1}e}"
     if math.isclose(value, round(value), rel_tol=1e-9) and abs(value) < 10**digits:  # to rounding: 0.1 * 10 is 1
         return f"{value:.0f}"
     exponent = math.floor(math.log10(abs(value)))

@@ -90,7 +90,7 @@ def scale(rule: str, group: Mapping[str, Any], batch: int, base: Base) -> Scaled
         raise UsageError(f"batch {batch} is below 1. A batch has at least one example.")
     lr = group.get("lr")
     if lr is None or not (math.isfinite(lr) and lr > 0):
-        raise UsageError(f"rule {rule!r}: the group's lr is {lr}. Give a rate above 0.")
+        raise UsageError(f"rule {rule!r}: the group's lr is {lr}. Give a finite rate above 0.")
     return _rules[rule](group, batch, base)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,8 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         ({"rule": "adascale", "factors": [1, 2]}, "rule 'adascale' needs more"),
         ({"rule": "tuned"}, "rule 'tuned' needs more"),
         ({"lr": -1.0}, "-1"),
+        ({"lr": 0.0}, "finite rate above 0"),
+        ({"lr": float("inf")}, "finite rate above 0"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(options: dict[str, Any], says: str) -> None:
@@ -290,6 +293,16 @@ def test_arguments_that_cannot_work_are_refused(options: dict[str, Any], says: s
 def test_a_base_run_that_diverges_is_the_workloads_error() -> None:
     with pytest.raises(WorkloadError, match="step 10 of the base run, at rate 1e\\+20"):
         measure_branches(Quadratic(), device="cpu", checkpoints=[10], optimizer="sgd", lr=1e20)
+
+
+def test_a_base_run_whose_loss_rises_is_no_complete_result() -> None:
+    """A rate of 4 multiplies the error by up to 3 a step: far from the start after 10, and finite still."""
+    hot = {"optimizer": "sgd", "lr": 4.0, "factors": [1, 2], "seeds": 2}
+    found = measure_branches(Quadratic(d=5), device="cpu", checkpoints=[10], **hot)  # type: ignore[arg-type]
+    assert not found.complete
+    text = next(note.text for note in found.notes if note.figure == "branches")
+    assert re.fullmatch(r"the base run's loss rose from .* by step 10, at rate 4: .* Lower the learning rate.*", text)
+    assert not any("rose" in note.text for note in short().notes)
 
 
 def test_the_time_budget_ends_repeats_and_says_so() -> None:

@@ -184,6 +184,13 @@ def test_no_sweep_no_section():
     assert sections(Run("", None, capacity())) == []
 
 
+def test_a_sweep_that_reached_nothing_says_so_in_one_line():
+    missed = curve("tuned", [point(8, [None, None]), point(16, [None, None])])
+    (section,) = sections(Run("", None, convergence=Convergence((missed,), base_batch=8)))
+    assert section.lines == ()
+    assert section.notes == ("not measured: fewer than two batch sizes reached a target",)
+
+
 def test_what_was_not_measured_is_a_note_said_once():
     run = Run("", None, convergence=Convergence((curve("tuned", TUNED), curve("tuned", TUNED, split="test"))))
     [section] = sections(run)

@@ -57,6 +57,12 @@ class Slow(Good):
         time.sleep(0.05)
         return super().loss(model, batch)
 
+class Prints(Good):
+    print("a line of the workload's own, while it is imported")
+    def model(self):
+        print("a line of the workload's own")
+        return super().model()
+
 class Above64(Good):
     def loss(self, model, batch):
         if len(batch[0]) > 64:
@@ -268,6 +274,21 @@ def test_a_user_workload_runs_end_to_end(pybatch, user_file, tmp_path):
     assert run.verdict.text in " ".join(out.split())
 
 
+@pytest.mark.parametrize("command", ["bench --time-budget 8", "sweep --batch 8,16 --rates 0.1 --seeds 1 --max-steps 9"])
+def test_what_a_workload_prints_stays_out_of_the_result(pybatch, user_file, command):
+    kinds = [*shlex.split(command), *(["--target", "train=1e-9", "--noise-budget", "0"] if "sweep" in command else [])]
+    _, out, err = pybatch(*kinds, "--cpu", "--workload", f"{user_file}:Prints", "--format", "json", "-q")
+    assert json.loads(out)["workload"]["name"] == "mine"
+    assert "a line of the workload's own" in err
+
+
+def test_the_plan_of_a_dry_run_goes_to_stdout_and_prints_of_the_workload_do_not(pybatch, user_file):
+    status, out, _ = pybatch("bench", "--cpu", "--dry-run", "--workload", f"{user_file}:Prints")
+    assert status == 0
+    assert out.startswith("workload  mine")
+    assert "own" not in out
+
+
 def test_a_budget_too_short_is_incomplete_and_says_so(pybatch, user_file):
     command = ("bench", "--cpu", "--workload", f"{user_file}:Slow", "--batch", "1,2,4", "--time-budget", "2")
     status, out, _ = pybatch(*command, "--format", "json")
@@ -367,6 +388,20 @@ def test_a_reader_that_leaves_early_is_no_failure(run, tmp_path):
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_failure_and_mixes_nothing(pybatch, measured, run, monkeypatch, tmp_path, closed):
+    path = tmp_path / "run.json"
+    monkeypatch.setattr(sys, closed, None)
+    status, out, err = pybatch("bench", "--cpu", "-o", path)
+    getattr(sys, closed).close()  # what took its place
+    assert status == 0
+    assert Run.from_json(path.read_text()) == run
+    if closed == "stdout":
+        assert (out, "wrote" in err) == ("", True)
+    else:
+        assert ("Capacity" in out, "wrote" in out, err) == (True, False, "")
 
 
 def test_ctrl_c_before_anything_was_measured_says_so(pybatch, monkeypatch, tmp_path):

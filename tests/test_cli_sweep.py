@@ -129,6 +129,13 @@ def test_a_killed_sweep_keeps_its_trials_and_is_resumed(pybatch, tmp_path):
     assert len({key for key, *_ in after}) == len(after) == json.loads(out.read_text())["convergence"]["trials"]
 
 
+@pytest.mark.parametrize("rates", ["1E-1,2.5e+0", "0.1,2.5", ".1,2.5"])
+def test_rates_in_any_usual_spelling(pybatch, swept, rates):
+    status, _, _ = pybatch(f"sweep --cpu --rates {rates}")
+    assert status == 0
+    assert swept[0]["rates"] == [0.1, 2.5]
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -260,7 +260,8 @@ def test_noise_statistics_do_not_depend_on_the_rule(case):
 
 
 BAD_ARGUMENTS = [
-    (adamw, {"lr": -1.0}, "lr -1.0"),
+    (adamw, {"lr": -1.0}, "lr -1.0: it must be at least 0"),
+    (adamw, {"lr": float("nan")}, "lr nan is not a number"),
     (adamw, {"betas": (0.9, 1.0)}, "betas"),
     (adamw, {"eps": -1e-8}, "eps"),
     (adamw, {"weight_decay": float("nan")}, "weight_decay nan"),

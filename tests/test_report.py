@@ -30,6 +30,8 @@ from pybatch.report.output import Output
         (123.4, "123"),
         (12345, "12,300"),
         (-45.67, "-45.7"),
+        (2.47e24, "2.47e+24"),
+        (-1e15, "-1.00e+15"),
     ],
 )
 def test_numbers_have_three_digits(value, text):

@@ -81,6 +81,7 @@ def bench(
     check_budget(budget)
     partial = partial_record(output, format_, resume)
     earlier = partial.earlier() if partial is not None and resume else None
+    stdout = sys.stdout  # while measuring it is stderr, for what a workload prints
     page = Output(html) if html is not None else None  # not writable: said now, not after measuring
 
     def job(chosen: Workload, device: torch.device, progress: Progress) -> Run | None:
@@ -93,9 +94,9 @@ def bench(
         mode.check(device)
         used = dtype or ("bf16" if size == "base" and device.type == "cuda" else "fp32")
         if dry_run:
-            print(_plan(chosen, device, used, batches, budget, thorough, mode.name))
+            print(_plan(chosen, device, used, batches, budget, thorough, mode.name), file=stdout)
             if earlier is not None:
-                print(f"continues {output}, begun {earlier.created}")
+                print(f"continues {output}, begun {earlier.created}", file=stdout)
             raise typer.Exit(DONE)
         return (run_bench_together if launched() else run_bench)(
             chosen,

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -100,10 +101,13 @@ def measure(
         if launched() and not given.cpu and gpu is None and torch.cuda.is_available():
             gpu = local_rank()
         device = resolve("cpu" if given.cpu else f"cuda:{gpu}" if gpu is not None else None)
-        chosen = find(given.workload, model=given.model, data=given.data, options=given.option or (), size=given.size)
+        options = given.option or ()
+        with redirect_stdout(sys.stderr):  # what a workload prints shall not precede the result on stdout
+            chosen = find(given.workload, model=given.model, data=given.data, options=options, size=given.size)
         try:
             quiet = given.quiet or local_rank() > 0
-            with interrupts_heard(), ProgressLine(Console(stderr=True), quiet) as progress:
+            line = ProgressLine(Console(stderr=True), quiet)
+            with redirect_stdout(sys.stderr), interrupts_heard(), line as progress:
                 measured = job(chosen, device, progress)
             if measured is None:  # one of torchrun's processes: the first one has the result
                 raise typer.Exit(DONE)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # these import torch
 
     from pybatch.workloads.base import Workload
 
+_RATE = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
+
 
 def sweep(
     workload: flags.Workload = "digits",
@@ -73,7 +75,7 @@ def sweep(
     batches = parse_batches(batch)
     targets = parse_targets(target) if target is not None else None
     name, options = parse_optimizer(optimizer)
-    grid = numbers("rates", rates, r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", "0.01,0.1,1") if rates is not None else None
+    grid = numbers("rates", rates, _RATE, "0.01,0.1,1") if rates is not None else None
     if not 0 <= noise_budget < float("inf"):
         raise UsageError(f"noise budget {noise_budget:g} s is out of range. Give seconds, or 0 to leave it out.")
     if resume and store is None:

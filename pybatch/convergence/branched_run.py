@@ -19,6 +19,7 @@ from pybatch.convergence.updates import optimizer_class
 from pybatch.device.identity import describe
 from pybatch.errors import UsageError
 from pybatch.fits.solver import Array
+from pybatch.numerals import number
 from pybatch.optim import FusedOptimizer
 from pybatch.records import Branching, Convergence, Note
 from pybatch.scaling import Scaled
@@ -90,6 +91,7 @@ class BranchedRun:
     def __post_init__(self) -> None:
         self.base = self._trained(self.seed, self.plan.scaled[self.plan.base])
         self.held_out = Session(self.workload, self.device, self.dtype, EVALUATION_SEED).batch(EVALUATED)
+        self.untrained = self.base.evaluate(self.held_out)
         self.state: dict[str, Any] = {}
         self.trials = 0
         self.batches, self.examples = list(self.plan.scaled), self.plan.examples
@@ -190,6 +192,13 @@ class BranchedRun:
         losses: Losses = {batch: [] for batch in self.batches}
         count = plan.seeds * len(self.batches)
         initial = self.base.evaluate(self.held_out)
+        if step and not initial <= self.untrained:
+            text = (
+                f"the base run's loss rose from {number(self.untrained)} to {number(initial)} by step {step}, at rate "
+                f"{plan.scaled[plan.base].lr(0):g}: branches of it say nothing of a run that trains. "
+                "Lower the learning rate, or branch later"
+            )
+            self.notes.append(Note("branches", text))
         late = False
         for repeat in range(plan.seeds):
             for i, batch in enumerate(self.batches):

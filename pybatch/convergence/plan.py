@@ -64,7 +64,7 @@ class Plan:
         self.group = arguments(self.optimizer, options)
         self.rates = list(rates) if rates is not None else default_rates(self.optimizer, self.group)
         if not self.rates or not all(0 < rate < float("inf") for rate in self.rates):
-            raise UsageError(f"rates {self.rates}: give learning rates above 0.")
+            raise UsageError(f"rates {self.rates}: give finite learning rates above 0.")
         self.search = search
         if search not in GRIDS:
             load_optuna(search)

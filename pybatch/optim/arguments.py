@@ -31,7 +31,11 @@ def check_hyper(group: dict[str, Any], name: str) -> None:
     value = group[name]
     if isinstance(value, torch.Tensor) and value.numel() != 1:
         raise UsageError(f"{name} is a tensor of shape {tuple(value.shape)}: it must hold one number.")
-    if not is_device_scalar(value) and not float(value) >= 0.0:
+    if is_device_scalar(value):
+        return
+    if math.isnan(value):
+        raise UsageError(f"{name} {value} is not a number. Give one of at least 0.")
+    if not float(value) >= 0.0:
         raise UsageError(f"{name} {value}: it must be at least 0.")
 
 

@@ -16,6 +16,8 @@ def sections(run: Run) -> list[Section]:
     if not claims or run.convergence is None:
         return []
     lines = tuple((claim.name, f"{claim.finding}: {claim.text}") for claim in claims if claim.finding != MISSING)
+    if not lines:  # with two batch sizes that reach a target there is a finding on cost
+        return [Section(TITLE, notes=(f"{MISSING}: fewer than two batch sizes reached a target",))]
     lacking: dict[str, list[str]] = {}  # claims by what they lack
     for claim in claims:
         if claim.finding == MISSING:

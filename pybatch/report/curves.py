@@ -32,7 +32,8 @@ def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Se
     lines = [line for curve in curves for line in _lines(curve, unit, alone=len(curves) == 1)]
     if split == steps.curves[0].split and steps.optimizer:
         lines.append(("trained by", f"{steps.optimizer}, {_of(steps.trials, 'trial')}, {_of(steps.seeds, 'seed')}"))
-        lines.append(("in brackets", "seeds that reached the target, where not all did"))
+        if any(p.reached < p.runs for curve in steps.curves for p in curve.points):
+            lines.append(("in brackets", "seeds that reached the target, where not all did"))
     notes = tuple(
         dict.fromkeys(
             f"{_named(curve, len(curves))}{note.figure}: {note.text}" for curve in curves for note in curve.notes
