@@ -1,5 +1,6 @@
 """The store: whole or absent outcomes, one run a trial, and no foreign or damaged file touched."""
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -92,9 +93,16 @@ def test_closing_gives_claims_back(path):
 
 
 def test_a_lease_is_renewed_while_its_process_lives(path):
-    with Store(path, HERE, lease=0.4) as one, Store(path, HERE, lease=0.4) as two:
+    def expires():
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            return db.execute("SELECT expires FROM claim").fetchone()[0]
+
+    with Store(path, HERE, lease=4) as one, Store(path, HERE, lease=4) as two:
         one.claim([trial().key])
-        time.sleep(1.2)
+        first, deadline = expires(), time.monotonic() + 60
+        while expires() == first and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert expires() > first
         assert two.claim([trial().key]) == set()
 
 
