@@ -82,8 +82,12 @@ def run_bench(
     past = continuation.notes(earlier, now, source)
     together = earlier.distributed if earlier is not None else None
 
+    # What a cut run had of the parts that are measured again: it is kept until there is something better.
+    old_noise, old_steps = (earlier.noise, earlier.convergence) if earlier is not None else (None, None)
+
     def save(capacity: Capacity | None, noise: NoiseScale | None, steps: Convergence | None) -> None:
         if on_partial is not None:
+            noise, steps = noise or old_noise, steps or old_steps
             cut = Note("run", "cut: this is what was saved while it ran")
             on_partial(Run(created, environment, capacity, noise, steps, None, False, (*past, cut), together))
 
@@ -91,6 +95,7 @@ def run_bench(
         capacity: Capacity | None, noise: NoiseScale | None, steps: Convergence | None, notes: tuple[Note, ...] = ()
     ) -> Run:
         lacking = _lacking(capacity, noise, time_budget, given=batches is not None) if not notes else ()
+        noise, steps = noise or old_noise, steps or old_steps
         if not notes and thorough and not (steps is not None and steps.complete):
             lacking += (Note("branches", f"cut short by the time budget of {time_budget:g} s; raise --time-budget"),)
         notes = notes + lacking

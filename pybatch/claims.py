@@ -1,6 +1,7 @@
 """What Golmant et al. (2018) claim of large batches, each checked on a sweep of one's own. Pure: a record in.
 
-A finding is "yes" or "no" where the 95 % interval leaves no doubt, and "undetermined" otherwise.
+A finding is "yes" or "no" where the 95 % interval leaves no doubt, and "undetermined" otherwise. Whether a rule fails
+is read from medians over the seeds, against a factor of BROKEN.
 """
 
 from __future__ import annotations
@@ -88,20 +89,20 @@ def _cost(curve: Curve) -> Claim:
     points = _reached(curve)
     if len(points) < 2:
         return said("not measured", "fewer than two batch sizes reached the target")
-    large = points[-1]
-    cheap = min(points, key=lambda p: p.batch * (p.steps or math.inf))
-    if cheap is large:
-        return said("no", f"the largest batch, {n.count(large.batch)}, took the fewest examples")
+    small, large = points[0], points[-1]  # not the cheapest one: chosen by its cost, it would be so by luck as well
     logs = [
-        math.log(large.batch * a / (cheap.batch * b))
-        for a, b in zip(_by_seed(large), _by_seed(cheap), strict=False)
+        math.log(large.batch * a / (small.batch * b))
+        for a, b in zip(_by_seed(large), _by_seed(small), strict=False)
         if a and b
     ]
+    if not logs:
+        return said("not measured", "no seed reached the target at both ends")
     mean, low, high = _mean(logs)
     factor, ends = n.number(math.exp(mean)), n.interval(math.exp(low), math.exp(high)) if len(logs) > 1 else ""
     times = " ".join(filter(None, (factor, ends)))
-    text = f"batch {n.count(large.batch)} took {times} times the examples of {n.count(cheap.batch)}"
-    return said("yes" if low > 0 else "undetermined", text if len(logs) > 1 else f"{text} (one seed: no interval)")
+    text = f"batch {n.count(large.batch)} took {times} times the examples of {n.count(small.batch)}"
+    finding: Finding = "yes" if low > 0 else "no" if high < 0 else "undetermined"
+    return said(finding, text if len(logs) > 1 else f"{text} (one seed: no interval)")
 
 
 def _capacity(curve: Curve, capacity: Capacity | None) -> Claim:
@@ -142,14 +143,22 @@ def _rule(curve: Curve, curves: Sequence[Curve], base: int | None) -> Claim:
         return said("not measured", "no batch size above the base one was run")
     texts, held = [], []
     broken: ConvergencePoint | None = None
+    unknown = not tuned  # whether a failure may have been missed, or may not be the rule's
     for p in points:
-        if _fails(p, tuned.get(p.batch)):
+        best = tuned.get(p.batch)
+        if best is not None and not _reaches(best):
+            texts.append(f"at {n.count(p.batch)} tuned rates fail too")
+            unknown = True
+            break
+        unknown |= best is None
+        if _fails(p, best):
             broken = p
             break
         held.append(p)
     if held:
         against = _ratio(held[-1], tuned.get(held[-1].batch))
-        texts.append(f"holds to {n.count(held[-1].batch)}" + (f" ({against})" if against else ""))
+        held_to = f"{'holds' if against else 'reaches'} to {n.count(held[-1].batch)}"
+        texts.insert(0, held_to + (f" ({against})" if against else ""))
     if broken is not None:
         against = _ratio(broken, tuned.get(broken.batch))
         what = against if against else f"{broken.reached} of {broken.runs} reach"
@@ -159,11 +168,15 @@ def _rule(curve: Curve, curves: Sequence[Curve], base: int | None) -> Claim:
     better = [p.batch for p in points if p.steps and (o := plain.get(p.batch)) and (o.steps or math.inf) > p.steps]
     if plain:
         texts.append(f"fewer steps than {CONSTANT} up to {n.count(max(better))}" if better else "no help")
-    return said("yes" if broken is not None else "no", "; ".join(texts))
+    return said("yes" if broken is not None else "undetermined" if unknown else "no", "; ".join(texts))
+
+
+def _reaches(p: ConvergencePoint) -> bool:
+    return p.status == "reached" and p.steps is not None
 
 
 def _fails(p: ConvergencePoint, tuned: ConvergencePoint | None) -> bool:
-    if p.status != "reached" or p.steps is None:
+    if not _reaches(p) or p.steps is None:
         return True
     return tuned is not None and tuned.steps is not None and p.steps > BROKEN * tuned.steps
 

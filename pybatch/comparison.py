@@ -259,6 +259,8 @@ def _differences(old: Run, new: Run) -> tuple[str, ...]:
 
     if old.capacity and new.capacity:
         tell("steps", old.capacity.mode, new.capacity.mode)
+    if old.convergence and new.convergence:
+        tell("optimizer", old.convergence.optimizer, new.convergence.optimizer)
     (one, source), (other, another) = _critical(old), _critical(new)
     if one[0] and other[0]:
         tell("critical batch from", source, another)

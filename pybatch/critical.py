@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from pybatch.records import Convergence, Curve, NoiseScale, Note, Reason
 from pybatch.scaling import SEARCHED
@@ -82,6 +83,37 @@ def _from_noise(noise: NoiseScale | None) -> Critical:
     reason = Reason("critical_batch", why, "measured", inputs)
     bound = noise.low if noise.status == "lower_bound" else None
     return Critical(None, bound, None, "noise" if bound is not None else None, reason)
+
+
+def passed_over(steps: Convergence | None, source: str | None) -> list[Note]:
+    """What was measured and yet says nothing of the critical batch, so that weaker evidence stands in for it.
+
+    Args:
+        steps: the sweep, or the branches.
+        source: of the critical batch, as `critical_of` chose it.
+    """
+    if steps is None or source == "sweep":
+        return []
+    instead = {"branch": "the branches stand", "noise": "the noise scale stands"}.get(source or "", "nothing stands")
+    lacking: list[tuple[str, tuple[Note, ...]]] = []
+    if steps.curves:
+        lacking.append(("the sweep gives", steps.curves[0].notes))
+    if source != "branch" and (steps.branches or not steps.curves):
+        own = steps.branches[-1] if steps.branches else None
+        fit = own.fit.notes if own is not None and own.fit is not None else ()
+        cut = tuple(note for note in steps.notes if note.figure == "branches")
+        lacking.append(("the branches give", (*(own.notes if own is not None else ()), *fit, *cut)))
+    return [
+        Note("verdict.critical_source", f"{what} no critical batch{_why(notes)}: {instead} in for it")
+        for what, notes in lacking
+    ]
+
+
+def _why(notes: Sequence[Note]) -> str:
+    """In brackets, the note on the critical batch, or else the first one."""
+    own = [note for note in notes if note.figure in ("critical_batch", "points", "branches")]
+    found = min(own, key=lambda note: note.figure != "critical_batch", default=None)
+    return f" ({found.text.rstrip('.')})" if found is not None else ""
 
 
 def with_noise_ratio(curve: Curve, noise: NoiseScale | None) -> Curve:

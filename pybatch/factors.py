@@ -14,7 +14,7 @@ from pybatch.records import Curve, Run
 from pybatch.scaling import SEARCHED
 
 Level = int | float | str
-_ALIKE = ("workload", "optimizer", "split", "target")
+_ALIKE = ("workload", "optimizer", "split", "target", "dtype", "source")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def _cells(run: Run) -> Iterator[_Cell]:
         dials["model"] = steps.workload.model
     for curve in steps.curves:
         if curve.rule == SEARCHED and curve.critical_batch:
-            alike = (steps.workload.name, steps.optimizer, curve.split, curve.target)
+            info = steps.workload
+            alike = (info.name, steps.optimizer, curve.split, curve.target, info.dtype, info.source)
             yield _Cell(alike, dials, curve.critical_batch, *_distances(curve))
 
 

@@ -10,7 +10,7 @@ import math
 
 from pybatch.advice import advise
 from pybatch.best import best_of, bound_of, model_of
-from pybatch.critical import critical_of
+from pybatch.critical import critical_of, passed_over
 from pybatch.frontier import doubling, frontier
 from pybatch.numerals import number
 from pybatch.records import (
@@ -90,6 +90,7 @@ def compare(
     seconds, seconds_reason = _time_to_target(critical.curve, best, capacity)
     reasons += [seconds_reason] if seconds_reason else []
 
+    notes += passed_over(steps, critical.source)
     absent = _unknown(capacity)
     for name, value in (("critical_batch", critical.value), ("best_batch", best), ("useful_devices", devices)):
         if value is None:

@@ -34,6 +34,7 @@ from pybatch.records import (
     Capacity,
     Ceilings,
     CommunicationFit,
+    Convergence,
     Distributed,
     DistributedPoint,
     NoiseScale,
@@ -246,6 +247,25 @@ def test_ctrl_c_in_a_continued_run_keeps_both_parts(
     assert not stop.value.partial.complete
     found = capacity(stop.value.partial).standing
     assert [measured(p) for p in found] == [measured(p) for p in capacity(part).standing]
+
+
+def test_ctrl_c_before_noise_and_branches_keeps_what_a_cut_run_had_of_them(
+    whole: tuple[Run, list[Run]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are measured again; cut before that, the run on disk would be replaced by one without them."""
+    part = next(part for part in whole[1] if len(capacity(part).standing) == 2)
+    assert whole[0].noise is not None
+    noise = dataclasses.replace(whole[0].noise, steps=3)
+    steps = Convergence((), (Note("branches", "1 of 2 checkpoints"),), complete=False)
+
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measurement.Rounds, "run", interrupt)
+    with pytest.raises(Interrupted) as stop:
+        again(dataclasses.replace(part, noise=noise, convergence=steps))
+    left = stop.value.partial
+    assert (left.noise, left.convergence, left.complete) == (noise, steps, False)
 
 
 # The run it goes on with must be the same

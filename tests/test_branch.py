@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_verdict import capacity, noise
 
 from pybatch.convergence import branched_run, checkpoint
 from pybatch.convergence.branch import measure_branches
 from pybatch.convergence.branch_summary import WINDOW, summarize
 from pybatch.errors import Interrupted, UsageError, WorkloadError
-from pybatch.records import Run
+from pybatch.records import Convergence, Note, Run
 from pybatch.verdict import compare
 from pybatch.workloads.digits import Digits
 from pybatch.workloads.quadratic import Quadratic
@@ -102,10 +103,39 @@ def test_only_repeats_that_every_batch_has_are_compared() -> None:
     losses = planted(60.0)
     losses[512] = losses[512][:1]
     assert len(summed_up(losses).points[0].losses) == 1
-    losses[512] = []
-    empty = summed_up(losses)
-    assert empty.points == ()
-    assert "before every branch had run once" in empty.notes[0].text
+
+
+def test_batches_that_had_run_once_stand_where_the_time_budget_ended_the_others() -> None:
+    losses = planted(60.0, repeats=1)
+    for batch in (128, 256, 512):
+        losses[batch] = []
+    found = summed_up(losses)
+    assert [p.batch for p in found.points] == [4, 8, 16, 32, 64]
+    assert found.fit.critical_batch == pytest.approx(60, rel=0.15)
+    assert any("before batch 128, 256, 512 had run once" in note.text for note in found.notes)
+    base_last = summed_up(losses | {32: [], 64: []})
+    assert any("no batch above the base one was run" in note.text for note in base_last.notes)
+    for none in (losses | {BASE: []}, {b: rows if b == BASE else [] for b, rows in losses.items()}):
+        empty = summed_up(none)
+        assert (empty.points, empty.fit) == ((), None)
+        assert "before the base branch and another had run" in empty.notes[0].text
+
+
+def test_a_verdict_says_that_the_noise_scale_stands_in_for_branches_without_an_answer() -> None:
+    nothing = summed_up({batch: [] for batch in BATCHES})
+    cut = Convergence((), (Note("branches", "the time budget ended before step 50. Raise it"),))
+    for steps, why in (
+        (Convergence((), branches=(nothing,)), "before the base branch and another had run"),
+        (cut, "before step 50"),
+    ):
+        [note] = [n for n in compare(capacity(), noise(40), steps).notes if "branches give" in n.text]
+        assert note.figure == "verdict.critical_source"
+        assert why in note.text
+        assert "the noise scale stands in for it" in note.text
+        [note] = [n for n in compare(capacity(), None, steps).notes if "branches give" in n.text]
+        assert "nothing stands in for it" in note.text
+    fitted = Convergence((), branches=(summed_up(planted(60.0)),))
+    assert not any("give no critical batch" in n.text for n in compare(capacity(), noise(40), fitted).notes)
 
 
 def steps_of_means(work: Quadratic, theta: np.ndarray, level: float, batch: int, rate: float) -> float:

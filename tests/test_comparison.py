@@ -152,3 +152,9 @@ def test_sweeps_with_bounds_alone_share_their_steps_and_tell_the_bounds(run):
     assert found.differences == ("critical batch: at least 32 against at least 16",)
     with pytest.raises(UsageError, match="no figure in common"):  # steps to another target are another thing
         compare_runs(old, swept({8: 200.0}, 8.0, target=0.2))
+
+
+def test_sweeps_with_different_optimizers_say_so(run):
+    sgd, adam = (dataclasses.replace(run, convergence=Convergence((), optimizer=name)) for name in ("sgd", "adam"))
+    assert "optimizer: sgd against adam" in compare_runs(sgd, adam).differences
+    assert not any("optimizer" in text for text in compare_runs(sgd, sgd).differences)

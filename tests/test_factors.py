@@ -52,6 +52,14 @@ def test_a_factorial_gives_main_effects_with_the_error_of_their_mean():
     assert not found["label_noise"].determined
 
 
+@pytest.mark.parametrize("changes", [{"dtype": "bf16"}, {"source": "0f" * 32}])
+def test_sweeps_in_another_precision_or_of_another_file_make_no_pair(changes):
+    other = sweep(80, subset=1.0)
+    steps = other.convergence
+    there = dataclasses.replace(steps, workload=dataclasses.replace(steps.workload, **changes))
+    assert effects([sweep(40, subset=0.25), dataclasses.replace(other, convergence=there)]) == ()
+
+
 def test_sweeps_that_differ_in_two_dials_tell_nothing_of_either():
     assert effects([sweep(40, subset=0.5, width=1), sweep(80, subset=1.0, width=2)]) == ()
 

@@ -33,21 +33,27 @@ def summarize(
         base: batch size of the base run.
         window: examples each branch was trained on.
         rates: learning rate by batch size.
-        losses: by batch size and repeat; only repeats that every batch size has are compared.
+        losses: by batch size and repeat; only repeats that every batch size has are compared. Batch sizes that never
+            ran are left out: the clock ended them, not their losses, so the others stand without them.
         tolerance: share of the base branch's last loss.
     """
+    unrun = sorted(batch for batch, rows in losses.items() if not rows)
+    losses = {batch: rows for batch, rows in losses.items() if rows}
+    if base not in losses or len(losses) < 2:
+        note = Note("critical_batch", "the time budget ended before the base branch and another had run. Raise it")
+        return Branching(step, None, base, window, None, tolerance, (), None, None, None, None, (note,))
     batches = np.array(sorted(losses))
     own = int(np.flatnonzero(batches == base)[0])
     repeats = min(map(len, losses.values()))
-    if not repeats:
-        note = Note("critical_batch", "the time budget ended before every branch had run once. Raise it")
-        return Branching(step, None, base, window, None, tolerance, (), None, None, None, None, (note,))
     table = np.array([losses[b][:repeats] for b in batches])  # [batches, repeats, WINDOW + 1]
     smooth = _smoothed(table)
     last = smooth[..., -LAST:].mean(-1)
     initial = float(table[own, 0, 0])
     level = float(smooth[own, :, LEVEL_AT].mean())
     notes = []
+    if unrun:
+        text = f"the time budget ended before batch {', '.join(map(str, unrun))} had run once. Raise it"
+        notes.append(Note("points", text))
     steps, fit = np.full(last.shape, np.nan), None
     if not math.isfinite(level):
         notes.append(Note("critical_batch", "the base branch diverged. Lower the learning rate"))
@@ -61,9 +67,10 @@ def summarize(
         fit = dataclasses.replace(fit, notes=tuple(note for note in fit.notes if note.figure != "s_min"))
     largest, low, high = _largest(batches[own:], last[own:], tolerance)
     if repeats == 1:
-        notes.append(Note("largest_low", "one repeat: no interval. Give --seeds 3"))
+        notes.append(Note("largest_low", "one repeat: no interval. Give --seeds 3, and time for them"))
     if largest is not None and largest == batches[-1]:
-        text = f"every batch tested is within {number(100 * tolerance)} % of the base branch: the bound is above it"
+        every = f"every batch tested is within {number(100 * tolerance)} % of the base branch"
+        text = f"{every if largest > base else 'no batch above the base one was run'}: the bound is above it"
         notes.append(Note("largest", text))
     points = tuple(
         BranchPoint(int(b), rates[int(b)], _nullable(last[i]), _nullable(steps[i])) for i, b in enumerate(batches)

@@ -214,7 +214,7 @@ class BranchedRun:
         self.found.append(summary)
         if late:
             repeats = min(len(rows) for rows in losses.values())
-            text = f"{repeats} of {plan.seeds} repeats at step {step} within the time budget. Raise it"
+            text = f"{repeats} of {plan.seeds} repeats of all batches at step {step} within the time budget. Raise it"
             self.notes.append(Note("branches", text))
 
     def _one(self, batch: int, repeat: int, initial: float) -> Array | None:
