@@ -199,6 +199,8 @@ def counter_notes(
     )
     for figure in counters.GPU_FIGURES:
         reasons.setdefault(figure, "the steady region of these batches was too short for the counter")
+    reasons["throttled_share"], reasons["power_capped_share"] = reasons["throttled"], reasons["power_capped"]
+    reasons["energy_window_s"] = reasons["joules_per_sample"]
     if device.type == "cpu":
         reasons["host_bound"] = "on a CPU the host is the device"
         reasons["mfu_datasheet"] = "no datasheet peak is quoted for CPUs"
