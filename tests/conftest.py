@@ -1,6 +1,11 @@
 """Shared by the tests: a synthetic record in which every section is filled."""
 
 import os
+import signal
+
+# A shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests that send one would hang.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch is imported: on a shared machine spinning threads slow small steps a hundredfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
