@@ -3,7 +3,7 @@
 import os
 import signal
 
-# A shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests that send one would hang.
+# A shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests of it would hang.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
