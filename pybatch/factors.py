@@ -14,7 +14,7 @@ from pybatch.records import Curve, Run
 from pybatch.scaling import SEARCHED
 
 Level = int | float | str
-_ALIKE = ("workload", "optimizer", "split", "target", "dtype", "source")
+_Key = tuple[str, Level, Level, str, float, tuple[object, ...]]  # dial, its levels, split, target, what is alike
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Effect:
 class _Cell:
     """The critical batch of one sweep at one target, with the logarithmic distances of its interval's ends."""
 
-    alike: tuple[object, ...]
+    split: str
+    target: float
+    alike: tuple[object, ...]  # what else must be the same
     dials: Mapping[str, Level]
     value: float
     below: float
@@ -54,16 +56,22 @@ def effects(runs: Sequence[Run]) -> tuple[Effect, ...]:
     Args:
         runs: records with tuned sweeps; others are passed over. Of two with the same dials the later one counts.
     """
-    named = {(cell.alike, tuple(sorted(cell.dials.items()))): cell for run in runs for cell in _cells(run)}
+    named = {
+        (cell.split, cell.target, cell.alike, tuple(sorted(cell.dials.items()))): cell
+        for run in runs
+        for cell in _cells(run)
+    }
     cells = list(named.values())
-    found: dict[tuple[object, ...], list[tuple[_Cell, _Cell]]] = {}
+    found: dict[_Key, list[tuple[_Cell, _Cell]]] = {}
     for i, one in enumerate(cells):
         for other in cells[i + 1 :]:
-            if one.alike != other.alike or (dial := _only_difference(one.dials, other.dials)) is None:
+            dial = _only_difference(one, other)
+            if dial is None:
                 continue
-            a, b = sorted((one, other), key=lambda cell, dial=dial: _order(cell.dials[dial]))  # type: ignore[misc]
-            found.setdefault((dial, a.dials[dial], b.dials[dial], *a.alike), []).append((a, b))
-    return tuple(_effect(pairs) for pairs in found.values())
+            a, b = (one, other) if _order(one.dials[dial]) <= _order(other.dials[dial]) else (other, one)
+            key = (dial, a.dials[dial], b.dials[dial], a.split, a.target, a.alike)
+            found.setdefault(key, []).append((a, b))
+    return tuple(_effect(dial, pairs) for (dial, *_), pairs in found.items())
 
 
 def _cells(run: Run) -> Iterator[_Cell]:
@@ -73,11 +81,11 @@ def _cells(run: Run) -> Iterator[_Cell]:
     dials: dict[str, Level] = dict(steps.workload.options)
     if steps.workload.model is not None:
         dials["model"] = steps.workload.model
+    info = steps.workload
+    alike = (info.name, steps.optimizer, info.dtype, info.source)
     for curve in steps.curves:
-        if curve.rule == SEARCHED and curve.critical_batch:
-            info = steps.workload
-            alike = (info.name, steps.optimizer, curve.split, curve.target, info.dtype, info.source)
-            yield _Cell(alike, dials, curve.critical_batch, *_distances(curve))
+        if curve.rule == SEARCHED and curve.critical_batch and curve.target is not None:
+            yield _Cell(curve.split, curve.target, alike, dials, curve.critical_batch, *_distances(curve))
 
 
 def _distances(curve: Curve) -> tuple[float, float]:
@@ -86,10 +94,13 @@ def _distances(curve: Curve) -> tuple[float, float]:
     return below, math.log(curve.high / curve.critical_batch) if curve.high else math.inf
 
 
-def _only_difference(one: Mapping[str, Level], other: Mapping[str, Level]) -> str | None:
-    if one.keys() != other.keys():
+def _only_difference(one: _Cell, other: _Cell) -> str | None:
+    """The dial in which two sweeps differ, where they are the same in everything else."""
+    if (one.split, one.target, one.alike) != (other.split, other.target, other.alike):
         return None
-    differing = [name for name in one if one[name] != other[name]]
+    if one.dials.keys() != other.dials.keys():
+        return None
+    differing = [name for name in one.dials if one.dials[name] != other.dials[name]]
     return differing[0] if len(differing) == 1 else None
 
 
@@ -98,13 +109,8 @@ def _order(level: Level) -> tuple[bool, float, str]:
     return (True, 0.0, level) if isinstance(level, str) else (False, float(level), "")
 
 
-def _effect(pairs: Sequence[tuple[_Cell, _Cell]]) -> Effect:
+def _effect(dial: str, pairs: Sequence[tuple[_Cell, _Cell]]) -> Effect:
     first, second = pairs[0]
-    dial = _only_difference(first.dials, second.dials)
-    assert dial is not None
-    split, target = first.alike[_ALIKE.index("split")], first.alike[_ALIKE.index("target")]
-    assert isinstance(split, str)
-    assert isinstance(target, float)
     mean = sum(math.log(b.value / a.value) for a, b in pairs) / len(pairs)
     below = math.hypot(*(d for a, b in pairs for d in (b.below, a.above))) / len(pairs)
     above = math.hypot(*(d for a, b in pairs for d in (b.above, a.below))) / len(pairs)
@@ -112,8 +118,8 @@ def _effect(pairs: Sequence[tuple[_Cell, _Cell]]) -> Effect:
         dial,
         first.dials[dial],
         second.dials[dial],
-        split,
-        target,
+        first.split,
+        first.target,
         math.exp(mean),
         math.exp(mean - below) if math.isfinite(below) else None,
         math.exp(mean + above) if math.isfinite(above) else None,

@@ -20,6 +20,17 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture
+def one_thread():
+    """For models of a few kilobytes: a second thread only waits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def fit():
     return r.ThroughputFit(
         model="affine",

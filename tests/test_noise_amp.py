@@ -24,13 +24,7 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 OPTIMIZERS = {"torch": torch.optim.AdamW, "fused": AdamW}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models of a few kilobytes: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Truth:

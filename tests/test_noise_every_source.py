@@ -23,13 +23,7 @@ SOURCES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models of a few kilobytes: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Regression(noise_models.Regression):

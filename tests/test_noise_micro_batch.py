@@ -16,14 +16,7 @@ from pybatch.noise.micro_batch import measure_noise
 from pybatch.workloads.finding import find
 from pybatch.workloads.session import Session
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models of a few kilobytes: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_interval_holds_the_closed_form():

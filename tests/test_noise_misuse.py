@@ -12,13 +12,8 @@ from pybatch.noise import backward
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Models of a few kilobytes: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seeded(one_thread):
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def attached(model=None, **options):

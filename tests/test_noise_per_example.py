@@ -12,14 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pybatch.errors import UsageError
 from pybatch.noise.per_example import ExampleRecorder, layers, uses
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models of a few kilobytes: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def squared_error(output, target):

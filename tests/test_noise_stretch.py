@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 from noise_models import Regression
 
 from pybatch.noise.micro_batch import STRETCH_STEPS, measure_noise
@@ -11,13 +10,7 @@ from pybatch.records import Run
 from pybatch.report.sections import sections
 from pybatch.workloads.finding import find
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Falling(Regression):
