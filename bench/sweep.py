@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from pybatch.convergence.loop import Loop
 from pybatch.convergence.plan import Plan
-from pybatch.convergence.replicas import Loop, Replicas, Stack
+from pybatch.convergence.replicas import Replicas
+from pybatch.convergence.stack import Stack
 from pybatch.convergence.store import Store
 from pybatch.convergence.sweep import measure_convergence
 from pybatch.convergence.trajectory import Trajectory

@@ -19,6 +19,14 @@ def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew from what the code says now")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _freed_memory_goes_back():
+    """Commands that run inside the tests' process must not set how it frees memory: other tests measure that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pybatch.device.memory.keep_freed", lambda: None)
+        yield
+
+
 @pytest.fixture
 def one_thread():
     """For models of a few kilobytes: a second thread only waits."""

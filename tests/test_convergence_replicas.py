@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from pybatch.convergence import replicas as module
+from pybatch.convergence import choosing
+from pybatch.convergence.choosing import choose, chunks
+from pybatch.convergence.loop import Loop
 from pybatch.convergence.pooling import Pooling
-from pybatch.convergence.replicas import Loop, Stack, choose, chunks
+from pybatch.convergence.stack import Stack
 from pybatch.convergence.training import run_unit
 from pybatch.convergence.trial import Trial, Unit
 from pybatch.convergence.updates import StackedAdamW, StackedSGD, Views, arguments, update_for
@@ -194,9 +196,9 @@ def test_the_faster_form_is_taken(monkeypatch):
 
         return _timed
 
-    monkeypatch.setattr(module, "_timed", timed(Loop))
+    monkeypatch.setattr(choosing, "_timed", timed(Loop))
     assert isinstance(choose(Points(), trials(), CPU)[0], Stack)
-    monkeypatch.setattr(module, "_timed", timed(Stack))
+    monkeypatch.setattr(choosing, "_timed", timed(Stack))
     assert isinstance(choose(Points(), trials(), CPU)[0], Loop)
 
 
@@ -264,7 +266,7 @@ def test_adascale_estimates_the_noise_of_the_gradient():
 def test_trials_that_do_not_fit_together_are_run_in_groups_middle_rates_first(monkeypatch):
     some = trials((0.1, 0.2, 0.4, 0.8, 1.6))
     assert len(chunks(some, 100)) == 1
-    monkeypatch.setattr(module, "MEMORY", 4 * 100 * 4)
+    monkeypatch.setattr(choosing, "MEMORY", 4 * 100 * 4)
     groups = chunks(some, 100)
     assert [len(g) for g in groups] == [4, 4, 2]
     assert groups[0][0].lr == 0.4
@@ -275,7 +277,7 @@ def test_groups_change_no_result(monkeypatch):
     unit = Unit(tuple(trials((0.02, 0.05, 0.1), batch=16)), {"train": 0.5}, (0, 1), cap=200)
     steps = []
     for memory in (2**30, 1):
-        monkeypatch.setattr(module, "MEMORY", memory)
+        monkeypatch.setattr(choosing, "MEMORY", memory)
         out, race = [], unit.race()
         run_unit(Points(), unit, out.append, device=CPU, how="loop")
         for o in out:

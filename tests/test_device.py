@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -194,3 +195,30 @@ def test_the_environment_names_the_commit_and_whether_it_changed(
     assert (found.seed, found.command, found.threads) == (7, "pybatch bench", torch.get_num_threads())
     assert found.torch == torch.__version__
     assert "numpy" in found.libraries
+
+
+def test_memory_that_is_kept_stays_with_the_process_until_it_is_released():
+    text = """
+import ctypes, torch
+from pybatch.device.memory import keep_freed, process_bytes, release
+{}
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+before, size = process_bytes("VmRSS"), 20 << 20
+block = libc.malloc(size)
+libc.memset(block, 1, size)
+libc.free(block)
+print((process_bytes("VmRSS") - before) / size)
+release(torch.device("cpu"))
+print((process_bytes("VmRSS") - before) / size)
+"""
+    shares = []
+    for line in ("", "keep_freed()"):
+        done = subprocess.run([sys.executable, "-c", text.format(line)], capture_output=True, text=True, check=True)
+        shares.append([float(share) for share in done.stdout.split()])
+    if shares[0][0] > 0.5:
+        pytest.skip("this C library keeps what is freed by itself")
+    (_, _), (kept, released) = shares
+    assert kept > 0.9
+    assert released < 0.5

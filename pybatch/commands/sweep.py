@@ -82,8 +82,10 @@ def sweep(
         raise UsageError("--resume goes on with a store, and none is given. Add --store FILE.")
 
     def job(chosen: Workload, device: torch.device, progress: ProgressLine) -> Run:
+        from pybatch.device.memory import keep_freed
         from pybatch.sweep import run_sweep
 
+        keep_freed()
         return run_sweep(
             chosen,
             device=device,

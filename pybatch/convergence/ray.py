@@ -16,6 +16,7 @@ import torch
 
 from pybatch.convergence.jobs import Deliver, Done, Ticket, Workers, train
 from pybatch.convergence.trial import Outcome, Unit
+from pybatch.device.memory import keep_freed
 from pybatch.errors import UsageError
 from pybatch.workloads.base import Workload
 from pybatch.workloads.packing import Packed, pack
@@ -37,6 +38,7 @@ def stream(packed: Packed, unit: Unit, device: str) -> Iterator[Outcome | Done]:
     answers: queue.SimpleQueue[Outcome | Done | BaseException] = queue.SimpleQueue()
 
     def work() -> None:
+        keep_freed()
         try:
             answers.put(train(packed.open(), unit, answers.put, torch.device(device)))
         except BaseException as error:

@@ -9,7 +9,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pybatch.convergence.replicas import Replicas, Stack, choose, chunks
+from pybatch.convergence.choosing import choose, chunks
+from pybatch.convergence.loop import Loop
+from pybatch.convergence.replicas import Replicas
+from pybatch.convergence.stack import Stack
 from pybatch.convergence.trajectory import SPLITS, Trajectory, crossing_at, next_evaluation
 from pybatch.convergence.trial import End, Outcome, Race, Trial, Unit, diverged
 from pybatch.workloads.base import Progress, Workload
@@ -148,7 +151,5 @@ class _Training:
 
 def initial_losses(workload: Workload, trial: Trial, device: torch.device) -> dict[str, float]:
     """Losses before the first step, by split."""
-    from pybatch.convergence.replicas import Loop
-
     train, test = Loop(workload, [trial], device).evaluate()
     return {"train": train[0], "test": test[0]}

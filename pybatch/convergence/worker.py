@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pybatch.convergence.jobs import Setup, train
+from pybatch.device.memory import keep_freed
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
     try:
         setup: Setup = pickle.load(sys.stdin.buffer)
         torch.set_num_threads(setup.threads)
+        keep_freed()
         workload = setup.workload.open()
         while True:
             unit = pickle.load(sys.stdin.buffer)

@@ -14,6 +14,7 @@ import torch
 _CGROUP = Path("/sys/fs/cgroup")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def total_bytes() -> int:
@@ -49,6 +50,21 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif (trim := _malloc_trim()) is not None:
         trim(0)
+
+
+def keep_freed() -> None:
+    """Have this process keep what it frees for itself until `release`, where the C library is glibc.
+
+    glibc gives large blocks back to the system, and each page taken anew is a fault: to fill 74 MB in tensors of 9 MB
+    took 42 ms with them and 5 ms without (AMD EPYC in a virtual machine). For processes of pybatch's own: the setting
+    can't be taken back.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 2**31 - 1)):  # the largest it takes
+        mallopt(parameter, value)
 
 
 class PeakMemory:

@@ -1,0 +1,90 @@
+"""Which form trains some trials: both give each trial the model, the batches and the update it would have alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from pybatch.convergence.loop import Loop
+from pybatch.convergence.replicas import Losses, Replicas
+from pybatch.convergence.stack import Stack, alone
+from pybatch.convergence.trial import Trial
+from pybatch.errors import WorkloadError
+from pybatch.workloads.base import Workload
+
+MEMORY = 2**30  # bytes of parameters, gradients and optimizer states trained at a time
+AGREE = 1e-3  # relative: losses of stacked and separate replicas after two steps; fp32 rounding is 1e-6, a fault is 0.1
+INTERVAL = 8  # steps between two evaluations in the middle of a trial
+SAMPLE = 4  # replicas by which the loop is timed
+
+
+def choose(
+    workload: Workload, trials: Sequence[Trial], device: torch.device, how: Literal["stacked", "loop"] | None = None
+) -> tuple[Replicas, str | None]:
+    """The faster form for these trials, ready at step 0, and why they are not stacked where they can't be.
+
+    Args:
+        workload, trials, device: what is trained, and where.
+        how: "stacked" or "loop" to have one of them without measuring.
+    """
+    if how == "loop" or len(trials) == 1 or any(map(alone, trials)):
+        return Loop(workload, trials, device), None
+    if how == "stacked":
+        return Stack(workload, trials, device), None
+    few = trials[:: max(1, len(trials) // SAMPLE)][:SAMPLE]
+    loop, separate = _timed(Loop(workload, few, device))
+    try:
+        stacked, together = _timed(Stack(workload, trials, device))
+    except (torch.OutOfMemoryError, MemoryError):
+        return Loop(workload, trials, device), "not stacked: memory ran out"
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, WorkloadError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return Loop(workload, trials, device), f"not stacked: the model cannot be run through vmap ({line})"
+    places = [trials.index(trial) for trial in few]
+    for mine, theirs in zip(loop, stacked, strict=True):
+        for j, i in enumerate(places):
+            if not _agree(mine[j], theirs[i]):
+                text = f"not stacked: losses of stacked and separate replicas differ ({theirs[i]:.6g}, {mine[j]:.6g})"
+                return Loop(workload, trials, device), text
+    if together <= separate * len(trials) / len(few):
+        return Stack(workload, trials, device), None
+    return Loop(workload, trials, device), None
+
+
+def chunks(trials: Sequence[Trial], parameter_bytes: int) -> list[list[Trial]]:
+    """Trials in groups whose parameters, gradients and states (at most two more copies) fit MEMORY, middle rates first.
+
+    A good rate found early shortens the trials of the groups after it.
+    """
+    rates = sorted({trial.lr for trial in trials})
+    centre = len(rates) // 2
+    ordered = sorted(trials, key=lambda t: (abs(rates.index(t.lr) - centre), t.lr, t.seed))
+    size = max(1, MEMORY // max(1, 4 * parameter_bytes))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def _timed(replicas: Replicas) -> tuple[Losses, float]:
+    """Losses after two steps, and the seconds of INTERVAL steps and an evaluation."""
+    replicas.advance(2)
+    losses = replicas.evaluate()  # waits for the device, as those below do
+    step = evaluation = math.inf
+    for _ in range(2):
+        begin = time.perf_counter()
+        replicas.evaluate()
+        middle = time.perf_counter()
+        replicas.advance(1)
+        replicas.evaluate()
+        end = time.perf_counter()
+        evaluation = min(evaluation, middle - begin)
+        step = min(step, end - middle)
+    return losses, INTERVAL * max(0.0, step - evaluation) + evaluation
+
+
+def _agree(a: float, b: float) -> bool:
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return math.isfinite(a) == math.isfinite(b)
+    return abs(a - b) <= AGREE * max(abs(a), abs(b), 1e-3)

@@ -1,0 +1,111 @@
+"""Layers of images in a stack, with replicas folded into the channels and channels last in memory.
+
+`vmap` folds replicas into the channels to convolve and into the batch to pool, with a copy between the two, and adds
+the bias in a pass of its own. Here images [n, replicas * channels, rows, columns] stay as they are from one layer to
+the next, in the order that torch's CPU kernels take best. With 36 replicas of 64 digits, one thread of an AMD EPYC,
+forward and backward: a convolution of one channel 4.6 ms against 22.7, the pooling after it 2.3 against 14.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+# What is done to images with so many replicas in their channels, with the weight and bias of all of them.
+Operation = Callable[[int, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+class Folding(TorchFunctionMode):
+    """Within it, and within `vmap`, layers of a batch of images [n, channels, rows, columns] on a CPU are folded.
+
+    These are `conv2d`, `group_norm` and pooling; others see the same images as without it, in another order of
+    memory. `used` tells whether there was one.
+    """
+
+    used = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """As `TorchFunctionMode`."""
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dim() == 4 and args[0].device.type == "cpu":
+            if (fold := _FOLDS.get(func)) is not None:
+                self.used = True
+                return _Folded.apply(*fold(*args, **kwargs))  # type: ignore[no-untyped-call]
+            if func is Tensor.view:  # asks for an order that these images need not have
+                return func(args[0].contiguous(), *args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
+class _Folded(torch.autograd.Function):
+    """An operation, which `vmap` runs folded; what is run then is differentiated as without `vmap`."""
+
+    @staticmethod
+    def forward(operation: Operation, images: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return operation(1, images, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: without `vmap` there is no gradient here."""
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: Any, operation: Operation, images: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, int]:
+        n = info.batch_size
+        images, parameters = _stacked(images, dims[1], n), []
+        for tensor, dim in ((weight, dims[2]), (bias, dims[3])):
+            parameters.append(None if tensor is None else _stacked(tensor, dim, n).flatten(0, 1))
+        # Images of an earlier fold have this order already, and are not copied.
+        folded = images.permute(1, 3, 4, 0, 2).contiguous().flatten(3).permute(0, 3, 1, 2)
+        found = operation(n, folded, *parameters)
+        return found.reshape(len(found), n, -1, *found.shape[2:]), 1
+
+
+def _stacked(tensor: Tensor, dim: int | None, n: int) -> Tensor:
+    """[n, ...], whatever `vmap` has it along."""
+    return tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+Fold = tuple[Operation, Tensor, Tensor | None, Tensor | None]
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Fold:
+    return lambda n, x, w, b: torch.conv2d(x, w, b, stride, padding, dilation, n * groups), input, weight, bias
+
+
+def _each(layer: Callable[..., Tensor]) -> Callable[..., Fold]:
+    """Of a layer that has no parameters and takes channels one by one."""
+
+    def fold(input: Tensor, *args: Any, **kwargs: Any) -> Fold:
+        return lambda n, x, w, b: layer(x, *args, **kwargs), input, None, None
+
+    return fold
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Fold:
+    return lambda n, x, w, b: functional.group_norm(x, n * num_groups, w, b, eps), input, weight, bias
+
+
+_POOLS = (torch.max_pool2d, functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d)
+_FOLDS: dict[Callable[..., Any], Callable[..., Fold]] = {
+    torch.conv2d: _conv2d,
+    functional.group_norm: _group_norm,
+    **{pool: _each(pool) for pool in _POOLS},
+}
