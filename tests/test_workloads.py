@@ -15,7 +15,7 @@ from pybatch.optim import AdamW
 from pybatch.workloads import digits, finding, text
 from pybatch.workloads.base import Workload
 from pybatch.workloads.finding import find, shipped
-from pybatch.workloads.session import Session
+from pybatch.workloads.session import Session, fixed_batches
 
 CPU = torch.device("cpu")
 EVERY = [("quadratic", None)] + [
@@ -215,3 +215,20 @@ def test_files_that_are_missing_or_do_not_run_are_named(tmp_path: Path) -> None:
     raises.write_text("import not_there_at_all\n")
     with pytest.raises(UsageError, match="ModuleNotFoundError"):
         find(f"{raises}:A")
+
+
+@pytest.mark.parametrize("count", [0, -3, 2.5, "many"])
+def test_a_number_of_evaluation_examples_that_is_none_names_value_and_remedy(count: object) -> None:
+    workload = find("quadratic")
+    workload.evaluation_examples = count  # type: ignore[assignment]
+    with pytest.raises(WorkloadError, match=f"evaluation_examples is {count!r}.*such as 512"):
+        fixed_batches(workload, CPU)
+
+
+@pytest.mark.parametrize(("name", "count"), [("digits", 512), ("scenes", 32), ("text", 64)])
+def test_losses_are_taken_on_as_many_examples_as_the_workload_says(name: str, count: int) -> None:
+    workload = find(name)
+    train, test = fixed_batches(workload, CPU)
+    assert [len(train[0]), len(test[0])] == [count, count]
+    again = fixed_batches(workload, CPU)[0]
+    assert torch.equal(train[0], again[0])

@@ -24,10 +24,8 @@ from pybatch.optim import FusedOptimizer
 from pybatch.records import Branching, Convergence, Note
 from pybatch.scaling import Scaled
 from pybatch.workloads.base import Progress, Workload
-from pybatch.workloads.session import Session
+from pybatch.workloads.session import Session, fixed_batches
 
-EVALUATED = 512  # examples of the fixed batch
-EVALUATION_SEED = 2**31 - 1  # its seed, which no repeat has
 _LOOK = 25  # steps of the base run between looks at the loss and the clock
 _FEWEST = 5  # batch sizes kept: fewer bend no curve
 
@@ -90,7 +88,7 @@ class BranchedRun:
 
     def __post_init__(self) -> None:
         self.base = self._trained(self.seed, self.plan.scaled[self.plan.base])
-        self.held_out = Session(self.workload, self.device, self.dtype, EVALUATION_SEED).batch(EVALUATED)
+        self.held_out = fixed_batches(self.workload, self.device, self.dtype)[0]
         self.untrained = self.base.evaluate(self.held_out)
         self.state: dict[str, Any] = {}
         self.trials = 0
@@ -255,7 +253,8 @@ class BranchedRun:
             seeds=plan.seeds,
             trials=self.trials,
             base_batch=plan.base,
-            smoothing=f"train loss of {EVALUATED} fixed examples, smoothed over five looks, {WINDOW} a branch",
+            smoothing=f"train loss of {self.workload.evaluation_examples} fixed examples, "
+            f"smoothed over five looks, {WINDOW} a branch",
             complete=complete and not self.notes,
             branches=tuple(self.found),
             device=describe(self.device),

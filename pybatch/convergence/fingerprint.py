@@ -34,6 +34,8 @@ def fingerprint(workload: Workload) -> str:
         "init": _hash(list(session.model.state_dict().values())),
         "source": _source(cls),
     }
+    if workload.evaluation_examples != Workload.evaluation_examples:
+        parts["evaluation_examples"] = workload.evaluation_examples
     return json.dumps(parts, sort_keys=True)
 
 

@@ -10,10 +10,7 @@ import torch
 
 from pybatch.convergence.trial import Trial
 from pybatch.workloads.base import Workload
-from pybatch.workloads.session import Session
-
-EVALUATED = 512  # examples of each split's fixed batch: a loss then is known within some 5 %, the same for all trials
-EVALUATION_SEED = 2**31 - 1  # of the fixed batches
+from pybatch.workloads.session import Session, fixed_batches
 
 Losses = tuple[list[float], list[float]]  # train and test, a number for each replica
 
@@ -29,8 +26,7 @@ class Replicas(ABC):
         self.sessions = [Session(workload, device, t.dtype, t.seed) for t in trials]
         for trial, session in zip(trials, self.sessions, strict=True):
             self.streams.setdefault(trial.seed, session)
-        held_out = Session(workload, device, trials[0].dtype, EVALUATION_SEED)
-        self.held_out = [held_out.batch(EVALUATED, "train"), held_out.batch(EVALUATED, "test")]
+        self.held_out = fixed_batches(workload, device, trials[0].dtype)
 
     @abstractmethod
     def advance(self, steps: int) -> None:

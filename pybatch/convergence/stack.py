@@ -7,7 +7,6 @@ same, the first time measures.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -67,7 +66,7 @@ class Stack(Replicas):
         return losses
 
     def _gradients(self, batch: Any, folded: bool) -> tuple[Tensor | None, ...]:
-        with Folding() if folded else contextlib.nullcontext():
+        with Folding(images=folded):
             losses = self._losses(batch, 0)
         trained = [self.params[key] for key in self.trained]
         grads: tuple[Tensor | None, ...] = torch.autograd.grad(losses.sum(), trained, allow_unused=True)
@@ -129,7 +128,7 @@ class Stack(Replicas):
     def _evaluate(self, together: bool) -> Losses:
         """Losses of all replicas at once, or one by one: stacked convolutions are slow on large batches."""
         if together:
-            with Pooling():
+            with Pooling(), Folding(images=False):
                 train, test = (self._losses(batch, None).tolist() for batch in self.held_out)
             return train, test
         train, test = [], []

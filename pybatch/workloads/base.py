@@ -26,6 +26,8 @@ class Workload(ABC):
         target: loss targets per split, for steps to target: {"train": 0.3, "test": 0.5}.
         learning_rate: rate of the warm-up training, with pybatch's AdamW; `reference_batch` is its batch size.
         examples: size of the training set, or None where it is unlimited or unknown.
+        evaluation_examples: size of the fixed batch of each split on which sweeps and branches take losses, often. Give
+            as many as make its loss known within some 2 %: 512 digits, or 64 sequences of 64 tokens.
         weight_unit: what `example_weights` counts.
         models: names accepted as `Workload(model=...)`, the default first; empty when there is one model only.
         dials: keyword arguments of the constructor beside `model` and `data`, with what each does; values are int,
@@ -42,6 +44,7 @@ class Workload(ABC):
     learning_rate: float = 1e-3
     reference_batch: int = 32
     examples: int | None = None
+    evaluation_examples: int = 512
     weight_unit: str = "tokens"
     model_name: str | None = None
     data: str | None = None

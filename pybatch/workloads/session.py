@@ -17,6 +17,8 @@ from pybatch.workloads.base import Split, Workload
 from pybatch.workloads.compiling import compiled
 from pybatch.workloads.finding import source_digest
 
+EVALUATION_SEED = 2**31 - 1  # of the fixed batches; no training has it
+
 
 def checked_dtype(name: str) -> torch.dtype:
     """The dtype of this name, for autocast and ceilings; raises UsageError for another."""
@@ -223,3 +225,15 @@ def is_out_of_memory(error: BaseException) -> bool:
             "CUDNN_STATUS_ALLOC_FAILED",
         )
     )
+
+
+def fixed_batches(workload: Workload, device: torch.device, dtype: str = "fp32") -> tuple[Any, Any]:
+    """The batches of training and test examples whose losses are compared: the same for all trials."""
+    count = workload.evaluation_examples
+    if not isinstance(count, int) or count < 1:
+        raise WorkloadError(
+            f"workload {workload.name!r}: evaluation_examples is {count!r}. Give the number of examples of the fixed "
+            "batches on which losses are taken, such as 512."
+        )
+    session = Session(workload, device, dtype, EVALUATION_SEED)
+    return session.batch(count, "train"), session.batch(count, "test")

@@ -81,6 +81,7 @@ class Text(Workload):
                     f"need ten times as many. Give more text, or a smaller length."
                 )
         self.examples = len(train) // length
+        self.evaluation_examples = max(8, 4096 // length)  # a loss per byte then is known within 2 %
         self.options = {"size": size, "length": length, "vocabulary": vocabulary, "subset": subset}
 
     def model(self) -> nn.Module:
