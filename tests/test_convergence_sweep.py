@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import sqlite3
+import subprocess
+import sys
 import types
 
 import pytest
@@ -274,7 +276,18 @@ def test_a_worker_that_always_dies_is_said_and_the_rest_goes_on(monkeypatch):
     assert not found.complete
     [curve] = found.curves
     assert [p.batch for p in curve.points] == [4]
-    assert any("batch 16" in n.text and "lost 3 times" in n.text for n in curve.notes)
+    [note] = [n.text for n in curve.notes if "lost 3 times" in n.text]
+    assert "batch 16" in note
+    assert "SIGKILL, as where memory runs out" in note
+
+
+@pytest.mark.parametrize(("ends", "said"), [("os._exit(7)", "exit status 7"), ("os.abort()", "SIGABRT")])
+def test_how_a_worker_ended_is_said(ends, said):
+    from pybatch.convergence import jobs
+
+    child = object.__new__(jobs._Child)
+    child.process = subprocess.Popen([sys.executable, "-c", f"import os; {ends}"], stderr=subprocess.DEVNULL)
+    assert said in child.ending()
 
 
 def test_the_record_reads_back(run):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -26,6 +27,8 @@ from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.packing import Packed, pack
 from pybatch.workloads.session import is_out_of_memory
 
+_NO_MEMORY = "its trials may need more memory than there is: use fewer jobs, or leave this batch size out"
+_ENDS = 5.0  # s in which a process that closed its answers ends
 TRIES = 3  # times a unit is begun: a trial that kills its worker each time would never end
 
 Deliver = Callable[[Outcome], None]
@@ -35,10 +38,7 @@ class LostWorkerError(PybatchError, RuntimeError):
     """A unit's worker was lost TRIES times; `ticket` is the unit's."""
 
     def __init__(self, ticket: Ticket) -> None:
-        super().__init__(
-            f"the worker was lost {TRIES} times in the same trials; they may need more memory than there is: leave "
-            "this batch size out, or use fewer jobs"
-        )
+        super().__init__(f"the worker was lost {TRIES} times in the same trials ({ticket.lost})")
         self.ticket = ticket
 
 
@@ -52,6 +52,7 @@ class Ticket:
     error: str | None = None  # as in `Done`
     tries: int = 0
     delivered: set[str] = field(default_factory=set)
+    lost: str = _NO_MEMORY  # how the worker of the last try ended, and what to do
 
     def rest(self) -> Unit:
         """The unit without what came back."""
@@ -212,6 +213,7 @@ class Processes(Workers):
                 continue
             del self._busy[child]
             if answer is None:
+                ticket.lost = child.ending()
                 child.stop()
                 self._waiting.appendleft(ticket)
             else:
@@ -253,6 +255,17 @@ class _Child:
 
     def send(self, unit: Unit) -> None:
         self._write(pickle.dumps(unit))
+
+    def ending(self) -> str:
+        """How a process ended that answers no more, and what to do about it."""
+        try:
+            code = self.process.wait(_ENDS)
+        except subprocess.TimeoutExpired:
+            return "it answers no more: see what it wrote above"
+        if code == -signal.SIGKILL:
+            return f"killed by SIGKILL, as where memory runs out; {_NO_MEMORY}"
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        return f"{how}: see what it wrote above, and what in the workload ends a process"
 
     def stop(self) -> None:
         self.process.kill()

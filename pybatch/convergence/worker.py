@@ -40,7 +40,7 @@ def main() -> None:
         while True:
             unit = pickle.load(sys.stdin.buffer)
             answer(train(workload, unit, answer, torch.device(setup.device), look))
-    except (EOFError, BrokenPipeError):
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the driver ended, perhaps within a message
         return
 
 
