@@ -74,7 +74,7 @@ TOY = Scale(  # the same parts within a minute
     workload=("--workload", "digits"),
     sweep=("--target", "train=1.2", "--rates", "0.0625,0.25,1", "--max-steps", "2000"),
     passes=(("--batch", "4-64*4", "--seeds", "2"), ("--batch", "4-64*2", "--seeds", "2")),
-    capacity=("--time-budget", "10"),
+    capacity=("--time-budget", "12", "--batch", "8,64,512,4096"),
 )
 
 

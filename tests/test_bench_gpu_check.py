@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import counters
@@ -185,10 +186,23 @@ def test_a_sweep_at_scale_that_is_killed_goes_on_and_answers_the_question(toy, t
     assert figures["critical_source"] == "sweep"
     low, critical, high = (figures["critical_batch"][i] for i in (1, 0, 2))
     assert low < critical < high
-    ratio = critical / figures["saturation_batch"][0]
-    assert figures["critical_over_saturation"] == pytest.approx(ratio)
     verdict = figures["record"]["verdict"]
     assert verdict["critical_batch"] == critical
+
+
+def test_the_answer_is_the_critical_batch_over_the_saturation_batch():
+    record = {
+        "capacity": {"saturation_batch": 800.0, "saturation_low": 700.0, "saturation_high": 900.0},
+        "verdict": {"critical_batch": 20.0, "critical_low": 15.0, "critical_high": 30.0, "saturation_batch": 800.0},
+        "convergence": {"curves": [{"points": [{"batch": 8, "steps": 100.0, "learning_rate": 0.1}]}]},
+    }
+    found = sweep_at_scale.answer(record)
+    assert found["critical_over_saturation"] == 0.025
+    assert (found["critical_batch"], found["saturation_batch"]) == ([20.0, 15.0, 30.0], [800.0, 700.0, 900.0])
+    assert found["points"] == {8: [100.0, 0.1]}
+    record["verdict"]["saturation_batch"] = None
+    assert sweep_at_scale.answer(record)["critical_over_saturation"] is None
+    assert sweep_at_scale.answer({})["points"] == {}
 
 
 def _trials(store):
@@ -221,3 +235,14 @@ def test_what_a_sweep_at_scale_asks_for_is_understood():
         smallest = {parse_batches(flags[flags.index("--batch") + 1])[0] for flags in scale.passes}
         assert len(smallest) == 1, "another base batch would give the same trials another limit of steps"
     assert max(parse_batches(sweep_at_scale.GPU.passes[0][1])) == 2**13
+
+
+@pytest.mark.parametrize("kind", ["flash", "efficient", "cudnn"])
+def test_attention_of_a_gpu_is_stacked_without_a_loop_over_replicas(kind):
+    """What the sweep's replicas run through vmap there; a warning, that an operator has no rule, is an error here."""
+    attention = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention")
+    inputs = [torch.randn(5, 3, 4, 8, 16, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    options = (0.0, True) if kind == "flash" else (None, True, 0.0, True)
+    out = torch.vmap(lambda q, k, v: attention(q, k, v, *options)[0])(*inputs)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert [g.shape for g in (out, *grads)] == [inputs[0].shape] * 4
