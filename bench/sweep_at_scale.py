@@ -149,13 +149,17 @@ class Stage:
         files = [str(path) for path in (self.capacity, self.store) if path.exists()]
         if not files:
             return {}
-        command = [sys.executable, "-m", "pybatch", "report", *files, "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = _report(files, target)
         if done.returncode and self.capacity.exists():  # a store in which nothing stands yet
-            self.parts.append({"part": "report", "status": f"without the sweep: {done.stderr.strip()}", "seconds": 0.0})
-            done = subprocess.run([*command[:4], str(self.capacity), *command[-2:]], capture_output=True, check=False)
+            self._note("report", f"without the sweep: {done.stderr.strip()}", 0.0)
+            done = _report([str(self.capacity)], target)
         found: dict[str, Any] = json.loads(target.read_text()) if done.returncode == 0 else {}
         return found
+
+
+def _report(files: list[str], target: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pybatch", "report", *files, "-o", str(target)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def answer(record: dict[str, Any]) -> dict[str, Any]:
