@@ -9,6 +9,15 @@ Each stage is a process of its own with a time limit, so one that hangs or crash
 that no longer fits before --seconds are over is skipped. DIR gets two files, rewritten after every stage:
 `gpu_check.json`, the summary with every stage's figures, and `gpu_check.tar.gz`, the logs and figures as files. Exit
 status 1 where a stage failed. --cpu tries this script itself where there is no GPU.
+
+`sweep_at_scale` takes a whole call, so it runs only where it is named; DIR then also gets what a later call goes on
+with. The calls, where a machine is lent for a while at a time and only OUT comes back from it:
+    1  python3 bench/gpu_check.py --output OUT/gpu
+    2  python3 bench/gpu_check.py --output OUT/gpu --only sweep_at_scale
+    3  mkdir -p OUT/gpu && cp EARLIER/gpu/sweep_at_scale* OUT/gpu/ &&
+       python3 bench/gpu_check.py --output OUT/gpu --only sweep_at_scale
+Call 3 only where 2 says "incomplete" or was killed; EARLIER is what came back from it, store, -wal and -shm together.
+With less time than 570 s, give --seconds: what is finished until then is in the summary.
 """
 
 from __future__ import annotations
@@ -49,6 +58,7 @@ ORDER = (
     "per_example",
     "roofs",
 )
+ON_REQUEST = ("sweep_at_scale",)  # stages that run only where --only names them
 
 
 @dataclass
@@ -70,10 +80,11 @@ class Check:
         output: folder of the stages' logs and figures.
         site: where pybatch is installed.
         seconds: after which nothing runs any more.
+        kept: folder of what a stage of a later call goes on with; None: `output`.
     """
 
-    def __init__(self, device: int | None, output: Path, site: Path, seconds: float) -> None:
-        self.device, self.output, self.site = device, output, site
+    def __init__(self, device: int | None, output: Path, site: Path, seconds: float, kept: Path | None = None) -> None:
+        self.device, self.output, self.site, self.kept = device, output, site, kept or output
         self.end = time.monotonic() + seconds
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range((device or 0) + 1)))
         paths = [str(site), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
@@ -174,15 +185,22 @@ class Check:
         status, log, seconds = self.run(stage, command, 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         return Outcome(stage, status, seconds, log[-TAIL:])
 
-    def script(self, name: str, limit: float, *arguments: str) -> Outcome:
-        """A benchmark script that writes its figures with --output."""
+    def script(self, name: str, limit: float, *arguments: str, incomplete: int | None = None) -> Outcome:
+        """A benchmark script that writes its figures with --output; `incomplete` as of `run`."""
         if not (ROOT / "bench" / f"{name}.py").exists():
             return Outcome(name, "skipped", 0.0, f"there is no bench/{name}.py")
         figures = self.output / f"{name}.json"
         place = "cpu" if self.device is None else "cuda"
         command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--device", place, "--output", str(figures)]
-        status, log, seconds = self.run(name, [*command, *arguments], limit)
+        status, log, seconds = self.run(name, [*command, *arguments], limit, incomplete)
         return Outcome(name, status, seconds, log[-TAIL:], _loaded(figures))
+
+    def sweep_at_scale(self) -> Outcome:
+        """Critical batch against saturation batch at batches to 2^13, in all the time there is."""
+        seconds = max(1.0, self.left - 5.0)  # it ends by itself before it is killed
+        return self.script(
+            "sweep_at_scale", self.left, "--seconds", f"{seconds:.0f}", "--kept", str(self.kept), incomplete=3
+        )
 
     def bench(self, workload: str, dtype: str, *flags: str) -> Outcome:
         """`pybatch bench --gpu 0` on one workload."""
@@ -227,6 +245,7 @@ class Check:
             "noise": lambda: self.script("noise", 60),
             "doctor": self.doctor,
             "counters": lambda: self.script("counters", 90),
+            "sweep_at_scale": self.sweep_at_scale,
             "bench_text_size_base": lambda: self.bench("text", "bf16", "--size", "base"),
             "bench_digits_size_base": lambda: self.bench("digits", "bf16", "--size", "base"),
             "bench_scenes_size_base": lambda: self.bench("scenes", "bf16", "--size", "base"),
@@ -236,7 +255,8 @@ class Check:
         """Names of the stages to run; raises ValueError for one that does not exist."""
         known = self.stages()
         if only is None:
-            return [name for name in ORDER if name in known] + [name for name in known if name not in ORDER]
+            last = [name for name in known if name not in (*ORDER, *ON_REQUEST)]
+            return [name for name in ORDER if name in known] + last
         asked = [name.strip() for name in only.split(",")]
         if unknown := [name for name in asked if name not in known]:
             raise ValueError(f"no stage {', '.join(unknown)}. There are: {', '.join(known)}.")
@@ -311,7 +331,8 @@ def main() -> int:
     device = None if arguments.cpu else arguments.device
     with tempfile.TemporaryDirectory(prefix="pybatch-gpu-check-") as folder:
         site = (arguments.site or Path(folder) / "site").resolve()
-        checks = Check(device, Path(folder) / "stages", site, arguments.seconds)
+        output: Path = arguments.output.resolve()
+        checks = Check(device, Path(folder) / "stages", site, arguments.seconds, kept=output)
         try:
             stages = checks.ordered(arguments.only)
         except ValueError as error:
@@ -319,7 +340,6 @@ def main() -> int:
         if arguments.dry_run:
             print("\n".join(stages))
             return 0
-        output: Path = arguments.output.resolve()
         for needed in (output, checks.output):
             needed.mkdir(parents=True, exist_ok=True)
         outcomes = check(stages, checks, _environment(device), output)

@@ -1,17 +1,27 @@
 """The GPU check's own logic, without a GPU: a stage that fails, hangs or breaks costs itself; time is kept."""
 
+import contextlib
+import dataclasses
 import json
+import os
+import signal
+import sqlite3
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import counters
 import gpu_check
+import sweep_at_scale
 from gpu_check import Check, Outcome
+
+from pybatch.ranges import parse_batches
 
 BENCH = Path(gpu_check.__file__).parent
 
@@ -91,7 +101,7 @@ def test_every_stage_named_first_exists_and_every_script_too(tmp_path):
     names = Check(None, tmp_path, tmp_path, 1.0).ordered(None)
     assert len(names) == len(set(names))
     assert set(gpu_check.ORDER) <= set(names)
-    for name in ("step", "counters", "per_example", "noise"):
+    for name in ("step", "counters", "per_example", "noise", "sweep_at_scale"):
         assert (BENCH / f"{name}.py").exists()
 
 
@@ -106,7 +116,7 @@ def test_a_stage_sees_the_device_asked_for_as_gpu_0(monkeypatch, tmp_path, visib
     assert Check(device, tmp_path, tmp_path, 1.0).environment["CUDA_VISIBLE_DEVICES"] == expected
 
 
-@pytest.mark.parametrize("name", ["gpu_check", "counters", "step", "per_example", "noise"])
+@pytest.mark.parametrize("name", ["gpu_check", "counters", "step", "per_example", "noise", "sweep_at_scale"])
 def test_every_script_starts_and_knows_its_flags(name):
     done = subprocess.run([sys.executable, BENCH / f"{name}.py", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -129,3 +139,110 @@ def test_what_ncu_prints_is_read():
         {"sm_active": 98.5, "sm_occupancy": 11.5, "dram_active": 30.0},
     ]
     assert counters.parse("==ERROR== no permission\n") == []
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A way to run the sweep at scale at a toy scale, in `tmp_path`, as a stage does."""
+    found = Check(None, tmp_path, tmp_path / "site", 300.0)
+    environment = found.environment | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, BENCH / "sweep_at_scale.py", "--device", "cpu", "--kept", "kept", "--output", "o.json"]
+
+    def start(seconds=240.0):
+        return subprocess.Popen(
+            [*command, "--seconds", str(seconds)],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    return start
+
+
+def test_a_sweep_at_scale_that_is_killed_goes_on_and_answers_the_question(toy, tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    process = toy()
+    store = kept / "sweep_at_scale.db"
+    deadline = time.monotonic() + 120
+    while _trials(store) < 3:  # in the middle of the first batch size, or of the one after it
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = _trials(store)
+    measured = (kept / "sweep_at_scale_capacity.json").read_bytes()
+
+    assert toy().wait(timeout=240) in (0, 3)
+    figures = json.loads((tmp_path / "o.json").read_text())
+    assert [part["part"] for part in figures["parts"]] == ["capacity", "sweep 1", "sweep 2"]
+    assert figures["parts"][0]["status"].startswith("kept")
+    assert (kept / "sweep_at_scale_capacity.json").read_bytes() == measured
+    assert _trials(store) > before >= 3
+    assert list(figures["points"]) == ["4", "8", "16", "32", "64"]  # of both sweeps
+    assert figures["critical_source"] == "sweep"
+    low, critical, high = (figures["critical_batch"][i] for i in (1, 0, 2))
+    assert low < critical < high
+    verdict = figures["record"]["verdict"]
+    assert verdict["critical_batch"] == critical
+
+
+def test_the_answer_is_the_critical_batch_over_the_saturation_batch():
+    record = {
+        "capacity": {"saturation_batch": 800.0, "saturation_low": 700.0, "saturation_high": 900.0},
+        "verdict": {"critical_batch": 20.0, "critical_low": 15.0, "critical_high": 30.0, "saturation_batch": 800.0},
+        "convergence": {"curves": [{"points": [{"batch": 8, "steps": 100.0, "learning_rate": 0.1}]}]},
+    }
+    found = sweep_at_scale.answer(record)
+    assert found["critical_over_saturation"] == 0.025
+    assert (found["critical_batch"], found["saturation_batch"]) == ([20.0, 15.0, 30.0], [800.0, 700.0, 900.0])
+    assert found["points"] == {8: [100.0, 0.1]}
+    record["verdict"]["saturation_batch"] = None
+    assert sweep_at_scale.answer(record)["critical_over_saturation"] is None
+    assert sweep_at_scale.answer({})["points"] == {}
+
+
+def _trials(store):
+    """Trials in a store that another process may be making."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as db:
+            return db.execute("SELECT count(*) FROM trial").fetchone()[0]
+    except sqlite3.Error:
+        return 0
+
+
+def test_a_sweep_at_scale_is_interrupted_when_the_time_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    endless = ("--batch", "4", "--seeds", "1", "--target", "train=0.0000001", "--max-steps", "100000000")
+    scale = dataclasses.replace(sweep_at_scale.TOY, sweep=(), passes=(endless, ("--batch", "8")))
+    stage = sweep_at_scale.Stage(("--cpu",), scale, tmp_path, sweep_at_scale.REPORT_S + sweep_at_scale.GRACE_S + 12.0)
+    stage.capacity.write_text("{}")  # kept from an earlier call
+    stage.measure()
+    assert [(part["part"], part["status"]) for part in stage.parts[1:]] == [("sweep 1", "incomplete")]
+
+
+def test_the_sweep_at_scale_runs_only_where_it_is_named(tmp_path):
+    checks = Check(None, tmp_path, tmp_path, 1.0)
+    assert "sweep_at_scale" not in checks.ordered(None)
+    assert checks.ordered("sweep_at_scale") == ["build", "sweep_at_scale"]
+
+
+def test_what_a_sweep_at_scale_asks_for_is_understood():
+    for scale in (sweep_at_scale.GPU, sweep_at_scale.TOY):
+        smallest = {parse_batches(flags[flags.index("--batch") + 1])[0] for flags in scale.passes}
+        assert len(smallest) == 1, "another base batch would give the same trials another limit of steps"
+    assert max(parse_batches(sweep_at_scale.GPU.passes[0][1])) == 2**13
+
+
+@pytest.mark.parametrize("kind", ["flash", "efficient", "cudnn"])
+def test_attention_of_a_gpu_is_stacked_without_a_loop_over_replicas(kind):
+    """What the sweep's replicas run through vmap there; a warning, that an operator has no rule, is an error here."""
+    attention = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention")
+    inputs = [torch.randn(5, 3, 4, 8, 16, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    options = (0.0, True) if kind == "flash" else (None, True, 0.0, True)
+    out = torch.vmap(lambda q, k, v: attention(q, k, v, *options)[0])(*inputs)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert [g.shape for g in (out, *grads)] == [inputs[0].shape] * 4

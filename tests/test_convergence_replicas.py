@@ -313,3 +313,20 @@ def test_pooling_without_a_gradient_gives_the_same_maxima(pool, monkeypatch):
     images.requires_grad_()
     with Pooling():
         assert "MaxPool2D" in type(pool(images).grad_fn).__name__  # with one it is torch's
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_rates_are_uploaded_once_for_all_parameters(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(torch, "tensor", lambda *a, real=torch.tensor, **k: made.append(a) or real(*a, **k))
+    counts = []
+    for parameters in (1, 5):
+        params = [torch.ones(3, 4, requires_grad=True) for _ in range(parameters)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        update = update_for(name, arguments(name, {}))
+        made.clear()
+        with torch.no_grad():
+            update.step(params, [0.1, 0.2, 0.3])
+        counts.append(len(made))
+    assert counts[0] == counts[1] <= 2

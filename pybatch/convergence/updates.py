@@ -69,9 +69,10 @@ def update_for(name: str, group: Mapping[str, Any]) -> Update:
     return Views(name, group)
 
 
-def _per_replica(values: Sequence[float], like: Tensor) -> Tensor:
-    rates = torch.tensor(values, dtype=like.dtype, device=like.device)
-    return rates.view(-1, *[1] * (like.ndim - 1))
+def _per_replica(values: Sequence[float], params: Sequence[Tensor]) -> list[Tensor]:
+    """A value for each replica, in a shape for each parameter. On a GPU an upload waits, so there is one for all."""
+    made = {kind: torch.tensor(values, dtype=kind[0], device=kind[1]) for kind in {(p.dtype, p.device) for p in params}}
+    return [made[p.dtype, p.device].view(-1, *[1] * (p.ndim - 1)) for p in params]
 
 
 class StackedSGD(Update):
@@ -96,8 +97,8 @@ class StackedSGD(Update):
                 torch._foreach_add_(grads, self.buffers, alpha=group["momentum"])
             else:
                 grads = self.buffers
-        for p, g in zip(params, grads, strict=True):
-            p.addcmul_(g, _per_replica([-lr for lr in lrs], p))
+        for p, g, rate in zip(params, grads, _per_replica([-lr for lr in lrs], params), strict=True):
+            p.addcmul_(g, rate)
 
     def keep(self, index: Tensor) -> None:
         """As `Update.keep`."""
@@ -125,11 +126,12 @@ class StackedAdamW(Update):
         torch._foreach_mul_(self.second, beta2)
         torch._foreach_addcmul_(self.second, grads, grads, 1 - beta2)
         root = (1 - beta2**self.steps) ** 0.5
-        for p, m, v in zip(params, self.first, self.second, strict=True):
-            if decay:
-                p.mul_(_per_replica([1 - lr * decay for lr in lrs], p))
-            direction = m / v.sqrt().div_(root).add_(eps)
-            p.addcmul_(direction, _per_replica([-lr / (1 - beta1**self.steps) for lr in lrs], p))
+        if decay:
+            for p, factor in zip(params, _per_replica([1 - lr * decay for lr in lrs], params), strict=True):
+                p.mul_(factor)
+        rates = _per_replica([-lr / (1 - beta1**self.steps) for lr in lrs], params)
+        for p, m, v, rate in zip(params, self.first, self.second, rates, strict=True):
+            p.addcmul_(m / v.sqrt().div_(root).add_(eps), rate)
 
     def keep(self, index: Tensor) -> None:
         """As `Update.keep`."""
