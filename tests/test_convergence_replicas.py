@@ -311,3 +311,30 @@ def test_pooling_without_a_gradient_gives_the_same_maxima(pool, monkeypatch):
     images.requires_grad_()
     with Pooling():
         assert "MaxPool2D" in type(pool(images).grad_fn).__name__  # with one it is torch's
+
+
+class Moody(Points):
+    """After some steps its loss is what vmap cannot run: a branch on the data."""
+
+    def __init__(self):
+        self._seen = 0
+
+    def loss(self, model, batch):
+        self._seen += model.training
+        loss = super().loss(model, batch)
+        return loss if self._seen < 60 or loss.item() > -1 else -loss
+
+
+def test_a_stack_that_fails_on_its_way_is_trained_on_one_by_one(monkeypatch):
+    rows = tuple(trials(rates=(0.01, 0.05, 1e9), seeds=(0,)))
+    unit = Unit(rows, {"train": 0.02}, (0,), 400)
+    monkeypatch.setattr("pybatch.convergence.training.choose", lambda w, t, d, how: (Stack(w, t, d), None))
+    broken, whole = [], []
+    reason = run_unit(Moody(), unit, broken.append, device=CPU)
+    assert "not stacked to the end: at step" in reason
+    run_unit(Points(), unit, whole.append, device=CPU, how="loop")
+    assert sorted(o.trial.lr for o in broken) == [0.01, 0.05, 1e9]  # each once
+    steps = [{o.trial.lr: (o.end, o.steps) for o in found} for found in (broken, whole)]
+    assert steps[0] == steps[1]
+    with pytest.raises(RuntimeError, match="vmap"):
+        run_unit(Moody(), unit, broken.append, device=CPU, how="stacked")
