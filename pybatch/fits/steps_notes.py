@@ -75,6 +75,12 @@ def of_open_ends(open_: NDArray[np.bool_]) -> list[Note]:
     return [Note(name, text) for name, is_open in zip(("b20_low", "low", "b_stag_low"), open_, strict=True) if is_open]
 
 
+def of_turn(batch: float) -> Note:
+    """On steps that fall up to a batch size and then rise, or are not reached, further than any model here follows."""
+    text = f"no model fits: steps fall up to batch {number(batch)}, and past it they rise or the target is not reached"
+    return Note("critical_batch", f"{text}. Leave larger batches out to fit the fall, or tune their rate")
+
+
 def of_fit(model: str, point: Array, size: Array, exponent: float | None) -> list[Note]:
     """On the model that won.
 
