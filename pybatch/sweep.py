@@ -74,7 +74,7 @@ def run_sweep(
             **arguments,
         )
     except Interrupted as stop:
-        text = "interrupted: finished batch sizes are in the record, finished trials in the store"
-        notes.append(Note("run", text))
+        kept = "finished trials in the store: go on with --resume" if arguments.get("store") else "no trial was stored"
+        notes.append(Note("run", f"interrupted: finished batch sizes are in the record, {kept}"))
         raise Interrupted(finish(stop.partial)) from None
     return finish(steps)

@@ -19,7 +19,7 @@ from pybatch.convergence.trajectory import Crossing, Trajectory
 from pybatch.convergence.trial import Race
 from pybatch.device.environment import capture
 from pybatch.errors import Interrupted, UsageError, WorkloadError
-from pybatch.records import NoiseScale, Run
+from pybatch.records import Convergence, NoiseScale, Run
 from pybatch.workloads.base import Workload
 from pybatch.workloads.finding import find
 
@@ -649,3 +649,16 @@ def test_ctrl_c_during_the_fits_keeps_the_sweep(monkeypatch):
     with pytest.raises(Interrupted) as stop:
         measure()
     assert len(stop.value.partial.curves[0].points) == 4
+
+
+@pytest.mark.parametrize(("store", "says"), [(None, "no trial was stored"), ("runs.db", "go on with --resume")])
+def test_an_interrupted_sweep_says_what_of_it_is_kept(monkeypatch, store, says):
+    import pybatch.sweep
+
+    def stopped(*_, **__):
+        raise Interrupted(Convergence((), complete=False))
+
+    monkeypatch.setattr(pybatch.sweep, "measure_convergence", stopped)
+    with pytest.raises(Interrupted) as stop:
+        pybatch.sweep.run_sweep(Isotropic(), device="cpu", noise_budget=0, store=store)
+    assert says in stop.value.partial.notes[-1].text
