@@ -91,6 +91,8 @@ def _advice(
     size = _size(wall.value)
     two = f"the critical batch is {_said(critical)}, the {wall.name} {size}{' by extrapolation' * wall.extrapolated}"
     reach = f"optimum {_size(best.optimum)}, 95 % interval {count(best.low)}"
+    if best.reason.evidence == "measured":
+        reach = f"by the measured step times, which the throughput model misses; its {reach}"
     end = f"to {count(best.high)}" if best.high is not None else "upwards"
     beyond = ", by extrapolation past the largest batch timed" if best.extrapolated else ""
     because = {

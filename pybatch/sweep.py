@@ -43,13 +43,14 @@ def run_sweep(
     """
     environment = capture(seed=seed, command=command)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    notes: tuple[Note, ...] = ()
+    notes: list[Note] = []
     noise: NoiseScale | None = None
 
-    def finish(steps: Convergence, notes: tuple[Note, ...]) -> Run:
-        return Run(created, environment, None, noise, steps, None, steps.complete and not notes, notes)
+    def finish(steps: Convergence) -> Run:
+        return Run(created, environment, None, noise, steps, None, steps.complete and not notes, tuple(notes))
 
-    if noise_budget > 0:
+    def measured() -> NoiseScale | None:
+        nonlocal noise
         say = (lambda text, share: progress(f"noise: {text}", share)) if progress is not None else None
         try:
             noise = measure_noise(
@@ -58,19 +59,22 @@ def run_sweep(
         except Interrupted:
             raise KeyboardInterrupt from None  # no trial has run: there is nothing to keep
         except PybatchError as error:  # steps can be measured without it
-            notes = (Note("noise", str(error)),)
+            notes.append(Note("noise", str(error)))
+        return noise
+
     try:
         steps = measure_convergence(
             workload,
             device=device,
             dtype=dtype,
             seed=seed,
-            noise=noise,
+            noise=measured if noise_budget > 0 else None,
             progress=progress,
             environment=environment,
             **arguments,
         )
     except Interrupted as stop:
-        text = "interrupted by Ctrl-C: finished batch sizes are in the record, finished trials in the store"
-        raise Interrupted(finish(stop.partial, (*notes, Note("run", text)))) from None
-    return finish(steps, notes)
+        kept = "finished trials in the store: go on with --resume" if arguments.get("store") else "no trial was stored"
+        notes.append(Note("run", f"interrupted: finished batch sizes are in the record, {kept}"))
+        raise Interrupted(finish(stop.partial)) from None
+    return finish(steps)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pybatch.commands.interrupting import interrupts_heard
+from pybatch.commands.interrupting import interrupts_heard, termination_heard
 
 
 class Dropped:
@@ -42,3 +42,12 @@ def test_other_faults_of_finalizers_are_told_as_before(monkeypatch):
         Faulty()
     assert told == [ValueError]
     assert sys.unraisablehook is before
+
+
+def test_the_first_termination_interrupts_and_the_second_ends():
+    before = signal.getsignal(signal.SIGTERM)
+    with termination_heard():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -144,7 +144,7 @@ def test_a_store_that_does_not_name_its_targets_needs_them(tmp_path):
     ("statement", "cause"),
     [
         ("PRAGMA application_id = 7", "another program"),
-        ("PRAGMA user_version = 9", "has schema 9, this pybatch reads 1"),
+        ("PRAGMA user_version = 9", r"^store '[^']*' has schema 9, this pybatch reads 1\. Use the pybatch [^.]*\.$"),
         ("UPDATE trial SET steps = x'00'", "cannot be read"),
         ("UPDATE trial SET spec = '{}'", "is damaged"),
         ("UPDATE sweep SET json = '[]'", "is damaged"),

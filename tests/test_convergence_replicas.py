@@ -330,3 +330,54 @@ def test_rates_are_uploaded_once_for_all_parameters(monkeypatch: pytest.MonkeyPa
             update.step(params, [0.1, 0.2, 0.3])
         counts.append(len(made))
     assert counts[0] == counts[1] <= 2
+
+
+class Moody(Points):
+    """After some steps its loss is what vmap cannot run: a branch on the data."""
+
+    def __init__(self):
+        self._seen = 0
+
+    def loss(self, model, batch):
+        self._seen += model.training
+        loss = super().loss(model, batch)
+        return loss if self._seen < 60 or loss.item() > -1 else -loss
+
+
+def test_a_stack_that_fails_on_its_way_is_trained_on_one_by_one(monkeypatch):
+    rows = tuple(trials(rates=(0.01, 0.05, 1e9), seeds=(0,)))
+    unit = Unit(rows, {"train": 0.02}, (0,), 400)
+    monkeypatch.setattr("pybatch.convergence.training.choose", lambda w, t, d, how: (Stack(w, t, d), None))
+    broken, whole = [], []
+    reason = run_unit(Moody(), unit, broken.append, device=CPU)
+    assert "not stacked to the end: at step" in reason
+    run_unit(Points(), unit, whole.append, device=CPU, how="loop")
+    assert sorted(o.trial.lr for o in broken) == [0.01, 0.05, 1e9]  # each once
+    steps = [{o.trial.lr: (o.end, o.steps) for o in found} for found in (broken, whole)]
+    assert steps[0] == steps[1]
+    with pytest.raises(RuntimeError, match="vmap"):
+        run_unit(Moody(), unit, broken.append, device=CPU, how="stacked")
+
+
+def test_a_stack_too_large_for_memory_is_halved(monkeypatch):
+    taken = []
+
+    class Large(Stack):
+        def __init__(self, workload, trials, device):
+            taken.append(len(trials))
+            super().__init__(workload, trials, device)
+
+        def advance(self, steps):
+            if len(self.trials) > 2:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+            super().advance(steps)
+
+    monkeypatch.setattr(choosing, "Stack", Large)
+    unit = Unit(tuple(trials(rates=(0.01, 0.03, 0.05, 0.1), seeds=(0, 1))), {"train": 0.02}, (0, 1), 40)
+    found, whole = [], []
+    assert run_unit(Points(), unit, found.append, device=CPU) is None
+    assert taken[:3] == [8, 4, 2]
+    run_unit(Points(), unit, whole.append, device=CPU, how="loop")
+    assert sorted(o.trial.key for o in found) == sorted(trial.key for trial in unit.trials)
+    best = [min((o.steps, o.trial.lr, o.trial.seed) for o in some if o.end == "met") for some in (found, whole)]
+    assert best[0] == best[1]

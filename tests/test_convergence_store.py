@@ -187,7 +187,7 @@ def test_another_schema_is_refused(path):
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 9")
     db.close()
-    with pytest.raises(UsageError, match="schema 9"):
+    with pytest.raises(UsageError, match=r"schema 9, this pybatch reads 1\. Use the pybatch that wrote it"):
         Store(path, HERE)
 
 
@@ -216,7 +216,7 @@ def test_a_store_with_random_bytes_in_it_is_refused(path):
 def test_a_folder_or_a_missing_one_is_refused(tmp_path):
     with pytest.raises(UsageError, match="no file"):
         Store(tmp_path, HERE)
-    with pytest.raises(UsageError, match="unable to open"):
+    with pytest.raises(UsageError, match=r"there is no folder '.*missing'. Make it"):
         Store(tmp_path / "missing" / "runs.db", HERE)
 
 

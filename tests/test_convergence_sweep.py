@@ -17,11 +17,11 @@ from pybatch.convergence.fingerprint import fingerprint
 from pybatch.convergence.search import Grid, Sampled, best_rate, default_rates
 from pybatch.convergence.store import Store
 from pybatch.convergence.sweep import measure_convergence
-from pybatch.convergence.trajectory import Crossing
+from pybatch.convergence.trajectory import Crossing, Trajectory
 from pybatch.convergence.trial import Race
 from pybatch.device.environment import capture
 from pybatch.errors import Interrupted, UsageError, WorkloadError
-from pybatch.records import NoiseScale, Run
+from pybatch.records import Convergence, NoiseScale, Run
 from pybatch.workloads.base import Workload
 from pybatch.workloads.finding import find
 
@@ -589,3 +589,89 @@ def test_a_race_gives_the_rates_of_the_grid_for_fewer_trials():
     for a, b in zip(grid.curves[0].points, race.curves[0].points, strict=True):
         assert (a.learning_rate, a.steps, a.reached) == (b.learning_rate, b.steps, b.reached)
     assert race.trials < 0.75 * grid.trials
+
+
+class Failing(Isotropic):
+    """Fails on the way, in stacked trials as in single ones: after 300 losses in training."""
+
+    def __init__(self):
+        self._seen = 0
+
+    def loss(self, model, batch):
+        self._seen += model.training
+        if self._seen > 300:
+            raise ValueError("label 7 is out of range")
+        return super().loss(model, batch)
+
+
+class Nowhere(Isotropic):
+    def loss(self, model, batch):
+        return super().loss(model, batch) * math.nan
+
+
+def test_what_a_workload_raises_on_the_way_is_named_and_what_was_run_is_kept(tmp_path):
+    path = tmp_path / "runs.db"
+    rates = [0.05, 0.1, 0.2, 0.4, 1e6]
+    with pytest.raises(WorkloadError, match=r"Failing.loss\(\) of workload 'isotropic' raised ValueError: label 7"):
+        measure(Failing(), store=path, rates=rates, seeds=1, target={"train": 1e-9})
+    assert len(rows(path)) >= 1  # the rate that diverges
+
+
+def test_a_loss_that_is_nan_from_the_start_is_the_workloads_fault_and_not_its_rates():
+    with pytest.raises(WorkloadError, match=r"Nowhere.loss\(\) .* returned nan .* before the first step"):
+        measure(Nowhere())
+
+
+def test_a_trial_that_is_given_up_ends_at_the_cap(tmp_path):
+    path = tmp_path / "runs.db"
+    found = measure(store=path, max_steps=101, target={"train": 1e-30}, rates=[0.05, 0.1], batches=[4, 32])
+    ends = {int(Trajectory.decompressed(*row).steps[-1]) for row in columns(path)}
+    assert ends == {101}
+    assert any("within 101 steps" in note.text for note in found.curves[0].notes)
+
+
+def columns(path):
+    db = sqlite3.connect(path)
+    found = db.execute("SELECT steps, train, test FROM trial").fetchall()
+    db.close()
+    return found
+
+
+def test_the_noise_scale_is_measured_once_all_else_is_found_good(tmp_path):
+    path, calls = tmp_path / "runs.db", []
+    measure(batches=[8], seeds=1, store=path, noise=lambda: calls.append(1))
+    assert calls == [1]
+    for wrong in ({"store": path}, {"store": tmp_path / "no" / "runs.db"}, {"rules": ["cubic"]}, {"jobs": 0}):
+        with pytest.raises(UsageError):
+            measure(batches=[8], noise=lambda: calls.append(2), **wrong)
+    assert calls == [1]
+
+
+def test_ctrl_c_during_the_fits_keeps_the_sweep(monkeypatch):
+    from pybatch.convergence.driver import Sweep
+
+    result, calls = Sweep.result, []
+
+    def once(self, *arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return result(self, *arguments)
+
+    monkeypatch.setattr(Sweep, "result", once)
+    with pytest.raises(Interrupted) as stop:
+        measure()
+    assert len(stop.value.partial.curves[0].points) == 4
+
+
+@pytest.mark.parametrize(("store", "says"), [(None, "no trial was stored"), ("runs.db", "go on with --resume")])
+def test_an_interrupted_sweep_says_what_of_it_is_kept(monkeypatch, store, says):
+    import pybatch.sweep
+
+    def stopped(*_, **__):
+        raise Interrupted(Convergence((), complete=False))
+
+    monkeypatch.setattr(pybatch.sweep, "measure_convergence", stopped)
+    with pytest.raises(Interrupted) as stop:
+        pybatch.sweep.run_sweep(Isotropic(), device="cpu", noise_budget=0, store=store)
+    assert says in stop.value.partial.notes[-1].text

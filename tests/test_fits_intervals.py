@@ -165,3 +165,15 @@ def test_a_bend_is_seen_by_one_seed_whatever_the_number_of_batch_sizes(count):
         steps = 100 * (1 + 32 / size) * np.exp(0.1 * rng.standard_normal(count))
         bent += fit_steps(size, np.round(steps), resamples=20, seed=seed).critical_batch is not None
     assert bent >= 18
+
+
+def test_an_interval_that_reaches_below_one_example_is_open():
+    """Steps that turn up with the batch, as a rule's do past its reach: their bend may be anywhere below."""
+    table = [[291, 310, 270], [169, 150, 180], [114, 120, 100], [81, 70, 95], [200, 180, 160], [500, INF, 300]]
+    fit = fit_steps([8, 16, 32, 64, 128, 256], table, cap=1000, model="hyperbola")
+    assert (fit.low, fit.critical_batch is None) == (None, False)
+    for name, value in {"b20_low": fit.b20_low, "low": fit.low, "b_stag_low": fit.b_stag_low}.items():
+        assert value is None or value >= 1
+        assert any(note.figure == name and "not bounded below" in note.text for note in fit.notes) == (value is None)
+    in_parts = fit_steps([0.08, 0.16, 0.32, 0.64, 1.28], [300, 170, 110, 80, 60], model="hyperbola")
+    assert in_parts.low is None or in_parts.low >= 0.08  # batches in another unit: below the smallest of them

@@ -300,3 +300,29 @@ def test_steps_that_rise_have_no_critical_batch_among_those_tested():
     assert fit.high is not None
     assert fit.high >= 8
     assert fit.low is None
+
+
+@pytest.mark.parametrize("fall", [[[868, 900, 800], [254, 270, 300], [214, 190, 230]], [[178], [97], [80]]])
+def test_steps_that_fall_and_then_fail_are_not_flat(fall):
+    """A rule whose rate fails at the largest batch: flat is the nearest model, and wrong."""
+    failed = [[math.inf] * len(fall[0])]
+    fit = fit_steps([8, 32, 128, 512], fall + failed, cap=3472)
+    assert (fit.model, fit.s_min, fit.critical_batch, fit.low, fit.high) == (None,) * 5
+    assert {label for _, label in fit.regimes} == {"undetermined"}
+    assert any("no model fits: steps fall up to batch 128" in n.text for n in fit.notes)
+    assert not any("saves no steps" in n.text for n in fit.notes)
+
+
+def test_flat_steps_are_still_flat():
+    rng, size = np.random.default_rng(3), 2.0 ** np.arange(3, 11)
+    for seeds in (1, 3):
+        for _ in range(20):
+            fit = fit_steps(size, 100 * np.exp(0.1 * rng.standard_normal((8, seeds))), resamples=20)
+            assert not any("no model fits" in note.text for note in fit.notes)
+
+
+def test_a_bend_at_the_end_of_the_search_is_told_as_flat():
+    fit = fit_steps([8, 32, 128], [[100, 103, 98], [101, 99, 100], [99, 102, 101]], model="hyperbola")
+    assert fit.critical_batch is None
+    assert not any("extrapolated" in note.text for note in fit.notes)
+    assert any("more batch saves no steps" in note.text for note in fit.notes)

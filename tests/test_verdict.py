@@ -251,7 +251,10 @@ def test_measured_times_overrule_a_model_that_misses_them():
     verdict = compare(capacity(times=times), noise(100))
     assert verdict.best_batch == 32
     assert verdict.why("best_batch").evidence == "measured"
-    assert compare(capacity(), noise(100)).best_batch == 64
+    assert "Use batch 32 (by the measured step times, which the throughput model misses; its optimum " in verdict.text
+    usual = compare(capacity(), noise(100))
+    assert usual.best_batch == 64
+    assert "by the measured step times" not in usual.text
 
 
 @pytest.mark.parametrize(("faster", "best"), [(1.03, 64), (1.07, 32)])

@@ -1,12 +1,14 @@
-"""Ctrl-C is heard wherever it falls."""
+"""Ctrl-C is heard wherever it falls, and SIGTERM as one."""
 
 from __future__ import annotations
 
 import _thread
+import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 _LATER = 0.05  # s
 
@@ -34,3 +36,24 @@ def interrupts_heard() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+@contextmanager
+def termination_heard() -> Iterator[None]:
+    """Take the first SIGTERM, as batch systems send it at a job's time limit, for Ctrl-C; the second one ends at once.
+
+    Only for work of one process: one of several that waits for the others would not come to hear it.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -9,6 +9,7 @@ import typer
 
 from pybatch.commands import flags
 from pybatch.commands.assignments import parse_optimizer, parse_targets
+from pybatch.commands.interrupting import termination_heard
 from pybatch.commands.measuring import Shared, measure, numbers, typed
 from pybatch.errors import UsageError
 from pybatch.ranges import parse_batches
@@ -86,29 +87,30 @@ def sweep(
         from pybatch.sweep import run_sweep
 
         keep_freed()
-        return run_sweep(
-            chosen,
-            device=device,
-            dtype=dtype,
-            noise_budget=noise_budget,
-            seed=seed,
-            command=typed(),
-            progress=progress,
-            found=progress.line,
-            batches=batches,
-            rules=[part.strip() for part in rule.split(",")],
-            seeds=seeds,
-            target=targets,
-            optimizer=name,
-            options=options,
-            rates=grid,
-            search=search,
-            base_batch=base_batch,
-            max_steps=max_steps,
-            store=store,
-            resume=resume,
-            jobs=jobs,
-            ray=ray,
-        )
+        with termination_heard():
+            return run_sweep(
+                chosen,
+                device=device,
+                dtype=dtype,
+                noise_budget=noise_budget,
+                seed=seed,
+                command=typed(),
+                progress=progress,
+                found=progress.line,
+                batches=batches,
+                rules=[part.strip() for part in rule.split(",")],
+                seeds=seeds,
+                target=targets,
+                optimizer=name,
+                options=options,
+                rates=grid,
+                search=search,
+                base_batch=base_batch,
+                max_steps=max_steps,
+                store=store,
+                resume=resume,
+                jobs=jobs,
+                ray=ray,
+            )
 
     measure(job, Shared(workload, model, data, option, gpu, cpu, dtype, seed, format_, output, quiet))

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from pybatch.codec import decode
 from pybatch.convergence.assembly import Asked, Experiment, Row, assemble, hyper, is_plain
-from pybatch.convergence.store import APPLICATION, BEGUN, SCHEMA, Mark, sweep_key
+from pybatch.convergence.store import APPLICATION, BEGUN, OTHER_SCHEMA, SCHEMA, Mark, sweep_key
 from pybatch.convergence.trajectory import SMOOTHING, Trajectory
 from pybatch.convergence.trial import VERSION, Outcome, Trial
 from pybatch.errors import UsageError
@@ -93,19 +93,25 @@ def read_store(path: Path, targets: Mapping[str, float] | None = None) -> list[R
 
 
 def _load(path: Path) -> tuple[dict[str, Row], dict[int, Environment], list[Experiment]]:
-    def refused(why: str) -> UsageError:
-        return UsageError(f"store '{path}' {why}. Give a file written by 'pybatch sweep --store'.")
+    def refused(why: str, remedy: str = "Give a file written by 'pybatch sweep --store'.") -> UsageError:
+        return UsageError(f"store '{path}' {why}. {remedy}")
 
     # Without a log nobody writes, and a read-only folder, where SQLite could put no lock, will do.
     mode = "mode=ro" if path.with_name(path.name + "-wal").exists() else "mode=ro&immutable=1"
+    uri = f"file:{quote(str(path.resolve()))}?{mode}"
     try:
-        with closing(sqlite3.connect(f"file:{quote(str(path.resolve()))}?{mode}", uri=True)) as db:
-            if _pragma(db, "application_id") != APPLICATION:
-                raise refused("is a SQLite file of another program")
-            if (version := _pragma(db, "user_version")) != SCHEMA:
-                raise refused(f"has schema {version}, this pybatch reads {SCHEMA}")
-            if (state := _pragma(db, "quick_check(1)")) != "ok":
-                raise refused(f"is damaged: {state}")
+        with closing(sqlite3.connect(uri, uri=True)) as db:
+            owner, version, state = (_pragma(db, name) for name in ("application_id", "user_version", "quick_check(1)"))
+    except sqlite3.Error as error:
+        raise refused(f"cannot be read: {error}") from None
+    if owner != APPLICATION:
+        raise refused("is a SQLite file of another program")
+    if version != SCHEMA:
+        raise refused(f"has schema {version}, this pybatch reads {SCHEMA}", OTHER_SCHEMA)
+    if state != "ok":
+        raise refused(f"is damaged: {state}")
+    try:
+        with closing(sqlite3.connect(uri, uri=True)) as db:
             rows = {}
             columns = "key, spec, end, seconds, how, steps, train, test, environment, created"
             for key, spec, end, seconds, how, *losses, environment, created in db.execute(
@@ -124,7 +130,7 @@ def _load(path: Path) -> tuple[dict[str, Row], dict[int, Environment], list[Expe
     except sqlite3.Error as error:
         raise refused(f"cannot be read: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise refused(f"is damaged: {error}") from None
+        raise refused(f"is damaged: {str(error).removesuffix('.')}") from None
     return rows, places, sweeps
 
 

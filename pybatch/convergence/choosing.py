@@ -15,11 +15,16 @@ from pybatch.convergence.stack import Stack, alone
 from pybatch.convergence.trial import Trial
 from pybatch.errors import WorkloadError
 from pybatch.workloads.base import Workload
+from pybatch.workloads.session import is_out_of_memory
 
 MEMORY = 2**30  # bytes of parameters, gradients and optimizer states trained at a time
 AGREE = 1e-3  # relative: losses of stacked and separate replicas after two steps; fp32 rounding is 1e-6, a fault is 0.1
 INTERVAL = 8  # steps between two evaluations in the middle of a trial
 SAMPLE = 4  # replicas by which the loop is timed
+
+
+class StackTooLargeError(MemoryError):
+    """Memory ran out for these trials together: take fewer at a time."""
 
 
 def choose(
@@ -30,6 +35,9 @@ def choose(
     Args:
         workload, trials, device: what is trained, and where.
         how: "stacked" or "loop" to have one of them without measuring.
+
+    Raises:
+        StackTooLargeError: memory ran out for all of them together.
     """
     if how == "loop" or len(trials) == 1 or any(map(alone, trials)):
         return Loop(workload, trials, device), None
@@ -37,13 +45,16 @@ def choose(
         return Stack(workload, trials, device), None
     few = trials[:: max(1, len(trials) // SAMPLE)][:SAMPLE]
     loop, separate = _timed(Loop(workload, few, device))
+    failure = None
     try:
         stacked, together = _timed(Stack(workload, trials, device))
-    except (torch.OutOfMemoryError, MemoryError):
-        return Loop(workload, trials, device), "not stacked: memory ran out"
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, WorkloadError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return Loop(workload, trials, device), f"not stacked: the model cannot be run through vmap ({line})"
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, WorkloadError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            return Loop(workload, trials, device), f"not stacked: the model cannot be run through vmap ({line})"
+        failure = StackTooLargeError("memory ran out for these trials together")
+    if failure is not None:  # raised here, where no trace holds what the stack held
+        raise failure
     places = [trials.index(trial) for trial in few]
     for mine, theirs in zip(loop, stacked, strict=True):
         for j, i in enumerate(places):

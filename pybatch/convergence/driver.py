@@ -160,7 +160,7 @@ class Sweep:
                     raise WorkloadError(done.error)
                 self._fail(contest, done.error)
             elif done.failed:
-                self._fail(contest, f"{done.failed} at batch {contest.batch}")
+                self._fail(contest, done.failed)
             else:
                 waiting.insert(0, contest)  # to its end before others begin
 

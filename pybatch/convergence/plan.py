@@ -72,7 +72,10 @@ class Plan:
             scaling.scale(rule, self.group | {"lr": 1.0}, self.base_batch, scaling.Base(self.base_batch))
 
     def check_start(self, workload: Workload, device: torch.device) -> None:
-        """Raise UsageError where a target is met before the first step: steps to it would say nothing."""
+        """Raise UsageError where a target is met before the first step: steps to it would say nothing.
+
+        WorkloadError where there is no loss to start from.
+        """
         first = self.seeds[0]
         trial = Trial("", self.optimizer, scaling.Scaled(self.group), self.batches[0], first, self.dtype, device.type)
         losses = initial_losses(workload, trial, device)

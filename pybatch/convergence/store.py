@@ -32,6 +32,7 @@ from pybatch.records import Environment
 APPLICATION = 0x70796261  # "pyba": SQLite's own mark of whose file it is
 SCHEMA = 1
 LEASE = 60.0  # s; renewed four times as often
+OTHER_SCHEMA = "Use the pybatch that wrote it, or a later one."
 BUSY = 30.0  # s to wait for another process's write, each of which takes milliseconds
 
 _GO_ON = "then run the same command with --resume: what is stored is kept."
@@ -260,7 +261,13 @@ class Store:
         return found.st_dev, found.st_ino
 
     def _check_header(self) -> None:
-        if self.path is None or not self.path.exists():
+        if self.path is None:
+            return
+        if not self.path.exists():
+            if not self.path.parent.is_dir():
+                raise self._refused(
+                    f"cannot be made: there is no folder '{self.path.parent}'", "Make it, or name another file."
+                )
             return
         if not self.path.is_file():
             raise self._refused("is no file")
@@ -280,7 +287,7 @@ class Store:
         if self._pragma("application_id") != APPLICATION:
             raise self._refused("is a SQLite file of another program")
         if self._pragma("user_version") != SCHEMA:
-            raise self._refused(f"has schema {self._pragma('user_version')}, this pybatch reads {SCHEMA}")
+            raise self._refused(f"has schema {self._pragma('user_version')}, this pybatch reads {SCHEMA}", OTHER_SCHEMA)
         if (state := self._pragma("quick_check(1)")) != "ok":
             raise self._refused(f"is damaged: {state}")
         self._db.execute("PRAGMA journal_mode = WAL")  # only now: it would change another program's file

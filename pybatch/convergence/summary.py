@@ -93,7 +93,7 @@ def curve(
         noise: the gradient noise scale, for the ratio to it.
         notes: on batch sizes that have no point.
     """
-    found = [*notes, *_remarks(rule, points)]
+    found = [*notes, *_remarks(rule, points, caps)]
     bare = Curve(rule, split, tuple(points), None, None, None, None, target, notes=tuple(found))
     limits = {math.floor(caps[p.batch]) for p in points}
     cap = limits.pop() if len(limits) == 1 else None
@@ -156,13 +156,15 @@ def _table(points: Sequence[ConvergencePoint]) -> tuple[np.ndarray, np.ndarray]:
     return steps, rates
 
 
-def _remarks(rule: str, points: Sequence[ConvergencePoint]) -> list[Note]:
+def _remarks(rule: str, points: Sequence[ConvergencePoint], caps: Mapping[int, float]) -> list[Note]:
     """What a reader must know of the points before any fit."""
     notes = []
     if points and all(p.status == "diverged" for p in points):
         notes.append(Note("points", "all trials diverged. Give lower learning rates, or a smaller base batch"))
     elif points and not any(p.status == "reached" for p in points):
-        text = "no batch size reached the target in half of its seeds. Give a higher target, or more steps"
+        most = max(caps[p.batch] for p in points)
+        text = f"no batch size reached the target in half of its seeds within {most:g} steps. Give a higher target, or "
+        text += "more steps"
         notes.append(Note("points", text))
     if len(points) == 1:
         notes.append(Note("points", "one batch size shows no dependence on it. Give at least three"))

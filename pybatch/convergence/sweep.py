@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def measure_convergence(
     resume: bool = False,
     jobs: int = 1,
     ray: str | None = None,
-    noise: NoiseScale | None = None,
+    noise: NoiseScale | Callable[[], NoiseScale | None] | None = None,
     progress: Progress | None = None,
     found: Found | None = None,
     environment: Environment | None = None,
@@ -77,7 +77,8 @@ def measure_convergence(
         resume: go on with a store that holds trials; only what is missing runs.
         jobs: processes that train at the same time.
         ray: "auto" or HOST:PORT: train as tasks of a Ray cluster instead.
-        noise: the gradient noise scale, for its ratio to the critical batches.
+        noise: the gradient noise scale, for its ratio to the critical batches; or a function that measures it, called
+            once the arguments and the store are found good.
         progress: called with (what is being done, share done).
         found: called with a heading, then with a row for each batch size and rule as it is known.
         environment: of the run, for the store; None: captured now.
@@ -88,7 +89,7 @@ def measure_convergence(
     Raises:
         UsageError: an argument that cannot work, or a target met before the first step.
         WorkloadError: the workload fails at the base batch; elsewhere the record says so.
-        Interrupted: on Ctrl-C, `partial` holding the Convergence of what was done.
+        Interrupted: on Ctrl-C (KeyboardInterrupt), `partial` holding the Convergence of what was done.
     """
     place = resolve(device)
     plan = Plan(
@@ -116,6 +117,7 @@ def measure_convergence(
                 f"store '{store}' holds {len(kept)} trials. Add --resume (resume=True) to run only what is missing, or "
                 "name another file."
             )
+        scale = noise() if callable(noise) else noise
         live = Live(kept.put, progress, alone=jobs == 1 and ray is None)
         with _workers(workload, live, place, jobs, ray) as workers:
             identity = fingerprint(workload)
@@ -126,12 +128,12 @@ def measure_convergence(
             sweep.begin(kept.keep_sweep(asked))
             try:
                 sweep.run()
+                return sweep.result(workload, scale)
             except KeyboardInterrupt:
-                text = "interrupted by Ctrl-C: what was done until then is kept"
-                raise Interrupted(sweep.result(workload, noise, (Note("convergence", text),))) from None
+                text = "interrupted: what was done until then is kept"
+                raise Interrupted(sweep.result(workload, scale, (Note("convergence", text),))) from None
             except StoreError as error:
-                return sweep.result(workload, noise, (Note("trials", str(error)),))
-            return sweep.result(workload, noise)
+                return sweep.result(workload, scale, (Note("trials", str(error)),))
 
 
 def _workers(workload: Workload, live: Live, device: torch.device, jobs: int, ray: str | None) -> Workers:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
 import torch
 
-from pybatch.convergence.choosing import choose, chunks
+from pybatch.convergence.choosing import StackTooLargeError, choose, chunks
 from pybatch.convergence.loop import Loop
 from pybatch.convergence.replicas import Replicas
 from pybatch.convergence.stack import Stack
 from pybatch.convergence.trajectory import SPLITS, Trajectory, crossing_at, next_evaluation
 from pybatch.convergence.trial import End, Outcome, Race, Trial, Unit, diverged
+from pybatch.errors import PybatchError
 from pybatch.workloads.base import Progress, Workload
-from pybatch.workloads.session import Session
+from pybatch.workloads.session import Session, is_out_of_memory
 
 Deliver = Callable[[Outcome], None]
+
+
+class _StackError(Exception):
+    """A stack failed on its way: at the workload's fault or at vmap's, which a loop tells apart."""
 
 
 def run_unit(
@@ -43,36 +50,50 @@ def run_unit(
     Returns:
         Why the trials were not stacked, where they could not be; else None.
     """
-    race = unit.race()
     if not unit.trials:
         return None
+    race, ended = unit.race(), set[str]()
     first = Session(workload, torch.device("cpu"), unit.trials[0].dtype, unit.trials[0].seed)
     size = sum(p.numel() * p.element_size() for p in first.parameters)
-    reason, finished, split = None, 0, next(iter(unit.targets))
+    reason, split = None, next(iter(unit.targets))
 
     def delivered(outcome: Outcome) -> None:
-        nonlocal finished
-        finished += 1
+        ended.add(outcome.trial.key)
         deliver(outcome)
 
     def say(step: int, left: int, loss: float) -> None:
         if progress is not None:
             text = f"trials: batch {unit.trials[0].batch}, step {step}, {left} of {len(unit.trials)} left"
-            progress(f"{text}, {split} loss {loss:.3g}", finished / len(unit.trials))
+            progress(f"{text}, {split} loss {loss:.3g}", len(ended) / len(unit.trials))
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for group in chunks(unit.trials, size):
-            replicas, why = choose(workload, group, device, how)
+        groups = deque(chunks(unit.trials, size))
+        while groups:
+            group = groups.popleft()
+            try:
+                replicas, why = choose(workload, group, device, how)
+            except StackTooLargeError:
+                groups.extendleft([group[len(group) // 2 :], group[: len(group) // 2]])
+                continue
             reason = reason or why
-            _Training(replicas, race, delivered).run(say)
+            try:
+                _Training(replicas, race, delivered, unit.cap).run(say)
+            except _StackError as error:
+                if how is not None:
+                    raise error.__cause__ or error from None
+                reason = f"not stacked to the end: {error}"
+                rest = [trial for trial in group if trial.key not in ended]
+                for trial in rest:
+                    race.forget(trial.lr, trial.seed)
+                _Training(Loop(workload, rest, device), race, delivered, unit.cap).run(say)
     return reason
 
 
 class _Training:
-    """One group of replicas on its way to the targets."""
+    """One group of replicas on its way to the targets, at most to step `cap`."""
 
-    def __init__(self, replicas: Replicas, race: Race, deliver: Deliver) -> None:
-        self.replicas, self.race, self.deliver = replicas, race, deliver
+    def __init__(self, replicas: Replicas, race: Race, deliver: Deliver, cap: int) -> None:
+        self.replicas, self.race, self.deliver, self.cap = replicas, race, deliver, cap
         self.rows = list(range(len(replicas.trials)))  # of the tables below, one for each replica still held
         self.trials = list(replicas.trials)
         self.alive = [True] * len(self.trials)
@@ -87,13 +108,25 @@ class _Training:
         while any(self.alive):
             start, step = time.perf_counter(), self.steps[-1]
             say(step, sum(self.alive), self._nearest())
-            then = next_evaluation(step)
+            then = min(next_evaluation(step), self.cap)
             held = [row for row in self.rows if self.alive[row]]
-            self.replicas.advance(then - step)
+            with self._told_apart():
+                self.replicas.advance(then - step)
             self._evaluate(then)
             for row in held:
                 self.seconds[row] += (time.perf_counter() - start) / len(held)
             self._shrink()
+
+    @contextmanager
+    def _told_apart(self) -> Iterator[None]:
+        """Raise what a stack fails with as a `_StackError`, but for errors that say already what is wrong."""
+        try:
+            yield
+        except Exception as error:
+            if self.how == "loop" or isinstance(error, PybatchError) or is_out_of_memory(error):
+                raise
+            line = next(iter(str(error).strip().splitlines()), "")
+            raise _StackError(f"at step {self.replicas.done} {type(error).__name__}: {line}") from error
 
     def _nearest(self) -> float:
         """The lowest loss of now, of the first split with a target."""
@@ -102,7 +135,9 @@ class _Training:
 
     def _evaluate(self, step: int) -> None:
         self.steps.append(step)
-        for column, found in zip(self.losses, self.replicas.evaluate(), strict=True):
+        with self._told_apart():
+            evaluated = self.replicas.evaluate()
+        for column, found in zip(self.losses, evaluated, strict=True):
             values = np.full(len(self.trials), np.nan, dtype=np.float32)
             values[self.rows] = found
             column.append(values)
@@ -150,6 +185,12 @@ class _Training:
 
 
 def initial_losses(workload: Workload, trial: Trial, device: torch.device) -> dict[str, float]:
-    """Losses before the first step, by split."""
-    train, test = Loop(workload, [trial], device).evaluate()
+    """Losses before the first step, by split.
+
+    Raises:
+        WorkloadError: the training loss is not finite: every trial would count as diverged.
+    """
+    start = Loop(workload, [trial], device)
+    train, test = start.evaluate()
+    start.sessions[0].check_finite(torch.tensor(train[0]), "on the training split before the first step")
     return {"train": train[0], "test": test[0]}

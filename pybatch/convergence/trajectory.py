@@ -2,8 +2,8 @@
 
 Losses are those of whole, fixed batches of both splits, so that nothing of the drawing of batches is in them. They are
 taken at every step first, then at a spacing of a sixteenth of the steps made: a share, so that every crossing is known
-equally well. Smoothing is a mean over the last fifth of the steps: its delay is a share of the steps too, the same
-for every batch size, and so falls out of a critical batch.
+equally well; and at the cap of a trial that is given up there. Smoothing is a mean over the last fifth of the steps:
+its delay is a share of the steps too, the same for every batch size, and so falls out of a critical batch.
 """
 
 from __future__ import annotations

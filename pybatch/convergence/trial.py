@@ -126,6 +126,11 @@ class Race:
             if (crossing := outcome.trajectory.crossing(split, target)) is not None:
                 self.record(split, outcome.trial.lr, outcome.trial.seed, crossing)
 
+    def forget(self, lr: float, seed: int) -> None:
+        """A trial that has not ended begins anew: what it reached until now is reached again."""
+        for rates in self.found.values():
+            rates.get(lr, {}).pop(seed, None)
+
     def limit(self, split: str) -> float:
         """Steps after which a trial of this race is given up for this split's target."""
         if not self.search:

@@ -21,7 +21,7 @@ from scipy.special import log_ndtr, stdtrit
 from pybatch.fits import steps_model, steps_notes
 from pybatch.fits.regimes import Regimes, of_doubling, of_model, unknown
 from pybatch.fits.solver import Array, Evaluate, aicc, minimize
-from pybatch.fits.steps_data import CENSORED, REACHED, Cells, Table, best_rate, cells, checked, choose_rates
+from pybatch.fits.steps_data import CENSORED, REACHED, Cells, Table, best_rate, cells, checked, choose_rates, falls_to
 from pybatch.records import Note, StepsFit
 
 SOFT = 3.0  # standard deviations from which on a residual counts linearly
@@ -277,19 +277,31 @@ def _record(
 ) -> StepsFit:
     size, unknowns = table.size, steps_model.NAMES[best.model]
     parameters = dict(zip(unknowns, np.exp(best.p).tolist(), strict=True))
-    notes = notes + steps_notes.of_fit(best.model, point, size, parameters.get("alpha"))
     residual = data.log[0] - steps_model.log_steps(best.model, best.p[None], size)[0][0][:, None]
     bend, reach = parameters.get("b_c"), 0.95 * steps_model.REACH
-    if best.model == "inverse" or (bend is not None and bend > size.max() * reach):
-        point, low, high = _unbounded(point, np.minimum(low, size.max()), np.full_like(high, np.inf))
-    elif best.model == "flat" or (bend is not None and bend < size.min() / reach):
-        # A bend at the end of the search is the search's, not the data's: steps do not fall with the batch at all.
-        ends = np.concatenate([high[:1], np.maximum(high[1:], size.min())])
-        point, low, high = _unbounded(point, np.concatenate([low[:1], np.zeros(3)]), ends)
+    # A bend at the end of the search is the search's, not the data's.
+    inverse = best.model == "inverse" or (bend is not None and bend > size.max() * reach)
+    flat = best.model == "flat" or (bend is not None and bend < size.min() / reach)
+    turn = falls_to(data) if flat else None
+    if turn is not None:  # batch sizes past it outweigh those that fall, and flat lies between both
+        point, low, high = np.full((3, 4), np.nan)
+        regimes, parameters = (unknown(size), regimes[1]), {}
+        notes = [*notes, steps_notes.of_turn(float(size[turn]))]
+    else:
+        shape = "inverse" if inverse else "flat" if flat else best.model
+        notes = [*notes, *steps_notes.of_fit(shape, point, size, parameters.get("alpha"))]
+        if inverse:
+            point, low, high = _unbounded(point, np.minimum(low, size.max()), np.full_like(high, np.inf))
+        elif flat:
+            ends = np.concatenate([high[:1], np.maximum(high[1:], size.min())])
+            point, low, high = _unbounded(point, np.concatenate([low[:1], np.zeros(3)]), ends)
     s_min, b20, b50, b_stag = (_known(v) for v in point)
+    open_ = np.append(False, low[1:] < min(1.0, float(size.min())))  # below one example an end bounds nothing
+    notes += steps_notes.of_open_ends(open_[1:] & np.isfinite(point[1:]))
+    low = np.where(open_, np.nan, low)
     lows, highs = [_known(v) for v in low], [_known(v) for v in high]
     return StepsFit(
-        model=best.model,
+        model=best.model if turn is None else None,
         s_min=s_min,
         critical_batch=b50,
         low=lows[2],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from pybatch.fits.solver import Array
 
 REACHED, CENSORED = 1, 2  # codes of a run; 0: diverged, not run, or left out
 LEAST, MOST = 1e-9, 1e12  # of batch sizes and steps in any unit; ranks of rates lie above
+FALL = 1.5  # all seeds on either side of it: 4 standard errors where seeds differ by 30 %
+FALL_OF_ONE = 2.0  # for a single seed, which errs more, in the largest of many differences
 _HALF = 1e13  # above any number of steps: a rate that half of the seeds reach and no more
 _UNREACHED = 1e15  # above those: among rates that fail, the one that fails least is first
 
@@ -87,6 +90,18 @@ def cells(steps: Array, variance: Array, caps: Array) -> Cells:
     kind *= (2 * (kind > 0).sum(-1, keepdims=True) >= steps.shape[-1]).astype(np.int8)
     log = np.log(np.where(kind == REACHED, steps, caps[:, None]))
     return Cells(np.where(kind == 0, 0.0, log), kind, np.where(kind == REACHED, variance, 0.0))
+
+
+def falls_to(data: Cells) -> int | None:
+    """The batch size of the fewest steps, where at some smaller one every run took FALL times those of each run at it:
+    steps that fall so far are not flat, whatever the larger batch sizes do. Else None."""
+    log, whole = data.log[0], (data.kind[0] == REACHED).all(-1)
+    if not whole.any():
+        return None
+    best = int(np.argmin(np.where(whole, np.median(log, -1), np.inf)))
+    before = log[:best][whole[:best]]
+    fall = FALL if log.shape[-1] > 1 else FALL_OF_ONE
+    return best if (before.min(-1) > log[best].max() + math.log(fall)).any() else None
 
 
 def between(before: Array, at: Array) -> tuple[Array, Array]:

@@ -69,6 +69,18 @@ def of_nothing(table: Table, picked: Array, reached: int, least: int) -> Note:
     return Note("critical_batch", f"{of}, a fit needs {least}. {change}")
 
 
+def of_open_ends(open_: NDArray[np.bool_]) -> list[Note]:
+    """On intervals of B_20, B_50 and B_stag, of which those in `open_` [3] reach below one example."""
+    text = "not bounded below: the data allow less than one example. More seeds, or smaller batch sizes, would bound it"
+    return [Note(name, text) for name, is_open in zip(("b20_low", "low", "b_stag_low"), open_, strict=True) if is_open]
+
+
+def of_turn(batch: float) -> Note:
+    """On steps that fall up to a batch size and then rise, or are not reached, further than any model here follows."""
+    text = f"no model fits: steps fall up to batch {number(batch)}, and past it they rise or the target is not reached"
+    return Note("critical_batch", f"{text}. Leave larger batches out to fit the fall, or tune their rate")
+
+
 def of_fit(model: str, point: Array, size: Array, exponent: float | None) -> list[Note]:
     """On the model that won.
 

@@ -33,7 +33,7 @@ def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Se
     if split == steps.curves[0].split and steps.optimizer:
         lines.append(("trained by", f"{steps.optimizer}, {_of(steps.trials, 'trial')}, {_of(steps.seeds, 'seed')}"))
         if any(p.reached < p.runs for curve in steps.curves for p in curve.points):
-            lines.append(("in brackets", "seeds that reached the target, where not all did"))
+            lines.append(("in brackets", "runs that reached the target, where not all did"))
     notes = tuple(
         dict.fromkeys(
             f"{_named(curve, len(curves))}{note.figure}: {note.text}" for curve in curves for note in curve.notes
@@ -75,8 +75,7 @@ def _lines(curve: Curve, unit: str, alone: bool) -> list[tuple[str, str]]:
         elif curve.high is not None:
             bound = f"at most {n.number(curve.high)} {unit}"
         return [(name, bound)]
-    low = curve.low if curve.low is not None and curve.low >= 1 else None  # below one example a bound says nothing
-    text = f"{n.number(curve.critical_batch)} {n.interval(low, curve.high)} {unit}"
+    text = f"{n.number(curve.critical_batch)} {n.interval(curve.low, curve.high)} {unit}"
     if curve.fit is not None and curve.fit.model is not None:
         text += f", fit: {curve.fit.model}, at least {n.number(curve.s_min)} steps"
     lines = [(name, text)]

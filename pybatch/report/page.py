@@ -172,8 +172,10 @@ def _run(run: Run, figures: Sequence[Figure], number: int, titled: bool) -> str:
 
 def _answer(verdict: Verdict) -> str:
     """The verdict in a box: what it says, its figures, and the chain behind each on demand."""
+    optimum = n.interval(verdict.best_low, verdict.best_high, n.count)
     shown = [
-        ("best batch", n.count(verdict.best_batch), n.interval(verdict.best_low, verdict.best_high, n.count)),
+        # The batch itself is rounded, or the measured best, and may lie outside of the interval of the modelled one.
+        ("best batch", n.count(verdict.best_batch), f"optimum in {optimum}" if optimum else ""),
         (
             "critical batch",
             n.number(verdict.critical_batch),
