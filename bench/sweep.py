@@ -33,6 +33,7 @@ from pybatch.convergence.sweep import measure_convergence
 from pybatch.convergence.trajectory import Trajectory
 from pybatch.convergence.trial import Outcome, Trial
 from pybatch.device.environment import capture
+from pybatch.device.memory import keep_freed
 from pybatch.scaling import Scaled
 from pybatch.workloads.finding import find
 
@@ -178,6 +179,7 @@ def main() -> None:
     print(f"{given.threads} of {all_threads} threads, load {load:.1f} at the start")
     result: dict[str, Any] = {"load": load, "threads": given.threads, "replicas": []}
     torch.set_num_threads(given.threads)
+    keep_freed()  # as in every process of a sweep
     for model in given.models.split(",") if "replicas" in parts else ():
         for batch in map(int, given.batches.split(",")):
             row = replicas(model, batch, 3 if given.quick else given.repeats)
