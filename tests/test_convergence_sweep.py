@@ -295,6 +295,7 @@ def test_the_record_reads_back(run):
     whole = Run(run.created, run.environment, convergence=found)
     back = Run.from_json(whole.to_json())
     assert back.convergence.curves == found.curves
+    assert "512 examples in each fixed batch" in back.convergence.smoothing
     first = json.loads(whole.to_json())["convergence"]["curves"][0]
     assert {"rule", "split", "points", "s_min", "critical_batch", "low", "high", "regimes"} <= set(first)
     assert {"batch", "steps", "status", "seeds", "learning_rate"} <= set(first["points"][0])

@@ -56,7 +56,7 @@ def record(
         seeds=len(plan.seeds),
         trials=len({key for contest in contests if contest.over for key in contest.trials}),
         base_batch=plan.base_batch,
-        smoothing=SMOOTHING,
+        smoothing=f"{SMOOTHING}; {workload.evaluation_examples} examples in each fixed batch",
         complete=ended and not any(contest.failed for contest in contests),
         device=describe(device),
         workload=dataclasses.replace(session.info, target=dict(plan.targets), learning_rate=None),
