@@ -387,7 +387,8 @@ def test_a_reader_that_leaves_early_is_no_failure(run, tmp_path):
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+    said = "pybatch: stdout was closed before the end of the result. Give -o FILE to keep it.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", said)
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])

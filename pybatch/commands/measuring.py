@@ -7,7 +7,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 
 from pybatch.commands.interrupting import interrupts_heard
+from pybatch.commands.printing import stdout_to_stderr
 from pybatch.errors import Interrupted, UsageError
 from pybatch.records import Run
 from pybatch.report.formats import FORMATS, format_of, print_run, render
@@ -102,12 +102,12 @@ def measure(
             gpu = local_rank()
         device = resolve("cpu" if given.cpu else f"cuda:{gpu}" if gpu is not None else None)
         options = given.option or ()
-        with redirect_stdout(sys.stderr):  # what a workload prints shall not precede the result on stdout
+        with stdout_to_stderr():
             chosen = find(given.workload, model=given.model, data=given.data, options=options, size=given.size)
         try:
             quiet = given.quiet or local_rank() > 0
             line = ProgressLine(Console(stderr=True), quiet)
-            with redirect_stdout(sys.stderr), interrupts_heard(), line as progress:
+            with stdout_to_stderr(), interrupts_heard(), line as progress:
                 measured = job(chosen, device, progress)
             if measured is None:  # one of torchrun's processes: the first one has the result
                 raise typer.Exit(DONE)
@@ -152,6 +152,8 @@ def deliver(run: Run, format_: str, target: Output | None) -> bool:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if target is None:
+            print("pybatch: stdout was closed before the end of the result. Give -o FILE to keep it.", file=sys.stderr)
     if target is not None and written:
         print(f"pybatch: wrote {target.path}", file=sys.stderr)
     return written
