@@ -71,7 +71,7 @@ def test_clipping_between_passes_is_left_out_and_said():
     optimizer.zero_grad()
     train(model, optimizer, 1)
     assert (handle.noise.steps, handle.noise.skipped) == (1, 1)
-    assert any("1 steps are left out" in n.text for n in handle.noise.notes)
+    assert any("left out: 1 step, because" in n.text for n in handle.noise.notes)
 
 
 def test_gradients_left_from_the_step_before():

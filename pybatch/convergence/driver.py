@@ -18,6 +18,7 @@ from pybatch.convergence.summary import bare_reason
 from pybatch.convergence.sweep_record import record
 from pybatch.convergence.trial import FACTOR, Outcome, Race, Trial, Unit
 from pybatch.errors import UsageError, WorkloadError
+from pybatch.numerals import counted
 from pybatch.records import Convergence, NoiseScale, Note
 from pybatch.scaling import SEARCHED, Base, Scaled, scale
 from pybatch.workloads.base import Workload
@@ -78,7 +79,7 @@ class Sweep:
     def _leave_out(self, batches: Sequence[int], base: Contest, largest: Contest) -> None:
         """Tuned steps fall with the batch and then stay: what neither end reaches, none between is expected to."""
         steps = self.plan.max_steps
-        text = f"not run: neither batch {base.batch} nor {largest.batch} reached a target in {steps} steps"
+        text = f"not run: neither batch {base.batch} nor {largest.batch} reached a target in {counted(steps, 'step')}"
         for batch in batches:
             self._fail(self._search(batch, steps), text)
 

@@ -19,6 +19,7 @@ from pybatch.convergence.sweep_record import record
 from pybatch.device.environment import capture
 from pybatch.device.identity import resolve
 from pybatch.errors import Interrupted, StoreError, UsageError
+from pybatch.numerals import counted
 from pybatch.records import Convergence, Environment, NoiseScale, Note
 from pybatch.scaling import SEARCHED
 from pybatch.workloads.base import Progress, Workload
@@ -114,8 +115,8 @@ def measure_convergence(
     with Store(Path(store) if store is not None else None, where) as kept:
         if len(kept) and not resume:
             raise UsageError(
-                f"store '{store}' holds {len(kept)} trials. Add --resume (resume=True) to run only what is missing, or "
-                "name another file."
+                f"store '{store}' holds {counted(len(kept), 'trial')}. Add --resume (resume=True) to run only what is "
+                "missing, or name another file."
             )
         scale = noise() if callable(noise) else noise
         live = Live(kept.put, progress, alone=jobs == 1 and ray is None)

@@ -11,6 +11,7 @@ from pybatch.errors import UsageError
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, combine, trainable
 from pybatch.noise.norms import Places, squares
 from pybatch.noise.preconditioner import Preconditioner
+from pybatch.numerals import counted
 from pybatch.records import Note
 
 HELD_BYTES = 64 << 20  # of micro-batch gradients kept until their norms are taken together: one launch for many
@@ -213,8 +214,9 @@ class BackwardNoise(Collector):
             notes.append(Note("noise.b_simple", text))
         if altered:
             text = (
-                f"{altered} steps are left out because gradients were left from the step before, or changed between "
-                "backward passes: clear those of the whole model after every step, and clip once, right before it"
+                f"left out: {counted(altered, 'step')}, because gradients were left from the step before, or changed "
+                "between backward passes: clear those of the whole model after every step, and clip once, right "
+                "before it"
             )
             notes.append(Note("noise.skipped", text))
         return tuple(notes)

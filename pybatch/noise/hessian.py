@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pybatch import numerals
 from pybatch.errors import UsageError
 from pybatch.noise.accumulator import NoiseAccumulator
 from pybatch.noise.estimator import judge
@@ -147,7 +148,9 @@ class HessianNoise:
         if mean is not None:
             found = found.in_examples(mean, self.tally.error)
         if self._pairs.skipped and found.reason is None:
-            return dataclasses.replace(found, reason=f"{self._pairs.skipped} pairs were not finite and were left out")
+            return dataclasses.replace(
+                found, reason=f"left out as not finite: {numerals.counted(self._pairs.skipped, 'pair')}"
+            )
         return found
 
 

@@ -24,6 +24,7 @@ from pybatch.noise.estimator import INTERRUPTED, noiseless
 from pybatch.noise.feeds import Feed, HookFeed, OptimizerFeed
 from pybatch.noise.hessian import HessianNoise
 from pybatch.noise.rounds import Round
+from pybatch.numerals import counted
 from pybatch.optim import AdamW
 from pybatch.records import NoiseScale, Note, WeightedNoise
 from pybatch.workloads.base import Progress, Workload
@@ -306,7 +307,7 @@ class _Measurement:
                 text = f"the interval holds how the gradient changed over {STRETCH_STEPS} training steps, the most made"
             notes.append(Note("noise.low", text))
         if found.skipped:
-            text = f"{found.skipped} groups had a gradient that is not finite and were left out"
+            text = f"left out: {counted(found.skipped, 'group')} with a gradient that is not finite"
             notes.append(Note("noise.skipped", text))
         notes += confounds(self.session.model, self.workload.examples, found, training=self.mode != "eval")
         if self.mode == "eval":

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pybatch.errors import UsageError
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, local_batch, trainable
 from pybatch.noise.norms import squares
+from pybatch.numerals import counted
 from pybatch.optim import FusedOptimizer
 from pybatch.records import Note
 
@@ -183,7 +184,8 @@ class MomentsNoise(Collector):
     def _said(self) -> tuple[Note, ...]:
         notes, refused = list(self._notes), round(float(self._refused))
         if refused:
-            notes.append(Note("noise.skipped", f"{refused} steps had a gradient that is not finite: in no window"))
+            text = f"in no window: {counted(refused, 'step')} with a gradient that is not finite"
+            notes.append(Note("noise.skipped", text))
         if self._cleared:
             text = (
                 f"the gradients of {self._cleared} micro-batches were cleared without a step, as by a GradScaler: they "
