@@ -12,6 +12,7 @@ from pybatch.errors import UsageError
 from pybatch.fits import steps, steps_model
 from pybatch.fits.solver import aicc
 from pybatch.fits.steps_data import between
+from pybatch.fits.steps_notes import REACH
 from pybatch.records import Convergence, Curve
 
 INF, NAN = math.inf, math.nan
@@ -167,13 +168,15 @@ def test_a_bend_is_seen_by_one_seed_whatever_the_number_of_batch_sizes(count):
     assert bent >= 18
 
 
-def test_an_interval_that_reaches_below_one_example_is_open():
+def test_an_interval_that_reaches_far_below_the_smallest_batch_is_open():
     """Steps that turn up with the batch, as a rule's do past its reach: their bend may be anywhere below."""
     table = [[291, 310, 270], [169, 150, 180], [114, 120, 100], [81, 70, 95], [200, 180, 160], [500, INF, 300]]
-    fit = fit_steps([8, 16, 32, 64, 128, 256], table, cap=1000, model="hyperbola")
-    assert (fit.low, fit.critical_batch is None) == (None, False)
-    for name, value in {"b20_low": fit.b20_low, "low": fit.low, "b_stag_low": fit.b_stag_low}.items():
-        assert value is None or value >= 1
-        assert any(note.figure == name and "not bounded below" in note.text for note in fit.notes) == (value is None)
-    in_parts = fit_steps([0.08, 0.16, 0.32, 0.64, 1.28], [300, 170, 110, 80, 60], model="hyperbola")
-    assert in_parts.low is None or in_parts.low >= 0.08  # batches in another unit: below the smallest of them
+    for unit in (1.0, 0.01, 512.0):  # examples, or tokens: the same in any
+        batches = unit * np.array([8.0, 16, 32, 64, 128, 256])
+        fit = fit_steps(batches, table, cap=1000, model="hyperbola")
+        assert (fit.low, fit.critical_batch is None) == (None, False)
+        for name, value in {"b20_low": fit.b20_low, "low": fit.low, "b_stag_low": fit.b_stag_low}.items():
+            assert value is None or value >= batches[0] / REACH
+            assert any(note.figure == name and "not bounded below" in note.text for note in fit.notes) == (
+                value is None
+            )

@@ -296,7 +296,7 @@ def _record(
             ends = np.concatenate([high[:1], np.maximum(high[1:], size.min())])
             point, low, high = _unbounded(point, np.concatenate([low[:1], np.zeros(3)]), ends)
     s_min, b20, b50, b_stag = (_known(v) for v in point)
-    open_ = np.append(False, low[1:] < min(1.0, float(size.min())))  # below one example an end bounds nothing
+    open_ = np.append(False, low[1:] < size.min() / steps_notes.REACH)  # so far below, an end bounds nothing
     notes += steps_notes.of_open_ends(open_[1:] & np.isfinite(point[1:]))
     low = np.where(open_, np.nan, low)
     lows, highs = [_known(v) for v in low], [_known(v) for v in high]

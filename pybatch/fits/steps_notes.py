@@ -10,6 +10,7 @@ from pybatch.fits.steps_data import Choice, Table
 from pybatch.numerals import counted, number
 from pybatch.records import Note
 
+REACH = 32  # times below the smallest batch from where on an end of an interval bounds nothing
 FEW_STEPS = 10.0  # S_min below which a step is too coarse a unit: the models fail there
 
 
@@ -70,8 +71,10 @@ def of_nothing(table: Table, picked: Array, reached: int, least: int) -> Note:
 
 
 def of_open_ends(open_: NDArray[np.bool_]) -> list[Note]:
-    """On intervals of B_20, B_50 and B_stag, of which those in `open_` [3] reach below one example."""
-    text = "not bounded below: the data allow less than one example. More seeds, or smaller batch sizes, would bound it"
+    """On intervals of B_20, B_50 and B_stag, of which those in `open_` [3] have no lower end."""
+    text = (
+        f"not bounded below: the data allow less than 1/{REACH} of the smallest batch. Test smaller ones, or more seeds"
+    )
     return [Note(name, text) for name, is_open in zip(("b20_low", "low", "b_stag_low"), open_, strict=True) if is_open]
 
 
