@@ -119,6 +119,17 @@ def test_a_quadratic_keeps_a_batch_from_being_run_that_a_line_would_let_run() ->
     assert found.excess(12_000) == "predicted 2.26 GiB, limit 1.86 GiB"  # a line would say 0.97 GiB
 
 
+def test_memory_that_neither_explains_is_said_to_be_so() -> None:
+    """Peaks of a contrastive loss on a CPU, where the C library kept freed blocks at batch 2048."""
+    found = explorer()
+    measured = {1024: 43, 2048: 155, 4096: 206, 8192: 795}
+    found.looks = {n: Look(n, "ok", None, 1e-5 * n, peak << 20, 1) for n, peak in measured.items()}
+    text = plan_of(found, 16 << 30).notes[-1].text
+    assert "neither a line nor a quadratic explains peak memory over batches up to 8192" in text
+    assert "spreads over 162 MiB" in text
+    assert len(plan_of(explorer(), 101 * MB).notes) == 1  # a line that explains them needs no such note
+
+
 def test_what_ran_stands_where_a_quadratic_says_less() -> None:
     assert plan_of(pairwise(), 100 * MB).candidate == 4096
 

@@ -23,7 +23,7 @@ def stepped(value: float, step: int) -> int:
 @pytest.mark.parametrize("batches", LADDERS)
 def test_an_exact_line_comes_back(batches: tuple[int, ...]) -> None:
     growth = fit_memory(batches, [50 * MiB + 3 * MiB * n for n in batches])
-    assert growth.square is None
+    assert growth.square is growth.unexplained is None
     assert growth.line == pytest.approx((50 * MiB, 3 * MiB))
     assert growth.largest(40 * GiB) == pytest.approx((40 * GiB - 50 * MiB) / (3 * MiB), abs=1)
     assert growth.peak(10_000) == pytest.approx(50 * MiB + 10_000 * 3 * MiB)
@@ -86,7 +86,10 @@ def test_a_floor_and_then_a_line_is_no_quadratic(last_flat: int) -> None:
     """Small batches peak in the optimizer's update: their memory does not grow, and nothing is quadratic about it."""
     batches = (64, 128, 256, 512)
     peaks = [max(GiB, GiB + 4 * MiB * (n - 1.0 * batches[last_flat])) for n in batches]
-    assert fit_memory(batches, [int(p) for p in peaks]).square is None
+    growth = fit_memory(batches, [int(p) for p in peaks])
+    assert growth.square is None
+    assert growth.unexplained is not None
+    assert growth.unexplained > STEP_BYTES
 
 
 @given(

@@ -96,19 +96,27 @@ def plan_largest(explorer: Explorer, limit: int, deadline: float) -> Plan | Larg
     except WorkloadError as error:
         return _null(str(error), basis)
     predicted = max(fits, growth.largest(limit * _MARGIN))
-    notes = (basis, _bent(growth, predicted, fits, limit)) if growth.square is not None else (basis,)
+    notes = (basis, *_off_line(growth, predicted, fits, limit))
     return Plan(min([predicted, *(n - 1 for n in refused)]), fits, packed, notes)
 
 
-def _bent(growth: MemoryGrowth, predicted: int, fits: int, limit: int) -> Note:
-    """What a quadratic predicts, how far beyond the batches that ran, and what a line would have said."""
+def _off_line(growth: MemoryGrowth, predicted: int, fits: int, limit: int) -> tuple[Note, ...]:
+    """Where the peaks are off a line: what a quadratic predicts instead, or that it explains them no better."""
     far = numerals.number(predicted / fits, 2)
     on_line = max(fits, replace(growth, square=None).largest(limit * _MARGIN))
-    return Note(
-        "capacity.max_batch",
-        f"peak memory bends upward over batches up to {fits}, more than an allocator's steps do: a quadratic predicts "
-        f"{predicted}, {far} times the largest that ran; a line would say {on_line}",
-    )
+    if growth.square is not None:
+        text = (
+            f"peak memory bends upward over batches up to {fits}, more than an allocator's steps do: a quadratic "
+            f"predicts {predicted}, {far} times the largest that ran; a line would say {on_line}"
+        )
+    elif growth.unexplained is not None:
+        text = (
+            f"neither a line nor a quadratic explains peak memory over batches up to {fits}: about a line it spreads "
+            f"over {growth.unexplained / 2**20:.3g} MiB, and the line predicts {far} times further"
+        )
+    else:
+        return ()
+    return (Note("capacity.max_batch", text),)
 
 
 def needed_s(explorer: Explorer, batch: int, size: float) -> float:

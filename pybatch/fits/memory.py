@@ -26,6 +26,7 @@ class MemoryGrowth:
     line: tuple[float, float]  # bytes, bytes per example
     square: tuple[float, float, float] | None  # bytes, per example, per example squared; the last one positive
     residual: float  # root mean square of the peaks about the line, bytes
+    unexplained: float | None = None  # height of the strip about the line, where no curve explains the peaks
 
     @property
     def shape(self) -> str:
@@ -56,13 +57,15 @@ def fit_memory(batches: Sequence[int], peaks: Sequence[int]) -> MemoryGrowth:
     n, peak = np.array(batches, dtype=float), np.array(peaks, dtype=float)
     slope, intercept = (float(x) for x in np.polyfit(n, peak, 1))
     residual = float(np.sqrt(np.mean((peak - intercept - slope * n) ** 2)))
-    return MemoryGrowth((intercept, slope), _square(n, peak), residual)
-
-
-def _square(n: Array, peak: Array) -> tuple[float, float, float] | None:
-    """Coefficients, constant first, where the peaks curve upward beyond an allocator's steps; else None."""
     allowed = max(STEP_BYTES, STEP_SHARE * float(np.ptp(peak)))
-    if len(np.unique(n)) < _LEAST or _strip(n, peak) <= allowed:
+    strip = _strip(n, peak)
+    square = _square(n, peak, allowed) if strip > allowed else None
+    return MemoryGrowth((intercept, slope), square, residual, strip if strip > allowed and square is None else None)
+
+
+def _square(n: Array, peak: Array, allowed: float) -> tuple[float, float, float] | None:
+    """Coefficients of an upward quadratic, constant first, where it explains the peaks to the bytes allowed."""
+    if len(np.unique(n)) < _LEAST:
         return None
     c, b, a = (float(x) for x in np.polyfit(n, peak, 2))
     explained = float(np.ptp(peak - (a + b * n + c * n**2))) <= allowed  # a floor and then a line is no quadratic
