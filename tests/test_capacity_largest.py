@@ -89,6 +89,51 @@ def test_a_batch_that_ran_in_a_fresh_process_is_verified() -> None:
     assert process.tried == [plan.candidate]
 
 
+def pairwise(batches: tuple[int, ...] = (512, 1024, 2048, 4096)) -> Explorer:
+    """An explorer of a workload that keeps four float32 matrices of batch x batch, beside 10 kB per example."""
+    found = explorer()
+    found.looks = {n: Look(n, "ok", None, 1e-5 * n, 1 * MB + 10_000 * n + 16 * n**2, 1) for n in batches}
+    return found
+
+
+def test_memory_that_grows_quadratically_is_predicted_so_with_a_note() -> None:
+    limit = 20_000 * MB
+    plan = plan_of(pairwise(), limit)
+    assert plan.candidate == pytest.approx(math.sqrt((0.97 * limit) / 16), rel=0.02)
+    text = plan.notes[-1].text
+    assert f"a quadratic predicts {plan.candidate}, 8.4 times the largest that ran; a line would say " in text
+    assert int(text.split()[-1]) > 5 * plan.candidate
+
+
+def test_a_quadratic_not_verified_is_said_to_be_one() -> None:
+    found = pairwise()
+    result = verify_largest(found, plan_of(found, 20_000 * MB), 20_000 * MB, found.clock.now() + 1.0, Process(10**9))
+    assert not result.verified
+    assert "a quadratic of memory up to batch 4096 predicts it, 8.4 times further" in result.notes[-1].text
+
+
+def test_a_quadratic_keeps_a_batch_from_being_run_that_a_line_would_let_run() -> None:
+    found = pairwise()
+    found.memory_limit = 2_000 * MB
+    assert found.excess(10_000) is None  # 1.7 GB
+    assert found.excess(12_000) == "predicted 2.26 GiB, limit 1.86 GiB"  # a line would say 0.97 GiB
+
+
+def test_memory_that_neither_explains_is_said_to_be_so() -> None:
+    """Peaks of a contrastive loss on a CPU, where the C library kept freed blocks at batch 2048."""
+    found = explorer()
+    measured = {1024: 43, 2048: 155, 4096: 206, 8192: 795}
+    found.looks = {n: Look(n, "ok", None, 1e-5 * n, peak << 20, 1) for n, peak in measured.items()}
+    text = plan_of(found, 16 << 30).notes[-1].text
+    assert "neither a line nor a quadratic explains peak memory over batches up to 8192" in text
+    assert "spreads over 162 MiB" in text
+    assert len(plan_of(explorer(), 101 * MB).notes) == 1  # a line that explains them needs no such note
+
+
+def test_what_ran_stands_where_a_quadratic_says_less() -> None:
+    assert plan_of(pairwise(), 100 * MB).candidate == 4096
+
+
 @pytest.mark.parametrize("fits", [9000, 6000, 512])
 def test_a_batch_that_does_not_fit_is_stepped_down_to_one_that_does(fits: int) -> None:
     found, process = explorer(), Process(fits)

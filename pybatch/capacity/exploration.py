@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from pybatch.capacity.flops import count_flops
 from pybatch.capacity.step import TrainingStep
 from pybatch.capacity.traffic import Traffic, update_bytes
 from pybatch.device.clock import Clock
 from pybatch.device.memory import PeakMemory
 from pybatch.errors import WorkloadError
+from pybatch.fits.memory import MemoryGrowth, fit_memory
 from pybatch.records import BatchStatus
 from pybatch.workloads.session import is_out_of_memory
 
@@ -26,7 +25,7 @@ _LEAST = 6  # doublings at least, so that a floor can be told from a line
 _FITTABLE = 3  # batch sizes, the fewest a fit can be made of
 _LOOK_STEPS = 5  # that a look takes, at most, where steps are long
 _LOOK_S = 0.05  # of timed steps at a batch size, where they are short
-_LINE = 4  # of the largest batches make the line: small ones reuse what the allocator kept
+_LARGEST = 4  # batches tell how memory grows: small ones reuse what the allocator kept
 _SIGNAL = 1 << 20  # bytes; a peak that grows by less is noise of the allocator
 
 
@@ -102,10 +101,10 @@ class Explorer:
 
     def excess(self, n: int) -> str | None:
         """How a step of n examples is predicted to exceed the memory limit, or None."""
-        line = self.memory_line()
-        if line is None or self.memory_limit is None or line[0] + line[1] * n <= self.memory_limit:
+        growth = self.memory_growth()
+        if growth is None or self.memory_limit is None or growth.peak(n) <= self.memory_limit:
             return None
-        return f"predicted {(line[0] + line[1] * n) / 2**30:.3g} GiB, limit {self.memory_limit / 2**30:.3g} GiB"
+        return f"predicted {growth.peak(n) / 2**30:.3g} GiB, limit {self.memory_limit / 2**30:.3g} GiB"
 
     def look_again(self, n: int) -> Look:
         """Time a batch size once more, keeping the better time: for a step that a disturbance may have hit."""
@@ -128,16 +127,15 @@ class Explorer:
         """Note that a batch size is not run for want of time."""
         self.looks[n] = Look(n, "skipped", reason, late=True)
 
-    def memory_line(self) -> tuple[float, float] | None:
-        """Intercept (bytes) and slope (bytes per example) of peak memory; None where memory does not clearly grow."""
+    def memory_growth(self) -> MemoryGrowth | None:
+        """Peak memory against batch size, of the largest that ran; None where memory does not clearly grow."""
         points = [(look.batch, look.memory_bytes) for look in self.working if look.memory_bytes is not None]
         if len(points) < 3:
             return None
-        n, peak = np.array(points[-_LINE:], dtype=float).T
-        slope, intercept = np.polyfit(n, peak, 1)
-        residual = float(np.sqrt(np.mean((peak - intercept - slope * n) ** 2)))
-        grown = slope * (n.max() - n.min())
-        return (float(intercept), float(slope)) if grown > max(_SIGNAL, 4 * residual) else None
+        batches, peaks = zip(*points[-_LARGEST:], strict=True)
+        growth = fit_memory(batches, peaks)
+        grown = growth.line[1] * (max(batches) - min(batches))
+        return growth if grown > max(_SIGNAL, 4 * growth.residual) else None
 
     def predicted_s(self, n: int) -> float:
         """Seconds of a step of n examples; 0 before any was seen.

@@ -1,4 +1,4 @@
-"""The largest batch that fits: predicted from the line of peak memory, then run in a fresh process."""
+"""The largest batch that fits: predicted from how peak memory grows, then run in a fresh process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,12 +19,13 @@ from pybatch.capacity.exploration import Explorer
 from pybatch.capacity.probe import Outcome, Request
 from pybatch.device import memory
 from pybatch.errors import WorkloadError
+from pybatch.fits.memory import MemoryGrowth
 from pybatch.records import Note
 from pybatch.workloads.packing import Packed, pack
 
 GPU_SHARE = 0.90  # of free GPU memory: fragmentation and the library's workspaces take the rest
 CPU_SHARE = 0.50  # of available host memory, which other processes need as well
-_MARGIN = 0.97  # of the limit aimed at, so that the line's own error does not decide
+_MARGIN = 0.97  # of the limit aimed at, so that the prediction's own error does not decide
 _STEP_LIMIT = 10.0  # seconds; a longer step is not run for verification
 _START_S = 5.0  # seconds to start a process, import torch and make the session, at most
 _FRESH_BYTES = 128 << 20  # above every allocator's threshold: such memory is fresh from the system
@@ -32,7 +33,7 @@ _TRIES = 4
 _FAR = 8  # times the largest batch that ran: a prediction beyond is said to be far
 _SPARE = 1.2  # the time of the largest batch is estimated from small ones
 _SHARE = 0.50  # of the time that is left, at most, for verifying the largest batch
-_CHECK_SHARE = 0.25  # for checking the line of memory by a smaller one, where the largest takes too long
+_CHECK_SHARE = 0.25  # for checking the prediction by a smaller one, where the largest takes too long
 
 
 @dataclass(frozen=True)
@@ -79,23 +80,43 @@ def plan_largest(explorer: Explorer, limit: int, deadline: float) -> Plan | Larg
     if explorer.memory.reason is not None:
         return _null(explorer.memory.reason)
     _extend(explorer, deadline)
-    line = explorer.memory_line()
+    growth = explorer.memory_growth()
     fits = explorer.working[-1].batch
     failures = [look for look in explorer.looks.values() if look.status in ("oom", "skipped") and not look.late]
     refused = [look.batch for look in failures if look.batch > fits]
     if refused:
         basis = Note("capacity.max_batch", f"below batch {min(refused)}, which does not run; {basis.text}")
-    if line is None and refused:
+    if growth is None and refused:
         return Largest(fits, True, (basis, Note("capacity.max_batch_verified", f"batch {fits} was the largest to run")))
-    if line is None:
+    if growth is None:
         seen = [look.batch for look in explorer.working]
         return _null(f"peak memory does not clearly grow over batches {min(seen)}..{max(seen)}", basis)
     try:
         packed = pack(session.workload)
     except WorkloadError as error:
         return _null(str(error), basis)
-    predicted = int((limit * _MARGIN - line[0]) / line[1])
-    return Plan(max(fits, min([predicted, *(n - 1 for n in refused)])), fits, packed, (basis,))
+    predicted = max(fits, growth.largest(limit * _MARGIN))
+    notes = (basis, *_off_line(growth, predicted, fits, limit))
+    return Plan(min([predicted, *(n - 1 for n in refused)]), fits, packed, notes)
+
+
+def _off_line(growth: MemoryGrowth, predicted: int, fits: int, limit: int) -> tuple[Note, ...]:
+    """Where the peaks are off a line: what a quadratic predicts instead, or that it explains them no better."""
+    far = numerals.number(predicted / fits, 2)
+    on_line = max(fits, replace(growth, square=None).largest(limit * _MARGIN))
+    if growth.square is not None:
+        text = (
+            f"peak memory bends upward over batches up to {fits}, more than an allocator's steps do: a quadratic "
+            f"predicts {predicted}, {far} times the largest that ran; a line would say {on_line}"
+        )
+    elif growth.unexplained is not None:
+        text = (
+            f"neither a line nor a quadratic explains peak memory over batches up to {fits}: about a line it spreads "
+            f"over {growth.unexplained / 2**20:.3g} MiB, and the line predicts {far} times further"
+        )
+    else:
+        return ()
+    return (Note("capacity.max_batch", text),)
 
 
 def needed_s(explorer: Explorer, batch: int, size: float) -> float:
@@ -129,9 +150,9 @@ def reserve_s(explorer: Explorer, plan: Plan, limit: int, left: float) -> float:
 
 def _affordable(explorer: Explorer, plan: Plan, left: float) -> int | None:
     """The largest batch, well above what has run, that can be run in a fresh process in the time left."""
-    line, batch = explorer.memory_line(), plan.candidate // 2
-    while line is not None and batch >= 2 * plan.fits:
-        if needed_s(explorer, batch, line[0] + line[1] * batch) <= left:
+    growth, batch = explorer.memory_growth(), plan.candidate // 2
+    while growth is not None and batch >= 2 * plan.fits:
+        if needed_s(explorer, batch, growth.peak(batch)) <= left:
             return batch
         batch = batch * 3 // 4
     return None
@@ -146,8 +167,8 @@ def verify_largest(
 ) -> Largest:
     """Run a plan's batch in a fresh process before `deadline`; where it does not fit, a smaller one.
 
-    Where a step of it takes too long, it stays unverified, but the line that predicts it is checked by the largest
-    batch there is time for. `probe` runs a request within so many seconds; a test may replace it.
+    Where a step of it takes too long, it stays unverified, but the prediction is checked by the largest batch there is
+    time for. `probe` runs a request within so many seconds; a test may replace it.
     """
     session, candidate, fits, reason = explorer.step.session, plan.candidate, plan.fits, ""
     probe = probe or run_probe
@@ -159,7 +180,7 @@ def verify_largest(
             step = f"a step of it takes about {explorer.predicted_s(candidate):.2g} s"
             check = f"{step}, the check {needed:.2g} s; {max(0.0, left):.2g} s were left"
             cause = f"{step}; none above {_STEP_LIMIT:g} s is run" if math.isinf(needed) else check
-            reason = f"{reason}; {cause}" if reason else cause + _line_checked(explorer, plan, limit, left, probe)
+            reason = f"{reason}; {cause}" if reason else cause + _prediction_checked(explorer, plan, limit, left, probe)
             break
         outcome = probe(_request(explorer, plan, candidate, limit, left), left)
         if outcome.status == "ok":
@@ -169,13 +190,13 @@ def verify_largest(
         reason = f"batch {candidate} did not run in a fresh process ({outcome.reason})"
         if outcome.status != "oom" or candidate == fits:
             break
-        # The line is nearly right as a rule: step back a little first, then halve the way to what has run.
+        # The prediction is nearly right as a rule: step back a little first, then halve the way to what has run.
         candidate = max(fits, int(candidate * 0.9) if attempt == 0 else (fits + candidate) // 2)
-    if candidate > _FAR * fits:
+    growth = explorer.memory_growth()
+    if growth is not None and candidate > _FAR * fits:
         far = numerals.number(candidate / fits, 2)
-        reason += (
-            f"; a line of memory up to batch {fits} predicts it, {far} times further, and memory may bend on the way"
-        )
+        up_to = f"a {growth.shape} of memory up to batch {fits}"
+        reason += f"; {up_to} predicts it, {far} times further, and memory may bend on the way"
     return Largest(candidate, False, (*plan.notes, Note("capacity.max_batch_verified", f"not verified: {reason}")))
 
 
@@ -193,18 +214,17 @@ def _request(explorer: Explorer, plan: Plan, batch: int, limit: int, left: float
     )
 
 
-def _line_checked(
+def _prediction_checked(
     explorer: Explorer, plan: Plan, limit: int, left: float, probe: Callable[[Request, float], Outcome]
 ) -> str:
-    """Run a smaller batch in a fresh process and say how its peak compares with the line; "" where no time is left."""
-    batch, line = _affordable(explorer, plan, left), explorer.memory_line()
-    if batch is None or line is None:
+    """Run a smaller batch in a fresh process and say how its peak compares; "" where no time is left."""
+    batch, growth = _affordable(explorer, plan, left), explorer.memory_growth()
+    if batch is None or growth is None:
         return ""
     outcome = probe(_request(explorer, plan, batch, limit, left), left)
     if outcome.status != "ok" or outcome.peak_bytes is None:
         return f"; batch {batch}, to check the prediction, did not run in a fresh process ({outcome.reason})"
-    predicted = line[0] + line[1] * batch
-    off = f"{outcome.peak_bytes / predicted - 1:+.1%} against the prediction"
+    off = f"{outcome.peak_bytes / growth.peak(batch) - 1:+.1%} against the prediction"
     return f"; batch {batch} ran in a fresh process with {outcome.peak_bytes / 2**30:.3g} GiB, {off}"
 
 
@@ -235,7 +255,7 @@ def _extend(explorer: Explorer, deadline: float) -> None:
     """Go on doubling until peak memory clearly grows, for a quarter of the time at most."""
     end = explorer.clock.now() + (deadline - explorer.clock.now()) / 4
     n = explorer.working[-1].batch
-    while explorer.memory_line() is None:
+    while explorer.memory_growth() is None:
         n *= 2
         if explorer.clock.now() + 8 * explorer.predicted_s(n) > end or explorer.look(n).status != "ok":
             return
