@@ -7,7 +7,7 @@ is read from medians over the seeds, against a factor of BROKEN.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,15 +48,22 @@ def check_claims(run: Run) -> tuple[Claim, ...]:
         found += [_stagnation(best), _cost(best), _capacity(best, run.capacity)]
         found += [_rule(curve, curves, steps.base_batch) for curve in curves if curve.rule != SEARCHED]
         if split == "train":
-            found += [_generalization(curve) for curve in curves]
+            found += [_generalization(curve, _AT_TARGET) for curve in curves]
+        found += [_generalization(curve, budget) for curve in curves for budget in _budgets(steps, curve)]
     return tuple(found)
 
 
 def notes_on_claims(steps: Convergence) -> tuple[str, ...]:
     """What no claim here can speak of."""
+    notes = []
     if not any(curve.split == "train" for curve in steps.curves):
-        return ("test loss at equal train loss: not measured, as no train target was swept",)
-    return ("test loss at equal epochs and at equal steps: not measured, as trainings end at their target",)
+        notes.append("test loss at equal train loss: not measured, as no train target was swept")
+    if steps.gap_epochs is None:
+        notes.append(
+            "test loss at equal epochs and at equal steps: not measured, as trainings end at their target. Sweep with "
+            "--gap-epochs 30"
+        )
+    return tuple(notes)
 
 
 def _stagnation(curve: Curve) -> Claim:
@@ -188,27 +195,56 @@ def _ratio(p: ConvergencePoint, tuned: ConvergencePoint | None) -> str:
     return f"{n.number(ratio)} times the tuned steps" if ratio != 1 else "as many steps as tuned"
 
 
-def _generalization(curve: Curve) -> Claim:
+@dataclass(frozen=True)
+class _Budget:
+    """What runs of all batch sizes have in common where their test losses are compared."""
+
+    name: str  # after "test loss" in a label
+    text: str
+    end: str  # what no seed came to, where none did
+    losses: Callable[[ConvergencePoint], Sequence[float | None]]  # by seed
+
+
+_AT_TARGET = _Budget("", "at the train target", "reached the target", lambda p: p.other_losses if _reaches(p) else ())
+
+
+def _budgets(steps: Convergence, curve: Curve) -> list[_Budget]:
+    """Equal epochs and equal steps, where a sweep measured them."""
+    if steps.gap_epochs is None or not any(p.test_losses_at_epochs for p in curve.points):
+        return []
+    epochs = f"{steps.gap_epochs:g} epoch{'s' * (steps.gap_epochs != 1)}"
+    updates = n.counted(steps.gap_steps or 0, "step")
+    return [
+        _Budget(f", {epochs}", f"after {epochs}", "got so far", lambda p: p.test_losses_at_epochs),
+        _Budget(f", {updates}", f"after {updates}", "got so far", lambda p: p.test_losses_at_steps),
+    ]
+
+
+def _generalization(curve: Curve, budget: _Budget) -> Claim:
     def said(finding: Finding, text: str) -> Claim:
-        name = f"{curve.rule}: test loss"
+        name = f"{curve.rule}: test loss{budget.name}"
         return Claim(name, "a larger batch generalizes worse", finding, text)
 
-    points = [p for p in _reached(curve) if any(loss is not None for loss in p.other_losses)]
-    if len(points) < 2:
-        return said("not measured", "fewer than two batch sizes have a test loss where the train target was met")
-    small, large = points[0], points[-1]
-    both = [
-        (a, b) for a, b in zip(large.other_losses, small.other_losses, strict=False) if a is not None and b is not None
-    ]
+    points = sorted(curve.points, key=lambda p: p.batch)
+    known = [p for p in points if any(loss is not None for loss in budget.losses(p))]
+    if len(known) < 2:
+        return said("not measured", f"fewer than two batch sizes have a test loss {budget.text}")
+    small, large = known[0], known[-1]
+    pairs = zip(budget.losses(large), budget.losses(small), strict=False)
+    both = [(a, b) for a, b in pairs if a is not None and b is not None]
     if not both:
-        return said("not measured", "no seed reached the target at both ends")
+        return said("not measured", f"no seed {budget.end} at both ends")
     mean, low, high = _mean([a - b for a, b in both])
     there, here = (sum(values) / len(both) for values in zip(*both, strict=True))
     text = (
-        f"at the train target {n.number(there)} with batch {n.count(large.batch)}, {n.number(here)} with "
+        f"{budget.text} {n.number(there)} with batch {n.count(large.batch)}, {n.number(here)} with "
         f"{n.count(small.batch)}: {'+' if mean >= 0 else ''}{n.number(mean)} {_ends(low, high)}"
-    )
-    return said("yes" if low > 0 else "no" if high < 0 else "undetermined", text.rstrip())
+    ).rstrip()
+    if len(both) < large.seeds:  # the others diverged or never came there, and would have been worse
+        text += f"; {len(both)} of {n.counted(large.seeds, 'seed')}"
+    if broken := [n.count(p.batch) for p in points if p.batch > large.batch and p.status == "diverged"]:
+        text += f"; diverged at {', '.join(broken)}"
+    return said("yes" if low > 0 else "no" if high < 0 else "undetermined", text)
 
 
 def _reached(curve: Curve) -> list[ConvergencePoint]:

@@ -9,7 +9,7 @@ from test_verdict import capacity
 
 from pybatch.claims import check_claims, notes_on_claims
 from pybatch.convergence.summary import point as summarized
-from pybatch.convergence.trajectory import Crossing, Trajectory, loss_at
+from pybatch.convergence.trajectory import Trajectory, loss_at
 from pybatch.convergence.trial import Outcome, Race, Trial
 from pybatch.records import Convergence, ConvergencePoint, Curve, RateSteps, Run, StepsFit
 from pybatch.report.claims import sections
@@ -232,16 +232,16 @@ def test_the_other_loss_is_read_where_the_target_was_met():
     found = falling(lambda s: 1 + s / 400.0)
     crossing = found.crossing("train", 0.25)
     assert crossing is not None
-    at = loss_at(found, "test", crossing)
+    at = loss_at(found, "test", crossing.steps)
     # Both are means over the last fifth of the steps, of which a straight line's is its value at the middle.
     assert at == pytest.approx(1 + 0.9 * crossing.steps / 400, abs=2e-3)
-    assert loss_at(found, "train", crossing) == pytest.approx(0.25, rel=0.01)
+    assert loss_at(found, "train", crossing.steps) == pytest.approx(0.25, rel=0.01)
 
 
 def test_a_test_loss_that_broke_down_is_none():
     found = falling(lambda s: np.where(s > 100, math.nan, 1.0))
-    assert loss_at(found, "test", Crossing(200.0, 199, 200)) is None
-    assert loss_at(found, "test", Crossing(0.0, 0, 0)) == 1.0
+    assert loss_at(found, "test", 200.0) is None
+    assert loss_at(found, "test", 0.0) == 1.0
 
 
 def test_points_hold_the_other_loss_of_each_seed_at_the_best_rate():

@@ -54,6 +54,9 @@ def sweep(
         int | None, typer.Option(help="Where rules other than 'tuned' start. Default: the smallest batch.")
     ] = None,
     max_steps: Annotated[int, typer.Option(help="Steps after which a training is given up.")] = 5000,
+    gap_epochs: Annotated[
+        float | None, typer.Option(help="Compare test losses after so many epochs too, and after equal steps.")
+    ] = None,
     store: Annotated[Path | None, typer.Option(help="SQLite file that keeps every training.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a store: only what is missing runs.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes that train at the same time.")] = 1,
@@ -107,6 +110,7 @@ def sweep(
                 search=search,
                 base_batch=base_batch,
                 max_steps=max_steps,
+                gap_epochs=gap_epochs,
                 store=store,
                 resume=resume,
                 jobs=jobs,

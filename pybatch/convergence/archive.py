@@ -160,6 +160,7 @@ def _experiment(text: str, marks: Sequence[Mark]) -> Experiment:
         batches=frozenset(batches),
         begun=max((mark.created for mark in marks if mark.cell == BEGUN), default=None),
         over=frozenset(mark.cell for mark in marks),
+        gap_epochs=head.gap_epochs,
     )
     return Experiment(
         workload=data["workload"],

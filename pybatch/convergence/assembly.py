@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pybatch.convergence.budget import Budget, with_losses
 from pybatch.convergence.search import best_rate
 from pybatch.convergence.store import Cell
 from pybatch.convergence.summary import bare_reason, curve, point, unanswered
@@ -39,6 +40,7 @@ class Asked:
     batches: frozenset[int]
     begun: str | None  # when, for the last time; None: by a pybatch that did not note it
     over: frozenset[Cell]
+    gap_epochs: float | None = None
 
 
 @dataclass
@@ -62,6 +64,20 @@ class Experiment:
     def joins(self, other: Experiment) -> bool:
         """Whether both are of the same experiment: a sweep that was resumed with more batches, rules or seeds."""
         return all(getattr(self, name) == getattr(other, name) for name in _IDENTITY)
+
+    @property
+    def budget(self) -> Budget | None:
+        """The largest one asked for, over all batch sizes."""
+        epochs = max((a.gap_epochs for a in self.asked if a.gap_epochs is not None), default=None)
+        examples = self.head.workload.examples if self.head.workload is not None else None
+        return Budget.of(epochs, examples, sorted(self.batches)) if epochs is not None and examples else None
+
+    def goes_on(self, rule: str, batch: int) -> bool:
+        """Whether the runs of a batch size were to spend the budget; other targets may choose runs that were not."""
+        if self.budget is None or self.targets != {curve.split: curve.target for curve in self.head.curves}:
+            return False
+        epochs = self.budget.epochs
+        return any(a.gap_epochs == epochs and rule in a.rules and batch in a.batches for a in self.asked)
 
     def cut(self, rule: str, split: Split, batch: int, seeds: int) -> bool:
         """Whether the sweep that was last to run so many seeds at a batch size did not end there.
@@ -150,6 +166,8 @@ def assemble(sweep: Experiment, rows: Mapping[str, Row], environments: Mapping[i
     steps = dataclasses.replace(
         sweep.head, curves=curves, notes=tuple(notes), seeds=len(seeds), trials=len(used), complete=not missing
     )
+    if (budget := sweep.budget) is not None:
+        steps = dataclasses.replace(steps, gap_epochs=budget.epochs, gap_steps=budget.steps)
     if steps.workload is not None:
         steps = dataclasses.replace(steps, workload=dataclasses.replace(steps.workload, target=dict(sweep.targets)))
     last = max((row for row in own.values() if id(row.outcome) in used), key=lambda row: row.created, default=None)
@@ -172,6 +190,8 @@ def _curve(
     caps: dict[int, float] = {}
     failed: dict[str, list[int]] = {}
     base = _base(sweep, split, seeds, searched) if rule != SEARCHED else None
+    compared = next(each for each in SPLITS if each in sweep.targets)
+    budget = sweep.budget if split == compared else None
     targets: dict[str, float] = dict(sweep.targets) if rule == SEARCHED else {split: sweep.targets[split]}
     for batch in sorted(sweep.batches):
         if rule == SEARCHED:
@@ -191,7 +211,13 @@ def _curve(
         if not outcomes:
             continue
         race = _race(targets, ran, outcomes, rule == SEARCHED)
-        points.append(_widened(point(batch, split, race, outcomes), ran, seeds))
+        found = _widened(point(batch, split, race, outcomes), ran, seeds)
+        if budget is not None:
+            behind = [outcome for outcome in outcomes if outcome.trial.lr == found.learning_rate]
+            if sweep.goes_on(rule, batch) and not all(map(budget.spent, behind)):
+                missing[f"batch {batch} {rule} to {budget.epochs:g} epochs"] = True
+            found = with_losses(found, outcomes, seeds, budget)
+        points.append(found)
         caps[batch] = race.limit(split)
     return curve(rule, split, sweep.targets[split], points, caps, None, unanswered(failed))
 

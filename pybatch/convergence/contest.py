@@ -27,6 +27,7 @@ class Contest:
     claimed: list[str] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)  # once it is over
     over: bool = False
+    continues: Contest | None = None  # whose runs go on here
 
     def race(self, seeds: Sequence[int], outcomes: Sequence[Outcome]) -> Race:
         """The contest as its outcomes stand."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from pybatch.convergence import live
+from pybatch.convergence.budget import NEVER, Budget
 from pybatch.convergence.contest import Contest
 from pybatch.convergence.jobs import LostWorkerError, Ticket, Workers
 from pybatch.convergence.live import Live
@@ -45,6 +46,7 @@ class Sweep:
         self.identity, self.device, self.found, self.live = identity, device, found, live
         self.key = ""  # of this sweep in the store
         self.contests: list[Contest] = []
+        self.further: list[Contest] = []  # their runs past the targets
         self.ended = False  # nothing is left to run
         self.notes: dict[str, None] = {}  # why trials were not stacked; in order, once each
 
@@ -71,6 +73,10 @@ class Sweep:
         contests = [self._search(b, self._cap(b)) for b in sought]
         contests += [self._fixed(rule, split, b) for rule in fixed for split in plan.targets for b in plan.batches]
         self._finish(contests)
+        if plan.budget is not None:
+            self.further = [go_on for contest in self.contests if (go_on := self._further(contest, plan.budget))]
+            self.live.rows += len(self.further)
+            self._finish(self.further)
         self.ended = True
 
     def _reached(self, contest: Contest) -> bool:
@@ -102,6 +108,20 @@ class Sweep:
             return self._fail(contest, bare_reason(batch, error))
         self._begin(contest, [self._trial(scaled, batch, seed) for seed in plan.seeds], plan.seeds)
         return contest
+
+    def _further(self, contest: Contest, budget: Budget) -> Contest | None:
+        """The runs of one point of the first target, to the end of the budget; None where there is no such point."""
+        split = self.plan.compared
+        if contest.failed or split not in contest.targets:
+            return None
+        lr = contest.points(self.plan.seeds)[split].learning_rate
+        if lr is None:
+            return None
+        trials = [trial for trial in contest.trials.values() if trial.lr == lr]
+        going = Contest(contest.rule, contest.batch, {split: NEVER}, budget.steps_at(contest.batch), None)
+        going.continues = contest
+        self._begin(going, trials, self.plan.seeds)
+        return going
 
     @staticmethod
     def _begin(contest: Contest, trials: list[Trial], seeds: tuple[int, ...]) -> None:
@@ -195,6 +215,9 @@ class Sweep:
             heat = self._next_heat(contest, list(stored.values()))
             if heat is None:
                 contest.outcomes, contest.over = list(stored.values()), True
+                if contest.continues is not None:
+                    self._lengthen(contest.continues, contest)
+                    return None
                 self.store.mark(self.key, [(contest.rule, split, contest.batch) for split in contest.targets])
                 self._say(contest)
                 return None
@@ -203,6 +226,13 @@ class Sweep:
 
     def _next_heat(self, contest: Contest, outcomes: Sequence[Outcome]) -> Heat | None:
         return contest.search.heat(contest.race(self.plan.seeds, outcomes)) if contest.search is not None else None
+
+    def _lengthen(self, contest: Contest, further: Contest) -> None:
+        """Put longer runs in the places of those they began with."""
+        longer = {outcome.trial.key: outcome for outcome in further.outcomes}
+        contest.outcomes = [longer.get(outcome.trial.key, outcome) for outcome in contest.outcomes]
+        contest.cap = max(contest.cap, further.cap)  # as the store will have it
+        self.live.over += 1
 
     def _fail(self, contest: Contest, reason: str) -> Contest:
         contest.over, contest.failed = True, reason
@@ -232,6 +262,7 @@ class Sweep:
             self.plan,
             self.device,
             self.contests,
+            further=self.further,
             ended=self.ended,
             remarks=self.notes,
             noise=noise,

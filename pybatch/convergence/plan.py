@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from pybatch import scaling
+from pybatch.convergence.budget import checked_budget
 from pybatch.convergence.search import GRIDS, SAMPLERS, Grid, Racing, Sampled, Search, default_rates, load_optuna
 from pybatch.convergence.training import initial_losses
-from pybatch.convergence.trajectory import SPLITS
+from pybatch.convergence.trajectory import SPLITS, Split
 from pybatch.convergence.trial import Trial
 from pybatch.convergence.updates import arguments
 from pybatch.errors import UsageError, unknown
@@ -39,6 +40,7 @@ class Plan:
         base_batch: int | None,
         max_steps: int,
         dtype: str,
+        gap_epochs: float | None = None,
     ) -> None:
         checked_dtype(dtype)
         self.dtype, self.max_steps = dtype, max_steps
@@ -60,6 +62,7 @@ class Plan:
         if max_steps < 1:
             raise UsageError(f"max_steps {max_steps} is below 1. Give the steps after which a trial is given up.")
         self.targets: dict[str, float] = _targets(workload, target)
+        self.budget = checked_budget(gap_epochs, workload.examples, self.batches, max_steps)
         self.optimizer = optimizer.lower()
         self.group = arguments(self.optimizer, options)
         self.rates = list(rates) if rates is not None else default_rates(self.optimizer, self.group)
@@ -88,8 +91,14 @@ class Plan:
 
     @property
     def searched(self) -> dict[str, Any]:
-        """How rates are tried, as plain JSON types."""
-        return {"search": self.search, "rates": self.rates, "max_steps": self.max_steps}
+        """How rates are tried and how far runs go, as plain JSON types."""
+        budget = {} if self.budget is None else {"gap_epochs": self.budget.epochs}
+        return {"search": self.search, "rates": self.rates, "max_steps": self.max_steps} | budget
+
+    @property
+    def compared(self) -> Split:
+        """The split whose target chooses the rates at which test losses are compared."""
+        return next(split for split in SPLITS if split in self.targets)
 
     def searcher(self) -> Search:
         """A search for one batch size."""

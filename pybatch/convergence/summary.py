@@ -57,7 +57,7 @@ def _other_losses(split: str, race: Race, lr: float, outcomes: Sequence[Outcome]
     runs = {outcome.trial.seed: outcome.trajectory for outcome in outcomes if outcome.trial.lr == lr}
     crossings = {seed: race.steps(split, lr, seed) for seed in race.seeds}
     return tuple(
-        loss_at(runs[seed], other, found) if found is not None and seed in runs else None
+        loss_at(runs[seed], other, found.steps) if found is not None and seed in runs else None
         for seed, found in crossings.items()
     )
 

@@ -41,6 +41,7 @@ def measure_convergence(
     max_steps: int = MAX_STEPS,
     device: str | torch.device | None = None,
     dtype: str = "fp32",
+    gap_epochs: float | None = None,
     store: str | Path | None = None,
     resume: bool = False,
     jobs: int = 1,
@@ -74,6 +75,9 @@ def measure_convergence(
             the largest one reaches a target, the others are not tried.
         device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
         dtype: "fp32" or "bf16" (autocast over fp32 parameters).
+        gap_epochs: compare test losses after so many epochs too, and after the steps that the largest batch takes in
+            them: when all else is done, the runs at each batch size's rate are made again, to that length. None: at
+            the train target alone.
         store: SQLite file that keeps every trial; None: nothing is kept.
         resume: go on with a store that holds trials; only what is missing runs.
         jobs: processes that train at the same time.
@@ -107,6 +111,7 @@ def measure_convergence(
         base_batch=base_batch,
         max_steps=max_steps,
         dtype=dtype,
+        gap_epochs=gap_epochs,
     )
     if jobs < 1:
         raise UsageError(f"jobs {jobs} is below 1. Give the number of processes that train at the same time.")

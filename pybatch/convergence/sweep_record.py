@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from pybatch.convergence import live
+from pybatch.convergence.budget import Budget, with_losses
 from pybatch.convergence.contest import Contest
 from pybatch.convergence.plan import Plan
 from pybatch.convergence.summary import curve, unanswered
@@ -24,6 +25,7 @@ def record(
     device: torch.device,
     contests: Sequence[Contest] = (),
     *,
+    further: Sequence[Contest] = (),
     ended: bool = False,
     remarks: Iterable[str] = (),
     noise: NoiseScale | None = None,
@@ -36,14 +38,16 @@ def record(
         plan: what was asked for.
         device: where.
         contests: all that were begun; none: of a sweep that begins, as the store keeps it.
+        further: the same runs past their targets, where test losses at equal budgets are asked for.
         ended: whether nothing is left to run.
         remarks: on how the trials were run.
         noise: the gradient noise scale, for the ratio to it.
         notes: what else is to be said.
     """
-    missing = [contest for contest in contests if not contest.over]
+    budget = plan.budget
+    missing = [contest for contest in (*contests, *further) if not contest.over]
     if contests and not ended:
-        names = ", ".join(f"batch {contest.batch} {contest.rule}" for contest in missing[:8])
+        names = ", ".join(_named(contest, budget) for contest in missing[:8])
         names = names or f"all that follows the base batch {plan.base_batch}"
         notes = (*notes, Note("curves", f"not finished: {names}{' and more' if len(missing) > 8 else ''}"))
     notes = (*notes, *(Note("trials", text) for text in remarks), *_confounds(workload, plan))
@@ -57,10 +61,17 @@ def record(
         trials=len({key for contest in contests if contest.over for key in contest.trials}),
         base_batch=plan.base_batch,
         smoothing=f"{SMOOTHING}; {workload.evaluation_examples} examples in each fixed batch",
-        complete=ended and not any(contest.failed for contest in contests),
+        complete=ended and not any(contest.failed for contest in (*contests, *further)),
         device=describe(device),
         workload=dataclasses.replace(session.info, target=dict(plan.targets), learning_rate=None),
+        gap_epochs=None if budget is None else budget.epochs,
+        gap_steps=None if budget is None else budget.steps,
     )
+
+
+def _named(contest: Contest, budget: Budget | None) -> str:
+    end = f" to {budget.epochs:g} epochs" if contest.continues is not None and budget is not None else ""
+    return f"batch {contest.batch} {contest.rule}{end}"
 
 
 def _curve(plan: Plan, contests: Sequence[Contest], rule: str, split: Split, noise: NoiseScale | None) -> Curve:
@@ -71,7 +82,8 @@ def _curve(plan: Plan, contests: Sequence[Contest], rule: str, split: Split, noi
         if contest.failed:
             failed.setdefault(contest.failed, []).append(contest.batch)
             continue
-        points.append(contest.points(plan.seeds)[split])
+        budget = plan.budget if split == plan.compared else None
+        points.append(with_losses(contest.points(plan.seeds)[split], contest.outcomes, plan.seeds, budget))
         caps[contest.batch] = contest.race(plan.seeds, contest.outcomes).limit(split)
     notes = unanswered(failed)
     if points and all(p.steps is None for p in points):

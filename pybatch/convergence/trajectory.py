@@ -97,13 +97,15 @@ def smoothed(steps: Steps, losses: NDArray[np.floating], i: int) -> NDArray[np.f
     return mean
 
 
-def loss_at(found: Trajectory, split: str, crossing: Crossing) -> float | None:
-    """The smoothed loss of a split at a crossing, of whichever split; None where training had broken down."""
-    i = int(np.searchsorted(found.steps, crossing.at))
-    now = float(smoothed(found.steps, found.loss(split), i))
-    if crossing.at > crossing.before:
-        last = float(smoothed(found.steps, found.loss(split), i - 1))
-        now = last + (now - last) * (crossing.steps - crossing.before) / (crossing.at - crossing.before)
+def loss_at(found: Trajectory, split: str, step: float) -> float | None:
+    """The smoothed loss of a split at a step, interpolated; None where training had ended or broken down before."""
+    i = int(np.searchsorted(found.steps, step))
+    if i == len(found.steps):
+        return None
+    now, at = float(smoothed(found.steps, found.loss(split), i)), int(found.steps[i])
+    if step < at:
+        last, before = float(smoothed(found.steps, found.loss(split), i - 1)), int(found.steps[i - 1])
+        now = last + (now - last) * (step - before) / (at - before)
     return now if math.isfinite(now) else None
 
 

@@ -35,6 +35,8 @@ class ConvergencePoint:
     edge: bool = False  # the best rate is the lowest or highest one tried: a better one may lie beyond
     rates: tuple[RateSteps, ...] = ()  # every rate tried, ascending
     other_losses: tuple[float | None, ...] = ()  # by seed: the other split's smoothed loss where the target was met
+    test_losses_at_epochs: tuple[float | None, ...] = ()  # by seed: smoothed, after the sweep's gap_epochs
+    test_losses_at_steps: tuple[float | None, ...] = ()  # by seed: smoothed, after the sweep's gap_steps
 
     @property
     def runs(self) -> int:
@@ -138,5 +140,7 @@ class Convergence(Shown):
     smoothing: str | None = None  # how the train loss was smoothed, and on what the test loss was taken
     complete: bool = True  # False: stopped before every trial had run
     branches: tuple[Branching, ...] = ()  # along one run, by step
+    gap_epochs: float | None = None  # after which test losses of all batch sizes are compared
+    gap_steps: int | None = None  # likewise: those that the largest batch takes in the epochs
     device: Device | None = field(default=None, metadata=TOP)
     workload: WorkloadInfo | None = field(default=None, metadata=TOP)
