@@ -19,6 +19,7 @@ from pybatch.convergence.trajectory import Trajectory, next_evaluation
 from pybatch.convergence.trial import Outcome, Trial
 from pybatch.errors import Interrupted, UsageError
 from pybatch.records import Convergence, ConvergencePoint, Run
+from pybatch.report.generalization_figures import generalization_figures
 from pybatch.scaling import Scaled
 
 EPOCHS = 8.0  # of 100 examples: 200, 50 and 13 steps of batch 4, 16 and 64
@@ -250,3 +251,23 @@ def test_without_a_budget_the_report_says_how_to_get_one():
     assert any("--gap-epochs" in note for note in notes_on_claims(without))
     assert not any("--gap-epochs" in note for note in notes_on_claims(spent))
     assert not any("epochs" in name for name in claims(curve("tuned", ())))
+
+
+def test_figures_show_each_budget_that_two_batch_sizes_have():
+    points = [
+        ConvergencePoint(
+            8 * 4**k, 9.0, "reached", 3, 0.5, other_losses=(1.0,), test_losses_at_epochs=at, test_losses_at_steps=once
+        )
+        for k, (at, once) in enumerate([((3.0, 1.0, 2.0), NONE), ((6.0, 4.0, None), NONE), (NONE, (2.0, 3.0, 4.0))])
+    ]
+    steps = Convergence((curve("sqrt", points),), gap_epochs=30.0, gap_steps=44)
+    target, epochs = generalization_figures(steps, "images")
+    assert (target.title, epochs.title) == ("Test loss where train loss 0.100 was met", "Test loss after 30 epochs")
+    [trace] = epochs.traces
+    assert (trace["x"], trace["y"]) == ([8, 32], [2.0, 5.0])
+    assert trace["error_y"]["array"] == [1.0, 1.0]
+    assert epochs.table.rows == (
+        ("sqrt", "8", "2", "1", "3", "3 of 3"),
+        ("sqrt", "32", "5", "4", "6", "2 of 3"),
+    )
+    assert generalization_figures(Convergence((curve("tuned", ()),))) == []

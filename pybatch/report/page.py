@@ -23,6 +23,7 @@ from pybatch.report import factors
 from pybatch.report.capacity_figures import capacity_figures
 from pybatch.report.convergence_figures import convergence_figures
 from pybatch.report.figure import Figure
+from pybatch.report.generalization_figures import generalization_figures
 from pybatch.report.layout import Section, Table
 from pybatch.report.noise_figures import noise_figures
 from pybatch.report.output import Output
@@ -79,7 +80,8 @@ def figures_of(run: Run, number: int = 0) -> list[Figure]:
     found = capacity_figures(run)
     if run.convergence is not None:
         place = 2 if run.capacity is not None else 0  # after throughput and goodput
-        found[place:place] = convergence_figures(run.convergence, unit_of(run))
+        unit = unit_of(run)
+        found[place:place] = convergence_figures(run.convergence, unit) + generalization_figures(run.convergence, unit)
     found += noise_figures(run.noise, run.trajectory, unit_of(run))
     return [replace(figure, name=f"{figure.name}-{number}") for figure in found]
 
