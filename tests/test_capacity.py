@@ -112,7 +112,7 @@ def measure(
     run.explorer.memory = memory  # type: ignore[assignment]
     run.explorer.memory_limit = limit
     run.measure(False)
-    return run.capacity()
+    return run.found.capacity()
 
 
 def by_batch(capacity: Capacity) -> dict[int, BatchPoint]:

@@ -58,7 +58,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Any:
         run.region.counters[0] = run.region.meter
         run.measure(False)
         assert clock.now() <= budget
-        return run.capacity()
+        return run.found.capacity()
 
     return measure
 

@@ -9,24 +9,24 @@ from dataclasses import replace
 
 import torch
 
-from pybatch.capacity import largest, summary
-from pybatch.capacity.bound import Place
+from pybatch.capacity import largest
 from pybatch.capacity.burst import Settling
 from pybatch.capacity.energy import EnergyWindows
-from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, Look, explore_doubling, explore_given
+from pybatch.capacity.exploration import Explorer, explore_doubling, explore_given
+from pybatch.capacity.findings import Findings
 from pybatch.capacity.modes import EAGER, GraphedStep, Mode
 from pybatch.capacity.step import TrainingStep
 from pybatch.capacity.stopping import StoppingRule
-from pybatch.capacity.timing import WARM_UP, Rounds, Series, unfinished
+from pybatch.capacity.timing import WARM_UP, Rounds, Series
 from pybatch.device.ceilings import measure_ceilings
 from pybatch.device.clock import Clock, clock_for
 from pybatch.device.counters import Region
 from pybatch.device.counters_cpu import OtherLoad
-from pybatch.device.identity import describe, last_level_cache_bytes, resolve, usable_cores
+from pybatch.device.identity import resolve, usable_cores
 from pybatch.device.memory import PeakMemory
 from pybatch.errors import Interrupted, UsageError
 from pybatch.numerals import counted
-from pybatch.records import BatchPoint, Capacity, Ceilings, Note
+from pybatch.records import BatchPoint, Capacity, Note
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.session import Session
 
@@ -97,10 +97,10 @@ def measure_capacity(
         with _short_collections():
             run.measure(find_max_batch)
     except KeyboardInterrupt:
-        run.untimed = "interrupted before it was timed"
-        run.notes.append(Note("capacity", "interrupted; what was measured until then stands"))
-        raise Interrupted(replace(run.capacity(), complete=False)) from None
-    return run.capacity()
+        run.found.untimed = "interrupted before it was timed"
+        run.found.notes.append(Note("capacity", "interrupted; what was measured until then stands"))
+        raise Interrupted(replace(run.found.capacity(), complete=False)) from None
+    return run.found.capacity()
 
 
 @contextmanager
@@ -139,15 +139,9 @@ class _Measurement:
         self.budget, self.seed, self.clock = time_budget, seed, clock
         self.progress, self.on_point = progress or (lambda text, share: None), on_point
         self.started = clock.now()
-        self.notes: list[Note] = []
-        self.untimed = OUT_OF_TIME  # why a batch size that runs has no times
-        self.ceilings: Ceilings | None = None
-        self.largest = largest.Largest(None, None)
         self.on_partial: Callable[[Capacity], None] | None = None
-        self.kept: dict[int, BatchPoint] = {}  # of an earlier run
         self.first_round = 0
         self.settled = False  # an earlier run found the range of batch sizes
-        self.rounds: Rounds | None = None
         self.runs = 1  # a batch size that does
         self.limit = largest.memory_limit(device)
         self.region = Region(device)
@@ -156,24 +150,11 @@ class _Measurement:
         step = TrainingStep(self.session, compile=mode.compile, capturable=mode.graph)
         self.explorer = Explorer(step, clock, memory, self.limit)
         self.mode, self.graphed = mode, GraphedStep(step) if mode.graph else None
-        self.bursts: dict[int, float] = {}
+        self.found = Findings(self.session, self.explorer, self.region, mode.name, seed, batches)
 
     def take_over(self, earlier: Capacity) -> None:
         """Let what stands of an earlier run count as measured."""
-        self.kept = {p.batch: p for p in earlier.standing}
-        self.first_round = 1 + max((r for p in earlier.standing for r in p.block_rounds), default=-1)
-        found = [note for note in earlier.notes if note.figure == "batches"]  # how the range was found
-        self.settled = earlier.complete and bool(found)
-        if self.settled:
-            self.notes += found
-        self.ceilings = earlier.ceilings
-        for n, p in self.kept.items():
-            step_s = p.step_ms / 1e3 if p.step_ms is not None else None
-            flops = None if p.model_flops is None else int(p.model_flops)
-            self.explorer.looks[n] = Look(n, p.status, p.reason, step_s, p.memory_bytes, flops)
-        if earlier.max_batch_verified:
-            notes = tuple(note for note in earlier.notes if note.figure.startswith("capacity.max_batch"))
-            self.largest = largest.Largest(earlier.max_batch, True, notes)
+        self.first_round, self.settled = self.found.take_over(earlier)
 
     def measure(self, find_max_batch: bool) -> None:
         """All stages, in order."""
@@ -184,18 +165,18 @@ class _Measurement:
             self.graphed()
             self.graphed.check()
             self.graphed.clear()
-        if self.ceilings is None:
+        if self.found.ceilings is None:
             self._tell("ceilings of the device")
-            self.ceilings = measure_ceilings(self.device, self.dtype, min(3.0, _CEILINGS * self.budget))
+            self.found.ceilings = measure_ceilings(self.device, self.dtype, min(3.0, _CEILINGS * self.budget))
         self._tell("looking for the range of batch sizes")
         self._explore()
-        self._save()
+        self._hand_out()
         end, reserve = self.started + self.budget, 0.0
         plan: largest.Plan | largest.Largest = largest.Largest(
             None, None, (_NONE_RAN if find_max_batch else _NOT_ASKED,)
         )
-        if self.largest.verified:
-            plan = self.largest
+        if self.found.largest.verified:
+            plan = self.found.largest
         elif find_max_batch and self.explorer.working:
             plan = largest.plan_largest(self.explorer, self.limit, end)
             if isinstance(plan, largest.Plan):
@@ -204,72 +185,12 @@ class _Measurement:
         if isinstance(plan, largest.Plan):
             self._tell("largest batch that fits")
             plan = largest.verify_largest(self.explorer, plan, self.limit, end)
-        self.largest = plan
+        self.found.largest = plan
 
-    def capacity(self) -> Capacity:
-        """The record of what has been found so far."""
-        looks, points = self.explorer.looks, self._points()
-        series = list(self.rounds.series.values()) if self.rounds is not None else []
-        notes = [*self.notes, *self.largest.notes]
-        partial = unfinished(series)
-        if partial:
-            notes.append(
-                Note(
-                    "batches.step_ms", f"the time budget ended before these were steady: {', '.join(map(str, partial))}"
-                )
-            )
-        late = {p.batch for p in points if p.reason == self.untimed or (p.batch in looks and looks[p.batch].late)}
-        refused = summary.refused(points, late, given=self.batches is not None)
-        if refused:
-            sizes = ", ".join(map(str, refused))
-            notes.append(Note("batches.status", f"the workload refuses batch {sizes}; each one's reason says how"))
-        notes += summary.counter_notes(self.region, points, self.ceilings, self.explorer)
-        return summary.summarize(
-            points,
-            {s.batch: s.blocks for s in series if s.seconds} | {n: _blocks(p) for n, p in self.kept.items()},
-            notes,
-            device=describe(self.device),
-            ceilings=self.ceilings,
-            workload=self.session.info,
-            largest=self.largest,
-            drift=self.rounds.drift if self.rounds is not None else None,
-            anchor=self.rounds.anchor if self.rounds is not None else None,
-            complete=not late and not refused,
-            seed=self.seed,
-            place=Place(
-                "cuda" if self.device.type == "cuda" else "cpu", self.dtype, last_level_cache_bytes(self.device)
-            ),
-            mode=self.mode.name,
-        )
-
-    def _points(self) -> list[BatchPoint]:
-        wanted = set(self.explorer.looks if self.batches is None else self.batches)
-        return [self._point(n) for n in sorted(wanted | set(self.kept))]
-
-    def _save(self) -> None:
-        """Hand out what there is, for a caller who keeps it in case this process ends."""
+    def _hand_out(self) -> None:
+        """Give what there is to a caller who keeps it in case this process ends."""
         if self.on_partial is not None:
-            self.on_partial(
-                Capacity(
-                    t0_ms=None,
-                    ceiling_samples_per_s=None,
-                    half_batch=None,
-                    saturation_batch=None,
-                    saturation_low=None,
-                    saturation_high=None,
-                    saturation_measured=None,
-                    max_batch=self.largest.batch,
-                    max_batch_verified=self.largest.verified,
-                    model=None,
-                    complete=False,
-                    notes=tuple(self.notes),
-                    device=describe(self.device),
-                    ceilings=self.ceilings,
-                    workload=self.session.info,
-                    batches=tuple(self._points()),
-                    mode=self.mode.name,
-                )
-            )
+            self.on_partial(self.found.partial())
 
     def _explore(self) -> None:
         limit = _STEP * self.budget
@@ -279,18 +200,18 @@ class _Measurement:
             share, at_a_go = (_EXPLORE_GIVEN, 2) if self.mode.compile else (_EXPLORE, 1)  # compiling takes its time
             last = self._until(_EXPLORE_GIVEN)
             ended = explore_doubling(self.explorer, self._until(share), limit, last, at_a_go, self.runs)
-            self.notes.append(Note("batches", f"{'quadrupled' if at_a_go > 1 else 'doubled'} from 1 on; {ended}"))
+            self.found.notes.append(Note("batches", f"{'quadrupled' if at_a_go > 1 else 'doubled'} from 1 on; {ended}"))
         else:
             explore_given(self.explorer, self.batches, self._until(_EXPLORE_GIVEN), limit)
 
     def _time(self, deadline: float) -> None:
-        step, explorer = self.explorer.step, self.explorer
+        step, explorer, found = self.explorer.step, self.explorer, self.found
         wanted = {look.batch: look.step_s for look in explorer.working if look.step_s is not None}
         if self.batches is not None:
             wanted = {n: seconds for n, seconds in wanted.items() if n in self.batches}
-        standing = sorted(n for n, p in self.kept.items() if p.status == "ok")
+        standing = sorted(n for n, p in found.kept.items() if p.status == "ok")
         control = standing[len(standing) // 2] if standing else None
-        wanted = {n: seconds for n, seconds in wanted.items() if n not in self.kept}
+        wanted = {n: seconds for n, seconds in wanted.items() if n not in found.kept}
         if not wanted:
             return
         if control is not None:
@@ -302,7 +223,7 @@ class _Measurement:
         share = max(1.0, 1.5 * (deadline - self.clock.now()) / len(wanted))
         rule = StoppingRule(max_seconds=share)
         others = OtherLoad()
-        self.rounds = Rounds(
+        rounds = found.rounds = Rounds(
             timed.load,
             timed,
             timed.check,
@@ -312,25 +233,23 @@ class _Measurement:
             self.seed,
             eager=step if self.graphed is not None else None,
         )
-        self.rounds.turn = self.first_round
-        self.rounds.run(wanted, deadline, self._visited)
+        rounds.turn = self.first_round
+        rounds.run(wanted, deadline, self._visited)
         self._tell("energy")
-        medians = {
-            s.batch: s.median.value for s in self.rounds.series.values() if s.seconds and s.batch not in self.kept
-        }
+        medians = {s.batch: s.median.value for s in rounds.series.values() if s.seconds and s.batch not in found.kept}
         for n, window in energy.measure(medians, end).items():
-            self.rounds.series[n].energy = window
+            rounds.series[n].energy = window
         timed.clear()
         if (busy := others.cores()) is not None and self.device.type == "cpu" and busy > _DISTURBED * usable_cores():
             text = f"other processes kept {busy:.1f} cores busy meanwhile: times are those of a disturbed machine"
-            self.notes.append(Note("batches.step_ms", text))
+            found.notes.append(Note("batches.step_ms", text))
         if control is not None:
-            self._compare(self.rounds.series.pop(control))
-        for series in self.rounds.series.values():
+            self._compare(rounds.series.pop(control))
+        for series in rounds.series.values():
             if series.seconds:
                 explorer.timed(series.batch, series.median.value)
             if series.seconds and series.stopped is None and self.on_point is not None:
-                self.on_point(self._point(series.batch))
+                self.on_point(found.point(series.batch))
 
     def _settle(self, settling: Settling, wanted: dict[int, float], deadline: float) -> None:
         """Bursts after rests, then warm clocks: all times that follow are sustained ones."""
@@ -339,42 +258,28 @@ class _Measurement:
         settling.measure(wanted, self.clock.now() + _BURSTS * left)
         self._tell("warming up")
         settling.warm_up(wanted, self.clock.now() + _WARM_UP * left)
-        self.bursts = settling.bursts
+        self.found.bursts = settling.bursts
         if not settling.settled:
             what = "step times had not settled" if settling.settled is False else "no time was left for a warm-up"
-            self.notes.append(Note("batches.step_ms", f"{what} when timing began: sustained times may be longer"))
+            self.found.notes.append(Note("batches.step_ms", f"{what} when timing began: sustained times may be longer"))
 
     def _compare(self, again: Series) -> None:
         """Say how a kept batch size, timed again, compares with what an earlier run found."""
-        before = self.kept[again.batch].step_ms
+        before = self.found.kept[again.batch].step_ms
         if again.seconds and before is not None:
             change = 1e3 * again.median.value / before - 1
             text = f"batch {again.batch}, which an earlier run had timed, was timed again: {change:+.1%}"
-            self.notes.append(Note("batches.step_ms", text))
+            self.found.notes.append(Note("batches.step_ms", text))
 
     def _visited(self, series: Series) -> None:
-        assert self.rounds is not None
+        assert self.found.rounds is not None
         if series.stopped is not None:
-            self._save()
-        every = self.rounds.series.values()
+            self._hand_out()
+        every = self.found.rounds.series.values()
         done = sum(s.stopped is not None for s in every)
         self._tell(f"batch {series.batch}: {done} of {counted(len(every), 'batch size')} steady")
         if series.stopped is not None and self.on_point is not None:
-            self.on_point(self._point(series.batch))
-
-    def _point(self, n: int) -> BatchPoint:
-        if n in self.kept:
-            return self.kept[n]
-        series = self.rounds.series.get(n) if self.rounds is not None else None
-        return summary.point(
-            self.explorer.looks.get(n),
-            n,
-            series,
-            self.ceilings,
-            self.untimed,
-            burst_s=self.bursts.get(n),
-            compile_s=self.explorer.step.compile_s.get(n),
-        )
+            self.on_point(self.found.point(series.batch))
 
     def _until(self, share: float) -> float:
         """The clock's time when this share of what is left of the budget will have gone."""
@@ -383,8 +288,3 @@ class _Measurement:
 
     def _tell(self, text: str) -> None:
         self.progress(text, min(1.0, (self.clock.now() - self.started) / self.budget))
-
-
-def _blocks(point: BatchPoint) -> list[float]:
-    """Seconds of a kept batch size that the fit resamples."""
-    return [block / 1e3 for block in point.blocks_ms or (point.step_ms,) if block is not None]

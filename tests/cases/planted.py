@@ -78,4 +78,4 @@ def measure(
     clock.batch = lambda: run.explorer.step.batch_size
     run.explorer.memory = NoMemory()  # type: ignore[assignment]
     run.measure(False)
-    return run.capacity()
+    return run.found.capacity()
