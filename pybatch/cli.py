@@ -97,7 +97,3 @@ def main() -> None:
     except PybatchError as error:
         print(f"pybatch: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-
-
-if __name__ == "__main__":
-    main()

@@ -452,7 +452,7 @@ def test_killed_in_the_middle_and_continued(tmp_path: Path) -> None:
     """The real thing: a process, kill -9 once two batch sizes stand on disk, and the command again with --resume."""
     path, partial = tmp_path / "run.json", tmp_path / "run.json.partial"
     (tmp_path / "own.py").write_text(OWN.replace("PARTIAL", repr(str(partial))))
-    command = [sys.executable, "-m", "pybatch.cli", "bench", "--cpu", "--workload", f"{tmp_path}/own.py:Own"]
+    command = [sys.executable, "-m", "pybatch", "bench", "--cpu", "--workload", f"{tmp_path}/own.py:Own"]
     command += ["--batch", "8-128*2", "-q", "-o", str(path), "--time-budget"]
     killed = subprocess.run([*command, "90"], capture_output=True, check=False, env=os.environ | {"SUICIDE": "1"})
     assert killed.returncode == -signal.SIGKILL

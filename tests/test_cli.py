@@ -463,10 +463,23 @@ def test_an_interrupted_run_is_delivered(pybatch, monkeypatch, run):
     assert "interrupted" in data["notes"][0]["text"]
 
 
+def test_ctrl_c_while_the_command_line_is_imported_shows_no_trace(tmp_path):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, "-m", "pybatch", "list"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "pybatch: interrupted before anything was measured; nothing was written\n"
+
+
 def test_ctrl_c_writes_what_was_measured(user_file, tmp_path):
     """The real thing: a process, a signal, a file."""
     path = tmp_path / "run.json"
-    command = [sys.executable, "-m", "pybatch.cli", "bench", "--cpu", "--workload", f"{user_file}:Slow"]
+    command = [sys.executable, "-m", "pybatch", "bench", "--cpu", "--workload", f"{user_file}:Slow"]
     command += ["--batch", "1-4096*2", "--time-budget", "120", "-o", str(path)]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
