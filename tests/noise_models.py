@@ -131,3 +131,23 @@ def masked_gradients(model, factors, x, y):
     for name, own in factors.items():
         model.set_submodule(name, Fixed(own))
     return example_gradients(model, x, y)[0]
+
+
+class Uphill(torch.optim.SGD):
+    """Sharpness-aware steps (Foret et al. 2021): the gradient a little uphill, from a closure evaluated twice."""
+
+    def step(self, closure):
+        params = [p for group in self.param_groups for p in group["params"]]
+        with torch.enable_grad():
+            loss = closure()
+        moved = [0.2 * p.grad / p.grad.norm() for p in params]
+        with torch.no_grad():
+            for p, by in zip(params, moved, strict=True):
+                p.add_(by)
+        with torch.enable_grad():
+            closure()
+        with torch.no_grad():
+            for p, by in zip(params, moved, strict=True):
+                p.sub_(by)
+        super().step()
+        return loss

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from noise_models import example_gradients, expected, images, loss_of, masked_gradients, mlp, watch_dropout
+from noise_models import Uphill, example_gradients, expected, images, loss_of, masked_gradients, mlp, watch_dropout
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.fsdp import fully_shard
@@ -427,11 +427,43 @@ def fsdp_dropout_eval(rank, world):
     return dropout(sharded(dropping), rank, world, False)
 
 
+def twice(model, rank, world):
+    """Steps that evaluate their closure a second time uphill, where it would measure something else."""
+    optimizer = Uphill(model.parameters(), lr=0.1)
+    handle = pybatch.noise.attach(model, optimizer)
+    truth = []
+    for step in range(3):
+        batches = [batch(step, r, 3 + r) for r in range(world)]
+        alone = mlp()
+        alone.load_state_dict(state(model))
+        truth.append(expected([example_gradients(alone, *b)[0] for b in batches]))
+        x, y = batches[rank]
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = loss_of(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    return numbers(handle.noise), totals(truth) | {"steps": 3}
+
+
+def ddp_closure(rank, world):
+    """Every evaluation synchronizes, the first alone is measured."""
+    return twice(ddp(seeded()), rank, world)
+
+
+def fsdp_closure(rank, world):
+    """The same under FSDP2."""
+    return twice(sharded(), rank, world)
+
+
 DDP_CASES = (
     *(plain, weighted, no_sync, synchronized_twice, own_hook, uneven, preconditioned, moments),
-    *(ddp_scaled, ddp_dropout, ddp_dropout_eval),
+    *(ddp_scaled, ddp_dropout, ddp_dropout_eval, ddp_closure),
 )
-FSDP_CASES = (fsdp, fsdp_accumulated, fsdp_scaled, fsdp_dropout, fsdp_dropout_eval)
+FSDP_CASES = (fsdp, fsdp_accumulated, fsdp_scaled, fsdp_dropout, fsdp_dropout_eval, fsdp_closure)
 
 
 def main(rank, world, folder):

@@ -51,7 +51,8 @@ def attach(
 
     Args:
         model: what is trained: plain, wrapped in DistributedDataParallel, or sharded by `fully_shard` (FSDP2).
-        optimizer: the one that steps. Needed by "micro-batches" and "adam-moments"; lets "ddp" and "fsdp" know steps.
+        optimizer: the one whose step() is called. Needed by "micro-batches" and "adam-moments"; lets "ddp" and "fsdp"
+            know steps, of which the first evaluation alone is measured where `step(closure)` makes more (LBFGS, SAM).
         source: where the norms come from; None chooses by the model: "ddp" or "fsdp" over two or more processes, else
             "micro-batches" (two or more backward passes per step; a fused optimizer made with noise=True takes these
             norms itself in `opt.accumulate(n)`, and its handle reads `opt.noise`). "adam-moments" when asked for.

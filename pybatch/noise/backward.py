@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pybatch.errors import UsageError
+from pybatch.noise.closures import Evaluations
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, combine, trainable
 from pybatch.noise.norms import Places, squares
 from pybatch.noise.preconditioner import Preconditioner
@@ -23,7 +24,7 @@ class BackwardNoise(Collector):
 
     A hook on each parameter sees the micro-batch's own gradient before it is added to `.grad`; at the end of the
     backward pass the norms are taken, so that clipping afterwards does not reach them. A step counts when the
-    optimizer takes it.
+    optimizer takes it; of the passes in a closure of its own, those of the first evaluation.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class BackwardNoise(Collector):
         self._accumulation, self._scaler = accumulation, scaler
         self._places = Places(self._device)
         self._counter = Count(model, examples, started=self._recover)
+        self._evaluations = Evaluations(optimizer, self.close, self._drop)
         self._held: list[tuple[int, torch.Tensor]] = []
         self._held_bytes = 0
         self._in_backward = False
@@ -71,7 +73,7 @@ class BackwardNoise(Collector):
         self.forget()
         self._removals = [
             *(p.register_hook(self._watch(i)).remove for i, p in enumerate(self._params)),  # type: ignore[no-untyped-call]
-            optimizer.register_step_pre_hook(self.close).remove,
+            self._evaluations.remove,
             self._counter.remove,
         ]
 
@@ -84,6 +86,10 @@ class BackwardNoise(Collector):
         self._squares, self._large = self._zeros(), self._zeros()
         self._doubt: torch.Tensor | None = None  # NaN where the step began with gradients of unknown origin
 
+    def _drop(self) -> bool:
+        self.forget()
+        return self._counter is not None and self._counter.forget()
+
     def _recover(self) -> None:
         """A backward pass that raised, out of memory say, never came to its end: what it left is let go."""
         self._refuse_changed(frozen=False)
@@ -93,6 +99,8 @@ class BackwardNoise(Collector):
 
     def _watch(self, index: int) -> Any:
         def see(grad: torch.Tensor) -> None:
+            if self._evaluations.later:
+                return
             if not self._in_backward:
                 self._begin()
             if self._params[index].grad is None:
@@ -129,11 +137,13 @@ class BackwardNoise(Collector):
 
     def _norms(self, index: list[int], grads: list[torch.Tensor]) -> torch.Tensor:
         """[2, len(index)]: squared norms, plain and preconditioned; NaN where there is no preconditioner yet."""
-        plain = squares(grads)
+        plain = squares(grads, self._scaled)
         if self._precondition is None:
             return torch.stack([plain, torch.zeros_like(plain)])
         given = zip(index, grads, strict=True)
-        return torch.stack([plain, torch.stack([self._precondition(self._params[i], g) for i, g in given])])
+        return torch.stack(
+            [plain, torch.stack([self._precondition(self._params[i], g, self._scaled) for i, g in given])]
+        )
 
     @torch.no_grad()
     def _end(self) -> None:
@@ -174,8 +184,8 @@ class BackwardNoise(Collector):
             self._skip()
         self.forget()
 
-    def close(self, *_: Any, scale: float = 1.0) -> None:
-        """The step is complete: keep its pair. Called by the optimizer's step.
+    def close(self, scale: float = 1.0) -> bool:
+        """The passes of a step are complete: keep their pair; returns whether there were any.
 
         Args:
             scale: the gradients are so many times those of the step.
@@ -194,6 +204,7 @@ class BackwardNoise(Collector):
                 small = small * self._doubt
             self._row(n_small, n_large, self._arrange(small), self._arrange(large))
         self.forget()
+        return k > 0
 
     def _arrange(self, norms: torch.Tensor) -> torch.Tensor:
         """[2, parameters] to [series]."""

@@ -14,6 +14,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from pybatch.errors import UsageError
+from pybatch.noise.closures import Evaluations
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, combine, local_batch, trainable
 from pybatch.noise.norms import Places, square, squares
 from pybatch.noise.preconditioner import Preconditioner
@@ -112,6 +113,8 @@ class DDPNoise(Collector):
         self._places = Places(self._device)
         self._params = list(named.values())
         self._counter = Count(model, examples, started=self._began)
+        # A step's first evaluation synchronizes once, and is settled when the next one does.
+        self._evaluations = Evaluations(optimizer, lambda: self._rounds > 0, self._counter.forget)
         self._small = self._zeros()
         self._large: list[torch.Tensor] = []  # of each bucket; their callbacks may run in several threads
         self._waiting: tuple[dist.Work, torch.Tensor] | None = None  # the step's sums over processes, under way
@@ -119,7 +122,7 @@ class DDPNoise(Collector):
         self._unscale: torch.Tensor | float = 1.0
         self._in_round = False
         self._rounds = self._repeated = 0
-        self._removals = [self._counter.remove, self._leave]
+        self._removals = [self._counter.remove, self._leave, self._evaluations.remove]
         if optimizer is not None:
             self._removals.append(optimizer.register_step_post_hook(self._stepped).remove)
         self._watched = optimizer is not None
@@ -174,9 +177,11 @@ class DDPNoise(Collector):
     def exchange(self) -> None:
         """After a step's last bucket: send the sums over processes on their way."""
         self._in_round = False
-        sizes = self._counter.take() if self._counter is not None else []
-        self._rounds += 1
-        again = self._watched and self._rounds > 1
+        # A later evaluation's are sent too, of no use: a process that only keeps company (below) can't know of it.
+        later = self._evaluations.later
+        sizes = self._counter.take() if self._counter is not None and not later else []
+        self._rounds += not later
+        again = self._watched and self._rounds > 1 and not later
         self._repeated += again
         # Without a forward pass this process ran out of batches and only keeps the others company (DDP's `join`).
         own = torch.zeros(self._series + 2, dtype=torch.float64, device=self._device)
@@ -187,7 +192,7 @@ class DDPNoise(Collector):
             own[-2], own[-1] = n if weighted else 1.0 / n, 1.0
         work = dist.all_reduce(own, group=self._group, async_op=True)
         assert work is not None
-        self._waiting = None if again else (work, own)
+        self._waiting = None if again or later else (work, own)
         if self._scaler is not None:  # now: the scale of the next step may be another
             self._unscale = self._scaler.scale(torch.ones((), device=self._device)).double() ** -2
 
@@ -195,14 +200,14 @@ class DDPNoise(Collector):
         """[series] squared norms of a bucket."""
         found = self._zeros()
         if self._column:
-            norms = squares(grads)
+            norms = squares(grads, self._scaled)
             found[0] = norms.sum()
             found[self._places([self._column[param] for param in params])] = norms
         else:
-            found[0] = square(buffer)
+            found[0] = square(buffer, self._scaled)
         if self._precondition is not None:
             given = zip(params, grads, strict=True)
-            found[1] = torch.stack([self._precondition(param, grad) for param, grad in given]).sum()
+            found[1] = torch.stack([self._precondition(param, grad, self._scaled) for param, grad in given]).sum()
         return found
 
     def _settle(self) -> None:

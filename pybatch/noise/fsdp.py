@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from pybatch.errors import UsageError
+from pybatch.noise.closures import Evaluations
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, combine, local_batch
 from pybatch.noise.norms import Places, square
 from pybatch.records import Note
@@ -73,11 +74,11 @@ class _Listening:
         op: Any,
         async_op: bool = False,
     ) -> Any:
-        before = square(input_tensor)
+        before = self.handle.square(input_tensor)
         work = self.inner(output_tensor, input_tensor, group, op, async_op)
         if work is not None:
             work.wait()
-        self.handle.take(self.index, group, op, before, square(output_tensor))
+        self.handle.take(self.index, group, op, before, self.handle.square(output_tensor))
         return work
 
 
@@ -130,19 +131,29 @@ class FSDPNoise(Collector):
         for index, module in enumerate(shards.values()):
             module.set_custom_reduce_scatter(_Listening(self, index, hook or _Plain()))  # type: ignore[arg-type]
             self._removals.append(lambda m=module: m.set_custom_reduce_scatter(hook or _Plain()))  # type: ignore[misc]
-        if optimizer is not None:
-            self._removals.append(optimizer.register_step_pre_hook(self._exchange).remove)
+        self._evaluations = Evaluations(optimizer, self._exchange, self._drop)
+        self._removals.append(self._evaluations.remove)
 
     def _forget(self) -> None:
         self._norms: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._sizes: list[float] = []
         self._group: dist.ProcessGroup | None = None
 
+    def _drop(self) -> bool:
+        self._forget()
+        return self._counter is not None and self._counter.forget()
+
     # Called in backward.
+
+    def square(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The squared norm of a buffer of gradients."""
+        return square(buffer, self._scaled)
 
     @torch.no_grad()
     def take(self, index: int, group: dist.ProcessGroup, op: Any, small: torch.Tensor, large: torch.Tensor) -> None:
         """The squared norms of one group of parameters: of its local gradient, and of this process's shard."""
+        if self._evaluations.later:
+            return
         if index in self._norms:  # another backward pass: its gradients are added to the shards of the first one
             self._exchange()
         if not self._norms:
@@ -157,12 +168,12 @@ class FSDPNoise(Collector):
         self._norms[index], self._group = (small, large), group
 
     @torch.no_grad()
-    def _exchange(self, *_: Any) -> None:
-        """Every process comes here at the same point of its step: sum over them, and keep the row."""
+    def _exchange(self) -> bool:
+        """Every process comes here at the same point of its step: sum over them, and keep the row, if there is one."""
         group, norms, sizes = self._group, self._norms, self._sizes
         self._forget()
         if group is None:
-            return
+            return False
         own = torch.zeros((2, len(self._names)), dtype=torch.float64, device=self._device)
         own[:, self._places(list(norms))] = torch.stack([torch.stack(pair) for pair in norms.values()], dim=1)
         weighted = self._accumulation == "weighted"
@@ -181,6 +192,7 @@ class FSDPNoise(Collector):
             for norm, row in zip((small, large), rows, strict=True)
         )
         self._row(n_small, n_large, small, large)
+        return True
 
     def _settle(self) -> None:
         """Nothing: a step is exchanged where all processes are sure to come."""

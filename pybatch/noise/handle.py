@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from pybatch.errors import UsageError
 from pybatch.noise.accumulator import NoiseAccumulator
+from pybatch.noise.closures import Evaluations
 from pybatch.noise.confounds import confounds
 from pybatch.noise.pending import Pending
 from pybatch.records import NoiseScale, Note
@@ -24,7 +25,6 @@ Accumulation = Literal["mean", "sum", "weighted"]
 Examples = int | Literal["count"] | None
 
 ACCUMULATIONS = ("mean", "sum", "weighted")
-HIGH_SCALE = 2.0**50  # of a loss, times gradients around 1: within 2^10 of where squares overflow in fp32
 
 
 class Count:
@@ -37,7 +37,7 @@ class Count:
         started: called when such a forward pass begins.
     """
 
-    def __init__(self, model: nn.Module, examples: Examples, started: Callable[[], None] | None = None) -> None:
+    def __init__(self, model: nn.Module, examples: Examples, started: Callable[[], object] | None = None) -> None:
         if not (examples in (None, "count") or (isinstance(examples, int) and examples > 0)):
             raise UsageError(f"examples {examples!r}: give the examples of a micro-batch, 'count', or None.")
         self._examples, self._started = examples, started
@@ -72,9 +72,10 @@ class Count:
         """Micro-batches counted since the last `take`."""
         return len(self._sizes)
 
-    def forget(self) -> None:
-        """Leave out what was counted since the last `take`."""
-        self._sizes = []
+    def forget(self) -> bool:
+        """Leave out what was counted since the last `take`; returns whether there was anything."""
+        some, self._sizes, self.forwards = bool(self._sizes), [], 0
+        return some
 
     def remove(self) -> None:
         """Look no more."""
@@ -196,6 +197,7 @@ class Collector(Handle):
         self._trained, self._frozen = dict(trainable(model)), dict(trainable(model, False))
         self._counter: Count | None = None
         self._scaler: Any = None
+        self._evaluations = Evaluations()
         self._single = 0  # steps whose large batch is no larger than the small one
         self._removals: list[Callable[[], None]] = []
 
@@ -211,7 +213,7 @@ class Collector(Handle):
         found = self._accumulator.estimate(self._single, self._said())
         evaluation = self._counter is not None and self._counter.modes == {False}
         said = confounds(self._model, None, found, training=not evaluation)
-        notes = (*found.notes, *said, *self._overflown(found))
+        notes = (*found.notes, *said, *self._evaluations.notes)
         return dataclasses.replace(found, notes=notes, unit=self._unit)
 
     def detach(self) -> None:
@@ -262,15 +264,10 @@ class Collector(Handle):
                 "detach(), after which its noise stays readable, and attach() again."
             )
 
-    def _overflown(self, found: NoiseScale) -> list[Note]:
-        scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
-        if not found.skipped or scale < HIGH_SCALE:
-            return []
-        text = (
-            f"the loss scale is {scale:.2g}, where squared norms overflow in fp32 although gradients are finite: such "
-            "steps are left out. bf16 and fp32 need no GradScaler; leave it out"
-        )
-        return [Note("noise.skipped", text)]
+    @property
+    def _scaled(self) -> bool:
+        """Whether gradients are those of a scaled loss."""
+        return self._scaler is not None
 
     def _row(self, n_small: Any, n_large: Any, small: torch.Tensor, large: torch.Tensor) -> None:
         """One step: counts, and [series] squared norms each: total, preconditioned if kept, layers."""

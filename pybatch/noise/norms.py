@@ -11,10 +11,20 @@ KNOWN = 256  # lists of columns remembered: more than a model has buckets
 SMALL = 1 << 16  # elements up to which one launch for many tensors beats one for each
 
 
-def square(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of squares: 0-d float64 on the tensor's device, products in fp32 or better, without a copy of the tensor."""
+def _products(dtype: torch.dtype, scaled: bool) -> torch.dtype:
+    """What squares are taken in. Gradients of a scaled loss may be past 2^64 in fp32 and bf16; fp16 ends at 65504."""
+    return torch.float64 if dtype == torch.float64 or (scaled and dtype != torch.float16) else torch.float32
+
+
+def square(tensor: torch.Tensor, scaled: bool = False) -> torch.Tensor:
+    """Sum of squares: 0-d float64 on the tensor's device, products in fp32 or better, without a copy of the tensor.
+
+    Args:
+        tensor: of any shape.
+        scaled: a gradient of a scaled loss: no square of a finite number overflows.
+    """
     flat = tensor.detach().reshape(-1)
-    wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    wide = _products(flat.dtype, scaled)
     whole = flat.numel() - flat.numel() % ROW
     parts = []
     if whole:
@@ -26,16 +36,17 @@ def square(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts).double().square().sum()
 
 
-def squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sums of squares of many tensors on one device: [len(tensors)] float64."""
+def squares(tensors: Sequence[torch.Tensor], scaled: bool = False) -> torch.Tensor:
+    """Sums of squares of many tensors on one device, each as `square` takes it: [len(tensors)] float64."""
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
     found: dict[int, torch.Tensor] = {}
-    small = [i for i, t in enumerate(tensors) if 0 < t.numel() <= SMALL and t.dtype != torch.float64]
-    if small:
-        norms = torch._foreach_norm([tensors[i].detach() for i in small], 2, dtype=torch.float32)
-        found = dict(zip(small, torch.stack(norms).double().square().unbind(), strict=True))
-    return torch.stack([found[i] if i in found else square(t) for i, t in enumerate(tensors)])
+    for wide in (torch.float32, torch.float64) if scaled else (torch.float32,):
+        small = [i for i, t in enumerate(tensors) if 0 < t.numel() <= SMALL and _products(t.dtype, scaled) == wide]
+        if small:
+            norms = torch._foreach_norm([tensors[i].detach() for i in small], 2, dtype=wide)
+            found |= zip(small, torch.stack(norms).double().square().unbind(), strict=True)
+    return torch.stack([found[i] if i in found else square(t, scaled) for i, t in enumerate(tensors)])
 
 
 class Places:

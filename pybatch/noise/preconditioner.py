@@ -45,9 +45,9 @@ class Preconditioner:
         weight: torch.Tensor = 1.0 / (second.sqrt() + group["eps"])
         return weight
 
-    def __call__(self, param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """G^T P G of this parameter's gradient: 0-d float64; NaN before its first step."""
+    def __call__(self, param: torch.Tensor, grad: torch.Tensor, scaled: bool = False) -> torch.Tensor:
+        """G^T P G of this parameter's gradient, `scaled` as in `square`: 0-d float64; NaN before its first step."""
         weight = self.weight(param)
         if weight is None:
             return torch.full((), torch.nan, dtype=torch.float64, device=grad.device)
-        return square(grad * weight.sqrt())
+        return square(grad * weight.sqrt(), scaled)
