@@ -154,7 +154,8 @@ def picked_kernel(
     ordered, order, values, partials, t, c, vn: tl.int64, vt: tl.int64, vc: tl.int64, block: tl.constexpr
 ):
     """One program a place in an example's sorted tokens: where a token begins, the norm of the sum over its places."""
-    example, place = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    both = tl.program_id(0).to(tl.int64)  # one dimension: the second of a grid ends at 65 535, which t may exceed
+    example, place = both // t, (both % t).to(tl.int32)
     ordered += example * t
     order += example * t
     values += example * vn
@@ -294,7 +295,9 @@ def picked(index: Any, values: Any) -> Any:
     n, t = index.shape
     partials = values.new_empty(n, t, dtype=torch.float64)
     block = min(1024, triton.next_power_of_2(values.shape[2]))
-    picked_kernel[(n, t)](ordered, order, values, partials, t, values.shape[2], *values.stride(), block=block, **LAUNCH)
+    picked_kernel[(n * t,)](
+        ordered, order, values, partials, t, values.shape[2], *values.stride(), block=block, **LAUNCH
+    )
     return partials.sum(1)
 
 

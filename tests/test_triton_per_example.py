@@ -48,6 +48,18 @@ for n, t, c in ((3, 9, 5), (2, 1, 4), (2, 6, 1100)):
     dense = torch.zeros(n, 4, c, dtype=torch.float64)
     dense.scatter_add_(1, index[..., None].expand(-1, -1, c), values.double())
     assert_close(k.picked(index, values), dense.square().sum((1, 2)), rtol=1e-6, atol=0.0)
+
+# A long document: only the first dimension of a CUDA grid takes more than 65 535 programs.
+grids = []
+
+class Grids:
+    def __getitem__(self, grid):
+        grids.append(grid)
+        return lambda *args, **options: None
+
+k.picked_kernel = Grids()
+k.picked(torch.zeros(2, 70_000, dtype=torch.int64), draw(2, 70_000, 1))
+assert grids == [(140_000,)]
 """
 
 NORMS = """
