@@ -69,6 +69,54 @@ def test_every_stage_runs_whatever_the_others_do(checks, tmp_path, capsys):
         assert "gpu_check/last.log" in archive.getnames()
 
 
+def test_a_stage_stopped_at_its_limit_says_what_it_found(checks, tmp_path):
+    """Killed at once, pytest would not name a single failure."""
+    source = tmp_path / "test_slow.py"
+    source.write_text("import time\ndef test_wrong():\n    assert 1 == 2\ndef test_hangs():\n    time.sleep(60)\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider", str(source)]
+    status, log, seconds = checks.run("slow", command, 5)
+    assert status == "timeout"
+    assert "assert 1 == 2" in log
+    assert "1 failed" in log
+    assert seconds < 5 + gpu_check.GRACE_S
+
+
+def test_the_most_telling_tests_come_first(tmp_path, monkeypatch):
+    made = []
+    check = Check(0, tmp_path, tmp_path, 60.0)
+    monkeypatch.setattr(check, "run", lambda stage, command, limit: made.append(command) or ("ok", "", 1.0))
+    check.tests()
+    files = [Path(part).name for part in made[0] if part.endswith(".py")]
+    assert files[: len(gpu_check.TESTS_FIRST)] == list(gpu_check.TESTS_FIRST)
+    assert len(files) == len(set(files)) > len(gpu_check.TESTS_FIRST)
+
+
+def test_the_sanitizers_look_at_our_kernels_alone(tmp_path, monkeypatch):
+    """torch asks the driver for functions it may lack: each would be an error of the stage."""
+    made = []
+    check = Check(0, tmp_path, tmp_path, 60.0)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
+    monkeypatch.setattr(check, "run", lambda stage, command, limit, **kw: made.append(command) or ("ok", "", 1.0))
+    check.sanitizer("memcheck")
+    assert made[0][3:7] == ["--kernel-name", "kernel_substring=pybatch", "--report-api-errors", "no"]
+
+
+def test_the_trap_list_is_made_on_its_device(monkeypatch):
+    """A copy to the device would be aligned and dense, and the traps gone."""
+    import gpu_traps
+
+    made = []
+
+    def tensors(dtype, device, backend):
+        made.append((device, backend))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_traps.problem, "tensors", tensors)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_traps.train(gpu_traps.optim.SGD, "cuda", torch.float32)
+    assert made == [("cuda", "cuda")]
+
+
 def test_figures_with_gaps_are_told_from_a_failure(checks):
     command = [sys.executable, "-c", "raise SystemExit(3)"]
     assert checks.run("gaps", command, 20, incomplete=3)[0] == "incomplete"
