@@ -189,6 +189,32 @@ def test_what_ncu_prints_is_read():
     assert counters.parse("==ERROR== no permission\n") == []
 
 
+def test_ncu_is_asked_again_without_the_metric_that_a_chip_lacks(monkeypatch):
+    asked = []
+
+    def run(command, **options):
+        asked.append(command[command.index("--metrics") + 1].split(","))
+        if len(asked[-1]) == 4:
+            return subprocess.CompletedProcess(command, 1, "==ERROR== Failed to find metric sm__pipe_tensor", "")
+        rows = [["ID", *asked[-1]], ["", *["%"] * 3], ["0", "99", "12", "90"]]
+        return subprocess.CompletedProcess(command, 0, "\n".join(",".join(f'"{c}"' for c in row) for row in rows), "")
+
+    monkeypatch.setattr(counters, "ncu", lambda: "ncu")
+    monkeypatch.setattr(counters.subprocess, "run", run)
+    assert counters.count("gemm", 1.0) == {"read": {"sm_active": 0.99, "sm_occupancy": 0.12, "dram_active": 0.9}}
+    assert len(asked) == 2
+
+
+def test_the_copy_that_ncu_counts_is_a_kernel(monkeypatch):
+    """torch hands a copy between equal layouts on one device to the driver, where ncu profiles nothing."""
+    monkeypatch.setattr(counters.torch, "randn", lambda size, device: torch.ones(4, device=device))
+    work = counters.work_of("copy", torch.device("cpu"))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        work()
+    names = [event.name for event in profiler.events()]
+    assert names == ["aten::neg"]
+
+
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """A way to run the sweep at scale at a toy scale, in `tmp_path`, as a stage does."""
