@@ -246,7 +246,7 @@ class Check:
             "build": self.build,
             "tests": self.tests,
             "tests_triton": lambda: self.tests("tests_triton", "triton"),
-            "step": lambda: self.script("step", 120, "--repeats", "15"),
+            "step": lambda: self.script("step", 150, "--repeats", "15"),
             "bench_digits": lambda: self.bench("digits", "fp32"),
             "bench_text": lambda: self.bench("text", "bf16"),
             "bench_scenes": lambda: self.bench("scenes", "bf16"),
