@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pybatch.convergence import choosing
+from pybatch.convergence import choosing, stack
 from pybatch.convergence.choosing import choose, chunks, memory_for
 from pybatch.convergence.loop import Loop
 from pybatch.convergence.pooling import Pooling
@@ -270,6 +270,24 @@ def test_trials_that_do_not_fit_together_are_run_in_groups_middle_rates_first():
     assert [len(g) for g in groups] == [4, 4, 2]
     assert groups[0][0].lr == 0.4
     assert {t.key for g in groups for t in g} == {t.key for t in some}
+
+
+def test_loading_kernels_is_no_part_of_an_evaluations_time(monkeypatch):
+    """On a GPU the first evaluation of all replicas at once takes longest, and one by one would be taken for good."""
+    made = Stack(Points(), trials(), CPU)
+    now, calls, losses_of = [0.0], [], made._evaluate
+
+    def evaluate(together):
+        now[0] += 9.0 if not calls else 1.0 if together else 5.0
+        calls.append(together)
+        return losses_of(together)
+
+    monkeypatch.setattr(made, "_evaluate", evaluate)
+    monkeypatch.setattr(stack.time, "perf_counter", lambda: now[0])
+    made.device = torch.device("cuda")
+    made.evaluate()
+    assert made.together is True
+    assert calls == [True, False, True, False]
 
 
 def test_a_gpu_is_given_as_many_trials_as_its_memory_holds(monkeypatch):
