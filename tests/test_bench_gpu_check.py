@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import counters
 import gpu_check
+import per_example
 import sweep_at_scale
 from gpu_check import Check, Outcome
 
@@ -203,6 +204,21 @@ def test_ncu_is_asked_again_without_the_metric_that_a_chip_lacks(monkeypatch):
     monkeypatch.setattr(counters.subprocess, "run", run)
     assert counters.count("gemm", 1.0) == {"read": {"sm_active": 0.99, "sm_occupancy": 0.12, "dram_active": 0.9}}
     assert len(asked) == 2
+
+
+def test_norms_are_validated_where_no_peer_is_installed_and_in_autocast(monkeypatch):
+    """On a GPU machine without Opacus our own torch products are the witness; a wrong kernel must not be timed."""
+    tiny = lambda: per_example.transformer(64, 1, 8, 2)  # noqa: E731
+    monkeypatch.setattr(per_example, "CASES", {"tiny": tiny, "tiny" + per_example.BF16: tiny})
+    norms = {}
+    for case in per_example.CASES:
+        side, witness = (per_example.build(kind, case, torch.device("cpu")) for kind in per_example.SIDES[1:3])
+        assert witness.recorder is not side.recorder
+        norms[case] = side.run()
+        torch.testing.assert_close(witness.run(), norms[case], rtol=1e-6, atol=0)
+    plain, cast = norms.values()
+    assert not torch.equal(plain, cast)
+    torch.testing.assert_close(plain, cast, rtol=0.1, atol=0)
 
 
 def test_the_copy_that_ncu_counts_is_a_kernel(monkeypatch):
