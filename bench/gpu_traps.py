@@ -24,7 +24,7 @@ LR = {"LARS": 10.0}  # its trust ratio makes steps small
 
 def train(kind: type[torch.optim.Optimizer], device: str, dtype: torch.dtype) -> list[torch.Tensor]:
     """Four steps: plain, accumulated twice, one with an infinity, plain. The chunk is the CUDA backend's on both."""
-    params = [torch.nn.Parameter(p.detach().to(device)) for p in problem.tensors(dtype, "cpu", backend="cuda")]
+    params = problem.tensors(dtype, device, backend="cuda")  # made there: a copy would be aligned and without gaps
     opt = kind(params, lr=LR.get(kind.__name__, 0.05), max_grad_norm=5.0, noise=True)
     generator = torch.Generator().manual_seed(1)
     for step in range(4):

@@ -265,17 +265,7 @@ def main() -> None:
                 f"{parameters / 1e6:.1f} M parameters, {MICRO_BATCHES} micro-batches of {EXAMPLES} x {size.length}, "
                 f"{world} processes"
             )
-        rows = []
-        for name in names:
-            row = measure(name, device, arguments.seconds)
-            rows.append(row)
-            if not rank:
-                report(row)
-        dist.destroy_process_group()
-    if rank:
-        return
-    print(f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after; {torch.get_num_threads()} threads")
-    if arguments.output:
+        rows: list[dict[str, Any]] = []
         record = {
             "script": "bench/noise.py",
             "device": describe(device).name,
@@ -288,7 +278,15 @@ def main() -> None:
             "load_before": load,
             "results": rows,
         }
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+        for name in names:
+            rows.append(measure(name, device, arguments.seconds))
+            if not rank:
+                report(rows[-1])
+                if arguments.output:  # after each: the run may be cut short
+                    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+        dist.destroy_process_group()
+    if not rank:
+        print(f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after; {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def gpt2(layers: int = 12, width: int = 768, words: int = 50257, context: int = 
 SHAPES: dict[str, Shapes] = {
     "one tensor of 32 M": [(32 << 20,)],
     "1000 tensors of 64x64": [(64, 64)] * 1000,
+    "1000 tensors of 100x100": [(100, 100)] * 1000,
     "ResNet-50": resnet50(),
     "GPT-2 124M": gpt2(),
 }

@@ -4,15 +4,31 @@ rows is [n, groups, t, R] and cols [n, groups, t, C] with any strides; a weight'
 sum_t rows_t (x) cols_t. Each program writes one partial sum as float64; torch adds them in a fixed order.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from pybatch.kernels.table import LAUNCH
 
-TILE = 64  # of the weight or the Gram matrix: two fp32 accumulators of it fit the registers of four warps
-STEP = 32  # of the dimension summed over
+
+class Tiling(NamedTuple):
+    """How a product is cut: edge of a tile of the weight or the Gram matrix, length summed at a time, warps.
+
+    A program keeps two fp32 accumulators of a tile in its registers.
+    """
+
+    tile: int
+    step: int
+    warps: int
+
+
+SMALL = Tiling(64, 32, 4)
+# The products of a tile of 64 make 32 FLOPs of each byte of 16-bit numbers they load: some 6 TB/s of a large GPU's L2
+# cache then feed 200 TFLOP/s, a quarter of what its matrix units do. Twice the edge is twice the work a byte. It takes
+# 96 KiB of shared memory, which is there from Hopper on.
+LARGE = Tiling(128, 64, 8)
+LARGE_FROM = (9, 0)  # compute capability
 
 
 @triton.jit
@@ -154,7 +170,8 @@ def picked_kernel(
     ordered, order, values, partials, t, c, vn: tl.int64, vt: tl.int64, vc: tl.int64, block: tl.constexpr
 ):
     """One program a place in an example's sorted tokens: where a token begins, the norm of the sum over its places."""
-    example, place = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    both = tl.program_id(0).to(tl.int64)  # one dimension: the second of a grid ends at 65 535, which t may exceed
+    example, place = both // t, (both % t).to(tl.int32)
     ordered += example * t
     order += example * t
     values += example * vn
@@ -234,10 +251,24 @@ def single(rows: Any, cols: Any) -> Any:
     return partials.sum(1)
 
 
+def tiling(x: Any, *sizes: int) -> Tiling:
+    """How a product of `x` is cut whose result has these sizes."""
+    wide = x.element_size() == 2 and min(sizes) >= LARGE.tile
+    return LARGE if wide and feeds_large_tiles(x.device) else SMALL
+
+
+def feeds_large_tiles(device: Any) -> bool:
+    """Whether a device has the shared memory of LARGE."""
+    return (
+        device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= LARGE_FROM
+    )
+
+
 def gram(rows: Any, cols: Any) -> Any:
     """sum_tt' (rows_t . rows_t')(cols_t . cols_t') per example: float64 [n]."""
     n, groups, t, r = rows.shape
-    blocks = triton.cdiv(t, TILE)
+    cut = tiling(rows, t)
+    blocks = triton.cdiv(t, cut.tile)
     partials = rows.new_empty(n, groups * blocks * blocks, dtype=torch.float64)
     gram_kernel[(n * groups, blocks, blocks)](
         rows,
@@ -249,8 +280,9 @@ def gram(rows: Any, cols: Any) -> Any:
         cols.shape[3],
         *rows.stride(),
         *cols.stride(),
-        block=TILE,
-        step=STEP,
+        block=cut.tile,
+        step=cut.step,
+        num_warps=cut.warps,
         **LAUNCH,
     )
     return partials.sum(1)
@@ -263,7 +295,8 @@ def weight(rows: Any, cols: Any, runs: int | None = None) -> tuple[Any, Any]:
     """
     n, groups, t, r = rows.shape
     c = cols.shape[3]
-    grid = triton.cdiv(r, TILE), triton.cdiv(c, TILE)
+    cut = tiling(rows, r, c)
+    grid = triton.cdiv(r, cut.tile), triton.cdiv(c, cut.tile)
     partials = rows.new_empty(n, groups * grid[0] * grid[1], dtype=torch.float64)
     split = min(runs or n, n)
     total = rows.new_empty(split if runs else 0, groups, r, c, dtype=torch.float32)
@@ -280,8 +313,9 @@ def weight(rows: Any, cols: Any, runs: int | None = None) -> tuple[Any, Any]:
         *rows.stride(),
         *cols.stride(),
         triton.cdiv(n, split),
-        block=TILE,
-        step=STEP,
+        block=cut.tile,
+        step=cut.step,
+        num_warps=cut.warps,
         summed=runs is not None,
         **LAUNCH,
     )
@@ -294,7 +328,9 @@ def picked(index: Any, values: Any) -> Any:
     n, t = index.shape
     partials = values.new_empty(n, t, dtype=torch.float64)
     block = min(1024, triton.next_power_of_2(values.shape[2]))
-    picked_kernel[(n, t)](ordered, order, values, partials, t, values.shape[2], *values.stride(), block=block, **LAUNCH)
+    picked_kernel[(n * t,)](
+        ordered, order, values, partials, t, values.shape[2], *values.stride(), block=block, **LAUNCH
+    )
     return partials.sum(1)
 
 

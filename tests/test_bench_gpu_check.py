@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import counters
 import gpu_check
+import per_example
 import sweep_at_scale
 from gpu_check import Check, Outcome
 
@@ -67,6 +68,54 @@ def test_every_stage_runs_whatever_the_others_do(checks, tmp_path, capsys):
     assert [stage["status"] for stage in written["stages"]] == [o.status for o in outcomes]
     with tarfile.open(tmp_path / "gpu_check.tar.gz") as archive:
         assert "gpu_check/last.log" in archive.getnames()
+
+
+def test_a_stage_stopped_at_its_limit_says_what_it_found(checks, tmp_path):
+    """Killed at once, pytest would not name a single failure."""
+    source = tmp_path / "test_slow.py"
+    source.write_text("import time\ndef test_wrong():\n    assert 1 == 2\ndef test_hangs():\n    time.sleep(60)\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider", str(source)]
+    status, log, seconds = checks.run("slow", command, 5)
+    assert status == "timeout"
+    assert "assert 1 == 2" in log
+    assert "1 failed" in log
+    assert seconds < 5 + gpu_check.GRACE_S
+
+
+def test_the_most_telling_tests_come_first(tmp_path, monkeypatch):
+    made = []
+    check = Check(0, tmp_path, tmp_path, 60.0)
+    monkeypatch.setattr(check, "run", lambda stage, command, limit: made.append(command) or ("ok", "", 1.0))
+    check.tests()
+    files = [Path(part).name for part in made[0] if part.endswith(".py")]
+    assert files[: len(gpu_check.TESTS_FIRST)] == list(gpu_check.TESTS_FIRST)
+    assert len(files) == len(set(files)) > len(gpu_check.TESTS_FIRST)
+
+
+def test_the_sanitizers_look_at_our_kernels_alone(tmp_path, monkeypatch):
+    """torch asks the driver for functions it may lack: each would be an error of the stage."""
+    made = []
+    check = Check(0, tmp_path, tmp_path, 60.0)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
+    monkeypatch.setattr(check, "run", lambda stage, command, limit, **kw: made.append(command) or ("ok", "", 1.0))
+    check.sanitizer("memcheck")
+    assert made[0][3:7] == ["--kernel-name", "kernel_substring=pybatch", "--report-api-errors", "no"]
+
+
+def test_the_trap_list_is_made_on_its_device(monkeypatch):
+    """A copy to the device would be aligned and dense, and the traps gone."""
+    import gpu_traps
+
+    made = []
+
+    def tensors(dtype, device, backend):
+        made.append((device, backend))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_traps.problem, "tensors", tensors)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_traps.train(gpu_traps.optim.SGD, "cuda", torch.float32)
+    assert made == [("cuda", "cuda")]
 
 
 def test_figures_with_gaps_are_told_from_a_failure(checks):
@@ -139,6 +188,47 @@ def test_what_ncu_prints_is_read():
         {"sm_active": 98.5, "sm_occupancy": 11.5, "dram_active": 30.0},
     ]
     assert counters.parse("==ERROR== no permission\n") == []
+
+
+def test_ncu_is_asked_again_without_the_metric_that_a_chip_lacks(monkeypatch):
+    asked = []
+
+    def run(command, **options):
+        asked.append(command[command.index("--metrics") + 1].split(","))
+        if len(asked[-1]) == 4:
+            return subprocess.CompletedProcess(command, 1, "==ERROR== Failed to find metric sm__pipe_tensor", "")
+        rows = [["ID", *asked[-1]], ["", *["%"] * 3], ["0", "99", "12", "90"]]
+        return subprocess.CompletedProcess(command, 0, "\n".join(",".join(f'"{c}"' for c in row) for row in rows), "")
+
+    monkeypatch.setattr(counters, "ncu", lambda: "ncu")
+    monkeypatch.setattr(counters.subprocess, "run", run)
+    assert counters.count("gemm", 1.0) == {"read": {"sm_active": 0.99, "sm_occupancy": 0.12, "dram_active": 0.9}}
+    assert len(asked) == 2
+
+
+def test_norms_are_validated_where_no_peer_is_installed_and_in_autocast(monkeypatch):
+    """On a GPU machine without Opacus our own torch products are the witness; a wrong kernel must not be timed."""
+    tiny = lambda: per_example.transformer(64, 1, 8, 2)  # noqa: E731
+    monkeypatch.setattr(per_example, "CASES", {"tiny": tiny, "tiny" + per_example.BF16: tiny})
+    norms = {}
+    for case in per_example.CASES:
+        side, witness = (per_example.build(kind, case, torch.device("cpu")) for kind in per_example.SIDES[1:3])
+        assert witness.recorder is not side.recorder
+        norms[case] = side.run()
+        torch.testing.assert_close(witness.run(), norms[case], rtol=1e-6, atol=0)
+    plain, cast = norms.values()
+    assert not torch.equal(plain, cast)
+    torch.testing.assert_close(plain, cast, rtol=0.1, atol=0)
+
+
+def test_the_copy_that_ncu_counts_is_a_kernel(monkeypatch):
+    """torch hands a copy between equal layouts on one device to the driver, where ncu profiles nothing."""
+    monkeypatch.setattr(counters.torch, "randn", lambda size, device: torch.ones(4, device=device))
+    work = counters.work_of("copy", torch.device("cpu"))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        work()
+    names = [event.name for event in profiler.events()]
+    assert names == ["aten::neg"]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The step benchmark: every case validates against its peers and gives a row; shapes and byte models are right."""
 
+import argparse
 import json
 import math
 import sys
@@ -46,6 +47,23 @@ def test_a_peer_that_does_something_else_is_not_timed(clock, monkeypatch):
     monkeypatch.setattr(peers, "LR", 2e-3)  # of the peers alone
     with pytest.raises(SystemExit, match="no peer agrees with ours"):
         step.measure(step.makers("SGD", "fp32", "clip")(TINY, CPU), "tiny", clock, repeats=2)
+
+
+def test_our_own_twin_is_no_witness(clock, monkeypatch):
+    """On a GPU ours in Triton stands beside ours: where no other side agrees, nothing is timed."""
+    made = step.makers("SGD", "fp32", "clip")(TINY, CPU)
+    made.sides[step.TWIN] = made.sides["torch fused"]
+    monkeypatch.setattr(made, "errors", lambda: {step.TWIN: 0.0, "torch fused": 1.0})
+    with pytest.raises(SystemExit, match="no peer agrees with ours"):
+        step.measure(made, "tiny", clock, repeats=2)
+
+
+def test_a_run_is_of_what_matters_first_and_tens_of_millions_on_a_gpu_alone():
+    arguments = argparse.Namespace(optimizers=None, precisions=None, chains=None, shapes=None)
+    for kind, wanted in (("cpu", False), ("cuda", True)):
+        cases = list(step.chosen(arguments, torch.device(kind)))
+        assert cases[0][0] == "AdamW"
+        assert any(case[3] == "1000 tensors of 100x100" for case in cases) == wanted
 
 
 def test_a_peer_that_fails_is_reported(clock, monkeypatch):

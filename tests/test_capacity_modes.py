@@ -106,14 +106,14 @@ class FakeCuda:
             current_stream=lambda device: self._stream("main"),
             stream=lambda stream: self._inside(stream.name, []),
             CUDAGraph=self._graph,
-            graph=lambda graph: self._inside("capture", graph.work),
+            graph=lambda graph, stream: self._inside(f"capture on {stream.name}", graph.work),
         )
         monkeypatch.setattr(modes, "cuda", cuda)
         return self
 
     def did(self, what: str) -> None:
         self.events.append(f"{self.where}: {what}")
-        if self.where == "capture":
+        if self.where.startswith("capture"):
             self.recorded.append(what)
 
     def _inside(self, where: str, recorded: list[str]) -> Any:
@@ -151,7 +151,7 @@ class FakeStep:
     def clear(self) -> None: ...
 
     def backward(self) -> None:
-        if self.error is not None and self.cuda.where == "capture":
+        if self.error is not None and self.cuda.where.startswith("capture"):
             raise self.error
         self.cuda.did("backward")
 
@@ -171,7 +171,7 @@ def test_a_step_is_warmed_up_on_a_side_stream_captured_in_two_graphs_and_replaye
     step()
     warm = ["side: backward", "side: update"] * 3
     # Between the captures the gradients get values, and the update's table their addresses.
-    captured = ["capture: backward", "replay backward", "main: update", "capture: update"]
+    captured = ["capture on side: backward", "replay backward", "main: update", "capture on side: update"]
     assert cuda.events[1:] == [
         "side waits for main",
         *warm,
@@ -184,7 +184,7 @@ def test_a_step_is_warmed_up_on_a_side_stream_captured_in_two_graphs_and_replaye
     step.load(8)
     step()
     assert cuda.events[0] == "main: load 8"
-    assert cuda.events[-4:] == ["main: update", "capture: update", "replay backward", "replay update"]
+    assert cuda.events[-4:] == ["main: update", "capture on side: update", "replay backward", "replay update"]
 
 
 def test_a_step_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

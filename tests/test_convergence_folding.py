@@ -11,7 +11,7 @@ from torch.func import functional_call, stack_module_state
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pybatch.convergence import stack
+from pybatch.convergence import folding, stack
 from pybatch.convergence.folding import Folding
 from pybatch.convergence.loop import Loop
 from pybatch.convergence.stack import Stack
@@ -127,6 +127,49 @@ def test_attention_is_that_of_each_replica(masked, causal, own_keys, recwarn):
     weights = drawn(*expected.shape)
     [mine], [theirs] = (torch.autograd.grad((each * weights).sum(), query) for each in (found, expected))
     torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_a_batch_too_large_for_a_gpu_is_taken_in_parts(monkeypatch, masked):
+    """torch's kernels fail with more than 65 535 heads x examples; the replicas of a stack multiply them."""
+    query, key, value = (torch.randn(REPLICAS, 5, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.randn(REPLICAS, 5, 1, 7, 7, dtype=torch.float64) if masked else None
+    sizes = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "scaled_dot_product" in str(func) and "backward" not in str(func):
+                sizes.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    def attention(query, key, value, mask):
+        return functional.scaled_dot_product_attention(query, key, value, mask)
+
+    def run(most):
+        monkeypatch.setattr(folding, "most_at_once", most)
+        sizes.clear()
+        with Folding(images=False), Calls():
+            found = torch.vmap(attention, in_dims=(0, 0, 0, 0 if masked else None))(query, key, value, mask)
+        return found, *torch.autograd.grad(found.square().sum(), (query, key, value))
+
+    whole = run(len)
+    assert sizes == [5 * REPLICAS]
+    for mine, theirs in zip(run(lambda query: 4), whole, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert sizes == [4, 4, 4, 3]
+
+
+def test_the_parts_stay_within_the_limits_of_torchs_kernels():
+    class Query:
+        def __init__(self, *shape, kind="cuda"):
+            self.shape, self.device = shape, torch.device(kind)
+
+    assert folding.most_at_once(Query(36 * 8192, 4, 64, 32)) == 65535 // 4
+    assert folding.most_at_once(Query(100, 4, 64, 32)) == 100
+    assert folding.most_at_once(Query(36 * 8192, 4, 64, 32, kind="cpu")) == 36 * 8192
+    assert folding.most_at_once(Query(10**6, 4, 10_496, 128)) == 2**31 // (4 * 10_496 * 128)
+    assert folding.most_at_once(Query(3, 70_000, 64, 32)) == 1  # then torch says what is wrong
+    assert folding.most_at_once(Query(0, 4, 64, 32)) == 0
 
 
 def test_attention_with_dropout_is_refused_as_without_folding():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from pybatch.convergence import choosing
-from pybatch.convergence.choosing import choose, chunks
+from pybatch.convergence import choosing, stack
+from pybatch.convergence.choosing import choose, chunks, memory_for
 from pybatch.convergence.loop import Loop
 from pybatch.convergence.pooling import Pooling
 from pybatch.convergence.stack import Stack
@@ -263,14 +263,44 @@ def test_adascale_estimates_the_noise_of_the_gradient():
     assert state.grad_sq / state.weight == pytest.approx(15.75, rel=0.15)
 
 
-def test_trials_that_do_not_fit_together_are_run_in_groups_middle_rates_first(monkeypatch):
+def test_trials_that_do_not_fit_together_are_run_in_groups_middle_rates_first():
     some = trials((0.1, 0.2, 0.4, 0.8, 1.6))
-    assert len(chunks(some, 100)) == 1
-    monkeypatch.setattr(choosing, "MEMORY", 4 * 100 * 4)
-    groups = chunks(some, 100)
+    assert len(chunks(some, 100, memory_for(CPU))) == 1
+    groups = chunks(some, 100, 4 * 100 * 4)
     assert [len(g) for g in groups] == [4, 4, 2]
     assert groups[0][0].lr == 0.4
     assert {t.key for g in groups for t in g} == {t.key for t in some}
+
+
+def test_loading_kernels_is_no_part_of_an_evaluations_time(monkeypatch):
+    """On a GPU the first evaluation of all replicas at once takes longest, and one by one would be taken for good."""
+    made = Stack(Points(), trials(), CPU)
+    now, calls, losses_of = [0.0], [], made._evaluate
+
+    def evaluate(together):
+        now[0] += 9.0 if not calls else 1.0 if together else 5.0
+        calls.append(together)
+        return losses_of(together)
+
+    monkeypatch.setattr(made, "_evaluate", evaluate)
+    monkeypatch.setattr(stack.time, "perf_counter", lambda: now[0])
+    made.device = torch.device("cuda")
+    made.evaluate()
+    assert made.together is True
+    assert calls == [True, False, True, False]
+
+
+def test_a_gpu_is_given_as_many_trials_as_its_memory_holds(monkeypatch):
+    """A 10.9 M parameter model: 1 GiB would part 36 trials into groups of six on a device of 139 GiB."""
+    gpu, freed = torch.device("cuda", 1), []
+    monkeypatch.setattr(choosing, "release", freed.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (120 * 2**30, 139 * 2**30))
+    some = trials(tuple(0.01 * 2**i for i in range(18)))
+    assert len(some) == 36
+    assert len(chunks(some, 4 * 10_900_000, memory_for(gpu))) == 1
+    assert freed == [gpu]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 139 * 2**30))
+    assert len(chunks(some, 4 * 10_900_000, memory_for(gpu))) == 36  # what others use is not taken
 
 
 def test_groups_change_no_result(monkeypatch):

@@ -41,6 +41,24 @@ for n, g, t, r, c in ((3, 1, 70, 5, 33), (2, 2, 3, 65, 7), (2, 1, 64, 64, 64), (
         assert_close(k.single(rows[:, :, :1], cols[:, :, :1]), one.square().sum((1, 2, 3)), rtol=1e-6, atol=0.0)
 """
 
+LARGE = """
+plain = k.feeds_large_tiles
+for r, c, t in ((128, 130, 200), (300, 128, 128), (127, 200, 130)):
+    rows, cols = draw(2, 1, t, r, dtype=torch.float16), draw(2, 1, t, c, dtype=torch.float16)
+    exact = rows.double().mT @ cols.double()
+    sq = exact.square().sum((1, 2, 3))
+    for large in (False, True):
+        k.feeds_large_tiles = lambda device: large
+        cut = k.tiling(rows, r, c)
+        assert cut is (k.LARGE if large and r >= 128 else k.SMALL)
+        assert_close(k.gram(rows, cols), sq, rtol=1e-5, atol=0.0)
+        found, total = k.weight(rows, cols, 2)
+        assert_close(found, sq, rtol=1e-6, atol=0.0)
+        assert_close(total.double(), exact.sum(0), rtol=1e-5, atol=1e-3)
+    assert k.tiling(rows.float(), r, c) is k.SMALL  # no matrix units to feed
+k.feeds_large_tiles = plain
+"""
+
 PICKED = """
 for n, t, c in ((3, 9, 5), (2, 1, 4), (2, 6, 1100)):
     index, values = torch.randint(4, (n, t)), draw(n, c, t).mT
@@ -48,6 +66,18 @@ for n, t, c in ((3, 9, 5), (2, 1, 4), (2, 6, 1100)):
     dense = torch.zeros(n, 4, c, dtype=torch.float64)
     dense.scatter_add_(1, index[..., None].expand(-1, -1, c), values.double())
     assert_close(k.picked(index, values), dense.square().sum((1, 2)), rtol=1e-6, atol=0.0)
+
+# A long document: only the first dimension of a CUDA grid takes more than 65 535 programs.
+grids = []
+
+class Grids:
+    def __getitem__(self, grid):
+        grids.append(grid)
+        return lambda *args, **options: None
+
+k.picked_kernel = Grids()
+k.picked(torch.zeros(2, 70_000, dtype=torch.int64), draw(2, 70_000, 1))
+assert grids == [(140_000,)]
 """
 
 NORMS = """
@@ -89,7 +119,7 @@ for model, x, y, loss in (
 """
 
 
-@pytest.mark.parametrize("program", [PRODUCTS + PICKED + NORMS, MODEL], ids=["kernels", "model"])
+@pytest.mark.parametrize("program", [PRODUCTS + LARGE + PICKED + NORMS, MODEL], ids=["kernels", "model"])
 def test_in_the_interpreter(program):
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)}
     done = subprocess.run(
@@ -115,16 +145,26 @@ FIXED = {"partials": "*fp64", "total": "*fp32", "scaled": "*fp32", "plain": "*fp
          "order": "*i64", "eps": "fp32"}
 DATA = {"rows", "cols", "values", "grad", "x", "weight", "dx"}
 
-def build(kernel, data, **constants):
+def build(kernel, data, warps=4, **constants):
     types = {p.name: "constexpr" if p.name in constants else FIXED.get(p.name) or (data if p.name in DATA else None)
              or p.annotation_type or "i32" for p in kernel.params}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-    assert compile(source, target=GPUTarget("cuda", 90, 32), options=dict(LAUNCH)).asm["cubin"]
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(LAUNCH) | {"num_warps": warps})
+    assert made.asm["cubin"]
+    return made
+
+def cut(kernel, data, tiling, **constants):
+    made = build(kernel, data, tiling.warps, block=tiling.tile, step=tiling.step, **constants)
+    if data == "*bf16":
+        assert "wgmma" in made.asm["ptx"]
+    assert made.metadata.shared <= 227 << 10
 
 for data in ("*fp32", "*bf16"):
-    build(k.gram_kernel, data, block=k.TILE, step=k.STEP)
-    build(k.weight_kernel, data, block=k.TILE, step=k.STEP, summed=True)
-build(k.weight_kernel, "*bf16", block=k.TILE, step=k.STEP, summed=False)
+    cut(k.gram_kernel, data, k.SMALL)
+    cut(k.weight_kernel, data, k.SMALL, summed=True)
+cut(k.gram_kernel, "*bf16", k.LARGE)
+for summed in (False, True):
+    cut(k.weight_kernel, "*bf16", k.LARGE, summed=summed)
 build(k.single_kernel, "*bf16", block=1024)
 build(k.picked_kernel, "*bf16", block=1024)
 build(k.norm_backward_kernel, "*bf16", centred=True, affine=True, block=1024)

@@ -92,10 +92,10 @@ class GraphedStep:
                         step()
                 here.wait_stream(side)
                 step.optimizer.zero_grad(set_to_none=True)
-                backward = _captured(step.backward)
+                backward = _captured(step.backward, side)
                 backward.replay()
                 step.optimizer.step()
-                self._graphs = [backward, _captured(step.optimizer.step)]
+                self._graphs = [backward, _captured(step.optimizer.step, side)]
         except WorkloadError as error:
             raise WorkloadError(f"{error} This was in a CUDA graph; without --cuda-graph it may run.") from error
         except RuntimeError as error:
@@ -107,8 +107,9 @@ class GraphedStep:
             ) from error
 
 
-def _captured(work: Callable[[], object]) -> cuda.CUDAGraph:
+def _captured(work: Callable[[], object], stream: cuda.Stream) -> cuda.CUDAGraph:
     graph = cuda.CUDAGraph()
-    with cuda.graph(graph):
+    # torch's own capture stream is of the device that it was first used on; work of another would not be captured.
+    with cuda.graph(graph, stream=stream):
         work()
     return graph

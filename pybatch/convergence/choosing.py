@@ -13,11 +13,13 @@ from pybatch.convergence.loop import Loop
 from pybatch.convergence.replicas import Losses, Replicas
 from pybatch.convergence.stack import Stack, alone
 from pybatch.convergence.trial import Trial
+from pybatch.device.memory import available_bytes, release
 from pybatch.errors import WorkloadError
 from pybatch.workloads.base import Workload
 from pybatch.workloads.session import is_out_of_memory
 
-MEMORY = 2**30  # bytes of parameters, gradients and optimizer states trained at a time
+MEMORY = 2**30  # bytes of parameters, gradients and optimizer states trained at a time, on a CPU
+GPU_SHARE = 0.25  # of a GPU's free memory for them; what a step keeps for its backward pass grows with the batch
 AGREE = 1e-3  # relative: losses of stacked and separate replicas after two steps; fp32 rounding is 1e-6, a fault is 0.1
 INTERVAL = 8  # steps between two evaluations in the middle of a trial
 SAMPLE = 4  # replicas by which the loop is timed
@@ -51,7 +53,7 @@ def choose(
     except (RuntimeError, NotImplementedError, TypeError, ValueError, WorkloadError, MemoryError) as error:
         if not is_out_of_memory(error):
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            return Loop(workload, trials, device), f"not stacked: the model cannot be run through vmap ({line})"
+            return Loop(workload, trials, device), f"not stacked: a stack of its replicas fails ({line})"
         failure = StackTooLargeError("memory ran out for these trials together")
     if failure is not None:  # raised here, where no trace holds what the stack held
         raise failure
@@ -66,15 +68,23 @@ def choose(
     return Loop(workload, trials, device), None
 
 
-def chunks(trials: Sequence[Trial], parameter_bytes: int) -> list[list[Trial]]:
-    """Trials in groups whose parameters, gradients and states (at most two more copies) fit MEMORY, middle rates first.
+def memory_for(device: torch.device) -> int:
+    """Bytes of parameters, gradients and optimizer states that are trained on a device at a time."""
+    if device.type != "cuda":
+        return MEMORY
+    release(device)  # what torch's allocator keeps counts as taken
+    return int(GPU_SHARE * available_bytes(device))
 
-    A good rate found early shortens the trials of the groups after it.
+
+def chunks(trials: Sequence[Trial], parameter_bytes: int, memory: int) -> list[list[Trial]]:
+    """Trials in groups whose parameters, gradients and states (at most two more copies) fit so many bytes of memory.
+
+    Middle rates come first. A good rate found early shortens the trials of the groups after it.
     """
     rates = sorted({trial.lr for trial in trials})
     centre = len(rates) // 2
     ordered = sorted(trials, key=lambda t: (abs(rates.index(t.lr) - centre), t.lr, t.seed))
-    size = max(1, MEMORY // max(1, 4 * parameter_bytes))
+    size = max(1, memory // max(1, 4 * parameter_bytes))
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 

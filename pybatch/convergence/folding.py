@@ -5,7 +5,8 @@ adds the bias in a pass of its own. Here images [n, replicas * channels, rows, c
 to the next, in the order that torch's CPU kernels take best. With 36 replicas of 64 digits, one thread of an AMD EPYC,
 forward and backward: a convolution of one channel 4.6 ms against 22.7, the pooling after it 2.3 against 14.9.
 
-Attention: torch has no rule to `vmap` its CPU kernel, and runs replicas one by one; here they join the batch.
+Attention: torch has no rule to `vmap` its CPU kernel, and runs replicas one by one; here they join the batch. On a GPU
+torch's rule has them join it too, but its kernels take only so large a batch, which a stack exceeds: here it is parted.
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+# Blocks along the second and third dimension of a CUDA grid, where torch's attention kernels have batch and heads.
+GRID = 2**16 - 1
+# Elements that the backward pass of its flash attention can index: of a query with its length rounded up to 128 and its
+# width to 32 at least. Past it the kernel writes elsewhere, and the process loses the device.
+INDEXED = 2**31
+
 # What is done to images with so many replicas in their channels, with the weight and bias of all of them.
 Operation = Callable[[int, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 class Folding(TorchFunctionMode):
-    """Within it, and within `vmap`, attention on a CPU is folded, and layers of images [n, channels, rows, columns].
+    """Within it, and within `vmap`, attention is folded, and on a CPU layers of images [n, channels, rows, columns].
 
     These are `conv2d`, `group_norm` and pooling; others see the same images as without it, in another order of
     memory. `used` tells whether there was one.
@@ -43,7 +50,7 @@ class Folding(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention and (attended := _attention(*args, **kwargs)) is not None:
             return _Attended.apply(*attended)  # type: ignore[no-untyped-call]
-        if self.images and args and _on_cpu(args[0], 4):
+        if self.images and args and _is(args[0], 4, ("cpu",)):
             if (fold := _FOLDS.get(func)) is not None:
                 self.used = True
                 return _Folded.apply(*fold(*args, **kwargs))  # type: ignore[no-untyped-call]
@@ -98,13 +105,24 @@ class _Attended(torch.autograd.Function):
             mask = _stacked(mask, dims[3], n)
             mask = mask.reshape(n, *[1] * (5 - mask.dim()), *mask.shape[1:])  # as it is broadcast
             mask = mask.expand(n, query.shape[1], *mask.shape[2:]).flatten(0, 1)
-        query, key, value = (each.flatten(0, 1) for each in (query, key, value))
-        found = functional.scaled_dot_product_attention(query, key, value, mask, **options)
-        return found.reshape(n, -1, *found.shape[1:]), 0
+        inputs = [each.flatten(0, 1) for each in (query, key, value)] + ([] if mask is None else [mask])
+        parts = zip(*(torch.split(each, most_at_once(inputs[0])) for each in inputs), strict=True)
+        found = [functional.scaled_dot_product_attention(*part, **options) for part in parts]
+        whole = found[0] if len(found) == 1 else torch.cat(found)
+        return whole.reshape(n, -1, *whole.shape[1:]), 0
 
 
-def _on_cpu(value: Any, dimensions: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() == dimensions and value.device.type == "cpu"
+def most_at_once(query: Tensor) -> int:
+    """Examples of a query [n, heads, length, width] that one call of torch's attention takes on its device."""
+    n, heads, length, width = query.shape
+    if query.device.type != "cuda":
+        return n
+    indexed = heads * -(-length // 128) * 128 * max(32, 1 << (width - 1).bit_length())
+    return min(n, max(1, min(GRID // max(1, heads), INDEXED // max(1, indexed))))
+
+
+def _is(value: Any, dimensions: int, kinds: tuple[str, ...]) -> bool:
+    return isinstance(value, Tensor) and value.dim() == dimensions and value.device.type in kinds
 
 
 def _stacked(tensor: Tensor, dim: int | None, n: int) -> Tensor:
@@ -126,7 +144,8 @@ def _attention(
 ) -> tuple[Any, ...] | None:
     """Arguments of `_Attended`; None for what is left to `vmap`, which refuses dropout."""
     three = (query, key, value)
-    if dropout_p or not all(_on_cpu(each, 4) for each in three) or len({each.shape[0] for each in three}) > 1:
+    known = all(_is(each, 4, ("cpu", "cuda")) for each in three)
+    if dropout_p or not known or len({each.shape[0] for each in three}) > 1:
         return None
     return *three, attn_mask, {"is_causal": is_causal, **options}
 

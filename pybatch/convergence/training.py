@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pybatch.convergence.choosing import StackTooLargeError, choose, chunks
+from pybatch.convergence.choosing import StackTooLargeError, choose, chunks, memory_for
 from pybatch.convergence.loop import Loop
 from pybatch.convergence.replicas import Replicas
 from pybatch.convergence.stack import Stack
@@ -67,7 +67,7 @@ def run_unit(
             progress(f"{text}, {split} loss {loss:.3g}", len(ended) / len(unit.trials))
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        groups = deque(chunks(unit.trials, size))
+        groups = deque(chunks(unit.trials, size, memory_for(device)))
         while groups:
             group = groups.popleft()
             try:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pybatch.ops.backends import Backend
 
 
+_FEW = 8  # norms that are made void one by one: a launch each
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a list.
@@ -140,11 +143,15 @@ class TensorList:
         self._stale = False
 
     def forget(self, rows: Sequence[int] | None = None) -> None:
-        """Say that these parameters (None: all) were written by others: norms carried from the last update are void."""
-        if rows is None:
+        """Say that these parameters (None: all) were written by others: norms carried from the last update are void.
+
+        Nothing is uploaded, so that it can be captured: of many parameters, those of all are taken anew.
+        """
+        if rows is None or len(rows) > _FEW:
             self.carried.fill_(torch.nan)
-        elif rows:
-            self.carried[torch.as_tensor(rows).to(self.device, non_blocking=True)] = torch.nan
+            return
+        for row in rows:
+            self.carried[row].fill_(torch.nan)
 
     def discard(self) -> None:
         """Forget the sums of a step that will not be taken."""
