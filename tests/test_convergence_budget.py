@@ -133,7 +133,7 @@ def test_a_sweep_resumed_with_a_larger_batch_asks_no_more_of_the_others(tmp_path
 
 def test_a_target_met_past_the_cap_counts_in_the_sweep_as_in_its_store(tmp_path, monkeypatch):
     """A rule's runs are given up at a cap; where a budget takes them further, both records take what they show."""
-    monkeypatch.setattr(driver.Sweep, "_cap", lambda self, batch, split=None: 3)
+    monkeypatch.setattr(driver.Sweep, "_cap", lambda self, base, batch, split=None: 3)
     path = tmp_path / "runs.db"
     live = gap(rules=["constant"], store=path).curves[0]
     read = read_store(path)[0].convergence.curves[0]

@@ -53,6 +53,9 @@ def sweep(
     base_batch: Annotated[
         int | None, typer.Option(help="Where rules other than 'tuned' start. Default: the smallest batch.")
     ] = None,
+    base_rate: Annotated[
+        float | None, typer.Option(help="Their learning rate there. Default: tuned at the base batch.")
+    ] = None,
     max_steps: Annotated[int, typer.Option(help="Steps after which a training is given up.")] = 5000,
     gap_epochs: Annotated[
         float | None, typer.Option(help="Compare test losses after so many epochs too, and after equal steps.")
@@ -109,6 +112,7 @@ def sweep(
                 rates=grid,
                 search=search,
                 base_batch=base_batch,
+                base_rate=base_rate,
                 max_steps=max_steps,
                 gap_epochs=gap_epochs,
                 store=store,

@@ -171,6 +171,7 @@ def _experiment(text: str, marks: Sequence[Mark]) -> Experiment:
         targets=targets,
         head=head,
         base_batch=head.base_batch,
+        base_rate=head.base_rate,
         rules=rules,
         batches=batches,
         seed=data.get("seed", 0),

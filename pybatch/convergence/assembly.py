@@ -6,6 +6,7 @@ A tuned curve takes every rate that was tried at a batch size, whichever search 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,7 @@ class Experiment:
     targets: dict[str, float]
     head: Convergence  # what the record says beside its curves
     base_batch: int
+    base_rate: float | None = None
     rules: list[str] = field(default_factory=list)
     batches: set[int] = field(default_factory=set)
     seed: int = 0
@@ -100,6 +102,7 @@ _IDENTITY = (
     "device",
     "targets",
     "base_batch",
+    "base_rate",
     "seed",
     "version",
 )
@@ -149,7 +152,7 @@ def assemble(sweep: Experiment, rows: Mapping[str, Row], environments: Mapping[i
             searched.setdefault(outcome.trial.batch, []).append(outcome)
     splits: list[Split] = [split for split in SPLITS if split in sweep.targets]
     missing: dict[str, bool] = {}  # what has no point or not all seeds -> whether it can still be run
-    used = set(map(id, searched.get(sweep.base_batch, [])))  # outcomes that the record stands on
+    used = set(map(id, _start(sweep, searched)))  # outcomes that the record stands on
     curves = tuple(
         _curve(sweep, rule, split, seeds, searched, by_key, missing, used) for rule in sweep.rules for split in splits
     )
@@ -253,11 +256,20 @@ def _race(targets: Mapping[str, float], seeds: Sequence[int], outcomes: Sequence
     return race
 
 
+def _start(sweep: Experiment, searched: Mapping[int, list[Outcome]]) -> list[Outcome]:
+    """The runs at the base batch that rules go by: of all rates, or of the one that was given."""
+    given = sweep.base_rate
+    return [o for o in searched.get(sweep.base_batch, []) if given is None or o.trial.lr == given]
+
+
 def _base(
     sweep: Experiment, split: Split, seeds: Sequence[int], searched: Mapping[int, list[Outcome]]
-) -> tuple[float, float] | None:
-    """The rate tuned at the base batch for a split's target, and its median steps; None where none reached it."""
-    outcomes = searched.get(sweep.base_batch, [])
+) -> tuple[float, float | None] | None:
+    """The base batch's rate for a split's target, and its median steps; None where none is known."""
+    outcomes = _start(sweep, searched)
+    if (given := sweep.base_rate) is not None:
+        steps = _race(sweep.targets, seeds, outcomes, search=False).median(split, given) if outcomes else math.inf
+        return given, steps if math.isfinite(steps) else None
     if not outcomes:
         return None
     race = _race(sweep.targets, _ran(seeds, outcomes), outcomes, search=True)
@@ -266,9 +278,9 @@ def _base(
 
 
 def _trials(
-    sweep: Experiment, rule: str, batch: int, seeds: Sequence[int], base: tuple[float, float] | None
+    sweep: Experiment, rule: str, batch: int, seeds: Sequence[int], base: tuple[float, float | None] | None
 ) -> list[Trial]:
-    """The trials a rule makes of the rate tuned at the base batch."""
+    """The trials a rule makes of the base batch's rate."""
     if base is None:
         raise UsageError(f"no rate reached the target at the base batch {sweep.base_batch}")
     lr, steps = base

@@ -24,6 +24,7 @@ from pybatch.records import Convergence, NoiseScale, Note
 from pybatch.scaling import SEARCHED, Base, Scaled, scale
 from pybatch.workloads.base import Workload
 
+GIVEN = "given"  # in place of a rule: the base batch at the rate that was given
 POLL = 0.5  # s between looks at trials that another process runs
 
 Found = Callable[[str], None]  # a heading, then a row for each batch size and rule as it is known
@@ -56,28 +57,37 @@ class Sweep:
         self.store.mark(key, [BEGUN])
 
     def run(self) -> None:
-        """Tune the base batch, then run everything else, as many at a time as there are workers."""
+        """Run the base batch, then everything else, as many at a time as there are workers."""
         plan = self.plan
         fixed = [rule for rule in plan.rules if rule != SEARCHED]
-        # Large batches first: they take longest, and the last to end should be short.
-        sought = [b for b in reversed(plan.batches) if b != plan.base_batch] if SEARCHED in plan.rules else []
-        self.live.rows = 1 + len(sought) + len(fixed) * len(plan.targets) * len(plan.batches)
-        base = self._search(plan.base_batch, plan.max_steps)
-        self._finish([base])
-        if len(sought) > 1 and not self._reached(base) and sought[0] > plan.base_batch:
-            largest = self._search(sought.pop(0), plan.max_steps)
-            self._finish([largest])
-            if not largest.failed and not self._reached(largest):
-                self._leave_out(sought, base, largest)
-                sought = []
-        contests = [self._search(b, self._cap(b)) for b in sought]
-        contests += [self._fixed(rule, split, b) for rule in fixed for split in plan.targets for b in plan.batches]
+        given = self._given(plan.base_rate) if plan.base_rate is not None else None
+        tuned = self._search(plan.base_batch, plan.max_steps) if given is None or SEARCHED in plan.rules else None
+        sought = len(plan.batches) - (plan.base_batch in plan.batches) if SEARCHED in plan.rules else 0
+        self.live.rows = len(self.contests) + sought + len(fixed) * len(plan.targets) * len(plan.batches)
+        self._finish(self.contests)
+        contests = self._tune(tuned) if tuned is not None and sought else []
+        if (start := given or tuned) is not None:
+            contests += [
+                self._fixed(start, rule, split, b) for rule in fixed for split in plan.targets for b in plan.batches
+            ]
         self._finish(contests)
         if plan.budget is not None:
             self.further = [go_on for contest in self.contests if (go_on := self._further(contest, plan.budget))]
             self.live.rows += len(self.further)
             self._finish(self.further)
         self.ended = True
+
+    def _tune(self, base: Contest) -> list[Contest]:
+        """The searches at all other batch sizes, but for those that cannot be expected to reach a target."""
+        # Large batches first: they take longest, and the last to end should be short.
+        sought = [b for b in reversed(self.plan.batches) if b != base.batch]
+        if len(sought) > 1 and not self._reached(base) and sought[0] > base.batch:
+            largest = self._search(sought.pop(0), self.plan.max_steps)
+            self._finish([largest])
+            if not largest.failed and not self._reached(largest):
+                self._leave_out(sought, base, largest)
+                return []
+        return [self._search(b, self._cap(base, b)) for b in sought]
 
     def _reached(self, contest: Contest) -> bool:
         return any(p.steps is not None for p in contest.points(self.plan.seeds).values())
@@ -94,12 +104,21 @@ class Sweep:
         self.contests.append(contest)
         return contest
 
-    def _fixed(self, rule: str, split: str, batch: int) -> Contest:
-        """A rule's trials at one batch size, from the rate tuned for this split's target at the base batch."""
+    def _given(self, lr: float) -> Contest:
+        """Runs at the base batch with the rate that was given: their steps are what rules and caps go by."""
         plan = self.plan
-        contest = Contest(rule, batch, {split: plan.targets[split]}, self._cap(batch, split), None)
+        contest = Contest(GIVEN, plan.base_batch, plan.targets, plan.max_steps, None)
         self.contests.append(contest)
-        lr, steps = self._base(split)
+        trials = [self._trial(Scaled(plan.group | {"lr": lr}), plan.base_batch, seed) for seed in plan.seeds]
+        self._begin(contest, trials, plan.seeds)
+        return contest
+
+    def _fixed(self, start: Contest, rule: str, split: str, batch: int) -> Contest:
+        """A rule's trials at one batch size, from the base batch's rate: given, or tuned for this split's target."""
+        plan = self.plan
+        contest = Contest(rule, batch, {split: plan.targets[split]}, self._cap(start, batch, split), None)
+        self.contests.append(contest)
+        lr, steps = self._base(start, split)
         if lr is None:
             return self._fail(contest, f"no rate reached the target at the base batch {plan.base_batch}")
         try:
@@ -112,7 +131,7 @@ class Sweep:
     def _further(self, contest: Contest, budget: Budget) -> Contest | None:
         """The runs of one point of the first target, to the end of the budget; None where there is no such point."""
         split = self.plan.compared
-        if contest.failed or split not in contest.targets:
+        if contest.failed or split not in contest.targets or contest.rule not in self.plan.rules:
             return None
         lr = contest.points(self.plan.seeds)[split].learning_rate
         if lr is None:
@@ -128,18 +147,17 @@ class Sweep:
         contest.heat, contest.seeds = trials, seeds
         contest.trials |= {trial.key: trial for trial in trials}
 
-    def _base(self, split: str) -> tuple[float | None, float | None]:
-        """The rate tuned at the base batch for a split's target, and its median steps."""
-        base = self.contests[0]
+    def _base(self, base: Contest, split: str) -> tuple[float | None, float | None]:
+        """The base batch's rate for a split's target, given or tuned, and its median steps; None where none reached."""
         race = base.race(self.plan.seeds, base.outcomes)
         best = best_rate(race, split, sorted({trial.lr for trial in base.trials.values()}))
-        return best, race.median(split, best) if best is not None else None
+        return best or (self.plan.base_rate if base.rule == GIVEN else None), race.median(split, best) if best else None
 
-    def _cap(self, batch: int, split: str | None = None) -> int:
+    def _cap(self, base: Contest, batch: int, split: str | None = None) -> int:
         """FACTOR times the steps that the base batch took, and more below it, where fewer examples are seen a step."""
         plan, most = self.plan, 0.0
         for each in plan.targets if split is None else (split,):
-            steps = self._base(each)[1]
+            steps = self._base(base, each)[1]
             if steps is None:
                 return plan.max_steps
             most = max(most, FACTOR * steps * max(1.0, plan.base_batch / batch))

@@ -38,6 +38,7 @@ class Plan:
         rates: Sequence[float] | None,
         search: str,
         base_batch: int | None,
+        base_rate: float | None = None,
         max_steps: int,
         dtype: str,
         gap_epochs: float | None = None,
@@ -54,6 +55,14 @@ class Plan:
                 raise unknown("rule", rule, scaling.rules())
         if not self.rules:
             raise UsageError("no rule was given. Give at least one, such as 'tuned'.")
+        self.base_rate = base_rate
+        if base_rate is not None and not 0 < base_rate < float("inf"):
+            raise UsageError(f"base rate {base_rate:g}: give a finite learning rate above 0.")
+        if base_rate is not None and self.rules == [scaling.SEARCHED]:
+            raise UsageError(
+                f"base rate {base_rate:g}: rule 'tuned' seeks its own rates. Add a rule that starts from it, such as "
+                "'linear', or leave it out."
+            )
         if seeds < 1:
             raise UsageError(f"seeds {seeds} is below 1. Give at least 1; 3 show an interval.")
         if not 0 <= seed <= 2**63 - seeds:

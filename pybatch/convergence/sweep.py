@@ -38,6 +38,7 @@ def measure_convergence(
     rates: Sequence[float] | None = None,
     search: str = "race",
     base_batch: int | None = None,
+    base_rate: float | None = None,
     max_steps: int = MAX_STEPS,
     device: str | torch.device | None = None,
     dtype: str = "fp32",
@@ -57,7 +58,7 @@ def measure_convergence(
         workload: what to train. Its batches are drawn with replacement, so a batch may exceed the data set.
         batches: batch sizes, in examples.
         rules: names of `pybatch.scaling.rules()`. "tuned" searches the rate at every batch size; the others start from
-            the rate tuned at `base_batch`.
+            the rate at `base_batch`, tuned or given.
         seeds: training runs of each batch size and rate, each with a model and a data order of its own.
         seed: of the first of them; the others count up from it. With a store, more `seeds` add to those it holds, and
             another `seed`, at least `seeds` away, repeats the experiment.
@@ -70,6 +71,7 @@ def measure_convergence(
             the least median; "grid" runs every seed at every rate; or an Optuna sampler ("tpe", "qmc", "random",
             "cmaes") between the ends of `rates`.
         base_batch: where the rules start; None: the smallest of `batches`.
+        base_rate: their learning rate there; None: the one of the fewest steps to each target, which is sought first.
         max_steps: a trial is given up then; earlier after 4 times the steps the base batch took (times B_0 / B below
             it), and in a search after 1.5 times the median steps of the best rate. Where neither the base batch nor
             the largest one reaches a target, the others are not tried.
@@ -109,6 +111,7 @@ def measure_convergence(
         rates=rates,
         search=search,
         base_batch=base_batch,
+        base_rate=base_rate,
         max_steps=max_steps,
         dtype=dtype,
         gap_epochs=gap_epochs,

@@ -60,6 +60,7 @@ def record(
         seeds=len(plan.seeds),
         trials=len({key for contest in contests if contest.over for key in contest.trials}),
         base_batch=plan.base_batch,
+        base_rate=plan.base_rate,
         smoothing=f"{SMOOTHING}; {workload.evaluation_examples} examples in each fixed batch",
         complete=ended and not any(contest.failed for contest in (*contests, *further)),
         device=describe(device),

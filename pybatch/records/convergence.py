@@ -136,7 +136,8 @@ class Convergence(Shown):
     optimizer: str | None = None
     seeds: int | None = None
     trials: int | None = None  # training runs behind the curves
-    base_batch: int | None = None  # B_0, whose tuned rate the fixed rules start from
+    base_batch: int | None = None  # B_0, whose rate the fixed rules start from
+    base_rate: float | None = None  # that rate, where it was given; None: the one tuned at the base batch
     smoothing: str | None = None  # how the train loss was smoothed, and on what the test loss was taken
     complete: bool = True  # False: stopped before every trial had run
     branches: tuple[Branching, ...] = ()  # along one run, by step

@@ -32,6 +32,9 @@ def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Se
     lines = [line for curve in curves for line in _lines(curve, unit, alone=len(curves) == 1)]
     if split == steps.curves[0].split and steps.optimizer:
         lines.append(("trained by", f"{steps.optimizer}, {_of(steps.trials, 'trial')}, {_of(steps.seeds, 'seed')}"))
+        if steps.base_rate is not None:
+            given = f"with rate {n.number(steps.base_rate)} at batch {n.count(steps.base_batch)}, as given"
+            lines.append(("rules start", given))
         if any(p.reached < p.runs for curve in steps.curves for p in curve.points):
             lines.append(("in brackets", "runs that reached the target, where not all did"))
     notes = tuple(
