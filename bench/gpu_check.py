@@ -23,6 +23,7 @@ With less time than 570 s, give --seconds: what is finished until then is in the
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -141,17 +142,21 @@ class Check:
         """Install for this device's architecture, without a registry."""
         import torch
 
-        if (self.site / "pybatch").is_dir():
+        built, now = self.site / "built_from", sources()
+        if built.exists() and built.read_text() == now:
             return Outcome("build", "ok", 0.0, f"kept from an earlier call in {self.site}")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--target"]
+        built.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--upgrade"]
+        command += ["--target", str(self.site), str(ROOT)]
         if self.device is None:
-            status, log, seconds = self.run("build", [*pip, str(self.site), str(ROOT)], 240, PYBATCH_CUDA="off")
-            return Outcome("build", status, seconds, log[-TAIL:], {"architecture": "none"})
-        major, minor = torch.cuda.get_device_capability(self.device)
-        status, log, seconds = self.run(
-            "build", [*pip, str(self.site), str(ROOT)], 240, PYBATCH_CUDA="on", CUDAARCHS=f"{major}{minor}-real"
-        )
-        return Outcome("build", status, seconds, log[-TAIL:], {"architecture": f"sm_{major}{minor}"})
+            architecture, how = "none", {"PYBATCH_CUDA": "off"}
+        else:
+            number = "".join(map(str, torch.cuda.get_device_capability(self.device)))
+            architecture, how = f"sm_{number}", {"PYBATCH_CUDA": "on", "CUDAARCHS": f"{number}-real"}
+        status, log, seconds = self.run("build", command, 240, **how)
+        if status == "ok":
+            built.write_text(now)
+        return Outcome("build", status, seconds, log[-TAIL:], {"architecture": architecture})
 
     def doctor(self) -> Outcome:
         """What is compiled, and which counters can be read here."""
@@ -287,6 +292,17 @@ class Check:
             return self.stages()[name]()
         except Exception:  # of this script, not of the stage's process: the other stages still count
             return Outcome(name, "failed", time.monotonic() - start, traceback.format_exc()[-TAIL:])
+
+
+def sources() -> str:
+    """A digest of what a build is made from: a site of other sources must not pass for one of these."""
+    folders = [ROOT / name for name in ("pybatch", "csrc", "kernels")]
+    files = [p for folder in folders for p in folder.rglob("*") if p.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")]
+    digest = hashlib.sha256()
+    for path in sorted([*files, ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _loaded(path: Path) -> dict[str, Any]:

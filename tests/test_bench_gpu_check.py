@@ -130,6 +130,29 @@ def test_nothing_runs_after_a_failed_build(checks, tmp_path, monkeypatch):
     assert [o.stage for o in gpu_check.check(["build", "tests"], checks, {}, tmp_path)] == ["build"]
 
 
+def test_a_kept_build_is_of_the_sources_as_they_are(tmp_path, monkeypatch):
+    """Between two calls on a warm machine the kernels may be edited: the old ones must not be tested in their place."""
+    runs = []
+    check = Check(None, tmp_path, tmp_path / "site", 60.0)
+    check.site.mkdir()
+    monkeypatch.setattr(check, "run", lambda stage, command, limit, **kw: runs.append(command) or ("ok", "", 1.0))
+    root = tmp_path / "root"
+    (root / "kernels").mkdir(parents=True)
+    for name in ("CMakeLists.txt", "pyproject.toml", "kernels/step.cu"):
+        (root / name).write_text("first")
+    monkeypatch.setattr(gpu_check, "ROOT", root)
+    check.build()
+    assert check.build().detail.startswith("kept")
+    (root / "kernels/step.cu").write_text("edited")
+    assert not check.build().detail.startswith("kept")
+    assert len(runs) == 2
+    assert "--upgrade" in runs[0]
+    monkeypatch.setattr(check, "run", lambda *args, **kw: ("failed", "", 1.0))
+    (root / "kernels/step.cu").write_text("broken")
+    check.build()
+    assert check.build().status == "failed"  # nothing of a failed build is kept
+
+
 def test_the_time_is_kept(checks, tmp_path):
     checks.end -= 50  # 10 s are left: too few for a new stage
     outcomes = gpu_check.check(["build", "last"], checks, {}, tmp_path)

@@ -57,6 +57,45 @@ def test_the_cpu_is_described_within_what_this_process_may_use() -> None:
     assert memory.available_bytes(CPU) <= device.memory_bytes
 
 
+@pytest.mark.parametrize(
+    ("size", "pinned", "grad", "kind", "steps"),
+    [
+        (8, False, False, "cuda", ["pin", "to cuda, not waiting"]),
+        (8, True, False, "cuda", ["to cuda, waiting"]),  # its owner may write it anew at once
+        (8, False, True, "cuda", ["to cuda, waiting"]),
+        (64 << 20, False, False, "cuda", ["to cuda, waiting"]),
+        (8, False, False, "cpu", ["to cpu, waiting"]),
+    ],
+)
+def test_what_a_step_uploads_does_not_wait_for_the_steps_before(
+    size: int, pinned: bool, grad: bool, kind: str, steps: list[str]
+) -> None:
+    done: list[str] = []
+
+    class Fake:
+        device, layout, requires_grad = CPU, torch.strided, grad
+
+        def numel(self) -> int:
+            return size
+
+        def element_size(self) -> int:
+            return 4
+
+        def is_pinned(self) -> bool:
+            return pinned
+
+        def pin_memory(self) -> Fake:
+            done.append("pin")
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool = False) -> Fake:
+            done.append(f"to {device.type}, {'not ' if non_blocking else ''}waiting")
+            return self
+
+    memory.upload(Fake(), torch.device(kind))  # type: ignore[arg-type]
+    assert done == steps
+
+
 def test_a_cgroup_limit_lowers_total_and_available_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in (("max", 1000), ("current", 700)):
         (tmp_path / f"memory.{name}").write_text(str(value))

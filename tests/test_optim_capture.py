@@ -60,6 +60,27 @@ def test_replayed_steps_equal_eager_ones(kind, backend):
 
 @on_gpu
 @needs_gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_write_of_others_before_a_capture_is_followed(backend):
+    """Weights loaded after the warm-up, as torch's notes on CUDA graphs do."""
+    rate = torch.tensor(0.1, device="cuda")
+    (params, opt), (plain, twin) = prepared(optim.LARS, backend, rate), prepared(optim.LARS, backend, rate)
+    with torch.no_grad():
+        for p in (*params, *plain):
+            p.mul_(3.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    for _ in range(2):
+        graph.replay()
+        twin.step()
+    torch.cuda.synchronize()
+    for p, q in zip(params, plain, strict=True):  # the norms are taken anew by every replay, once by the other
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=0.0)
+
+
+@on_gpu
+@needs_gpu
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's, of a capture that was refused at once
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", ["gradient", "lr", "state"])

@@ -7,6 +7,7 @@ from cases import adamw, problem, sgd
 from cases.catalogue import EXACT, OPTIMIZERS, optimizers, variants, whole
 
 from pybatch import _C
+from pybatch.optim import accumulation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BACKENDS = [
@@ -133,6 +134,53 @@ def test_work_on_a_side_stream(backend):
             opt.step()
     torch.cuda.synchronize()
     assert all(torch.equal(p, q) for p, q in zip(params, plain, strict=True))
+
+
+def collected(backend, device, hooks):
+    """Two steps of two micro-batches, taken by hooks while backward() runs or after it."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(6))).to(device)
+    opt = adamw.optimizer(list(model.parameters()), lr=0.01, max_grad_norm=1.0, noise=True, backend=backend)
+    for _ in range(2):
+        for n in (8, 4):
+            batch = torch.randn(n, 64).to(device)
+            if hooks:
+                with opt.accumulating(n):
+                    model(batch).square().mean().backward()
+            else:
+                model(batch).square().mean().backward()
+                opt.accumulate(n)
+        opt.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), opt.state_dict()["pybatch"]["ring"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side", [False, True])
+def test_hooks_on_the_threads_of_backward_give_the_same(backend, side, monkeypatch):
+    monkeypatch.setattr(accumulation, "BUCKET_BYTES", 20_000)  # two gradients at a time
+    wanted = collected(backend, "cuda", hooks=False)
+    stream = torch.cuda.Stream() if side else torch.cuda.current_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = collected(backend, "cuda", hooks=True)
+    torch.cuda.synchronize()
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_devices_in_one_process(backend):
+    sides = []
+    for device in ("cuda:0", "cuda:1"):
+        params = problem.tensors(device=device, backend=backend)
+        sides.append((params, adamw.optimizer(params, lr=0.1, max_grad_norm=1.0, noise=True, backend=backend)))
+    for seed in range(3):
+        for params, opt in sides:  # in turns, with device 0 the current one
+            problem.give_gradients(params, torch.Generator().manual_seed(seed))
+            opt.accumulate(4)
+            opt.step()
+    assert all(torch.equal(p.cpu(), q.cpu()) for p, q in zip(sides[0][0], sides[1][0], strict=True))
 
 
 @pytest.mark.skipif(not _C.cuda, reason="built without CUDA")

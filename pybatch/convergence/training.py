@@ -73,7 +73,8 @@ def run_unit(
             try:
                 replicas, why = choose(workload, group, device, how)
             except StackTooLargeError:
-                groups.extendleft([group[len(group) // 2 :], group[: len(group) // 2]])
+                left, half = [trial for some in (group, *groups) for trial in some], (len(group) + 1) // 2
+                groups = deque(left[i : i + half] for i in range(0, len(left), half))  # nor would the others fit
                 continue
             reason = reason or why
             try:

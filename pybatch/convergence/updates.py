@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pybatch import optim
+from pybatch.device.memory import upload
 from pybatch.errors import UsageError, unknown
 from pybatch.optim import FusedOptimizer
 
@@ -70,8 +71,10 @@ def update_for(name: str, group: Mapping[str, Any]) -> Update:
 
 
 def _per_replica(values: Sequence[float], params: Sequence[Tensor]) -> list[Tensor]:
-    """A value for each replica, in a shape for each parameter. On a GPU an upload waits, so there is one for all."""
-    made = {kind: torch.tensor(values, dtype=kind[0], device=kind[1]) for kind in {(p.dtype, p.device) for p in params}}
+    """A value for each replica, in a shape for each parameter: one upload for all."""
+    made = {
+        kind: upload(torch.tensor(values, dtype=kind[0]), kind[1]) for kind in {(p.dtype, p.device) for p in params}
+    }
     return [made[p.dtype, p.device].view(-1, *[1] * (p.ndim - 1)) for p in params]
 
 

@@ -14,6 +14,7 @@ import torch
 _CGROUP = Path("/sys/fs/cgroup")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_PINNED_BYTES = 64 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -41,6 +42,19 @@ def process_bytes(key: str) -> int | None:
         if name == key:
             return int(value.split()[0]) * 1024  # the kernel writes kB and means KiB
     return None
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device, without waiting for what a GPU has still to do.
+
+    From pageable memory CUDA copies only once all work before is done, and the host waits for both. Pinning costs a
+    copy on the host, and torch keeps the block for the next of its size: right for what a step uploads, not for
+    gigabytes. Memory that is pinned already may be written anew by its owner as soon as this returns: that waits.
+    """
+    plain = tensor.device.type == "cpu" and tensor.layout is torch.strided and not tensor.requires_grad
+    if device.type != "cuda" or not plain or tensor.numel() * tensor.element_size() > _PINNED_BYTES:
+        return tensor.to(device)
+    return tensor.to(device) if tensor.is_pinned() else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def release(device: torch.device) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pybatch.device.identity import DTYPES
+from pybatch.device.memory import upload
 from pybatch.errors import DeviceError, UsageError, WorkloadError
 from pybatch.numerals import memory
 from pybatch.records import WorkloadInfo
@@ -142,7 +143,7 @@ class Session:
         return batch
 
     def _moved(self, batch: Any) -> Any:
-        return tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+        return tree_map(lambda leaf: upload(leaf, self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
 
     def loss(self, batch: Any) -> torch.Tensor:
         """The loss of a batch, under autocast where the dtype asks for it; checked to be one floating-point number.
