@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -311,3 +312,45 @@ def test_what_cannot_be_folded_is_left_to_vmap(monkeypatch):
     monkeypatch.setattr(Folding, "__torch_function__", refuse)
     made.advance(2)
     assert made.folded is False
+
+
+def test_an_embedding_does_not_train_its_padding_in_any_replica():
+    torch.manual_seed(0)
+    weight = torch.randn(REPLICAS, 5, 4, requires_grad=True)
+    words = torch.tensor([[0, 1, 3], [3, 4, 2], [3, 3, 1]])
+    for padding in (3, -2):
+        with Folding():
+            found = torch.vmap(lambda w, x, padding=padding: functional.embedding(x, w, padding))(weight, words)
+        torch.testing.assert_close(found, torch.stack([w[x] for w, x in zip(weight, words, strict=True)]))
+        [grad] = torch.autograd.grad(found.sum(), weight)
+        assert grad[:, 3].eq(0).all()
+        assert grad.sum((1, 2)).tolist() == [8, 8, 4]  # of the other words
+
+
+@pytest.mark.parametrize("flat", [lambda y: y.view(len(y), -1), lambda y: y.reshape(len(y), -1)])
+def test_images_changed_through_a_view_are_not_folded(flat, monkeypatch):
+    class Halved(nn.Module):
+        def forward(self, images):
+            flat(images).mul_(0.5)
+            return images
+
+    class Changing(Workload):
+        name, examples = "changing", 64
+
+        def model(self):
+            return nn.Sequential(nn.Conv2d(1, 4, 3), Halved(), nn.Conv2d(4, 2, 3))
+
+        def batch(self, n, generator, split="train"):
+            return torch.randn(n, 1, 8, 8, generator=generator)
+
+        def loss(self, model, batch):
+            return model(batch).square().mean()
+
+    ticks = itertools.count()  # each is the fastest until now, so the last one: folded
+    monkeypatch.setattr(stack.time, "perf_counter", lambda: next(ticks) ** 0.5)
+    apart, together = Loop(Changing(), trials(4), CPU), Stack(Changing(), trials(4), CPU)
+    for made in (apart, together):
+        made.advance(3)
+    assert together.folded is False
+    together.together = True
+    np.testing.assert_allclose(together.evaluate(), apart.evaluate(), rtol=1e-4)

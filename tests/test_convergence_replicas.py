@@ -412,3 +412,43 @@ def test_a_stack_too_large_for_memory_is_halved(monkeypatch):
     assert sorted(o.trial.key for o in found) == sorted(trial.key for trial in unit.trials)
     best = [min((o.steps, o.trial.lr, o.trial.seed) for o in some if o.end == "met") for some in (found, whole)]
     assert best[0] == best[1]
+
+
+def test_parameters_with_one_gradient_tensor_are_updated_as_by_the_optimizer():
+    class Summed(nn.Module):
+        """Its parameters are added to each other: autograd gives both the same tensor."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.arange(3.0))
+
+        def forward(self, x):
+            return x * (self.a + self.b)
+
+    class Sums(Points):
+        def model(self):
+            return Summed()
+
+        def loss(self, model, batch):
+            return model(batch[0][:, :3]).square().mean()
+
+    group = arguments("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1})
+    some = [Trial("t", "sgd", Scaled(group | {"lr": lr}), 8, 0, "fp32", "cpu") for lr in (0.01, 0.1)]
+    apart, together = Loop(Sums(), some, CPU), Stack(Sums(), some, CPU)
+    for made in (apart, together):
+        made.advance(3)
+    for key, stacked in together.params.items():
+        name = key.removeprefix("model.")
+        for mine, session in zip(stacked, apart.sessions, strict=True):
+            torch.testing.assert_close(mine, session.model.get_parameter(name), rtol=1e-5, atol=1e-6)
+
+
+def test_a_stack_trains_in_the_form_whose_losses_were_compared(monkeypatch):
+    def timed(replicas):
+        if isinstance(replicas, Stack):
+            replicas.folded, replicas.together = True, False
+        return ([0.0] * len(replicas.trials),) * 2, 0.0
+
+    monkeypatch.setattr(choosing, "_timed", timed)
+    made, _ = choose(Points(), trials(), CPU)
+    assert (made.folded, made.together) == (True, False)

@@ -49,7 +49,7 @@ def choose(
     loop, separate = _timed(Loop(workload, few, device))
     failure = None
     try:
-        stacked, together = _timed(Stack(workload, trials, device))
+        stacked, together, forms = _timed_stack(workload, trials, device)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, WorkloadError, MemoryError) as error:
         if not is_out_of_memory(error):
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -64,7 +64,9 @@ def choose(
                 text = f"not stacked: losses of stacked and separate replicas differ ({theirs[i]:.6g}, {mine[j]:.6g})"
                 return Loop(workload, trials, device), text
     if together <= separate * len(trials) / len(few):
-        return Stack(workload, trials, device), None
+        chosen = Stack(workload, trials, device)
+        chosen.folded, chosen.together = forms  # those that were found to agree
+        return chosen, None
     return Loop(workload, trials, device), None
 
 
@@ -86,6 +88,14 @@ def chunks(trials: Sequence[Trial], parameter_bytes: int, memory: int) -> list[l
     ordered = sorted(trials, key=lambda t: (abs(rates.index(t.lr) - centre), t.lr, t.seed))
     size = max(1, memory // max(1, 4 * parameter_bytes))
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def _timed_stack(
+    workload: Workload, trials: Sequence[Trial], device: torch.device
+) -> tuple[Losses, float, tuple[bool | None, bool | None]]:
+    """As `_timed`, of a stack, and what it chose: whether to fold images, and to evaluate all replicas at once."""
+    made = Stack(workload, trials, device)
+    return *_timed(made), (made.folded, made.together)
 
 
 def _timed(replicas: Replicas) -> tuple[Losses, float]:

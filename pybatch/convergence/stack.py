@@ -73,19 +73,20 @@ class Stack(Replicas):
         return grads
 
     def _folding_pays(self, batch: Any) -> bool:
-        """Whether gradients come sooner with images folded; where there are none, there is nothing to measure."""
+        """Whether the same gradients come sooner with images folded; without images there is nothing to measure."""
         before = {key: value.clone() for key, value in self.buffers.items()}  # running means count a pass once
         try:
             with Folding() as folding, torch.no_grad():
                 self._losses(batch, 0)
             if not folding.used:
                 return False
-            seconds = {True: math.inf, False: math.inf}
+            seconds, found = {True: math.inf, False: math.inf}, {}
             for folded in (False, True, False, True):  # the first of each also prepares
                 start = time.perf_counter()
-                self._gradients(batch, folded)
+                found[folded] = self._gradients(batch, folded)
                 seconds[folded] = min(seconds[folded], time.perf_counter() - start)
-            return seconds[True] < seconds[False]
+            rounding = torch.finfo(DTYPES[self.trials[0].dtype]).eps ** 0.5
+            return seconds[True] < seconds[False] and _same(found[True], found[False], rounding)
         except RuntimeError:  # an operation that asks for another order of memory
             return False
         finally:
@@ -162,6 +163,20 @@ class _LossModule(nn.Module):
     def forward(self, batch: Any) -> Tensor:
         """The loss of a batch."""
         return self.workload.loss(self.model, batch)
+
+
+def _same(mine: Sequence[Tensor | None], theirs: Sequence[Tensor | None], rounding: float) -> bool:
+    """Whether every replica's gradient, of stacked ones [R, ...], is off by no more than a share of its norm.
+
+    More is no rounding: what is changed in place through a view or `reshape` is not, where that made a copy.
+    """
+    pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None]
+    off, size = _squares([a - b for a, b in pairs]), _squares([b for _, b in pairs])
+    return bool((off <= rounding**2 * size).all())
+
+
+def _squares(stacked: Sequence[Tensor]) -> Tensor:
+    return torch.stack([each.reshape(len(each), -1).double().square().sum(1) for each in stacked]).sum(0)
 
 
 def alone(trial: Trial) -> bool:

@@ -88,8 +88,8 @@ class StackedSGD(Update):
     def step(self, params: Sequence[Tensor], lrs: Sequence[float]) -> None:
         """As `Update.step`."""
         group, grads = self.group, [p.grad for p in params if p.grad is not None]
-        if group["weight_decay"]:
-            grads = [g.add_(p, alpha=group["weight_decay"]) for p, g in zip(params, grads, strict=True)]
+        if group["weight_decay"]:  # not in place: parameters that are added to each other have one gradient tensor
+            grads = list(torch._foreach_add(grads, list(params), alpha=group["weight_decay"]))
         if group["momentum"]:
             if not self.buffers:
                 self.buffers = [g.clone() for g in grads]
@@ -97,7 +97,7 @@ class StackedSGD(Update):
                 torch._foreach_mul_(self.buffers, group["momentum"])
                 torch._foreach_add_(self.buffers, grads, alpha=1 - group["dampening"])
             if group["nesterov"]:
-                torch._foreach_add_(grads, self.buffers, alpha=group["momentum"])
+                grads = list(torch._foreach_add(grads, self.buffers, alpha=group["momentum"]))
             else:
                 grads = self.buffers
         for p, g, rate in zip(params, grads, _per_replica([-lr for lr in lrs], params), strict=True):
