@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from pybatch.convergence import store as store_module
-from pybatch.convergence.store import APPLICATION, Store
+from pybatch.convergence.schema import APPLICATION
+from pybatch.convergence.store import Store
 from pybatch.convergence.trajectory import Trajectory
 from pybatch.convergence.trial import Outcome, Trial
 from pybatch.errors import StoreError, UsageError

@@ -17,14 +17,14 @@ from urllib.parse import quote
 
 from pybatch.codec import decode
 from pybatch.convergence.assembly import Asked, Experiment, Row, assemble, hyper, is_plain
-from pybatch.convergence.store import APPLICATION, BEGUN, OTHER_SCHEMA, SCHEMA, Mark, sweep_key
+from pybatch.convergence.schema import APPLICATION, HEADER, OTHER_SCHEMA, SCHEMA
+from pybatch.convergence.store import BEGUN, Mark, sweep_key
 from pybatch.convergence.trajectory import SMOOTHING, Trajectory
 from pybatch.convergence.trial import VERSION, Outcome, Trial
 from pybatch.errors import UsageError
 from pybatch.records import Convergence, Environment, Note, Run, to_dict
 from pybatch.scaling import SEARCHED
 
-HEADER = b"SQLite format 3\0"
 _NO_RUN = Run("", None)
 
 

@@ -24,49 +24,14 @@ from typing import Any, NamedTuple, Self
 
 import psutil
 
+from pybatch.convergence.schema import APPLICATION, DAMAGED, HEADER, OTHER_SCHEMA, SCHEMA, SWEEPS, TABLES, remedy
 from pybatch.convergence.trajectory import Trajectory
 from pybatch.convergence.trial import Outcome, Trial
 from pybatch.errors import StoreError, UsageError
 from pybatch.records import Environment
 
-APPLICATION = 0x70796261  # "pyba": SQLite's own mark of whose file it is
-SCHEMA = 1
 LEASE = 60.0  # s; renewed four times as often
-OTHER_SCHEMA = "Use the pybatch that wrote it, or a later one."
 BUSY = 30.0  # s to wait for another process's write, each of which takes milliseconds
-
-_GO_ON = "then run the same command with --resume: what is stored is kept."
-_DAMAGED = f"It is damaged: name another file, or restore it from a copy, {_GO_ON}"
-_REMEDIES = (  # by SQLite's primary result code
-    ((sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR), f"Free space on its disk, {_GO_ON}"),
-    ((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED), f"Another program holds it: end that one, {_GO_ON}"),
-    (
-        (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM),
-        f"Make file and folder writable, {_GO_ON}",
-    ),
-)
-
-_TABLES = """
-CREATE TABLE environment (id INTEGER PRIMARY KEY, json TEXT NOT NULL UNIQUE);
-CREATE TABLE trial (
-    key TEXT PRIMARY KEY,
-    spec TEXT NOT NULL,
-    end TEXT NOT NULL CHECK (end IN ('met', 'capped', 'diverged')),
-    seconds REAL NOT NULL,
-    how TEXT NOT NULL,
-    steps BLOB NOT NULL,
-    train BLOB NOT NULL,
-    test BLOB NOT NULL,
-    environment INTEGER NOT NULL REFERENCES environment (id),
-    created TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE claim (key TEXT PRIMARY KEY, owner TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID;
-"""
-_SWEEPS = (  # stores of old lack them
-    "CREATE TABLE IF NOT EXISTS sweep (json TEXT PRIMARY KEY) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS mark (sweep TEXT, rule TEXT, split TEXT, batch INTEGER, created TEXT NOT NULL, "
-    "PRIMARY KEY (sweep, rule, split, batch)) WITHOUT ROWID",
-)
 
 Cell = tuple[str, str, int]  # rule, split, batch size
 BEGUN: Cell = ("", "", 0)  # the mark of a sweep's beginning
@@ -119,7 +84,7 @@ class Store:
                 [self._environment] = self._db.execute("SELECT id FROM environment WHERE json = ?", (text,)).fetchone()
         except (StoreError, sqlite3.Error) as error:
             cause = error.__cause__ or error
-            raise self._refused(f"cannot be used: {cause}", _remedy(cause)) from None
+            raise self._refused(f"cannot be used: {cause}", remedy(cause)) from None
         except OSError as error:
             raise self._refused(f"cannot be opened: {error.strerror}") from None
         self._closing = threading.Event()
@@ -205,7 +170,7 @@ class Store:
         """Keep what a sweep was asked for, from which `archive` puts its record together; returns the sweep's key."""
         text = json.dumps(asked, sort_keys=True)
         with self._write():
-            for statement in _SWEEPS:
+            for statement in SWEEPS:
                 self._db.execute(statement)
             self._db.execute("INSERT OR IGNORE INTO sweep VALUES (?)", (text,))
         return sweep_key(text)
@@ -248,7 +213,7 @@ class Store:
             yield
         except (sqlite3.Error, UsageError) as error:
             cause = str(error).removesuffix(".")
-            raise StoreError(f"store '{self._name}' cannot be {done}: {cause}. {_remedy(error) or _DAMAGED}") from error
+            raise StoreError(f"store '{self._name}' cannot be {done}: {cause}. {remedy(error) or DAMAGED}") from error
 
     def _identity(self) -> tuple[int, int] | None:
         """Which file the path names: device and inode; a file that was replaced has others."""
@@ -272,15 +237,15 @@ class Store:
         if not self.path.is_file():
             raise self._refused("is no file")
         with self.path.open("rb") as file:
-            head = file.read(16)
-        if head and head != b"SQLite format 3\0":
+            head = file.read(len(HEADER))
+        if head and head != HEADER:
             raise self._refused("is no SQLite file")
 
     def _check(self) -> None:
         """Make the tables of a new store, or see that this is one, whole, and of this schema."""
         with self._write():  # two processes may open a new file at once
             if self._pragma("application_id") == 0 and not self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                for statement in _TABLES.split(";")[:-1]:
+                for statement in TABLES.split(";")[:-1]:
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA application_id = {APPLICATION}")
                 self._db.execute(f"PRAGMA user_version = {SCHEMA}")
@@ -296,8 +261,8 @@ class Store:
         value: int | str = self._db.execute(f"PRAGMA {name}").fetchone()[0]
         return value
 
-    def _refused(self, why: str, remedy: str | None = None) -> UsageError:
-        return UsageError(f"store '{self._name}' {why}. {remedy or 'It was left as it is; name another file.'}")
+    def _refused(self, why: str, advice: str | None = None) -> UsageError:
+        return UsageError(f"store '{self._name}' {why}. {advice or 'It was left as it is; name another file.'}")
 
     def _ended(self, owner: str, expires: float, now: float) -> bool:
         if owner == self.owner or expires < now:
@@ -311,12 +276,6 @@ class Store:
             with contextlib.suppress(sqlite3.Error):  # the next renewal makes up for it, or the next write says why not
                 db.execute("UPDATE claim SET expires = ? WHERE owner = ?", (time.time() + self.lease, self.owner))
         db.close()
-
-
-def _remedy(error: BaseException) -> str | None:
-    """What to do about an error of SQLite's that says nothing against the file itself."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # extended codes have the primary one in their low byte
-    return next((text for codes, text in _REMEDIES if code in codes), None)
 
 
 def _started(pid: int) -> float:
