@@ -35,7 +35,7 @@ def run_bench_together(
     Raises:
         PybatchError: in process 0, what `run_bench` raises; the others then end without a result.
     """
-    with process_group(device.type) as rank:
+    with process_group(device) as rank:
         run: Run | None = None
         error: BaseException | None = None
         if rank == 0:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import pybatch
-from pybatch.capacity.distributed import launched, measure_distributed
+from pybatch.capacity.distributed import launched, measure_distributed, process_group
 from pybatch.errors import UsageError
 from pybatch.records import Run
 from pybatch.workloads.finding import find
@@ -78,6 +78,22 @@ def test_one_process_has_nobody_to_communicate_with(tmp_path):
             )
     finally:
         dist.destroy_process_group()
+
+
+def test_every_process_works_on_its_own_gpu_before_it_joins(monkeypatch):
+    """NCCL refuses two processes on one GPU, and that is where the current device is unless it is set."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(str(device)))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: done.append(backend))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("left"))
+    with process_group(torch.device("cuda", 1)) as rank:
+        assert rank == 1
+    assert done == ["cuda:1", "nccl", "left"]
+    done.clear()
+    with process_group(torch.device("cpu")):
+        pass
+    assert done == ["gloo", "left"]
 
 
 def test_one_process_is_not_a_group():

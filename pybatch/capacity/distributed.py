@@ -45,10 +45,11 @@ def local_rank() -> int:
 
 
 @contextmanager
-def process_group(device_type: str) -> Iterator[int]:
-    """Joins the processes for a while; gives this one's rank."""
-    backend = "nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+def process_group(device: torch.device) -> Iterator[int]:
+    """Joins the processes for a while, each with its device; gives this one's rank."""
+    if device.type == "cuda":  # objects and barriers go over the current device, which is GPU 0 in every process
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield dist.get_rank()
     finally:
