@@ -8,6 +8,7 @@ forward and backward: a convolution of one channel 4.6 ms against 22.7, the pool
 Embeddings: `vmap` passes on the index of padding as it is, a row of the first replica's alone, so that others train it.
 
 Attention: torch has no rule to `vmap` its CPU kernel, and runs replicas one by one; here they join the batch.
+In torch's `multi_head_attention_forward` a mode does not see it: there it is made of products, which have a rule.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 # What is done to images with so many replicas in their channels, with the weight and bias of all of them.
@@ -45,6 +47,9 @@ class Folding(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention and (attended := _attention(*args, **kwargs)) is not None:
             return _Attended.apply(*attended)  # type: ignore[no-untyped-call]
+        if func is functional.multi_head_attention_forward and _on_cpu(args[0], 3):
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **kwargs)
         if func is functional.embedding:
             return _embedding(*args, **kwargs)
         if self.images and args and _on_cpu(args[0], 4):
