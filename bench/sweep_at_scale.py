@@ -38,7 +38,7 @@ NAME = "sweep_at_scale"
 GRACE_S = 20.0  # for an interrupted sweep to write its record
 REPORT_S = 20.0  # kept for putting the record together
 LEAST_S = 15.0  # a part that is given less shows nothing
-DONE, INCOMPLETE, INTERRUPTED = 0, 3, 130  # exit statuses of pybatch; the last: before anything was measured
+DONE, FAILED, INCOMPLETE, INTERRUPTED = 0, 1, 3, 130  # exit statuses of pybatch; the last: before anything was measured
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,15 @@ def answer(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def exit_status(statuses: list[str], critical: float | None) -> int:
+    """1 where a part failed, or all ran and there is no answer; 3 where a later call has something to go on with."""
+    if any(status.startswith("failed") for status in statuses):
+        return FAILED
+    if any(status in ("incomplete", "skipped") for status in statuses):
+        return INCOMPLETE
+    return DONE if critical is not None else FAILED
+
+
 def main() -> int:
     """Measure, put together, write after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,8 +203,7 @@ def main() -> int:
     print(json.dumps(figures, indent=2))
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(figures | {"record": record}, indent=2) + "\n")
-    failed = any(part["status"].startswith("failed") for part in stage.parts) or figures["critical_batch"][0] is None
-    return 1 if failed else DONE if all(p["status"] != "incomplete" for p in stage.parts) else INCOMPLETE
+    return exit_status([part["status"] for part in stage.parts], figures["critical_batch"][0])
 
 
 if __name__ == "__main__":

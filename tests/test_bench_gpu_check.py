@@ -318,6 +318,20 @@ def test_the_answer_is_the_critical_batch_over_the_saturation_batch():
     assert sweep_at_scale.answer({})["points"] == {}
 
 
+@pytest.mark.parametrize(
+    ("statuses", "critical", "code"),
+    [
+        (["ok", "ok"], 20.0, 0),
+        (["kept from an earlier call", "incomplete"], None, 3),  # no answer yet, and something to go on with
+        (["ok", "ok", "skipped"], 20.0, 3),
+        (["failed with status 2", "incomplete"], 20.0, 1),
+        (["ok", "ok"], None, 1),
+    ],
+)
+def test_a_sweep_at_scale_without_an_answer_yet_is_incomplete_and_not_failed(statuses, critical, code):
+    assert sweep_at_scale.exit_status(statuses, critical) == code
+
+
 def _trials(store):
     """Trials in a store that another process may be making."""
     try:

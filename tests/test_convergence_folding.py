@@ -179,6 +179,28 @@ def test_attention_with_dropout_is_refused_as_without_folding():
         torch.vmap(lambda x: functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1))(some)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_a_torch_layer_is_not_looped_over_replicas(masked, recwarn):
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double() for _ in range(REPLICAS)]
+    parameters, _ = stack_module_state(layers)
+    words = torch.randn(REPLICAS, 5, 7, 8, dtype=torch.float64)
+    mask = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64) if masked else None
+
+    def one(parameters, words):
+        return functional_call(layers[0], parameters, (words,), {"src_mask": mask, "is_causal": masked}).square().sum()
+
+    with Folding(images=False):
+        losses = torch.vmap(one)(parameters, words)
+    found = torch.autograd.grad(losses.sum(), list(parameters.values()))
+    assert not [warning for warning in recwarn if "performance drop" in str(warning.message)]
+    for r, layer in enumerate(layers):
+        loss = layer(words[r], src_mask=mask, is_causal=masked).square().sum()
+        torch.testing.assert_close(losses[r], loss, rtol=1e-12, atol=1e-12)
+        for mine, theirs in zip(found, torch.autograd.grad(loss, list(layer.parameters())), strict=True):
+            torch.testing.assert_close(mine[r], theirs, rtol=1e-9, atol=1e-11)
+
+
 def test_a_stack_of_transformers_trains_as_the_loop_does(recwarn):
     workload, some = find("text", options=["length=16"]), trials(4)
     apart, together = Loop(workload, some, CPU), Stack(workload, some, CPU)

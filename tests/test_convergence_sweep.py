@@ -1,6 +1,7 @@
 """Sweeps: curves from trials, the store's part in them, workers, and every bad input."""
 
 import dataclasses
+import itertools
 import json
 import math
 import sqlite3
@@ -14,6 +15,7 @@ from torch import nn
 
 import pybatch
 from pybatch.convergence.fingerprint import fingerprint
+from pybatch.convergence.loop import Loop
 from pybatch.convergence.search import Grid, Sampled, best_rate, default_rates
 from pybatch.convergence.store import Store
 from pybatch.convergence.sweep import measure_convergence
@@ -676,3 +678,16 @@ def test_an_interrupted_sweep_says_what_of_it_is_kept(monkeypatch, store, says):
     with pytest.raises(Interrupted) as stop:
         pybatch.sweep.run_sweep(Isotropic(), device="cpu", noise_budget=0, store=store)
     assert says in stop.value.partial.notes[-1].text
+
+
+def test_why_trials_were_not_stacked_is_said_once(monkeypatch):
+    calls = itertools.count()
+
+    def choose(workload, trials, device, how):
+        return Loop(workload, trials, device), f"not stacked: losses differ ({next(calls)}, 7)"
+
+    monkeypatch.setattr("pybatch.convergence.training.choose", choose)
+    found = measure(batches=[4, 16])
+    notes = [note.text for curve in found.curves for note in (*found.notes, *curve.notes) if note.figure == "trials"]
+    assert next(calls) > 1
+    assert notes == ["not stacked: losses differ (0, 7)"]

@@ -49,7 +49,7 @@ class Sweep:
         self.contests: list[Contest] = []
         self.further: list[Contest] = []  # their runs past the targets
         self.ended = False  # nothing is left to run
-        self.notes: dict[str, None] = {}  # why trials were not stacked; in order, once each
+        self.notes: dict[str, str] = {}  # why trials were not stacked: each cause, and the first that had it
 
     def begin(self, key: str) -> None:
         """Note in the store that the sweep of this key has begun."""
@@ -193,7 +193,7 @@ class Sweep:
             contest = entry[1]
             self.store.release(contest.claimed)
             if done.note:
-                self.notes[done.note] = None
+                self.notes.setdefault(done.note.partition(" (")[0], done.note)  # figures follow in brackets
             if done.error is not None:
                 if not any(c.outcomes for c in self.contests):  # it works at no batch size
                     raise WorkloadError(done.error)
@@ -282,7 +282,7 @@ class Sweep:
             self.contests,
             further=self.further,
             ended=self.ended,
-            remarks=self.notes,
+            remarks=self.notes.values(),
             noise=noise,
             notes=notes,
         )

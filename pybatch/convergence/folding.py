@@ -9,6 +9,8 @@ Embeddings: `vmap` passes on the index of padding as it is, a row of the first r
 
 Attention: torch has no rule to `vmap` its CPU kernel, and runs replicas one by one; here they join the batch. On a GPU
 torch's rule has them join it too, but its kernels take only so large a batch, which a stack exceeds: here it is parted.
+In torch's `multi_head_attention_forward` a mode does not see it: there it is made of products on a CPU, which have a
+rule, and left to torch on a GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 # Blocks along the second and third dimension of a CUDA grid, where torch's attention kernels have batch and heads.
@@ -52,6 +55,9 @@ class Folding(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention and (attended := _attention(*args, **kwargs)) is not None:
             return _Attended.apply(*attended)  # type: ignore[no-untyped-call]
+        if func is functional.multi_head_attention_forward and _is(args[0], 3, ("cpu",)):
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **kwargs)
         if func is functional.embedding:
             return _embedding(*args, **kwargs)
         if self.images and args and _is(args[0], 4, ("cpu",)):
