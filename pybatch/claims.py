@@ -80,6 +80,11 @@ def _stagnation(curve: Curve) -> Claim:
             return said("undetermined", f"the fit puts no batch size to it, {tested}")
         if curve.high is None:
             return said("no", f"steps fall with every batch size, {tested}")
+        most, smallest = fit.b_stag_high, min(p.batch for p in _reached(curve))
+        if most is None or most > largest:
+            return said("undetermined", f"no bend stands out of the scatter, {tested}")
+        if most > smallest:
+            return said("yes", f"doubling saves less than 10 % of the steps from at most {n.number(most)} on, {tested}")
         return said("yes", f"steps hardly fall at all, {tested}")
     band = n.interval(fit.b_stag_low, fit.b_stag_high)
     text = f"doubling saves less than 10 % of the steps from {n.number(fit.b_stag)} {band} on, {tested}"

@@ -79,6 +79,22 @@ def test_a_fit_without_a_stagnant_batch_is_read_by_its_bounds(critical, low, hig
     assert claims(bare)["train steps level off"].finding == finding
 
 
+@pytest.mark.parametrize(
+    ("high", "finding", "text"),
+    [
+        (8.0, "yes", "hardly fall at all"),
+        (100.0, "yes", "from at most 100 on"),
+        (900.0, "undetermined", "no bend stands out"),  # past the largest batch size
+        (None, "undetermined", "no bend stands out"),
+    ],
+)
+def test_flat_steps_level_off_where_their_bound_was_tested(high, finding, text):
+    flat = curve("tuned", TUNED, model="flat", b_stag=None, b_stag_high=high)
+    found = claims(dataclasses.replace(flat, critical_batch=None, low=None, high=8.0))["train steps level off"]
+    assert found.finding == finding
+    assert text in found.text
+
+
 def test_what_the_largest_batch_costs_is_a_ratio_of_examples_over_the_seeds():
     found = claims(curve("tuned", TUNED))["train cost rises"]
     assert found.finding == "yes"

@@ -326,3 +326,18 @@ def test_a_bend_at_the_end_of_the_search_is_told_as_flat():
     assert fit.critical_batch is None
     assert not any("extrapolated" in note.text for note in fit.notes)
     assert any("more batch saves no steps" in note.text for note in fit.notes)
+
+
+def test_steps_that_fall_to_the_largest_batch_are_not_said_to_rise_past_it():
+    fit = fit_steps([8, 32, 128], [[33, 40], [17, 30], [19, 15]])
+    [text] = [note.text for note in fit.notes if note.figure == "critical_batch"]
+    assert fit.model is None
+    assert "steps fall up to batch 128, the largest tested, but scatter" in text
+
+
+def test_a_flat_fit_says_no_less_than_its_interval():
+    fit = fit_steps([8, 32, 128], [[28, 48], [19, 18], [22, 27]])
+    [text] = [note.text for note in fit.notes if note.figure == "critical_batch"]
+    assert fit.model == "flat"
+    assert fit.high > 8
+    assert f"the critical batch is below {fit.high:.3g}" in text

@@ -44,7 +44,8 @@ def curve(critical, low, high, s_min=500.0):
     model = {(True, False): "inverse", (False, True): "flat"}.get((low is not None, high is not None), "hyperbola")
     bend = critical or (1e9 if low else 1e-9)
     points = tuple(ConvergencePoint(b, s_min * (1 + bend / b), "reached", 3, 0.1, reached=3) for b in BATCHES)
-    fit = StepsFit(model, s_min if critical else None, critical, low, high, None, critical, None)
+    stagnant = 4 * high if high is not None and model == "flat" else None
+    fit = StepsFit(model, s_min if critical else None, critical, low, high, None, critical, None, b_stag_high=stagnant)
     return Curve("tuned", "train", points, fit.s_min, critical, low, high, target=0.3, fit=fit)
 
 

@@ -286,10 +286,10 @@ def _record(
     if turn is not None:  # batch sizes past it outweigh those that fall, and flat lies between both
         point, low, high = np.full((3, 4), np.nan)
         regimes, parameters = (unknown(size), regimes[1]), {}
-        notes = [*notes, steps_notes.of_turn(float(size[turn]))]
+        notes = [*notes, steps_notes.of_turn(float(size[turn]), float(size.max()))]
     else:
         shape = "inverse" if inverse else "flat" if flat else best.model
-        notes = [*notes, *steps_notes.of_fit(shape, point, size, parameters.get("alpha"))]
+        notes = [*notes, *steps_notes.of_fit(shape, point, size, parameters.get("alpha"), float(high[2]))]
         if inverse:
             point, low, high = _unbounded(point, np.minimum(low, size.max()), np.full_like(high, np.inf))
         elif flat:

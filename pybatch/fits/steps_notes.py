@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -78,13 +80,17 @@ def of_open_ends(open_: NDArray[np.bool_]) -> list[Note]:
     return [Note(name, text) for name, is_open in zip(("b20_low", "low", "b_stag_low"), open_, strict=True) if is_open]
 
 
-def of_turn(batch: float) -> Note:
+def of_turn(batch: float, largest: float) -> Note:
     """On steps that fall up to a batch size and then rise, or are not reached, further than any model here follows."""
-    text = f"no model fits: steps fall up to batch {number(batch)}, and past it they rise or the target is not reached"
-    return Note("critical_batch", f"{text}. Leave larger batches out to fit the fall, or tune their rate")
+    text = f"no model fits: steps fall up to batch {number(batch)}, "
+    if batch < largest:
+        text += "and past it they rise or the target is not reached. Leave larger batches out to fit the fall, or tune "
+        return Note("critical_batch", text + "their rate")
+    text += "the largest tested, but scatter too much to tell where they bend. Test more seeds, or more batch sizes"
+    return Note("critical_batch", text)
 
 
-def of_fit(model: str, point: Array, size: Array, exponent: float | None) -> list[Note]:
+def of_fit(model: str, point: Array, size: Array, exponent: float | None, high: float) -> list[Note]:
     """On the model that won.
 
     Args:
@@ -92,6 +98,7 @@ def of_fit(model: str, point: Array, size: Array, exponent: float | None) -> lis
         point: [4] S_min, B_20, B_50, B_stag.
         size: [n] batch sizes tested, ascending.
         exponent: of the power model.
+        high: upper end of B_50's interval.
     """
     smallest, largest = number(float(size.min())), number(float(size.max()))
     if model == "inverse":
@@ -99,6 +106,9 @@ def of_fit(model: str, point: Array, size: Array, exponent: float | None) -> lis
         return [Note("critical_batch", text)]
     if model == "flat":
         text = f"more batch saves no steps: the critical batch is below {smallest}, the smallest tested"
+        if high > size.min():
+            bound = f"is below {number(high)}" if math.isfinite(high) else "may be anywhere"
+            text = f"no bend stands out of the scatter: the critical batch {bound}. Test smaller ones, or more seeds"
         return [Note("critical_batch", text)]
     notes = []
     for name, value in (("critical_batch", point[2]), ("b20", point[1]), ("b_stag", point[3])):
