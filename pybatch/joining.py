@@ -14,8 +14,10 @@ from pybatch.verdict import compare
 def join(runs: Sequence[Run]) -> list[Run]:
     """Runs in their order, each sweep put into the one bench run of its workload and device, with a verdict anew.
 
-    Two sweeps of one workload, or two bench runs, stay apart: which of them belong together is not known.
+    One sweep given twice, as its record and in its store, counts once. Two sweeps of one workload, or two bench runs,
+    stay apart: which of them belong together is not known.
     """
+    runs = _once(runs)
     sweeps = [r for r in runs if r.capacity is None and r.convergence is not None and r.convergence.curves]
     benches = [r for r in runs if r.capacity is not None and not (r.convergence and r.convergence.curves)]
     joined: dict[int, Run] = {}
@@ -26,6 +28,31 @@ def join(runs: Sequence[Run]) -> list[Run]:
             joined[id(bench)] = _joined(bench, own[0])
             gone.add(id(own[0]))
     return [joined.get(id(run), run) for run in runs if id(run) not in gone]
+
+
+def _once(runs: Sequence[Run]) -> list[Run]:
+    """Runs without a sweep's second record; of two the one that knows the noise scale."""
+    kept: list[Run] = []
+    for run in runs:
+        steps = _steps(run)
+        twin = next((i for i, other in enumerate(kept) if steps is not None and _steps(other) == steps), None)
+        if twin is None:
+            kept.append(run)
+        elif kept[twin].noise is None and run.noise is not None:
+            kept[twin] = run
+    return kept
+
+
+def _steps(run: Run) -> object:
+    """What a sweep found, whoever wrote it down; None of a run that is no sweep."""
+    found = run.convergence
+    if run.capacity is not None or found is None or not found.curves:
+        return None
+    points = [
+        (c.rule, c.split, c.target, [(p.batch, p.steps, p.learning_rate, p.reached) for p in c.points])
+        for c in found.curves
+    ]
+    return found.workload, found.device, found.optimizer, found.seeds, points
 
 
 def _alike(capacity: Capacity | None, steps: Convergence | None) -> bool:

@@ -191,8 +191,9 @@ def test_batch_norm_is_the_same_either_way_or_not_stacked():
 
 def test_the_faster_form_is_taken(monkeypatch):
     def timed(slow):
-        def _timed(made):
-            return ([1.0] * len(made.trials), [1.0] * len(made.trials)), 1.0 if isinstance(made, slow) else 0.01
+        def _timed(made, index):
+            losses = ([1.0] * len(made.trials), [1.0] * len(made.trials))
+            return losses, [torch.ones(len(index))], 1.0 if isinstance(made, slow) else 0.01
 
         return _timed
 
@@ -414,6 +415,42 @@ def test_a_stack_too_large_for_memory_is_halved(monkeypatch):
     assert best[0] == best[1]
 
 
+def test_memory_that_runs_out_on_the_way_halves_what_is_left(monkeypatch):
+    """Activations may grow when others take memory, long after a stack was chosen."""
+    sizes = []
+
+    class Swelling(Stack):
+        def advance(self, steps):
+            sizes.append(len(self.trials))
+            if len(self.trials) > 2 and self.done >= 8:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            super().advance(steps)
+
+    unit = Unit(tuple(trials(rates=(0.01, 0.03, 0.05, 1e9), seeds=(0, 1))), {"train": 0.02}, (0, 1), 40)
+    found, whole = [], []
+    run_unit(Points(), unit, whole.append, device=CPU, how="loop")
+    monkeypatch.setattr("pybatch.convergence.training.choose", lambda w, t, d, how: (Swelling(w, t, d), None))
+    assert run_unit(Points(), unit, found.append, device=CPU) is None
+    assert (sizes[0], sizes[-1]) == (8, 2)
+    assert sorted(o.trial.key for o in found) == sorted(trial.key for trial in unit.trials)  # each once
+    ends = [{o.trial.key: o.end for o in some if o.trial.lr in (0.05, 1e9)} for some in (found, whole)]
+    assert ends[0] == ends[1]
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run_unit(Points(), unit, found.append, device=CPU, how="stacked")
+
+
+def test_a_fault_too_small_for_early_losses_shows_in_gradients(monkeypatch):
+    class Off(Stack):
+        def _gradients(self, batch, folded):
+            grads = super()._gradients(batch, folded)
+            return tuple(g + 2e-3 * g.norm() for g in grads)
+
+    monkeypatch.setattr(choosing, "Stack", Off)
+    made, note = choose(Points(), trials((1e-4, 2e-4)), CPU)
+    assert isinstance(made, Loop)
+    assert note == "not stacked: gradients of stacked and separate replicas differ"
+
+
 def test_parameters_with_one_gradient_tensor_are_updated_as_by_the_optimizer():
     class Summed(nn.Module):
         """Its parameters are added to each other: autograd gives both the same tensor."""
@@ -444,10 +481,10 @@ def test_parameters_with_one_gradient_tensor_are_updated_as_by_the_optimizer():
 
 
 def test_a_stack_trains_in_the_form_whose_losses_were_compared(monkeypatch):
-    def timed(replicas):
+    def timed(replicas, index):
         if isinstance(replicas, Stack):
             replicas.folded, replicas.together = True, False
-        return ([0.0] * len(replicas.trials),) * 2, 0.0
+        return ([0.0] * len(replicas.trials),) * 2, [torch.ones(len(index))], 0.0
 
     monkeypatch.setattr(choosing, "_timed", timed)
     made, _ = choose(Points(), trials(), CPU)

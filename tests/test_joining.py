@@ -48,13 +48,24 @@ def test_another_workload_stays_apart(bench, sweep, change):
     assert join([bench, apart]) == [bench, apart]
 
 
+def test_a_sweep_given_as_record_and_as_store_is_one(bench, sweep):
+    """A store knows no noise scale, and another time of day."""
+    record = dataclasses.replace(sweep, noise=bench.noise)
+    stored = dataclasses.replace(sweep, created="2026-01-04T00:00:00+00:00", environment=None, notes=())
+    assert join([stored, record]) == join([record, stored]) == [record]
+    for runs in ([bench, stored, record], [record, bench, stored]):
+        [one] = join(runs)
+        assert one.verdict.critical_source == "sweep"
+
+
 def test_what_is_not_clear_stays_apart(bench, sweep):
     elsewhere = dataclasses.replace(
         sweep,
         convergence=dataclasses.replace(sweep.convergence, device=dataclasses.replace(bench.capacity.device, name="X")),
     )
     nameless = dataclasses.replace(sweep, convergence=dataclasses.replace(sweep.convergence, workload=None))
-    second = dataclasses.replace(sweep, created="2026-01-04T00:00:00+00:00")
+    slower = dataclasses.replace(SWEEP["fitted"][0], target=0.2)
+    second = dataclasses.replace(sweep, convergence=dataclasses.replace(sweep.convergence, curves=(slower,)))
     again = dataclasses.replace(bench, created="2026-01-05T00:00:00+00:00")
     for runs in (
         [bench, elsewhere],

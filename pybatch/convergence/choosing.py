@@ -11,12 +11,14 @@ import torch
 
 from pybatch.convergence.loop import Loop
 from pybatch.convergence.replicas import Losses, Replicas
-from pybatch.convergence.stack import Stack, alone
+from pybatch.convergence.stack import Stack, alone, same
 from pybatch.convergence.trial import Trial
 from pybatch.device.memory import available_bytes, release
 from pybatch.errors import WorkloadError
 from pybatch.workloads.base import Workload
 from pybatch.workloads.session import is_out_of_memory
+
+Gradients = list[torch.Tensor | None]
 
 MEMORY = 2**30  # bytes of parameters, gradients and optimizer states trained at a time, on a CPU
 GPU_SHARE = 0.25  # of a GPU's free memory for them; what a step keeps for its backward pass grows with the batch
@@ -46,10 +48,11 @@ def choose(
     if how == "stacked":
         return Stack(workload, trials, device), None
     few = trials[:: max(1, len(trials) // SAMPLE)][:SAMPLE]
-    loop, separate = _timed(Loop(workload, few, device))
+    places = [trials.index(trial) for trial in few]
+    loop, own, separate = _timed(Loop(workload, few, device), range(len(few)))
     failure = None
     try:
-        stacked, together, forms = _timed_stack(workload, trials, device)
+        (stacked, theirs, together), forms = _timed_stack(workload, trials, device, places)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, WorkloadError, MemoryError) as error:
         if not is_out_of_memory(error):
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -57,12 +60,13 @@ def choose(
         failure = StackTooLargeError("memory ran out for these trials together")
     if failure is not None:  # raised here, where no trace holds what the stack held
         raise failure
-    places = [trials.index(trial) for trial in few]
-    for mine, theirs in zip(loop, stacked, strict=True):
+    for here, there in zip(loop, stacked, strict=True):
         for j, i in enumerate(places):
-            if not _agree(mine[j], theirs[i]):
-                text = f"not stacked: losses of stacked and separate replicas differ ({theirs[i]:.6g}, {mine[j]:.6g})"
+            if not _agree(here[j], there[i]):
+                text = f"not stacked: losses of stacked and separate replicas differ ({there[i]:.6g}, {here[j]:.6g})"
                 return Loop(workload, trials, device), text
+    if not same(theirs, own, trials[0].dtype):
+        return Loop(workload, trials, device), "not stacked: gradients of stacked and separate replicas differ"
     if together <= separate * len(trials) / len(few):
         chosen = Stack(workload, trials, device)
         chosen.folded, chosen.together = forms  # those that were found to agree
@@ -91,16 +95,21 @@ def chunks(trials: Sequence[Trial], parameter_bytes: int, memory: int) -> list[l
 
 
 def _timed_stack(
-    workload: Workload, trials: Sequence[Trial], device: torch.device
-) -> tuple[Losses, float, tuple[bool | None, bool | None]]:
+    workload: Workload, trials: Sequence[Trial], device: torch.device, index: Sequence[int]
+) -> tuple[tuple[Losses, Gradients, float], tuple[bool | None, bool | None]]:
     """As `_timed`, of a stack, and what it chose: whether to fold images, and to evaluate all replicas at once."""
     made = Stack(workload, trials, device)
-    return *_timed(made), (made.folded, made.together)
+    return _timed(made, index), (made.folded, made.together)
 
 
-def _timed(replicas: Replicas) -> tuple[Losses, float]:
-    """Losses after two steps, and the seconds of INTERVAL steps and an evaluation."""
-    replicas.advance(2)
+def _timed(replicas: Replicas, index: Sequence[int]) -> tuple[Losses, Gradients, float]:
+    """Losses after two steps, gradients of the first, for these replicas, seconds of INTERVAL steps and an evaluation.
+
+    A fault too small to show in losses so early shows in gradients, which are taken at the same parameters.
+    """
+    replicas.advance(1)
+    gradients = replicas.gradients(index)
+    replicas.advance(1)
     losses = replicas.evaluate()  # waits for the device, as those below do
     step = evaluation = math.inf
     for _ in range(2):
@@ -112,7 +121,7 @@ def _timed(replicas: Replicas) -> tuple[Losses, float]:
         end = time.perf_counter()
         evaluation = min(evaluation, middle - begin)
         step = min(step, end - middle)
-    return losses, INTERVAL * max(0.0, step - evaluation) + evaluation
+    return losses, gradients, INTERVAL * max(0.0, step - evaluation) + evaluation
 
 
 def _agree(a: float, b: float) -> bool:

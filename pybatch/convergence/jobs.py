@@ -264,7 +264,8 @@ class _Child:
             return "it answers no more: see what it wrote above"
         if code == -signal.SIGKILL:
             return f"killed by SIGKILL, as where memory runs out; {_NO_MEMORY}"
-        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        names = {number.value: number.name for number in signal.Signals}  # real-time signals have none
+        how = f"ended by {names.get(-code, f'signal {-code}')}" if code < 0 else f"ended with exit status {code}"
         return f"{how}: see what it wrote above, and what in the workload ends a process"
 
     def stop(self) -> None:

@@ -54,6 +54,11 @@ class Loop(Replicas):
             train, test = ([float(s.evaluate(batch)) for s in self.sessions] for batch in self.held_out)
         return train, test
 
+    def gradients(self, index: Sequence[int]) -> list[Tensor | None]:
+        """As `Replicas.gradients`."""
+        each = [[p.grad for p in self.sessions[i].parameters if p.requires_grad] for i in index]
+        return [torch.stack(own) if all(g is not None for g in own) else None for own in zip(*each, strict=True)]
+
     def keep(self, index: Sequence[int]) -> None:
         """As `Replicas.keep`."""
         for name in ("trials", "sessions", "optimizers", "gains"):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pybatch.convergence.trial import Trial
 from pybatch.workloads.base import Workload
@@ -35,6 +36,10 @@ class Replicas(ABC):
     @abstractmethod
     def evaluate(self) -> Losses:
         """Losses of the fixed batches, in evaluation mode."""
+
+    @abstractmethod
+    def gradients(self, index: Sequence[int]) -> list[Tensor | None]:
+        """Of the last step, for these replicas: [replicas, ...] for each parameter that is trained."""
 
     @abstractmethod
     def keep(self, index: Sequence[int]) -> None:

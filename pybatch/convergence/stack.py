@@ -85,8 +85,7 @@ class Stack(Replicas):
                 start = time.perf_counter()
                 found[folded] = self._gradients(batch, folded)
                 seconds[folded] = min(seconds[folded], time.perf_counter() - start)
-            rounding = torch.finfo(DTYPES[self.trials[0].dtype]).eps ** 0.5
-            return seconds[True] < seconds[False] and _same(found[True], found[False], rounding)
+            return seconds[True] < seconds[False] and same(found[True], found[False], self.trials[0].dtype)
         except RuntimeError:  # an operation that asks for another order of memory
             return False
         finally:
@@ -108,6 +107,11 @@ class Stack(Replicas):
                     p.grad = torch.zeros_like(p) if grad is None else grad
                 self.update.step(trained, self.rates())
             self.done += 1
+
+    def gradients(self, index: Sequence[int]) -> list[Tensor | None]:
+        """As `Replicas.gradients`."""
+        found = (self.params[key].grad for key in self.trained)
+        return [grad[list(index)] if grad is not None else None for grad in found]
 
     @torch.no_grad()
     def evaluate(self) -> Losses:
@@ -165,14 +169,16 @@ class _LossModule(nn.Module):
         return self.workload.loss(self.model, batch)
 
 
-def _same(mine: Sequence[Tensor | None], theirs: Sequence[Tensor | None], rounding: float) -> bool:
-    """Whether every replica's gradient, of stacked ones [R, ...], is off by no more than a share of its norm.
+def same(mine: Sequence[Tensor | None], theirs: Sequence[Tensor | None], dtype: str) -> bool:
+    """Whether every replica's gradient, of stacked ones [R, ...], is off by no more than rounding.
 
-    More is no rounding: what is changed in place through a view or `reshape` is not, where that made a copy.
+    That is the root of the precision's epsilon, relative to its norm. What is changed in place through a view or
+    `reshape` is off by more, where that made a copy.
     """
+    rounding = torch.finfo(DTYPES[dtype]).eps ** 0.5
     pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None]
     off, size = _squares([a - b for a, b in pairs]), _squares([b for _, b in pairs])
-    return bool((off <= rounding**2 * size).all())
+    return bool(((off <= rounding**2 * size) | ~size.isfinite()).all())
 
 
 def _squares(stacked: Sequence[Tensor]) -> Tensor:

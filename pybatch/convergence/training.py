@@ -66,27 +66,35 @@ def run_unit(
             text = f"trials: batch {unit.trials[0].batch}, step {step}, {left} of {len(unit.trials)} left"
             progress(f"{text}, {split} loss {loss:.3g}", len(ended) / len(unit.trials))
 
+    def trained(group: list[Trial]) -> str | None:
+        replicas, why = choose(workload, group, device, how)
+        _Training(replicas, race, delivered, unit.cap).run(say)
+        return why
+
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         groups = deque(chunks(unit.trials, size, memory_for(device)))
         while groups:
-            group = groups.popleft()
+            group, failed = groups.popleft(), None
             try:
-                replicas, why = choose(workload, group, device, how)
-            except StackTooLargeError:
-                left, half = [trial for some in (group, *groups) for trial in some], (len(group) + 1) // 2
-                groups = deque(left[i : i + half] for i in range(0, len(left), half))  # nor would the others fit
+                reason = trained(group) or reason
                 continue
-            reason = reason or why
-            try:
-                _Training(replicas, race, delivered, unit.cap).run(say)
+            except StackTooLargeError as error:
+                if how is not None:
+                    raise error.__cause__ or error from None
             except _StackError as error:
                 if how is not None:
                     raise error.__cause__ or error from None
-                reason = f"not stacked to the end: {error}"
-                rest = [trial for trial in group if trial.key not in ended]
-                for trial in rest:
-                    race.forget(trial.lr, trial.seed)
+                failed = f"not stacked to the end: {error}"
+            # Here no trace holds what the stack held.
+            rest = [trial for trial in group if trial.key not in ended]
+            for trial in rest:
+                race.forget(trial.lr, trial.seed)
+            if failed is not None:
+                reason = failed
                 _Training(Loop(workload, rest, device), race, delivered, unit.cap).run(say)
+            else:
+                left, half = [trial for some in (rest, *groups) for trial in some], (len(group) + 1) // 2
+                groups = deque(left[i : i + half] for i in range(0, len(left), half))  # nor would the others fit
     return reason
 
 
@@ -124,8 +132,12 @@ class _Training:
         try:
             yield
         except Exception as error:
-            if self.how == "loop" or isinstance(error, PybatchError) or is_out_of_memory(error):
+            if self.how == "loop" or isinstance(error, PybatchError):
                 raise
+            if is_out_of_memory(error):
+                if len(self.rows) == 1:
+                    raise
+                raise StackTooLargeError(str(error)) from error
             line = next(iter(str(error).strip().splitlines()), "")
             raise _StackError(f"at step {self.replicas.done} {type(error).__name__}: {line}") from error
 

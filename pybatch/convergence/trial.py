@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pybatch.convergence.trajectory import Crossing, Trajectory
 from pybatch.scaling import Scaled
 
-VERSION = 1  # of what a trial does: raised with every change after which the same trial gives other losses
+VERSION = 2  # of what a trial does: raised with every change after which the same trial gives other losses
 DIVERGED = 3.0  # times the initial loss (SCIENCE: early stop), once warm-up and GRACE steps are over
 GRACE = 16  # steps: a run at a high rate may overshoot at once and then settle
 SLACK = 1.5  # times the best rate's median steps, after which the other rates of a search are given up

@@ -33,15 +33,27 @@ def main() -> None:
             os._exit(1)
 
     try:
-        setup: Setup = pickle.load(sys.stdin.buffer)
+        setup: Setup = _asked()
         torch.set_num_threads(setup.threads)
         keep_freed()
         workload = setup.workload.open()
         while True:
-            unit = pickle.load(sys.stdin.buffer)
+            unit = _asked()
             answer(train(workload, unit, answer, torch.device(setup.device), look))
-    except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the driver ended, perhaps within a message
+    except (_DriverEndedError, BrokenPipeError):
         return
+
+
+class _DriverEndedError(Exception):
+    """Nothing more will be asked."""
+
+
+def _asked() -> Any:
+    """The next message; raises where the driver ended, perhaps within one."""
+    try:
+        return pickle.load(sys.stdin.buffer)
+    except (EOFError, pickle.UnpicklingError):
+        raise _DriverEndedError from None
 
 
 if __name__ == "__main__":

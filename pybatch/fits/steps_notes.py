@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pybatch.fits.solver import Array
 from pybatch.fits.steps_data import Choice, Table
-from pybatch.numerals import counted, number
+from pybatch.numerals import count, counted, number
 from pybatch.records import Note
 
 REACH = 32  # times below the smallest batch from where on an end of an interval bounds nothing
@@ -82,7 +82,7 @@ def of_open_ends(open_: NDArray[np.bool_]) -> list[Note]:
 
 def of_turn(batch: float, largest: float) -> Note:
     """On steps that fall up to a batch size and then rise, or are not reached, further than any model here follows."""
-    text = f"no model fits: steps fall up to batch {number(batch)}, "
+    text = f"no model fits: steps fall up to batch {count(batch)}, "
     if batch < largest:
         text += "and past it they rise or the target is not reached. Leave larger batches out to fit the fall, or tune "
         return Note("critical_batch", text + "their rate")
@@ -100,7 +100,7 @@ def of_fit(model: str, point: Array, size: Array, exponent: float | None, high: 
         exponent: of the power model.
         high: upper end of B_50's interval.
     """
-    smallest, largest = number(float(size.min())), number(float(size.max()))
+    smallest, largest = count(float(size.min())), count(float(size.max()))
     if model == "inverse":
         text = f"steps fall as 1 / batch throughout: the critical batch is above {largest}, the largest tested"
         return [Note("critical_batch", text)]
