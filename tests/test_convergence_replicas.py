@@ -439,6 +439,26 @@ def test_memory_that_runs_out_on_the_way_halves_what_is_left(monkeypatch):
         run_unit(Points(), unit, found.append, device=CPU, how="stacked")
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_in_bf16_rounding_is_no_fault_and_a_fault_is_still_seen(monkeypatch, optimizer):
+    """Losses of two steps in bf16 differ by 1e-2 in rounding; a fault of that size shows in fp32."""
+    some = [dataclasses.replace(t, dtype="bf16") for t in trials((0.01, 0.1), (0, 1), optimizer=optimizer, batch=8)]
+    scenes = find("scenes")
+    monkeypatch.setattr(
+        choosing, "_timed", lambda made, index, real=choosing._timed: (*real(made, index)[:2], 1.0)
+    )  # of equal speed: a stack is taken
+    made, note = choose(scenes, some, CPU)
+    assert (type(made), note) == (Stack, None)
+
+    class Off(Stack):
+        def _gradients(self, batch, folded):
+            return tuple(g + 2e-3 * g.norm() for g in super()._gradients(batch, folded))
+
+    monkeypatch.setattr(choosing, "Stack", Off)
+    made, note = choose(Points(), [dataclasses.replace(t, dtype="bf16") for t in trials((1e-4, 2e-4))], CPU)
+    assert (type(made), note) == (Loop, "not stacked: gradients of stacked and separate replicas differ")
+
+
 def test_a_fault_too_small_for_early_losses_shows_in_gradients(monkeypatch):
     class Off(Stack):
         def _gradients(self, batch, folded):
