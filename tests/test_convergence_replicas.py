@@ -441,7 +441,7 @@ def test_memory_that_runs_out_on_the_way_halves_what_is_left(monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_in_bf16_rounding_is_no_fault_and_a_fault_is_still_seen(monkeypatch, optimizer):
-    """Losses of two steps in bf16 differ by 1e-2 in rounding; a fault of that size shows in fp32."""
+    """Gradients in bf16 differ by a tenth, and steps of Adam follow their signs; a fault below that shows in fp32."""
     some = [dataclasses.replace(t, dtype="bf16") for t in trials((0.01, 0.1), (0, 1), optimizer=optimizer, batch=8)]
     scenes = find("scenes")
     monkeypatch.setattr(

@@ -26,6 +26,8 @@ from pybatch.device.identity import DTYPES
 from pybatch.errors import UsageError
 from pybatch.workloads.base import Workload
 
+ROUNDING = torch.finfo(torch.float32).eps ** 0.5  # share of a gradient's norm, in fp32
+
 
 class Stack(Replicas):
     """Replicas as one model with stacked parameters [R, ...]."""
@@ -85,7 +87,8 @@ class Stack(Replicas):
                 start = time.perf_counter()
                 found[folded] = self._gradients(batch, folded)
                 seconds[folded] = min(seconds[folded], time.perf_counter() - start)
-            return seconds[True] < seconds[False] and same(found[True], found[False], self.trials[0].dtype)
+            rounding = torch.finfo(DTYPES[self.trials[0].dtype]).eps ** 0.5
+            return seconds[True] < seconds[False] and same(found[True], found[False], rounding)
         except RuntimeError:  # an operation that asks for another order of memory
             return False
         finally:
@@ -169,13 +172,11 @@ class _LossModule(nn.Module):
         return self.workload.loss(self.model, batch)
 
 
-def same(mine: Sequence[Tensor | None], theirs: Sequence[Tensor | None], dtype: str) -> bool:
-    """Whether every replica's gradient, of stacked ones [R, ...], is off by no more than rounding.
+def same(mine: Sequence[Tensor | None], theirs: Sequence[Tensor | None], rounding: float) -> bool:
+    """Whether every replica's gradient, of stacked ones [R, ...], is off by no more than a share of its norm.
 
-    That is the root of the precision's epsilon, relative to its norm. What is changed in place through a view or
-    `reshape` is off by more, where that made a copy.
+    More is no rounding: what is changed in place through a view or `reshape` is not, where that made a copy.
     """
-    rounding = torch.finfo(DTYPES[dtype]).eps ** 0.5
     pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None]
     off, size = _squares([a - b for a, b in pairs]), _squares([b for _, b in pairs])
     return bool(((off <= rounding**2 * size) | ~size.isfinite()).all())
