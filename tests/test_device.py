@@ -13,6 +13,7 @@ import torch
 
 from pybatch.device import ceilings, environment, identity, memory
 from pybatch.device.clock import WallClock, clock_for
+from pybatch.device.precision import full_fp32
 from pybatch.errors import DeviceError, UsageError
 
 CPU = torch.device("cpu")
@@ -239,6 +240,7 @@ def test_the_environment_names_the_commit_and_whether_it_changed(
 def test_memory_that_is_kept_stays_with_the_process_until_it_is_released():
     text = """
 import ctypes, torch
+from pybatch.device.precision import full_fp32
 from pybatch.device.memory import keep_freed, process_bytes, release
 {}
 libc = ctypes.CDLL(None)
@@ -261,3 +263,15 @@ print((process_bytes("VmRSS") - before) / size)
     (_, _), (kept, released) = shares
     assert kept > 0.9
     assert released < 0.5
+
+
+def test_full_fp32_leaves_the_settings_as_they_were() -> None:
+    def settings() -> list[object]:
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        each = [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision]  # type: ignore[attr-defined]
+        return [*each, cudnn.allow_tf32, matmul.allow_tf32, torch.get_float32_matmul_precision()]
+
+    before = settings()
+    with full_fp32():
+        assert settings()[:3] == ["ieee"] * 3
+    assert settings() == before

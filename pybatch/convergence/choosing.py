@@ -15,6 +15,7 @@ from pybatch.convergence.replicas import Losses, Replicas
 from pybatch.convergence.stack import ROUNDING, Stack, alone, same
 from pybatch.convergence.trial import Trial
 from pybatch.device.memory import available_bytes, release
+from pybatch.device.precision import full_fp32
 from pybatch.errors import WorkloadError
 from pybatch.workloads.base import Workload
 from pybatch.workloads.session import is_out_of_memory
@@ -24,7 +25,7 @@ Gradients = list[torch.Tensor | None]
 MEMORY = 2**30  # bytes of parameters, gradients and optimizer states trained at a time, on a CPU
 GPU_SHARE = 0.25  # of a GPU's free memory for them; what a step keeps for its backward pass grows with the batch
 AGREE = 1e-3  # relative: losses of stacked and separate replicas after two steps; fp32 rounding is 1e-6, a fault is 0.1
-COARSE = 0.3  # of the norm: first gradients in bf16, whose rounding comes to a tenth
+COARSE = 0.3  # of the norm: first gradients in bf16, whose rounding comes to a tenth, or with TensorFloat-32
 INTERVAL = 8  # steps between two evaluations in the middle of a trial
 SAMPLE = 4  # replicas by which the loop is timed
 
@@ -62,8 +63,8 @@ def choose(
         failure = StackTooLargeError("memory ran out for these trials together")
     if failure is not None:  # raised here, where no trace holds what the stack held
         raise failure
-    exact = trials[0].dtype == "fp32"
-    for here, there in zip(loop, stacked, strict=True) if exact else ():  # in bf16 two steps of Adam may go anywhere
+    exact = trials[0].dtype == "fp32" and device.type == "cpu"
+    for here, there in zip(loop, stacked, strict=True) if exact else ():  # else two steps of Adam may go anywhere
         for j, i in enumerate(places):
             if not _agree(here[j], there[i]):
                 text = f"not stacked: losses of stacked and separate replicas differ ({there[i]:.6g}, {here[j]:.6g})"
@@ -130,10 +131,11 @@ def _timed(replicas: Replicas, index: Sequence[int]) -> tuple[Losses, Gradients,
 def _same_in_fp32(workload: Workload, trials: Sequence[Trial], device: torch.device) -> bool:
     """Whether the gradients of a first step are the same in fp32, where rounding hides no fault."""
     found = []
-    for kind in (Stack, Loop):
-        made = kind(workload, [replace(trial, dtype="fp32") for trial in trials], device)
-        made.advance(1)
-        found.append(made.gradients(range(len(trials))))
+    with full_fp32():
+        for kind in (Stack, Loop):
+            made = kind(workload, [replace(trial, dtype="fp32") for trial in trials], device)
+            made.advance(1)
+            found.append(made.gradients(range(len(trials))))
     return same(found[0], found[1], ROUNDING)
 
 
