@@ -266,12 +266,15 @@ print((process_bytes("VmRSS") - before) / size)
 
 
 def test_full_fp32_leaves_the_settings_as_they_were() -> None:
-    def settings() -> list[object]:
-        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        each = [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision]  # type: ignore[attr-defined]
-        return [*each, cudnn.allow_tf32, matmul.allow_tf32, torch.get_float32_matmul_precision()]
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
 
-    before = settings()
+    def settings() -> list[object]:
+        return [place.fp32_precision for place in (cudnn.conv, cudnn.rnn, matmul)]  # type: ignore[attr-defined]
+
+    def older() -> list[object]:
+        return [cudnn.allow_tf32, matmul.allow_tf32, torch.get_float32_matmul_precision()]
+
+    before = settings(), older()
     with full_fp32():
-        assert settings()[:3] == ["ieee"] * 3
-    assert settings() == before
+        assert settings() == ["ieee"] * 3
+    assert (settings(), older()) == before
