@@ -9,7 +9,7 @@ import pytest
 
 from pybatch import compare, fit_steps
 from pybatch.errors import UsageError
-from pybatch.fits import steps, steps_model
+from pybatch.fits import steps_likelihood, steps_model
 from pybatch.fits.solver import aicc
 from pybatch.fits.steps_data import between
 from pybatch.fits.steps_notes import REACH
@@ -141,11 +141,11 @@ def test_few_points_do_not_favour_the_larger_model():
 
 def test_the_hyperbola_stands_against_a_model_that_is_about_as_good(monkeypatch):
     """Planted hyperbolas with the misfit of chosen rates: without the margin some are another model's."""
-    rng, errors = np.random.default_rng(11), {0.0: [], steps.SUPPORT: []}
+    rng, errors = np.random.default_rng(11), {0.0: [], steps_likelihood.SUPPORT: []}
     tables = [runs(rng) * np.exp(0.05 * rng.standard_normal((len(BATCHES), 1))) for _ in range(40)]
     named = False
     for support in errors:
-        monkeypatch.setattr(steps, "SUPPORT", support)
+        monkeypatch.setattr(steps_likelihood, "SUPPORT", support)
         for table in tables:
             fit = fit_steps(BATCHES, table, resamples=20)
             errors[support].append(math.log(fit.critical_batch / 100))

@@ -11,27 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import log_ndtr, stdtrit
+from scipy.special import stdtrit
 
 from pybatch.fits import steps_model, steps_notes
 from pybatch.fits.regimes import Regimes, of_doubling, of_model, unknown
-from pybatch.fits.solver import Array, Evaluate, aicc, minimize
-from pybatch.fits.steps_data import CENSORED, REACHED, Cells, Table, best_rate, cells, checked, choose_rates, falls_to
+from pybatch.fits.solver import Array, aicc, minimize
+from pybatch.fits.steps_data import REACHED, Cells, Table, best_rate, cells, checked, choose_rates, falls_to
+from pybatch.fits.steps_likelihood import RESOLUTION, SOFT, Fit, candidates, data_points, evaluator, fit_model, handicap
 from pybatch.records import Note, StepsFit
 
-SOFT = 3.0  # standard deviations from which on a residual counts linearly
-RESOLUTION = 2e-3  # log steps: steps are whole numbers, and a perfect fit must not drive AICc to minus infinity
 TRUST = 3.0  # degrees of freedom at which a misfit below that of the evaluations' intervals is believed by half
 LEAST = 3  # batch sizes that must reach the target for a fit
 LEAST_FREE = 2  # degrees of freedom of a single seed's batch sizes: one alone can be met by chance, however few steps
-LEAST_THREE = 5  # batch sizes for a model of three unknowns
-FEW = 5  # runs up to which AICc has no correction, or one of 20 against any bend: models are compared without it
-SUPPORT = 4.0  # of AICc: within it the hyperbola has support and stands (Burnham and Anderson 2002, section 2.6)
 
 
 def fit_steps(
@@ -83,9 +77,9 @@ def fit_steps(
         return StepsFit(*nothing, batches=reached, seeds=picked.shape[1], notes=tuple(notes))
 
     data = cells(picked[None], variance[None], table.caps)
-    models = [model] if model is not None else _candidates(reached, int((data.kind > 0).sum()))
-    fits = [_fit(name, table.size, data) for name in models]
-    best = fits[int(np.argmin([fit.score + _handicap(fit.model) for fit in fits]))]
+    models = [model] if model is not None else candidates(reached, int((data.kind > 0).sum()))
+    fits = [fit_model(name, table.size, data) for name in models]
+    best = fits[int(np.argmin([fit.score + handicap(fit.model) for fit in fits]))]
     least = float(table.size.min())
     point = steps_model.figures(best.model, best.p[None], least)[0]
     rivals = [fit for fit in fits if fit.score < best.score]
@@ -110,81 +104,7 @@ def _rival(model: str, better: float, p: Array, least: float) -> Note:
     return steps_notes.of_rival(model, better, critical)
 
 
-@dataclass(frozen=True)
-class _Fit:
-    model: str
-    p: Array  # [P]
-    sigma: float  # of the error in log steps
-    score: float  # AICc
-
-
-def _candidates(reached: int, runs: int) -> list[str]:
-    three = reached >= LEAST_THREE and runs > FEW
-    return [name for name, unknowns in steps_model.NAMES.items() if len(unknowns) < 3 or three]
-
-
-def _handicap(model: str) -> float:
-    """What a model of three unknowns must do better, by AICc. Runs of one seed, and seeds of one batch size, err
-    together, so that AICc sees more data than there are, and a third unknown moves B_50 by half for nothing."""
-    return SUPPORT if len(steps_model.NAMES[model]) > 2 else 0.0
-
-
-def _points(runs: Any) -> Any:
-    """Data points for AICc, infinite where they are so few that its correction would leave no model with a bend."""
-    return np.where(np.asarray(runs) > FEW, runs, np.inf)
-
-
-def _evaluator(model: str, size: Array, data: Cells, sigma: float) -> Evaluate:
-    """Minus log likelihood, without its ln sigma, as `minimize` wants it."""
-    reached, censored = data.kind == REACHED, data.kind == CENSORED
-    any_censored = bool(censored.any())
-    error = np.sqrt(sigma**2 + data.variance)
-
-    def evaluate(p: Array) -> tuple[Array, Array, Array]:
-        value, slope = steps_model.log_steps(model, p, size)
-        z = (data.log - value[..., None]) / error
-        root = np.sqrt(1 + (z / SOFT) ** 2)
-        cost = np.sum(np.where(reached, SOFT**2 * (root - 1), 0.0), (-2, -1))
-        force = np.where(reached, z / root, 0.0)
-        weight = np.where(reached, 1 / root, 0.0)
-        if any_censored:
-            at = np.where(censored, z, 0.0)
-            log_survival = log_ndtr(-at)
-            hazard = np.exp(-(at**2) / 2 - 0.5 * math.log(2 * math.pi) - log_survival)
-            cost = cost - np.sum(np.where(censored, log_survival, 0.0), (-2, -1))
-            force = np.where(censored, hazard, force)
-            weight = np.where(censored, hazard * (hazard - at), weight)
-        pull, stiff = (force / error).sum(-1), (weight / error**2).sum(-1)
-        normal = np.swapaxes(slope, -1, -2) @ (slope * stiff[..., None])
-        return cost, np.sum(slope * pull[..., None], -2), normal
-
-    return evaluate
-
-
-def _fit(model: str, size: Array, data: Cells) -> _Fit:
-    """The point estimate: the best of many starts, the error's size found in turn with the parameters."""
-    kind, log = data.kind[0], data.log[0]
-    counts = (kind > 0).sum(-1)
-    seen = counts > 0
-    level = log[seen].sum(-1) / counts[seen]
-    p, sigma = steps_model.starts(model, size[seen], level), 0.1  # a usual spread between seeds, to begin with
-    bounds = steps_model.limits(model, size)
-    p, cost = minimize(p, _evaluator(model, size, data, sigma), *bounds)
-    p = p[[int(np.argmin(cost))]]
-    variance = data.variance[0][kind == REACHED]
-    for _ in range(4):
-        residual = (log - steps_model.log_steps(model, p, size)[0][0][:, None])[kind == REACHED]
-        for _ in range(10):
-            total = sigma**2 + variance
-            soft = residual**2 / np.sqrt(1 + residual**2 / (SOFT**2 * total))
-            own = float(np.average(soft - variance, weights=total**-2))  # what evaluations do not explain
-            sigma = math.hypot(math.sqrt(max(own, 0.0)), RESOLUTION)
-        p, cost = minimize(p, _evaluator(model, size, data, sigma), *bounds)
-    likelihood = float(np.sum(np.log(sigma**2 + variance))) + 2 * float(cost[0])
-    return _Fit(model, p[0], sigma, float(aicc(likelihood, _points(counts.sum()), p.shape[-1])))
-
-
-def _resample(table: Table, fit: _Fit, data: Cells, resamples: int, rng: np.random.Generator) -> tuple[Cells, float]:
+def _resample(table: Table, fit: Fit, data: Cells, resamples: int, rng: np.random.Generator) -> tuple[Cells, float]:
     """Cells [resamples, n, seeds] as another experiment could have given them, and the degrees of freedom behind.
 
     Whole seeds are drawn, and the rate is chosen anew. That understates the variance by the factor (m - 1) / m of m
@@ -236,16 +156,16 @@ def _shared(data: Cells) -> Array:
     return result
 
 
-def _refit(fits: list[_Fit], sigma: float, drawn: Cells, size: Array, least: float) -> Array:
+def _refit(fits: list[Fit], sigma: float, drawn: Cells, size: Array, least: float) -> Array:
     """Figures [R, 4] of the best model of each resample."""
-    count = _points((drawn.kind > 0).sum((-2, -1)))
+    count = data_points((drawn.kind > 0).sum((-2, -1)))
     scores, found = [], []
     for fit in fits:
         low, high = steps_model.limits(fit.model, size)
         inside = np.clip(fit.p, low + 1.0, high - 1.0) if len(fit.p) > 1 else fit.p  # no slope at the very limits
         start = np.repeat(np.where(np.isfinite(low), inside, fit.p)[None], len(count), axis=0)
-        p, cost = minimize(start, _evaluator(fit.model, size, drawn, sigma), low, high, rounds=30)
-        scores.append(aicc(2 * cost, count, p.shape[-1]) + _handicap(fit.model))
+        p, cost = minimize(start, evaluator(fit.model, size, drawn, sigma), low, high, rounds=30)
+        scores.append(aicc(2 * cost, count, p.shape[-1]) + handicap(fit.model))
         found.append(steps_model.figures(fit.model, p, least))
     best = np.argmin(scores, axis=0)
     spread: Array = np.stack(found)[best, np.arange(len(count))]
@@ -266,8 +186,8 @@ def _interval(point: Array, spread: Array, freedom: float) -> tuple[Array, Array
 
 def _record(
     table: Table,
-    fits: list[_Fit],
-    best: _Fit,
+    fits: list[Fit],
+    best: Fit,
     point: Array,
     low: Array,
     high: Array,
