@@ -165,15 +165,15 @@ def test_a_step_of_more_than_ten_seconds_is_not_run() -> None:
 
 
 class Measured(Process):
-    """A fresh process that reports a peak of 1 MB + `per_example` bytes, and remembers what ran in it."""
+    """A fresh process that reports a peak of 1 MB, `per_example` and `per_pair` bytes, and remembers what ran in it."""
 
-    def __init__(self, per_example: float, status: Literal["ok", "oom"] = "ok") -> None:
+    def __init__(self, per_example: float, status: Literal["ok", "oom"] = "ok", per_pair: float = 0.0) -> None:
         super().__init__(10**9)
-        self.per_example, self.status = per_example, status
+        self.per_example, self.status, self.per_pair = per_example, status, per_pair
 
     def __call__(self, request: Request, timeout_s: float) -> Outcome:
         super().__call__(request, timeout_s)
-        peak = int(1 * MB + self.per_example * request.batch)
+        peak = int(1 * MB + self.per_example * request.batch + self.per_pair * request.batch**2)
         return Outcome(self.status, 3, peak if self.status == "ok" else None, reason="MemoryError")
 
 
@@ -182,21 +182,44 @@ def test_where_the_largest_takes_too_long_a_smaller_one_checks_the_prediction(pe
     found, process = explorer(step_s=0.002), Measured(per_example)  # 19 s for the largest, 9.7 s for half of it
     plan = plan_of(found, 101 * MB)
     result = verify_largest(found, plan, 101 * MB, found.clock.now() + 12.0, process)
-    assert (result.batch, result.verified) == (plan.candidate, False)
+    assert not result.verified
     (tried,) = process.tried
     assert 2 * 512 <= tried <= plan.candidate // 2
     assert found.predicted_s(tried) < 12 - 5
     assert f"batch {tried} ran in a fresh process" in result.notes[-1].text
     assert says in result.notes[-1].text
-    if per_example > 10_000:
-        assert "+1" in result.notes[-1].text  # about a fifth more than predicted
+    if per_example == 10_000:
+        assert result.batch == plan.candidate
+        return
+    assert "+1" in result.notes[-1].text  # about a fifth more than predicted
+    assert f"with it {result.batch} is predicted in place of {plan.candidate}" in result.notes[-1].text
+    assert result.batch is not None
+    assert 0.9 * plan.candidate < result.batch * per_example / 10_000 <= plan.candidate
+
+
+@pytest.mark.parametrize(("square", "within"), [(0.5, 2.1), (16.0, 1.1)])
+def test_a_check_that_took_more_bends_the_prediction(square: float, within: float) -> None:
+    """What is quadratic far out need not show in small batches, which alone read 3.7 and 18 times too high here."""
+    limit, own = 2_000 * MB, explorer(step_s=1e-3)
+    process = Measured(10_000, per_pair=square)
+    plan = plan_of(own, limit)
+    result = verify_largest(own, plan, limit, own.clock.now() + 20.0, process)
+    truth = (math.sqrt(10_000**2 + 4 * square * (0.97 * limit - 1 * MB)) - 10_000) / (2 * square)
+    assert not result.verified
+    assert plan.candidate > 1.3 * truth
+    assert result.batch is not None
+    assert max(process.tried[0], 0.85 * truth) <= result.batch <= within * truth
 
 
 def test_a_smaller_one_that_does_not_run_is_told() -> None:
     found = explorer(step_s=0.002)
     plan = plan_of(found, 101 * MB)
     result = verify_largest(found, plan, 101 * MB, found.clock.now() + 12.0, Measured(10_000, "oom"))
-    assert "to check the prediction, did not run in a fresh process (MemoryError)" in result.notes[-1].text
+    text = result.notes[-1].text
+    assert "to check the prediction, did not run in a fresh process (MemoryError)" in text
+    failed = int(text.split("batch ")[1].split(",")[0])
+    assert result.batch == int(math.sqrt(512 * failed))
+    assert f"halfway to it, {result.batch}, is given in place of {plan.candidate}" in text
 
 
 @pytest.mark.parametrize(

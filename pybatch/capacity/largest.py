@@ -19,7 +19,7 @@ from pybatch.capacity.exploration import Explorer
 from pybatch.capacity.probe import Outcome, Request
 from pybatch.device import memory
 from pybatch.errors import WorkloadError
-from pybatch.fits.memory import MemoryGrowth
+from pybatch.fits.memory import MemoryGrowth, fit_memory
 from pybatch.records import Note
 from pybatch.workloads.packing import Packed, pack
 
@@ -30,6 +30,7 @@ _STEP_LIMIT = 10.0  # seconds; a longer step is not run for verification
 _START_S = 5.0  # seconds to start a process, import torch and make the session, at most
 _FRESH_BYTES = 128 << 20  # above every allocator's threshold: such memory is fresh from the system
 _TRIES = 4
+_OFF = 0.10  # more than predicted: so much an allocator and the libraries may add
 _FAR = 8  # times the largest batch that ran: a prediction beyond is said to be far
 _SPARE = 1.2  # the time of the largest batch is estimated from small ones
 _SHARE = 0.50  # of the time that is left, at most, for verifying the largest batch
@@ -180,7 +181,10 @@ def verify_largest(
             step = f"a step of it takes about {explorer.predicted_s(candidate):.2g} s"
             check = f"{step}, the check {needed:.2g} s; {max(0.0, left):.2g} s were left"
             cause = f"{step}; none above {_STEP_LIMIT:g} s is run" if math.isinf(needed) else check
-            reason = f"{reason}; {cause}" if reason else cause + _prediction_checked(explorer, plan, limit, left, probe)
+            if not reason:
+                said, candidate = _prediction_checked(explorer, plan, limit, left, probe)
+                cause += said
+            reason = f"{reason}; {cause}" if reason else cause
             break
         outcome = probe(_request(explorer, plan, candidate, limit, left), left)
         if outcome.status == "ok":
@@ -216,16 +220,42 @@ def _request(explorer: Explorer, plan: Plan, batch: int, limit: int, left: float
 
 def _prediction_checked(
     explorer: Explorer, plan: Plan, limit: int, left: float, probe: Callable[[Request, float], Outcome]
-) -> str:
-    """Run a smaller batch in a fresh process and say how its peak compares; "" where no time is left."""
+) -> tuple[str, int]:
+    """Run a smaller batch in a fresh process: how its peak compares, and the candidate, less where it took more.
+
+    No text where no time is left.
+    """
     batch, growth = _affordable(explorer, plan, left), explorer.memory_growth()
     if batch is None or growth is None:
-        return ""
+        return "", plan.candidate
     outcome = probe(_request(explorer, plan, batch, limit, left), left)
     if outcome.status != "ok" or outcome.peak_bytes is None:
-        return f"; batch {batch}, to check the prediction, did not run in a fresh process ({outcome.reason})"
-    off = f"{outcome.peak_bytes / growth.peak(batch) - 1:+.1%} against the prediction"
-    return f"; batch {batch} ran in a fresh process with {outcome.peak_bytes / 2**30:.3g} GiB, {off}"
+        said = f"; batch {batch}, to check the prediction, did not run in a fresh process ({outcome.reason})"
+        if outcome.status != "oom":
+            return said, plan.candidate
+        half = int(math.sqrt(plan.fits * batch))  # on a logarithmic scale, as it lies anywhere between
+        return f"{said}: halfway to it, {half}, is given in place of {plan.candidate}", half
+    off = outcome.peak_bytes / growth.peak(batch) - 1
+    said = f"; batch {batch} ran in a fresh process with {outcome.peak_bytes / 2**30:.3g} GiB, "
+    said += f"{off:+.1%} against the prediction"
+    if off <= _OFF:
+        return said, plan.candidate
+    candidate = min(plan.candidate, max(batch, _bent(explorer, batch, outcome.peak_bytes, int(limit * _MARGIN))))
+    return f"{said}: with it {candidate} is predicted in place of {plan.candidate}", candidate
+
+
+def _bent(explorer: Explorer, batch: int, peak: int, limit: int) -> int:
+    """The largest batch within so many bytes, where one far out took more than those before it foretold.
+
+    By a quadratic through all of it, and as memory grew from the largest that ran before, at least in proportion: the
+    smaller of both.
+    """
+    ran = [(look.batch, look.memory_bytes) for look in explorer.working if look.memory_bytes is not None]
+    last, bytes_ = ran[-1]
+    power = max(1.0, math.log(peak / max(bytes_, 1)) / math.log(batch / last))
+    found = batch * (limit / peak) ** (1 / power)
+    growth = fit_memory(*zip(*ran, (batch, peak), strict=True))
+    return int(min(found, growth.largest(limit)) if growth.square is not None else found)
 
 
 def run_probe(request: Request, timeout_s: float) -> Outcome:
