@@ -148,6 +148,21 @@ def test_a_batch_that_does_not_fit_is_stepped_down_to_one_that_does(fits: int) -
         assert "did not run" in result.notes[-1].text
 
 
+def test_a_line_that_failed_twice_is_bent_by_what_curvature_there_is() -> None:
+    """Peaks of a contrastive loss on a CPU: 17 bytes a pair show by less than an allocator's steps up to batch 1024."""
+    found, process = explorer(), Process(26_000)
+    found.looks = {
+        n: Look(n, "ok", None, 1e-5 * n, int(9 * MB + 8_000 * n + 17 * n**2), 1) for n in (128, 256, 512, 1024)
+    }
+    limit = 12_000 * MB
+    plan = plan_of(found, limit)
+    assert plan.candidate > 15 * 26_000
+    result = verify_largest(found, plan, limit, found.clock.now() + 1e6, process)
+    assert result.verified
+    assert len(process.tried) == 3
+    assert 0.95 * 26_000 < result.batch <= 26_000
+
+
 def test_without_time_the_prediction_stands_unverified_with_the_reason() -> None:
     found, process = explorer(), Process(10**9)
     plan = plan_of(found, 101 * MB)

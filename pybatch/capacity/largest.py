@@ -194,8 +194,10 @@ def verify_largest(
         reason = f"batch {candidate} did not run in a fresh process ({outcome.reason})"
         if outcome.status != "oom" or candidate == fits:
             break
-        # The prediction is nearly right as a rule: step back a little first, then halve the way to what has run.
-        candidate = max(fits, int(candidate * 0.9) if attempt == 0 else (fits + candidate) // 2)
+        # The prediction is nearly right as a rule: step back a little first, then halve the way to what has run, or
+        # take what bends in it.
+        less = int(candidate * 0.9) if attempt == 0 else min((fits + candidate) // 2, _bent(explorer, limit))
+        candidate = max(fits, less)
     growth = explorer.memory_growth()
     if growth is not None and candidate > _FAR * fits:
         far = numerals.number(candidate / fits, 2)
@@ -240,11 +242,17 @@ def _prediction_checked(
     said += f"{off:+.1%} against the prediction"
     if off <= _OFF:
         return said, plan.candidate
-    candidate = min(plan.candidate, max(batch, _bent(explorer, batch, outcome.peak_bytes, int(limit * _MARGIN))))
+    candidate = min(plan.candidate, max(batch, _bent_by(explorer, batch, outcome.peak_bytes, limit)))
     return f"{said}: with it {candidate} is predicted in place of {plan.candidate}", candidate
 
 
-def _bent(explorer: Explorer, batch: int, peak: int, limit: int) -> int:
+def _bent(explorer: Explorer, limit: int) -> int:
+    """The largest batch within the limit by whatever curvature the peaks have, where a line has failed."""
+    ran = [(look.batch, look.memory_bytes) for look in explorer.working if look.memory_bytes is not None]
+    return fit_memory(*zip(*ran, strict=True), bends=True).largest(limit * _MARGIN)
+
+
+def _bent_by(explorer: Explorer, batch: int, peak: int, limit: int) -> int:
     """The largest batch within so many bytes, where one far out took more than those before it foretold.
 
     By a quadratic through all of it, and as memory grew from the largest that ran before, at least in proportion: the
@@ -253,9 +261,9 @@ def _bent(explorer: Explorer, batch: int, peak: int, limit: int) -> int:
     ran = [(look.batch, look.memory_bytes) for look in explorer.working if look.memory_bytes is not None]
     last, bytes_ = ran[-1]
     power = max(1.0, math.log(peak / max(bytes_, 1)) / math.log(batch / last))
-    found = batch * (limit / peak) ** (1 / power)
+    found = batch * (limit * _MARGIN / peak) ** (1 / power)
     growth = fit_memory(*zip(*ran, (batch, peak), strict=True))
-    return int(min(found, growth.largest(limit)) if growth.square is not None else found)
+    return int(min(found, growth.largest(limit * _MARGIN)) if growth.square is not None else found)
 
 
 def run_probe(request: Request, timeout_s: float) -> Outcome:

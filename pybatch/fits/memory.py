@@ -52,14 +52,19 @@ class MemoryGrowth:
         return max(0, int(min(on_line, root)))
 
 
-def fit_memory(batches: Sequence[int], peaks: Sequence[int]) -> MemoryGrowth:
-    """Fit peak bytes [n] at batch sizes [n], two different ones at least."""
+def fit_memory(batches: Sequence[int], peaks: Sequence[int], *, bends: bool = False) -> MemoryGrowth:
+    """Fit peak bytes [n] at batch sizes [n], two different ones at least.
+
+    Args:
+        batches, peaks: what was measured.
+        bends: the line is known to be wrong far out: curvature counts however small it is.
+    """
     n, peak = np.array(batches, dtype=float), np.array(peaks, dtype=float)
     slope, intercept = (float(x) for x in np.polyfit(n, peak, 1))
     residual = float(np.sqrt(np.mean((peak - intercept - slope * n) ** 2)))
     allowed = max(STEP_BYTES, STEP_SHARE * float(np.ptp(peak)))
     strip = _strip(n, peak)
-    square = _square(n, peak, allowed) if strip > allowed else None
+    square = _square(n, peak, math.inf if bends else allowed) if bends or strip > allowed else None
     return MemoryGrowth((intercept, slope), square, residual, strip if strip > allowed and square is None else None)
 
 
