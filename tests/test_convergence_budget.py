@@ -142,15 +142,70 @@ def test_a_target_met_past_the_cap_counts_in_the_sweep_as_in_its_store(tmp_path,
     assert all(p.steps > 3 and p.reached == 3 for p in live.points)
 
 
+def test_a_longer_run_counts_in_every_curve_that_it_stands_in(tmp_path, monkeypatch):
+    """At batch 4 both targets' rules train the same trials; those of the first go on to the budget."""
+    monkeypatch.setattr(driver.Sweep, "_cap", lambda self, base, batch, split=None: 3)
+    arguments = {"rules": ["constant"], "base_rate": 0.1, "target": {"train": 0.4, "test": 0.4}}
+    arguments["store"] = tmp_path / "runs.db"
+    records = [gap(**arguments), gap(**arguments, resume=True), gap(**arguments, resume=True, gap_epochs=None)]
+    read = read_store(arguments["store"])[0].convergence
+    for found in records:
+        for a, b in zip(found.curves, read.curves, strict=True):
+            for p, q in zip(a.points, b.points, strict=True):
+                assert (p.steps, p.reached, p.rates) == (q.steps, q.reached, q.rates)
+            assert all(p.reached == 3 and p.steps > 3 for p in a.points)
+
+
+def test_a_resumed_sweep_with_fewer_steps_counts_what_is_stored(tmp_path):
+    """It said "reached" of runs of which it counted none."""
+    arguments = {"rules": ["constant"], "base_rate": 0.02, "target": {"train": 0.4}, "store": tmp_path / "runs.db"}
+    whole = measure(batches=BATCHES, **arguments).curves[0].points
+    again = measure(batches=BATCHES, **arguments, max_steps=30, resume=True).curves[0].points
+    assert min(p.steps for p in whole) > 30
+    assert [(p.steps, p.reached, p.rates) for p in again] == [(p.steps, p.reached, p.rates) for p in whole]
+
+
+def test_a_base_batch_beside_the_others_spends_no_budget(tmp_path):
+    """16 epochs of batch 1 would be 1600 steps, past `max_steps`, and of use to no curve."""
+    path = tmp_path / "runs.db"
+    found = gap(batches=(16, 64), base_batch=1, rules=["tuned", "sqrt"], gap_epochs=16, store=path)
+    assert found.complete
+    with sqlite3.connect(path) as db:
+        rows = db.execute("SELECT steps, train, test FROM trial WHERE json_extract(spec, '$.batch') = 1").fetchall()
+    db.close()
+    assert rows
+    assert max(Trajectory.decompressed(*row).steps[-1] for row in rows) <= 400
+
+
+def test_runs_that_could_not_go_on_are_named_with_the_reason(monkeypatch):
+    begin = driver.Sweep._finish
+
+    def lose(self, contests):
+        for contest in contests:
+            if contest.continues is not None and contest.batch == 16:
+                self._fail(contest, "its worker was lost")
+        begin(self, contests)
+
+    monkeypatch.setattr(driver.Sweep, "_finish", lose)
+    found = gap()
+    assert not found.complete
+    assert "batch 16 tuned to 8 epochs: its worker was lost" in [note.text for note in found.notes]
+
+
+@pytest.mark.parametrize(("epochs", "batch", "steps"), [(1.1, 10, 11), (2.2, 10, 22), (1.15, 10, 12), (8.0, 64, 13)])
+def test_a_budget_has_no_step_from_rounding(epochs, batch, steps):
+    assert Budget.of(epochs, 100, [batch]).steps == steps
+
+
 def test_what_a_cut_leaves_out_is_named(tmp_path, monkeypatch):
     path, going = tmp_path / "runs.db", []
     lengthen = driver.Sweep._lengthen
 
-    def cut(self, contest, further):
+    def cut(self, further):
         if going:
             raise KeyboardInterrupt
         going.append(further.batch)
-        lengthen(self, contest, further)
+        lengthen(self, further)
 
     monkeypatch.setattr(driver.Sweep, "_lengthen", cut)
     with pytest.raises(Interrupted) as caught:

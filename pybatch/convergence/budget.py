@@ -43,7 +43,7 @@ class Budget:
 
 
 def _steps(epochs: float, examples: int, batch: int) -> int:
-    return math.ceil(epochs * examples / batch)
+    return math.ceil(epochs * examples / batch * (1 - 1e-12))  # 1.1 epochs of 100 are 110 examples, and no more
 
 
 def checked_budget(epochs: float | None, examples: int | None, batches: Sequence[int], cap: int) -> Budget | None:

@@ -30,8 +30,9 @@ class Contest:
     continues: Contest | None = None  # whose runs go on here
 
     def race(self, seeds: Sequence[int], outcomes: Sequence[Outcome]) -> Race:
-        """The contest as its outcomes stand."""
-        race = Race(dict(self.targets), seeds, self.cap, self.search is not None)
+        """The contest as its outcomes stand; once it is over, what runs past its cap have shown counts as well."""
+        cap = max([self.cap, *(outcome.steps for outcome in outcomes)]) if self.over else self.cap
+        race = Race(dict(self.targets), seeds, cap, self.search is not None)
         for outcome in outcomes:
             race.take(outcome)
         return race

@@ -133,6 +133,8 @@ class Sweep:
         split = self.plan.compared
         if contest.failed or split not in contest.targets or contest.rule not in self.plan.rules:
             return None
+        if contest.batch not in self.plan.batches:  # a base batch beside them has no point, and no say in the budget
+            return None
         lr = contest.points(self.plan.seeds)[split].learning_rate
         if lr is None:
             return None
@@ -234,7 +236,7 @@ class Sweep:
             if heat is None:
                 contest.outcomes, contest.over = list(stored.values()), True
                 if contest.continues is not None:
-                    self._lengthen(contest.continues, contest)
+                    self._lengthen(contest)
                     return None
                 self.store.mark(self.key, [(contest.rule, split, contest.batch) for split in contest.targets])
                 self._say(contest)
@@ -245,11 +247,11 @@ class Sweep:
     def _next_heat(self, contest: Contest, outcomes: Sequence[Outcome]) -> Heat | None:
         return contest.search.heat(contest.race(self.plan.seeds, outcomes)) if contest.search is not None else None
 
-    def _lengthen(self, contest: Contest, further: Contest) -> None:
-        """Put longer runs in the places of those they began with."""
+    def _lengthen(self, further: Contest) -> None:
+        """Put longer runs in the places of those they began with, whichever contests these are in."""
         longer = {outcome.trial.key: outcome for outcome in further.outcomes}
-        contest.outcomes = [longer.get(outcome.trial.key, outcome) for outcome in contest.outcomes]
-        contest.cap = max(contest.cap, further.cap)  # as the store will have it
+        for contest in self.contests:
+            contest.outcomes = [longer.get(outcome.trial.key, outcome) for outcome in contest.outcomes]
         self.live.over += 1
 
     def _fail(self, contest: Contest, reason: str) -> Contest:

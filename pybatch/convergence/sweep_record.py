@@ -50,7 +50,8 @@ def record(
         names = ", ".join(_named(contest, budget) for contest in missing[:8])
         names = names or f"all that follows the base batch {plan.base_batch}"
         notes = (*notes, Note("curves", f"not finished: {names}{' and more' if len(missing) > 8 else ''}"))
-    notes = (*notes, *(Note("trials", text) for text in remarks), *_confounds(workload, plan))
+    failed = [Note("curves.points", f"{_named(each, budget)}: {each.failed}") for each in further if each.failed]
+    notes = (*notes, *failed, *(Note("trials", text) for text in remarks), *_confounds(workload, plan))
     splits = [split for split in SPLITS if split in plan.targets]
     session = Session(workload, torch.device("cpu"), plan.dtype)
     return Convergence(
