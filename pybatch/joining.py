@@ -31,16 +31,35 @@ def join(runs: Sequence[Run]) -> list[Run]:
 
 
 def _once(runs: Sequence[Run]) -> list[Run]:
-    """Runs without a sweep's second record; of two the one that knows the noise scale."""
+    """Runs without a sweep's second record; of two the one that knows more."""
     kept: list[Run] = []
     for run in runs:
         steps = _steps(run)
         twin = next((i for i, other in enumerate(kept) if steps is not None and _steps(other) == steps), None)
         if twin is None:
             kept.append(run)
-        elif kept[twin].noise is None and run.noise is not None:
-            kept[twin] = run
+        else:
+            kept[twin] = _fuller(kept[twin], run)
     return kept
+
+
+def _fuller(one: Run, other: Run) -> Run:
+    """Of two records of one sweep that with more test losses at equal budgets, and the noise scale of either."""
+    before, after = _spent(one), _spent(other)
+    if before == after:
+        return other if one.noise is None and other.noise is not None else one
+    more, less = (one, other) if before > after else (other, one)
+    if more.noise is not None or less.noise is None or more.convergence is None:
+        return more
+    curves = tuple(with_noise_ratio(curve, less.noise) for curve in more.convergence.curves)
+    return replace(more, noise=less.noise, convergence=replace(more.convergence, curves=curves))
+
+
+def _spent(run: Run) -> tuple[int, float]:
+    """How many test losses at equal epochs a sweep has, and after how many epochs."""
+    assert run.convergence is not None  # the caller has looked
+    losses = [loss for c in run.convergence.curves for p in c.points for loss in p.test_losses_at_epochs]
+    return len(losses) - losses.count(None), run.convergence.gap_epochs or 0.0
 
 
 def _steps(run: Run) -> object:

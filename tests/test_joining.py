@@ -58,6 +58,22 @@ def test_a_sweep_given_as_record_and_as_store_is_one(bench, sweep):
         assert one.verdict.critical_source == "sweep"
 
 
+def test_of_two_records_of_a_sweep_the_one_with_test_losses_at_a_budget_is_kept(bench, sweep):
+    """An earlier record hid what the store learned when it was resumed with --gap-epochs."""
+    early = dataclasses.replace(sweep, noise=bench.noise)
+    steps, [curve] = sweep.convergence, sweep.convergence.curves
+    points = tuple(dataclasses.replace(p, test_losses_at_epochs=(0.5, None)) for p in curve.points)
+    longer = dataclasses.replace(steps, curves=(dataclasses.replace(curve, points=points),), gap_epochs=8.0)
+    later = dataclasses.replace(sweep, convergence=longer)
+    for runs in ([early, later], [later, early]):
+        [one] = join(runs)
+        assert (one.convergence.gap_epochs, one.noise) == (8.0, bench.noise)
+        assert one.convergence.curves[0].points == points
+        assert one.convergence.curves[0].noise_ratio is not None
+    [both] = join([bench, early, later])
+    assert both.convergence.gap_epochs == 8.0
+
+
 def test_what_is_not_clear_stays_apart(bench, sweep):
     elsewhere = dataclasses.replace(
         sweep,
