@@ -15,6 +15,7 @@ from pybatch.critical import critical_of
 from pybatch.errors import UsageError
 from pybatch.numerals import interval, number
 from pybatch.records import BatchPoint, Run
+from pybatch.scaling import SEARCHED
 
 Estimate = tuple[float | None, float | None, float | None]  # value, low, high
 
@@ -249,6 +250,10 @@ def _estimate(found: Estimate) -> str:
     return " and ".join(f"{side} {number(end)}" for side, end in ends if end is not None)
 
 
+def _rate(given: float | None) -> str:
+    return f"{given:g}" if given is not None else "tuned"
+
+
 def _differences(old: Run, new: Run) -> tuple[str, ...]:
     """What was not the same in both runs."""
     said = []
@@ -261,6 +266,9 @@ def _differences(old: Run, new: Run) -> tuple[str, ...]:
         tell("steps", old.capacity.mode, new.capacity.mode)
     if old.convergence and new.convergence:
         tell("optimizer", old.convergence.optimizer, new.convergence.optimizer)
+        if any(rule != SEARCHED for rule, *_ in _reached(old).keys() & _reached(new).keys()):
+            tell("base batch", old.convergence.base_batch, new.convergence.base_batch)
+            tell("base rate", *(_rate(run.convergence.base_rate) for run in (old, new) if run.convergence))
     (one, source), (other, another) = _critical(old), _critical(new)
     if one[0] and other[0]:
         tell("critical batch from", source, another)

@@ -158,3 +158,15 @@ def test_sweeps_with_different_optimizers_say_so(run):
     sgd, adam = (dataclasses.replace(run, convergence=Convergence((), optimizer=name)) for name in ("sgd", "adam"))
     assert "optimizer: sgd against adam" in compare_runs(sgd, adam).differences
     assert not any("optimizer" in text for text in compare_runs(sgd, sgd).differences)
+
+
+def test_rules_that_start_elsewhere_say_so(run):
+    def swept(rule, **base):
+        point = ConvergencePoint(8, 100.0, "reached", 3, 0.1, reached=3)
+        curves = (Curve(rule, "train", (point,), None, None, None, None, 0.1),)
+        return dataclasses.replace(run, convergence=Convergence(curves, **base))
+
+    given = compare_runs(swept("linear", base_batch=8), swept("linear", base_batch=16, base_rate=0.05))
+    assert given.differences == ("base batch: 8 against 16", "base rate: tuned against 0.05")
+    tuned = compare_runs(swept("tuned", base_batch=8), swept("tuned", base_batch=16))
+    assert tuned.differences == ()
