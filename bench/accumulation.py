@@ -8,7 +8,7 @@ import torch
 from shapes import Shapes
 from tensors import gradients, parameters, share
 
-from pybatch.noise.estimator import pair
+from pybatch.fits.noise import pair
 from pybatch.optim import AdamW
 
 MICRO_BATCHES = 4

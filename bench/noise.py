@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pybatch.noise
 from pybatch.device.identity import describe
-from pybatch.noise.estimator import pair
+from pybatch.fits.noise import pair
 from pybatch.noise.handle import Handle
 from pybatch.optim import AdamW
 

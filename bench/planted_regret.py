@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pybatch.answer.verdict import compare
 from pybatch.fits.steps import fit_steps
 from pybatch.fits.throughput import fit_throughput
 from pybatch.records import BatchPoint, Capacity, Convergence, ConvergencePoint, Curve
-from pybatch.verdict import compare
 
 SWEPT = 2 ** np.arange(2, 11)  # 4 to 1024
 TIMED = 2 ** np.arange(0, 13)  # 1 to 4096

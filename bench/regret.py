@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from pybatch.bench import run_bench
+from pybatch.answer.verdict import compare
+from pybatch.base.ranges import parse_batches
 from pybatch.capacity.measurement import measure_capacity
-from pybatch.convergence.sweep import measure_convergence
-from pybatch.ranges import parse_batches
+from pybatch.jobs.bench import run_bench
 from pybatch.records import Capacity, Convergence, Verdict
-from pybatch.verdict import compare
-from pybatch.workloads.finding import find
+from pybatch.sweep.measurement import measure_convergence
+from pybatch.workloads.running.finding import find
 
 GOALS = {"noise": 1.25, "branch": 1.10, "sweep": 1.05}
 OPTIMIZER = "adamw"  # of `bench`'s own training

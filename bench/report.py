@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pybatch.convergence.archive import describe_sweep, read_store
-from pybatch.convergence.store import Store
-from pybatch.convergence.trajectory import SMOOTHING, Trajectory, next_evaluation
-from pybatch.convergence.trial import Outcome, Trial
 from pybatch.records import Convergence, Curve, Device, Environment, WorkloadInfo
-from pybatch.report.page import write_report
+from pybatch.report.formats.html import write_report
 from pybatch.scaling import Base, Scaled, scale
+from pybatch.sweep.archive import describe_sweep, read_store
+from pybatch.sweep.store import Store
+from pybatch.training.trajectory import SMOOTHING, Trajectory, next_evaluation
+from pybatch.training.trial import Outcome, Trial
 
 BATCHES = tuple(2**k for k in range(3, 13))
 RATES = tuple(2.0**k for k in range(-9, 4))
@@ -122,8 +122,8 @@ _REPORT = """
 import sys, time
 start = time.perf_counter()
 from pathlib import Path
-from pybatch.convergence.archive import read_store
-from pybatch.report.page import write_report
+from pybatch.sweep.archive import read_store
+from pybatch.report.formats.html import write_report
 imported = time.perf_counter()
 runs = read_store(Path(sys.argv[1]))
 read = time.perf_counter()

@@ -27,7 +27,7 @@ from pybatch.capacity.traffic import Traffic, update_bytes
 from pybatch.device.ceilings import best_median, measure_ceilings
 from pybatch.device.identity import describe, resolve
 from pybatch.workloads.base import Split
-from pybatch.workloads.session import Session
+from pybatch.workloads.running.session import Session
 
 LOW, HIGH = 0.90, 1.05
 

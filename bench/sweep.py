@@ -24,18 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from pybatch.convergence.loop import Loop
-from pybatch.convergence.plan import Plan
-from pybatch.convergence.replicas import Replicas
-from pybatch.convergence.stack import Stack
-from pybatch.convergence.store import Store
-from pybatch.convergence.sweep import measure_convergence
-from pybatch.convergence.trajectory import Trajectory
-from pybatch.convergence.trial import Outcome, Trial
 from pybatch.device.environment import capture
 from pybatch.device.memory import keep_freed
 from pybatch.scaling import Scaled
-from pybatch.workloads.finding import find
+from pybatch.sweep.measurement import measure_convergence
+from pybatch.sweep.plan import Plan
+from pybatch.sweep.store import Store
+from pybatch.training.loop import Loop
+from pybatch.training.replicas import Replicas
+from pybatch.training.stack import Stack
+from pybatch.training.trajectory import Trajectory
+from pybatch.training.trial import Outcome, Trial
+from pybatch.workloads.running.finding import find
 
 CPU = torch.device("cpu")
 SEEDS = 3

@@ -46,7 +46,7 @@ PB_HD void fold_ring(double* ring, int rows) {
             ring[row * 3 + i] = row < rows / 2 ? ring[row * 6 + i] + ring[row * 6 + 3 + i] : 0.0;
 }
 
-// McCandlish et al. 2018, appendix A.1; the same arithmetic as pybatch.noise.estimator.pair, which the tests compare.
+// McCandlish et al. 2018, appendix A.1; the same arithmetic as pybatch.fits.noise.pair, which the tests compare.
 // micro_sq and sum_sq as in the ledger.
 PB_HD void add_pair(double* row, double micro_sq, double sum_sq, const Call& call, const Verdict& v) {
     const double large_n = call.examples, small_n = call.examples / call.micro_batches;

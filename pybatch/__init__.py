@@ -9,16 +9,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pybatch import display
+from pybatch.base import display
 
 if TYPE_CHECKING:
+    from pybatch.answer.frontier import plan_accumulation as plan_accumulation
+    from pybatch.answer.verdict import compare as compare
+    from pybatch.branch.measurement import measure_branches as measure_branches
     from pybatch.capacity.measurement import measure_capacity as measure_capacity
-    from pybatch.convergence.branch import measure_branches as measure_branches
-    from pybatch.convergence.sweep import measure_convergence as measure_convergence
     from pybatch.fits.steps import fit_steps as fit_steps
     from pybatch.fits.throughput import fit_throughput as fit_throughput
-    from pybatch.frontier import plan_accumulation as plan_accumulation
-    from pybatch.noise.micro_batch import measure_noise as measure_noise
+    from pybatch.noise.measurement import measure_noise as measure_noise
     from pybatch.records import Capacity as Capacity
     from pybatch.records import Convergence as Convergence
     from pybatch.records import NoiseScale as NoiseScale
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pybatch.records import StepsFit as StepsFit
     from pybatch.records import ThroughputFit as ThroughputFit
     from pybatch.records import Verdict as Verdict
-    from pybatch.report.page import write_report as write_report
-    from pybatch.verdict import compare as compare
+    from pybatch.report.formats.html import write_report as write_report
+    from pybatch.sweep.measurement import measure_convergence as measure_convergence
     from pybatch.workloads.base import Workload as Workload
 
 _HOME = {
@@ -39,15 +39,15 @@ _HOME = {
     "ThroughputFit": "pybatch.records",
     "Verdict": "pybatch.records",
     "Workload": "pybatch.workloads.base",
-    "compare": "pybatch.verdict",
+    "compare": "pybatch.answer.verdict",
     "fit_steps": "pybatch.fits.steps",
     "fit_throughput": "pybatch.fits.throughput",
-    "measure_branches": "pybatch.convergence.branch",
+    "measure_branches": "pybatch.branch.measurement",
     "measure_capacity": "pybatch.capacity.measurement",
-    "measure_convergence": "pybatch.convergence.sweep",
-    "measure_noise": "pybatch.noise.micro_batch",
-    "plan_accumulation": "pybatch.frontier",
-    "write_report": "pybatch.report.page",
+    "measure_convergence": "pybatch.sweep.measurement",
+    "measure_noise": "pybatch.noise.measurement",
+    "plan_accumulation": "pybatch.answer.frontier",
+    "write_report": "pybatch.report.formats.html",
 }
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -63,7 +63,7 @@ def __getattr__(name: str) -> Any:
 
 def _html(record: object) -> str:
     """A record for a notebook; what makes the HTML is imported when one is first shown."""
-    html: str = importlib.import_module("pybatch.report.notebook").render(record)
+    html: str = importlib.import_module("pybatch.report.formats.notebook").render(record)
     return html
 
 

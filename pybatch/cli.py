@@ -18,9 +18,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from pybatch.base.errors import PybatchError
 from pybatch.commands import bench, branch, saved, sweep
 from pybatch.commands.measuring import BAD_INPUT
-from pybatch.errors import PybatchError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,7 +38,7 @@ for command in (bench.bench, sweep.sweep, branch.branch, saved.report, saved.com
 @app.command()
 def doctor() -> None:
     """What is compiled, which devices are there, which counters can be read, and why one can't."""
-    from pybatch.doctor import examine
+    from pybatch.commands.doctor import examine
 
     _print_findings(examine())
 
@@ -46,7 +46,7 @@ def doctor() -> None:
 @app.command("list")
 def list_() -> None:
     """The workloads and optimizers that ship."""
-    from pybatch.doctor import catalogue
+    from pybatch.commands.doctor import catalogue
 
     _print_findings(catalogue())
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pybatch.errors import UsageError, unknown
+from pybatch.base.errors import UsageError, unknown
 
 # Goyal et al. (2017) warm up for 5 of their 90 epochs; the same share of the examples a base run takes is kept here.
 WARMUP_SHARE = 5 / 90

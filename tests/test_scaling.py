@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pybatch import scaling
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 from pybatch.scaling import Base, gain, scale
 
 ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 CXX = sorted(
     str(p) for d in ("csrc", "kernels") for p in (ROOT / d).iterdir() if p.suffix in {".h", ".cpp", ".cu", ".cuh"}
 )

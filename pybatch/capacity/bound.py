@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pybatch import numerals as n
+from pybatch.base import numerals as n
 from pybatch.records import BatchPoint, StepLimit, ThroughputFit
 
 WAITING = 0.3  # of the step: without it throughput would grow 1.4-fold

@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from pybatch.base.errors import UsageError
 from pybatch.capacity.stopping import median
 from pybatch.device.clock import clock_for
-from pybatch.errors import UsageError
 from pybatch.fits.communication import AllReduce, fit_communication
 from pybatch.optim import AdamW
 from pybatch.records import Distributed, DistributedPoint, Note
 from pybatch.workloads.base import Progress, Workload
-from pybatch.workloads.session import Session
+from pybatch.workloads.running.session import Session
 
 _VISITS = 3  # of each batch and device count, in random order
 _LEAST_STEPS = 3  # of a visit

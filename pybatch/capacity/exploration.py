@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from pybatch.base.errors import WorkloadError
 from pybatch.capacity.flops import count_flops
 from pybatch.capacity.step import TrainingStep
 from pybatch.capacity.traffic import Traffic, update_bytes
 from pybatch.device.clock import Clock
 from pybatch.device.memory import PeakMemory
-from pybatch.errors import WorkloadError
 from pybatch.fits.memory import MemoryGrowth, fit_memory
 from pybatch.records import BatchStatus
-from pybatch.workloads.session import is_out_of_memory
+from pybatch.workloads.running.session import is_out_of_memory
 
 OUT_OF_TIME = "the time budget ended before it was timed"
 _STRIDE = 8  # largest ratio of successive batches, so that memory is known before it can run out

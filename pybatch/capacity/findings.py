@@ -13,7 +13,7 @@ from pybatch.capacity.timing import Rounds, unfinished
 from pybatch.device.counters import Region
 from pybatch.device.identity import describe, last_level_cache_bytes
 from pybatch.records import BatchPoint, Capacity, Ceilings, Note, StepMode
-from pybatch.workloads.session import Session
+from pybatch.workloads.running.session import Session
 
 
 @dataclass

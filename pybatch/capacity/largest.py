@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pybatch import numerals
+from pybatch.base import numerals
+from pybatch.base.errors import WorkloadError
 from pybatch.capacity.exploration import Explorer
 from pybatch.capacity.probe import Outcome, Request
 from pybatch.device import memory
-from pybatch.errors import WorkloadError
 from pybatch.fits.memory import MemoryGrowth, fit_memory
 from pybatch.records import Note
-from pybatch.workloads.packing import Packed, pack
+from pybatch.workloads.running.packing import Packed, pack
 
 GPU_SHARE = 0.90  # of free GPU memory: fragmentation and the library's workspaces take the rest
 CPU_SHARE = 0.50  # of available host memory, which other processes need as well

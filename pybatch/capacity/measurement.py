@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import torch
 
+from pybatch.base.errors import Interrupted, UsageError
+from pybatch.base.numerals import counted
 from pybatch.capacity import largest
 from pybatch.capacity.burst import Settling
 from pybatch.capacity.energy import EnergyWindows
@@ -24,11 +26,9 @@ from pybatch.device.counters import Region
 from pybatch.device.counters_cpu import OtherLoad
 from pybatch.device.identity import resolve, usable_cores
 from pybatch.device.memory import PeakMemory
-from pybatch.errors import Interrupted, UsageError
-from pybatch.numerals import counted
 from pybatch.records import BatchPoint, Capacity, Note
 from pybatch.workloads.base import Progress, Workload
-from pybatch.workloads.session import Session
+from pybatch.workloads.running.session import Session
 
 _CEILINGS = 0.07  # of the time budget
 # Of what is then left of it:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import cuda
 
+from pybatch.base.errors import UsageError, WorkloadError
 from pybatch.capacity.step import TrainingStep
-from pybatch.errors import UsageError, WorkloadError
 from pybatch.records import StepMode
-from pybatch.workloads.session import is_out_of_memory
+from pybatch.workloads.running.session import is_out_of_memory
 
 _WARM_UP = 3  # steps before a capture, as torch's notes on CUDA graphs advise
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from pybatch.workloads.packing import Packed
+    from pybatch.workloads.running.packing import Packed
 
 _STEPS = 3
 
@@ -57,7 +57,7 @@ def main() -> None:
 def run(request: Request) -> Outcome:
     """Run the request in this process."""
     from pybatch.capacity.exploration import first_line
-    from pybatch.workloads.session import is_out_of_memory
+    from pybatch.workloads.running.session import is_out_of_memory
 
     done: list[float] = []
     peak: list[int | None] = [None]
@@ -74,7 +74,7 @@ def _steps(request: Request, workload: Any, done: list[float], peak: list[int | 
 
     from pybatch.capacity.step import TrainingStep
     from pybatch.device.memory import PeakMemory
-    from pybatch.workloads.session import Session
+    from pybatch.workloads.running.session import Session
 
     device = torch.device(request.device)
     memory = PeakMemory(device)

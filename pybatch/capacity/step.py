@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from pybatch.errors import WorkloadError
+from pybatch.base.errors import WorkloadError
 from pybatch.optim import AdamW
-from pybatch.workloads import compiling
-from pybatch.workloads.session import Session
+from pybatch.workloads.running import compiling
+from pybatch.workloads.running.session import Session
 
 
 class TrainingStep:

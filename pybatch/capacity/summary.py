@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pybatch.base.numerals import counted
 from pybatch.capacity.bound import Place, undecided, with_bounds
 from pybatch.capacity.burst import BURST_STEPS
 from pybatch.capacity.energy import WINDOW_S
@@ -13,7 +14,6 @@ from pybatch.capacity.largest import Largest
 from pybatch.capacity.timing import Series, quantiles_ms
 from pybatch.device import counters
 from pybatch.fits.throughput import fit_throughput
-from pybatch.numerals import counted
 from pybatch.records import (
     Anchor,
     BatchPoint,

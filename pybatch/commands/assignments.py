@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 
 
 def parse_targets(text: str) -> dict[str, float]:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pybatch.answer.changes import parse_condition
+from pybatch.base.errors import UsageError
+from pybatch.base.ranges import parse_batches
 from pybatch.commands import flags
 from pybatch.commands.measuring import BUDGET, DONE, Shared, check_budget, measure, typed
 from pybatch.commands.partial import partial_record
 from pybatch.commands.saved import read_run, tell_changes
-from pybatch.comparison import parse_condition
-from pybatch.errors import UsageError
-from pybatch.ranges import parse_batches
 from pybatch.records import Run
 from pybatch.report.output import Output
 
@@ -85,10 +85,10 @@ def bench(
     page = Output(html) if html is not None else None  # not writable: said now, not after measuring
 
     def job(chosen: Workload, device: torch.device, progress: Progress) -> Run | None:
-        from pybatch.bench import run_bench
         from pybatch.capacity.distributed import launched
         from pybatch.capacity.modes import Mode
-        from pybatch.together import run_bench_together
+        from pybatch.jobs.bench import run_bench
+        from pybatch.jobs.distributed import run_bench_together
 
         mode = Mode(compile_, cuda_graph)
         mode.check(device)
@@ -118,7 +118,7 @@ def bench(
         if partial is not None and delivered:
             partial.discard()
         if html is not None:
-            from pybatch.report.page import write_report
+            from pybatch.report.formats.html import write_report
 
             write_report([run], html)
             print(f"pybatch: wrote {html}", file=sys.stderr)

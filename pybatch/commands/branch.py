@@ -54,8 +54,8 @@ def branch(
     check_budget(time_budget)
 
     def job(chosen: Workload, device: torch.device, progress: Progress) -> Run:
-        from pybatch.bench import record_convergence
-        from pybatch.convergence.branch import FACTORS, measure_branches
+        from pybatch.branch.measurement import FACTORS, measure_branches
+        from pybatch.jobs.bench import record_convergence
 
         def measure() -> Convergence:
             return measure_branches(

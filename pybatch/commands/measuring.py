@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 from rich.console import Console
 
+from pybatch.base.errors import Interrupted, UsageError
+from pybatch.base.progress import ProgressLine
 from pybatch.commands.interrupting import interrupts_heard
 from pybatch.commands.printing import stdout_to_stderr
-from pybatch.errors import Interrupted, UsageError
 from pybatch.records import Run
-from pybatch.report.formats import FORMATS, format_of, print_run, render
+from pybatch.report.formats.text import FORMATS, format_of, print_run, render
 from pybatch.report.output import Output
-from pybatch.report.progress import ProgressLine
 
 if TYPE_CHECKING:  # these import torch
     import torch
@@ -93,8 +93,8 @@ def measure(
 
         from pybatch.capacity.distributed import launched, local_rank
         from pybatch.device.identity import resolve
-        from pybatch.workloads.finding import find
-        from pybatch.workloads.session import checked_dtype
+        from pybatch.workloads.running.finding import find
+        from pybatch.workloads.running.session import checked_dtype
 
         checked_dtype(given.dtype)
         gpu = given.gpu

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from pybatch.base.errors import UsageError
 from pybatch.commands.saved import read_run
-from pybatch.errors import UsageError
 from pybatch.records import Run
-from pybatch.report.formats import format_of
+from pybatch.report.formats.text import format_of
 from pybatch.report.output import Output
 
 

@@ -12,18 +12,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pybatch.answer.changes import Condition, broken, compare_runs, parse_condition
+from pybatch.answer.merge import join
+from pybatch.base.errors import UsageError, unknown
 from pybatch.commands.assignments import parse_targets
 from pybatch.commands.measuring import BROKEN, DONE
-from pybatch.comparison import Condition, broken, compare_runs, parse_condition
-from pybatch.convergence.archive import is_store, read_store
-from pybatch.convergence.trajectory import SPLITS
-from pybatch.errors import UsageError, unknown
-from pybatch.joining import join
 from pybatch.noise.trajectory import read_trajectory
 from pybatch.records import NoiseTrajectory, Run
 from pybatch.report.comparison import comparison_sections
-from pybatch.report.formats import SUFFIXES, markdown, print_sections, render_all
+from pybatch.report.formats.text import SUFFIXES, markdown, print_sections, render_all
 from pybatch.report.output import Output
+from pybatch.sweep.archive import is_store, read_store
+from pybatch.training.trajectory import SPLITS
 
 
 def read_run(path: Path) -> Run:
@@ -72,7 +72,7 @@ def report(
 
     A run and a sweep of the same workload on the same device become one, with a verdict that stands on the sweep.
     """
-    from pybatch.report.page import as_runs, page
+    from pybatch.report.formats.html import as_runs, page
 
     targets = parse_targets(target) if target is not None else None
     for split in targets or ():
@@ -92,7 +92,7 @@ def report(
             file.discard()
         print(f"pybatch: wrote {output}", file=sys.stderr)
     if png is not None:
-        from pybatch.report.png import write_pngs
+        from pybatch.report.formats.png import write_pngs
 
         written = write_pngs(join(runs), png)
         print(f"pybatch: wrote {len(written)} figures to {png}", file=sys.stderr)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pybatch.base.errors import UsageError
+from pybatch.base.progress import ProgressLine
+from pybatch.base.ranges import parse_batches
 from pybatch.commands import flags
 from pybatch.commands.assignments import parse_optimizer, parse_targets
 from pybatch.commands.interrupting import termination_heard
 from pybatch.commands.measuring import Shared, measure, numbers, typed
-from pybatch.errors import UsageError
-from pybatch.ranges import parse_batches
 from pybatch.records import Run
-from pybatch.report.progress import ProgressLine
 
 if TYPE_CHECKING:  # these import torch
     import torch
@@ -90,7 +90,7 @@ def sweep(
 
     def job(chosen: Workload, device: torch.device, progress: ProgressLine) -> Run:
         from pybatch.device.memory import keep_freed
-        from pybatch.sweep import run_sweep
+        from pybatch.jobs.sweep import run_sweep
 
         keep_freed()
         with termination_heard():

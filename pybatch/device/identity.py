@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from pybatch.base.errors import DeviceError, UsageError
 from pybatch.device import memory
-from pybatch.errors import DeviceError, UsageError
 from pybatch.records import Device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in which a workload can run

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize_scalar, nnls
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 from pybatch.records import CommunicationFit, DistributedPoint
 
 _MOST_GAMMA = 32.0  # beyond it the sum is the maximum to 2 %: full overlap

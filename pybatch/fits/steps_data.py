@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pybatch.errors import UsageError, unknown
+from pybatch.base.errors import UsageError, unknown
 from pybatch.fits import steps_model
 from pybatch.fits.solver import Array
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from pybatch.base.numerals import count, counted, number
 from pybatch.fits.solver import Array
 from pybatch.fits.steps_data import Choice, Table
-from pybatch.numerals import count, counted, number
 from pybatch.records import Note
 
 REACH = 32  # times below the smallest batch from where on an end of an interval bounds nothing

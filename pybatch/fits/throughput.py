@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 from pybatch.fits.solver import Array, aicc, minimize
 from pybatch.records import ThroughputFit
 

@@ -10,14 +10,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from pybatch.errors import UsageError
-from pybatch.noise.backward import BackwardNoise
-from pybatch.noise.ddp import DDPNoise
-from pybatch.noise.fsdp import FSDPNoise
-from pybatch.noise.fused import OptimizerNoise
+from pybatch.base.errors import UsageError
 from pybatch.noise.handle import ACCUMULATIONS, Accumulation, Examples, Handle
-from pybatch.noise.moments import MomentsNoise
 from pybatch.noise.preconditioner import EXPERIMENTAL
+from pybatch.noise.sources.backward import BackwardNoise
+from pybatch.noise.sources.ddp import DDPNoise
+from pybatch.noise.sources.fsdp import FSDPNoise
+from pybatch.noise.sources.fused import OptimizerNoise
+from pybatch.noise.sources.moments import MomentsNoise
 from pybatch.optim import FusedOptimizer
 from pybatch.records import Note
 

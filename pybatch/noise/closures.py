@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pybatch.numerals import counted
+from pybatch.base.numerals import counted
 from pybatch.records import Note
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from pybatch.errors import UsageError
-from pybatch.noise.accumulator import NoiseAccumulator
+from pybatch.base.errors import UsageError
+from pybatch.fits.accumulator import NoiseAccumulator
 from pybatch.noise.closures import Evaluations
 from pybatch.noise.confounds import confounds
 from pybatch.noise.pending import Pending

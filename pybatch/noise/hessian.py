@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pybatch import numerals
-from pybatch.errors import UsageError
-from pybatch.noise.accumulator import NoiseAccumulator
-from pybatch.noise.estimator import judge
-from pybatch.noise.feeds import counted
-from pybatch.noise.rounds import Tally
+from pybatch.base import numerals
+from pybatch.base.errors import UsageError
+from pybatch.fits.accumulator import NoiseAccumulator
+from pybatch.fits.noise import judge
+from pybatch.noise.groups import Tally
+from pybatch.noise.sources.feeds import counted
 from pybatch.records import WeightedNoise
-from pybatch.workloads.session import Session
+from pybatch.workloads.running.session import Session
 
 MISSING = "the time budget ended before the first Hessian-vector product"
 NEGATIVE = (

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 from pybatch.noise.norms import square
 from pybatch.records import Note
 

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pybatch.errors import UsageError
-from pybatch.noise.estimator import MIN_BLOCKS, judge
+from pybatch.base.errors import UsageError
+from pybatch.fits.noise import MIN_BLOCKS, judge
 from pybatch.records import NoisePoint, NoiseScale, NoiseTrajectory, Note
 
 ROWS = 512  # stretches kept before adjacent ones are merged: 28 KB

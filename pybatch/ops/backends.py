@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pybatch.errors import DeviceError, UsageError
+from pybatch.base.errors import DeviceError, UsageError
 from pybatch.ops.compiled import LAYER_SUMS, Reduce, core
 from pybatch.ops.tensors import TensorList
 

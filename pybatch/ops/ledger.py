@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 from pybatch.ops.compiled import LEDGER_SUMS, core
 
 

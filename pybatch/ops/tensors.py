@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 from pybatch.ops.compiled import DTYPES, HYPER_COLUMNS, LAYER_SUMS, MAX_STATES, RULES, STORAGES, core
 from pybatch.ops.ledger import Ledger
 

@@ -1,8 +1,8 @@
 """Fused optimizers: drop-in for `torch.optim`, with clipping and noise statistics in the same pass."""
 
+from pybatch.optim._engine.base import FusedOptimizer
 from pybatch.optim.adam import Adam
 from pybatch.optim.adamw import AdamW
-from pybatch.optim.base import FusedOptimizer
 from pybatch.optim.lamb import LAMB
 from pybatch.optim.lars import LARS
 from pybatch.optim.lion import Lion

@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from pybatch.errors import UsageError
-from pybatch.optim.arguments import check_hyper, check_torch_flags
-from pybatch.optim.base import FusedOptimizer
-from pybatch.optim.options import Options, Rule
-from pybatch.optim.skipping import check_skip, skipped
+from pybatch.base.errors import UsageError
+from pybatch.optim._engine.arguments import check_hyper, check_torch_flags
+from pybatch.optim._engine.base import FusedOptimizer
+from pybatch.optim._engine.options import Options, Rule
+from pybatch.optim._engine.skipping import check_skip, skipped
 
 
 class LARS(FusedOptimizer):

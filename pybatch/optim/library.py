@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pybatch import ops
-from pybatch.errors import UsageError
-from pybatch.optim.slots import is_dense
+from pybatch.base.errors import UsageError
+from pybatch.optim._engine.slots import is_dense
 
 _RULES = {rule.number: name for name, rule in ops.RULES.items()}
 _STORAGES = {number: name for name, number in ops.STORAGES.items()}

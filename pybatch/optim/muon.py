@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from pybatch.errors import UsageError
-from pybatch.optim import newton_schulz
-from pybatch.optim.arguments import check_betas, check_hyper, check_torch_flags
-from pybatch.optim.base import FusedOptimizer
-from pybatch.optim.options import Options, Rule
+from pybatch.base.errors import UsageError
+from pybatch.optim._engine import newton_schulz
+from pybatch.optim._engine.arguments import check_betas, check_hyper, check_torch_flags
+from pybatch.optim._engine.base import FusedOptimizer
+from pybatch.optim._engine.options import Options, Rule
 
 ADJUSTMENTS = (None, "original", "match_rms_adamw")
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pybatch.display import Shown
+from pybatch.base.display import Shown
 from pybatch.records.subject import TOP, Ceilings, Device, Note, WorkloadInfo
 
 BatchStatus = Literal["ok", "oom", "predicted_oom", "skipped"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pybatch.display import Shown
+from pybatch.base.display import Shown
 from pybatch.records.subject import TOP, Device, Note, WorkloadInfo
 
 PointStatus = Literal["reached", "not_reached", "diverged", "not_run"]  # not_run: of one seed at one rate only

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pybatch.display import Shown
-from pybatch.errors import UsageError
+from pybatch.base.display import Shown
+from pybatch.base.errors import UsageError
 from pybatch.records.subject import Note
 
 _NORMAL = 1.959964  # 97.5 % point of the normal distribution

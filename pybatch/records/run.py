@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pybatch.codec import decode, encode
-from pybatch.display import Shown
-from pybatch.errors import UsageError
+from pybatch.base.codec import decode, encode
+from pybatch.base.display import Shown
+from pybatch.base.errors import UsageError
 from pybatch.records.capacity import Capacity, Distributed
 from pybatch.records.convergence import Convergence
 from pybatch.records.noise import NoiseScale, NoiseTrajectory

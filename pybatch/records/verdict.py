@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pybatch.codec import encode
-from pybatch.display import Shown
-from pybatch.errors import UsageError
+from pybatch.base.codec import encode
+from pybatch.base.display import Shown
+from pybatch.base.errors import UsageError
 from pybatch.records.subject import Note
 
 Limit = Literal["noise", "hardware", "balanced", "unresolved"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pybatch import numerals as n
+from pybatch.answer.tradeoff import TimeModel
+from pybatch.answer.verdict import time_model
+from pybatch.base import numerals as n
 from pybatch.records import BatchPoint, Capacity, Run, Verdict
 from pybatch.report.figure import Figure, axis, band, batch_axis, line, mark, points, safe, spread
 from pybatch.report.layout import Table
 from pybatch.report.sections import communication
 from pybatch.report.step_figures import example, roofs, samples, step_time, utilization
-from pybatch.tradeoff import TimeModel
-from pybatch.verdict import time_model
 
 
 def capacity_figures(run: Run) -> list[Figure]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pybatch.claims import check_claims, notes_on_claims
+from pybatch.answer.claims import check_claims, notes_on_claims
 from pybatch.records import Run
 from pybatch.report.layout import Section
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pybatch import numerals as n
-from pybatch.comparison import FIGURES, Change, Comparison
+from pybatch.answer.changes import FIGURES, Change, Comparison
+from pybatch.base import numerals as n
 from pybatch.report.layout import Section, Table
 
 

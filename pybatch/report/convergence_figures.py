@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pybatch import numerals as n
+from pybatch.base import numerals as n
 from pybatch.fits.steps_model import NAMES, predicted
 from pybatch.records import Convergence, ConvergencePoint, Curve, RateSteps
 from pybatch.report.figure import COLORS, MARKERS, Figure, axis, batch_axis, line, mark, points, safe, spread

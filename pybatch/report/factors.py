@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pybatch import numerals as n
-from pybatch.factors import Effect, effects
+from pybatch.answer.factors import Effect, effects
+from pybatch.base import numerals as n
 from pybatch.records import Run
 from pybatch.report.layout import Section
 

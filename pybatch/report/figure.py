@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pybatch import numerals as n
+from pybatch.base import numerals as n
 from pybatch.report.layout import Table
 
 COLORS = ("@blue", "@orange", "@green", "@red", "@purple", "@sky")

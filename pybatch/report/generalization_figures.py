@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from pybatch import numerals as n
+from pybatch.base import numerals as n
 from pybatch.records import Convergence, ConvergencePoint, Curve
 from pybatch.report.figure import COLORS, MARKERS, Figure, axis, batch_axis, points
 from pybatch.report.layout import Table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pybatch import numerals as n
+from pybatch.base import numerals as n
 from pybatch.records import NoiseScale, NoiseTrajectory
 from pybatch.report.figure import Figure, axis, band, line, points, safe
 from pybatch.report.layout import Table

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 
 
 class Output:

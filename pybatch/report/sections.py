@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from pybatch import numerals as n
+from pybatch.base import numerals as n
 from pybatch.records import BatchPoint, Capacity, Ceilings, Distributed, NoiseScale, NoiseTrajectory, Note, Run, Verdict
 from pybatch.report import branches, claims, curves
 from pybatch.report.layout import Section, Table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pybatch import numerals as n
+from pybatch.base import numerals as n
 from pybatch.records import QUANTILES, BatchPoint, Capacity
 from pybatch.report.figure import COLORS, MARKERS, Figure, axis, batch_axis, line, points, safe, spread
 from pybatch.report.layout import Table

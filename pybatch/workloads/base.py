@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
-from pybatch.errors import UsageError, unknown
+from pybatch.base.errors import UsageError, unknown
 
 Split = Literal["train", "test"]
 

@@ -6,7 +6,7 @@ import gzip
 import zlib
 from pathlib import Path
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 
 
 def folder(data: str, wanted: str) -> Path:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 from pybatch.workloads import files
 from pybatch.workloads.base import check_dial, register
 from pybatch.workloads.images import ImageClassification, Images

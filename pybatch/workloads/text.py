@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pybatch.errors import UsageError, unknown
+from pybatch.base.errors import UsageError, unknown
 from pybatch.workloads import files
 from pybatch.workloads.base import Split, Workload, check_dial, chosen_model, register
 

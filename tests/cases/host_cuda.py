@@ -1,15 +1,15 @@
-"""The CUDA kernels compiled for the host (tests/cuda_on_host), as a backend of CPU tensors."""
+"""The CUDA kernels compiled for the host (tests/kernels/cuda_on_host), as a backend of CPU tensors."""
 
 import ctypes
 import os
 import shlex
 import subprocess
-from pathlib import Path
+
+from cases.paths import ROOT
 
 from pybatch import ops
-from pybatch.errors import DeviceError
+from pybatch.base.errors import DeviceError
 
-ROOT = Path(__file__).parent.parent.parent
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 
 
@@ -17,9 +17,9 @@ def compile_kernels(folder):
     """Build the kernels into a folder; returns the library."""
     library = folder / "cuda_on_host.so"
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    includes = [f"-I{ROOT / name}" for name in ("tests/cuda_on_host", "kernels", "csrc")]
+    includes = [f"-I{ROOT / name}" for name in ("tests/kernels/cuda_on_host", "kernels", "csrc")]
     options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *WARNINGS, *includes]
-    source = ROOT / "tests/cuda_on_host/kernels.cpp"
+    source = ROOT / "tests/kernels/cuda_on_host/kernels.cpp"
     done = subprocess.run(
         [*compiler, *options, "-o", library, source], capture_output=True, text=True, timeout=300, check=False
     )

@@ -12,12 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pybatch.noise.accumulator import NoiseAccumulator
-from pybatch.noise.feeds import Backward, Shares, counted
+from pybatch.fits.accumulator import NoiseAccumulator
 from pybatch.noise.norms import squares
 from pybatch.noise.per_example.recorder import ExampleRecorder
+from pybatch.noise.sources.feeds import Backward, Shares, counted
 from pybatch.records import NoiseScale
-from pybatch.workloads.session import Session
+from pybatch.workloads.running.session import Session
 
 SOURCE = "per-example"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import resolve_name
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 
 
 @dataclass(frozen=True)

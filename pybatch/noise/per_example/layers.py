@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 from pybatch.noise.per_example.uses import Dense, Outer, Picked, Use, wide
 
 Parts = dict[str, Callable[[Tensor], Use]]

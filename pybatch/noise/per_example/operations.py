@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 from pybatch.noise.per_example.broadcast import ELEMENTWISE, EXPANDING, SELECTING, collapse, expand_to_batch
 from pybatch.noise.per_example.fused import FusedLinear, FusedNorm
 from pybatch.noise.per_example.gates import Gates, Source, replace

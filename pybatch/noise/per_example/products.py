@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pybatch import ops
-from pybatch.errors import DeviceError, UsageError
+from pybatch.base.errors import DeviceError, UsageError
 from pybatch.noise.per_example.uses import TORCH, NormBackward, Products
 
 WIDEST = 16384  # elements of a position that a program holds in registers

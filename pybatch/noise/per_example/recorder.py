@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 from pybatch.noise.per_example.products import choose
 from pybatch.noise.per_example.refusals import refuse_modules
 from pybatch.noise.per_example.uses import Route

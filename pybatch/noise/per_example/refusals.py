@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 from pybatch.noise.per_example.layers import MICRO_BATCHES, batch_norm_refusal
 
 

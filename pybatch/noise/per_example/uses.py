@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 from pybatch.noise.norms import ROW
 
 Route = Literal["auto", "single", "gram", "weight", "fused"]

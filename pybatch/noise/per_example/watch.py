@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pybatch.errors import UsageError
+from pybatch.base.errors import UsageError
 from pybatch.noise.norms import SMALL, square, squares
 from pybatch.noise.per_example.gates import Gates
 from pybatch.noise.per_example.layers import MICRO_BATCHES

@@ -1,0 +1,117 @@
+"""Time, cost and energy to a loss over (batch, devices), and how a wanted global batch is put together.
+
+Modelled: steps S(B) times t(B / K), see `tradeoff`. Where steps on several devices were not measured, communication is
+not counted and time on them is a lower bound. All figures are factors of one device at its own best batch.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from pybatch.answer.tradeoff import Best, Inputs, TimeModel
+from pybatch.base.errors import UsageError
+from pybatch.records import AccumulationPlan, BatchPoint, Capacity, FrontierPoint
+
+_POINTS = 11  # 1, 2, ..., 1024 devices at most: further ones tell nothing new
+
+
+def frontier(model: TimeModel, useful: int, batches: tuple[BatchPoint, ...]) -> tuple[FrontierPoint, ...]:
+    """The best batch for 1, 2, 4, ... devices, up to four times the useful number, and what each buys.
+
+    Args:
+        model: of time to the loss.
+        useful: devices worth it, by the verdict.
+        batches: measured batch sizes, whose energy per example is taken where a device's share lies among them.
+    """
+    base = float(model.optimum())
+    found = []
+    for exponent in range(_POINTS):
+        devices = 2**exponent
+        if devices > 4 * useful:
+            break
+        batch = float(model.optimum(float(devices)))
+        if devices > 1 and batch < devices:  # less than one example each
+            break
+        time = float(model.time(batch, float(devices)) / model.time(base))
+        energy = _energy(model, batch, batch / devices, base, batches)
+        found.append(FrontierPoint(devices, max(1, round(batch)), time, devices * time, energy))
+    return tuple(found)
+
+
+def _energy(model: TimeModel, batch: float, share: float, base: float, batches: tuple[BatchPoint, ...]) -> float | None:
+    """Joules to the loss over those at the base batch; None where no energy was measured."""
+    here, there = joules(share, batches), joules(base, batches)
+    if here is None or there is None:
+        return None
+    return here * float(model.examples(batch)) / (there * float(model.examples(base)))
+
+
+def joules(batch: float, batches: tuple[BatchPoint, ...]) -> float | None:
+    """Measured joules per example at this batch, between two measured ones by their logarithms; None outside."""
+    known = sorted((p.batch, p.joules_per_sample) for p in batches if p.joules_per_sample)
+    for (low, at_low), (high, at_high) in pairwise(known):
+        if low <= batch <= high:
+            share = math.log(batch / low) / math.log(high / low)
+            return math.exp((1 - share) * math.log(at_low) + share * math.log(at_high))
+    return next((value for size, value in known if size == batch), None)
+
+
+def doubling(best: Best, batches: tuple[BatchPoint, ...]) -> Inputs:
+    """What twice the best batch costs on one device, as factors; empty where it can't be used."""
+    model, once, twice = best.model, float(best.batch), 2.0 * best.batch
+    if twice > min(model.most, model.most_global):
+        return {}
+    here, there = joules(twice, batches), joules(once, batches)
+    examples = float(model.examples(twice) / model.examples(once))
+    return {
+        "batch": twice,
+        "steps_factor": examples / 2,
+        "examples_factor": examples,
+        "time_factor": float(model.time(twice) / model.time(once)),
+        "energy_factor": examples * here / there if here and there else None,
+    }
+
+
+def plan_accumulation(capacity: Capacity, global_batch: int, devices: int = 1) -> AccumulationPlan:
+    """Micro-batch and accumulation steps for a global batch: the fewest passes that fit, as equal as possible.
+
+    Past memory, gradients of several micro-batches are summed before an update. Larger micro-batches are never slower
+    per example by the throughput fit, so the largest that fits is taken.
+
+    Args:
+        capacity: of one device; its largest batch bounds the micro-batch.
+        global_batch: examples per update, over all devices.
+        devices: that share the batch equally.
+
+    Raises:
+        UsageError: the batch does not divide over devices or into passes, or the largest batch is not known.
+    """
+    if global_batch < 1 or devices < 1:
+        raise UsageError(f"global batch {global_batch} on {devices} devices: both must be at least 1.")
+    if global_batch % devices:
+        near = max(1, round(global_batch / devices)) * devices
+        raise UsageError(
+            f"global batch {global_batch} does not divide over {devices} devices. Use {near}, or another number."
+        )
+    if capacity.max_batch is None:
+        raise UsageError("the largest batch that fits was not measured, so no micro-batch can be chosen. Measure it.")
+    share = global_batch // devices
+    fewest = math.ceil(share / capacity.max_batch)
+    # Equal micro-batches: their mean is then the mean over all examples.
+    passes = next((k for k in range(fewest, 2 * fewest + 1) if share % k == 0), None)
+    if passes is None:
+        near = devices * fewest * math.floor(share / fewest)
+        raise UsageError(
+            f"global batch {global_batch} does not divide into equal micro-batches of at most {capacity.max_batch} on "
+            f"{devices} devices without twice the passes. Use {near}."
+        )
+    micro = share // passes
+    fit = capacity.model
+    return AccumulationPlan(
+        global_batch=global_batch,
+        devices=devices,
+        micro_batch=micro,
+        accumulation=passes,
+        step_s=passes * fit.step_s(micro) if fit is not None else None,
+    )

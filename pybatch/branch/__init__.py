@@ -1,0 +1,1 @@
+"""The critical batch along a run, by branching from checkpoints."""

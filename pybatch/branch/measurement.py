@@ -1,0 +1,147 @@
+"""The critical batch along a run, by branching from checkpoints (Merrill et al. 2025, "Critical Batch Size Revisited").
+
+A run is trained at a base batch. From a checkpoint, branches go on with k times the batch, at a rate scaled by a rule,
+for the same number of examples. Two answers come from them. The paper's: the largest batch whose smoothed loss after
+those examples is within a tolerance of the base branch's. And the critical batch in the sense of a sweep: steps each
+branch takes down to a common loss level, fitted as steps to a target are.
+
+The loss is that of a fixed batch of training examples, looked at WINDOW times along each branch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pybatch.base.errors import Interrupted, UsageError
+from pybatch.branch.run import BranchedRun, Plan
+from pybatch.branch.summary import WINDOW
+from pybatch.device.identity import resolve
+from pybatch.records import Convergence
+from pybatch.scaling import SEARCHED, Base, scale
+from pybatch.training.updates import arguments, optimizer_class
+from pybatch.workloads.base import Progress, Workload
+
+FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)  # below 1 too: the critical batch may lie below the base batch
+CHECKPOINTS = (200,)  # steps: as long as the noise scale's warm-up
+TOLERANCE = 0.02  # of the base branch's last loss
+
+
+def measure_branches(
+    workload: Workload,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str = "fp32",
+    checkpoints: Sequence[int] = CHECKPOINTS,
+    factors: Sequence[float] = FACTORS,
+    base_batch: int | None = None,
+    window: int | None = None,
+    optimizer: str = "adamw",
+    lr: float | None = None,
+    rule: str | None = None,
+    seeds: int = 3,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+    time_budget: float = math.inf,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Convergence:
+    """Train at the base batch, branch at checkpoints, and find the critical batch there.
+
+    Args:
+        workload: what to train.
+        device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
+        dtype: "fp32" or "bf16" (autocast over fp32 parameters).
+        checkpoints: steps of the base run at which to branch, ascending.
+        factors: k, the branches' batch sizes in base batches; 1, the base branch, is always among them. Those that
+            make no whole batch are left out if not given by the caller.
+        base_batch: examples; None: the workload's `reference_batch`.
+        window: examples each branch trains on; None: 16 steps of the largest batch. It is rounded
+            up so that every batch size makes whole steps.
+        optimizer: one of pybatch's, by name.
+        lr: rate at the base batch; None: the workload's.
+        rule: how the rate follows the batch; None: sqrt for adaptive optimizers, linear for the others.
+        seeds: repeats of every branch, each with batches of its own.
+        tolerance: for the paper's criterion, as a share of the base branch's last loss.
+        seed: of the model and of the base run's batches.
+        time_budget: seconds. Default factors are cut from above to what it affords, by the base run's speed; when it
+            is over, only what is finished counts.
+        folder: where checkpoints are kept, and found again by the same call; None keeps them in memory.
+        progress: called with (what is being done, share done).
+
+    Returns:
+        The record, with one entry of `branches` a checkpoint.
+
+    Raises:
+        UsageError: an argument out of range, or a checkpoint in `folder` that is not this run's.
+        WorkloadError: the workload fails, or the base run's loss is not finite.
+        Interrupted: on Ctrl-C, `partial` holding the record so far.
+    """
+    base = workload.reference_batch if base_batch is None else base_batch
+    batches = _batches(base, factors)
+    _check(batches, checkpoints, seeds, tolerance, window, time_budget)
+    rule = rule or optimizer_class(optimizer).batch_rule
+    if rule in (SEARCHED, "adascale"):
+        raise UsageError(
+            f"rule {rule!r} needs more than a rate at the base batch. Take constant, linear, sqrt or adam-sde."
+        )
+    group = {"lr": workload.learning_rate if lr is None else lr}
+    scaled = {batch: scale(rule, arguments(optimizer, group), batch, Base(base)) for batch in batches}
+    place = resolve(device)
+    unit = WINDOW * math.lcm(*batches)  # every branch takes whole steps between looks
+    examples = unit * math.ceil((window or unit) / unit)
+    deadline = time.monotonic() + time_budget
+    shrinks = factors is FACTORS and window is None
+    plan = Plan(base, examples, optimizer.lower(), rule, scaled, seeds, tolerance, deadline, shrinks)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        torch.manual_seed(seed)
+        run = BranchedRun(workload, place, dtype, seed, plan, folder, progress)
+        try:
+            for index, step in enumerate(sorted(set(checkpoints))):
+                if not run.base_to(step):
+                    break
+                run.branch(step, index / len(checkpoints), 1 / len(checkpoints))
+        except KeyboardInterrupt:
+            raise Interrupted(run.result(complete=False)) from None
+        return run.result()
+
+
+def _batches(base: int, factors: Sequence[float]) -> list[int]:
+    """The branches' batch sizes, ascending, the base batch among them."""
+    if base < 1:
+        raise UsageError(f"base batch {base} is below 1. A batch has at least one example.")
+    for factor in factors:
+        if not (math.isfinite(factor) and factor > 0):
+            raise UsageError(f"factor {factor:g} makes no batch. Give positive numbers, such as 0.5,1,2,4.")
+        if factors is not FACTORS and factor * base != round(factor * base):
+            raise UsageError(
+                f"factor {factor:g} of base batch {base} makes {factor * base:g} examples; a batch has whole ones. "
+                "Leave it out, or take another base batch."
+            )
+    return sorted({base, *(round(f * base) for f in factors if f * base == round(f * base))})
+
+
+def _check(
+    batches: list[int],
+    checkpoints: Sequence[int],
+    seeds: int,
+    tolerance: float,
+    window: int | None,
+    time_budget: float,
+) -> None:
+    if len(batches) < 2:
+        raise UsageError("there is no factor but 1 to branch with. Give some, such as 0.5,1,2,4.")
+    if not checkpoints or min(checkpoints) < 0:
+        raise UsageError(f"checkpoints {list(checkpoints)}: give steps of the base run, 0 or more.")
+    if seeds < 1:
+        raise UsageError(f"seeds {seeds} leaves nothing to run. Give 1 or more; an interval needs 2.")
+    if not 0 < tolerance < 1:
+        raise UsageError(f"tolerance {tolerance:g} is no share of the loss. Give a number between 0 and 1, as 0.02.")
+    if window is not None and window < 1:
+        raise UsageError(f"window {window} holds no example. Give the examples a branch is trained on.")
+    if not time_budget > 0:
+        raise UsageError(f"time budget {time_budget} s leaves no time. Give seconds above 0.")

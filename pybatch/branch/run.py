@@ -1,0 +1,274 @@
+"""A run at a base batch, its checkpoints, and the branches that leave them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pybatch.base.errors import UsageError
+from pybatch.base.numerals import number
+from pybatch.branch import summary as branch_summary
+from pybatch.branch.summary import WINDOW, Losses
+from pybatch.device.identity import describe
+from pybatch.fits.solver import Array
+from pybatch.optim import FusedOptimizer
+from pybatch.records import Branching, Convergence, Note
+from pybatch.scaling import Scaled
+from pybatch.training import checkpoint
+from pybatch.training.fingerprint import fingerprint
+from pybatch.training.updates import optimizer_class
+from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.running.session import Session, fixed_batches
+
+_LOOK = 25  # steps of the base run between looks at the loss and the clock
+_FEWEST = 5  # batch sizes kept: fewer bend no curve
+
+
+@dataclass(frozen=True)
+class Plan:
+    base: int
+    examples: int
+    optimizer: str
+    rule: str
+    scaled: dict[int, Scaled]  # by batch size
+    seeds: int
+    tolerance: float
+    deadline: float
+    shrinks: bool  # whether large batches may be left out to keep the deadline
+
+
+@dataclass
+class Trained:
+    """A model with its optimizer, at some step."""
+
+    session: Session
+    optimizer: FusedOptimizer
+    done: int = 0
+
+    def advance(self, batch: int, rate: Callable[[int], float], steps: int) -> torch.Tensor:
+        """Train for so many steps; returns the last loss."""
+        loss = torch.zeros(())
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            loss = self.session.backward(self.session.batch(batch))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate(self.done)
+            self.optimizer.step()
+            self.done += 1
+        return loss
+
+    def evaluate(self, batch: Any) -> float:
+        """The loss of a fixed batch in evaluation mode."""
+        self.session.model.eval()
+        loss = float(self.session.loss(batch).detach())
+        self.session.model.train()
+        return loss
+
+
+@dataclass
+class BranchedRun:
+    """One call of `measure_branches`."""
+
+    workload: Workload
+    device: torch.device
+    dtype: str
+    seed: int
+    plan: Plan
+    folder: Path | None
+    progress: Progress | None
+    found: list[Branching] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)  # on what is missing
+    asides: list[Note] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.base = self._trained(self.seed, self.plan.scaled[self.plan.base])
+        self.held_out = fixed_batches(self.workload, self.device, self.dtype)[0]
+        self.untrained = self.base.evaluate(self.held_out)
+        self.state: dict[str, Any] = {}
+        self.trials = 0
+        self.batches, self.examples = list(self.plan.scaled), self.plan.examples
+        self.step_seconds = 0.0  # of the base run
+        # What a checkpoint must agree with to be this run's.
+        self.identity = repr(
+            (
+                fingerprint(self.workload),
+                self.dtype,
+                self.plan.optimizer,
+                self.plan.scaled[self.plan.base].group,
+                self.plan.base,
+                self.seed,
+            )
+        )
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"folder '{self.folder}' cannot be made: {error.strerror}. Name another.") from None
+
+    def _trained(self, seed: int, scaled: Scaled) -> Trained:
+        session = Session(self.workload, self.device, self.dtype, seed)
+        return Trained(session, optimizer_class(self.plan.optimizer)(session.parameters, **scaled.group))
+
+    def base_to(self, step: int) -> bool:
+        """Bring the base run to a step: from its checkpoint in the folder if there is one, else by training.
+
+        False where the deadline comes first.
+        """
+        path = self.folder / f"step-{step}.pt" if self.folder is not None else None
+        if path is not None and path.exists():
+            self.state = checkpoint.load(path)
+            if self.state.get("identity") != self.identity:
+                raise UsageError(
+                    f"checkpoint '{path}' belongs to another run (workload, options, optimizer, batch or seed "
+                    "differ). Name another folder."
+                )
+            self._restore(self.base)
+            return True
+        while self.base.done < step:
+            start, before = time.monotonic(), self.base.done
+            if start >= self.plan.deadline:
+                self.notes.append(Note("branches", f"the time budget ended before step {step}. Raise it"))
+                return False
+            self._say(f"base run: step {self.base.done} of {step}", len(self.found) / (len(self.found) + 1))
+            rate = self.plan.scaled[self.plan.base].lr
+            loss = self.base.advance(self.plan.base, rate, min(_LOOK, step - self.base.done))
+            self.base.session.check_finite(loss, f"at step {self.base.done} of the base run, at rate {rate(0):g}")
+            self.step_seconds = (time.monotonic() - start) / (self.base.done - before)
+        session = self.base.session
+        self.state = {
+            "identity": self.identity,
+            "step": step,
+            "model": _copied(session.model.state_dict()),
+            "optimizer": _copied(self.base.optimizer.state_dict()),
+            "generator": session.generator.get_state(),
+        }
+        if path is not None:
+            checkpoint.save(path, self.state)
+        return True
+
+    def _shrink(self) -> None:
+        """Leave out the largest batches, with which the window shrinks, until two repeats keep the deadline.
+
+        A step is taken to last as long as one of the base run where it is smaller, and in proportion where larger.
+        """
+        left, base = self.plan.deadline - time.monotonic(), self.plan.base
+
+        def seconds() -> float:
+            steps = sum(self.examples / batch * max(1.0, batch / base) for batch in self.batches)
+            return 2 * steps * self.step_seconds
+
+        kept = len(self.batches)
+        while len(self.batches) > _FEWEST and seconds() > left:
+            self.batches.pop()
+            self.examples = WINDOW * math.lcm(*self.batches)
+        if len(self.batches) < kept:
+            text = f"batches above {self.batches[-1]} were left out to keep the time budget"
+            self.asides.append(Note("branches.points", text))
+
+    def _restore(self, trained: Trained) -> None:
+        """Put the checkpoint into a model and its optimizer, whose own rate and batches stay."""
+        own = [dict(group) for group in trained.optimizer.param_groups]
+        trained.session.model.load_state_dict(self.state["model"])
+        trained.optimizer.load_state_dict(_copied(self.state["optimizer"]))
+        for group, kept in zip(trained.optimizer.param_groups, own, strict=True):
+            group.update({key: value for key, value in kept.items() if key != "params"})
+        if trained is self.base:
+            trained.session.generator.set_state(self.state["generator"])
+            trained.done = int(self.state["step"])
+
+    def branch(self, step: int, begin: float, share: float) -> None:
+        """All branches of the checkpoint the base run stands at."""
+        plan = self.plan
+        if plan.shrinks:
+            self._shrink()
+        losses: Losses = {batch: [] for batch in self.batches}
+        count = plan.seeds * len(self.batches)
+        initial = self.base.evaluate(self.held_out)
+        if step and not initial <= self.untrained:
+            text = (
+                f"the base run's loss rose from {number(self.untrained)} to {number(initial)} by step {step}, at rate "
+                f"{plan.scaled[plan.base].lr(0):g}: branches of it say nothing of a run that trains. "
+                "Lower the learning rate, or branch later"
+            )
+            self.notes.append(Note("branches", text))
+        late = False
+        for repeat in range(plan.seeds):
+            for i, batch in enumerate(self.batches):
+                done = (repeat * len(self.batches) + i) / count
+                self._say(f"branches at step {step}: batch {batch}, repeat {repeat + 1}", begin + share * done)
+                found = self._one(batch, repeat, initial) if not late else None
+                if late := found is None:
+                    break
+                losses[batch].append(found)
+                self.trials += 1
+        rates = {batch: scaled.lr(10**9) for batch, scaled in plan.scaled.items()}
+        summary = branch_summary.summarize(step, plan.base, self.examples, rates, losses, plan.tolerance)
+        self.found.append(summary)
+        if late:
+            repeats = min(len(rows) for rows in losses.values())
+            text = f"{repeats} of {plan.seeds} repeats of all batches at step {step} within the time budget. Raise it"
+            self.notes.append(Note("branches", text))
+
+    def _one(self, batch: int, repeat: int, initial: float) -> Array | None:
+        """Losses [WINDOW + 1] of one branch, at equal numbers of examples; nan from where it diverged.
+
+        None where the deadline came first.
+        """
+        found = np.full(WINDOW + 1, np.nan)
+        found[0] = initial
+        seed = self.seed + 1 + repeat
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)  # dropout: the base run's own goes on as if it had not branched
+            trained = self._trained(seed, self.plan.scaled[batch])
+            self._restore(trained)
+            for look in range(1, WINDOW + 1):
+                if time.monotonic() >= self.plan.deadline:
+                    return None
+                trained.advance(batch, self.plan.scaled[batch].lr, self.examples // (WINDOW * batch))
+                loss = trained.evaluate(self.held_out)
+                if not math.isfinite(loss):
+                    break
+                found[look] = loss
+        return found
+
+    def _say(self, what: str, share: float) -> None:
+        if self.progress is not None:
+            self.progress(what, min(1.0, share))
+
+    def result(self, complete: bool = True) -> Convergence:
+        """The record so far."""
+        plan = self.plan
+        lr = plan.scaled[plan.base].lr(10**9)
+        text = f"base rate {lr:g}, other batches by the rule '{plan.rule}'"
+        return Convergence(
+            curves=(),
+            notes=(*self.notes, *self.asides, Note("branches.learning_rate", text)),
+            optimizer=plan.optimizer,
+            seeds=plan.seeds,
+            trials=self.trials,
+            base_batch=plan.base,
+            smoothing=f"train loss of {self.workload.evaluation_examples} fixed examples, "
+            f"smoothed over five looks, {WINDOW} a branch",
+            complete=complete and not self.notes,
+            branches=tuple(self.found),
+            device=describe(self.device),
+            workload=self.base.session.info,
+        )
+
+
+def _copied(state: Any) -> Any:
+    """The same structure with tensors of its own, on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copied(value) for value in state)
+    return state

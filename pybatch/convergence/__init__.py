@@ -1,1 +1,0 @@
-"""Steps to target by training: trials, replicas, the store, sweeps, branches."""

@@ -1,0 +1,90 @@
+"""The main job in every process that `torchrun` started: process 0 measures one device, then all measure together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pybatch.answer.verdict import compare
+from pybatch.capacity.distributed import measure_distributed, process_group
+from pybatch.jobs.bench import run_bench
+from pybatch.records import Run
+from pybatch.workloads.base import Progress, Workload
+
+_ALONE = 0.7  # of the time budget, for one device; several get the rest
+_AROUND = (0.25, 0.5, 1.0, 2.0)  # of the best batch, per device: where the answer is looked for
+
+
+def run_bench_together(
+    workload: Workload,
+    *,
+    device: torch.device,
+    dtype: str,
+    time_budget: float,
+    seed: int,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Run | None:
+    """As `run_bench`, with its arguments, and then steps on 2, 4, ..., all devices.
+
+    Every process calls it; process 0 gets the run.
+
+    Raises:
+        PybatchError: in process 0, what `run_bench` raises; the others then end without a result.
+    """
+    with process_group(device) as rank:
+        run: Run | None = None
+        error: BaseException | None = None
+        if rank == 0:
+            try:
+                run = run_bench(
+                    workload,
+                    device=device,
+                    dtype=dtype,
+                    time_budget=_ALONE * time_budget,
+                    seed=seed,
+                    progress=progress,
+                    **options,
+                )
+            except BaseException as caught:  # also Ctrl-C: the others wait for an answer
+                error = caught
+        told: list[Any] = [_per_device(run, workload) if run is not None and not _stands(run) else None]
+        dist.broadcast_object_list(told, 0)
+        if error is not None:
+            raise error
+        if told[0] is None:
+            return run
+        together = measure_distributed(
+            workload,
+            device=device,
+            dtype=dtype,
+            batches=told[0],
+            time_budget=(1 - _ALONE) * time_budget,
+            seed=seed,
+            progress=progress,
+        )
+        if run is None:
+            return None
+        return replace(run, distributed=together, verdict=compare(run.capacity, run.noise, run.convergence, together))
+
+
+def _stands(run: Run) -> bool:
+    """Whether steps on as many devices were measured by the run that this one continues."""
+    found = run.distributed
+    return found is not None and (found.devices, found.backend) == (dist.get_world_size(), dist.get_backend())
+
+
+def _per_device(run: Run, workload: Workload) -> list[int]:
+    """Batches per device around the best one, within what ran; smallest, middle and largest where none is known."""
+    ran = [p.batch for p in run.capacity.batches if p.status == "ok"] if run.capacity else []
+    if not ran:
+        return [workload.reference_batch]
+    spread = {ran[0], ran[len(ran) // 2], ran[-1]}
+    best = run.verdict.best_batch if run.verdict is not None else None
+    if best is None:
+        return sorted(spread)
+    near = {max(1, min(round(best * factor), max(ran))) for factor in _AROUND}
+    return sorted(near if len(near) > 1 else spread)  # one batch can't tell computing from communicating

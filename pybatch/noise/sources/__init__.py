@@ -1,0 +1,1 @@
+"""Where pairs of gradient norms come from, one file a source."""

@@ -1,0 +1,238 @@
+"""Noise from micro-batches of plain accumulation: gradients as autograd adds them into `.grad`, with any optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pybatch.base.errors import UsageError
+from pybatch.base.numerals import counted
+from pybatch.noise.closures import Evaluations
+from pybatch.noise.handle import Accumulation, Collector, Count, Examples, combine, trainable
+from pybatch.noise.norms import Places, squares
+from pybatch.noise.preconditioner import Preconditioner
+from pybatch.records import Note
+
+HELD_BYTES = 64 << 20  # of micro-batch gradients kept until their norms are taken together: one launch for many
+MISSING = "no pair of norms: a step needs two or more backward passes before optimizer.step()"
+
+
+class BackwardNoise(Collector):
+    """Pairs from the gradients of the backward passes before a step, and from their accumulated mean.
+
+    A hook on each parameter sees the micro-batch's own gradient before it is added to `.grad`; at the end of the
+    backward pass the norms are taken, so that clipping afterwards does not reach them. A step counts when the
+    optimizer takes it; of the passes in a closure of its own, those of the first evaluation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        layers: bool = False,
+        preconditioned: bool = False,
+        examples: Examples = None,
+        accumulation: Accumulation = "mean",
+        scaler: Any = None,
+        unit: str | None = None,
+        notes: tuple[Note, ...] = (),
+    ) -> None:
+        named = dict(trainable(model))
+        if not named:
+            raise UsageError("attach(): the model has no parameter to train, so there is no gradient to measure.")
+        if not {p for group in optimizer.param_groups for p in group["params"]}.intersection(named.values()):
+            raise UsageError("attach(): the optimizer holds no parameter of this model. Pass its own.")
+        self._params = list(named.values())
+        names = tuple(named) if layers else ()
+        super().__init__(
+            "micro-batches",
+            model,
+            self._params[0].device,
+            layers=names,
+            preconditioned=preconditioned,
+            unit=unit,
+            missing=MISSING,
+            notes=notes,
+        )
+        self._precondition = Preconditioner(optimizer) if preconditioned else None
+        self._accumulation, self._scaler = accumulation, scaler
+        self._places = Places(self._device)
+        self._counter = Count(model, examples, started=self._recover)
+        self._evaluations = Evaluations(optimizer, self.close, self._drop)
+        self._held: list[tuple[int, torch.Tensor]] = []
+        self._held_bytes = 0
+        self._in_backward = False
+        self._several = 0  # backward passes after more than one counted forward pass
+        self._fresh: set[int] = set()  # parameters whose `.grad` was None before this backward pass
+        self._left: list[tuple[int, tuple[int, int]]] = []  # parameters and what `_mark` said after the last pass
+        self._altered = torch.zeros((), dtype=torch.float64, device=self._device)  # steps left out for it
+        self._own = self._zeros()  # [2, parameters] of this backward pass: plain and preconditioned
+        self.forget()
+        self._removals = [
+            *(p.register_hook(self._watch(i)).remove for i, p in enumerate(self._params)),  # type: ignore[no-untyped-call]
+            self._evaluations.remove,
+            self._counter.remove,
+        ]
+
+    def _zeros(self) -> torch.Tensor:
+        return torch.zeros((2, len(self._params)), dtype=torch.float64, device=self._device)
+
+    def forget(self) -> None:
+        """Leave out the micro-batches since the last step."""
+        self._members, self._inverse, self._examples = 0, 0.0, 0.0
+        self._squares, self._large = self._zeros(), self._zeros()
+        self._doubt: torch.Tensor | None = None  # NaN where the step began with gradients of unknown origin
+
+    def _drop(self) -> bool:
+        self.forget()
+        return self._counter is not None and self._counter.forget()
+
+    def _recover(self) -> None:
+        """A backward pass that raised, out of memory say, never came to its end: what it left is let go."""
+        self._refuse_changed(frozen=False)
+        if self._in_backward and torch._C._current_graph_task_id() < 0:
+            self._in_backward = False
+            self._held, self._held_bytes = [], 0
+
+    def _watch(self, index: int) -> Any:
+        def see(grad: torch.Tensor) -> None:
+            if self._evaluations.later:
+                return
+            if not self._in_backward:
+                self._begin()
+            if self._params[index].grad is None:
+                self._fresh.add(index)  # becomes `.grad` itself: holding it would force a copy
+                return
+            self._held.append((index, grad))
+            self._held_bytes += grad.numel() * grad.element_size()
+            if self._held_bytes > HELD_BYTES:
+                self._flush()
+
+        return see
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """The first gradient of a backward pass is there; none was added to `.grad` yet."""
+        self._in_backward = True
+        self._own, self._fresh = self._zeros(), set()
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        grads = [grad for p in self._params if (grad := p.grad) is not None]
+        changed = any(_mark(self._params[i]) not in (None, mark) for i, mark in self._left)
+        if changed if self._members else grads:
+            # Zeros begin a step; gradients of the step before, or clipped ones, are no sum of this step's passes.
+            if self._members:
+                self._abandon()
+            left = squares(grads).sum()
+            self._altered = self._altered + (left != 0.0)
+            self._doubt = torch.where(left == 0.0, 1.0, torch.nan).double()
+
+    def _flush(self) -> None:
+        if self._held:
+            index = [i for i, _ in self._held]
+            self._own[:, self._places(index)] += self._norms(index, [grad for _, grad in self._held])
+            self._held, self._held_bytes = [], 0
+
+    def _norms(self, index: list[int], grads: list[torch.Tensor]) -> torch.Tensor:
+        """[2, len(index)]: squared norms, plain and preconditioned; NaN where there is no preconditioner yet."""
+        plain = squares(grads, self._scaled)
+        if self._precondition is None:
+            return torch.stack([plain, torch.zeros_like(plain)])
+        given = zip(index, grads, strict=True)
+        return torch.stack(
+            [plain, torch.stack([self._precondition(self._params[i], g, self._scaled) for i, g in given])]
+        )
+
+    @torch.no_grad()
+    def _end(self) -> None:
+        """The backward pass is over: close the micro-batch."""
+        self._in_backward = False
+        self._flush()
+        present = [i for i, p in enumerate(self._params) if p.grad is not None]
+        marks = [(i, mark) for i in present if (mark := _mark(self._params[i])) is not None]
+        if not present or (self._members and marks == self._left):
+            return  # torch.autograd.grad(): nothing was accumulated
+        sizes = self._counter.take() if self._counter is not None else []
+        if self._members and self._fresh.issuperset(present):
+            self._abandon()
+        if not sizes:
+            raise UsageError(
+                "no examples were counted for this backward pass: the attached model's forward() was not called. "
+                "Attach to the model that is called (the compiled one, say), or with examples='count' and call "
+                "handle.count(n) before each backward()."
+            )
+        grads = [g for i in present if (g := self._params[i].grad) is not None]
+        self._large = self._zeros()
+        self._large[:, self._places(present)] = self._norms(present, grads)
+        fresh = [i for i in present if i in self._fresh]
+        if fresh:
+            places = self._places(fresh)
+            self._own[:, places] += self._large[:, places]
+        size = sizes[-1]
+        self._several += len(sizes) > 1
+        self._squares += self._own / size if self._accumulation == "weighted" else self._own
+        self._members += 1
+        self._inverse += 1.0 / size
+        self._examples += size
+        self._left = marks
+
+    def _abandon(self) -> None:
+        """Gradients were cleared without a step; under a scaler because they were not finite."""
+        if self._scaler is not None:
+            self._skip()
+        self.forget()
+
+    def close(self, scale: float = 1.0) -> bool:
+        """The passes of a step are complete: keep their pair; returns whether there were any.
+
+        Args:
+            scale: the gradients are so many times those of the step.
+        """
+        k = self._members
+        if k:
+            weighted = self._accumulation == "weighted"
+            sums = self._squares if self._accumulation == "sum" else self._squares * (k * k)
+            large = self._large / (k * k) if self._accumulation == "sum" else self._large
+            sums, large = sums / scale**2, large / scale**2
+            small, n_small, n_large = combine(weighted, k, sums, self._examples if weighted else self._inverse)
+            if self._scaler is not None:
+                factor = self._scaler.scale(torch.ones((), device=self._device)).double() ** -2
+                small, large = small * factor, large * factor
+            if self._doubt is not None:
+                small = small * self._doubt
+            self._row(n_small, n_large, self._arrange(small), self._arrange(large))
+        self.forget()
+        return k > 0
+
+    def _arrange(self, norms: torch.Tensor) -> torch.Tensor:
+        """[2, parameters] to [series]."""
+        totals = norms.sum(dim=1)
+        layers = norms[0] if self._accumulator.layers else norms[0, :0]
+        return torch.cat([totals[: 2 if self._precondition else 1], layers])
+
+    def _settle(self) -> None:
+        """A step is a row at once."""
+
+    def _said(self) -> tuple[Note, ...]:
+        notes, altered = list(self._notes), round(float(self._altered))
+        if self._several:
+            text = (
+                f"{self._several} backward passes came after several forward passes, and the examples of the last "
+                "alone were counted: where a loss holds them all, attach with examples='count'"
+            )
+            notes.append(Note("noise.b_simple", text))
+        if altered:
+            text = (
+                f"left out: {counted(altered, 'step')}, because gradients were left from the step before, or changed "
+                "between backward passes: clear those of the whole model after every step, and clip once, right "
+                "before it"
+            )
+            notes.append(Note("noise.skipped", text))
+        return tuple(notes)
+
+
+def _mark(param: torch.Tensor) -> tuple[int, int] | None:
+    """What changes when a gradient is written in place or replaced; None where there is none."""
+    return None if param.grad is None else (param.grad.data_ptr(), param.grad._version)

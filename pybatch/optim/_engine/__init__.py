@@ -1,0 +1,1 @@
+"""What the optimizers share: options, state, tables of tensors, clipping, accumulation, saving."""

@@ -1,0 +1,38 @@
+"""What a GradScaler leaves on an optimizer that unscales by itself: the attributes `grad_scale` and `found_inf`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pybatch.base.errors import UsageError
+
+
+def scalars(optimizer: object, device: torch.device) -> list[torch.Tensor | None]:
+    """Scale and verdict as fp32 on the device, None where there is none."""
+    values = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
+    return [None if value is None else torch.as_tensor(value, dtype=torch.float32, device=device) for value in values]
+
+
+def forget(optimizer: object) -> None:
+    """Remove both after a refused step: the scaler does so only after a successful one."""
+    for name in ("grad_scale", "found_inf"):
+        if hasattr(optimizer, name):
+            delattr(optimizer, name)
+
+
+def check_consumed(optimizer: object, params: Sequence[torch.Tensor]) -> None:
+    """Raise UsageError unless a step after accumulate() can use the sums alone."""
+    for index, param in enumerate(params):
+        if param.grad is not None:
+            raise UsageError(
+                f"step() after accumulate(): parameter {index} of shape {tuple(param.shape)} has a gradient that "
+                "was not accumulated. Call accumulate(n) after every backward(), the last one too."
+            )
+    # The scaler found no gradient to look at: its verdict is the int 0, and its update() would fail.
+    if isinstance(getattr(optimizer, "found_inf", None), int):
+        raise UsageError(
+            "GradScaler.step() after accumulate(): the scaler looks for infinities in p.grad, which accumulate() "
+            "has consumed. Let .grad accumulate as in torch, or train in bf16 without a scaler."
+        )

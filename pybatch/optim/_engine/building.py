@@ -1,0 +1,169 @@
+"""From parameters and their states to the lists that a pass runs over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from pybatch import ops
+from pybatch.base.errors import UsageError
+from pybatch.optim._engine import masters, sharding
+from pybatch.optim._engine.arguments import check_capturable
+from pybatch.optim._engine.hyper import Groups, HyperRows
+from pybatch.optim._engine.options import Options, Rule
+from pybatch.optim._engine.slots import Slot, check_param, fit_state
+
+State = dict[Any, dict[str, Any]]
+RuleOf = Callable[[dict[str, Any], torch.Tensor], Rule]
+
+
+class Staged(NamedTuple):
+    """A parameter that two passes update: the first writes `tensor`, which the optimizer transforms."""
+
+    slot: int
+    tensor: torch.Tensor
+    group: int
+
+
+class Found(NamedTuple):
+    """The parameters of an optimizer: those to list, the numbers of their groups, and those without anything yet."""
+
+    slots: list[Slot]
+    numbers: list[int]
+    others: list[torch.Tensor]
+
+
+def find(groups: Groups, state: State, known: set[torch.Tensor]) -> Found:
+    """List the parameters that have a gradient or a state, or are known.
+
+    Raises:
+        UsageError: one of them can't be updated by any backend, or is on another device than the first.
+    """
+    found: list[tuple[int, torch.Tensor]] = []
+    numbers, others, index = [], [], 0
+    for number, group in enumerate(groups):
+        for param in group["params"]:
+            if param.grad is not None or param in known or bool(state.get(param)):
+                check_param(index, param, found[0][1].device if found else None)
+                found.append((index, param))
+                numbers.append(number)
+            else:
+                others.append(param)
+            index += 1
+    if found:
+        check_capturable(groups, found[0][1].device)
+    return Found([Slot.of(index, param) for index, param in found], numbers, others)
+
+
+class Lists:
+    """The lists of an optimizer, with states made or brought into the layout of their parameters.
+
+    Args:
+        found: at least one slot.
+        groups, state: torch's `param_groups` and `optimizer.state`.
+        options: the optimizer's.
+        rule_of: rule of a parameter.
+        processes: that hold shards of the parameters; None: there is only this one.
+        ledger: the optimizer's scalars; None: made here.
+        layers: saved noise statistics per parameter, by index; float64 [ops.LAYER_SIZE] each.
+
+    Raises:
+        UsageError: a parameter that can't be stored or updated as asked, before anything was written.
+    """
+
+    def __init__(
+        self,
+        found: Found,
+        groups: Groups,
+        state: State,
+        options: Options,
+        rule_of: RuleOf,
+        processes: sharding.Processes | None,
+        ledger: ops.Ledger | None,
+        layers: Mapping[int, torch.Tensor],
+    ) -> None:
+        device = found.slots[0].device
+        self.backend = ops.choose_backend(options.backend, device)
+        self.masters: dict[int, tuple[str, torch.Tensor]] = {}  # by slot
+        self.staged: list[Staged] = []
+        self.rows, self.more_rows = HyperRows(), HyperRows()
+        rules = [rule_of(groups[number], slot.param) for number, slot in zip(found.numbers, found.slots, strict=True)]
+        stored = [masters.storage(slot, options) for slot in found.slots]
+        for slot, rule in zip(found.slots, rules, strict=True):
+            check_whole(slot, rule)
+        self.ledger = ledger or ops.Ledger(device)
+        self.ledger.to(device)
+        entries, more, counted = [], [], []
+        for i, (slot, rule, number) in enumerate(zip(found.slots, rules, found.numbers, strict=True)):
+            storage, extra = stored[i]
+            # A stateless rule counts its steps only for the random bits.
+            keeps = bool(rule.states or extra or storage.endswith("_stochastic"))
+            own = state[slot.param] if keeps else {}
+            step = steps_so_far(own)
+            states = tuple(self._fit(slot, own, name) for name in rule.states)
+            if extra is not None:
+                master = masters.fit_master(slot, extra, own.get(extra))
+                own[extra] = placed(slot, own.get(extra), master)
+                self.masters[i] = (extra, master)
+            share = 1.0 if processes is None else processes.share(slot.param)
+            target, name, row = slot.dense, rule.name, self.rows.row(number, rule)
+            kept = self.masters[i][1] if extra else None
+            if rule.then is not None:
+                staging = torch.empty_like(slot.dense, dtype=torch.bfloat16)
+                self.staged.append(Staged(i, staging, number))
+                then = self.more_rows.row(number, Rule(rule.then, extra=rule.extra))
+                more.append(ops.Entry(target, (), rule.then, then, step, storage, kept, slot.index, share))
+                target, storage, kept = staging, "bfloat16", None
+            entries.append(ops.Entry(target, states, name, row, step, storage, kept, slot.index, share))
+            counted.append(own if keeps else None)
+        statistics = saved_layers(found.slots, layers, device) if options.noise else None
+        self.first = ops.TensorList(entries, len(self.rows.of), self.ledger, self.backend, statistics)
+        self.second: ops.TensorList | None = None
+        if more:
+            self.second = ops.TensorList(more, len(self.more_rows.of), self.ledger, self.backend)
+            self.second.set("grad_type", [ops.DTYPES[torch.bfloat16]] * len(more))
+        for step, kept_state in zip(self.first.steps, counted, strict=True):
+            if kept_state is not None:
+                kept_state["step"] = step
+
+    @staticmethod
+    def _fit(slot: Slot, own: dict[str, Any], name: str) -> torch.Tensor:
+        fitted = fit_state(slot, name, own.get(name))
+        own[name] = placed(slot, own.get(name), fitted)
+        return fitted
+
+
+def check_whole(slot: Slot, rule: Rule) -> None:
+    """Raise UsageError where a second pass needs all of a parameter that is sharded."""
+    if rule.then is not None and slot.shape != slot.param.shape:
+        raise UsageError(
+            f"{slot.what} is sharded, and {rule.then} needs the whole of it. Replicate it, or give it to another rule."
+        )
+
+
+def placed(slot: Slot, saved: torch.Tensor | None, fitted: torch.Tensor) -> torch.Tensor:
+    """A state as the user sees it: sharded as its parameter."""
+    if not slot.sharded:
+        return fitted
+    if saved is not None and sharding.is_sharded(saved) and sharding.local(saved) is fitted:
+        return saved
+    return sharding.like(slot.param, fitted)
+
+
+def saved_layers(slots: list[Slot], saved: Mapping[int, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Noise statistics by slot, float64 [slots, ops.LAYER_SIZE]; 0 where nothing was saved."""
+    made = torch.zeros(len(slots), ops.LAYER_SIZE, dtype=torch.float64, device=device)
+    for row, slot in zip(made, slots, strict=True):
+        if slot.index in saved:
+            row.copy_(saved[slot.index])
+    return made
+
+
+def steps_so_far(own: Mapping[str, Any]) -> torch.Tensor | float:
+    """Updates a parameter has had; the twin of a rule with momentum alone does not count them, and has had one."""
+    counted: torch.Tensor | float | None = own.get("step")
+    if counted is not None:
+        return counted
+    return 1.0 if own.get("momentum_buffer") is not None else 0.0

@@ -1,0 +1,40 @@
+"""Hyper-parameters on the device: a row for each group and rule, sent where they changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from pybatch import ops
+from pybatch.optim._engine.arguments import is_device_scalar
+from pybatch.optim._engine.options import Rule
+
+Groups = list[dict[str, Any]]
+HyperOf = Callable[[dict[str, Any], Rule], tuple[float, ...]]
+
+
+class HyperRows:
+    """The rows of hyper-parameters of one list: one per group and rule."""
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[int, Rule], int] = {}
+        self._sent: list[tuple[float, ...]] = []
+
+    def row(self, group: int, rule: Rule) -> int:
+        """The row of this group and rule, made where there is none."""
+        return self.of.setdefault((group, rule), len(self.of))
+
+    def send(self, tensors: ops.TensorList, groups: Groups, hyper_of: HyperOf, maximize: bool) -> None:
+        """Bring the list's hyper-parameters up to date; a learning rate on a device is copied there."""
+        values = []
+        for number, rule in self.of:
+            group = groups[number]
+            lr = math.nan if is_device_scalar(group["lr"]) else float(group["lr"])
+            values.append((lr, float(maximize and group["maximize"]), *hyper_of(group, rule)))
+        if values != self._sent:
+            tensors.set_hyper(values)
+            self._sent = values
+        for row, (number, _) in zip(tensors.hyper, self.of, strict=True):
+            if is_device_scalar(groups[number]["lr"]):
+                row[0:1].copy_(groups[number]["lr"].reshape(1), non_blocking=True)

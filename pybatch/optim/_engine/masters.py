@@ -1,0 +1,57 @@
+"""How a 16-bit parameter is stored: as it is, rounded stochastically, or as the rounding of an fp32 master."""
+
+from __future__ import annotations
+
+import torch
+
+from pybatch.base.errors import UsageError
+from pybatch.optim._engine.options import Options
+from pybatch.optim._engine.slots import Slot, fit_state
+
+
+def storage(slot: Slot, options: Options) -> tuple[str, str | None]:
+    """The storage's name in kernels/table.h, and the name of the state that it needs.
+
+    Raises:
+        UsageError: a remainder for fp16.
+    """
+    dtype = str(slot.dtype).removeprefix("torch.")
+    if slot.dtype == torch.float32:
+        return dtype, None
+    if options.master_weights == "remainder":
+        if slot.dtype != torch.bfloat16:
+            raise UsageError(
+                f"master_weights='remainder': {slot.what} is {slot.dtype}, and only bf16 is the upper half of an fp32. "
+                "Use master_weights=True."
+            )
+        return f"{dtype}_remainder", "remainder"
+    if options.master_weights:
+        return f"{dtype}_master", "master"
+    return f"{dtype}_stochastic" if options.stochastic else dtype, None
+
+
+def fit_master(slot: Slot, name: str, saved: torch.Tensor | None) -> torch.Tensor:
+    """The master or remainder of a parameter: what was saved, in agreement with what the parameter holds now."""
+    if name == "remainder":
+        return fit_state(slot, name, saved, torch.int16)
+    if saved is None:
+        return slot.dense.to(torch.float32)
+    master = fit_state(slot, name, saved)
+    _follow(master, slot.dense)
+    return master
+
+
+def refresh(slot: Slot, name: str, master: torch.Tensor) -> None:
+    """Take over what others wrote to a parameter.
+
+    A master keeps the elements whose rounding the parameter still holds. A remainder is set to 0: the upper halves
+    are in the parameter itself.
+    """
+    if name == "remainder":
+        master.zero_()
+    else:
+        _follow(master, slot.dense)
+
+
+def _follow(master: torch.Tensor, value: torch.Tensor) -> None:
+    master.copy_(torch.where(master.to(value.dtype) == value, master, value))

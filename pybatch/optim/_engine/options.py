@@ -1,0 +1,80 @@
+"""pybatch's own arguments of an optimizer, and the form in which an optimizer names its update rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from pybatch import ops
+from pybatch.base.errors import UsageError
+
+DEFAULT_SEED = 0  # of stochastic rounding where the user gives none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every fused optimizer takes beside torch's arguments; checked when made.
+
+    Attributes:
+        max_grad_norm: clip the gradient to this global L2 norm over all groups, with the formula of
+            `torch.nn.utils.clip_grad_norm_`; None: no clipping.
+        noise: collect the gradient noise scale from the micro-batches given to `accumulate`.
+        master_weights: True: fp32 copies of 16-bit parameters are updated, the parameters are their rounding.
+            "remainder": only the 16 bits that bf16 lacks are kept. fp32 parameters are not affected.
+        stochastic_rounding: 16-bit parameters without a master are rounded up with a probability equal to the
+            distance; an int is the seed.
+        backend: "cpp", "cuda", "triton"; None: the best one for the parameters' device.
+
+    Raises:
+        UsageError: an argument outside its range, or two that exclude each other.
+    """
+
+    max_grad_norm: float | None = None
+    noise: bool = False
+    master_weights: bool | Literal["remainder"] = False
+    stochastic_rounding: bool | int = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_grad_norm is not None and not float(self.max_grad_norm) > 0.0:
+            raise UsageError(f"max_grad_norm {self.max_grad_norm}: a norm is above 0. Give one, or None not to clip.")
+        if self.backend is not None and self.backend not in ops.BACKENDS:
+            raise UsageError(f"backend {self.backend!r} is not known. Use one of: {', '.join(ops.BACKENDS)}, or None.")
+        if self.master_weights not in (False, True, "remainder"):
+            raise UsageError(f"master_weights {self.master_weights!r} is not known. Use True, 'remainder' or False.")
+        seed = self.stochastic_rounding
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise UsageError(f"stochastic_rounding {seed!r}: give True, False or a seed from 0 to 2**63 - 1.")
+        if self.master_weights and self.stochastic:
+            raise UsageError(
+                f"master_weights={self.master_weights!r} with stochastic_rounding={seed!r}: with a master nothing is "
+                "lost to rounding. Leave one out."
+            )
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether parameters are rounded stochastically: 0 is a seed too."""
+        return self.stochastic_rounding is not False
+
+    @property
+    def seed(self) -> int:
+        """Seed of the rounding; True stands for the default one."""
+        return DEFAULT_SEED if isinstance(self.stochastic_rounding, bool) else self.stochastic_rounding
+
+
+class Rule(NamedTuple):
+    """How one parameter is updated.
+
+    Attributes:
+        name: in kernels/rules.h.
+        states: torch's names of its fp32 states, in the rule's order.
+        extra: numbers of this parameter that `_hyper` needs beside its group, such as a factor from its shape.
+            Parameters of one group with equal rules share a row of hyper-parameters.
+        then: name of the rule of a second pass. The first pass then writes to a bf16 staging tensor instead of the
+            parameter; the optimizer's `_transform` turns that into the second pass's gradient. None: one pass.
+    """
+
+    name: str
+    states: tuple[str, ...] = ()
+    extra: tuple[float, ...] = ()
+    then: str | None = None

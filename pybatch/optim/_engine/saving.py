@@ -1,0 +1,89 @@
+"""State dictionaries, copies and pickles of an optimizer: torch's, with what only pybatch has beside it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from pybatch import ops
+from pybatch.optim._engine import statistics
+from pybatch.optim._engine.options import Options
+from pybatch.optim._engine.tables import Tables
+
+
+class SavedOptimizer(Optimizer):
+    """The part of a fused optimizer that is saved and loaded; what a step has under way is not."""
+
+    _options: Options
+    _ledger: ops.Ledger | None
+    _tables: Tables | None
+    _saved_layers: dict[int, torch.Tensor]
+    _single_steps: int
+    _seed: int
+
+    @abstractmethod
+    def _reset(self, ledger: ops.Ledger | None = None, single_steps: int = 0, seed: int | None = None) -> None:
+        """Forget tables and sums, which are made anew by the next step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, readable by the twin; what only pybatch has is under the key "pybatch"."""
+        state = super().state_dict()
+        if self._ledger is not None:
+            state["pybatch"] = self._own_state()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; takes the twin's dictionaries too. States keep fp32 where torch would cast them."""
+        super().load_state_dict(state_dict)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, param in zip(saved_ids, self._params(), strict=True):
+            saved = state_dict["state"].get(i, {})
+            if param.dtype != torch.float32:
+                for name, value in saved.items():
+                    if isinstance(value, torch.Tensor) and name != "step":
+                        dtype = torch.float32 if value.is_floating_point() else value.dtype
+                        self.state[param][name] = value.to(param.device, dtype)
+        own = state_dict.get("pybatch")
+        if own is None:  # of the twin, or made without noise: what was measured before belongs to another run
+            self._ledger, self._saved_layers, self._single_steps = None, {}, 0
+        self._load_own(own)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_options": self._options, "_copied": self._own_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For torch's load_state_dict, copies and pickles alike: addresses are taken anew at the next step."""
+        copied = state.pop("_copied", None)
+        ledger: ops.Ledger | None = self.__dict__.get("_ledger")
+        if ledger is not None:
+            ledger.discard()
+        seed: int | None = self.__dict__.get("_seed")
+        self._options = state.pop("_options", None) or self._options
+        self._reset(ledger, self.__dict__.get("_single_steps", 0), seed)
+        self._load_own(copied)
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def _own_state(self) -> dict[str, Any] | None:
+        if self._ledger is None:
+            return None
+        own = statistics.save(self._ledger, self._layers()) | {"single_steps": self._single_steps}
+        return own | {"seed": self._seed} if self._options.stochastic else own
+
+    def _layers(self) -> dict[int, torch.Tensor]:
+        return self._saved_layers | ({} if self._tables is None else self._tables.layers())
+
+    def _load_own(self, saved: dict[str, Any] | None) -> None:
+        if saved is not None:
+            self._ledger, self._saved_layers = statistics.load(saved)
+            self._single_steps = saved["single_steps"]
+            if self._options.stochastic:
+                self._seed = saved.get("seed", self._seed)
+
+    def _params(self) -> list[torch.Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]

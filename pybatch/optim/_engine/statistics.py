@@ -1,0 +1,75 @@
+"""The noise statistics of an optimizer: read, named, saved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from pybatch import ops
+from pybatch.fits import noise as estimator
+from pybatch.optim._engine.hyper import Groups
+from pybatch.records import LayerNoise, NoiseScale
+
+SOURCE = "micro-batches"
+Layers = Mapping[int, torch.Tensor]
+
+
+def names(groups: Groups) -> list[str]:
+    """Names of all parameters: the user's, or the index over all groups."""
+    given = [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
+    return [str(i) if name is None else name for i, name in enumerate(given)]
+
+
+def noise(ledger: ops.Ledger | None, layers: Layers, named: list[str], single: int) -> NoiseScale:
+    """The noise scale in total and by parameter; waits for the device.
+
+    Args:
+        ledger: the optimizer's; None before its first gradient.
+        layers: float64 [ops.LAYER_SIZE] by index of parameter.
+        named: names of all parameters.
+        single: steps of one micro-batch, which give no pair of norms.
+    """
+    if ledger is None:
+        return estimator.estimate(np.zeros((0, 3)), source=SOURCE, single=single)
+    pairs = float(ledger["pairs"])
+    total = estimator.estimate(
+        ledger.ring.cpu().numpy(),
+        source=SOURCE,
+        small_batch=float(ledger["small_sum"]) / pairs if pairs else None,
+        large_batch=float(ledger["large_sum"]) / pairs if pairs else None,
+        skipped=int(ledger["skipped"]),
+        single=single,
+    )
+    return dataclasses.replace(total, layers=_entries(layers, named, total.small_batch))
+
+
+def _entries(layers: Layers, named: list[str], small_batch: float | None) -> tuple[LayerNoise, ...]:
+    """One entry for each parameter that has had a pair of norms."""
+    if not layers:
+        return ()
+    rings = torch.stack([layers[index][ops.LAYER_SUMS :] for index in sorted(layers)]).cpu().numpy()
+    found = estimator.estimate_layers(
+        [named[index] for index in sorted(layers)], rings.reshape(len(rings), -1, 3), small_batch
+    )
+    return tuple(layer for layer in found if layer.grad_sq is not None)
+
+
+def save(ledger: ops.Ledger, layers: Layers) -> dict[str, Any]:
+    """For a state_dict: copies of the ledger, and of the statistics of single parameters with their indices."""
+    state: dict[str, Any] = dict(ledger.state_dict())
+    if layers:
+        rows = torch.stack([layers[index] for index in sorted(layers)])
+        rows[:, : ops.LAYER_SUMS] = 0.0  # of a step under way
+        state |= {"layers": rows, "layer_indices": sorted(layers)}
+    return state
+
+
+def load(saved: dict[str, Any]) -> tuple[ops.Ledger, dict[int, torch.Tensor]]:
+    """The ledger and the statistics by index of parameter that `save` gave."""
+    ledger = ops.Ledger(saved["ledger"].device)
+    ledger.load_state_dict(saved)
+    return ledger, dict(zip(saved.get("layer_indices", []), saved.get("layers", []), strict=True))

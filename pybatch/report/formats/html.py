@@ -1,0 +1,284 @@
+"""The report: one HTML file with everything in it, for a browser without a network.
+
+Text comes first and stands without JavaScript; every plot has its table behind it. The page forbids itself any request
+by a content security policy.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from importlib.resources import files
+from pathlib import Path
+
+from pybatch.base import numerals as n
+from pybatch.base.codec import encode
+from pybatch.base.errors import UsageError
+from pybatch.records import Capacity, Convergence, Environment, NoiseScale, NoiseTrajectory, Reason, Run, Verdict
+from pybatch.report import factors
+from pybatch.report.capacity_figures import capacity_figures
+from pybatch.report.convergence_figures import convergence_figures
+from pybatch.report.figure import Figure
+from pybatch.report.generalization_figures import generalization_figures
+from pybatch.report.layout import Section, Table
+from pybatch.report.noise_figures import noise_figures
+from pybatch.report.output import Output
+from pybatch.report.sections import sections, title, unit_of
+
+
+def write_report(records: Sequence[object] | object, path: str | Path) -> None:
+    """Write one self-contained HTML file.
+
+    Args:
+        records: runs, in the order they shall be shown. Loose results (`Capacity`, `NoiseScale`, `Convergence`,
+            `Verdict`) are taken together as one run without an environment.
+        path: where to write; an existing file is replaced in one step.
+
+    Raises:
+        UsageError: there is nothing to report, something is not a record, or the file can't be written.
+    """
+    runs = as_runs(records if isinstance(records, Sequence) else [records])
+    output = Output(Path(path))
+    try:
+        output.write(page(runs))
+    finally:
+        output.discard()
+
+
+def as_runs(records: Sequence[object]) -> list[Run]:
+    """Runs as they are, and loose results together as one more; raises UsageError as `write_report`."""
+    runs = [record for record in records if isinstance(record, Run)]
+    loose: dict[str, object] = {}
+    names = {
+        Capacity: "capacity",
+        NoiseScale: "noise",
+        NoiseTrajectory: "trajectory",
+        Convergence: "convergence",
+        Verdict: "verdict",
+    }
+    for record in records:
+        if isinstance(record, Run):
+            continue
+        name = names.get(type(record))
+        if name is None or name in loose:
+            why = f"a second {type(record).__name__}" if name else f"{type(record).__name__} {record!r:.60}"
+            raise UsageError(f"write_report: {why} can't be reported. Give Runs, or one result of each kind.")
+        loose[name] = record
+    if loose:
+        runs.append(Run(created="", environment=None, **loose))  # type: ignore[arg-type]
+    if not runs:
+        raise UsageError("write_report: no records were given. Give at least one.")
+    return runs
+
+
+def figures_of(run: Run, number: int = 0) -> list[Figure]:
+    """All figures of a run, those that can't be drawn among them, named apart from those of other runs."""
+    found = capacity_figures(run)
+    if run.convergence is not None:
+        place = 2 if run.capacity is not None else 0  # after throughput and goodput
+        unit = unit_of(run)
+        found[place:place] = convergence_figures(run.convergence, unit) + generalization_figures(run.convergence, unit)
+    found += noise_figures(run.noise, run.trajectory, unit_of(run))
+    return [replace(figure, name=f"{figure.name}-{number}") for figure in found]
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The whole page as text."""
+    drawn = [figures_of(run, number) for number, run in enumerate(runs)]
+    several = len(runs) > 1  # else the page's own heading names the run
+    parts = [_run(run, own, number, several) for number, (run, own) in enumerate(zip(runs, drawn, strict=True))]
+    heading = title(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"
+    nav = ""
+    if len(runs) > 1:
+        nav = "<nav>" + "".join(f'<a href="#run-{i}">{_text(title(run))}</a>' for i, run in enumerate(runs)) + "</nav>"
+    parts += [f"<section>\n{section_html(section)}</section>\n" for section in factors.sections(runs)]
+    data = [as_data(figure) for own in drawn for figure in own if figure.missing is None]
+    script = resource("page.js")
+    library = plotly() if data else ""
+    allowed = " ".join(_digest(code) for code in (library, script)) if data else "'none'"
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            "style-src 'unsafe-inline'",  # plotly sets styles
+            "img-src data: blob:",  # plotly's own download button
+            f"script-src {allowed}",
+        ]
+    )
+    drawing = (
+        f'<script type="application/json" id="figures">{embedded(data)}</script>\n'
+        f"<script>{library}</script>\n<script>{script}</script>\n"
+        if data
+        else ""
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<title>pybatch: {_text(heading)}</title>\n<link rel="icon" href="data:,">\n'
+        f"<style>\n{resource('page.css')}</style>\n</head>\n<body>\n"
+        f"<h1>{_text(heading)}</h1>\n{nav}\n{''.join(parts)}{drawing}</body>\n</html>\n"
+    )
+
+
+def as_data(figure: Figure) -> dict[str, object]:
+    """What `page.js` draws a figure from."""
+    return {"name": figure.name, "traces": figure.traces, "layout": figure.layout}
+
+
+def resource(name: str) -> str:
+    """The text of a file beside this one."""
+    return files("pybatch.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def plotly() -> str:
+    """plotly.js as text; raises UsageError where plotly is not installed."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise UsageError("the HTML report needs plotly, which is not installed. Run: pip install plotly") from None
+    code: str = get_plotlyjs()
+    return code
+
+
+def _digest(code: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
+
+
+def embedded(data: object) -> str:
+    """JSON that can't end its script element."""
+    return json.dumps(encode(data), separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _run(run: Run, figures: Sequence[Figure], number: int, titled: bool) -> str:
+    found = sections(run)
+    when = f'<p class="soft">{_text(run.created)}</p>\n' if run.created else ""
+    incomplete = "" if run.complete else "<p><strong>Incomplete:</strong> the notes below say what is missing.</p>\n"
+    heading = f"<h2>{_text(title(run))}</h2>\n" if titled else ""
+    parts = [f'<section id="run-{number}">\n{heading}{when}{incomplete}']
+    if run.verdict is not None:
+        parts.append(_answer(run.verdict))
+    parts += [_figure(figure) for figure in figures]
+    parts += [section_html(section) for section in found]
+    if run.environment is not None:
+        parts.append(_provenance(run.environment, run.capacity or run.convergence))
+    return "".join([*parts, "</section>\n"])
+
+
+def _answer(verdict: Verdict) -> str:
+    """The verdict in a box: what it says, its figures, and the chain behind each on demand."""
+    optimum = n.interval(verdict.best_low, verdict.best_high, n.count)
+    shown = [
+        # The batch itself is rounded, or the measured best, and may lie outside of the interval of the modelled one.
+        ("best batch", n.count(verdict.best_batch), f"optimum in {optimum}" if optimum else ""),
+        (
+            "critical batch",
+            n.number(verdict.critical_batch),
+            n.interval(verdict.critical_low, verdict.critical_high),
+        ),
+        ("saturation batch", n.number(verdict.saturation_batch), ""),
+        ("limited by", verdict.limit, ""),
+        ("devices worth it", n.count(verdict.useful_devices), ""),
+    ]
+    if verdict.time_to_target is not None:
+        shown.append(("time to target", f"{n.number(verdict.time_to_target)} s", ""))
+    cells = "".join(
+        f'<div><div class="name">{_text(name)}</div><div class="value">{_text(value)}</div>'
+        f'<div class="band">{_text(band)}</div></div>'
+        for name, value, band in shown
+    )
+    whys = "".join(_why(reason) for reason in verdict.reasons)
+    return (
+        f'<div class="answer">\n<p class="said">{_text(verdict.text)}</p>\n<div class="figures">{cells}</div>\n'
+        f"{_details('How each figure came about', whys) if whys else ''}</div>\n"
+    )
+
+
+def _why(reason: Reason) -> str:
+    inputs = "".join(
+        f"<tr><th>{_text(name.replace('_', ' '))}</th><td>{_text(_figure_text(value))}</td></tr>"
+        for name, value in reason.inputs.items()
+    )
+    return (
+        f"<h3>{_text(reason.figure.replace('_', ' '))} <span class='soft'>({_text(reason.evidence)})</span></h3>"
+        f"<p>{_text(reason.text)}</p>" + (f"<table class='pairs'>{inputs}</table>" if inputs else "")
+    )
+
+
+def _figure_text(value: float | str | None) -> str:
+    return n.number(value, 4) if isinstance(value, (int, float)) else value or n.MISSING
+
+
+def _details(summary: str, body: str) -> str:
+    return f"<details><summary>{_text(summary)}</summary>\n{body}</details>\n"
+
+
+def _figure(figure: Figure) -> str:
+    head = f"<figure>\n<h3>{_text(figure.title)}</h3>\n"
+    if figure.missing is not None:
+        return f"{head}<figcaption>Not drawn: {_text(figure.missing)}</figcaption>\n</figure>\n"
+    table = _details("Table", _table(figure.table)) if figure.table is not None else ""
+    label = _text(figure.caption)
+    return (
+        f'{head}<div class="plot" id="{_text(figure.name)}" role="img" aria-label="{label}"></div>\n'
+        f"<figcaption>{label}</figcaption>\n{table}</figure>\n"
+    )
+
+
+def _table(table: Table) -> str:
+    heads = "".join(f"<th>{_text(head)}</th>" for head in table.heads)
+    rows = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>\n" for row in table.rows)
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>\n{rows}</tbody></table></div>\n'
+
+
+def run_text(run: Run) -> str:
+    """A run's words and tables, without figures: escaped HTML."""
+    answer = _answer(run.verdict) if run.verdict is not None else ""
+    return "".join([f"<h1>{_text(title(run))}</h1>\n", answer, *map(section_html, sections(run))])
+
+
+def section_html(section: Section) -> str:
+    """A section as escaped HTML."""
+    parts = [f"<h2>{_text(section.title)}</h2>\n"]
+    if section.text and section.title != "Verdict":  # the verdict's words stand at the top
+        parts.append(f"<p>{_text(section.text)}</p>\n")
+    if section.table is not None:
+        parts.append(_table(section.table))
+    parts.append(_pairs(section.lines))
+    if section.notes:
+        parts.append('<ul class="notes">' + "".join(f"<li>{_text(note)}</li>" for note in section.notes) + "</ul>\n")
+    return "".join(parts)
+
+
+def _pairs(rows: Sequence[tuple[str, str]]) -> str:
+    if not rows:
+        return ""
+    body = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows)
+    return f'<div class="scroll"><table class="pairs">{body}</table></div>\n'
+
+
+def _provenance(environment: Environment, measured: Capacity | Convergence | None) -> str:
+    """Everything about where and how a run took place, so that someone else can repeat it."""
+    rows: list[tuple[str, str]] = []
+    parts = (
+        ("", environment),
+        ("device ", measured.device if measured else None),
+        ("workload ", measured.workload if measured else None),
+    )
+    for prefix, record in parts:
+        if record is None:
+            continue
+        for field in fields(record):
+            value = getattr(record, field.name)
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {item}" for key, item in value.items())
+            if value not in (None, ""):
+                rows.append((prefix + field.name.replace("_", " "), str(value)))
+    return f"<h2>Provenance</h2>\n{_pairs(rows)}"

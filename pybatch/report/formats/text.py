@@ -1,0 +1,216 @@
+"""A run in the formats of `--format`: table, md, json, jsonl, csv."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from pybatch.base.errors import UsageError
+from pybatch.records import Branching, Convergence, ConvergencePoint, Run, to_dict
+from pybatch.report import factors
+from pybatch.report.layout import Section, Table
+from pybatch.report.sections import sections, title
+
+SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".txt": "table"}
+
+
+def format_of(path: Path) -> str:
+    """The format a file's suffix asks for; UsageError where it asks for none."""
+    try:
+        return SUFFIXES[path.suffix.lower()]
+    except KeyError:
+        known = ", ".join(SUFFIXES)
+        raise UsageError(
+            f"output {str(path)!r} ends in no format known here ({known}). Add --format, or such an ending."
+        ) from None
+
+
+def render(run: Run, format_: str) -> str:
+    """The run as text in one of `FORMATS`, ending in a newline."""
+    return FORMATS[format_](run)
+
+
+def render_all(runs: Sequence[Run], format_: str) -> str:
+    """Several runs one after another; raises UsageError for JSON, which holds one."""
+    if format_ == "csv":
+        return _csv_of([row for run in runs for row in _rows(run)])
+    if format_ == "json" and len(runs) > 1:
+        raise UsageError(f"a .json file holds one run, and these are {len(runs)}. Use .jsonl, or give one of them.")
+    between = "" if format_ == "jsonl" else "\n"
+    parts = [render(run, format_) for run in runs]
+    if format_ in _OF_ALL:
+        parts += [_OF_ALL[format_](section) for section in factors.sections(runs)]
+    return between.join(parts)
+
+
+def print_run(run: Run, console: Console) -> None:
+    """The table format of a run, with the colours and the width of the console it goes to."""
+    console.print(Text(title(run), style="bold"))
+    console.print()
+    print_sections(sections(run), console)
+
+
+def print_sections(parts: Sequence[Section], console: Console) -> None:
+    """Titles, tables, lines and notes, a blank line between sections."""
+    for number, section in enumerate(parts):
+        if number:
+            console.print()
+        console.print(Text(section.title, style="bold cyan"))
+        if section.table is not None:
+            console.print(_rich_table(section.table), crop=False)
+        if section.lines:
+            grid = RichTable.grid(padding=(0, 2))
+            for label, value in section.lines:
+                grid.add_row(Text(label, style="dim"), Text(value.strip()))
+            console.print(Padding(grid, (0, 0, 0, 2)))
+        if section.text:
+            console.print()
+            console.print(Padding(Text(section.text, style="bold"), (0, 0, 0, 2)))
+        for note in section.notes:
+            console.print(Padding(Text(f"· {note}", style="dim"), (0, 0, 0, 2)))
+
+
+def _rich_table(table: Table) -> RichTable:
+    rich = RichTable(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    for head, *cells in zip(table.heads, *table.rows, strict=True):
+        # A narrow terminal may wrap lines, but it must not cut figures.
+        rich.add_column(head, justify="right", no_wrap=True, min_width=max(map(len, [head, *cells])))
+    for row in table.rows:
+        rich.add_row(*(Text(cell) for cell in row))
+    return rich
+
+
+def _plain(run: Run) -> str:
+    return _printed(lambda console: print_run(run, console))
+
+
+def _printed(work: Callable[[Console], None]) -> str:
+    text = io.StringIO()
+    work(Console(file=text, width=80, color_system=None))
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def _markdown(run: Run) -> str:
+    return markdown(title(run), sections(run))
+
+
+def markdown(heading: str, parts: Sequence[Section]) -> str:
+    """Sections under a heading, ending in a newline."""
+    return "\n\n".join([f"# {_escape(heading)}", *(_markdown_section(section) for section in parts)]) + "\n"
+
+
+def _markdown_section(section: Section) -> str:
+    parts = [f"## {section.title}"]
+    if section.text:
+        parts.append(_escape(section.text))
+    if section.table is not None:
+        lines = [section.table.heads, ("--:",) * len(section.table.heads), *section.table.rows]
+        parts.append("\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines))
+    if section.lines:
+        parts.append("\n".join(f"- **{label}**: {_escape(value.strip())}" for label, value in section.lines))
+    if section.notes:
+        parts.append("\n".join(f"- {_escape(note)}" for note in section.notes))
+    return "\n\n".join(parts)
+
+
+def _escape(text: str) -> str:
+    for mark in "\\|<>*_`[]":
+        text = text.replace(mark, "\\" + mark)
+    return text.replace("\n", " ")
+
+
+def _rows(run: Run) -> list[dict[str, object]]:
+    """One flat row a batch size, each with what it was measured on; of a sweep alone, one a point of its curves.
+
+    Of branches, one a batch size and checkpoint; of a noise trajectory, one a stretch of training.
+    """
+    measured = run.capacity or run.convergence
+    if measured is None:
+        return [to_dict(point) for point in run.trajectory.points] if run.trajectory is not None else []
+    head = {
+        "created": run.created,
+        "device": measured.device.name if measured.device else None,
+        "workload": measured.workload.name if measured.workload else None,
+        "dtype": measured.workload.dtype if measured.workload else None,
+    }
+    if isinstance(measured, Convergence):
+        return [
+            head | {"rule": curve.rule, "split": curve.split, "target": curve.target} | _flat(point)
+            for curve in measured.curves
+            for point in curve.points
+        ] + [head | row for at in measured.branches for row in _branch_rows(at)]
+    return [head | to_dict(point) for point in measured.batches]
+
+
+def _branch_rows(at: Branching) -> list[dict[str, object]]:
+    """The branches of one checkpoint, each with what all of them together say."""
+    whole: dict[str, object] = to_dict(dataclasses.replace(at, points=(), notes=(), fit=None))
+    shared = {key: value for key, value in whole.items() if key not in ("points", "notes", "fit")}
+    if at.fit is not None:
+        shared |= {"critical_batch": at.fit.critical_batch, "low": at.fit.low, "high": at.fit.high}
+    return [{"step": at.step} | to_dict(point) | shared for point in at.points]
+
+
+def _flat(point: ConvergencePoint) -> dict[str, object]:
+    whole: dict[str, object] = to_dict(point)
+    return {key: value for key, value in whole.items() if key != "rates"}
+
+
+def _csv(run: Run) -> str:
+    """The batches, points of a sweep, branches, or stretches of a trajectory alone: one row each.
+
+    All else is in the other formats.
+    """
+    return _csv_of(_rows(run))
+
+
+def _csv_of(rows: Sequence[dict[str, object]]) -> str:
+    """Rows under the names of them all, in order of appearance; what a row has not is empty, lists are JSON."""
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(
+            text, fieldnames=list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
+    return text.getvalue()
+
+
+_PARTS = ("batches", "capacity", "noise", "convergence", "verdict")
+
+
+def _jsonl(run: Run) -> str:
+    """One object a line: the run, each batch or point, then the sections; "record" says which."""
+    whole = to_dict(run)
+    lines: list[dict[str, object]] = [{"record": "run"} | {name: whole[name] for name in whole if name not in _PARTS}]
+    lines += [{"record": "point" if run.capacity is None else "batch"} | row for row in _rows(run)]
+    for name in ("capacity", "noise", "convergence", "verdict"):
+        section = getattr(run, name)
+        if section is not None:
+            lines.append({"record": name} | to_dict(section))
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+# What is said of several runs together, in the formats that are read.
+_OF_ALL: dict[str, Callable[[Section], str]] = {
+    "table": lambda section: _printed(lambda console: print_sections([section], console)),
+    "md": lambda section: _markdown_section(section) + "\n",
+}
+
+FORMATS: dict[str, Callable[[Run], str]] = {
+    "table": _plain,
+    "md": _markdown,
+    "json": lambda run: run.to_json() + "\n",
+    "jsonl": _jsonl,
+    "csv": _csv,
+}

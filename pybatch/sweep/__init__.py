@@ -1,0 +1,1 @@
+"""Many trials over batch sizes, rules and seeds: which are run next, the store that keeps them, the record."""

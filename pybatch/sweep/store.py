@@ -1,0 +1,286 @@
+"""The store of a sweep: one SQLite file, a row for each trial, claims so that no two processes run the same one.
+
+SQLite's write-ahead log makes every outcome whole or absent, whenever the process is killed. A claim is a lease: it
+ends when its process is gone (same machine), or when it has not been renewed for LEASE seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import psutil
+
+from pybatch.base.errors import StoreError, UsageError
+from pybatch.records import Environment
+from pybatch.sweep.schema import APPLICATION, DAMAGED, HEADER, OTHER_SCHEMA, SCHEMA, SWEEPS, TABLES, remedy
+from pybatch.training.trajectory import Trajectory
+from pybatch.training.trial import Outcome, Trial
+
+LEASE = 60.0  # s; renewed four times as often
+BUSY = 30.0  # s to wait for another process's write, each of which takes milliseconds
+
+Cell = tuple[str, str, int]  # rule, split, batch size
+BEGUN: Cell = ("", "", 0)  # the mark of a sweep's beginning
+
+
+class Mark(NamedTuple):
+    """A part of a sweep that is over, and when it was."""
+
+    rule: str
+    split: str
+    batch: int
+    created: str
+
+    @property
+    def cell(self) -> Cell:
+        """What is over."""
+        return self.rule, self.split, self.batch
+
+
+def sweep_key(text: str) -> str:
+    """The name of a sweep in its marks, from the JSON of what it was asked for."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Store:
+    """Trials and their outcomes in one file; a context manager. Without a path it is in memory.
+
+    Args:
+        path: of the file, made where it does not exist.
+        environment: where the trials run; a row of its own, named by every trial it ran.
+        lease: seconds after which a claim that is not renewed ends.
+
+    Raises:
+        UsageError: the file is no store of pybatch, is damaged, or has another schema.
+        StoreError: later, from any method: it can no longer be read or written. What was put before is kept.
+    """
+
+    def __init__(self, path: Path | None, environment: Environment, lease: float = LEASE) -> None:
+        self.path, self.lease = path, lease
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid()):.2f}:{uuid.uuid4().hex}"
+        self._name = ":memory:" if path is None else str(path)
+        try:
+            self._check_header()
+            self._db = self._connect()
+            self._file = self._identity()
+            self._check()
+            with self._write():
+                text = json.dumps(asdict(environment), sort_keys=True)
+                self._db.execute("INSERT OR IGNORE INTO environment (json) VALUES (?)", (text,))
+                [self._environment] = self._db.execute("SELECT id FROM environment WHERE json = ?", (text,)).fetchone()
+        except (StoreError, sqlite3.Error) as error:
+            cause = error.__cause__ or error
+            raise self._refused(f"cannot be used: {cause}", remedy(cause)) from None
+        except OSError as error:
+            raise self._refused(f"cannot be opened: {error.strerror}") from None
+        self._closing = threading.Event()
+        # Its own connection, made here: opened later it would make a new file where this one has gone.
+        pulse = self._connect() if path is not None else None
+        self._heart = threading.Thread(target=self._beat, args=(pulse,), daemon=True)
+        if pulse is not None:
+            self._heart.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give claims back and close the file. Safe to call twice."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        if self._heart.is_alive():
+            self._heart.join()
+        with contextlib.suppress(StoreError), self._write():  # claims end with this process in any case
+            self._db.execute("DELETE FROM claim WHERE owner = ?", (self.owner,))
+        with contextlib.suppress(sqlite3.Error):  # a log that cannot be folded in is folded in at the next opening
+            self._db.close()
+
+    def __len__(self) -> int:
+        """Trials stored."""
+        with self._named("read"):
+            count: int = self._db.execute("SELECT count(*) FROM trial").fetchone()[0]
+        return count
+
+    def outcomes(self, trials: Iterable[Trial]) -> dict[str, Outcome]:
+        """What is stored of these trials, by key."""
+        found = {}
+        for trial in trials:
+            with self._named("read"):
+                row = self._db.execute(
+                    "SELECT end, seconds, how, steps, train, test FROM trial WHERE key = ?", (trial.key,)
+                ).fetchone()
+                if row is not None:
+                    end, seconds, how, *columns = row
+                    found[trial.key] = Outcome(trial, end, Trajectory.decompressed(*columns), seconds, how)
+        return found
+
+    def claim(self, keys: Iterable[str]) -> set[str]:
+        """Claim all of these trials that no living process holds; returns those now held by this one."""
+        wanted, now = list(keys), time.time()
+        with self._write():
+            held: Mapping[str, tuple[str, float]] = {
+                key: (owner, expires) for key, owner, expires in self._db.execute("SELECT * FROM claim")
+            }
+            free = [key for key in wanted if key not in held or self._ended(*held[key], now)]
+            self._db.executemany(
+                "INSERT OR REPLACE INTO claim VALUES (?, ?, ?)", [(key, self.owner, now + self.lease) for key in free]
+            )
+        return set(free)
+
+    def release(self, keys: Iterable[str]) -> None:
+        """Give claims of this process back."""
+        with self._write():
+            self._db.executemany("DELETE FROM claim WHERE key = ? AND owner = ?", [(key, self.owner) for key in keys])
+
+    def put(self, outcome: Outcome) -> None:
+        """Store an outcome and end its claim, in one transaction. A longer run of the same trial is kept."""
+        trial = outcome.trial
+        key, steps = trial.key, outcome.steps
+        with self._write():
+            row = self._db.execute("SELECT steps, train, test FROM trial WHERE key = ?", (key,)).fetchone()
+            if row is None or Trajectory.decompressed(*row).steps[-1] < steps:
+                created = datetime.now(UTC).isoformat(timespec="seconds")
+                columns = outcome.trajectory.compressed()
+                self._db.execute(
+                    "INSERT OR REPLACE INTO trial VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (key, trial.spec, outcome.end, outcome.seconds, outcome.how, *columns, self._environment, created),
+                )
+            self._db.execute("DELETE FROM claim WHERE key = ? AND owner = ?", (key, self.owner))
+
+    def keep_sweep(self, asked: Mapping[str, Any]) -> str:
+        """Keep what a sweep was asked for, from which `archive` puts its record together; returns the sweep's key."""
+        text = json.dumps(asked, sort_keys=True)
+        with self._write():
+            for statement in SWEEPS:
+                self._db.execute(statement)
+            self._db.execute("INSERT OR IGNORE INTO sweep VALUES (?)", (text,))
+        return sweep_key(text)
+
+    def mark(self, sweep: str, cells: Iterable[Cell]) -> None:
+        """Note that these parts of a sweep are over: its trials alone do not show whether its search was."""
+        created = datetime.now(UTC).isoformat()
+        with self._write():
+            self._db.executemany(
+                "INSERT OR REPLACE INTO mark VALUES (?, ?, ?, ?, ?)", [(sweep, *cell, created) for cell in cells]
+            )
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._name, timeout=BUSY, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA synchronous = NORMAL")  # with a write-ahead log: a power cut may lose the last outcomes
+        return db
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[None]:
+        """A write transaction: the lock is taken at its start, so what is read in it holds until its end."""
+        with self._named("written"):
+            if self._identity() != self._file:
+                raise StoreError(
+                    f"store '{self._name}' was removed or replaced while it was in use: what is stored from now on "
+                    "would be lost. Put it back, or name another file, and run the same command with --resume."
+                )
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk ends it by itself
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _named(self, done: str) -> Iterator[None]:
+        """What SQLite raises, and a trajectory that cannot be unpacked, as a StoreError with cause and remedy."""
+        try:
+            yield
+        except (sqlite3.Error, UsageError) as error:
+            cause = str(error).removesuffix(".")
+            raise StoreError(f"store '{self._name}' cannot be {done}: {cause}. {remedy(error) or DAMAGED}") from error
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Which file the path names: device and inode; a file that was replaced has others."""
+        if self.path is None:
+            return None
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return (0, 0)
+        return found.st_dev, found.st_ino
+
+    def _check_header(self) -> None:
+        if self.path is None:
+            return
+        if not self.path.exists():
+            if not self.path.parent.is_dir():
+                raise self._refused(
+                    f"cannot be made: there is no folder '{self.path.parent}'", "Make it, or name another file."
+                )
+            return
+        if not self.path.is_file():
+            raise self._refused("is no file")
+        with self.path.open("rb") as file:
+            head = file.read(len(HEADER))
+        if head and head != HEADER:
+            raise self._refused("is no SQLite file")
+
+    def _check(self) -> None:
+        """Make the tables of a new store, or see that this is one, whole, and of this schema."""
+        with self._write():  # two processes may open a new file at once
+            if self._pragma("application_id") == 0 and not self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                for statement in TABLES.split(";")[:-1]:
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA application_id = {APPLICATION}")
+                self._db.execute(f"PRAGMA user_version = {SCHEMA}")
+        if self._pragma("application_id") != APPLICATION:
+            raise self._refused("is a SQLite file of another program")
+        if self._pragma("user_version") != SCHEMA:
+            raise self._refused(f"has schema {self._pragma('user_version')}, this pybatch reads {SCHEMA}", OTHER_SCHEMA)
+        if (state := self._pragma("quick_check(1)")) != "ok":
+            raise self._refused(f"is damaged: {state}")
+        self._db.execute("PRAGMA journal_mode = WAL")  # only now: it would change another program's file
+
+    def _pragma(self, name: str) -> int | str:
+        value: int | str = self._db.execute(f"PRAGMA {name}").fetchone()[0]
+        return value
+
+    def _refused(self, why: str, advice: str | None = None) -> UsageError:
+        return UsageError(f"store '{self._name}' {why}. {advice or 'It was left as it is; name another file.'}")
+
+    def _ended(self, owner: str, expires: float, now: float) -> bool:
+        if owner == self.owner or expires < now:
+            return owner != self.owner
+        host, pid, started, _ = owner.rsplit(":", 3)
+        return host == socket.gethostname() and abs(_started(int(pid)) - float(started)) > 1.0
+
+    def _beat(self, db: sqlite3.Connection) -> None:
+        """Renew the claims until the store is closed."""
+        while not self._closing.wait(self.lease / 4):
+            with contextlib.suppress(sqlite3.Error):  # the next renewal makes up for it, or the next write says why not
+                db.execute("UPDATE claim SET expires = ? WHERE owner = ?", (time.time() + self.lease, self.owner))
+        db.close()
+
+
+def _started(pid: int) -> float:
+    """When a process of this machine was started; minus infinity where there is none."""
+    try:
+        return float(psutil.Process(pid).create_time())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return float("-inf")

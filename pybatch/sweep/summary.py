@@ -1,0 +1,175 @@
+"""Outcomes of trials to the curves of the record: points, fits, and the ratio to the noise scale. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pybatch.answer.critical import with_noise_ratio
+from pybatch.base.errors import UsageError
+from pybatch.fits.steps import fit_steps
+from pybatch.records import ConvergencePoint, Curve, NoiseScale, Note, PointStatus, RateSteps
+from pybatch.sweep.search import at_edge, best_rate
+from pybatch.training.trajectory import Split, loss_at
+from pybatch.training.trial import Outcome, Race, middle
+
+# By how a trial without a crossing ended; met: it reached the target past the limit, or another split's alone.
+_STATUS: dict[str | None, PointStatus] = {
+    None: "not_run",
+    "diverged": "diverged",
+    "capped": "not_reached",
+    "met": "not_reached",
+}
+FEW_STEPS = 4  # a target met within so few steps says more of the first evaluations than of the batch size
+
+
+def point(batch: int, split: str, race: Race, outcomes: Sequence[Outcome]) -> ConvergencePoint:
+    """One batch size of a curve, from the outcomes of its race."""
+    ends = {(outcome.trial.lr, outcome.trial.seed): outcome.end for outcome in outcomes}
+    tried = sorted({lr for lr, _ in ends})
+    rates = tuple(_rate(split, race, lr, ends) for lr in tried)
+    best = best_rate(race, split, tried)
+    chosen = next((r for r in rates if r.learning_rate == best), rates[0] if len(rates) == 1 else None)
+    shown = rates if chosen is None else (chosen,)  # where no rate reaches, all of them are the answer
+    statuses = [status for rate in shown for status in rate.statuses if status != "not_run"]
+    before = [race.steps(split, best, seed) for seed in race.seeds] if best is not None else []
+    return ConvergencePoint(
+        batch=batch,
+        steps=race.median(split, best) if best is not None else None,
+        status="reached" if best is not None else _failure(statuses),
+        seeds=len(race.seeds),
+        learning_rate=chosen.learning_rate if chosen is not None else None,
+        steps_before=middle(c.before if c is not None else math.inf for c in before) if best is not None else None,
+        reached=statuses.count("reached"),
+        diverged=statuses.count("diverged"),
+        edge=race.search and at_edge(race, split, tried),
+        rates=rates,
+        other_losses=_other_losses(split, race, best, outcomes) if best is not None else (),
+    )
+
+
+def _other_losses(split: str, race: Race, lr: float, outcomes: Sequence[Outcome]) -> tuple[float | None, ...]:
+    """The other split's loss where each seed's run met its target, at one rate."""
+    other = "test" if split == "train" else "train"
+    runs = {outcome.trial.seed: outcome.trajectory for outcome in outcomes if outcome.trial.lr == lr}
+    crossings = {seed: race.steps(split, lr, seed) for seed in race.seeds}
+    return tuple(
+        loss_at(runs[seed], other, found.steps) if found is not None and seed in runs else None
+        for seed, found in crossings.items()
+    )
+
+
+def _rate(split: str, race: Race, lr: float, ends: Mapping[tuple[float, int], str]) -> RateSteps:
+    crossings = [race.steps(split, lr, seed) for seed in race.seeds]
+    statuses: list[PointStatus] = [
+        "reached" if c is not None else _STATUS[ends.get((lr, seed))]
+        for seed, c in zip(race.seeds, crossings, strict=True)
+    ]
+    return RateSteps(lr, tuple(c.steps if c is not None else None for c in crossings), tuple(statuses))
+
+
+def _failure(statuses: Sequence[PointStatus]) -> PointStatus:
+    return "diverged" if statuses and 2 * statuses.count("diverged") >= len(statuses) else "not_reached"
+
+
+def curve(
+    rule: str,
+    split: Split,
+    target: float,
+    points: Sequence[ConvergencePoint],
+    caps: Mapping[int, float],
+    noise: NoiseScale | None,
+    notes: Sequence[Note] = (),
+) -> Curve:
+    """The points of one rule and split with their fit.
+
+    Args:
+        rule, split, target: what the curve is of.
+        points: of the batch sizes that were run, ascending.
+        caps: steps after which a trial was given up, by batch size.
+        noise: the gradient noise scale, for the ratio to it.
+        notes: on batch sizes that have no point.
+    """
+    found = [*notes, *_remarks(rule, points, caps)]
+    bare = Curve(rule, split, tuple(points), None, None, None, None, target, notes=tuple(found))
+    limits = {math.floor(caps[p.batch]) for p in points}
+    cap = limits.pop() if len(limits) == 1 else None
+    if not points:
+        return dataclasses.replace(bare, notes=(*found, Note("points", "no batch size was measured")))
+    if any(p.steps == 0 for p in points):
+        text = f"the target {target:g} is met before the first step. Give a lower one"
+        return dataclasses.replace(bare, cap=cap, notes=(*found, Note("critical_batch", text)))
+    table, rates = _table(points)
+    batches = [p.batch for p in points]
+    ceilings = [max(caps[p.batch], *_reached(p), 1.0) for p in points]
+    try:
+        if len(rates) == 1:
+            fit = fit_steps(batches, table[0], cap=ceilings)
+        else:
+            fit = fit_steps(batches, table, cap=ceilings, rates=rates)
+    except UsageError as error:
+        return dataclasses.replace(bare, cap=cap, notes=(*found, Note("critical_batch", str(error))))
+    # What the remarks have said already, with its remedy, need not be said again by the fit.
+    told = len(points) == 1 or not any(p.status == "reached" for p in points)
+    whole = dataclasses.replace(
+        bare,
+        s_min=fit.s_min,
+        critical_batch=fit.critical_batch,
+        low=fit.low,
+        high=fit.high,
+        regimes=fit.regimes,
+        fit=fit,
+        cap=cap,
+        notes=tuple(found) if told else (*found, *fit.notes),
+    )
+    return with_noise_ratio(whole, noise)
+
+
+def bare_reason(batch: int, error: UsageError) -> str:
+    """Why a rule has no answer for a batch size, in words that are the same for every batch size."""
+    return str(error).removeprefix(f"batch {batch}: ")
+
+
+def unanswered(failed: Mapping[str, Sequence[int]]) -> list[Note]:
+    """A note for each reason why batch sizes have no point."""
+    return [Note("points", f"batch {', '.join(map(str, batches))}: {reason}") for reason, batches in failed.items()]
+
+
+def _reached(p: ConvergencePoint) -> list[float]:
+    return [steps for rate in p.rates for steps in rate.steps if steps is not None] or [1.0]
+
+
+def _table(points: Sequence[ConvergencePoint]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [rates, batches, seeds] and rates [rates, batches], nan where a batch has fewer rates."""
+    most = max(len(p.rates) for p in points)
+    seeds = max((len(rate.steps) for p in points for rate in p.rates), default=0)
+    steps, rates = np.full((most, len(points), seeds), np.nan), np.full((most, len(points)), np.nan)
+    for j, p in enumerate(points):
+        # Whole rates first: where none reaches, the fit takes the first one, and must find all seeds in it.
+        for i, rate in enumerate(sorted(p.rates, key=lambda rate: rate.statuses.count("not_run"))):
+            rates[i, j] = rate.learning_rate
+            for k, (value, status) in enumerate(zip(rate.steps, rate.statuses, strict=True)):
+                steps[i, j, k] = value if value is not None else math.inf if status == "not_reached" else math.nan
+    return steps, rates
+
+
+def _remarks(rule: str, points: Sequence[ConvergencePoint], caps: Mapping[int, float]) -> list[Note]:
+    """What a reader must know of the points before any fit."""
+    notes = []
+    if points and all(p.status == "diverged" for p in points):
+        notes.append(Note("points", "all trials diverged. Give lower learning rates, or a smaller base batch"))
+    elif points and not any(p.status == "reached" for p in points):
+        most = max(caps[p.batch] for p in points)
+        text = f"no batch size reached the target in half of its seeds within {most:g} steps. Give a higher target, or "
+        text += "more steps"
+        notes.append(Note("points", text))
+    if len(points) == 1:
+        notes.append(Note("points", "one batch size shows no dependence on it. Give at least three"))
+    early = [p.batch for p in points if p.steps is not None and 0 < p.steps <= FEW_STEPS]
+    if early:
+        text = f"the target is met within {FEW_STEPS} steps at batch {', '.join(map(str, early))}. Give a lower one"
+        notes.append(Note("points.steps", text))
+    return notes

@@ -1,0 +1,145 @@
+"""Which form trains some trials: both give each trial the model, the batches and the update it would have alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from pybatch.base.errors import WorkloadError
+from pybatch.device.memory import available_bytes, release
+from pybatch.device.precision import full_fp32
+from pybatch.training.loop import Loop
+from pybatch.training.replicas import Losses, Replicas
+from pybatch.training.stack import ROUNDING, Stack, alone, same
+from pybatch.training.trial import Trial
+from pybatch.workloads.base import Workload
+from pybatch.workloads.running.session import is_out_of_memory
+
+Gradients = list[torch.Tensor | None]
+
+MEMORY = 2**30  # bytes of parameters, gradients and optimizer states trained at a time, on a CPU
+GPU_SHARE = 0.25  # of a GPU's free memory for them; what a step keeps for its backward pass grows with the batch
+AGREE = 1e-3  # relative: losses of stacked and separate replicas after two steps; fp32 rounding is 1e-6, a fault is 0.1
+COARSE = 0.3  # of the norm: first gradients in bf16, whose rounding comes to a tenth, or with TensorFloat-32
+INTERVAL = 8  # steps between two evaluations in the middle of a trial
+SAMPLE = 4  # replicas by which the loop is timed
+
+
+class StackTooLargeError(MemoryError):
+    """Memory ran out for these trials together: take fewer at a time."""
+
+
+def choose(
+    workload: Workload, trials: Sequence[Trial], device: torch.device, how: Literal["stacked", "loop"] | None = None
+) -> tuple[Replicas, str | None]:
+    """The faster form for these trials, ready at step 0, and why they are not stacked where they can't be.
+
+    Args:
+        workload, trials, device: what is trained, and where.
+        how: "stacked" or "loop" to have one of them without measuring.
+
+    Raises:
+        StackTooLargeError: memory ran out for all of them together.
+    """
+    if how == "loop" or len(trials) == 1 or any(map(alone, trials)):
+        return Loop(workload, trials, device), None
+    if how == "stacked":
+        return Stack(workload, trials, device), None
+    few = trials[:: max(1, len(trials) // SAMPLE)][:SAMPLE]
+    places = [trials.index(trial) for trial in few]
+    loop, own, separate = _timed(Loop(workload, few, device), range(len(few)))
+    failure = None
+    try:
+        (stacked, theirs, together), forms = _timed_stack(workload, trials, device, places)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, WorkloadError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            return Loop(workload, trials, device), f"not stacked: a stack of its replicas fails ({line})"
+        failure = StackTooLargeError("memory ran out for these trials together")
+    if failure is not None:  # raised here, where no trace holds what the stack held
+        raise failure
+    exact = trials[0].dtype == "fp32" and device.type == "cpu"
+    for here, there in zip(loop, stacked, strict=True) if exact else ():  # else two steps of Adam may go anywhere
+        for j, i in enumerate(places):
+            if not _agree(here[j], there[i]):
+                text = f"not stacked: losses of stacked and separate replicas differ ({there[i]:.6g}, {here[j]:.6g})"
+                return Loop(workload, trials, device), text
+    if not same(theirs, own, ROUNDING if exact else COARSE) or not (exact or _same_in_fp32(workload, few, device)):
+        return Loop(workload, trials, device), "not stacked: gradients of stacked and separate replicas differ"
+    if together <= separate * len(trials) / len(few):
+        chosen = Stack(workload, trials, device)
+        chosen.folded, chosen.together = forms  # those that were found to agree
+        return chosen, None
+    return Loop(workload, trials, device), None
+
+
+def memory_for(device: torch.device) -> int:
+    """Bytes of parameters, gradients and optimizer states that are trained on a device at a time."""
+    if device.type != "cuda":
+        return MEMORY
+    release(device)  # what torch's allocator keeps counts as taken
+    return int(GPU_SHARE * available_bytes(device))
+
+
+def chunks(trials: Sequence[Trial], parameter_bytes: int, memory: int) -> list[list[Trial]]:
+    """Trials in groups whose parameters, gradients and states (at most two more copies) fit so many bytes of memory.
+
+    Middle rates come first. A good rate found early shortens the trials of the groups after it.
+    """
+    rates = sorted({trial.lr for trial in trials})
+    centre = len(rates) // 2
+    ordered = sorted(trials, key=lambda t: (abs(rates.index(t.lr) - centre), t.lr, t.seed))
+    size = max(1, memory // max(1, 4 * parameter_bytes))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def _timed_stack(
+    workload: Workload, trials: Sequence[Trial], device: torch.device, index: Sequence[int]
+) -> tuple[tuple[Losses, Gradients, float], tuple[bool | None, bool | None]]:
+    """As `_timed`, of a stack, and what it chose: whether to fold images, and to evaluate all replicas at once."""
+    made = Stack(workload, trials, device)
+    return _timed(made, index), (made.folded, made.together)
+
+
+def _timed(replicas: Replicas, index: Sequence[int]) -> tuple[Losses, Gradients, float]:
+    """Losses after two steps, gradients of the first, for these replicas, seconds of INTERVAL steps and an evaluation.
+
+    A fault too small to show in losses so early shows in gradients, which are taken at the same parameters.
+    """
+    replicas.advance(1)
+    gradients = replicas.gradients(index)
+    replicas.advance(1)
+    losses = replicas.evaluate()  # waits for the device, as those below do
+    step = evaluation = math.inf
+    for _ in range(2):
+        begin = time.perf_counter()
+        replicas.evaluate()
+        middle = time.perf_counter()
+        replicas.advance(1)
+        replicas.evaluate()
+        end = time.perf_counter()
+        evaluation = min(evaluation, middle - begin)
+        step = min(step, end - middle)
+    return losses, gradients, INTERVAL * max(0.0, step - evaluation) + evaluation
+
+
+def _same_in_fp32(workload: Workload, trials: Sequence[Trial], device: torch.device) -> bool:
+    """Whether the gradients of a first step are the same in fp32, where rounding hides no fault."""
+    found = []
+    with full_fp32():
+        for kind in (Stack, Loop):
+            made = kind(workload, [replace(trial, dtype="fp32") for trial in trials], device)
+            made.advance(1)
+            found.append(made.gradients(range(len(trials))))
+    return same(found[0], found[1], ROUNDING)
+
+
+def _agree(a: float, b: float) -> bool:
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return math.isfinite(a) == math.isfinite(b)
+    return abs(a - b) <= AGREE * max(abs(a), abs(b), 1e-3)

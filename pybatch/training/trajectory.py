@@ -1,0 +1,141 @@
+"""The losses of one training run, and the step at which a target was reached. No torch here.
+
+Losses are those of whole, fixed batches of both splits, so that nothing of the drawing of batches is in them. They are
+taken at every step first, then at a spacing of a sixteenth of the steps made: a share, so that every crossing is known
+equally well; and at the cap of a trial that is given up there. Smoothing is a mean over the last fifth of the steps:
+its delay is a share of the steps too, the same for every batch size, and so falls out of a critical batch.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pybatch.base.errors import UsageError
+
+Losses = NDArray[np.float32]
+Steps = NDArray[np.int32]
+
+SPACING = 16  # evaluations while the step number grows by a factor e; a crossing is known within 6 % before smoothing
+WINDOW = 0.2  # of the steps made: past it, single evaluations no longer decide when a target was met
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+SMOOTHING = (
+    "losses of fixed batches of both splits, at every step first, then "
+    f"{SPACING} times while the steps grow by a factor e; averaged over the last {WINDOW:.0%} of the steps"
+)
+
+
+def next_evaluation(step: int) -> int:
+    """The step of the evaluation after the one at `step`."""
+    return step + max(1, step // SPACING)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """When a target was reached: the first step at or below it lies in (before, at]; `steps` is its estimate."""
+
+    steps: float
+    before: int
+    at: int
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Losses [n] of both splits at the steps [n], ascending from 0; NaN or infinite where training broke down."""
+
+    steps: Steps
+    train: Losses
+    test: Losses
+
+    def loss(self, split: str) -> Losses:
+        """The losses of one split, unsmoothed."""
+        return self.train if split == "train" else self.test
+
+    def crossing(self, split: str, target: float, limit: float = math.inf) -> Crossing | None:
+        """The first crossing of the smoothed loss up to step `limit`, or None."""
+        losses = self.loss(split)
+        for i in _near(self.steps, losses, target):
+            if i and self.steps[i - 1] >= limit:
+                return None
+            if (found := crossing_at(self.steps, losses, i, target)) is not None:
+                return found if found.steps <= limit else None
+        return None
+
+    def compressed(self) -> tuple[bytes, bytes, bytes]:
+        """Steps (int32), train and test losses (float32), little-endian, each compressed by zlib."""
+        arrays = (self.steps.astype("<i4"), self.train.astype("<f4"), self.test.astype("<f4"))
+        steps, train, test = (zlib.compress(a.tobytes(), 6) for a in arrays)
+        return steps, train, test
+
+    @staticmethod
+    def decompressed(steps: bytes, train: bytes, test: bytes) -> Trajectory:
+        """What `compressed` gave; raises UsageError where the bytes are not that."""
+        try:
+            found = Trajectory(
+                np.frombuffer(zlib.decompress(steps), "<i4").astype(np.int32),
+                np.frombuffer(zlib.decompress(train), "<f4").astype(np.float32),
+                np.frombuffer(zlib.decompress(test), "<f4").astype(np.float32),
+            )
+        except (zlib.error, ValueError) as error:
+            raise UsageError(f"a stored trajectory cannot be read ({error}): the store is damaged.") from None
+        if not len(found.steps) == len(found.train) == len(found.test):
+            raise UsageError("a stored trajectory has columns of different length: the store is damaged.")
+        return found
+
+
+def smoothed(steps: Steps, losses: NDArray[np.floating], i: int) -> NDArray[np.float64]:
+    """The mean over the evaluations of the last WINDOW of the steps up to the i-th: losses [n, ...] -> [...]."""
+    first = int(np.searchsorted(steps[: i + 1], (1 - WINDOW) * steps[i], side="right")) if steps[i] else i
+    mean: NDArray[np.float64] = np.mean(losses[min(first, i) : i + 1], axis=0, dtype=np.float64)
+    return mean
+
+
+def loss_at(found: Trajectory, split: str, step: float) -> float | None:
+    """The smoothed loss of a split at a step, interpolated; None where training had ended or broken down before."""
+    i = int(np.searchsorted(found.steps, step))
+    if i == len(found.steps):
+        return None
+    now, at = float(smoothed(found.steps, found.loss(split), i)), int(found.steps[i])
+    if step < at:
+        last, before = float(smoothed(found.steps, found.loss(split), i - 1)), int(found.steps[i - 1])
+        now = last + (now - last) * (step - before) / (at - before)
+    return now if math.isfinite(now) else None
+
+
+def lowest(found: Trajectory, split: str) -> tuple[float, int]:
+    """The lowest smoothed loss of a run and the step at which it was taken; infinite where none is finite."""
+    losses = found.loss(split)
+    values = [(float(smoothed(found.steps, losses, i)), int(step)) for i, step in enumerate(found.steps)]
+    return min((value for value in values if math.isfinite(value[0])), default=(math.inf, 0))
+
+
+def _near(steps: Steps, losses: Losses, target: float) -> Iterator[int]:
+    """Evaluations whose smoothed loss is at or below the target, to rounding: all at once, where one by one is slow."""
+    finite = np.isfinite(losses)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, losses, 0.0), dtype=np.float64)])
+    broken = np.concatenate([[0], np.cumsum(~finite)])
+    ends = np.arange(len(steps))
+    first = np.minimum(np.searchsorted(steps, (1 - WINDOW) * steps, side="right"), ends)
+    first[steps == 0] = ends[steps == 0]
+    mean = (total[ends + 1] - total[first]) / (ends + 1 - first)
+    error = 1e-12 * (1 + float(np.max(np.abs(total))))
+    return iter(np.flatnonzero((mean <= target + error) & (broken[ends + 1] == broken[first])).tolist())
+
+
+def crossing_at(steps: Steps, losses: NDArray[np.floating], i: int, target: float) -> Crossing | None:
+    """The crossing between evaluations i - 1 and i of one run, interpolated and rounded up to a whole step."""
+    now = float(smoothed(steps, losses, i))
+    if not now <= target:
+        return None
+    if i == 0:
+        return Crossing(0.0, 0, 0)
+    last, before, at = float(smoothed(steps, losses, i - 1)), int(steps[i - 1]), int(steps[i])
+    share = (last - target) / (last - now) if math.isfinite(last) and last > now else 1.0
+    return Crossing(float(min(at, max(before + 1, math.ceil(before + share * (at - before))))), before, at)

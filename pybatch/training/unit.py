@@ -1,0 +1,209 @@
+"""Running a unit of trials to its targets."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pybatch.base.errors import PybatchError
+from pybatch.training.choosing import StackTooLargeError, choose, chunks, memory_for
+from pybatch.training.loop import Loop
+from pybatch.training.replicas import Replicas
+from pybatch.training.stack import Stack
+from pybatch.training.trajectory import SPLITS, Trajectory, crossing_at, next_evaluation
+from pybatch.training.trial import End, Outcome, Race, Trial, Unit, diverged
+from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.running.session import Session, is_out_of_memory
+
+Deliver = Callable[[Outcome], None]
+
+
+class _StackError(Exception):
+    """A stack failed on its way: at the workload's fault or at vmap's, which a loop tells apart."""
+
+
+def run_unit(
+    workload: Workload,
+    unit: Unit,
+    deliver: Deliver,
+    *,
+    device: torch.device,
+    how: Literal["stacked", "loop"] | None = None,
+    progress: Progress | None = None,
+) -> str | None:
+    """Train every trial of a unit; each outcome is delivered as soon as it is known.
+
+    Args:
+        workload: what is trained; its fingerprint is that of the trials.
+        unit: the trials, their targets and caps.
+        deliver: called with each outcome, once a trial.
+        device: where.
+        how: "stacked" or "loop"; None measures which is faster.
+        progress: called with (what is being done, share done).
+
+    Returns:
+        Why the trials were not stacked, where they could not be; else None.
+    """
+    if not unit.trials:
+        return None
+    race, ended = unit.race(), set[str]()
+    first = Session(workload, torch.device("cpu"), unit.trials[0].dtype, unit.trials[0].seed)
+    size = sum(p.numel() * p.element_size() for p in first.parameters)
+    reason, split = None, next(iter(unit.targets))
+
+    def delivered(outcome: Outcome) -> None:
+        ended.add(outcome.trial.key)
+        deliver(outcome)
+
+    def say(step: int, left: int, loss: float) -> None:
+        if progress is not None:
+            text = f"trials: batch {unit.trials[0].batch}, step {step}, {left} of {len(unit.trials)} left"
+            progress(f"{text}, {split} loss {loss:.3g}", len(ended) / len(unit.trials))
+
+    def trained(group: list[Trial]) -> str | None:
+        replicas, why = choose(workload, group, device, how)
+        _Training(replicas, race, delivered, unit.cap).run(say)
+        return why
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        groups = deque(chunks(unit.trials, size, memory_for(device)))
+        while groups:
+            group, failed = groups.popleft(), None
+            try:
+                reason = trained(group) or reason
+                continue
+            except StackTooLargeError as error:
+                if how is not None:
+                    raise error.__cause__ or error from None
+            except _StackError as error:
+                if how is not None:
+                    raise error.__cause__ or error from None
+                failed = f"not stacked to the end: {error}"
+            # Here no trace holds what the stack held.
+            rest = [trial for trial in group if trial.key not in ended]
+            for trial in rest:
+                race.forget(trial.lr, trial.seed)
+            if failed is not None:
+                reason = failed
+                _Training(Loop(workload, rest, device), race, delivered, unit.cap).run(say)
+            else:
+                left, half = [trial for some in (rest, *groups) for trial in some], (len(group) + 1) // 2
+                groups = deque(left[i : i + half] for i in range(0, len(left), half))  # nor would the others fit
+    return reason
+
+
+class _Training:
+    """One group of replicas on its way to the targets, at most to step `cap`."""
+
+    def __init__(self, replicas: Replicas, race: Race, deliver: Deliver, cap: int) -> None:
+        self.replicas, self.race, self.deliver, self.cap = replicas, race, deliver, cap
+        self.rows = list(range(len(replicas.trials)))  # of the tables below, one for each replica still held
+        self.trials = list(replicas.trials)
+        self.alive = [True] * len(self.trials)
+        self.seconds = [0.0] * len(self.trials)
+        self.steps: list[int] = []
+        self.losses: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])  # per evaluation, [trials] each
+        self.how = "stacked" if isinstance(replicas, Stack) else "loop"
+
+    def run(self, say: Callable[[int, int, float], None]) -> None:
+        """Train until no replica is left."""
+        self._evaluate(0)
+        while any(self.alive):
+            start, step = time.perf_counter(), self.steps[-1]
+            say(step, sum(self.alive), self._nearest())
+            then = min(next_evaluation(step), self.cap)
+            held = [row for row in self.rows if self.alive[row]]
+            with self._told_apart():
+                self.replicas.advance(then - step)
+            self._evaluate(then)
+            for row in held:
+                self.seconds[row] += (time.perf_counter() - start) / len(held)
+            self._shrink()
+
+    @contextmanager
+    def _told_apart(self) -> Iterator[None]:
+        """Raise what a stack fails with as a `_StackError`, but for errors that say already what is wrong."""
+        try:
+            yield
+        except Exception as error:
+            if self.how == "loop" or isinstance(error, PybatchError):
+                raise
+            if is_out_of_memory(error):
+                if len(self.rows) == 1:
+                    raise
+                raise StackTooLargeError(str(error)) from error
+            line = next(iter(str(error).strip().splitlines()), "")
+            raise _StackError(f"at step {self.replicas.done} {type(error).__name__}: {line}") from error
+
+    def _nearest(self) -> float:
+        """The lowest loss of now, of the first split with a target."""
+        losses = self.losses[SPLITS.index(next(split for split in SPLITS if split in self.race.targets))][-1]
+        return float(np.nanmin(losses, initial=np.inf))
+
+    def _evaluate(self, step: int) -> None:
+        self.steps.append(step)
+        with self._told_apart():
+            evaluated = self.replicas.evaluate()
+        for column, found in zip(self.losses, evaluated, strict=True):
+            values = np.full(len(self.trials), np.nan, dtype=np.float32)
+            values[self.rows] = found
+            column.append(values)
+        steps, i = np.asarray(self.steps, dtype=np.int32), len(self.steps) - 1
+        live = [row for row in self.rows if self.alive[row]]
+        for row in live:
+            for split, losses in zip(SPLITS, self.losses, strict=True):
+                self._look(steps, i, row, split, losses)
+        ends = [(row, end) for row in live if (end := self._end(row, step)) is not None]
+        for row, end in sorted(ends, key=lambda item: item[1] != "met"):  # first those that set the limit for the rest
+            self.alive[row] = False
+            self.deliver(self._outcome(row, end))
+
+    def _look(self, steps: np.ndarray, i: int, row: int, split: str, losses: list[np.ndarray]) -> None:
+        target = self.race.targets.get(split)
+        trial = self.trials[row]
+        if target is None or trial.seed in self.race.found.get(split, {}).get(trial.lr, {}):
+            return
+        tail = max(0, i - 40)  # more evaluations than the smoothing window and the one before it ever hold
+        column = np.asarray([values[row] for values in losses[tail:]], dtype=np.float32)
+        if (crossing := crossing_at(steps[tail:], column, i - tail, target)) is not None:
+            self.race.record(split, trial.lr, trial.seed, crossing)
+
+    def _end(self, row: int, step: int) -> End | None:
+        trial, train = self.trials[row], self.losses[0]
+        if self.race.met(trial.lr, trial.seed):
+            return "met"
+        if diverged(step, float(train[-1][row]), float(train[0][row]), trial.scaled.warmup_steps):
+            return "diverged"
+        return "capped" if self.race.over(trial.lr, trial.seed, step) else None
+
+    def _outcome(self, row: int, end: End) -> Outcome:
+        train, test = (np.asarray([v[row] for v in losses], dtype=np.float32) for losses in self.losses)
+        trajectory = Trajectory(np.asarray(self.steps, dtype=np.int32), train, test)
+        return Outcome(self.trials[row], end, trajectory, self.seconds[row], self.how)
+
+    def _shrink(self) -> None:
+        """Drop finished replicas: at once from a loop, and from a stack when they are half of it."""
+        left = [i for i, row in enumerate(self.rows) if self.alive[row]]
+        if not left or len(left) == len(self.rows):
+            return
+        if self.how == "loop" or 2 * len(left) <= len(self.rows):
+            self.replicas.keep(left)
+            self.rows = [self.rows[i] for i in left]
+
+
+def initial_losses(workload: Workload, trial: Trial, device: torch.device) -> dict[str, float]:
+    """Losses before the first step, by split.
+
+    Raises:
+        WorkloadError: the training loss is not finite: every trial would count as diverged.
+    """
+    start = Loop(workload, [trial], device)
+    train, test = start.evaluate()
+    start.sessions[0].check_finite(torch.tensor(train[0]), "on the training split before the first step")
+    return {"train": train[0], "test": test[0]}

@@ -1,0 +1,1 @@
+"""How a workload is run: found, packed for another process, compiled, and driven step by step."""

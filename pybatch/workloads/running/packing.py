@@ -1,0 +1,62 @@
+"""A workload as another process can load it."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pybatch.base.errors import WorkloadError
+from pybatch.workloads.base import Workload
+from pybatch.workloads.running.finding import FILE_MODULE, load_file
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A pickled workload, the files its modules were made from, and where this process looks for modules.
+
+    It is made by this process for its own children, and never read from a file.
+    """
+
+    workload: bytes
+    files: dict[str, str]
+    path: tuple[str, ...]
+
+    def open(self) -> Workload:
+        """The workload, in the other process."""
+        sys.path[:] = list(dict.fromkeys([*sys.path, *self.path]))
+        for name, file in self.files.items():
+            load_file(Path(file), name)
+        workload: Workload = pickle.loads(self.workload)
+        return workload
+
+
+def pack(workload: Workload) -> Packed:
+    """Pack a workload; by cloudpickle where its class cannot be imported. Raises WorkloadError where neither can."""
+    module = sys.modules.get(type(workload).__module__)
+    files = {name: str(m.__file__) for name, m in sys.modules.items() if name.startswith(FILE_MODULE)}
+    try:
+        if module is None or module.__name__ == "__main__":
+            raise pickle.PicklingError("its class is in __main__")  # another process has another __main__
+        return Packed(pickle.dumps(workload), files, _path())
+    except Exception as error:  # pickling runs the user's code and raises what that raises
+        return Packed(_by_value(workload, error), files, _path())
+
+
+def _path() -> tuple[str, ...]:
+    return tuple(entry for entry in sys.path if entry)  # "" would be whatever folder the other process is in
+
+
+def _by_value(workload: Workload, cause: Exception) -> bytes:
+    what = f"workload {workload.name!r} cannot be sent to another process"
+    try:
+        import cloudpickle  # type: ignore[import-untyped, unused-ignore]
+    except ImportError:
+        raise WorkloadError(f"{what} ({cause}). Install cloudpickle, or move its class to a file.") from None
+    try:
+        data: Any = cloudpickle.dumps(workload)
+    except Exception as error:
+        raise WorkloadError(f"{what} ({error}).") from error
+    return bytes(data)

@@ -1,0 +1,240 @@
+"""A workload put on a device: its model, its stream of batches, and checked calls to the user's three methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pybatch.base.errors import DeviceError, UsageError, WorkloadError
+from pybatch.base.numerals import memory
+from pybatch.device.identity import DTYPES
+from pybatch.device.memory import upload
+from pybatch.records import WorkloadInfo
+from pybatch.workloads.base import Split, Workload
+from pybatch.workloads.running.compiling import compiled
+from pybatch.workloads.running.finding import source_digest
+
+EVALUATION_SEED = 2**31 - 1  # of the fixed batches; no training has it
+
+
+def checked_dtype(name: str) -> torch.dtype:
+    """The dtype of this name, for autocast and ceilings; raises UsageError for another."""
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is not known. Use one of: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+class Session:
+    """One model of a workload on one device, in training mode.
+
+    Args:
+        workload: what to run.
+        device: where; parameters and batches are moved there.
+        dtype: "fp32", or "bf16" for autocast over fp32 parameters.
+        seed: of the model's initialization and of the stream of batches.
+
+    Every failure of a method of the workload is raised as `WorkloadError` that names the method; running out of
+    memory is passed on unchanged, because it is a measurement and not a fault. A model that cannot be moved to the
+    device is a `DeviceError`.
+    """
+
+    def __init__(self, workload: Workload, device: torch.device, dtype: str = "fp32", seed: int = 0) -> None:
+        checked_dtype(dtype)
+        self.workload, self.device, self.dtype = workload, device, dtype
+        self.generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self._call("model")
+        if not isinstance(model, torch.nn.Module):
+            raise self._error("model", f"returned {type(model).__name__}, not a torch.nn.Module")
+        self.model = self._placed(model).train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise self._error("model", "returned a model without a parameter to train")
+        self._runs = self.model  # what the losses of training go through
+
+    def _placed(self, model: torch.nn.Module) -> torch.nn.Module:
+        tensors = [*model.parameters(), *model.buffers()]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        what = f"the model of workload {self.workload.name!r} ({memory(size)})"
+        try:
+            return model.to(self.device)
+        except (RuntimeError, MemoryError, NotImplementedError) as error:
+            cause = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            if is_out_of_memory(error):
+                raise DeviceError(
+                    f"{what} does not fit on {self.device}, out of memory: {cause}. Take a smaller model, end what "
+                    "else uses the device, or name another one."
+                ) from error
+            raise DeviceError(
+                f"{what} cannot be moved to {self.device}: {cause}. Name another device, or see 'pybatch doctor'."
+            ) from error
+
+    def compile(self) -> None:
+        """Have torch.compile compile the model for training, for each batch size anew; evaluation stays eager."""
+        self._runs = compiled(self.model)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the next loss goes through torch.compile."""
+        return self._runs is not self.model
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """In this context a compiled model runs eagerly, so that its operators can be counted."""
+        before, self._runs = self._runs, self.model
+        try:
+            yield
+        finally:
+            self._runs = before
+
+    @property
+    def info(self) -> WorkloadInfo:
+        """The workload as the record names it."""
+        work = self.workload
+        return WorkloadInfo(
+            name=work.name,
+            unit=work.unit,
+            parameters=sum(p.numel() for p in self.parameters),
+            dtype=self.dtype,
+            model=work.model_name,
+            examples=work.examples,
+            learning_rate=work.learning_rate,
+            target=dict(work.target),
+            options=dict(work.options),
+            source=source_digest(type(work)),
+        )
+
+    def batch(self, n: int, split: Split = "train") -> Any:
+        """Draw n examples and move them to the device."""
+        return self._moved(self._drawn(n, split))
+
+    def weighed_batch(self, n: int) -> tuple[Any, torch.Tensor | None]:
+        """As `batch`, and what its examples count for in the loss: float64 [n] on the CPU; None: all alike."""
+        batch = self._drawn(n, "train")
+        found = self._call("example_weights", batch)
+        return self._moved(batch), None if found is None else self._weights(found, n)
+
+    def _weights(self, found: Any, n: int) -> torch.Tensor:
+        if not isinstance(found, torch.Tensor) or found.shape != (n,):
+            what = f"shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+            raise self._error("example_weights", f"returned {what}: give one weight for each of the {n} examples")
+        weights = found.detach().double().cpu()
+        if not (weights.isfinite().all() and (weights >= 0).all() and weights.sum() > 0):
+            text = f"returned weights from {float(weights.min()):g} to {float(weights.max()):g}: they are counts"
+            raise self._error("example_weights", f"{text}, at least 0, and some above it")
+        return weights
+
+    def _drawn(self, n: int, split: Split) -> Any:
+        batch = self._call("batch", n, self.generator, split)
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+        if not tensors:
+            raise self._error("batch", f"returned {type(batch).__name__} without a tensor in it")
+        sizes = {tuple(t.shape[:1]) for t in tensors if t.ndim}
+        if (n,) not in sizes:
+            shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
+            raise self._error(
+                "batch", f"was asked for {n} examples and returned shapes {shapes}; dimension 0 must be {n}"
+            )
+        return batch
+
+    def _moved(self, batch: Any) -> Any:
+        return tree_map(lambda leaf: upload(leaf, self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The loss of a batch, under autocast where the dtype asks for it; checked to be one floating-point number.
+
+        Whether it is finite is left to `check_finite`, which synchronizes with the device.
+        """
+        loss = self._loss(self._runs, batch)
+        if not loss.requires_grad:
+            raise self._error("loss", "returned a tensor without a gradient: it must depend on the model's parameters")
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any) -> torch.Tensor:
+        """The loss of a batch in evaluation mode, without a gradient."""
+        self.model.eval()
+        try:
+            return self._loss(self.model, batch)
+        finally:
+            self.model.train()
+
+    def backward(self, batch: Any, scale: float = 1.0) -> torch.Tensor:
+        """Forward and backward of `scale` times the loss; gradients are left in `.grad`. Returns the loss, detached."""
+        loss = self.loss(batch)
+        try:
+            (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise self._error("loss", f"failed in its backward pass: {error}") from error
+        return loss.detach()
+
+    def check_finite(self, loss: torch.Tensor, where: str) -> float:
+        """The loss as a number; a NaN or infinity is the workload's error. Synchronizes."""
+        value = float(loss)
+        if not torch.isfinite(loss):
+            raise self._error("loss", f"returned {value} {where}")
+        return value
+
+    def _loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        with torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
+            loss = self._call("loss", model, batch)
+        if not isinstance(loss, torch.Tensor):
+            raise self._error("loss", f"returned {type(loss).__name__}, not a tensor")
+        if loss.ndim or not loss.is_floating_point():  # shape (1,) too: at batch 1 it may be a loss per example
+            raise self._error(
+                "loss",
+                f"returned {loss.dtype} of shape {tuple(loss.shape)}, not one number: take the mean over examples",
+            )
+        return loss
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self.workload, method)(*arguments)
+        except (torch.OutOfMemoryError, MemoryError, WorkloadError, UsageError):
+            raise
+        except (Exception, SystemExit) as error:
+            if is_out_of_memory(error):
+                raise
+            raise self._error(method, f"raised {type(error).__name__}: {error}") from error
+
+    def _error(self, method: str, what: str) -> WorkloadError:
+        return WorkloadError(f"{type(self.workload).__name__}.{method}() of workload {self.workload.name!r} {what}.")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out; the CPU allocator and cuBLAS raise plain RuntimeErrors."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        part in text
+        for part in (
+            "not enough memory",
+            "can't allocate memory",  # CPU allocator on Linux
+            "out of memory",
+            "std::bad_alloc",
+            "CUBLAS_STATUS_ALLOC_FAILED",
+            "CUDNN_STATUS_ALLOC_FAILED",
+        )
+    )
+
+
+def fixed_batches(workload: Workload, device: torch.device, dtype: str = "fp32") -> tuple[Any, Any]:
+    """The batches of training and test examples whose losses are compared: the same for all trials."""
+    count = workload.evaluation_examples
+    if not isinstance(count, int) or count < 1:
+        raise WorkloadError(
+            f"workload {workload.name!r}: evaluation_examples is {count!r}. Give the number of examples of the fixed "
+            "batches on which losses are taken, such as 512."
+        )
+    session = Session(workload, device, dtype, EVALUATION_SEED)
+    return session.batch(count, "train"), session.batch(count, "test")

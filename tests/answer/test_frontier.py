@@ -1,0 +1,82 @@
+"""Frontier, doubling and accumulation plan: against brute force over the time model, and by arithmetic."""
+
+import dataclasses
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from pybatch.answer.frontier import doubling, frontier, joules, plan_accumulation
+from pybatch.answer.tradeoff import Best, TimeModel
+from pybatch.answer.verdict import compare
+from pybatch.base.errors import UsageError
+from pybatch.records import BatchPoint
+
+
+def test_each_point_is_the_best_of_its_devices(fit):
+    model = TimeModel(fit, 3000.0)
+    points = frontier(model, model.useful_devices(), ())
+    assert [p.devices for p in points] == [2**i for i in range(len(points))]
+    grid = np.geomspace(1, 1e6, 200_000)
+    alone = model.time(grid).min()
+    for point in points:
+        best = model.time(grid, point.devices).min()
+        assert point.time_factor == pytest.approx(best / alone, rel=1e-4)
+        assert point.cost_factor == pytest.approx(point.devices * best / alone, rel=1e-4)
+        assert point.energy_factor is None
+    assert points[0].time_factor == points[0].cost_factor == 1.0
+    assert all(a.time_factor > b.time_factor for a, b in pairwise(points))
+    assert all(a.cost_factor < b.cost_factor for a, b in pairwise(points))
+
+
+def test_energy_is_joules_per_example_times_examples(fit):
+    model = TimeModel(fit, 100.0)
+    batches = tuple(BatchPoint(b, "ok", 1.0, joules_per_sample=10.0 / b) for b in (1, 4, 1024))
+    assert joules(4, batches) == 2.5
+    assert joules(2, batches) == pytest.approx(5.0)
+    assert joules(2048, batches) is None
+    second = frontier(model, 8, batches)[1]
+    base, batch = float(model.optimum()), float(model.optimum(2.0))
+    wanted = (10 / (batch / 2)) * (batch + 100) / ((10 / base) * (base + 100))
+    assert second.energy_factor == pytest.approx(wanted, rel=1e-6)
+
+
+def test_doubling_by_arithmetic(fit):
+    model = TimeModel(fit, 64.0)
+    best = Best(64, 64.0, 60, 70, False, model, None)
+    twice = doubling(best, ())
+    assert twice["batch"] == 128
+    assert twice["examples_factor"] == pytest.approx((128 + 64) / (64 + 64))
+    assert twice["steps_factor"] == pytest.approx(0.75)
+    assert twice["time_factor"] == pytest.approx(0.75 * fit.step_s(128) / fit.step_s(64))
+    assert twice["energy_factor"] is None
+    bounded = dataclasses.replace(best, model=dataclasses.replace(model, most=100.0))
+    assert doubling(bounded, ()) == {}
+
+
+def test_the_verdict_carries_both(run):
+    verdict = compare(run.capacity, run.noise)
+    assert verdict.frontier[0].devices == 1
+    assert verdict.why("doubling").inputs["batch"] == 2 * verdict.best_batch
+
+
+@pytest.mark.parametrize(
+    ("wanted", "devices", "micro", "accumulation"),
+    [(64, 1, 64, 1), (81_920, 1, 81_920, 1), (163_840, 1, 81_920, 2), (163_840, 2, 81_920, 1), (90_000, 1, 45_000, 2)],
+)
+def test_the_plan_has_the_fewest_equal_passes_that_fit(run, wanted, devices, micro, accumulation):
+    plan = plan_accumulation(run.capacity, wanted, devices)
+    assert (plan.micro_batch, plan.accumulation) == (micro, accumulation)
+    assert plan.devices * plan.micro_batch * plan.accumulation == wanted
+    assert plan.step_s == pytest.approx(accumulation * run.capacity.model.step_s(micro))
+
+
+def test_plans_that_cannot_be_made_say_why(run):
+    with pytest.raises(UsageError, match=r"does not divide over 3 devices\. Use 99"):
+        plan_accumulation(run.capacity, 100, 3)
+    with pytest.raises(UsageError, match=r"equal micro-batches .* Use 163839"):
+        plan_accumulation(run.capacity, 163_841)
+    with pytest.raises(UsageError, match="at least 1"):
+        plan_accumulation(run.capacity, 0)
+    with pytest.raises(UsageError, match="was not measured"):
+        plan_accumulation(dataclasses.replace(run.capacity, max_batch=None), 64)

@@ -1,0 +1,104 @@
+"""A bench run and a sweep of one workload become one run; what may not belong together stays apart."""
+
+import dataclasses
+
+import pytest
+from cases.verdicts import SWEEP
+
+from pybatch.answer.merge import join
+from pybatch.answer.verdict import compare
+from pybatch.records import Convergence, Note, Run
+
+
+@pytest.fixture
+def bench(run):
+    return dataclasses.replace(run, verdict=compare(run.capacity, run.noise))
+
+
+@pytest.fixture
+def sweep(run):
+    workload = dataclasses.replace(run.capacity.workload, target={"train": 0.3}, learning_rate=None)
+    steps = Convergence((SWEEP["fitted"][0],), optimizer="sgd", device=run.capacity.device, workload=workload)
+    return Run("2026-01-03T00:00:00+00:00", run.environment, convergence=steps, notes=(Note("x", "of the sweep"),))
+
+
+def test_the_verdict_of_both_stands_on_the_sweep(bench, sweep):
+    for runs in ([bench, sweep], [sweep, bench]):
+        [one] = join(runs)
+        assert one.verdict == compare(bench.capacity, bench.noise, sweep.convergence)
+        assert (one.verdict.critical_source, bench.verdict.critical_source) == ("sweep", "noise")
+        assert one.verdict.time_to_target is not None
+        assert [note.text for note in one.notes][:1] == ["of the sweep"]
+        assert "sweep with sgd of 2026-01-03" in one.notes[-1].text
+    ratios = {"noise_ratio": None, "noise_ratio_low": None, "noise_ratio_high": None}  # made with the bench's noise
+    curves = Run.from_json(one.to_json()).convergence.curves
+    assert tuple(dataclasses.replace(c, **ratios) for c in curves) == sweep.convergence.curves
+
+
+def test_the_noise_scale_of_the_sweep_serves_a_run_without_one(bench, sweep):
+    bare = dataclasses.replace(bench, noise=None, verdict=compare(bench.capacity))
+    [one] = join([bare, dataclasses.replace(sweep, noise=bench.noise)])
+    assert one.noise == bench.noise
+
+
+@pytest.mark.parametrize("change", [{"dtype": "bf16"}, {"options": {"width": 8}}, {"name": "text"}, {"model": "cnn"}])
+def test_another_workload_stays_apart(bench, sweep, change):
+    other = dataclasses.replace(sweep.convergence.workload, **change)
+    apart = dataclasses.replace(sweep, convergence=dataclasses.replace(sweep.convergence, workload=other))
+    assert join([bench, apart]) == [bench, apart]
+
+
+def test_a_sweep_given_as_record_and_as_store_is_one(bench, sweep):
+    """A store knows no noise scale, and another time of day."""
+    record = dataclasses.replace(sweep, noise=bench.noise)
+    stored = dataclasses.replace(sweep, created="2026-01-04T00:00:00+00:00", environment=None, notes=())
+    assert join([stored, record]) == join([record, stored]) == [record]
+    for runs in ([bench, stored, record], [record, bench, stored]):
+        [one] = join(runs)
+        assert one.verdict.critical_source == "sweep"
+
+
+def test_of_two_records_of_a_sweep_the_one_with_test_losses_at_a_budget_is_kept(bench, sweep):
+    """An earlier record hid what the store learned when it was resumed with --gap-epochs."""
+    early = dataclasses.replace(sweep, noise=bench.noise)
+    steps, [curve] = sweep.convergence, sweep.convergence.curves
+    points = tuple(dataclasses.replace(p, test_losses_at_epochs=(0.5, None)) for p in curve.points)
+    longer = dataclasses.replace(steps, curves=(dataclasses.replace(curve, points=points),), gap_epochs=8.0)
+    later = dataclasses.replace(sweep, convergence=longer)
+    for runs in ([early, later], [later, early]):
+        [one] = join(runs)
+        assert (one.convergence.gap_epochs, one.noise) == (8.0, bench.noise)
+        assert one.convergence.curves[0].points == points
+        assert one.convergence.curves[0].noise_ratio is not None
+    [both] = join([bench, early, later])
+    assert both.convergence.gap_epochs == 8.0
+
+
+def test_what_is_not_clear_stays_apart(bench, sweep):
+    elsewhere = dataclasses.replace(
+        sweep,
+        convergence=dataclasses.replace(sweep.convergence, device=dataclasses.replace(bench.capacity.device, name="X")),
+    )
+    nameless = dataclasses.replace(sweep, convergence=dataclasses.replace(sweep.convergence, workload=None))
+    slower = dataclasses.replace(SWEEP["fitted"][0], target=0.2)
+    second = dataclasses.replace(sweep, convergence=dataclasses.replace(sweep.convergence, curves=(slower,)))
+    again = dataclasses.replace(bench, created="2026-01-05T00:00:00+00:00")
+    for runs in (
+        [bench, elsewhere],
+        [bench, nameless],
+        [bench, sweep, second],
+        [bench, again, sweep],
+        [sweep],
+        [bench],
+    ):
+        assert join(runs) == runs
+
+
+def test_the_ratio_to_the_noise_scale_is_of_the_noise_scale_shown(bench, sweep):
+    curve = dataclasses.replace(sweep.convergence.curves[0], noise_ratio=99.0)
+    [one] = join(
+        [bench, dataclasses.replace(sweep, convergence=dataclasses.replace(sweep.convergence, curves=(curve,)))]
+    )
+    found = one.convergence.curves[0]
+    assert found.noise_ratio == pytest.approx(one.noise.b_simple / found.critical_batch)
+    assert found.noise_ratio_low < found.noise_ratio < found.noise_ratio_high

@@ -1,0 +1,298 @@
+"""The verdict: what it advises is what brute force finds, and every number it prints can be accounted for."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from cases.verdicts import BATCHES, capacity, noise, numbers_in, throughput, unaccounted
+
+from pybatch.answer.tradeoff import EFFICIENCY, TimeModel
+from pybatch.answer.verdict import compare
+from pybatch.base.errors import UsageError
+from pybatch.fits.throughput import fit_throughput
+from pybatch.records import (
+    Capacity,
+    Convergence,
+    ConvergencePoint,
+    Curve,
+)
+
+
+def sweep(critical=200.0, s_min=500.0):
+    points = tuple(ConvergencePoint(b, s_min * (1 + critical / b), "reached", 3, 0.1, reached=3) for b in BATCHES)
+    good = Curve("tuned", "train", points, s_min, critical, critical / 1.2, critical * 1.2, target=0.3)
+    other = Curve("constant", "train", points, 2 * s_min, 2 * critical, critical, 3 * critical, target=0.3)
+    unfitted = Curve("tuned", "test", (), None, None, None, None)
+    return Convergence((unfitted, other, good))
+
+
+TABLE = {
+    # name: (capacity, noise, steps) -> (limit, best batch, what the text must say)
+    "noise": ((capacity(), noise(40)), ("noise", 32, "Gradient noise sets the limit")),
+    "hardware": ((capacity(), noise(12_000)), ("hardware", 512, "The device sets the limit")),
+    "balanced": ((capacity(), noise(380)), ("balanced", 128, "balanced")),
+    "memory": ((capacity(max_batch=50), noise(12_000)), ("hardware", 48, "largest batch that fits 50")),
+    "data set": ((capacity(examples=100), noise(12_000)), ("hardware", 100, "Use batch 100 ")),
+    "no noise at all": ((capacity(), noise(0.0, 0.0, 3.0)), ("noise", 1, "Use batch 1 ")),
+    "lower bound above": (
+        (capacity(), noise(None, 900, status="lower_bound")),
+        ("hardware", None, "above what the device can use"),
+    ),
+    "lower bound below": ((capacity(), noise(None, 90, status="lower_bound")), ("unresolved", None, "or larger")),
+    "unresolved": (
+        (capacity(), noise(None, status="unresolved")),
+        ("unresolved", None, "No batch can be advised yet: |G|^2 is not separated"),
+    ),
+    "capacity alone": ((capacity(), None), ("unresolved", None, "Measure the noise scale as well")),
+    "noise alone": ((None, noise(40)), ("unresolved", None, "Capacity was not measured")),
+    "lower bound alone": ((None, noise(None, 90, status="lower_bound")), ("unresolved", None, "at least 90")),
+    "nothing": ((None, None), ("unresolved", None, "no batch can be advised")),
+    "sweep": ((capacity(), noise(12_000), sweep()), ("noise", 64, "fitted to steps")),
+    "floor": ((capacity(throughput(alpha=1e-4, floor=0.008)), noise(40)), ("noise", 32, "Use batch 32")),
+    "disturbed": (
+        (capacity(dataclasses.replace(throughput(), rms_log_error=0.52)), noise(None, 90, status="lower_bound")),
+        ("unresolved", None, "by 52 %"),
+    ),
+    "three batches": (
+        (Capacity(None, None, None, None, None, None, None, None, None, None), noise(40)),
+        ("unresolved", None, "Too few batch sizes"),
+    ),
+}
+
+
+@pytest.fixture(params=TABLE)
+def case(request):
+    inputs, expected = TABLE[request.param]
+    return compare(*inputs), expected
+
+
+def test_advice(case):
+    verdict, (limit, best, says) = case
+    assert verdict.limit == limit
+    assert verdict.best_batch == best
+    assert says in verdict.text
+    assert verdict.text.count(". ") <= 5
+    if best is not None:
+        inputs = verdict.why("best_batch").inputs
+        assert verdict.best_low <= inputs["optimum"] <= verdict.best_high
+        assert (verdict.best_low, verdict.best_high) == (
+            max(1, math.floor(inputs["optimum_low"])),
+            math.ceil(inputs["optimum_high"]),
+        )
+
+
+def test_every_missing_figure_has_a_note_and_every_given_one_a_reason(case):
+    verdict, _ = case
+    reasons = {r.figure for r in verdict.reasons}
+    for figure in ("critical_batch", "saturation_batch", "best_batch", "useful_devices", "time_to_target"):
+        if getattr(verdict, figure) is None:
+            assert any(n.figure == f"verdict.{figure}" and len(n.text) > 10 for n in verdict.notes), figure
+        else:
+            assert figure in reasons, figure
+    assert "limit" in reasons
+
+
+def test_every_number_in_the_text_can_be_accounted_for(case):
+    """It stands in a field of the verdict, or among a reason's inputs, rounded as numerals rounds."""
+    assert unaccounted(case[0]) == set()
+
+
+def test_an_unaccounted_number_would_be_caught():
+    assert numbers_in("Use batch 64 (95 % interval 1,200 to 3.5, x), |G|^2") == ["64", "1,200", "3.5"]
+
+
+def test_why():
+    verdict = compare(capacity(), noise(40))
+    reason = verdict.why("best_batch")
+    assert reason.inputs["optimum"] == pytest.approx(math.sqrt(40 * 40))
+    assert verdict.why("critical_batch").evidence == "modelled"  # B_simple is measured; that it is critical, is not
+    with pytest.raises(UsageError, match="no figure 'colour'"):
+        verdict.why("colour")
+
+
+FITS = {"affine": throughput(), "floor": throughput(alpha=0.002, floor=0.008), "knee": throughput(1e-5, floor=0.008)}
+
+
+@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("critical", [3.0, 200.0, 5e4])
+@pytest.mark.parametrize("most", [math.inf, 64.0])
+def test_optimum_is_the_least_time(name, critical, most):
+    """Against 20 000 batches tried one by one."""
+    model = TimeModel(FITS[name], critical, most)
+    grid = np.geomspace(1, min(most, 1e6), 20_000)
+    time = [(1 + critical / b) * FITS[name].step_s(b) for b in grid]
+    assert model.time(model.optimum()) <= min(time) * (1 + 1e-9)
+    assert model.optimum() == pytest.approx(grid[np.argmin(time)], rel=2e-3)
+
+
+@pytest.mark.parametrize("critical", [40.0, 5e3, 1e5])
+def test_useful_devices_by_brute_force(critical):
+    """T(1) / (K T(K)) with every batch tried, and against the closed form for the affine model."""
+    fit = throughput()
+    grid = np.geomspace(1, 1e7, 40_001)
+
+    def least(k):
+        return np.min((1 + critical / grid) * (fit.alpha_s + fit.beta_s * grid / k))
+
+    found = TimeModel(fit, critical).useful_devices()
+    assert least(1) / (found * least(found)) >= EFFICIENCY * (1 - 1e-6)
+    assert least(1) / ((found + 1) * least(found + 1)) < EFFICIENCY
+    ratio = math.sqrt(critical / fit.half_batch)
+    assert found == math.floor((1 + (1 + ratio) * (1 / math.sqrt(EFFICIENCY) - 1)) ** 2)
+
+
+def test_more_devices_are_worth_it_where_memory_binds():
+    """One device of little memory is slow; each further one brings memory as well."""
+    assert TimeModel(throughput(), 5e3, 16.0).useful_devices() > TimeModel(throughput(), 5e3).useful_devices()
+
+
+def test_cost_of_going_further_is_the_ratio_of_times():
+    verdict = compare(capacity(), noise(40))
+    inputs, fit = verdict.why("limit").inputs, throughput()
+    examples = (1 + 380 / 40) / (1 + 32 / 40)
+    speed = 380 / fit.step_s(380) / (32 / fit.step_s(32))
+    assert inputs["examples_factor"] == pytest.approx(examples)
+    assert inputs["throughput_factor"] == pytest.approx(speed)
+    assert inputs["time_factor"] == pytest.approx(examples / speed)
+
+
+def test_interval_holds_the_best_batch_of_a_planted_problem():
+    """Critical batch and step times drawn with their errors: the interval of B* covers the true optimum."""
+    rng, held, true = np.random.default_rng(11), 0, math.sqrt(300 * 40)
+    for seed in range(100):
+        drawn = 300 * math.exp(0.1 * rng.standard_normal())
+        seconds = throughput().alpha_s + throughput().beta_s * np.array(BATCHES)
+        fit = fit_throughput(
+            BATCHES, seconds * np.exp(0.03 * rng.standard_normal(len(BATCHES))), seed=seed, resamples=100
+        )
+        found = compare(capacity(fit), noise(drawn, drawn * math.exp(-0.196), drawn * math.exp(0.196)))
+        inputs = found.why("best_batch").inputs
+        held += inputs["optimum_low"] <= true <= inputs["optimum_high"]
+    assert held >= 90
+
+
+def test_measured_times_overrule_a_model_that_misses_them():
+    """A cache cliff at 64 that no affine fit can follow: the batch below it is faster to the loss."""
+    times = [1e3 * throughput().step_s(b) * (2.0 if b >= 64 else 1.0) for b in BATCHES]
+    verdict = compare(capacity(times=times), noise(100))
+    assert verdict.best_batch == 32
+    assert verdict.why("best_batch").evidence == "measured"
+    assert "Use batch 32 (by the measured step times, which the throughput model misses; its optimum " in verdict.text
+    usual = compare(capacity(), noise(100))
+    assert usual.best_batch == 64
+    assert "by the measured step times" not in usual.text
+
+
+@pytest.mark.parametrize(("faster", "best"), [(1.03, 64), (1.07, 32)])
+def test_a_batch_surely_measured_a_few_percent_faster_is_taken(faster, best):
+    """Each time is known to 1 %: 7 % lies beyond the error of both and the drift between runs, 3 % does not."""
+    fit = throughput()
+    least, own = (fit.step_s(b) * (1 + 100 / b) for b in (32, 64))
+    times = [1e3 * fit.step_s(b) * (faster * least / own if b == 64 else 1.0) for b in BATCHES]
+    assert compare(capacity(times=times), noise(100)).best_batch == best
+
+
+def test_a_noisy_time_overrules_nothing():
+    """Of many batches timed with 15 % error some looks faster by chance: the least of them is no evidence."""
+    rng = np.random.default_rng(5)
+    for _ in range(50):
+        drawn = [1e3 * throughput().step_s(b) * math.exp(0.15 * rng.standard_normal()) for b in BATCHES]
+        assert compare(capacity(times=drawn, error=0.3), noise(100)).best_batch == 64
+
+
+def test_a_bound_is_used_up_and_never_said_to_be_worse():
+    for most in (9, 50, 63):
+        verdict = compare(capacity(max_batch=most), noise(1e5))
+        assert verdict.best_batch == most - most % 8
+        assert "examples per second" not in verdict.text
+    found = compare(capacity(max_batch=50), noise(None, 5e4, status="lower_bound"))
+    assert "Use batch 50, the largest that memory allows" in found.text
+    found = compare(capacity(examples=60), noise(None, 5e4, status="lower_bound"))
+    assert "Use batch 60, the largest that the data set allows" in found.text
+
+
+def test_a_smaller_data_set_never_makes_more_devices_worth_it():
+    free = compare(capacity(), noise(1e5)).useful_devices
+    found = [compare(capacity(examples=n), noise(1e5)).useful_devices for n in (100, 1000, 10_000)]
+    assert found == sorted(found)
+    assert found[-1] <= free
+
+
+def test_at_the_end_of_a_floor_the_reason_and_the_error_are_the_floors():
+    verdict = compare(capacity(throughput(alpha=1e-4, beta=1e-5, floor=4e-3)), noise(1000))
+    reason = verdict.why("best_batch")
+    assert reason.inputs["optimum"] == pytest.approx(390)
+    assert "the end of the floor" in reason.text
+    assert reason.inputs["optimum_low"] == pytest.approx(390 / 1.05)
+    assert reason.inputs["optimum_high"] == pytest.approx(390 * 1.05, rel=0.01)
+
+
+def test_an_open_interval_of_the_device_opens_the_optimums():
+    fit = dataclasses.replace(throughput(), ceiling_high=None, half_high=None, saturation_high=None, half_low=0.0)
+    verdict = compare(capacity(fit, max_batch=None), noise(1000))
+    assert (verdict.best_low, verdict.best_high) == (1, None)
+    assert "95 % interval 1 upwards" in verdict.text
+    assert verdict.limit == "balanced"
+
+
+def test_odd_batches_measured_are_kept():
+    verdict = compare(capacity(batches=(10, 30, 60, 150)), noise(100))
+    assert verdict.best_batch == 60
+    verdict = compare(capacity(batches=(1, 2, 4)), noise(100))
+    assert verdict.best_batch == 64  # none near: a power of two
+    assert "by extrapolation past the largest batch timed" in verdict.text
+
+
+def test_time_to_target_needs_steps():
+    assert compare(capacity(), noise(200)).time_to_target is None
+    verdict = compare(capacity(), noise(12_000), sweep(200.0, 500.0))
+    steps = 500 * (1 + 200 / verdict.best_batch)
+    assert verdict.time_to_target == pytest.approx(steps * throughput().step_s(verdict.best_batch))
+    assert (verdict.critical_source, verdict.critical_batch) == ("sweep", 200.0)
+
+
+def test_misfit_is_told():
+    poor = dataclasses.replace(throughput(), rms_log_error=0.17)
+    verdict = compare(capacity(poor), noise(40))
+    assert any("17 % (rms)" in n.text for n in verdict.notes)
+    assert verdict.text.startswith("Use batch")
+    for found in (noise(40), None):
+        useless = compare(capacity(dataclasses.replace(poor, rms_log_error=1.3)), found)
+        assert useless.text.startswith("Measure again before trusting this: step times miss any smooth curve by 130 %")
+
+
+def test_extrapolation_is_told():
+    assert "380 by extrapolation" in compare(capacity(batches=(1, 4, 16, 64)), noise(40)).text
+    assert "extrapolat" not in compare(capacity(), noise(40)).text
+
+
+def test_an_open_end_of_the_critical_batch_opens_the_optimums():
+    """A sweep that bends little: the critical batch may lie far above, or a single seed gave no interval at all."""
+    for low, high in ((160.0, None), (None, 250.0), (None, None)):
+        curve = dataclasses.replace(sweep().curves[-1], low=low, high=high)
+        found = compare(capacity(), None, Convergence((curve,)))
+        assert found.critical_batch == 200.0
+        if low is None:
+            assert found.best_low == 1
+        else:
+            assert found.best_low == pytest.approx(math.sqrt(low * 40), rel=0.06)
+        if high is None:
+            assert found.best_high == 100_000  # the largest that fits
+        else:
+            assert found.best_high == pytest.approx(math.sqrt(high * 40), rel=0.06)
+        # 200 itself lies below the saturation batch of 380; an end that is not known may not.
+        assert found.limit == ("noise" if high is not None else "unresolved")
+        assert unaccounted(found) == set()
+    assert "200 (interval not known, fitted to steps)" in found.text
+
+
+def test_a_bound_of_the_tuned_rates_goes_before_the_value_of_a_fixed_rule():
+    tuned = Curve("tuned", "train", (), None, None, 4096.0, None, target=0.3)
+    other = dataclasses.replace(sweep().curves[-1], rule="constant")
+    found = compare(capacity(), None, Convergence((other, tuned)))
+    assert (found.critical_batch, found.critical_low) == (None, 4096.0)
+    assert found.limit == "hardware"
+    test = dataclasses.replace(sweep().curves[-1], split="test")
+    assert compare(capacity(), None, Convergence((other, tuned, test))).critical_batch == 200.0
+    assert compare(capacity(), None, Convergence((other,))).critical_batch == 200.0

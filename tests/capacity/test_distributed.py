@@ -1,0 +1,101 @@
+"""`torchrun -m pybatch bench` on two gloo processes: one result, from both."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import pybatch
+from pybatch.base.errors import UsageError
+from pybatch.capacity.distributed import launched, measure_distributed, process_group
+from pybatch.records import Run
+from pybatch.workloads.running.finding import find
+
+
+def torchrun(folder, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pybatch"]
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("torchrun")
+    done = torchrun(folder, "bench", "--cpu", "--batch", "8,32,128", "--time-budget", "14", "-o", "run.json")
+    assert (folder / "run.json").exists(), done.stderr
+    return done, Run.from_json((folder / "run.json").read_text())
+
+
+def test_process_0_alone_prints_and_writes(bench):
+    done, run = bench
+    assert done.stdout.count("Several devices (gloo)") == 1
+    assert done.stdout.count("Verdict") == 1
+    assert run.distributed.devices == 2
+
+
+def test_steps_with_and_without_communication_are_told_apart(bench):
+    _, run = bench
+    points, fit = run.distributed.points, run.distributed.fit
+    assert {p.devices for p in points} == {2}
+    assert len({p.batch for p in points}) >= 2
+    assert all(p.step_ms > 0 and p.compute_ms > 0 for p in points)
+    assert fit.bytes == 4 * 4810  # the gradient of digits' MLP in fp32
+    assert fit.gamma >= 1
+    assert fit.latency_s > 0
+    assert any("share this machine" in note.text for note in run.distributed.notes)
+
+
+def test_an_error_in_process_0_ends_both(tmp_path):
+    done = torchrun(tmp_path, "bench", "--cpu", "--workload", "nothing")
+    assert done.returncode != 0
+    assert "workload 'nothing'" in done.stderr
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import torch, pybatch\n"
+        "class Broken(pybatch.Workload):\n"
+        "    name, unit = 'broken', 'x'\n"
+        "    def model(self): return torch.nn.Linear(2, 1)\n"
+        "    def batch(self, n, generator, split='train'): raise ValueError('no data here')\n"
+        "    def loss(self, model, batch): return model(batch).mean()\n"
+    )
+    done = torchrun(tmp_path, "bench", "--cpu", "--workload", "broken.py:Broken")
+    assert done.returncode != 0
+    assert done.stderr.count("no data here") >= 1
+
+
+def test_one_process_has_nobody_to_communicate_with(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with pytest.raises(UsageError, match="torchrun --nproc-per-node"):
+            measure_distributed(
+                find("digits"), device=torch.device("cpu"), dtype="fp32", batches=[8], time_budget=1.0, seed=0
+            )
+    finally:
+        dist.destroy_process_group()
+
+
+def test_every_process_works_on_its_own_gpu_before_it_joins(monkeypatch):
+    """NCCL refuses two processes on one GPU, and that is where the current device is unless it is set."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(str(device)))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: done.append(backend))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("left"))
+    with process_group(torch.device("cuda", 1)) as rank:
+        assert rank == 1
+    assert done == ["cuda:1", "nccl", "left"]
+    done.clear()
+    with process_group(torch.device("cpu")):
+        pass
+    assert done == ["gloo", "left"]
+
+
+def test_one_process_is_not_a_group():
+    assert not launched()
+    assert json.loads(pybatch.Run("", None).to_json())["distributed"] is None

@@ -1,0 +1,37 @@
+"""KEY=VALUE lists: what is read, and what is refused with the part that is wrong."""
+
+import pytest
+
+from pybatch.base.errors import UsageError
+from pybatch.commands.assignments import parse_optimizer, parse_targets
+
+
+def test_targets():
+    assert parse_targets("train=0.1, test=2e-1") == {"train": 0.1, "test": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("sgd", ("sgd", {})),
+        ("sgd:momentum=0.9,nesterov=True", ("sgd", {"momentum": 0.9, "nesterov": True})),
+        ("adamw:betas=(0.9, 0.95),weight_decay=0", ("adamw", {"betas": (0.9, 0.95), "weight_decay": 0})),
+    ],
+)
+def test_optimizers(text, found):
+    assert parse_optimizer(text) == found
+
+
+@pytest.mark.parametrize("text", ["train", "train=", "=0.1", "train=low", "train=0.1,", "train=0.1,train=0.2"])
+def test_targets_that_are_refused(text):
+    with pytest.raises(UsageError, match=r"target .*(Write|Give)"):
+        parse_targets(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("sgd:", "KEY=VALUE"), ("sgd:momentum=os.system('x')", "not a number"), ("sgd:lr=0.1", "the sweep chooses")],
+)
+def test_optimizers_that_are_refused(text, message):
+    with pytest.raises(UsageError, match=message):
+        parse_optimizer(text)

@@ -1,0 +1,548 @@
+"""The command as a user types it: exit status, what goes where, and every bad input of the main job."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from pybatch import cli
+from pybatch.base.errors import Interrupted, WorkloadError
+from pybatch.records import Run
+
+USER_WORKLOADS = """
+import torch
+import pybatch
+
+class Good(pybatch.Workload):
+    name, unit = "mine", "points"
+    def model(self):
+        return torch.nn.Linear(8, 1)
+    def batch(self, n, generator, split="train"):
+        x = torch.randn(n, 8, generator=generator)
+        return x, x.sum(1, keepdim=True) + torch.randn(n, 1, generator=generator)
+    def loss(self, model, batch):
+        x, y = batch
+        return torch.nn.functional.mse_loss(model(x), y)
+
+class Raises(Good):
+    def batch(self, n, generator, split="train"):
+        raise KeyError("no such column")
+
+class NotANumber(Good):
+    def loss(self, model, batch):
+        return super().loss(model, batch) * float("nan")
+
+class PerExample(Good):
+    def loss(self, model, batch):
+        x, y = batch
+        return (model(x) - y).square().squeeze(1)
+
+class ShortBatch(Good):
+    def batch(self, n, generator, split="train"):
+        return super().batch(7, generator, split)
+
+class NoModel(Good):
+    def model(self):
+        return None
+
+class Slow(Good):
+    def loss(self, model, batch):
+        import time
+        time.sleep(0.05)
+        return super().loss(model, batch)
+
+class Prints(Good):
+    print("a line of the workload's own, while it is imported")
+    def model(self):
+        print("a line of the workload's own")
+        return super().model()
+
+class Above64(Good):
+    def loss(self, model, batch):
+        if len(batch[0]) > 64:
+            raise RuntimeError("too many")
+        return super().loss(model, batch)
+
+class Even(Good):
+    def loss(self, model, batch):
+        if len(batch[0]) % 2:
+            raise ValueError("an even number of points is needed")
+        return super().loss(model, batch)
+
+class Exits(Good):
+    def model(self):
+        raise SystemExit("bye")
+
+class Pairs(Good):
+    def loss(self, model, batch):
+        found = model(batch[0])
+        return (found - found.T).square().mean()
+
+class Huge(Good):
+    def model(self):
+        class Model(torch.nn.Linear):
+            def to(self, device):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+        return Model(8, 1)
+
+class NotAWorkload:
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def user_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("user") / "mymodel.py"
+    path.write_text(USER_WORKLOADS)
+    return path
+
+
+@pytest.fixture
+def pybatch(monkeypatch, capsys):
+    """Type a command; returns (exit status, stdout, stderr)."""
+
+    def type_(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pybatch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return type_
+
+
+@pytest.fixture
+def measured(monkeypatch, run):
+    """Replace the measurement by a ready record; returns the arguments it was called with."""
+    import pybatch.jobs.bench
+
+    calls = []
+
+    def run_bench(workload, **arguments):
+        calls.append((workload, arguments))
+        return run
+
+    monkeypatch.setattr(pybatch.jobs.bench, "run_bench", run_bench)
+    return calls
+
+
+def test_flags_reach_the_measurement(pybatch, measured):
+    status, out, err = pybatch(
+        *shlex.split("bench --cpu --workload text --model lstm --batch 8-32*2 --dtype bf16 --time-budget 7 --seed 3")
+    )
+    assert (status, err) == (0, "")
+    [(workload, arguments)] = measured
+    assert (workload.name, workload.model_name) == ("text", "lstm")
+    assert arguments["device"] == torch.device("cpu")
+    assert arguments["batches"] == [8, 16, 32]
+    assert (arguments["dtype"], arguments["time_budget"], arguments["seed"]) == ("bf16", 7.0, 3)
+    assert arguments["command"] == (
+        "pybatch bench --cpu --workload text --model lstm --batch '8-32*2' --dtype bf16 --time-budget 7 --seed 3"
+    )
+    assert "Use batch 32." in out
+
+
+def test_modes_reach_the_measurement(pybatch, measured):
+    for flags, modes in (("", (False, False)), ("--compile", (True, False))):
+        pybatch("bench", "--cpu", *flags.split())
+        assert (measured[-1][1]["compile"], measured[-1][1]["graph"]) == modes
+
+
+def test_the_format_goes_to_stdout_alone(pybatch, measured, run):
+    status, out, err = pybatch("bench", "--cpu", "--format", "json")
+    assert (status, err) == (0, "")
+    assert Run.from_json(out) == run
+
+
+def test_output_takes_the_result_and_stdout_the_table(pybatch, measured, run, tmp_path):
+    path = tmp_path / "run.json"
+    status, out, err = pybatch("bench", "--cpu", "-o", path)
+    assert status == 0
+    assert Run.from_json(path.read_text()) == run
+    assert "Use batch 32." in out
+    assert err == f"pybatch: wrote {path}\n"
+
+
+def test_format_outranks_the_ending(pybatch, measured, tmp_path):
+    pybatch("bench", "--cpu", "-o", tmp_path / "run.txt", "--format", "csv")
+    assert (tmp_path / "run.txt").read_text().startswith("created,")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu_is_said_with_the_remedy(pybatch, measured):
+    status, out, err = pybatch("bench", "--gpu", "0")
+    assert (status, out) == (2, "")
+    assert "--cpu" in err
+    assert not measured
+
+
+@pytest.mark.parametrize(("index", "says"), [("2", "the GPUs here are 0..1"), ("-1", "-1")])
+def test_a_device_index_out_of_range_is_said_with_the_range(pybatch, measured, monkeypatch, index, says):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    status, out, err = pybatch("bench", "--gpu", index)
+    assert (status, out) == (2, "")
+    assert says in err
+    assert "Traceback" not in err
+    assert not measured
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--batch 8-4*2", "batch '8-4*2': start 8 is above stop 4. Write '4-8*2'."),
+        ("--batch many", "'many' is not a batch size or a range"),
+        ("--workload digit", "digits"),
+        ("--workload nofile.py:Thing", "nofile.py"),
+        ("--model resnet152", "resnet152"),
+        ("--dtype fp8", "dtype 'fp8' is not known"),
+        ("--format xml", "format 'xml' is not known. Use one of: table, md, json, jsonl, csv."),
+        ("--gpu 0 --cpu", "--gpu and --cpu exclude each other"),
+        ("--cuda-graph", "CUDA graphs were asked for (--cuda-graph, graph=True) on cpu: only a CUDA device"),
+        ("--time-budget 0", "time budget 0 s is out of range"),
+        ("--time-budget nan", "time budget nan s is out of range"),
+        ("--seed -1", "seed -1 is out of range"),
+        ("-o run.xls", "'run.xls' ends in no format known here"),
+        ("-o no/such/folder/run.json", "'no/such/folder/run.json' cannot be written: No such file or directory"),
+        ("-o /", "ends in no format"),
+        ("--batch", "--batch"),
+        ("--bach 8", "--bach"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(pybatch, monkeypatch, arguments, says, tmp_path):
+    import pybatch.jobs.bench as job
+
+    monkeypatch.setattr(job, "measure_capacity", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.chdir(tmp_path)
+    device = () if "--gpu" in arguments else ("--cpu",)
+    status, out, err = pybatch("bench", *device, *arguments.split())
+    assert (status, out) == (2, "")
+    assert says in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Raises", "Raises.batch() of workload 'mine' raised KeyError: 'no such column'"),
+        ("NotANumber", "NotANumber.loss() of workload 'mine' returned nan"),
+        ("PerExample", "PerExample.loss() of workload 'mine' returned torch.float32 of shape ("),
+        ("ShortBatch", "ShortBatch.batch() of workload 'mine' was asked for"),
+        ("NoModel", "NoModel.model() of workload 'mine' returned NoneType"),
+        ("Exits", "Exits.model() of workload 'mine' raised SystemExit: bye"),
+        ("NotAWorkload", "NotAWorkload"),
+        ("Goood", "Good"),
+    ],
+)
+def test_a_faulty_workload_is_named_with_its_method(pybatch, user_file, name, says):
+    status, out, err = pybatch("bench", "--cpu", "--workload", f"{user_file}:{name}", "--time-budget", "5")
+    assert (status, out) == (2, "")
+    assert says in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("flags", ["", "--thorough", "--compile"])
+def test_a_model_that_does_not_fit_on_the_device_is_said_before_anything_is_written(
+    pybatch, user_file, tmp_path, flags
+):
+    path = tmp_path / "run.json"
+    status, out, err = pybatch("bench", "--cpu", "--workload", f"{user_file}:Huge", "-o", path, *flags.split())
+    assert (status, out, list(tmp_path.iterdir())) == (2, "", [])
+    assert "pybatch: the model of workload 'mine' (36 B) does not fit on cpu, out of memory: OutOfMemoryError" in err
+    assert "Take a smaller model" in err
+
+
+def test_a_user_workload_runs_end_to_end(pybatch, user_file, tmp_path):
+    path = tmp_path / "run.json"
+    status, out, _ = pybatch(
+        "bench", "--cpu", "--workload", f"{user_file}:Good", "--batch", "8-512*4", "--time-budget", "25", "-o", path
+    )
+    run = Run.from_json(path.read_text())
+    assert (status, run.complete, run.notes) == (0, True, ())
+    assert [p.batch for p in run.capacity.batches if p.status == "ok"] == [8, 32, 128, 512]
+    assert run.capacity.workload.name == "mine"
+    assert run.noise.status == "resolved"
+    assert run.noise.steps >= 8
+    assert run.verdict.text in " ".join(out.split())
+
+
+@pytest.mark.parametrize("command", ["bench --time-budget 8", "sweep --batch 8,16 --rates 0.1 --seeds 1 --max-steps 9"])
+def test_what_a_workload_prints_stays_out_of_the_result(pybatch, user_file, command):
+    kinds = [*shlex.split(command), *(["--target", "train=1e-9", "--noise-budget", "0"] if "sweep" in command else [])]
+    _, out, err = pybatch(*kinds, "--cpu", "--workload", f"{user_file}:Prints", "--format", "json", "-q")
+    assert json.loads(out)["workload"]["name"] == "mine"
+    assert "a line of the workload's own" in err
+
+
+def test_the_plan_of_a_dry_run_goes_to_stdout_and_prints_of_the_workload_do_not(pybatch, user_file):
+    status, out, _ = pybatch("bench", "--cpu", "--dry-run", "--workload", f"{user_file}:Prints")
+    assert status == 0
+    assert out.startswith("workload  mine")
+    assert "own" not in out
+
+
+def test_a_budget_too_short_is_incomplete_and_says_so(pybatch, user_file):
+    command = ("bench", "--cpu", "--workload", f"{user_file}:Slow", "--batch", "1,2,4", "--time-budget", "2")
+    status, out, _ = pybatch(*command, "--format", "json")
+    data = json.loads(out)
+    assert (status, data["complete"]) == (3, False)
+    assert any("the time budget of 2 s did not suffice; raise --time-budget" in note["text"] for note in data["notes"])
+
+
+def test_a_model_that_runs_only_at_some_batch_sizes_gives_those_and_is_incomplete(pybatch, user_file):
+    command = ("bench", "--cpu", "--workload", f"{user_file}:Even", "--batch", "2,3,4,8", "--time-budget", "15")
+    status, out, _ = pybatch(*command, "--format", "json")
+    data = json.loads(out)
+    assert (status, data["complete"]) == (3, False)
+    assert [(b["batch"], b["status"]) for b in data["batches"]] == [(2, "ok"), (3, "skipped"), (4, "ok"), (8, "ok")]
+    assert "ValueError: an even number of points is needed" in data["batches"][1]["reason"]
+    assert data["capacity"]["model"] is not None
+    assert [note["text"] for note in data["notes"]] == ["the workload refuses batch 3; each one's reason says how"]
+
+
+def test_memory_that_is_not_linear_gives_what_was_measured_and_a_batch_that_ran_or_the_reason(
+    pybatch, user_file, monkeypatch
+):
+    from pybatch.capacity import largest, probe
+
+    limit, matrices = 512 << 20, 3  # of fp32, n x n, that a step holds at its peak
+
+    def run_probe(request, timeout_s):
+        fits = matrices * 4 * request.batch**2 <= limit
+        return probe.Outcome("ok", 3, 1) if fits else probe.Outcome("oom", reason="MemoryError")
+
+    monkeypatch.setattr(largest, "memory_limit", lambda device: limit)
+    monkeypatch.setattr(largest, "run_probe", run_probe)
+    command = ("bench", "--cpu", "--workload", f"{user_file}:Pairs", "--batch", "64,128,256,512", "--time-budget", "20")
+    status, out, _ = pybatch(*command, "--format", "json")
+    data = json.loads(out)
+    assert status == (0 if data["complete"] else 3)
+    assert "ok" in [b["status"] for b in data["batches"]]
+    found = data["capacity"]
+    if found["max_batch_verified"]:  # there was time to step down from what a line predicts
+        assert matrices * 4 * found["max_batch"] ** 2 <= limit
+    else:
+        why = [note["text"] for note in found["notes"] if note["figure"].startswith("capacity.max_batch")]
+        assert why
+
+
+def test_a_batch_the_workload_refuses_is_never_advised(pybatch, user_file):
+    command = ("bench", "--cpu", "--workload", f"{user_file}:Above64", "--time-budget", "20")
+    status, out, _ = pybatch(*command, "--format", "json")
+    data = json.loads(out)
+    assert status == 3
+    assert 64 <= data["capacity"]["max_batch"] < 128
+    assert data["verdict"]["best_batch"] < 128
+    _, out, _ = pybatch(*command)
+    assert "Above64.loss() of workload 'mine' raised RuntimeError: too many" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("format_", ["table", "md", "json", "jsonl", "csv"])
+def test_any_locale_takes_any_format(format_, run, tmp_path):
+    """In a C locale without UTF-8 mode nothing is lost: the file is UTF-8, and stdout replaces what it lacks."""
+    (tmp_path / "record.json").write_text(run.to_json())
+    code = (
+        "import sys, pathlib, pybatch.cli as cli; from pybatch import Run; from pybatch.report.output import Output\n"
+        "from pybatch.commands.measuring import deliver\n"
+        "run = Run.from_json(pathlib.Path('record.json').read_text())\n"
+        "def app(): deliver(run, sys.argv[1], Output(pathlib.Path('out'))); deliver(run, sys.argv[1], None)\n"
+        "cli.app = app; cli.main()"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, format_]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
+    assert len((tmp_path / "out").read_text(encoding="utf-8")) > 300
+    assert done.stdout.decode("ascii")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_file_that_fails_at_the_end_loses_nothing(pybatch, measured, run):
+    status, out, err = pybatch("bench", "--cpu", "-o", "/dev/full", "--format", "json")
+    assert status == 3
+    assert Run.from_json(out) == run
+    assert "'/dev/full' cannot be written: No space left on device. The result follows on stdout." in err
+
+
+def test_a_reader_that_leaves_early_is_no_failure(run, tmp_path):
+    (tmp_path / "record.json").write_text(run.to_json())
+    code = (
+        "import pathlib, pybatch.cli as cli; from pybatch import Run\n"
+        "from pybatch.commands.measuring import deliver\n"
+        "run = Run.from_json(pathlib.Path('record.json').read_text())\n"
+        "cli.app = lambda: [deliver(run, 'json', None) for _ in range(200)]; cli.main()"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'set -o pipefail; {sys.executable} -c "$0" | head -1', code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = "pybatch: stdout was closed before the end of the result. Give -o FILE to keep it.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", said)
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_failure_and_mixes_nothing(pybatch, measured, run, monkeypatch, tmp_path, closed):
+    path = tmp_path / "run.json"
+    monkeypatch.setattr(sys, closed, None)
+    status, out, err = pybatch("bench", "--cpu", "-o", path)
+    getattr(sys, closed).close()  # what took its place
+    assert status == 0
+    assert Run.from_json(path.read_text()) == run
+    if closed == "stdout":
+        assert (out, "wrote" in err) == ("", True)
+    else:
+        assert ("Capacity" in out, "wrote" in out, err) == (True, False, "")
+
+
+def test_ctrl_c_before_anything_was_measured_says_so(pybatch, monkeypatch, tmp_path):
+    from pybatch.device import identity
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(identity, "resolve", interrupt)
+    status, out, err = pybatch("bench", "-o", tmp_path / "run.json")
+    assert (status, out) == (130, "")
+    assert "interrupted before anything was measured" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_noise_measurement_keeps_the_capacity(pybatch, user_file, monkeypatch, tmp_path):
+    import pybatch.jobs.bench as job
+
+    def fail(*arguments, **options):
+        raise WorkloadError("Good.loss() of workload 'mine' returned nan at warm-up step 7.")
+
+    monkeypatch.setattr(job, "measure_noise", fail)
+    path = tmp_path / "run.json"
+    command = (
+        "bench",
+        "--cpu",
+        "--workload",
+        f"{user_file}:Good",
+        "--batch",
+        "8-64*2",
+        "--time-budget",
+        "5",
+        "-o",
+        path,
+    )
+    status, out, _ = pybatch(*command)
+    run = Run.from_json(path.read_text())
+    assert status == 3
+    assert len(run.capacity.batches) == 4
+    assert run.noise is None
+    assert "returned nan at warm-up step 7" in run.notes[0].text
+    assert "returned nan at warm-up step 7" in " ".join(out.split())
+
+
+def test_an_interrupted_run_is_delivered(pybatch, monkeypatch, run):
+    import pybatch.jobs.bench as job
+
+    def interrupt(*arguments, **options):
+        raise Interrupted(run.capacity)
+
+    monkeypatch.setattr(job, "measure_capacity", interrupt)
+    status, out, _ = pybatch("bench", "--cpu", "--format", "json")
+    data = json.loads(out)
+    assert status == 3
+    assert data["complete"] is False
+    assert len(data["batches"]) == 5
+    assert data["verdict"]["text"]
+    assert "interrupted" in data["notes"][0]["text"]
+
+
+def test_ctrl_c_while_the_command_line_is_imported_shows_no_trace(tmp_path):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, "-m", "pybatch", "list"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "pybatch: interrupted before anything was measured; nothing was written\n"
+
+
+def test_ctrl_c_writes_what_was_measured(user_file, tmp_path):
+    """The real thing: a process, a signal, a file."""
+    path = tmp_path / "run.json"
+    command = [sys.executable, "-m", "pybatch", "bench", "--cpu", "--workload", f"{user_file}:Slow"]
+    command += ["--batch", "1-4096*2", "--time-budget", "120", "-o", str(path)]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+    ) as process:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and process.poll() is None:
+            if (tmp_path / "run.json.partial").exists():  # batch sizes are known by then
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 3, out + err
+    run = Run.from_json(path.read_text())
+    assert not run.complete
+    assert run.capacity is not None
+    assert "Traceback" not in err
+
+
+def test_doctor_says_what_is_compiled_and_why_a_counter_is_missing(pybatch):
+    status, out, _ = pybatch("doctor")
+    assert status == 0
+    for word in ("cpp", "cuda", "triton", "vector", "sm_active"):
+        assert word in out
+
+
+def test_list_names_what_ships(pybatch):
+    status, out, _ = pybatch("list")
+    assert status == 0
+    for word in ("digits", "text", "mlp", "transformer", "SGD", "AdamW"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "5000"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+        ({"GOMP_SPINCOUNT": "100"}, {"GOMP_SPINCOUNT": "100"}),
+    ],
+)
+def test_threads_spin_shortly_unless_the_user_says_otherwise(pybatch, monkeypatch, given, kept):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    pybatch("--version")
+    assert {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ} == kept
+    from pybatch.device.environment import capture
+
+    assert kept.items() <= capture(seed=0).variables.items()
+
+
+def test_a_batch_above_the_data_set_says_how_it_is_drawn(pybatch):
+    _, out, _ = pybatch("bench", "--cpu", "--batch", "512,1024,2048", "--time-budget", "10", "--format", "json")
+    notes = {note["figure"]: note["text"] for note in json.loads(out)["capacity"]["notes"]}
+    assert "above the 1,437 training examples repeats some of them" in notes["batches.batch"]
+    assert "with replacement" in notes["batches.batch"]
+
+
+def test_version_and_help(pybatch):
+    from importlib.metadata import version
+
+    assert pybatch("--version")[:2] == (0, f"pybatch {version('pybatch')}\n")
+    status, out, _ = pybatch("bench", "--help")
+    assert status == 0
+    assert "16-4096*2" in out

@@ -1,0 +1,174 @@
+"""The compiled check of a step's tensors: every change is noticed, through DLPack's table and without it."""
+
+import gc
+import subprocess
+import sys
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from pybatch import ops
+
+DTYPES = [torch.zeros(1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+
+
+class Problem:
+    """Two groups, one parameter outside the table, and states."""
+
+    def __init__(self):
+        self.params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((4, 4), (6,), (), (0,))]
+        self.other = torch.nn.Parameter(torch.zeros(2))
+        self.groups = [self.params[:2], [*self.params[2:], self.other]]
+        self.state = {p: {"step": torch.zeros(()), "exp_avg": torch.zeros(p.shape), "note": "x"} for p in self.params}
+        self.memory = list(self.params)
+        self.watch = ops.Watch(self.groups, self.memory, [self.other], self.state)
+
+    def stands(self):
+        return self.watch.stands(self.groups, self.memory, self.state)
+
+    def gradients(self):
+        address, dtype = (np.full(len(self.params), 7, dtype=np.int64) for _ in range(2))
+        bad, count = self.watch.gradients(self.params, DTYPES, address, dtype)
+        return bad, count, address.tolist(), dtype.tolist()
+
+
+def transposed(x):
+    return x.data.t()
+
+
+def replace_parameter(x):
+    x.groups[0][0] = torch.nn.Parameter(torch.zeros(4, 4))
+
+
+def exchange(x):
+    x.groups[0][0], x.groups[0][1] = x.groups[0][1], x.groups[0][0]
+
+
+def set_data(index, value):
+    def change(x):
+        x.params[index].data = value(x.params[index])
+
+    return change
+
+
+def set_state(x):
+    x.state[x.params[0]]["exp_avg"] = torch.zeros(4, 4)
+
+
+def move_state(x):
+    x.state[x.params[0]]["exp_avg"].data = torch.zeros(4, 4)
+
+
+CHANGES = {
+    "parameter replaced": replace_parameter,
+    "parameters exchanged": exchange,
+    "parameter added": lambda x: x.groups[0].append(torch.nn.Parameter(torch.zeros(1))),
+    "group added": lambda x: x.groups.append([]),
+    "memory moved": set_data(0, lambda p: p.data.clone()),
+    "transposed in its memory": set_data(0, transposed),
+    "shorter in its memory": set_data(1, lambda p: p.data[:3]),
+    "cast in its memory": set_data(1, lambda p: p.data.view(torch.int32).view(torch.bfloat16)[:6]),
+    "state replaced": set_state,
+    "state moved": move_state,
+    "state added": lambda x: x.state[x.params[0]].update(more=torch.zeros(1)),
+    "state of another parameter": lambda x: x.state.update({x.other: {"step": torch.zeros(())}}),
+    "state cleared": lambda x: x.state.clear(),
+    "gradient outside the table": lambda x: setattr(x.other, "grad", torch.zeros(2)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_noticed(change):
+    x = Problem()
+    assert x.stands()
+    CHANGES[change](x)
+    assert not x.stands()
+
+
+def test_what_does_not_matter_is_not_taken_for_a_change():
+    x = Problem()
+    with torch.no_grad():
+        x.params[0].fill_(3.0)
+        x.params[0].grad = torch.ones(4, 4)
+        x.state[x.params[0]]["exp_avg"].add_(1.0)
+    assert x.stands()
+
+
+def test_gradients_are_read():
+    x = Problem()
+    x.params[0].grad = torch.ones(4, 4)
+    x.params[3].grad = torch.ones(0)
+    assert x.gradients() == (-1, 2, [x.params[0].grad.data_ptr(), 0, 0, 1], [0, 7, 7, 0])
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch has no grad_dtype: gradients have their parameter's")
+    x.params[0].grad_dtype = None
+    x.params[0].grad = torch.ones(4, 4, dtype=torch.float16)
+    assert x.gradients() == (-1, 2, [x.params[0].grad.data_ptr(), 0, 0, 1], [2, 7, 7, 0])
+
+
+@pytest.mark.parametrize(
+    "grad",
+    [
+        lambda: torch.ones(4, 4).t().contiguous().t(),
+        lambda: torch._neg_view(torch.ones(4, 4)),
+        lambda: torch.ones(4, 4).to_sparse(),
+        lambda: torch.ones(8, 4)[::2],
+    ],
+    ids=["transposed", "negated", "sparse", "gaps"],
+)
+def test_a_gradient_that_can_not_be_read_as_it_is(grad):
+    x = Problem()
+    x.params[0].grad, x.params[1].grad = grad(), torch.ones(6)
+    assert x.gradients() == (0, 2, [0, x.params[1].grad.data_ptr(), 0, 0], [7, 0, 7, 7])
+
+
+def test_strides_of_dimensions_of_one_element_do_not_matter():
+    p = torch.nn.Parameter(torch.zeros(1, 5))
+    watch = ops.Watch([[p]], [p], [], {})
+    p.grad = torch.ones(5, 1).t()
+    address, dtype = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    assert watch.gradients([p], DTYPES, address, dtype) == (-1, 1)
+
+
+def test_versions():
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    seen = np.zeros(3, dtype=np.int64)
+    assert ops.Watch.versions(params, seen) == []
+    with torch.no_grad():
+        params[1].add_(1.0)
+        params[2].data.add_(1.0)  # torch does not count this
+    assert ops.Watch.versions(params, seen) == [1]
+    assert ops.Watch.versions(params, seen) == []
+
+
+def test_numbers_of_the_wrong_length_are_refused():
+    x = Problem()
+    with pytest.raises(ValueError, match="one item for each tensor"):
+        x.watch.gradients(x.params, DTYPES, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+
+
+WITHOUT = """
+import sys, torch
+del torch.Tensor.__dlpack_c_exchange_api__
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not without", sys.argv[1]]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no table")
+def test_all_of_it_without_the_table():
+    """As torch before 2.10, where the tensors' methods are called."""
+    command = [sys.executable, "-c", WITHOUT, __file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_cycle_through_a_parameter_is_collected():
+    x = Problem()
+    x.params[0].watch, x.other.watch = x.watch, x.watch  # as a parameter that knows its optimizer
+    gone = weakref.ref(x.params[0])
+    del x
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,217 @@
+"""The throughput fit: planted curves come back, with intervals that hold them."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.optimize import brentq, least_squares
+
+from pybatch.base.errors import UsageError
+from pybatch.fits.throughput import fit_throughput
+
+BATCHES = 2 ** np.arange(13)
+ALPHA, BETA = 0.008, 2e-4  # half batch 40, ceiling 5000 examples/s
+
+
+def affine(batch):
+    return ALPHA + BETA * np.asarray(batch, dtype=float)
+
+
+def floored(batch):
+    return np.maximum(ALPHA, 0.001 + BETA * np.asarray(batch, dtype=float))
+
+
+def test_affine_is_recovered():
+    fit = fit_throughput(BATCHES, affine(BATCHES))
+    assert fit.model == "affine"
+    assert (fit.alpha_s, fit.beta_s) == pytest.approx((ALPHA, BETA), rel=1e-6)
+    assert fit.t0_s == fit.alpha_s
+    assert (fit.ceiling, fit.half_batch, fit.saturation_batch) == pytest.approx((5000, 40, 380), rel=1e-6)
+    assert fit.rms_log_error < 1e-6
+    assert fit.ceiling_low == pytest.approx(fit.ceiling_high, rel=1e-4)  # no spread, no interval
+
+
+def test_floor_is_recovered():
+    fit = fit_throughput(BATCHES, floored(BATCHES))
+    assert fit.model == "floor"
+    assert (fit.t0_s, fit.alpha_s, fit.beta_s) == pytest.approx((ALPHA, 0.001, BETA), rel=1e-4)
+    assert fit.half_batch == pytest.approx(20, rel=1e-4)  # t(20) = 0.008 = 2 * 20 * beta, on the floor
+
+
+@pytest.mark.parametrize("curve", [affine, floored])
+@pytest.mark.parametrize("gain", [0.02, 0.05, 0.2])
+def test_half_and_saturation_batch_are_what_they_say(curve, gain):
+    """Half the ceiling at half_batch; doubling gains exactly `gain` at saturation_batch and less past it."""
+    fit = fit_throughput(BATCHES, curve(BATCHES), gain=gain)
+
+    def throughput(batch):
+        return batch / fit.step_s(batch)
+
+    def gained(batch):
+        return throughput(2 * batch) / throughput(batch) - 1
+
+    assert throughput(fit.half_batch) == pytest.approx(fit.ceiling / 2, rel=1e-9)
+    assert gained(fit.saturation_batch) == pytest.approx(gain, rel=1e-4)
+    assert all(gained(fit.saturation_batch * more) < gain for more in (1.01, 2, 30))
+    assert gained(fit.saturation_batch * 0.99) > gain
+    if curve is affine:
+        root = brentq(lambda b: 2 * affine(b) / affine(2 * b) - 1 - gain, 1e-3, 1e6)
+        assert fit.saturation_batch == pytest.approx(root, rel=1e-5)
+
+
+def noisy(curve, batches, rng, samples):
+    """Step times with 1 % between batch sizes and 3 % within, or 2 % where there is one value."""
+    if samples == 1:
+        return curve(batches) * np.exp(0.02 * rng.standard_normal(len(batches)))
+    return [
+        curve(b) * np.exp(0.01 * rng.standard_normal() + 0.03 * rng.standard_normal(samples + int(b) % 3))
+        for b in batches
+    ]
+
+
+@pytest.mark.parametrize(("curve", "half", "samples"), [(affine, 40, 1), (affine, 40, 12), (floored, 20, 12)])
+def test_intervals_hold_the_planted_values(curve, half, samples):
+    rng, held, chosen = np.random.default_rng(7), np.zeros(3), 0
+    truth = fit_throughput(BATCHES, curve(BATCHES))
+    planted = (5000, half, truth.saturation_batch)
+    for seed in range(200):
+        fit = fit_throughput(BATCHES, noisy(curve, BATCHES, rng, samples), seed=seed, resamples=200)
+        low = (fit.ceiling_low, fit.half_low, fit.saturation_low)
+        high = (fit.ceiling_high, fit.half_high, fit.saturation_high)
+        held += [a <= p <= b for a, p, b in zip(low, planted, high, strict=True)]
+        chosen += fit.model == truth.model
+    assert (held / 200 >= 0.90).all()
+    assert chosen / 200 >= 0.9
+
+
+def in_rounds(rng, common, own=0.005, rounds=8, visits=3):
+    """Step times in rounds that each have a speed of their own, and which round each is of."""
+    speeds = common * rng.standard_normal(rounds)
+    times = [
+        affine(b) * np.exp(np.repeat(speeds, visits) + own * rng.standard_normal(rounds * visits)) for b in BATCHES
+    ]
+    return times, [np.repeat(np.arange(rounds), visits).tolist() for _ in BATCHES]
+
+
+def test_a_speed_that_changes_from_round_to_round_is_in_the_intervals():
+    rng, held = np.random.default_rng(3), {True: 0, False: 0}
+    for seed in range(80):
+        times, rounds = in_rounds(rng, common=0.03)
+        for given in held:
+            fit = fit_throughput(BATCHES, times, seed=seed, resamples=100, rounds=rounds if given else None)
+            held[given] += fit.ceiling_low <= 5000 <= fit.ceiling_high
+    assert held[True] / 80 >= 0.85  # eight rounds tell their spread only roughly
+    assert held[False] / 80 < 0.5  # samples drawn one by one do not know of it
+
+
+def test_rounds_of_one_speed_change_nothing_much():
+    rng = np.random.default_rng(4)
+    wide = []
+    for seed in range(20):
+        times, rounds = in_rounds(rng, common=0.0)
+        fits = [fit_throughput(BATCHES, times, seed=seed, resamples=200, rounds=r) for r in (rounds, None)]
+        wide.append((fits[0].ceiling_high - fits[0].ceiling_low) / (fits[1].ceiling_high - fits[1].ceiling_low))
+    assert 0.8 < np.median(wide) < 2.0
+
+
+def test_a_batch_that_was_in_few_rounds_and_rounds_that_do_not_fit():
+    times, rounds = in_rounds(np.random.default_rng(5), common=0.01)
+    times[3], rounds[3] = times[3][:3], rounds[3][:3]
+    fit = fit_throughput(BATCHES, times, rounds=rounds)
+    assert fit.ceiling_low < 5000 < fit.ceiling_high
+    with pytest.raises(UsageError, match="rounds do not fit the step times"):
+        fit_throughput(BATCHES, times, rounds=rounds[:-1])
+
+
+def test_one_disturbed_batch_does_not_bend_the_fit():
+    seconds = affine(BATCHES)
+    seconds[4] *= 3
+    fit = fit_throughput(BATCHES, seconds)
+    assert fit.half_batch == pytest.approx(40, rel=0.1)
+    # A plain least-squares fit in log time has no such protection: the same bound catches it.
+    start = np.log([0.01, 1e-4])
+    plain = least_squares(lambda p: np.log(np.exp(p[0]) + np.exp(p[1]) * BATCHES) - np.log(seconds), start)
+    assert abs(math.exp(plain.x[0] - plain.x[1]) / 40 - 1) > 0.1
+
+
+def test_throughput_falling_at_large_batches_shows_as_misfit():
+    """Caches overflow past 1024: no affine curve follows, and the figure for that says so."""
+    seconds = affine(BATCHES) * np.where(BATCHES > 1000, 1.5, 1.0)
+    fit = fit_throughput(BATCHES, seconds)
+    assert fit.rms_log_error > 0.1
+    assert fit.ceiling_low < 5000 / 1.2 < fit.ceiling_high * 1.2
+
+
+def test_samples_are_used_by_their_median_and_order_is_free():
+    samples = [[t, t * 1.001, t * 50] for t in affine(BATCHES)]
+    fit = fit_throughput(BATCHES[::-1], samples[::-1])
+    assert fit.half_batch == pytest.approx(40, rel=0.02)
+    assert fit == fit_throughput(BATCHES[::-1], samples[::-1])  # the seed decides everything
+
+
+def test_flat_step_times_say_that_the_ceiling_is_not_in_sight():
+    fit = fit_throughput([1, 2, 4, 8], [0.01, 0.01, 0.0101, 0.01])
+    assert fit.half_batch > 100 * 8
+
+
+@pytest.mark.parametrize(
+    ("batches", "seconds", "says"),
+    [
+        ([1, 2], [1.0, 2.0], "3 distinct batch sizes, found 1, 2"),
+        ([4, 4, 4], [1.0, 1.0, 1.0], "3 distinct batch sizes, found 4"),
+        ([], [], "found none"),
+        ([1, 2, 3], [1.0, 2.0], "3 batches but 2 step times"),
+        ([1, 2, 4], [1.0, math.nan, 2.0], "batch 2 has step time nan"),
+        ([1, 2, 4], [1.0, 0.0, 2.0], "batch 2 has step time 0.0"),
+        ([1, 2, 4], [[1.0], [1.0, -2.0], [3.0]], "batch 2 has step time -2.0"),
+        ([1, 2, 4], [[1.0], [], [3.0]], "batch 2 has no step time"),
+        ([0, 2, 4], [1.0, 1.0, 2.0], "batch 0 is not a batch size"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(batches, seconds, says):
+    with pytest.raises(UsageError, match=says):
+        fit_throughput(batches, seconds)
+
+
+@pytest.mark.parametrize("option", [{"gain": 0.0}, {"gain": 1.5}, {"resamples": 3}])
+def test_options_out_of_range_are_refused(option):
+    with pytest.raises(UsageError, match=str(next(iter(option.values())))):
+        fit_throughput(BATCHES, affine(BATCHES), **option)
+
+
+def test_an_end_that_is_the_searchs_and_not_the_datas_is_open():
+    """Batches far below saturation, and noisy: they show no ceiling, and the record says so by null."""
+    rng = np.random.default_rng(3)
+    batches = [1, 2, 4, 8]
+    seconds = [(0.01 + 1e-7 * b) * np.exp(0.05 * rng.standard_normal(20)) for b in batches]
+    fit = fit_throughput(batches, seconds)
+    assert (fit.ceiling_high, fit.half_high, fit.saturation_high) == (None, None, None)
+    assert fit.ceiling_low > 0
+    steady = fit_throughput([1, 8, 64, 512], [0.01 + 1e-4 * b for b in (1, 8, 64, 512)])
+    assert steady.ceiling_high is not None
+    assert steady.half_low > 0
+
+
+def waved(batch, wave=24):
+    return ALPHA + BETA * wave * np.ceil(np.asarray(batch, dtype=float) / wave)
+
+
+@pytest.mark.parametrize("wave", [16, 24, 132])
+def test_a_step_quantized_device_names_its_waves(wave):
+    batches = np.arange(wave // 4, 6 * wave, wave // 4)
+    rng = np.random.default_rng(0)
+    fit = fit_throughput(batches, waved(batches, wave) * np.exp(0.01 * rng.standard_normal(len(batches))))
+    assert (fit.model, fit.wave) == ("wave", wave)
+    assert fit.beta_s == pytest.approx(BETA, rel=0.05)
+    assert fit.step_s(wave + 1) == pytest.approx(fit.step_s(2 * wave))
+    assert fit.step_s(2 * wave) == pytest.approx(waved(2 * wave, wave), rel=0.02)
+
+
+def test_a_smooth_device_has_no_waves():
+    batches, rng = np.arange(4, 200, 6), np.random.default_rng(1)
+    named = [fit_throughput(batches, noisy(affine, batches, rng, 1), resamples=20).wave for _ in range(20)]
+    assert sum(wave is not None for wave in named) <= 2
+
+
+def test_powers_of_two_cannot_show_waves():
+    assert fit_throughput(BATCHES, waved(BATCHES, 64)).model == "floor"

@@ -1,0 +1,62 @@
+"""Every optimizer on Triton's twin, in Triton's interpreter, over the tables in tests/cases.
+
+The interpreter must be chosen before Triton is imported, so the checks run in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from cases.paths import TESTS
+
+pytest.importorskip("triton")
+
+REFERENCE = """
+import torch
+from cases import problem
+from cases.catalogue import EXACT, whole
+
+def check(case, update, options, dtype=torch.float32, clip=None, **more):
+    params = problem.tensors(dtype, small=True)[:9:2]
+    opt = case.optimizer(params, lr=case.LR, max_grad_norm=clip, backend="triton", **options, **more)
+    result = problem.follow(params, options, update, case.LR, 2, clip, optimizer=opt)
+    problem.assert_follows(result, dtype)
+
+for case in EXACT:
+    for options in case.VARIANTS:
+        check(case, case.reference, options, clip=5.0)
+    for dtype in problem.DTYPES[1:]:
+        check(case, case.reference, whole(case), dtype)
+    for wrong, options in case.WRONG:
+        try:
+            check(case, wrong, options)
+        except AssertionError:
+            continue
+        raise SystemExit(f"{case.__name__}: {wrong.__name__} passed")
+"""
+
+SAME_AS_CPP = """
+import torch
+from cases import problem
+from cases.catalogue import OPTIMIZERS, whole
+
+for case in OPTIMIZERS:
+    for kind in ({}, {"master_weights": True}, {"master_weights": "remainder"}, {"stochastic_rounding": 3}):
+        runs = []
+        for backend in ("cpp", "triton"):
+            params = problem.tensors(torch.bfloat16, small=True)[:9:2]
+            opt = case.optimizer(params, lr=case.LR, max_grad_norm=5.0, backend=backend, **whole(case), **kind)
+            problem.train(opt, params, 2)
+            runs.append([opt.state[p].get("master", p) for p in params])
+        for a, b in zip(*runs, strict=True):  # 16 bits may fall to the neighbour
+            unit = 1e-5 if kind == {"master_weights": True} else 2.0**-7
+            torch.testing.assert_close(b.float(), a.float(), rtol=unit, atol=unit)
+"""
+
+
+@pytest.mark.parametrize("program", [REFERENCE, SAME_AS_CPP], ids=["reference", "same as cpp"])
+def test_in_the_interpreter(program):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

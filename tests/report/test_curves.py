@@ -1,0 +1,120 @@
+"""A sweep in every format: what a reader must find there."""
+
+import csv
+import dataclasses
+import io
+import json
+
+import pytest
+from cases.points import point
+
+from pybatch.records import (
+    Branching,
+    BranchPoint,
+    Convergence,
+    Curve,
+    NoisePoint,
+    NoiseTrajectory,
+    Note,
+    Run,
+    StepsFit,
+)
+from pybatch.report.formats.text import FORMATS, render
+
+
+@pytest.fixture
+def swept(run):
+    fit = StepsFit("hyperbola", 120.0, 46.0, 40.0, 53.0, 9.2, 46.0, 184.0)
+    tuned = Curve(
+        "tuned",
+        "train",
+        (point(8, 900.0), point(64, 166.0, edge=True), point(512, 130.0, reached=2)),
+        120.0,
+        46.0,
+        40.0,
+        53.0,
+        target=0.1,
+        fit=fit,
+        noise_ratio=0.5,
+        noise_ratio_low=0.4,
+        noise_ratio_high=0.7,
+    )
+    failed = (point(8, 900.0), point(64, None, 0), point(512, None, 0, status="diverged", rate=None))
+    linear = Curve(
+        "linear", "train", failed, None, None, 64.0, None, target=0.1, notes=(Note("points", "said of linear"),)
+    )
+    test = dataclasses.replace(tuned, split="test", target=0.2, noise_ratio=None)
+    where = {"device": run.capacity.device, "workload": run.capacity.workload}
+    steps = Convergence(
+        (linear, tuned, test),
+        (Note("curves", "said of all"),),
+        optimizer="sgd",
+        seeds=3,
+        trials=108,
+        **where,
+    )
+    return Run(run.created, run.environment, noise=run.noise, convergence=steps)
+
+
+@pytest.mark.parametrize("format_", ["table", "md"])
+def test_a_page_has_the_steps_the_reach_rates_and_the_critical_batches(swept, format_):
+    text = " ".join(render(swept, format_).replace("\\", "").split())
+    assert "Steps to train loss 0.100" in text
+    assert "Steps to test loss 0.200" in text
+    for part in ("900", "166", "0.50*", "130 (2/3)", "not reached (0/3)", "diverged (0/6)", "108 trials"):
+        assert part in text, part
+    assert "46 [40 to 53] images" in text
+    assert "at least 64 images" in text
+    assert "0.500 [0.400 to 0.700]" in text
+    assert text.count("said of all") == 1
+    assert "linear points: said of linear" in text
+
+
+def test_csv_has_one_row_a_point(swept):
+    rows = list(csv.DictReader(io.StringIO(render(swept, "csv"))))
+    assert len(rows) == 9
+    assert [rows[3][key] for key in ("rule", "split", "batch", "steps", "reached")] == [
+        "tuned",
+        "train",
+        "8",
+        "900.0",
+        "3",
+    ]
+    assert rows[1]["steps"] == ""
+    assert rows[0]["workload"] == "digits"
+
+
+def test_jsonl_has_points_and_the_whole_section(swept):
+    lines = [json.loads(line) for line in render(swept, "jsonl").splitlines()]
+    assert [line["record"] for line in lines] == ["run", *["point"] * 9, "noise", "convergence"]
+    assert lines[-1]["curves"][1]["fit"]["model"] == "hyperbola"
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_sweep_without_points_is_printed(swept, format_):
+    bare = dataclasses.replace(swept.convergence.curves[0], points=())
+    render(dataclasses.replace(swept, convergence=Convergence((bare,))), format_)
+
+
+@pytest.mark.parametrize("format_", ["csv", "jsonl"])
+def test_branches_have_a_row_each(run, format_):
+    points = (BranchPoint(32, 0.1, (0.5, 0.6), (40.0, None)), BranchPoint(64, 0.2, (0.5, 0.6), (21.0, 22.0)))
+    fit = StepsFit("hyperbola", 10.0, 90.0, 70.0, None, None, 90.0, None)
+    branching = Branching(200, 0.9, 32, 4096, 0.8, 0.02, points, 64, 32, None, fit)
+    text = render(Run(run.created, run.environment, convergence=Convergence((), branches=(branching,))), format_)
+    if format_ == "csv":
+        rows = list(csv.DictReader(io.StringIO(text)))
+    else:
+        rows = [row for row in map(json.loads, text.splitlines()) if row["record"] == "point"]
+    assert [(int(row["step"]), int(row["batch"]), float(row["learning_rate"])) for row in rows] == [
+        (200, 32, 0.1),
+        (200, 64, 0.2),
+    ]
+    assert {float(row["critical_batch"]) for row in rows} == {90.0}
+    assert str(rows[0]["steps"]).replace("None", "null") == "[40.0, null]"
+
+
+def test_a_trajectory_has_a_row_a_stretch():
+    stretch = NoisePoint(0, 99, 40.0, 30.0, 50.0, 1.0, 40.0, "resolved", 100)
+    text = render(Run("", None, trajectory=NoiseTrajectory((stretch, stretch), "ddp")), "csv")
+    assert [row["b_simple"] for row in csv.DictReader(io.StringIO(text))] == ["40.0", "40.0"]

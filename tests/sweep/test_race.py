@@ -1,0 +1,205 @@
+"""The race of rates: which seeds it leaves out, and that the curves it leaves are those of the whole grid."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pybatch.scaling import Scaled
+from pybatch.sweep.search import SURE, Grid, Racing, best_rate
+from pybatch.sweep.summary import curve, point
+from pybatch.training.trajectory import Trajectory
+from pybatch.training.trial import Outcome, Race, Trial
+
+SEEDS = (0, 1, 2)
+CAP = 100_000
+REPEATS = 60
+RATES = [2.0**k for k in range(-6, 6)]
+BATCHES = [2**k for k in range(2, 12)]
+
+
+def outcome(batch, lr, seed, steps, limit):
+    """A trial whose loss falls to the target between the evaluations at steps - 1 and steps, or not by the limit."""
+    trial = Trial("planted", "sgd", Scaled({"lr": lr}), batch, seed, "fp32", "cpu")
+    if math.isnan(steps):
+        return Outcome(trial, "diverged", made([0, 1], [1.0, math.nan]), 0.0)
+    if steps <= limit:
+        return Outcome(trial, "met", made([0, steps - 1, steps], [1.0, 1.0, -1e6]), 0.0)
+    return Outcome(trial, "capped", made([0, limit], [1.0, 1.0]), 0.0)
+
+
+def made(steps, losses):
+    column = np.array(losses, dtype=np.float32)
+    return Trajectory(np.array(steps, dtype=np.int32), column, column)
+
+
+def play(search, planted, batch, seeds=SEEDS, cap=CAP):
+    """Run a search over planted steps(lr, seed); all trials of a heat go in step, as replicas do."""
+    outcomes, heats = {}, []
+    while True:
+        race = Race({"train": 0.1}, seeds, cap)
+        for each in outcomes.values():
+            race.take(each)
+        heat = search.heat(race)
+        if heat is None:
+            return race, list(outcomes.values()), heats
+        heats.append(heat)
+        running = Race({"train": 0.1}, heat.seeds, cap)
+        for each in outcomes.values():
+            running.take(each)
+        for lr, seed in sorted(heat.cells, key=lambda cell: planted(*cell)):
+            steps = planted(lr, seed)
+            ended = outcome(batch, lr, seed, steps, math.ceil(running.limit("train")))
+            running.take(ended)
+            outcomes[lr, seed] = ended
+
+
+def planted_curves(rng, noise=0.08, shared=0.05):
+    """Steps of a hyperbola, S_min 100 and B_c 100, a bowl over rates, log-normal noise; high rates diverge."""
+    common = shared * rng.standard_normal(len(SEEDS))
+    drawn = {}
+
+    def steps(batch, lr, seed):
+        off = math.log(lr / (0.04 * math.sqrt(batch)))
+        if off > 1.6:
+            return math.nan
+        if (batch, lr, seed) not in drawn:
+            drawn[batch, lr, seed] = common[seed] + noise * rng.standard_normal()
+        return max(2, round(100 * (1 + 100 / batch) * (1 + 0.5 * off**2) * math.exp(drawn[batch, lr, seed])))
+
+    return steps
+
+
+def fitted(kind, steps):
+    points, caps, ran, best = [], {}, 0, []
+    for batch in BATCHES:
+        search = Racing(Grid(RATES)) if kind == "race" else Grid(RATES)
+        race, outcomes, _ = play(search, lambda lr, seed, batch=batch: steps(batch, lr, seed), batch)
+        points.append(point(batch, "train", race, outcomes))
+        caps[batch] = race.limit("train")
+        ran += sum(o.steps for o in outcomes)
+        best.append(best_rate(race, "train", sorted({o.trial.lr for o in outcomes})))
+    return curve("tuned", "train", 0.1, points, caps, None), ran, best
+
+
+def test_the_interval_of_a_race_holds_the_planted_critical_batch_as_often_as_the_grids():
+    """Coverage and bias of both, one rate for both nearly always, and under three quarters of the grid's steps."""
+    rng, held, widths, agree, cost, logs = np.random.default_rng(0), {}, {}, 0, {}, {}
+    for _ in range(REPEATS):
+        steps = planted_curves(rng)
+        best = {}
+        for kind in ("grid", "race"):
+            found, ran, best[kind] = fitted(kind, steps)
+            inside = (found.low or 0) <= 100 <= (found.high or math.inf)
+            held[kind] = held.get(kind, 0) + inside
+            cost[kind] = cost.get(kind, 0) + ran
+            logs.setdefault(kind, []).append(math.log(found.critical_batch / 100))
+            widths.setdefault(kind, []).append(math.log((found.high or 1e4) / (found.low or 1)))
+        agree += sum(a == b for a, b in zip(best["grid"], best["race"], strict=True))
+    assert held["grid"] >= 0.91 * REPEATS
+    assert held["race"] >= 0.91 * REPEATS
+    assert abs(np.mean(logs["race"])) < 0.05
+    assert np.mean(np.abs(np.subtract(logs["race"], logs["grid"]))) < 0.01
+    assert np.median(widths["race"]) == pytest.approx(np.median(widths["grid"]), rel=0.1)
+    assert agree >= 0.9 * REPEATS * len(BATCHES)
+    assert cost["race"] < 0.75 * cost["grid"]
+
+
+def bowl(lr):
+    return round(100 * (1 + 0.5 * math.log(lr / 0.5) ** 2))
+
+
+def raced(steps, cap=CAP, seeds=SEEDS):
+    race, outcomes, heats = play(Racing(Grid(RATES)), steps, 8, seeds, cap)
+    return point(8, "train", race, outcomes), {(o.trial.lr, o.trial.seed): o for o in outcomes}, heats
+
+
+def test_rates_that_are_out_are_run_by_the_first_seed_alone():
+    found, ended, heats = raced(lambda lr, seed: bowl(lr) + seed)
+    assert found.learning_rate == 0.5
+    assert (found.reached, found.seeds, found.edge) == (3, 3, False)
+    assert {seed for _, seed in heats[0].cells} == {0}
+    assert {lr for lr, seed in ended if seed == 0} >= set(RATES)
+    assert {lr for lr, seed in ended if seed == 2} == {0.25, 0.353553, 0.5, 0.707107, 1.0}
+    slow = next(r for r in found.rates if r.learning_rate == RATES[0])
+    assert slow.statuses == ("not_reached", "not_run", "not_run")
+
+
+def test_a_lucky_first_seed_does_not_put_the_others_rates_out():
+    """At rate 8 it is done in 40 steps, where the other seeds diverge: no slower rate may have been ruled out by it."""
+    found, ended, _ = raced(lambda lr, seed: (40 if seed == 0 else math.nan) if lr >= 8 else bowl(lr))
+    assert found.learning_rate == 0.5
+    assert found.reached == 3
+    assert ended[0.5, 0].steps == 100  # given up at 60 first, then run on
+
+
+def test_a_fast_first_seed_has_its_slower_rates_run_on():
+    """Its best is 60, all else takes 100: rates given up at 90 are not known to be worse than the median of 100."""
+    found, ended, _ = raced(lambda lr, seed: 60 if (lr, seed) == (2.0, 0) else 130 if lr == 2.0 else bowl(lr))
+    assert found.learning_rate == 0.5
+    assert found.steps == 100
+    assert ended[0.5, 0].steps == 100
+
+
+def test_a_target_out_of_reach_is_tried_by_all_seeds_at_one_rate():
+    found, ended, _ = raced(lambda lr, seed: 10_000, cap=300)
+    assert (found.status, found.steps, found.reached) == ("not_reached", None, 0)
+    assert len(ended) == len(RATES) + 2
+    assert all(o.steps == 300 for o in ended.values())
+
+
+def test_rates_that_only_the_other_seeds_reach_are_found_where_the_first_came_nearest():
+    found, _, _ = raced(lambda lr, seed: 10_000 if seed == 0 else 90, cap=300)
+    assert (found.status, found.reached, found.steps) == ("reached", 2, 90)
+
+
+def test_all_diverged_is_said_of_the_runs_that_were_made():
+    found, ended, _ = raced(lambda lr, seed: math.nan)
+    assert found.status == "diverged"
+    assert found.diverged == len(ended) == len(RATES)
+
+
+@pytest.mark.parametrize("optimum", [0.001, 100.0])
+def test_a_best_rate_beyond_the_grid_is_found_by_the_first_seed(optimum):
+    found, _, heats = raced(lambda lr, seed: round(100 * (1 + 0.5 * math.log(lr / optimum) ** 2)) + seed)
+    assert abs(math.log2(found.learning_rate / optimum)) < 0.3
+    assert all(seed == 0 for heat in heats[:-1] for _, seed in heat.cells)
+
+
+def test_one_seed_races_as_the_grid():
+    race, outcomes, _ = play(Racing(Grid(RATES)), lambda lr, seed: bowl(lr), 8, (0,))
+    grid, others, _ = play(Grid(RATES), lambda lr, seed: bowl(lr), 8, (0,))
+    assert {o.trial.lr for o in outcomes} == {o.trial.lr for o in others}
+    assert race.limits() == grid.limits()
+
+
+def test_two_targets_have_their_own_contenders():
+    """Test loss is best at another rate: both are run by all seeds."""
+
+    def steps(lr, seed):
+        return bowl(lr)
+
+    search = Racing(Grid(RATES))
+    first = search.heat(Race({"train": 0.1, "test": 0.2}, SEEDS, CAP))
+    race = Race({"train": 0.1, "test": 0.2}, SEEDS, CAP)
+    for lr, seed in first.cells:
+        made = outcome(8, lr, seed, steps(lr, seed), CAP)
+        race.take(made)
+        race.found["test"].pop(lr)
+        if lr == 8.0:
+            race.record("test", lr, seed, race.found["train"][lr][seed])
+    second = search.heat(race)
+    assert {lr for lr, seed in second.cells if seed == 2} >= {0.5, 8.0}
+    assert SURE > 1
+
+
+def test_of_two_seeds_a_rate_that_one_alone_reaches_puts_no_other_out():
+    """At 2.0 the first seed takes 60 and the second never gets there: 0.5, which both reach in 100, is better."""
+
+    def steps(lr, seed):
+        return (60 if seed == 0 else 10_000) if lr == 2.0 else bowl(lr)
+
+    whole = point(8, "train", *play(Grid(RATES), steps, 8, (0, 1), 300)[:2])
+    found, _, _ = raced(steps, 300, (0, 1))
+    for each in (whole, found):
+        assert (each.learning_rate, each.steps, each.reached) == (0.5, 100, 2)
