@@ -46,7 +46,7 @@ TAIL = 3000  # characters of a stage's log kept in the summary
 LEAST_S = 15.0  # a stage that is given less shows nothing
 GRACE_S = 5.0  # for a stage stopped at its limit to print what it has found
 # Of the tests: those against a reference, then graphs; a cut leaves out what tells least.
-TESTS_FIRST = ("test_optim_gpu.py", "test_optim_capture.py")
+TESTS_FIRST = ("optim/test_gpu.py", "optim/test_capture.py")
 # What matters most comes first, in case the time or the machine goes; stages not named here come last.
 ORDER = (
     "build",
@@ -168,10 +168,10 @@ class Check:
         if missing := [name for name in ("pytest", "hypothesis", "pytest_benchmark") if find_spec(name) is None]:
             return Outcome(stage, "skipped", 0.0, f"not installed here: {', '.join(missing)}")
         report = self.output / f"{stage}.xml"
-        files, which = [ROOT / "tests/test_plan.py"], ["-m", "not gpu"]
+        files, which = [ROOT / "tests/kernels/test_plan.py"], ["-m", "not gpu"]
         if self.device is not None:  # by their text: collecting every test takes each worker many seconds
             first = [ROOT / "tests" / name for name in TESTS_FIRST]
-            rest = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
+            rest = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in p.read_text()]
             files = [*first, *(p for p in rest if p not in first)]
             which = ["-m", "gpu", "-k", chosen]
         command = [sys.executable, "-m", "pytest", *map(str, files), *which, "-q", "-p", "no:cacheprovider"]

@@ -3,67 +3,41 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
+from graphlib import TopologicalSorter
 
 import pytest
+from cases.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
-
-# The longest prefix counts. A module may import from lower floors, and from its own package on its own floor.
-FLOORS = {
-    "pybatch.errors": 0,
-    "pybatch.numerals": 0,
-    "pybatch.display": 0,
-    "pybatch.ranges": 0.5,  # these two raise the errors
-    "pybatch.codec": 0.5,
-    "pybatch.scaling": 0.5,
-    "pybatch.records": 0.6,
-    "pybatch.fits": 0.65,  # makes records
-    "pybatch.kernels": 0,
-    "pybatch._C": 0,
-    "pybatch.tradeoff": 0.7,
-    "pybatch.advice": 0.8,
-    "pybatch.claims": 0.8,
-    "pybatch.factors": 0.8,
-    "pybatch.frontier": 0.8,
-    "pybatch.critical": 0.8,
-    "pybatch.best": 0.8,
-    "pybatch.verdict": 1,
-    "pybatch.comparison": 1.5,
-    "pybatch.joining": 1.5,
-    "pybatch.noise.estimator": 1,
-    "pybatch.noise.accumulator": 1,
-    "pybatch.noise.trajectory": 1,
-    "pybatch.device": 1,
-    "pybatch.ops": 1,
-    "pybatch.optim": 2,
-    "pybatch.workloads": 2,
-    "pybatch.report": 2,
-    "pybatch.noise": 3,
-    "pybatch.capacity": 3,
-    "pybatch.convergence": 3,
-    "pybatch.continuation": 3,
-    "pybatch.bench": 4,
-    "pybatch.together": 4.2,
-    "pybatch.doctor": 4,
-    "pybatch.sweep": 4,
-    "pybatch.commands": 4.5,
-    "pybatch.cli": 5,
-    "pybatch.__main__": 6,
-}
+# Rooms that stand side by side know nothing of each other; each may import from the floors below, and from itself.
+FLOORS = (
+    ("base",),
+    ("records", "scaling"),
+    ("fits",),
+    ("answer",),
+    ("ops", "device", "report"),
+    ("optim", "workloads"),
+    ("noise", "training"),
+    ("processes",),
+    ("capacity", "sweep", "branch"),
+    ("jobs",),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TORCH_FREE = (
-    "errors",
-    "numerals",
-    "ranges",
+    "base.progress",
     "records",
+    "scaling",
     "fits.throughput",
     "fits.steps",
-    "verdict",
-    "noise.estimator",
-    "noise.accumulator",
+    "fits.accumulator",
+    "answer.verdict",
+    "answer.merge",
     "noise.trajectory",
-    "convergence.archive",
-    "report.formats",
+    "sweep.archive",
+    "report.formats.text",
+    "report.formats.html",
     "cli",
 )
 
@@ -78,69 +52,71 @@ def is_module(name):
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-def floor_of(module):
-    prefixes = [p for p in FLOORS if module == p or module.startswith(p + ".")]
-    assert prefixes, f"{module} stands on no floor: add it to FLOORS"
-    return FLOORS[max(prefixes, key=len)]
+def room_of(module):
+    return module.split(".")[1]
 
 
-def package_of(module):
-    return ".".join(module.split(".")[:2])
-
-
-def upward_imports(module, source):
-    """Imports in this source that break the rule, as (module, imported) pairs; lazy ones inside functions count."""
-    broken = []
+def imported(module, source):
+    """The modules of pybatch that this source imports; lazy imports inside functions count."""
+    found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative imports hide the floor"
             inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if is_module(name) else node.module for name in inner]
+            found.update(name if is_module(name) else node.module for name in inner)
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        for name in names:
-            if not name.startswith("pybatch."):
-                continue
-            own_package = package_of(name) == package_of(module) and floor_of(name) == floor_of(module)
-            if not own_package and floor_of(name) >= floor_of(module):
-                broken.append((module, name))
-    return broken
+            found.update(alias.name for alias in node.names)
+    return {name for name in found if name.startswith("pybatch.") and room_of(name) not in ("_C", "kernels")}
 
 
-SOURCES = sorted(p for p in (ROOT / "pybatch").rglob("*.py") if p != ROOT / "pybatch" / "__init__.py")
+def upward(module, source):
+    """Imports in this source that break the rule."""
+    own = room_of(module)
+    assert own in FLOOR, f"{module} stands on no floor: add it to FLOORS"
+    return sorted(n for n in imported(module, source) if room_of(n) != own and FLOOR[room_of(n)] >= FLOOR[own])
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_of)
-def test_imports_run_downward(path):
-    assert upward_imports(module_of(path), path.read_text()) == []
+SOURCES = {
+    module_of(path): path.read_text()
+    for path in sorted((ROOT / "pybatch").rglob("*.py"))
+    if path != ROOT / "pybatch" / "__init__.py"
+}
+
+
+def test_imports_run_downward():
+    assert {module: up for module, source in SOURCES.items() if (up := upward(module, source))} == {}
+
+
+def test_no_room_has_a_circle():
+    """Within a room too, what imports a module is not imported by it."""
+    TopologicalSorter({module: imported(module, source) - {module} for module, source in SOURCES.items()}).prepare()
+
+
+def test_every_room_stands_on_one_floor():
+    assert set(FLOOR) == {room_of(module) for module in SOURCES}
+    assert len(FLOOR) == sum(map(len, FLOORS))
 
 
 def test_an_upward_import_is_caught():
-    assert upward_imports("pybatch.verdict", "from pybatch.report import formats") == [
-        ("pybatch.verdict", "pybatch.report.formats")
-    ]
-    assert upward_imports("pybatch.capacity.x", "def f():\n    from pybatch import cli") == [
-        ("pybatch.capacity.x", "pybatch.cli")
-    ]
-    assert upward_imports("pybatch.capacity.x", "from pybatch.noise.micro_batch import y") != []
-    assert upward_imports("pybatch.capacity.x", "from pybatch.capacity.y import z") == []
+    assert upward("pybatch.answer.x", "from pybatch.report import output") == ["pybatch.report.output"]
+    assert upward("pybatch.capacity.x", "def f():\n    from pybatch import cli") == ["pybatch.cli"]
+    assert upward("pybatch.capacity.x", "from pybatch.sweep.measurement import y") == ["pybatch.sweep.measurement"]
+    assert upward("pybatch.capacity.x", "from pybatch.capacity.y import z") == []
 
 
 def test_only_ops_imports_the_compiled_core():
-    """One package knows `_C` and the kernels; the kernels themselves know nothing of pybatch."""
-    for path in SOURCES:
-        if package_of(module_of(path)) != "pybatch.ops":
-            source = path.read_text()
-            assert "pybatch._C" not in source, path
-            assert "import _C" not in source, path
-            assert "pybatch.kernels" not in source, path
+    """One room knows `_C` and the kernels; the kernels themselves know nothing of pybatch."""
+    for module, source in SOURCES.items():
+        if room_of(module) != "ops":
+            assert "pybatch._C" not in source, module
+            assert "import _C" not in source, module
+            assert "pybatch.kernels" not in source, module
 
 
-@pytest.mark.parametrize("module", TORCH_FREE)
-def test_reads_records_without_torch(module):
-    code = f"import sys; sys.modules['torch'] = None; import pybatch.{module}"
+def test_reads_records_without_torch():
+    """In one process, since torch that was loaded by any of them is found at the end."""
+    code = "import sys, importlib; sys.modules['torch'] = None\n"
+    code += "".join(f"importlib.import_module('pybatch.{module}')\n" for module in TORCH_FREE)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
