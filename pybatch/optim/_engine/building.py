@@ -119,10 +119,10 @@ class Lists:
             entries.append(ops.Entry(target, states, name, row, step, storage, kept, slot.index, share))
             counted.append(own if keeps else None)
         statistics = saved_layers(found.slots, layers, device) if options.noise else None
-        self.first = ops.TensorList(entries, len(self.rows.of), self.ledger, self.backend, statistics)
+        self.first = ops.TensorList(entries, len(self.rows.of), self.ledger, self.backend.chunk, statistics)
         self.second: ops.TensorList | None = None
         if more:
-            self.second = ops.TensorList(more, len(self.more_rows.of), self.ledger, self.backend)
+            self.second = ops.TensorList(more, len(self.more_rows.of), self.ledger, self.backend.chunk)
             self.second.set("grad_type", [ops.DTYPES[torch.bfloat16]] * len(more))
         for step, kept_state in zip(self.first.steps, counted, strict=True):
             if kept_state is not None:

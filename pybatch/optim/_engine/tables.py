@@ -215,5 +215,5 @@ class Tables:
                 if layers is None
                 else torch.zeros(len(slots), ops.LAYER_SIZE, dtype=layers.dtype, device=layers.device)
             )
-            self._parts[key] = ops.TensorList(entries, 1, ops.Ledger(self.first.device), self.backend, own)
+            self._parts[key] = ops.TensorList(entries, 1, ops.Ledger(self.first.device), self.backend.chunk, own)
         return self._parts[key]
