@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
-import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +13,7 @@ import torch
 from pybatch.base import numerals
 from pybatch.base.errors import WorkloadError
 from pybatch.capacity.exploration import Explorer
-from pybatch.capacity.probe import Outcome, Request
+from pybatch.capacity.probe import Outcome, Request, run_probe
 from pybatch.device import memory
 from pybatch.fits.memory import MemoryGrowth, fit_memory
 from pybatch.records import Note
@@ -264,29 +260,6 @@ def _bent_by(explorer: Explorer, batch: int, peak: int, limit: int) -> int:
     found = batch * (limit * _MARGIN / peak) ** (1 / power)
     growth = fit_memory(*zip(*ran, (batch, peak), strict=True))
     return int(min(found, growth.largest(limit * _MARGIN)) if growth.square is not None else found)
-
-
-def run_probe(request: Request, timeout_s: float) -> Outcome:
-    """Run a request in a fresh process; killed at the timeout."""
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-m", "pybatch.capacity.probe"],  # -P: not a checkout that happens to be here
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    with child:
-        try:
-            answer, complaint = child.communicate(pickle.dumps(request), timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            return Outcome("timeout", reason=f"stopped after {timeout_s:.3g} s")
-        finally:
-            child.kill()
-    if child.returncode == 0:
-        return Outcome(**json.loads(answer))
-    if child.returncode == -9:
-        return Outcome("oom", reason="killed by the system, as it does when memory runs out")
-    last = complaint.decode(errors="replace").strip().splitlines()[-1:]
-    return Outcome("error", reason=f"process ended with status {child.returncode}: {''.join(last)}")
 
 
 def _extend(explorer: Explorer, deadline: float) -> None:

@@ -286,7 +286,7 @@ def request(work: Workload, batch: int, limit: int) -> Request:
 def test_a_fresh_process_runs_full_steps_of_a_users_file(tmp_path: Path) -> None:
     path = tmp_path / "users.py"
     path.write_text(Path(__file__).read_text().replace('name = "wide"', 'name = "users"'))
-    outcome = largest.run_probe(request(find(f"{path}:Wide"), 20_000, 1 << 30), 60)
+    outcome = probe.run_probe(request(find(f"{path}:Wide"), 20_000, 1 << 30), 60)
     assert (outcome.status, outcome.steps) == ("ok", 3)
     assert outcome.peak_bytes is not None
     # The batch, 80 MB, and the doubled batch that the backward pass keeps.
@@ -294,7 +294,7 @@ def test_a_fresh_process_runs_full_steps_of_a_users_file(tmp_path: Path) -> None
 
 
 def test_an_overshoot_is_an_error_in_the_child_and_not_a_machine_out_of_memory() -> None:
-    outcome = largest.run_probe(request(Wide(), 100_000, 300 * MB), 60)
+    outcome = probe.run_probe(request(Wide(), 100_000, 300 * MB), 60)
     assert outcome.status == "oom"
     assert "memory" in (outcome.reason or "").lower()
 
@@ -311,7 +311,7 @@ def test_a_prediction_that_runs_out_of_memory_ends_in_a_verified_batch_and_a_liv
 
 
 def test_a_child_that_takes_too_long_is_stopped() -> None:
-    outcome = largest.run_probe(request(Wide(), 10, 300 * MB), 0.05)
+    outcome = probe.run_probe(request(Wide(), 10, 300 * MB), 0.05)
     assert outcome.status == "timeout"
 
 
