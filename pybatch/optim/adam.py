@@ -8,7 +8,7 @@ import torch
 
 from pybatch.optim._engine.arguments import check_betas, check_hyper
 from pybatch.optim._engine.base import FusedOptimizer
-from pybatch.optim._engine.options import OwnOptions, Rule
+from pybatch.optim._engine.options import OwnOptions, ParamRule
 
 
 class Adam(FusedOptimizer):
@@ -60,13 +60,13 @@ class Adam(FusedOptimizer):
         check_hyper(group, "weight_decay")
 
     @classmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
         name = "AdamW" if group["decoupled_weight_decay"] else "Adam"
         if group["amsgrad"]:
-            return Rule(name + "Amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
-        return Rule(name, ("exp_avg", "exp_avg_sq"))
+            return ParamRule(name + "Amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+        return ParamRule(name, ("exp_avg", "exp_avg_sq"))
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         return float(beta1), float(beta2), group["eps"], group["weight_decay"]

@@ -10,7 +10,7 @@ import torch
 from pybatch.base.errors import UsageError
 from pybatch.optim._engine.arguments import check_betas, check_hyper
 from pybatch.optim._engine.base import FusedOptimizer
-from pybatch.optim._engine.options import OwnOptions, Rule
+from pybatch.optim._engine.options import OwnOptions, ParamRule
 from pybatch.optim._engine.skipping import check_skip, skipped
 
 
@@ -75,11 +75,11 @@ class LAMB(FusedOptimizer):
             raise UsageError(f"max_ratio {bound}: it must be above 0. 10 is common; None sets no bound.")
 
     @classmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
-        return Rule("AdamW" if skipped(group, param) else "Lamb", ("exp_avg", "exp_avg_sq"))
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
+        return ParamRule("AdamW" if skipped(group, param) else "Lamb", ("exp_avg", "exp_avg_sq"))
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         if rule.name == "AdamW":
             return float(beta1), float(beta2), group["eps"], 0.0

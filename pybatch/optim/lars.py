@@ -9,7 +9,7 @@ import torch
 from pybatch.base.errors import UsageError
 from pybatch.optim._engine.arguments import check_hyper
 from pybatch.optim._engine.base import FusedOptimizer
-from pybatch.optim._engine.options import OwnOptions, Rule
+from pybatch.optim._engine.options import OwnOptions, ParamRule
 from pybatch.optim._engine.skipping import check_skip, skipped
 
 
@@ -85,11 +85,11 @@ class LARS(FusedOptimizer):
             )
 
     @classmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
-        return Rule("SgdMomentum" if skipped(group, param) else "Lars", ("momentum_buffer",))
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
+        return ParamRule("SgdMomentum" if skipped(group, param) else "Lars", ("momentum_buffer",))
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         momentum, nesterov = group["momentum"], float(group["nesterov"])
         if rule.name == "SgdMomentum":
             return momentum, 0.0, 0.0, nesterov  # no dampening, no decay

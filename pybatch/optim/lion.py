@@ -8,7 +8,7 @@ import torch
 
 from pybatch.optim._engine.arguments import check_betas, check_hyper
 from pybatch.optim._engine.base import FusedOptimizer
-from pybatch.optim._engine.options import OwnOptions, Rule
+from pybatch.optim._engine.options import OwnOptions, ParamRule
 
 
 class Lion(FusedOptimizer):
@@ -56,10 +56,10 @@ class Lion(FusedOptimizer):
         check_hyper(group, "weight_decay")
 
     @classmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
-        return Rule("Lion", ("exp_avg",))
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
+        return ParamRule("Lion", ("exp_avg",))
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         return float(beta1), float(beta2), group["weight_decay"]

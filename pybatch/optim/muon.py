@@ -12,7 +12,7 @@ from pybatch.base.errors import UsageError
 from pybatch.optim._engine import newton_schulz
 from pybatch.optim._engine.arguments import check_betas, check_hyper
 from pybatch.optim._engine.base import FusedOptimizer
-from pybatch.optim._engine.options import OwnOptions, Rule
+from pybatch.optim._engine.options import OwnOptions, ParamRule
 
 ADJUSTMENTS = (None, "original", "match_rms_adamw")
 
@@ -130,14 +130,14 @@ class Muon(FusedOptimizer):
                 )
 
     @classmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
         if not group["use_muon"]:
-            return Rule("AdamW", ("exp_avg", "exp_avg_sq"))
+            return ParamRule("AdamW", ("exp_avg", "exp_avg_sq"))
         factor = adjustment(group["adjust_lr_fn"], *param.shape)
-        return Rule("MuonMomentum", ("momentum_buffer",), extra=(factor,), then="MuonMove")
+        return ParamRule("MuonMomentum", ("momentum_buffer",), extra=(factor,), then="MuonMove")
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         if rule.name == "AdamW":
             beta1, beta2 = group["betas"]
             return float(beta1), float(beta2), group["eps"], group["weight_decay"]

@@ -9,7 +9,7 @@ import torch
 from pybatch.base.errors import UsageError
 from pybatch.optim._engine.arguments import check_hyper
 from pybatch.optim._engine.base import FusedOptimizer
-from pybatch.optim._engine.options import OwnOptions, Rule
+from pybatch.optim._engine.options import OwnOptions, ParamRule
 
 
 class SGD(FusedOptimizer):
@@ -62,9 +62,9 @@ class SGD(FusedOptimizer):
         return (group["momentum"] != 0,)  # schedulers as OneCycleLR change it in every step
 
     @classmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
-        return Rule("SgdMomentum", ("momentum_buffer",)) if group["momentum"] != 0 else Rule("Sgd")
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
+        return ParamRule("SgdMomentum", ("momentum_buffer",)) if group["momentum"] != 0 else ParamRule("Sgd")
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         return group["momentum"], group["dampening"], group["weight_decay"], float(group["nesterov"])

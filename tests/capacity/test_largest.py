@@ -14,7 +14,7 @@ from torch import nn
 from pybatch.base.errors import WorkloadError
 from pybatch.capacity import largest, probe
 from pybatch.capacity.exploration import Explorer, Look
-from pybatch.capacity.largest import Largest, Plan, plan_largest, verify_largest
+from pybatch.capacity.largest import Largest, Prediction, predict_largest, verify_largest
 from pybatch.capacity.probe import Outcome, Request
 from pybatch.capacity.step import TrainingStep
 from pybatch.device.clock import WallClock
@@ -58,9 +58,9 @@ def explorer(work: Workload | None = None, *, step_s: float = 1e-5, per_example:
     return found
 
 
-def plan_of(found: Explorer, limit: int) -> Plan:
-    plan = plan_largest(found, limit, found.clock.now() + 1.0)
-    assert isinstance(plan, Plan)
+def plan_of(found: Explorer, limit: int) -> Prediction:
+    plan = predict_largest(found, limit, found.clock.now() + 1.0)
+    assert isinstance(plan, Prediction)
     return plan
 
 
@@ -250,7 +250,7 @@ def test_time_is_set_aside_only_where_it_suffices(step_s: float, left: float, sh
 def test_memory_that_does_not_grow_gives_no_number() -> None:
     found = explorer(per_example=0.0)
     found.look = lambda n: Look(n, "skipped")  # type: ignore[method-assign, assignment]
-    result = plan_largest(found, 101 * MB, found.clock.now() + 1.0)
+    result = predict_largest(found, 101 * MB, found.clock.now() + 1.0)
     assert isinstance(result, Largest)
     assert result.batch is None
     assert "does not clearly grow over batches 1..512" in result.notes[-1].text
@@ -265,7 +265,7 @@ def test_a_batch_that_ran_out_of_memory_bounds_the_plan() -> None:
 def test_memory_that_cannot_be_read_gives_no_number() -> None:
     found = explorer()
     found.memory.reason = "no such file"
-    result = plan_largest(found, 101 * MB, found.clock.now() + 1.0)
+    result = predict_largest(found, 101 * MB, found.clock.now() + 1.0)
     assert isinstance(result, Largest)
     assert (result.batch, result.notes[-1].text) == (None, "no such file")
 

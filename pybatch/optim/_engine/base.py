@@ -15,7 +15,7 @@ from pybatch.base.errors import UsageError
 from pybatch.optim._engine import accumulation, amp, statistics
 from pybatch.optim._engine.accumulation import Sums
 from pybatch.optim._engine.arguments import check_count, check_hyper
-from pybatch.optim._engine.options import Options, OwnOptions, Rule
+from pybatch.optim._engine.options import Options, OwnOptions, ParamRule
 from pybatch.optim._engine.saving import SavedOptimizer
 from pybatch.optim._engine.slots import addresses, check_param
 from pybatch.optim._engine.tables import Tables
@@ -64,7 +64,7 @@ class FusedOptimizer(SavedOptimizer):
 
     @classmethod
     @abstractmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
         """How a parameter is updated: from its shape and the group's `rule_options`."""
 
     @classmethod
@@ -74,7 +74,7 @@ class FusedOptimizer(SavedOptimizer):
 
     @classmethod
     @abstractmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         """The rule's own hyper-parameters, in its header's order."""
 
     def _transform(self, staged: list[torch.Tensor], groups: list[dict[str, Any]]) -> None:

@@ -90,7 +90,7 @@ class Options:
         return DEFAULT_SEED if isinstance(self.stochastic_rounding, bool) else self.stochastic_rounding
 
 
-class Rule(NamedTuple):
+class ParamRule(NamedTuple):
     """How one parameter is updated.
 
     Attributes:
