@@ -75,4 +75,3 @@ def test_one_that_never_answers_is_stopped(child):
         worker.answers.get(timeout=0.05)
     worker.stop()
     assert worker.process.returncode == -9
-    worker.send(1)  # nobody is there: no error, the end of answers has been said
