@@ -439,6 +439,7 @@ def test_memory_that_runs_out_on_the_way_halves_what_is_left(monkeypatch):
         run_unit(Points(), unit, found.append, device=CPU, how="stacked")
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_in_bf16_rounding_is_no_fault_and_a_fault_is_still_seen(monkeypatch, optimizer):
     """Gradients in bf16 differ by a tenth, and steps of Adam follow their signs; a fault below that shows in fp32."""
