@@ -28,7 +28,7 @@ _UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 @dataclass(frozen=True)
 class Run(Shown):
-    """One saved run: the whole record of DESIGN, as written by `pybatch bench -o`."""
+    """One saved run: the whole record, as written by `pybatch bench -o`."""
 
     created: str  # ISO 8601, UTC
     environment: Environment | None  # None: put together from results that were not saved as a run
