@@ -136,6 +136,7 @@ for case, dtype in ((adamw, torch.bfloat16), (sgd, torch.float32)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "programs", [(RULES, STORAGES), (ACCUMULATE, SAME_AS_CPP)], ids=["rules and storages", "accumulate and optimizers"]
 )
@@ -182,6 +183,7 @@ assert sum("barrier" in line for line in level) == 2, level
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
     """The interpreter accepts programs the compiler does not, such as variables that change their type in a branch."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}

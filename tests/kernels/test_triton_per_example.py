@@ -115,6 +115,7 @@ for model, x, y, loss in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [PRODUCTS + LARGE + PICKED + NORMS, MODEL], ids=["kernels", "model"])
 def test_in_the_interpreter(program):
     interpreter.run(SETUP, program)
@@ -159,6 +160,7 @@ build(k.norm_backward_kernel, "*fp32", centred=False, affine=True, block=1024)
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)

@@ -48,6 +48,7 @@ for case in OPTIMIZERS:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [REFERENCE, SAME_AS_CPP], ids=["reference", "same as cpp"])
 def test_in_the_interpreter(program):
     interpreter.run(program)
