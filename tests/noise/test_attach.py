@@ -20,6 +20,7 @@ def seeded(one_thread):
     torch.manual_seed(0)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(), (0,), (3, 5), (4096,), (SMALL + 1,), (300, 301)])
 def test_squares(dtype, shape):

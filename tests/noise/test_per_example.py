@@ -232,6 +232,7 @@ def test_sum_and_token_mean_agree_with_the_mean():
     assert float(by_token.n_large) == 11
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("route", ["auto", "fused"])
 def test_fp32_and_bf16_autocast_are_close(route):
     torch.manual_seed(0)
