@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.base.ranges import parse_batches
 from pybatch.capacity.measurement import measure_capacity
 from pybatch.jobs.bench import run_bench
@@ -93,7 +93,7 @@ def measure(name: str, batches: list[int], seeds: int, folder: Path | None, jobs
     verdicts = {
         "noise": plain.verdict,
         "branch": thorough.verdict,
-        "sweep": compare(plain.capacity, plain.noise, steps),
+        "sweep": advise(plain.capacity, plain.noise, steps),
     }
     best = min(measured, key=measured.__getitem__)
     return {

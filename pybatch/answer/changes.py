@@ -75,7 +75,7 @@ class Condition:
         return beyond and (change.low is None or change.significant)
 
 
-def compare_runs(old: Run, new: Run) -> Comparison:
+def compare(old: Run, new: Run) -> Comparison:
     """What changed from one run to another.
 
     Raises:

@@ -1,17 +1,17 @@
 """Critical batch against capacity: the batch to use, what going further costs, how many devices are worth it.
 
 Pure: records in, Verdict out. `critical` weighs the evidence, `best` chooses the batch, `tradeoff` has the model of
-time to a loss and `advice` the words.
+time to a loss and `sentences` the words.
 """
 
 from __future__ import annotations
 
 import math
 
-from pybatch.answer.advice import advise
 from pybatch.answer.best import best_of, bound_of, model_of
 from pybatch.answer.critical import critical_of, passed_over
 from pybatch.answer.frontier import doubling, frontier
+from pybatch.answer.sentences import in_sentences
 from pybatch.answer.tradeoff import EFFICIENCY, Best, Critical, Inputs, TimeModel, Wall
 from pybatch.base.numerals import number
 from pybatch.records import (
@@ -31,7 +31,7 @@ FURTHER = 1.1  # factor from the best batch to the wall below which going on is 
 MISFIT = 0.1  # rms of ln(measured / fitted) from which the throughput model's error is worth telling
 
 
-def compare(
+def advise(
     capacity: Capacity | None,
     noise: NoiseScale | None = None,
     steps: Convergence | None = None,
@@ -110,7 +110,7 @@ def compare(
         limit=limit,
         useful_devices=devices,
         time_to_target=seconds,
-        text=advise(critical, capacity, wall, limit, best, (low, high), bound, devices, further),
+        text=in_sentences(critical, capacity, wall, limit, best, (low, high), bound, devices, further),
         reasons=tuple(reasons),
         notes=tuple(notes),
         frontier=points,
@@ -120,7 +120,7 @@ def compare(
 def time_model(
     capacity: Capacity, noise: NoiseScale | None, steps: Convergence | None, distributed: Distributed | None = None
 ) -> TimeModel | None:
-    """The model of time to the loss that `compare` weighs; None where a side of it is not known."""
+    """The model of time to the loss that `advise` weighs; None where a side of it is not known."""
     critical = critical_of(noise, steps)
     if critical.value is None or capacity.model is None:
         return None

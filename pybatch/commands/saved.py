@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pybatch.answer.changes import Condition, broken, compare_runs, parse_condition
+from pybatch.answer import changes
+from pybatch.answer.changes import Condition, broken, parse_condition
 from pybatch.answer.merge import join
 from pybatch.base.errors import UsageError, unknown
 from pybatch.commands.assignments import parse_targets
@@ -134,7 +135,7 @@ def compare(
 
 def tell_changes(old: Run, new: Run, conditions: Sequence[Condition], format_: str = "table") -> int:
     """Print what changed; the exit status says whether every condition holds."""
-    comparison = compare_runs(old, new)
+    comparison = changes.compare(old, new)
     failures = broken(conditions, comparison)
     parts = comparison_sections(comparison)
     if format_ == "json":

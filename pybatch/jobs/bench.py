@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.base.errors import Interrupted, PybatchError
 from pybatch.branch.measurement import measure_branches
 from pybatch.capacity.exploration import first_line
@@ -99,7 +99,7 @@ def run_bench(
         if not notes and thorough and not (steps is not None and steps.complete):
             lacking += (Note("branches", f"cut short by the time budget of {time_budget:g} s; raise --time-budget"),)
         notes = notes + lacking
-        verdict = compare(capacity, noise, steps, together) if capacity is not None else None
+        verdict = advise(capacity, noise, steps, together) if capacity is not None else None
         return Run(created, environment, capacity, noise, steps, verdict, not notes, past + notes, together)
 
     shares = _THOROUGH_SHARES if thorough else _SHARES

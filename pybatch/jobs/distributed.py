@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.capacity.distributed import measure_distributed, process_group
 from pybatch.jobs.bench import run_bench
 from pybatch.records import Run
@@ -68,7 +68,7 @@ def run_bench_together(
         )
         if run is None:
             return None
-        return replace(run, distributed=together, verdict=compare(run.capacity, run.noise, run.convergence, together))
+        return replace(run, distributed=together, verdict=advise(run.capacity, run.noise, run.convergence, together))
 
 
 def _stands(run: Run) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from pybatch import cli
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.base.errors import Interrupted, UsageError
 from pybatch.capacity import measurement
 from pybatch.capacity.largest import Largest
@@ -324,7 +324,7 @@ def test_steps_on_several_devices_are_kept(whole: tuple[Run, list[Run]]) -> None
     found, _ = again(dataclasses.replace(whole[0], distributed=distributed()))
     assert found.distributed == distributed()
     assert "steps on several devices" in found.notes[0].text
-    assert found.verdict == compare(found.capacity, found.noise, None, distributed())
+    assert found.verdict == advise(found.capacity, found.noise, None, distributed())
     saved: list[Run] = []
     bench.run_bench(
         Points(), device="cpu", batches=[*BATCHES, 256], time_budget=60.0, earlier=found, on_partial=saved.append

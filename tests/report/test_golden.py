@@ -9,7 +9,7 @@ import pytest
 from cases.points import point
 from cases.verdicts import BRANCHES, MODELS, SWEEP, capacity, noise, swept_by
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError
 from pybatch.records import (
     BatchPoint,
@@ -34,7 +34,7 @@ FIRST = GOLDEN / "record-first.json"  # written by the first commit that had rec
 def judged(measured, scale, steps=None, distributed=None, **more):
     device = Device("cpu", 0, "Example CPU", 2**34, cores=2)
     measured = dataclasses.replace(measured, device=device) if measured is not None else None
-    verdict = compare(measured, scale, steps, distributed)
+    verdict = advise(measured, scale, steps, distributed)
     return Run("2026-01-02T03:04:05+00:00", None, measured, scale, steps, verdict, distributed=distributed, **more)
 
 
@@ -106,7 +106,7 @@ def test_the_first_record_ever_written_loads_and_reports():
     assert "Use batch 32." in page([run])
     for format_ in ("table", "md", "csv", "jsonl", "json"):
         assert render(run, format_)
-    again = compare(run.capacity, run.noise)
+    again = advise(run.capacity, run.noise)
     assert again.limit == "noise"
     assert json.loads(run.to_json())["schema"] == "pybatch/1"
 

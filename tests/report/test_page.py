@@ -10,7 +10,7 @@ import shutil
 import pytest
 from cases.pages import HOSTILE, curve, hostile, with_samples
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.base import numerals
 from pybatch.base.errors import UsageError
 from pybatch.records import (
@@ -31,7 +31,7 @@ from pybatch.report.noise_figures import noise_figures
 
 @pytest.fixture
 def judged(run):
-    return dataclasses.replace(run, verdict=compare(run.capacity, run.noise))
+    return dataclasses.replace(run, verdict=advise(run.capacity, run.noise))
 
 
 def embedded(text):
@@ -84,7 +84,7 @@ def test_goodput_peaks_where_the_fitted_curve_says(run):
     from cases.verdicts import MODELS, swept_by
 
     steps = swept_by(MODELS["power"])
-    judged = dataclasses.replace(run, convergence=steps, verdict=compare(run.capacity, run.noise, steps))
+    judged = dataclasses.replace(run, convergence=steps, verdict=advise(run.capacity, run.noise, steps))
     goodput = capacity_figures(judged)[1]
     peak = next(t for t in goodput.traces if t["name"] == "goodput, of its peak")
     at = peak["x"][peak["y"].index(max(peak["y"]))]

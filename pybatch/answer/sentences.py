@@ -11,7 +11,7 @@ from pybatch.records import Capacity, Limit, ThroughputFit
 _NOISE = "from gradient noise"
 
 
-def advise(
+def in_sentences(
     critical: Critical,
     capacity: Capacity | None,
     wall: Wall | None,
