@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pybatch.base.codec import decode, encode
+from pybatch.base.codec import decode, encode, stands_at_top
 from pybatch.base.display import Shown
 from pybatch.base.errors import UsageError
 from pybatch.records.capacity import Capacity, Distributed
 from pybatch.records.convergence import Convergence
+from pybatch.records.figure import hidden
 from pybatch.records.noise import NoiseScale, NoiseTrajectory
 from pybatch.records.subject import Environment, Note
 from pybatch.records.verdict import Verdict
@@ -28,7 +29,7 @@ _UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 @dataclass(frozen=True)
 class Run(Shown):
-    """One saved run: the whole record of DESIGN, as written by `pybatch bench -o`."""
+    """One saved run: the whole record, as written by `pybatch bench -o`."""
 
     created: str  # ISO 8601, UTC
     environment: Environment | None  # None: put together from results that were not saved as a run
@@ -78,8 +79,13 @@ def _current(data: Any) -> dict[str, Any]:
     return whole
 
 
+def told(note: Note) -> bool:
+    """Whether a reader of the page is told: notes on figures that are not shown are left to the record."""
+    return not any(hidden(kind, note.figure) for kind in (Run, Capacity))  # parts of the latter stand at the top
+
+
 def _hoisted(kind: type) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(kind) if f.metadata.get("json") == "top")
+    return tuple(f.name for f in dataclasses.fields(kind) if stands_at_top(f))
 
 
 _HOISTED = _hoisted(Capacity)

@@ -9,7 +9,7 @@ import pytest
 from pybatch.answer.changes import Condition, broken, compare, parse_condition
 from pybatch.base.errors import UsageError
 from pybatch.records import Convergence, ConvergencePoint, Curve, Run
-from pybatch.report.comparison import comparison_sections
+from pybatch.report.changes import sections
 from pybatch.report.formats.text import markdown
 
 
@@ -114,9 +114,9 @@ def test_a_condition_that_cannot_be_checked_is_not_taken_as_kept(run):
 
 
 def test_markdown_says_better_and_worse(run):
-    text = markdown("x", comparison_sections(compare(run, scaled(run, 0.5))))
+    text = markdown("x", sections(compare(run, scaled(run, 0.5))))
     assert "better" in text
-    assert "worse" in markdown("x", comparison_sections(compare(run, scaled(run, 2.0))))
+    assert "worse" in markdown("x", sections(compare(run, scaled(run, 2.0))))
     assert json.dumps(dataclasses.asdict(compare(run, run)))  # plain types all through
 
 

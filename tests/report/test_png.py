@@ -9,15 +9,15 @@ from PIL import Image
 
 from pybatch.base.errors import UsageError
 from pybatch.report.formats import png
-from pybatch.report.formats.html import figures_of
 from pybatch.report.formats.png import HEIGHT, SCALE, WIDTH, write_pngs
+from pybatch.report.run import plots
 
 
 @pytest.mark.skipif(not any(map(shutil.which, png.BROWSERS)), reason="no Chrome or Chromium is installed")
 def test_every_figure_becomes_a_picture(run, tmp_path):
     runs = [hostile(with_samples(run)), run]
     paths = write_pngs(runs, tmp_path / "new" / "figures")
-    wanted = [f.name for number, each in enumerate(runs) for f in figures_of(each, number) if f.missing is None]
+    wanted = [f.name for number, each in enumerate(runs) for f in plots(each, number) if f.missing is None]
     assert [path.stem for path in paths] == wanted
     for path in paths:
         with Image.open(path) as image:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from pybatch.base.errors import UsageError
 from pybatch.records import Run
-from pybatch.report.figure import Figure, safe
-from pybatch.report.formats.html import as_data, embedded, figures_of, plotly, resource
+from pybatch.report.formats.html import as_data, embedded, plotly, resource
+from pybatch.report.plot import Plot, safe
+from pybatch.report.run import plots
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 VARIABLE = "PYBATCH_BROWSER"
@@ -45,7 +46,7 @@ def write_pngs(runs: Sequence[Run], folder: str | Path) -> list[Path]:
     Raises:
         UsageError: no browser is installed or it fails, there is nothing to draw, or the folder can't be written.
     """
-    figures = [f for number, run in enumerate(runs) for f in figures_of(run, number) if f.missing is None]
+    figures = [f for number, run in enumerate(runs) for f in plots(run, number) if f.missing is None]
     if not figures:
         raise UsageError("there is no figure to draw in these records. Give a run with capacity or a sweep.")
     browser = _browser()
@@ -73,7 +74,7 @@ def _browser() -> str:
     return found
 
 
-def _drawn(browser: str, figures: Sequence[Figure]) -> Mapping[str, bytes]:
+def _drawn(browser: str, figures: Sequence[Plot]) -> Mapping[str, bytes]:
     with tempfile.TemporaryDirectory(prefix="pybatch-") as place:
         page = Path(place) / "figures.html"
         page.write_text(_page(figures), encoding="utf-8")
@@ -103,7 +104,7 @@ def _drawn(browser: str, figures: Sequence[Figure]) -> Mapping[str, bytes]:
     return images
 
 
-def _page(figures: Sequence[Figure]) -> str:
+def _page(figures: Sequence[Plot]) -> str:
     """Plots alone, each with its title in it, on white."""
     alone = {"paper_bgcolor": "#ffffff", "margin": {"l": 10, "r": 20, "t": 60, "b": 10}}
     titled = [replace(f, layout=f.layout | alone | {"title": {"text": safe(f.title), "x": 0.02}}) for f in figures]

@@ -19,7 +19,7 @@ from pybatch.base.errors import UsageError
 from pybatch.records import Branching, Convergence, ConvergencePoint, Run, to_dict
 from pybatch.report import factors
 from pybatch.report.layout import Section, Table
-from pybatch.report.sections import sections, title
+from pybatch.report.run import sections, title
 
 SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".txt": "table"}
 

@@ -7,7 +7,7 @@ from pybatch.base import numerals as n
 from pybatch.report.layout import Section, Table
 
 
-def comparison_sections(comparison: Comparison) -> list[Section]:
+def sections(comparison: Comparison) -> list[Section]:
     """What changed, and throughput batch by batch."""
     rows = tuple(_row(change.figure.replace("_", " "), change) for change in comparison.changes)
     made = [

@@ -22,7 +22,7 @@ _MOST_TICKS = 9  # labels a phone's width holds
 
 
 @dataclass(frozen=True)
-class Figure:
+class Plot:
     """One plot of the page. `missing` says why it can't be drawn; `traces` is then empty."""
 
     name: str  # its anchor in the page
