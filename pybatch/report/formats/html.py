@@ -23,7 +23,7 @@ from pybatch.records.figure import figure_of
 from pybatch.report import factors
 from pybatch.report.layout import Section, Table
 from pybatch.report.output import Output
-from pybatch.report.plot import Plot
+from pybatch.report.plot import SHADES, Plot
 from pybatch.report.run import plots, sections, title
 from pybatch.report.verdict import first_figures
 
@@ -96,6 +96,7 @@ def page(runs: Sequence[Run]) -> str:
         ]
     )
     drawing = (
+        f'<script type="application/json" id="shades">{embedded(SHADES)}</script>\n'
         f'<script type="application/json" id="figures">{embedded(data)}</script>\n'
         f"<script>{library}</script>\n<script>{script}</script>\n"
         if data
