@@ -32,7 +32,7 @@ _FEWEST = 5  # batch sizes kept: fewer bend no curve
 
 
 @dataclass(frozen=True)
-class Plan:
+class BranchPlan:
     base: int
     examples: int
     optimizer: str
@@ -80,7 +80,7 @@ class BranchedRun:
     device: torch.device
     dtype: str
     seed: int
-    plan: Plan
+    plan: BranchPlan
     folder: Path | None
     progress: Progress | None
     found: list[Branching] = field(default_factory=list)

@@ -21,7 +21,7 @@ from pybatch.noise.sources.moments import MomentsNoise
 from pybatch.optim import FusedOptimizer
 from pybatch.records import Note
 
-Source = Literal["micro-batches", "ddp", "fsdp", "adam-moments"]
+NoiseSource = Literal["micro-batches", "ddp", "fsdp", "adam-moments"]
 
 SOURCES = ("micro-batches", "ddp", "fsdp", "adam-moments")
 COUNTED = Note(
@@ -32,7 +32,7 @@ COUNTED = Note(
 def attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
-    source: Source | None = None,
+    source: NoiseSource | None = None,
     *,
     examples: Examples = None,
     accumulation: Accumulation = "mean",
@@ -147,7 +147,7 @@ def _refuse_reduced(model: nn.Module, source: str) -> None:
         )
 
 
-def _choose(model: nn.Module) -> Source:
+def _choose(model: nn.Module) -> NoiseSource:
     if isinstance(model, FSDPModule):
         return "fsdp"
     if isinstance(model, DistributedDataParallel) and dist.get_world_size(model.process_group) > 1:

@@ -69,7 +69,7 @@ class Tally:
         return math.sqrt(self.spread / self._examples)
 
 
-class Round:
+class MicroBatchGroups:
     """Groups of k micro-batches, all of one size: nothing chosen from the data enters a mean.
 
     Args:

@@ -16,7 +16,7 @@ Watch = core.Watch  # whether the tensors a table was built from still stand; se
 Reduce = Callable[[list[torch.Tensor]], None]  # sums float64 tensors over processes, in place
 
 
-class Rule(NamedTuple):
+class UpdateRule(NamedTuple):
     """An update rule of kernels/rules.h."""
 
     number: int
@@ -26,7 +26,7 @@ class Rule(NamedTuple):
 
 DTYPES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in core.dtypes.items()}
 STORAGES: dict[str, int] = dict(core.storages)  # such as "float32", "bfloat16_master"; see kernels/table.h
-RULES: dict[str, Rule] = {name: Rule(*of) for name, of in core.rules.items()}
+RULES: dict[str, UpdateRule] = {name: UpdateRule(*of) for name, of in core.rules.items()}
 HYPER_COLUMNS: int = core.hyper_columns
 MAX_STATES: int = core.max_states
 LEDGER_SUMS = ("sum_sq", "bad", "micro_sq")

@@ -1,6 +1,6 @@
 """The verdict for every combination of evidence: what limits, the best batch by the closed form, what the notes owe.
 
-What is expected is worked out here from SCIENCE's rules alone: a sweep goes before branches, branches before the noise
+What is expected is worked out here from the rules alone: a sweep goes before branches, branches before the noise
 scale; B* = sqrt(critical batch x half batch) within memory; two sides compare beyond the error of both.
 """
 

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from cases.noise_models import Uphill, example_gradients, expected, images, loss_of, mlp
-from cases.ranks import processes, ranks, same  # noqa: F401
+from cases.noise_models import Uphill, example_gradients, expected, images, loss_of, mlp, same
 
 import pybatch.noise
 from pybatch.noise import closures
@@ -228,7 +227,7 @@ def test_a_wrong_implementation_is_caught(monkeypatch, mutation):
     assert not (noise.steps == STEPS and right(noise, grad_sq, trace))
 
 
-def test_ddp_takes_the_first_evaluation(ranks):  # noqa: F811
+def test_ddp_takes_the_first_evaluation(ranks):
     found, want = ranks[0]["ddp_closure"]
     same(found, want)
     assert found["steps"] == want["steps"]
@@ -236,7 +235,7 @@ def test_ddp_takes_the_first_evaluation(ranks):  # noqa: F811
     assert not any("synchronized again" in text for text in found["notes"])
 
 
-def test_fsdp_takes_the_first_evaluation(processes):  # noqa: F811
+def test_fsdp_takes_the_first_evaluation(processes):
     found, want = processes(2)[0]["fsdp_closure"]
     same(found, want)
     assert found["steps"] == want["steps"]

@@ -46,12 +46,6 @@ def check_betas(betas: Any, usual: tuple[float, float] = (0.9, 0.999)) -> None:
         raise UsageError(f"betas {betas}: both must be at least 0 and below 1. The usual ones are {usual}.")
 
 
-def check_torch_flags(differentiable: bool) -> None:
-    """Refuse what torch's flags ask for and a fused pass can't do."""
-    if differentiable:
-        raise UsageError("differentiable=True: a fused step has no gradient of its own. Use the torch.optim twin.")
-
-
 def check_capturable(groups: list[dict[str, Any]], device: torch.device) -> None:
     """Refuse capturable=True where there are no graphs to capture, as torch does at the first step."""
     if device.type != "cuda" and any(group.get("capturable") for group in groups):

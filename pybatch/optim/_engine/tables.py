@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from pybatch import ops
 from pybatch.optim._engine import masters, sharding
-from pybatch.optim._engine.building import Found, Lists, RuleOf, State, find
 from pybatch.optim._engine.hyper import Groups, HyperOf
+from pybatch.optim._engine.lists import ActiveParams, PassLists, RuleOf, State, active_params
 from pybatch.optim._engine.options import Options
 from pybatch.optim._engine.slots import Slot, conform
 
@@ -45,16 +45,16 @@ class Tables:
     """The parameters that have had a gradient or have a state, as lists; `make` says whether there are any.
 
     Args:
-        found: at least one slot.
+        active: at least one slot.
         lists: of these slots.
         processes: that hold shards of the parameters; None: there is only this one.
         groups, state: torch's `param_groups` and `optimizer.state`.
     """
 
     def __init__(
-        self, found: Found, lists: Lists, processes: sharding.Processes | None, groups: Groups, state: State
+        self, active: ActiveParams, lists: PassLists, processes: sharding.Processes | None, groups: Groups, state: State
     ) -> None:
-        self.slots, self.backend, self.ledger = found.slots, lists.backend, lists.ledger
+        self.slots, self.backend, self.ledger = active.slots, lists.backend, lists.ledger
         self.first, self.second, self._lists, self._processes = lists.first, lists.second, lists, processes
         self.params: list[torch.Tensor] = [slot.param for slot in self.slots]
         self._copied = [slot for slot in self.slots if slot.copy is not None]
@@ -65,7 +65,7 @@ class Tables:
         self._versioned = bool(lists.masters) or self.first.row_norms
         self._versions = np.zeros(len(self.slots), dtype=np.int64)
         ops.Watch.versions(self.params, self._versions)
-        self._watch = ops.Watch([group["params"] for group in groups], self._memory, found.others, state)
+        self._watch = ops.Watch([group["params"] for group in groups], self._memory, active.others, state)
 
     @staticmethod
     def make(
@@ -90,14 +90,14 @@ class Tables:
         Raises:
             UsageError: a parameter that can't be updated as asked, before anything was written.
         """
-        found = find(groups, state, set() if previous is None else set(previous.params))
-        if not found.slots:
+        active = active_params(groups, state, set() if previous is None else set(previous.params))
+        if not active.slots:
             return None
         if previous is not None:
             previous._drop_remainders()
-        processes = sharding.processes([slot.param for slot in found.slots])
-        lists = Lists(found, groups, state, options, rule_of, processes, ledger, layers)
-        tables = Tables(found, lists, processes, groups, state)
+        processes = sharding.processes([slot.param for slot in active.slots])
+        lists = PassLists(active, groups, state, options, rule_of, processes, ledger, layers)
+        tables = Tables(active, lists, processes, groups, state)
         if previous is not None:
             tables._take_over(previous)
         return tables
@@ -215,5 +215,5 @@ class Tables:
                 if layers is None
                 else torch.zeros(len(slots), ops.LAYER_SIZE, dtype=layers.dtype, device=layers.device)
             )
-            self._parts[key] = ops.TensorList(entries, 1, ops.Ledger(self.first.device), self.backend, own)
+            self._parts[key] = ops.TensorList(entries, 1, ops.Ledger(self.first.device), self.backend.chunk, own)
         return self._parts[key]
