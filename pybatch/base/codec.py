@@ -53,8 +53,8 @@ def decode(kind: Any, value: Any, path: str) -> Any:
         unknown = sorted(set(value) - set(hints))
         if unknown:
             raise UsageError(
-                f"{path} has unknown keys {unknown}. It was written by a newer pybatch, or changed by hand; upgrade "
-                "pybatch to read it."
+                f"{path} has unknown keys {unknown}. It was written by another pybatch, or changed by hand; "
+                "measure again."
             )
         try:
             return kind(**{key: decode(hints[key], item, f"{path}.{key}") for key, item in value.items()})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +17,7 @@ from pybatch.records.noise import NoiseScale, NoiseTrajectory
 from pybatch.records.subject import Environment, Note
 from pybatch.records.verdict import Verdict
 
-VERSION = 1
-SCHEMA = f"pybatch/{VERSION}"
-
-# From each older version to the one after it: what a record of it must be changed in. Fields that were only added need
-# nothing, their defaults say that they were not measured.
-_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+SCHEMA = "pybatch/1"
 
 
 @dataclass(frozen=True)
@@ -48,35 +41,18 @@ class Run(Shown):
 
     @staticmethod
     def from_json(text: str) -> Run:
-        """Read a saved record back; raises UsageError on a foreign file or a version that can't be read."""
+        """Read a saved record back; raises UsageError on a foreign file or one of another version."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise UsageError(f"not a pybatch record: {error}. Give a file written by 'pybatch bench -o'.") from None
-        return _run_from_dict(_current(data))
-
-
-def _current(data: Any) -> dict[str, Any]:
-    """The record as this version would have written it; raises UsageError where there is no way to it."""
-    found = data.get("schema") if isinstance(data, dict) else None
-    number = re.fullmatch(r"pybatch/(\d{1,6})", found) if isinstance(found, str) else None
-    if number is None:
-        raise UsageError(
-            f"record has schema {found!r}, this pybatch reads {SCHEMA!r}. Give a file written by 'pybatch bench -o'."
-        )
-    whole: dict[str, Any] = data
-    version = int(number[1])
-    while version in _UPGRADES:
-        whole, version = _UPGRADES[version](whole), version + 1
-    if version != VERSION:
-        where = whole.get("environment")
-        wrote = where.get("pybatch") if isinstance(where, dict) else None
-        by = f"pybatch {wrote}" if wrote else "the pybatch that wrote it"
-        remedy = f"It is newer: upgrade pybatch, at least to {wrote}" if wrote else "It is newer: upgrade pybatch"
-        if version < VERSION:
-            remedy = f"It is too old: run the measurement again, or read it with {by}"
-        raise UsageError(f"record has schema {found!r}, this pybatch reads {SCHEMA!r}. {remedy}.")
-    return whole
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != SCHEMA:
+            raise UsageError(
+                f"record has schema {found!r}, this pybatch reads {SCHEMA!r}. Give a file written by 'pybatch bench "
+                "-o' of this version: measure again, or use the pybatch that wrote it."
+            )
+        return _run_from_dict(data)
 
 
 def told(note: Note) -> bool:

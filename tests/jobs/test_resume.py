@@ -65,8 +65,7 @@ class Own(pybatch.Workload):
                 if file.read().count('"steady": true') == 2: os.kill(os.getpid(), 9)
         return torch.randn(n, 4, generator=generator)
     def loss(self, model, batch):
-        end = time.perf_counter() + 0.003 + 1e-5 * len(batch)
-        while time.perf_counter() < end: pass
+        time.sleep(0.003 + 1e-5 * len(batch))
         return (model(batch) - batch.sum(1, keepdim=True)).square().mean()
 """
 
@@ -108,6 +107,9 @@ class PlantedClock(Clock):
 
     def now(self) -> float:
         return self.time_s
+
+    def rest(self, seconds: float) -> None:
+        self.time_s += seconds
 
 
 def planted_noise(*arguments: object, **options: object) -> NoiseScale:
@@ -449,18 +451,18 @@ def test_killed_in_the_middle_and_continued(tmp_path: Path) -> None:
     path, partial = tmp_path / "run.json", tmp_path / "run.json.partial"
     (tmp_path / "own.py").write_text(OWN.replace("PARTIAL", repr(str(partial))))
     command = [sys.executable, "-m", "pybatch", "bench", "--cpu", "--workload", f"{tmp_path}/own.py:Own"]
-    command += ["--batch", "8-128*2", "-q", "-o", str(path), "--time-budget"]
+    command += ["--batch", "8-64*2", "-q", "-o", str(path), "--time-budget"]
     killed = subprocess.run([*command, "90"], capture_output=True, check=False, env=os.environ | {"SUICIDE": "1"})
     assert killed.returncode == -signal.SIGKILL
     assert not path.exists()
     left = Run.from_json(partial.read_text())
     kept = capacity(left).standing
-    assert 2 <= len(kept) < 5
-    done = subprocess.run([*command, "20", "--resume"], capture_output=True, text=True, check=False)
+    assert 2 <= len(kept) < 4
+    done = subprocess.run([*command, "10", "--resume"], capture_output=True, text=True, check=False)
     assert done.returncode in (0, 3), done.stderr  # 3: other programs took the time
     run = Run.from_json(path.read_text())
     assert [measured(point(run, p.batch)) for p in kept] == [measured(p) for p in kept]
-    assert [p.batch for p in capacity(run).batches] == BATCHES
+    assert [p.batch for p in capacity(run).batches] == BATCHES[:4]
     assert json.loads(path.read_text())["notes"][0]["text"].startswith("continued on ")
     if done.returncode == 0:
         assert run.complete

@@ -82,7 +82,7 @@ def test_samples_and_drift_are_drawn_from_quantiles(judged):
     assert anchor["median"] == pytest.approx([1.0, 1.1])
     assert len(figure.table.rows) == 6
     assert figure.table.rows[0][:3] == ("1", "25", "1.89")
-    assert not [f for f in device_plots(judged) if f.name == "samples"]  # an older record kept none
+    assert not [f for f in device_plots(judged) if f.name == "samples"]  # none were kept
 
 
 def test_goodput_peaks_where_the_fitted_curve_says(run):
