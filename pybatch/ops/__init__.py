@@ -25,8 +25,8 @@ from pybatch.ops.compiled import (
     Build,
     Call,
     Reduce,
+    Snapshot,
     UpdateRule,
-    Watch,
     build,
 )
 from pybatch.ops.ledger import Ledger
@@ -48,10 +48,10 @@ __all__ = [
     "Entry",
     "Ledger",
     "Reduce",
+    "Snapshot",
     "TensorList",
     "TritonBackend",
     "UpdateRule",
-    "Watch",
     "build",
     "choose_backend",
     "example_kernels",

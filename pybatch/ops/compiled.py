@@ -12,7 +12,7 @@ from pybatch import _C as _compiled
 
 core: Any = _compiled
 Call = core.Call  # the scalars of one step or accumulation
-Watch = core.Watch  # whether the tensors a table was built from still stand; see csrc/watch.h
+Snapshot = core.Snapshot  # whether the tensors a table was built from still stand; see csrc/snapshot.h
 Reduce = Callable[[list[torch.Tensor]], None]  # sums float64 tensors over processes, in place
 
 

@@ -64,8 +64,8 @@ class Tables:
         # torch counts writes in place. Only masters and norms carried from step to step depend on others' writes.
         self._versioned = bool(lists.masters) or self.first.row_norms
         self._versions = np.zeros(len(self.slots), dtype=np.int64)
-        ops.Watch.versions(self.params, self._versions)
-        self._watch = ops.Watch([group["params"] for group in groups], self._memory, active.others, state)
+        ops.Snapshot.versions(self.params, self._versions)
+        self._snapshot = ops.Snapshot([group["params"] for group in groups], self._memory, active.others, state)
 
     @staticmethod
     def make(
@@ -104,7 +104,7 @@ class Tables:
 
     def _drop_remainders(self) -> None:
         """A remainder does not show by itself that others have written its parameter, as a master does."""
-        for i in ops.Watch.versions(self.params, self._versions):
+        for i in ops.Snapshot.versions(self.params, self._versions):
             if i in self._lists.masters and self._lists.masters[i][0] == "remainder":
                 self._lists.masters[i][1].zero_()
 
@@ -128,7 +128,7 @@ class Tables:
         """Whether nothing was replaced, resized, moved or cast since, and no other parameter has got a gradient."""
         if self._sharded:
             self._memory = [slot.memory for slot in self.slots]
-        return bool(self._watch.stands([group["params"] for group in groups], self._memory, state))
+        return bool(self._snapshot.stands([group["params"] for group in groups], self._memory, state))
 
     def send_hyper(self, groups: Groups, hyper_of: HyperOf) -> None:
         """Bring the hyper-parameters of both lists up to date."""
@@ -139,7 +139,7 @@ class Tables:
     def gradients(self) -> Gradients:
         """The parameters' gradients as the pass reads them; raises UsageError for one that it can't."""
         addresses, codes = (np.zeros(len(self.slots), dtype=np.int64) for _ in range(2))
-        bad, count = self._watch.gradients(self.params, _DTYPES, addresses, codes)
+        bad, count = self._snapshot.gradients(self.params, _DTYPES, addresses, codes)
         copies: dict[int, torch.Tensor] = {}
         if bad >= 0:
             for i, slot in enumerate(self.slots):
@@ -185,7 +185,7 @@ class Tables:
         """Bring up to date what was derived from parameters that others have written in place since."""
         if not self._versioned:
             return
-        changed = ops.Watch.versions(self.params, self._versions)
+        changed = ops.Snapshot.versions(self.params, self._versions)
         for i in changed:
             if i in self._lists.masters:
                 masters.refresh(self.slots[i], *self._lists.masters[i])
@@ -196,7 +196,7 @@ class Tables:
         updated = self.params if sources.all() else [self.params[i] for i in np.flatnonzero(sources)]
         torch.autograd.graph.increment_version(updated)
         if self._versioned:
-            ops.Watch.versions(self.params, self._versions)
+            ops.Snapshot.versions(self.params, self._versions)
 
     def part(self, rows: NDArray[np.int64]) -> ops.TensorList:
         """A list of some of the slots, for accumulation only; it has a ledger of its own."""
