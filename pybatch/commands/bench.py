@@ -101,7 +101,7 @@ def bench(
         if dtype is None and size == "base" and device.type == "cuda":
             options = replace(options, dtype="bf16")
         if dry_run:
-            print("\n".join(_plan(found, device, options, earlier)))
+            print("\n".join(_dry_run(found, device, options, earlier)))
             return
         with delivery.measuring() as progress:
             delivery.run = _run(found, device, options, progress, earlier, partial.write if partial else None)
@@ -137,7 +137,7 @@ def _run(
     return job(workload, options, device=device, progress=progress, earlier=earlier, on_partial=on_partial)
 
 
-def _plan(workload: Workload, device: torch.device, options: BenchOptions, earlier: Run | None) -> list[str]:
+def _dry_run(workload: Workload, device: torch.device, options: BenchOptions, earlier: Run | None) -> list[str]:
     """What a run would do, in words."""
     from pybatch.capacity.modes import Mode
     from pybatch.device.identity import describe

@@ -70,7 +70,7 @@ class BatchPoint:
     samples: int = field(default=0, metadata=figure("steps timed", form=n.count, shown=False))
     blocks_ms: tuple[float, ...] = ()  # medians of up to 20 runs of successive steps, which the fit resamples
     block_rounds: tuple[int, ...] = ()  # the round over all batch sizes that each block was timed in
-    steady: bool | None = _hidden("steady", form=n.yes_no)  # no: the time ended before the stopping rule was met
+    steady: bool | None = _hidden("steady", form=n.yes_no)  # no: the time ended before its median was
     reason: str | None = None  # why status is not ok
     burst_step_ms: float | None = _hidden("burst step", "ms")  # median of the first 100 steps after a rest
     eager_step_ms: float | None = _hidden("eager step", "ms")  # with CUDA graphs: launched kernel by kernel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pybatch.answer.tradeoff import TimeModel
+from pybatch.answer.time_model import TimeModel
 from pybatch.answer.verdict import time_model
 from pybatch.base import numerals as n
 from pybatch.records import BatchPoint, Capacity, FrontierPoint, Run, Verdict

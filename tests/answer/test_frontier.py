@@ -6,8 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from pybatch.answer.best import Best
 from pybatch.answer.frontier import doubling, frontier, joules, plan_accumulation
-from pybatch.answer.tradeoff import Best, TimeModel
+from pybatch.answer.time_model import TimeModel
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError
 from pybatch.records import BatchPoint

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cases.verdicts import BATCHES, capacity, noise, numbers_in, throughput, unaccounted
 
-from pybatch.answer.tradeoff import EFFICIENCY, TimeModel
+from pybatch.answer.time_model import EFFICIENCY, TimeModel
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError
 from pybatch.fits.throughput import fit_throughput

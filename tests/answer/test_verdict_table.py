@@ -14,7 +14,8 @@ from cases.verdicts import BATCHES, BRANCHES, MODELS, SWEEP, capacity, curve, no
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pybatch.answer.tradeoff import TimeModel, shaped
+from pybatch.answer.critical import shaped
+from pybatch.answer.time_model import TimeModel
 from pybatch.answer.verdict import advise, time_model
 from pybatch.fits.steps_model import predicted
 from pybatch.records import (

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from pybatch.answer.tradeoff import TimeModel
+from pybatch.answer.time_model import TimeModel
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError
 from pybatch.fits.communication import AllReduce, fit_communication, step_s

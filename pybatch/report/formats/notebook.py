@@ -26,7 +26,7 @@ def render(record: object) -> str:
     else:
         [run] = as_runs([record])
         body = run_text(run) if isinstance(record, Verdict) else "".join(map(section_html, sections(run)))
-    # Every rule of the style names the class: the rest of a notebook keeps its own.
+    # Every selector of the style names the class: the rest of a notebook keeps its own.
     return f'<div class="pybatch"><style>{resource("notebook.css")}</style>\n{body}</div>'
 
 
