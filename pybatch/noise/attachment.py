@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from pybatch.base.errors import UsageError
 from pybatch.noise.handle import ACCUMULATIONS, Accumulation, Examples, Handle
 from pybatch.noise.preconditioner import EXPERIMENTAL
-from pybatch.noise.sources.backward import BackwardNoise
+from pybatch.noise.sources.adam_moments import MomentsNoise
 from pybatch.noise.sources.ddp import DDPNoise
 from pybatch.noise.sources.fsdp import FSDPNoise
 from pybatch.noise.sources.fused import OptimizerNoise
-from pybatch.noise.sources.moments import MomentsNoise
+from pybatch.noise.sources.micro_batches import MicroBatchNoise
 from pybatch.optim import FusedOptimizer
 from pybatch.records import Note
 
@@ -132,7 +132,7 @@ def attach(
                 "scaler=..., and gradients are measured as they add up in .grad."
             )
         return OptimizerNoise(optimizer, unit)
-    return BackwardNoise(model, optimizer, **common, preconditioned=preconditioned, scaler=scaler)
+    return MicroBatchNoise(model, optimizer, **common, preconditioned=preconditioned, scaler=scaler)
 
 
 def _refuse_reduced(model: nn.Module, source: str) -> None:

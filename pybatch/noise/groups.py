@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from pybatch.noise.sources.feeds import Feed, counted
+from pybatch.noise.feeds import Feed, counted
 from pybatch.records import NoiseScale, Note
 from pybatch.workloads.running.session import Session
 

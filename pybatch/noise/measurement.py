@@ -22,9 +22,9 @@ from pybatch.base.numerals import counted
 from pybatch.device.identity import resolve
 from pybatch.fits.noise import INTERRUPTED, noiseless
 from pybatch.noise.confounds import confounds
+from pybatch.noise.feeds import Feed, HookFeed, OptimizerFeed
 from pybatch.noise.groups import MicroBatchGroups
 from pybatch.noise.hessian import HessianNoise
-from pybatch.noise.sources.feeds import Feed, HookFeed, OptimizerFeed
 from pybatch.optim import AdamW
 from pybatch.records import NoiseScale, Note, WeightedNoise
 from pybatch.workloads.base import Progress, Workload

@@ -8,10 +8,9 @@ from typing import Any, ClassVar, Unpack
 import torch
 
 from pybatch.base.errors import UsageError
-from pybatch.optim._engine.arguments import check_betas, check_hyper
+from pybatch.optim._engine.arguments import check_betas, check_hyper, check_skip, skipped
 from pybatch.optim._engine.base import FusedOptimizer
 from pybatch.optim._engine.options import OwnOptions, ParamRule
-from pybatch.optim._engine.skipping import check_skip, skipped
 
 
 class LAMB(FusedOptimizer):

@@ -16,11 +16,11 @@ from cases.verdicts import capacity, noise
 
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import Interrupted, UsageError, WorkloadError
+from pybatch.branch import checkpoint
 from pybatch.branch import run as branched_run
 from pybatch.branch.measurement import measure_branches
 from pybatch.branch.summary import WINDOW, summarize
 from pybatch.records import Convergence, Note, Run
-from pybatch.training import checkpoint
 from pybatch.workloads.digits import Digits
 from pybatch.workloads.quadratic import Quadratic
 from pybatch.workloads.running.session import Session

@@ -16,7 +16,7 @@ from pybatch.base.errors import UsageError
 from pybatch.fits.accumulator import NoiseAccumulator
 from pybatch.noise import norms
 from pybatch.noise.per_example import ExampleRecorder
-from pybatch.noise.sources import backward
+from pybatch.noise.sources import micro_batches
 from pybatch.optim import AdamW
 
 # Of tr(Sigma), and of |G|^2 + tr(Sigma) / 12, the squared norm of a step of 12 examples: weights, activations and
@@ -130,7 +130,7 @@ def unaware(*_):
 
 def keep_overflow(monkeypatch):
     """The passes of a step that was left out stay in the next one."""
-    monkeypatch.setattr(backward.BackwardNoise, "_abandon", lambda self: None)
+    monkeypatch.setattr(micro_batches.MicroBatchNoise, "_abandon", lambda self: None)
 
 
 def count_overflow(monkeypatch):
@@ -145,7 +145,7 @@ def count_overflow(monkeypatch):
 
 def miss_zeros(monkeypatch):
     """Gradients set to zero in place are not noticed."""
-    monkeypatch.setattr(backward, "_mark", lambda param: None)
+    monkeypatch.setattr(micro_batches, "_mark", lambda param: None)
 
 
 def test_squares_in_fp32_would_be_caught(monkeypatch):

@@ -8,7 +8,7 @@ from cases.noise_models import Uphill, example_gradients, expected, images, loss
 
 import pybatch.noise
 from pybatch.noise import closures
-from pybatch.noise.sources import backward
+from pybatch.noise.sources import micro_batches
 from pybatch.optim import AdamW
 
 STEPS = 10
@@ -217,7 +217,7 @@ def only_the_last(monkeypatch):
 def later_ones_too(monkeypatch):
     """Later evaluations are seen by the hooks, and stay."""
     monkeypatch.setattr(closures.Evaluations, "later", property(lambda self: False, lambda self, value: None), False)
-    monkeypatch.setattr(backward.BackwardNoise, "_drop", lambda self: False)
+    monkeypatch.setattr(micro_batches.MicroBatchNoise, "_drop", lambda self: False)
 
 
 @pytest.mark.parametrize("mutation", [evaluations_all_count, only_the_last, later_ones_too])

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pybatch.noise
 from pybatch.base.errors import UsageError
-from pybatch.noise.sources import backward
+from pybatch.noise.sources import micro_batches
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def same(handle, truth):
 def test_gradients_cleared_in_place_begin_a_step_anew(monkeypatch, noticed):
     """A step thrown away with zero_grad(set_to_none=False); not noticing it gives a wrong number."""
     if not noticed:
-        monkeypatch.setattr(backward, "_mark", lambda param: None)
+        monkeypatch.setattr(micro_batches, "_mark", lambda param: None)
     model, optimizer, handle = attached()
     passes(model)
     optimizer.zero_grad(set_to_none=False)

@@ -12,11 +12,11 @@ from torch import nn
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError, WorkloadError
 from pybatch.fits.noise import pair
+from pybatch.noise.feeds import HookFeed, OptimizerFeed
 from pybatch.noise.groups import Tally
 from pybatch.noise.hessian import HessianNoise
 from pybatch.noise.measurement import measure_noise
 from pybatch.noise.per_example.feed import ExampleFeed
-from pybatch.noise.sources.feeds import HookFeed, OptimizerFeed
 from pybatch.optim import AdamW
 from pybatch.records import CountedNoise, LayerNoise, NoiseScale, Run, WeightedNoise
 from pybatch.report.formats.text import render

@@ -50,3 +50,17 @@ def check_capturable(groups: list[dict[str, Any]], device: torch.device) -> None
     """Refuse capturable=True where there are no graphs to capture, as torch does at the first step."""
     if device.type != "cuda" and any(group.get("capturable") for group in groups):
         raise UsageError(f"capturable=True: the parameters are on {device}, only CUDA has graphs. Leave it out.")
+
+
+def skipped(group: dict[str, Any], param: torch.Tensor) -> bool:
+    """Whether a parameter is left out of layer-wise rates: by its group's "skip", or by its dimensions."""
+    return param.dim() <= 1 if group["skip"] is None else bool(group["skip"])
+
+
+def check_skip(value: Any) -> None:
+    """Raise UsageError unless a group's "skip" is None, True or False."""
+    if value is not None and not isinstance(value, bool):
+        raise UsageError(
+            f"skip {value!r}: it is None (parameters with at most one dimension), True (all) or False (none). "
+            'Put the parameters to skip into a group of their own: {"params": [...], "skip": True}.'
+        )
