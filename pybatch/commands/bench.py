@@ -19,7 +19,7 @@ from pybatch.commands.measuring import BUDGET, Delivery, Subject, check_budget, 
 from pybatch.commands.partial import partial_record
 from pybatch.commands.saved import read_run, tell_changes
 from pybatch.jobs.options import BenchOptions
-from pybatch.records import Run
+from pybatch.records import Run, StepMode
 from pybatch.report.output import Output
 
 if TYPE_CHECKING:  # these import torch
@@ -98,10 +98,14 @@ def bench(
     # What can't be written is said now, not after measuring.
     with Delivery(format_, output, quiet) as delivery, Output(html) if html is not None else nullcontext():
         found, device = subject.find(options.dtype)
+        from pybatch.capacity.modes import Mode
+
+        mode = Mode(options.compile, options.graph)
+        mode.check(device)
         if dtype is None and size == "base" and device.type == "cuda":
             options = replace(options, dtype="bf16")
         if dry_run:
-            print("\n".join(_dry_run(found, device, options, earlier)))
+            print("\n".join(_dry_run(found, device, options, mode.name, earlier)))
             return
         with delivery.measuring() as progress:
             delivery.run = _run(found, device, options, progress, earlier, partial.write if partial else None)
@@ -137,13 +141,12 @@ def _run(
     return job(workload, options, device=device, progress=progress, earlier=earlier, on_partial=on_partial)
 
 
-def _dry_run(workload: Workload, device: torch.device, options: BenchOptions, earlier: Run | None) -> list[str]:
+def _dry_run(
+    workload: Workload, device: torch.device, options: BenchOptions, mode: StepMode, earlier: Run | None
+) -> list[str]:
     """What a run would do, in words."""
-    from pybatch.capacity.modes import Mode
     from pybatch.device.identity import describe
 
-    mode = Mode(options.compile, options.graph)
-    mode.check(device)
     chosen = "doubled from 1 on until throughput no longer grows"
     sizes = ", ".join(map(str, options.batches)) if options.batches is not None else chosen
     branches = ", short branched runs" if options.thorough else ""
@@ -152,7 +155,7 @@ def _dry_run(workload: Workload, device: torch.device, options: BenchOptions, ea
         f"workload  {workload.name}{model}, {options.dtype}",
         f"device    {describe(device).name} ({device})",
         f"batches   {sizes}",
-        f"steps     {mode.name}",
+        f"steps     {mode}",
         f"stages    capacity, gradient noise scale{branches}, verdict",
         f"time      {options.time_budget:g} s at most, and the start-up",
         *([f"continues the run begun {earlier.created}"] if earlier is not None else []),
