@@ -94,8 +94,8 @@ def many_rules():
 def test_no_table_is_wider_than_80_columns_and_none_loses_a_figure(run):
     text = render(wide(run), "table")
     assert max(map(len, text.splitlines())) <= 80
-    [row] = [line for line in text.splitlines() if line.split()[:1] == ["33,554,432"]]
-    assert row.split()[-3:] == ["1,000", "GiB", "compute"]
+    cells = {word for line in text.splitlines() if line.split()[:1] == ["33,554,432"] for word in line.split()}
+    assert {"12,300", "98,765,432", "1,000", "compute"} <= cells
     swept = Run("", None, convergence=many_rules())
     lines = render(swept, "table").splitlines()
     assert max(map(len, lines)) <= 80
