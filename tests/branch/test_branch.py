@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases.verdicts import capacity, noise
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.base.errors import Interrupted, UsageError, WorkloadError
 from pybatch.branch import checkpoint
 from pybatch.branch import run as branched_run
@@ -129,14 +129,14 @@ def test_a_verdict_says_that_the_noise_scale_stands_in_for_branches_without_an_a
         (Convergence((), branches=(nothing,)), "before the base branch and another had run"),
         (cut, "before step 50"),
     ):
-        [note] = [n for n in compare(capacity(), noise(40), steps).notes if "branches give" in n.text]
+        [note] = [n for n in advise(capacity(), noise(40), steps).notes if "branches give" in n.text]
         assert note.figure == "verdict.critical_source"
         assert why in note.text
         assert "the noise scale stands in for it" in note.text
-        [note] = [n for n in compare(capacity(), None, steps).notes if "branches give" in n.text]
+        [note] = [n for n in advise(capacity(), None, steps).notes if "branches give" in n.text]
         assert "nothing stands in for it" in note.text
     fitted = Convergence((), branches=(summed_up(planted(60.0)),))
-    assert not any("give no critical batch" in n.text for n in compare(capacity(), noise(40), fitted).notes)
+    assert not any("give no critical batch" in n.text for n in advise(capacity(), noise(40), fitted).notes)
 
 
 def steps_of_means(work: Quadratic, theta: np.ndarray, level: float, batch: int, rate: float) -> float:
@@ -383,9 +383,9 @@ def test_branches_are_saved_in_the_record_and_reach_the_verdict(run: Run) -> Non
     saved = Run(run.created, run.environment, convergence=steps)
     assert Run.from_json(saved.to_json()) == saved
     assert json.loads(saved.to_json())["workload"]["name"] == "digits"
-    verdict = compare(run.capacity, run.noise, steps)
+    verdict = advise(run.capacity, run.noise, steps)
     fit = steps.branches[-1].fit
     assert (verdict.critical_source, verdict.critical_batch) == ("branch", fit.critical_batch)
     assert "branched runs" in verdict.text or verdict.critical_batch is None
     assert verdict.why("critical_batch").evidence == "measured"
-    assert compare(run.capacity, run.noise, None).critical_source == "noise"
+    assert advise(run.capacity, run.noise, None).critical_source == "noise"

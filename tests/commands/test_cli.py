@@ -124,8 +124,8 @@ def measured(monkeypatch, run):
 
     calls = []
 
-    def run_bench(workload, **arguments):
-        calls.append((workload, arguments))
+    def run_bench(workload, options, **arguments):
+        calls.append((workload, arguments | vars(options)))
         return run
 
     monkeypatch.setattr(pybatch.jobs.bench, "run_bench", run_bench)
@@ -140,7 +140,7 @@ def test_flags_reach_the_measurement(pybatch, measured):
     [(workload, arguments)] = measured
     assert (workload.name, workload.model_name) == ("text", "lstm")
     assert arguments["device"] == torch.device("cpu")
-    assert arguments["batches"] == [8, 16, 32]
+    assert arguments["batches"] == (8, 16, 32)
     assert (arguments["dtype"], arguments["time_budget"], arguments["seed"]) == ("bf16", 7.0, 3)
     assert arguments["command"] == (
         "pybatch bench --cpu --workload text --model lstm --batch '8-32*2' --dtype bf16 --time-budget 7 --seed 3"

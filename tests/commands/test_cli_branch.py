@@ -96,7 +96,7 @@ def test_an_interrupted_run_is_delivered(typed: Typed, monkeypatch: pytest.Monke
     def interrupt(*_: Any, **__: Any) -> None:
         raise Interrupted(partial)
 
-    monkeypatch.setattr("pybatch.branch.measurement.measure_branches", interrupt)
+    monkeypatch.setattr("pybatch.jobs.branch.measure_branches", interrupt)
     status, out, _ = typed("branch", *SHORT, "--format", "json", "-q")
     data = json.loads(out)
     assert status == 3

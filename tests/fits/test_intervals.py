@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pybatch import compare, fit_steps
+from pybatch import advise, fit_steps
 from pybatch.base.errors import UsageError
 from pybatch.fits import steps_likelihood, steps_model
 from pybatch.fits.solver import aicc
@@ -124,7 +124,7 @@ def test_golmants_table():
 def test_a_verdict_takes_a_critical_batch_without_interval(run):
     fit = fit_steps([50, 100, 200], [300, 200, 150])
     curve = Curve("tuned", "train", (), fit.s_min, fit.critical_batch, fit.low, fit.high, 0.1, fit=fit)
-    verdict = compare(run.capacity, None, Convergence((curve,)))
+    verdict = advise(run.capacity, None, Convergence((curve,)))
     assert verdict.critical_batch == pytest.approx(100, rel=1e-3)
 
 

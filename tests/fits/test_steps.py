@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pybatch import compare, fit_steps
+from pybatch import advise, fit_steps
 from pybatch.base.errors import UsageError
 from pybatch.fits import steps_model
 from pybatch.fits.steps_data import choose_rates
@@ -183,7 +183,7 @@ def test_the_verdicts_time_to_target_takes_the_fitted_model(run):
     size = 2.0 ** np.arange(1, 11)
     fit = fit_steps(size, np.exp(steps_model.log_steps("smooth", log, size)[0][0]))
     curve = Curve("tuned", "train", (), fit.s_min, fit.critical_batch, fit.low, fit.high, 0.1, fit=fit)
-    verdict = compare(run.capacity, run.noise, Convergence((curve,)))
+    verdict = advise(run.capacity, run.noise, Convergence((curve,)))
     steps = verdict.why("time_to_target").inputs["steps"]
     truth = np.exp(steps_model.log_steps("smooth", log, np.array([float(verdict.best_batch)]))[0][0, 0])
     assert steps == pytest.approx(truth, rel=0.01)

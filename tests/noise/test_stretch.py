@@ -7,7 +7,7 @@ from cases.noise_models import Regression
 
 from pybatch.noise.measurement import STRETCH_STEPS, measure_noise
 from pybatch.records import Run
-from pybatch.report.sections import sections
+from pybatch.report.run import sections
 from pybatch.workloads.running.finding import find
 
 pytestmark = pytest.mark.usefixtures("one_thread")

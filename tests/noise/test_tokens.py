@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError, WorkloadError
 from pybatch.fits.noise import pair
 from pybatch.noise.feeds import HookFeed, OptimizerFeed
@@ -249,7 +249,7 @@ def test_conversion():
 
 def test_the_verdict_is_in_examples():
     """Batch sizes are in examples: a scale in tokens is not compared with them, a converted one is."""
-    refused, advised = compare(None, TOKENS), compare(None, TOKENS.in_examples(8.0))
+    refused, advised = advise(None, TOKENS), advise(None, TOKENS.in_examples(8.0))
     assert refused.critical_batch is None
     assert any("noise.in_examples(" in note.text for note in refused.notes)
     assert (advised.critical_batch, advised.critical_low) == (100.0, pytest.approx(50))
