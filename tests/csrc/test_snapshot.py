@@ -157,6 +157,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not without", sys.a
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no table")
 def test_all_of_it_without_the_table():
     """As torch before 2.10, where the tensors' methods are called."""

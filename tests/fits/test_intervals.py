@@ -139,6 +139,7 @@ def test_few_points_do_not_favour_the_larger_model():
     assert chosen.count("hyperbola") >= 36
 
 
+@pytest.mark.slow
 def test_the_hyperbola_stands_against_a_model_that_is_about_as_good(monkeypatch):
     """Planted hyperbolas with the misfit of chosen rates: without the margin some are another model's."""
     rng, errors = np.random.default_rng(11), {0.0: [], steps_likelihood.SUPPORT: []}

@@ -92,6 +92,7 @@ def test_jacobians(model):
     assert value.shape == (2, len(BATCHES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "parameters"), [("hyperbola", (100, 100)), ("smooth", (100, 100, 2))])
 def test_the_interval_holds_the_planted_critical_batch(model, parameters):
     """100 repeats of each model: 5 % of the runs diverge, the cap cuts off half of those at the smallest batch."""
@@ -313,6 +314,7 @@ def test_steps_that_fall_and_then_fail_are_not_flat(fall):
     assert not any("saves no steps" in n.text for n in fit.notes)
 
 
+@pytest.mark.slow
 def test_flat_steps_are_still_flat():
     rng, size = np.random.default_rng(3), 2.0 ** np.arange(3, 11)
     for seeds in (1, 3):

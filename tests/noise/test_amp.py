@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import processor
 from cases.noise_models import MODELS, example_gradients, expected, images, loss_of, mlp
 from torch import nn
 
@@ -24,8 +25,7 @@ from pybatch.optim import AdamW
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}
 OPTIMIZERS = {"torch": torch.optim.AdamW, "fused": AdamW}
 
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("one_thread")]
 
 
 class Truth:
@@ -99,7 +99,7 @@ def test_clipping_unscales_before_and_changes_nothing():
     assert truth.of(noise, torch.float16)
 
 
-@pytest.mark.parametrize("name", ["mlp", "lstm"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("lstm", marks=processor.runs(nn.LSTM, torch.bfloat16))])
 def test_micro_batches_in_bf16(name):
     """It has the range of fp32: nothing overflows, with a scaler or without."""
     noise, truth = train(torch.bfloat16, name=name)

@@ -3,6 +3,8 @@
 import pytest
 from cases.noise_models import same
 
+pytestmark = pytest.mark.slow
+
 
 def test_ddp_equals_one_process(ranks):
     """Total and every parameter, in several buckets, with unequal batches; training is untouched."""

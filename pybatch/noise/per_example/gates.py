@@ -106,7 +106,7 @@ class Gates:
         subject = "parameter" if len(names) == 1 else "parameters"
         return UsageError(
             f"per-example norms: {what} on {subject} {', '.join(map(repr, names))} {why}. "
-            f"Freeze the {subject}, or use origin='micro-batches'."
+            f"Freeze the {subject}, or use source='micro-batches'."
         )
 
 
