@@ -248,7 +248,7 @@ def work(channel: Channel) -> None:
     workload, device = setup.workload.open(), torch.device(setup.device)
     while True:
         unit = channel.receive()
-        channel.send(train(workload, unit, channel.send, device, lambda text, share: channel.check_parent()))
+        channel.send(train(workload, unit, channel.send, device))
 
 
 def _ending(status: int | None) -> str:
