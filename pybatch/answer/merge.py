@@ -83,8 +83,6 @@ def _alike(capacity: Capacity | None, steps: Convergence | None) -> bool:
     assert capacity.device is not None
     assert steps.device is not None
     apart: dict[str, Any] = {"target": {}, "learning_rate": None}  # what a sweep chooses itself
-    if None in (capacity.workload.source, steps.workload.source):
-        apart["source"] = None  # older records do not tell it
     same = replace(capacity.workload, **apart) == replace(steps.workload, **apart)
     return same and (capacity.device.kind, capacity.device.name) == (steps.device.kind, steps.device.name)
 
