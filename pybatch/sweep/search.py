@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pybatch.base.errors import UsageError, unknown
-from pybatch.training.trial import Race
+from pybatch.training.trial import Race, rounded
 
 RATES = 12  # of the first grid, a factor of 2 apart: 2000-fold from the lowest to the highest
 EXTENSIONS = 4  # of two rates each, past an edge at which the best rate lies
@@ -70,7 +70,7 @@ class Grid(Search):
     """A log grid; two rates more past an edge where the best lies there, then two rates halfway beside the best."""
 
     def __init__(self, rates: Sequence[float]) -> None:
-        self.rates = sorted({_rounded(rate) for rate in rates})
+        self.rates = sorted({rounded(rate) for rate in rates})
         self.ratio = (self.rates[-1] / self.rates[0]) ** (1 / (len(self.rates) - 1)) if len(self.rates) > 1 else 2.0
         self.tried: list[float] = []
         self.extensions = 0
@@ -105,7 +105,7 @@ class Grid(Search):
         return self._try(wanted)
 
     def _try(self, rates: Sequence[float]) -> list[float]:
-        wanted = {_rounded(rate) for rate in rates}
+        wanted = {rounded(rate) for rate in rates}
         fresh = sorted(rate for rate in wanted if all(abs(rate / other - 1) > _SAME for other in self.tried))
         self.tried = sorted([*self.tried, *fresh])
         return fresh
@@ -200,7 +200,7 @@ class Sampled(Search):
             self.study.tell(trial, min(median + half * race.cap, 2.0 * race.cap))
         asked = [self.study.ask(self.space) for _ in range(min(ASKED, self.count - self.asked))]
         self.asked += len(asked)
-        self.open = [(trial, _rounded(trial.params["lr"])) for trial in asked]
+        self.open = [(trial, rounded(trial.params["lr"])) for trial in asked]
         return sorted({rate for _, rate in self.open})
 
 
@@ -228,7 +228,3 @@ def default_rates(optimizer: str, group: dict[str, Any]) -> list[float]:
     else:
         centre = math.log2(float(group["lr"])) + 2  # defaults are made for long runs of large models
     return [2.0 ** (round(centre) + k) for k in range(-RATES // 2, RATES - RATES // 2)]
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.6g}")  # the same name for a rate reached by different arithmetic

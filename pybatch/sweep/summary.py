@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pybatch.answer.critical import with_noise_ratio
+from pybatch.base import numerals as n
 from pybatch.base.errors import UsageError
 from pybatch.fits.steps import fit_steps
 from pybatch.records import ConvergencePoint, Curve, NoiseScale, Note, PointStatus, RateSteps
 from pybatch.sweep.search import at_edge, best_rate
-from pybatch.training.trajectory import Split, loss_at
+from pybatch.training.trajectory import Split, loss_at, lowest
 from pybatch.training.trial import Outcome, Race, middle
 
 # By how a trial without a crossing ended; met: it reached the target past the limit, or another split's alone.
@@ -136,6 +137,20 @@ def bare_reason(batch: int, error: UsageError) -> str:
 def unanswered(failed: Mapping[str, Sequence[int]]) -> list[Note]:
     """A note for each reason why batch sizes have no point."""
     return [Note("points", f"batch {', '.join(map(str, batches))}: {reason}") for reason, batches in failed.items()]
+
+
+def nearest(split: str, outcomes: Sequence[Outcome]) -> str | None:
+    """How near a target came that no run has reached; None where no loss was finite."""
+    found = []
+    for outcome in outcomes:
+        loss, step = lowest(outcome.trajectory, split)
+        if math.isfinite(loss):
+            found.append((loss, outcome.trial.batch, outcome.trial.lr, step))
+    if not found:
+        return None
+    loss, batch, lr, step = min(found)
+    place = f"at batch {n.count(batch)}, rate {n.number(lr, 2)}, step {n.count(step)}"
+    return f"the lowest {split} loss was {n.number(loss)}, {place}"
 
 
 def _reached(p: ConvergencePoint) -> list[float]:

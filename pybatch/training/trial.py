@@ -10,13 +10,13 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from pybatch.scaling import Scaled
 from pybatch.training.trajectory import Crossing, Trajectory
 
-VERSION = 2  # of what a trial does: raised with every change after which the same trial gives other losses
 DIVERGED = 3.0  # times the initial loss (SCIENCE: early stop), once warm-up and GRACE steps are over
 GRACE = 16  # steps: a run at a high rate may overshoot at once and then settle
 SLACK = 1.5  # times the best rate's median steps, after which the other rates of a search are given up
@@ -26,9 +26,17 @@ End = Literal["met", "capped", "diverged"]
 Targets = Mapping[str, float]  # split -> loss
 
 
+def rounded(rate: float) -> float:
+    """A learning rate to six digits: the same name for one that is reached by different arithmetic."""
+    return float(f"{rate:.6g}")
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One training run: batches drawn with replacement in an order of the seed's own, from the seed's own model."""
+    """One training run: batches drawn with replacement in an order of the seed's own, from the seed's own model.
+
+    Its rate is `rounded` here, for whichever rule asks for it: one rate has one key, and is trained once.
+    """
 
     workload: str  # fingerprint: class, model, dials, data
     optimizer: str
@@ -37,14 +45,17 @@ class Trial:
     seed: int
     dtype: str
     device: str  # kind: "cpu", "cuda"
-    version: int = VERSION
 
-    @property
+    def __post_init__(self) -> None:
+        group = {**self.scaled.group, "lr": rounded(self.scaled.group["lr"])}
+        object.__setattr__(self, "scaled", replace(self.scaled, group=group))
+
+    @cached_property
     def spec(self) -> str:
         """What defines this trial, as JSON with sorted keys."""
         return json.dumps(asdict(self), sort_keys=True)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Content hash (SHA-256, hex) of `spec`."""
         return hashlib.sha256(self.spec.encode()).hexdigest()

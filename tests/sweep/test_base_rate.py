@@ -11,6 +11,7 @@ from pybatch.base.errors import UsageError
 from pybatch.records import Run
 from pybatch.report.formats.text import render
 from pybatch.sweep.archive import read_store
+from pybatch.training.trial import rounded
 
 FIXED = ["constant", "sqrt", "linear"]
 FACTORS = {"constant": 0.0, "sqrt": 0.5, "linear": 1.0}
@@ -29,7 +30,7 @@ def test_rules_start_from_it_and_no_rate_is_sought(tmp_path):
     assert (found.base_batch, found.base_rate, found.complete) == (4, 0.13, True)
     for curve in found.curves:
         for p in curve.points:
-            assert p.learning_rate == pytest.approx(0.13 * (p.batch / 4) ** FACTORS[curve.rule])
+            assert p.learning_rate == rounded(0.13 * (p.batch / 4) ** FACTORS[curve.rule])
             assert p.status == "reached"
     rates = {(s["batch"], s["scaled"]["group"]["lr"]) for s in specs(path)}
     assert len(rates) == 1 + 3 * 3
@@ -47,7 +48,7 @@ def test_tuned_curves_are_what_they_are_without_it():
     assert [(p.steps, p.learning_rate) for p in tuned.points] == [
         (p.steps, p.learning_rate) for p in alone.curves[0].points
     ]
-    assert [p.learning_rate for p in sqrt.points] == pytest.approx([0.05 * (p.batch / 4) ** 0.5 for p in sqrt.points])
+    assert [p.learning_rate for p in sqrt.points] == [rounded(0.05 * (p.batch / 4) ** 0.5) for p in sqrt.points]
     assert sqrt.points[0].steps > tuned.points[0].steps
 
 
@@ -70,12 +71,6 @@ def test_a_store_keeps_sweeps_of_other_base_rates_apart(tmp_path):
             assert [(p.batch, p.steps, p.learning_rate, p.status) for p in x.points] == [
                 (p.batch, p.steps, p.learning_rate, p.status) for p in y.points
             ]
-
-
-def test_a_record_of_old_is_one_of_a_tuned_base():
-    record = json.loads(Run("", None, convergence=measure(batches=[4, 16])).to_json())
-    del record["convergence"]["base_rate"]
-    assert Run.from_json(json.dumps(record)).convergence.base_rate is None
 
 
 def test_the_report_says_where_rules_start():

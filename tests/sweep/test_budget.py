@@ -6,6 +6,7 @@ import sqlite3
 import numpy as np
 import pytest
 import torch
+from cases.planted_training import planted_training
 from cases.points import claims, curve
 from cases.sweeps import Isotropic, measure
 
@@ -17,6 +18,7 @@ from pybatch.scaling import Scaled
 from pybatch.sweep import driver
 from pybatch.sweep.archive import read_store
 from pybatch.sweep.budget import Budget, with_losses
+from pybatch.sweep.contents import LONGER
 from pybatch.training.fingerprint import fingerprint
 from pybatch.training.loop import Loop
 from pybatch.training.trajectory import Trajectory, next_evaluation
@@ -182,7 +184,7 @@ def test_runs_that_could_not_go_on_are_named_with_the_reason(monkeypatch):
 
     def lose(self, contests):
         for contest in contests:
-            if contest.continues is not None and contest.batch == 16:
+            if contest.name[1] == LONGER and contest.batch == 16:
                 self._fail(contest, "its worker was lost")
         begin(self, contests)
 
@@ -199,15 +201,16 @@ def test_a_budget_has_no_step_from_rounding(epochs, batch, steps):
 
 def test_what_a_cut_leaves_out_is_named(tmp_path, monkeypatch):
     path, going = tmp_path / "runs.db", []
-    lengthen = driver.Sweep._lengthen
+    end = driver.Sweep._end
 
-    def cut(self, further):
-        if going:
-            raise KeyboardInterrupt
-        going.append(further.batch)
-        lengthen(self, further)
+    def cut(self, cell, outcomes):
+        if cell.name[1] == LONGER:
+            if going:
+                raise KeyboardInterrupt
+            going.append(cell.batch)
+        end(self, cell, outcomes)
 
-    monkeypatch.setattr(driver.Sweep, "_lengthen", cut)
+    monkeypatch.setattr(driver.Sweep, "_end", cut)
     with pytest.raises(Interrupted) as caught:
         gap(store=path)
     monkeypatch.undo()
@@ -215,9 +218,9 @@ def test_what_a_cut_leaves_out_is_named(tmp_path, monkeypatch):
     assert not found.complete
     done = {p.batch: p.test_losses_at_epochs for p in found.curves[0].points}
     assert all(done.pop(going[0]))
-    assert done
-    assert all(losses == (None,) * 3 for losses in done.values())
-    with sqlite3.connect(path) as db:  # the cut fell after the second one's runs were stored: take one away
+    [left] = [batch for batch, losses in done.items() if losses == (None,) * 3]  # the second one's runs were stored
+    assert [n.text for n in found.notes] == [f"trials are missing of batch {left} tuned to 8 epochs"]
+    with sqlite3.connect(path) as db:
         db.execute("DELETE FROM trial WHERE json_extract(spec, '$.batch') = 64 AND json_extract(spec, '$.seed') = 2")
     db.close()
     [run] = read_store(path)
@@ -233,6 +236,45 @@ def test_other_targets_asked_of_a_store_leave_no_gap_open(tmp_path):
     gap(store=path)
     [run] = read_store(path, {"train": 0.9})
     assert run.complete
+
+
+def losses(run):
+    return {p.batch: p.test_losses_at_epochs for p in run.convergence.curves[0].points}
+
+
+def test_of_two_budgets_the_one_of_more_batch_sizes_is_shown_and_the_other_named(tmp_path, monkeypatch):
+    """The larger one alone was shown, though it compares two batch sizes only; longer runs have its losses too."""
+    path = tmp_path / "runs.db"
+    with planted_training(monkeypatch):
+        first = gap(store=path)
+        gap(batches=(4, 16), store=path, resume=True, gap_epochs=16.0)
+        [run] = read_store(path)
+        assert (run.convergence.gap_epochs, run.complete) == (EPOCHS, True)
+        for p in first.curves[0].points:  # the longer runs have no evaluation right at the end of the shorter budget
+            assert losses(run)[p.batch] == pytest.approx(p.test_losses_at_epochs, rel=0.05)
+        assert all(map(all, losses(run).values()))
+        [note] = [note.text for note in run.convergence.notes]
+        assert note.startswith("test losses after 16 epochs, asked for at batch 4, 16, are not shown: those after 8")
+        gap(store=path, resume=True, gap_epochs=16.0)
+        [run] = read_store(path)
+        assert (run.convergence.gap_epochs, run.complete) == (16.0, True)
+        assert all(map(all, losses(run).values()))
+
+
+def test_a_budget_that_was_spent_at_a_rate_that_more_seeds_outdo_is_not_missing(tmp_path, monkeypatch):
+    path, rates = tmp_path / "runs.db", [0.02, 0.028, 0.04, 0.056, 0.08, 0.11, 0.16, 0.22, 0.32]
+    with planted_training(monkeypatch):
+        before = gap(store=path, seeds=1, rates=rates).curves[0].points
+        after = measure(batches=BATCHES, store=path, seeds=3, rates=rates, target={"train": 0.4}, resume=True)
+        pairs = zip(before, after.curves[0].points, strict=True)
+        assert {a.batch for a, b in pairs if a.learning_rate != b.learning_rate} & {4, 16}
+        assert after.complete
+        said = [note.text for note in after.notes if "missing of runs that were chosen later" in note.text]
+        assert [text.partition(":")[0] for text in said] == ["batch 4 tuned", "batch 16 tuned"]  # 64 had run so far
+        again = gap(store=path, seeds=3, rates=rates, resume=True)
+        assert again.complete
+        assert not again.notes
+        assert all(all(p.test_losses_at_epochs) for p in again.curves[0].points)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from pybatch.base.errors import Interrupted, UsageError, WorkloadError
 from pybatch.device.environment import capture
 from pybatch.records import Convergence, NoiseScale, Run
 from pybatch.sweep.measurement import measure_convergence
+from pybatch.sweep.options import SweepOptions
 from pybatch.sweep.search import Grid, Sampled, best_rate, default_rates
 from pybatch.sweep.store import Store
 from pybatch.training.fingerprint import fingerprint
@@ -196,7 +197,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     partial = stop.value.partial
     assert not partial.complete
     assert 1 <= len(partial.curves[0].points) < 4
-    assert any("not finished" in note.text for note in partial.notes)
+    assert any("trials are missing of" in note.text for note in partial.notes)
     before = set(rows(path))
     assert before
     whole = measure(store=path, resume=True)
@@ -622,15 +623,15 @@ def test_the_noise_scale_is_measured_once_all_else_is_found_good(tmp_path):
 def test_ctrl_c_during_the_fits_keeps_the_sweep(monkeypatch):
     from pybatch.sweep.driver import Sweep
 
-    result, calls = Sweep.result, []
+    result, calls = Sweep.record, []
 
-    def once(self, *arguments):
+    def once(self):
         calls.append(1)
         if len(calls) == 1:
             raise KeyboardInterrupt
-        return result(self, *arguments)
+        return result(self)
 
-    monkeypatch.setattr(Sweep, "result", once)
+    monkeypatch.setattr(Sweep, "record", once)
     with pytest.raises(Interrupted) as stop:
         measure()
     assert len(stop.value.partial.curves[0].points) == 4
@@ -641,11 +642,11 @@ def test_an_interrupted_sweep_says_what_of_it_is_kept(monkeypatch, store, says):
     import pybatch.jobs.sweep
 
     def stopped(*_, **__):
-        raise Interrupted(Convergence((), complete=False))
+        raise Interrupted(Run("", None, convergence=Convergence((), complete=False), complete=False))
 
-    monkeypatch.setattr(pybatch.jobs.sweep, "measure_convergence", stopped)
+    monkeypatch.setattr(pybatch.jobs.sweep, "measure_sweep", stopped)
     with pytest.raises(Interrupted) as stop:
-        pybatch.jobs.sweep.run_sweep(Isotropic(), device="cpu", noise_budget=0, store=store)
+        pybatch.jobs.sweep.run_sweep(Isotropic(), SweepOptions(batches=[4]), device="cpu", noise_budget=0, store=store)
     assert says in stop.value.partial.notes[-1].text
 
 
