@@ -157,3 +157,15 @@ def test_sweeps_share_a_store_and_not_their_searches(tmp_path_factory, several, 
         read = {run.convergence.experiment: run for run in read_store(path)} if known else {}
         assert {name: tried(run) for name, run in read.items()} == {name: tried(run) for name, run in known.items()}
         assert len(known) <= 1 or not same
+
+
+def test_a_rate_that_a_rule_and_a_search_reach_by_other_arithmetic_is_trained_once(tmp_path, monkeypatch):
+    """0.04 times the root of 2, and halfway between 0.04 and 0.08."""
+    path = tmp_path / "runs.db"
+    options = {"batches": [8, 16], "rules": ["tuned", "sqrt"], "seeds": 1, "target": {"train": 0.2}}
+    with planted_training(monkeypatch):
+        run = swept(options | {"rates": [0.04, 0.08, 0.16], "base_rate": 0.04}, path)
+    tuned, sqrt = (curve.points[1] for curve in run.convergence.curves)
+    assert sqrt.learning_rate == 0.0565685
+    assert sqrt.learning_rate in [rate.learning_rate for rate in tuned.rates]
+    assert len(runs := trained(path)) == len(set(runs))
