@@ -36,7 +36,7 @@ def passes(size: int) -> tuple[Callable[[], object], Callable[[], object]]:
     own = grad.clone()
     entry = ops.Entry(param.detach(), (torch.zeros(size), torch.zeros(size)), "AdamW", 0, 0.0)
     backend = ops.CppBackend()
-    tensors = ops.TensorList([entry], 1, ops.Ledger(torch.device("cpu")), backend)
+    tensors = ops.TensorList([entry], 1, ops.Ledger(torch.device("cpu")), backend.chunk)
     tensors.set_hyper([(1e-3, 0.0, 0.9, 0.999, 1e-8, 1e-2)])
     tensors.set("grad", [own.data_ptr()])
     call = ops.Call()

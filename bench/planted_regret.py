@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.fits.steps import fit_steps
 from pybatch.fits.throughput import fit_throughput
 from pybatch.records import BatchPoint, Capacity, Convergence, ConvergencePoint, Curve
@@ -93,7 +93,7 @@ def regrets(repeats: int, noise: float) -> list[dict[str, float | str]]:
     capacities = {name: [timed(f(TIMED), noise, rng) for _ in range(repeats)] for name, f in TIMES.items()}
     rows: list[dict[str, float | str]] = []
     for (name, steps), (shape, times) in itertools.product(STEPS.items(), TIMES.items()):
-        found = [compare(c, None, s).best_batch for c, s in zip(capacities[shape], sweeps[name], strict=True)]
+        found = [advise(c, None, s).best_batch for c, s in zip(capacities[shape], sweeps[name], strict=True)]
         batch = np.array([b for b in found if b is not None], dtype=float)  # a curve may bend too little for a value
         paid = steps(batch) * times(batch) / np.min(steps(SWEPT) * times(SWEPT))
         apart = np.abs(np.log2(batch)[:, None] - np.log2(batch)[None, :])

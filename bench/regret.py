@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.base.ranges import parse_batches
 from pybatch.capacity.measurement import measure_capacity
 from pybatch.jobs.bench import run_bench
+from pybatch.jobs.options import BenchOptions
 from pybatch.records import Capacity, Convergence, Verdict
 from pybatch.sweep.measurement import measure_convergence
 from pybatch.workloads.running.finding import find
@@ -88,12 +89,12 @@ def measure(name: str, batches: list[int], seeds: int, folder: Path | None, jobs
     measured = times(capacity, steps)
     if len(measured) < 2:
         return {"workload": name, "reason": f"{len(measured)} batch sizes reached the target", "sweep_s": swept}
-    plain = run_bench(find(name), device="cpu", time_budget=70)
-    thorough = run_bench(find(name), device="cpu", time_budget=180, thorough=True)
+    plain = run_bench(find(name), BenchOptions(time_budget=70), device="cpu")
+    thorough = run_bench(find(name), BenchOptions(time_budget=180, thorough=True), device="cpu")
     verdicts = {
         "noise": plain.verdict,
         "branch": thorough.verdict,
-        "sweep": compare(plain.capacity, plain.noise, steps),
+        "sweep": advise(plain.capacity, plain.noise, steps),
     }
     best = min(measured, key=measured.__getitem__)
     return {

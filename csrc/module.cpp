@@ -7,7 +7,7 @@
 #include "backend.h"
 #include "constants.h"
 #include "plan.h"
-#include "watch.h"
+#include "snapshot.h"
 
 namespace py = pybind11;
 using namespace pybatch;
@@ -30,8 +30,8 @@ void address(py::class_<Owner>& type, const char* name, T* Owner::* member) {
         [member](Owner& owner, uintptr_t value) { owner.*member = reinterpret_cast<T*>(value); });
 }
 
-// A parameter may hold its optimizer, which holds a Watch of the parameter: Python's collector must see the way back.
-// It may come by while an instance is being made.
+// A parameter may hold its optimizer, which holds a Snapshot of the parameter: Python's collector must see the way
+// back. It may come by while an instance is being made.
 void collectable(PyHeapTypeObject* heap_type) {
     PyTypeObject* type = &heap_type->ht_type;
     type->tp_flags |= Py_TPFLAGS_HAVE_GC;
@@ -39,11 +39,11 @@ void collectable(PyHeapTypeObject* heap_type) {
         Py_VISIT(Py_TYPE(self));
         const auto instance = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
         if (!instance.holder_constructed()) return 0;
-        return instance.value_ptr<Watch>()->visit(visit, arg);
+        return instance.value_ptr<Snapshot>()->visit(visit, arg);
     };
     type->tp_clear = [](PyObject* self) {
         const auto instance = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
-        if (instance.holder_constructed()) instance.value_ptr<Watch>()->clear();
+        if (instance.holder_constructed()) instance.value_ptr<Snapshot>()->clear();
         return 0;
     };
 }
@@ -96,13 +96,13 @@ PYBIND11_MODULE(_C, m) {
     address(call, "found_inf", &Call::found_inf);
     call.def_property_readonly("address", [](const Call& c) { return reinterpret_cast<uintptr_t>(&c); });
 
-    py::class_<Watch>(m, "Watch", py::custom_type_setup(collectable))
+    py::class_<Snapshot>(m, "Snapshot", py::custom_type_setup(collectable))
         .def(py::init<const py::list&, const py::list&, const py::list&, const py::dict&>(), py::arg("groups"),
              py::arg("memory"), py::arg("others"), py::arg("state"))
-        .def("stands", &Watch::stands, py::arg("groups"), py::arg("memory"), py::arg("state"))
-        .def("gradients", &Watch::gradients, py::arg("params"), py::arg("dtypes"), py::arg("address").noconvert(),
+        .def("stands", &Snapshot::stands, py::arg("groups"), py::arg("memory"), py::arg("state"))
+        .def("gradients", &Snapshot::gradients, py::arg("params"), py::arg("dtypes"), py::arg("address").noconvert(),
              py::arg("dtype").noconvert())
-        .def_static("versions", &Watch::versions, py::arg("tensors"), py::arg("version").noconvert());
+        .def_static("versions", &Snapshot::versions, py::arg("tensors"), py::arg("version").noconvert());
 
     m.def("plan", &plan_chunks, py::arg("sizes"), py::arg("chunk"));
     m.def("cpu_width", &cpu_width);

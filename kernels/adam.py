@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from pybatch.kernels.rule import Rule
+from pybatch.kernels.rule import UpdateRule
 from pybatch.kernels.table import HYPER_OWN, power
 
 
@@ -57,5 +57,5 @@ def update_amsgrad(scalars, p, g, s0, s1, s2):
     return p - move(moments, s0, s2), s0, s1, s2
 
 
-ADAM = Rule(2, make, update)
-ADAM_AMSGRAD = Rule(3, make, update_amsgrad)
+ADAM = UpdateRule(2, make, update)
+ADAM_AMSGRAD = UpdateRule(3, make, update_amsgrad)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from pybatch.kernels.adam import make_moments, move, take
-from pybatch.kernels.rule import Rule
+from pybatch.kernels.rule import UpdateRule
 from pybatch.kernels.table import HYPER_OWN
 
 
@@ -31,5 +31,5 @@ def update_amsgrad(scalars, p, g, s0, s1, s2):
     return shrink * p - move(moments, s0, s2), s0, s1, s2
 
 
-ADAMW = Rule(2, make, update)
-ADAMW_AMSGRAD = Rule(3, make, update_amsgrad)
+ADAMW = UpdateRule(2, make, update)
+ADAMW_AMSGRAD = UpdateRule(3, make, update_amsgrad)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from pybatch.kernels.adam import make_moments, move, take
-from pybatch.kernels.rule import Rule
+from pybatch.kernels.rule import UpdateRule
 from pybatch.kernels.table import HYPER_OWN
 
 
@@ -40,4 +40,4 @@ def update(scalars, p, g, s0, s1, s2):
     return p - scale * direction(scalars, p, s0, s1, s2), s0, s1, s2
 
 
-LAMB = Rule(2, make, update, "direction", prepare, direction)
+LAMB = UpdateRule(2, make, update, "direction", prepare, direction)

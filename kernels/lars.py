@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from pybatch.kernels.rule import Rule
+from pybatch.kernels.rule import UpdateRule
 from pybatch.kernels.table import HYPER_OWN
 
 
@@ -33,4 +33,4 @@ def update(scalars, p, g, s0, s1, s2):
     return p - lr * (ahead_g * g + ahead_b * s0), s0, s1, s2
 
 
-LARS = Rule(1, make, update, "gradient")
+LARS = UpdateRule(1, make, update, "gradient")

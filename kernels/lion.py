@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from pybatch.kernels.rule import Rule
+from pybatch.kernels.rule import UpdateRule
 from pybatch.kernels.table import HYPER_OWN
 
 
@@ -27,4 +27,4 @@ def update(scalars, p, g, s0, s1, s2):
     return shrink * p - lr * sign, s0 + rate2 * (g - s0), s1, s2
 
 
-LION = Rule(1, make, update)
+LION = UpdateRule(1, make, update)

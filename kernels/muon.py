@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from pybatch.kernels.rule import Rule
+from pybatch.kernels.rule import UpdateRule
 from pybatch.kernels.table import HYPER_OWN
 
 
@@ -40,5 +40,5 @@ def update_move(scalars, p, g, s0, s1, s2):
     return shrink * p - lr * g, s0, s1, s2
 
 
-MUON_MOMENTUM = Rule(1, make_momentum, update_momentum)
-MUON_MOVE = Rule(0, make_move, update_move)
+MUON_MOMENTUM = UpdateRule(1, make_momentum, update_momentum)
+MUON_MOVE = UpdateRule(0, make_move, update_move)

@@ -10,7 +10,7 @@ direction(scalars, p, s0, s1, s2) -> block                norms "direction" only
 from typing import Any, Literal, NamedTuple
 
 
-class Rule(NamedTuple):
+class UpdateRule(NamedTuple):
     """A rule's functions, each @triton.jit."""
 
     states: int

@@ -6,9 +6,9 @@ from hashlib import sha256
 from typing import Any
 
 from pybatch.kernels import adam, adamw, lamb, lars, lion, muon, sgd
-from pybatch.kernels.rule import Rule
+from pybatch.kernels.rule import UpdateRule
 
-RULES: dict[int, Rule] = {
+RULES: dict[int, UpdateRule] = {
     0: sgd.SGD,
     1: sgd.SGD_MOMENTUM,
     2: adamw.ADAMW,

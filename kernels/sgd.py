@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from pybatch.kernels.rule import Rule
+from pybatch.kernels.rule import UpdateRule
 from pybatch.kernels.table import HYPER_OWN
 
 
@@ -47,5 +47,5 @@ def update_with_momentum(scalars, p, g, s0, s1, s2):
     return p - lr * (ahead_g * g + ahead_b * s0), s0, s1, s2
 
 
-SGD = Rule(0, make, update)
-SGD_MOMENTUM = Rule(1, make_with_momentum, update_with_momentum)
+SGD = UpdateRule(0, make, update)
+SGD_MOMENTUM = UpdateRule(1, make_with_momentum, update_with_momentum)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from pybatch.base import display
 
 if TYPE_CHECKING:
+    from pybatch.answer.changes import compare as compare
     from pybatch.answer.frontier import plan_accumulation as plan_accumulation
-    from pybatch.answer.verdict import compare as compare
+    from pybatch.answer.verdict import advise as advise
     from pybatch.branch.measurement import measure_branches as measure_branches
     from pybatch.capacity.measurement import measure_capacity as measure_capacity
     from pybatch.fits.steps import fit_steps as fit_steps
@@ -39,7 +40,8 @@ _HOME = {
     "ThroughputFit": "pybatch.records",
     "Verdict": "pybatch.records",
     "Workload": "pybatch.workloads.base",
-    "compare": "pybatch.answer.verdict",
+    "advise": "pybatch.answer.verdict",
+    "compare": "pybatch.answer.changes",
     "fit_steps": "pybatch.fits.steps",
     "fit_throughput": "pybatch.fits.throughput",
     "measure_branches": "pybatch.branch.measurement",

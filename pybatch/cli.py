@@ -7,60 +7,73 @@ measured.
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+from typer.core import TyperGroup
 
 from pybatch.base.errors import PybatchError
-from pybatch.commands import bench, branch, saved, sweep
-from pybatch.commands.measuring import BAD_INPUT
+
+_BAD_INPUT = 2  # exit status
+_STYLE: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+
+# Its function in pybatch.commands, and the first line of that function's help: listing the commands imports none.
+COMMANDS = {
+    "bench": ("bench:bench", "Capacity, noise and verdict: the batch size to use for this workload on this device."),
+    "sweep": (
+        "sweep:sweep",
+        "Steps to a loss target against batch size, for each learning-rate rule, and the critical batch.",
+    ),
+    "branch": (
+        "branch:branch",
+        "The critical batch along training, by branching from checkpoints with other batch sizes.",
+    ),
+    "report": (
+        "saved:report",
+        "One self-contained HTML page from saved runs and sweeps, for a browser without a network; "
+        "or text, or figures.",
+    ),
+    "compare": ("saved:compare", "What changed between two saved runs, with intervals."),
+    "doctor": (
+        "doctor:doctor",
+        "What is compiled, which devices are there, which counters can be read, and why one can't.",
+    ),
+    "list": ("doctor:list_", "The workloads and optimizers that ship."),
+}
+
+
+class Commands(TyperGroup):
+    """Imports the module of the one command that is typed: others need scipy or torch, which take seconds."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names, in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of this name, or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, function = COMMANDS[cmd_name][0].partition(":")
+        alone = typer.Typer(**_STYLE)
+        alone.command(cmd_name)(getattr(importlib.import_module(f"pybatch.commands.{module}"), function))
+        return typer.main.get_command(alone)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The section of the help that lists them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
     help="What batch size, on how many devices, and what does going further cost? Measured on your model and device.",
+    **_STYLE,
 )
-
-
-for command in (bench.bench, sweep.sweep, branch.branch, saved.report, saved.compare):
-    app.command()(command)
-
-
-@app.command()
-def doctor() -> None:
-    """What is compiled, which devices are there, which counters can be read, and why one can't."""
-    from pybatch.commands.doctor import examine
-
-    _print_findings(examine())
-
-
-@app.command("list")
-def list_() -> None:
-    """The workloads and optimizers that ship."""
-    from pybatch.commands.doctor import catalogue
-
-    _print_findings(catalogue())
-
-
-def _print_findings(findings: list[tuple[str, list[tuple[str, str]]]]) -> None:
-    console = Console()
-    width = max(len(name) for _, rows in findings for name, _ in rows)
-    for heading, rows in findings:
-        console.print(Text(heading, style="bold"))
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(min_width=width, no_wrap=True)
-        for name, text in rows:
-            grid.add_row(Text(name), Text(text))
-        console.print(Padding(grid, (0, 0, 0, 2)))
 
 
 @app.callback(invoke_without_command=True)
@@ -96,4 +109,4 @@ def main() -> None:
         app()
     except PybatchError as error:
         print(f"pybatch: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        sys.exit(_BAD_INPUT)

@@ -51,23 +51,23 @@ class Scaled:
         return self.warmup_from + (lr - self.warmup_from) * (step + 1) / self.warmup_steps
 
 
-Rule = Callable[[Mapping[str, Any], int, Base], Scaled]
+RateRule = Callable[[Mapping[str, Any], int, Base], Scaled]
 
-_rules: dict[str, Rule] = {}
+_rules: dict[str, RateRule] = {}
 SEARCHED = "tuned"  # the rule whose rate is sought at every batch size
 
 
-def register(name: str) -> Callable[[Rule], Rule]:
+def register(name: str) -> Callable[[RateRule], RateRule]:
     """Function decorator: make a rule known under this name."""
 
-    def keep(rule: Rule) -> Rule:
+    def keep(rule: RateRule) -> RateRule:
         _rules[name] = rule
         return rule
 
     return keep
 
 
-def rules() -> dict[str, Rule]:
+def rules() -> dict[str, RateRule]:
     """The rules by name."""
     return dict(_rules)
 

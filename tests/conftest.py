@@ -1,4 +1,4 @@
-"""Shared by the tests: a synthetic record in which every section is filled."""
+"""Shared by the tests: how they are spread over the cores, and a synthetic record in which every section is filled."""
 
 import os
 import signal
@@ -9,10 +9,30 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 # Before torch is imported: on a shared machine spinning threads slow small steps a hundredfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # for torch and what tests start; who needs more threads sets them
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
 
 import pytest
 
 from pybatch import records as r
+
+CORES = len(os.sched_getaffinity(0))
+MOST_WORKERS = 8  # each imports torch: half a gigabyte
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Spread the tests over the cores where pytest-xdist is there, unless -n says otherwise; one file runs as it is.
+
+    Neighbours stay together, so that what a module shares is made once; a worker without work takes of another's.
+    """
+    option = config.option
+    alone = len(config.args) == 1 and ".py" in config.args[0]
+    if hasattr(config, "workerinput") or alone or getattr(option, "usepdb", False) or CORES == 1:
+        return
+    if getattr(option, "numprocesses", 0) is None and option.dist == "no":
+        option.numprocesses, option.dist = min(CORES, MOST_WORKERS), "worksteal"
 
 
 def pytest_addoption(parser):

@@ -12,6 +12,7 @@ CXX = sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

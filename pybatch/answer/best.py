@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from pybatch.answer.tradeoff import DISTURBED, Best, Bound, Critical, Inputs, TimeModel
+from pybatch.answer.critical import Critical
+from pybatch.answer.time_model import DISTURBED, Inputs, TimeModel
 from pybatch.records import BatchPoint, Capacity, Distributed, Evidence, Reason, StepsFit, ThroughputFit
 
 # A batch measured 3 % faster to the loss, beyond the error of both times, overrules the model. Of 1.1, 1.05, 1.03 and 1
 # this had the least regret at which advice moved as little from draw to draw as at 1.1 (bench/planted_regret.py).
 NOTICEABLE = 1.03
 MULTIPLE = 8  # a batch bounded by memory is rounded down to a multiple of this, which suits every device
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The largest batch that can be used, and what sets it."""
+
+    value: float
+    name: str | None  # "memory", "the data set"; None: unbounded
+
+
+@dataclass(frozen=True)
+class Best:
+    """The batch to use, and the interval of the optimum it was rounded from."""
+
+    batch: int
+    optimum: float
+    low: int  # 95 % interval of the optimum, in whole examples
+    high: int | None  # None: open
+    extrapolated: bool  # past the largest batch timed
+    model: TimeModel
+    reason: Reason
 
 
 def best_of(critical: Critical, capacity: Capacity, distributed: Distributed | None) -> Best:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pybatch.answer.critical import critical_of
 from pybatch.base.errors import UsageError
@@ -18,21 +19,6 @@ from pybatch.records import BatchPoint, Run
 from pybatch.scaling import SEARCHED
 
 Estimate = tuple[float | None, float | None, float | None]  # value, low, high
-
-FIGURES = {  # name: whether more is better; None: neither
-    "throughput": True,
-    "ceiling": True,
-    "half_batch": None,
-    "saturation_batch": None,
-    "max_batch": True,
-    "memory": False,
-    "energy": False,
-    "noise_scale": None,
-    "critical_batch": None,
-    "steps": False,
-    "best_batch": None,
-    "time_to_target": False,
-}
 
 
 @dataclass(frozen=True)
@@ -75,26 +61,16 @@ class Condition:
         return beyond and (change.low is None or change.significant)
 
 
-def compare_runs(old: Run, new: Run) -> Comparison:
+def compare(old: Run, new: Run) -> Comparison:
     """What changed from one run to another.
 
     Raises:
         UsageError: the runs have no figure in common.
     """
-    per_batch = {name: _batches(name, old, new) for name in _PER_BATCH}
-    found = []
-    for name in FIGURES:
-        if name in _PER_BATCH:
-            if per_batch[name]:
-                found.append(_mean(name, [change for _, change in per_batch[name]]))
-        elif name == "steps":
-            if shared := _steps(old, new):
-                found.append(_mean(name, shared))
-        elif (change := _ratio(name, _values(name, old), _values(name, new))) is not None:
-            found.append(change)
+    found = [change for name, compared in FIGURES.items() if (change := compared.change(name, old, new)) is not None]
     if not found:
         raise UsageError("the two runs have no figure in common. Give two runs that measured the same kind of thing.")
-    return Comparison(tuple(found), tuple(per_batch["throughput"]), _differences(old, new))
+    return Comparison(tuple(found), tuple(_batches("throughput", _speed, old, new)), _differences(old, new))
 
 
 def parse_condition(text: str) -> Condition:
@@ -140,16 +116,12 @@ def _ratio(figure: str, old: Estimate, new: Estimate) -> Change | None:
     return Change(figure, a, b, ratio)
 
 
-def _batches(figure: str, old: Run, new: Run) -> list[tuple[int, Change]]:
+def _batches(figure: str, read: Callable[[BatchPoint], Estimate], old: Run, new: Run) -> list[tuple[int, Change]]:
     """The changes at each batch size measured in both."""
-    read = _PER_BATCH[figure]
     before, after = _timed(old), _timed(new)
-    found = []
-    for batch in sorted(before.keys() & after.keys()):
-        change = _ratio(figure, read(before[batch]), read(after[batch]))
-        if change is not None:
-            found.append((batch, change))
-    return found
+    shared = sorted(before.keys() & after.keys())
+    changes = ((batch, _ratio(figure, read(before[batch]), read(after[batch]))) for batch in shared)
+    return [(batch, change) for batch, change in changes if change is not None]
 
 
 def _steps(old: Run, new: Run) -> list[Change]:
@@ -183,13 +155,6 @@ def _speed(point: BatchPoint) -> Estimate:
     return rate(point.step_ms), rate(point.step_ms_high), rate(point.step_ms_low)
 
 
-_PER_BATCH: dict[str, Callable[[BatchPoint], Estimate]] = {
-    "throughput": _speed,
-    "memory": lambda point: (point.memory_bytes, None, None),
-    "energy": lambda point: (point.joules_per_sample, None, None),
-}
-
-
 def _mean(figure: str, changes: Sequence[Change]) -> Change:
     """The geometric mean of ratios.
 
@@ -210,28 +175,55 @@ def _mean(figure: str, changes: Sequence[Change]) -> Change:
     )
 
 
-def _values(name: str, run: Run) -> Estimate:
-    """One figure of a run."""
-    capacity, noise, verdict = run.capacity, run.noise, run.verdict
-    fit = capacity.model if capacity else None
-    match name:
-        case "ceiling" if fit is not None:
-            return fit.ceiling, fit.ceiling_low, fit.ceiling_high
-        case "half_batch" if fit is not None:
-            return fit.half_batch, fit.half_low, fit.half_high
-        case "saturation_batch" if capacity is not None:
-            return capacity.saturation_batch, capacity.saturation_low, capacity.saturation_high
-        case "max_batch" if capacity is not None:
-            return capacity.max_batch, None, None
-        case "noise_scale" if noise is not None and noise.status == "resolved":
-            return noise.b_simple, noise.low, noise.high
-        case "critical_batch":
-            return _critical(run)[0]
-        case "best_batch" if verdict is not None:
-            return verdict.best_batch, verdict.best_low, verdict.best_high
-        case "time_to_target" if verdict is not None:
-            return verdict.time_to_target, None, None
-    return None, None, None
+@dataclass(frozen=True)
+class Compared:
+    """How a figure of two runs is compared, by the one of these that is given."""
+
+    better: bool | None  # whether more is better; None: neither
+    one: Callable[[Run], Estimate] | None = None  # one of a run
+    batch: Callable[[BatchPoint], Estimate] | None = None  # one at each batch size; the mean of the ratios counts
+
+    def change(self, name: str, old: Run, new: Run) -> Change | None:
+        """From the old run to the new one; None where one of them lacks it."""
+        if self.one is not None:
+            return _ratio(name, self.one(old), self.one(new))
+        shared = [c for _, c in _batches(name, self.batch, old, new)] if self.batch is not None else _steps(old, new)
+        return _mean(name, shared) if shared else None
+
+
+def _of(part: str, value: str, low: str | None = None, high: str | None = None) -> Callable[[Run], Estimate]:
+    """Reads a field of a part of a run, such as "capacity.model", with its interval's."""
+
+    def read(run: Run) -> Estimate:
+        found: Any = run
+        for name in part.split("."):
+            found = None if found is None else getattr(found, name)
+        if found is None:
+            return None, None, None
+        return getattr(found, value), getattr(found, low) if low else None, getattr(found, high) if high else None
+
+    return read
+
+
+def _noise(run: Run) -> Estimate:
+    resolved = run.noise is not None and run.noise.status == "resolved"
+    return _of("noise", "b_simple", "low", "high")(run) if resolved else (None, None, None)
+
+
+FIGURES = {
+    "throughput": Compared(True, batch=_speed),
+    "ceiling": Compared(True, _of("capacity.model", "ceiling", "ceiling_low", "ceiling_high")),
+    "half_batch": Compared(None, _of("capacity.model", "half_batch", "half_low", "half_high")),
+    "saturation_batch": Compared(None, _of("capacity", "saturation_batch", "saturation_low", "saturation_high")),
+    "max_batch": Compared(True, _of("capacity", "max_batch")),
+    "memory": Compared(False, batch=lambda point: (point.memory_bytes, None, None)),
+    "energy": Compared(False, batch=lambda point: (point.joules_per_sample, None, None)),
+    "noise_scale": Compared(None, _noise),
+    "critical_batch": Compared(None, lambda run: _critical(run)[0]),
+    "steps": Compared(False),  # to target, at each batch size of curves alike
+    "best_batch": Compared(None, _of("verdict", "best_batch", "best_low", "best_high")),
+    "time_to_target": Compared(False, _of("verdict", "time_to_target")),
+}
 
 
 def _critical(run: Run) -> tuple[Estimate, str | None]:

@@ -5,10 +5,31 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from pybatch.answer.tradeoff import Critical, Inputs, shaped
-from pybatch.records import Convergence, Curve, NoiseScale, Note, Reason
+from pybatch.answer.time_model import Inputs
+from pybatch.records import Convergence, Curve, NoiseScale, Note, Reason, StepsFit
 from pybatch.scaling import SEARCHED
+
+
+@dataclass(frozen=True)
+class Critical:
+    """The critical batch with the evidence it stands on. Without a value, `low` or `high` may bound it."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    source: str | None
+    reason: Reason
+    curve: Curve | None = None  # steps to target, where they were measured
+    shape: StepsFit | None = None  # the curve steps follow, where it is known and no hyperbola
+
+
+def shaped(fit: StepsFit | None) -> StepsFit | None:
+    """The fit, where it has a curve that the critical batch alone does not give."""
+    if fit is None or fit.model in (None, "hyperbola") or not (fit.parameters and fit.critical_batch and fit.s_min):
+        return None
+    return fit
 
 
 def critical_of(noise: NoiseScale | None, steps: Convergence | None) -> Critical:

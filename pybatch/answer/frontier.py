@@ -1,7 +1,7 @@
 """Time, cost and energy to a loss over (batch, devices), and how a wanted global batch is put together.
 
-Modelled: steps S(B) times t(B / K), see `tradeoff`. Where steps on several devices were not measured, communication is
-not counted and time on them is a lower bound. All figures are factors of one device at its own best batch.
+Modelled: steps S(B) times t(B / K), see `time_model`. Where steps on several devices were not measured, communication
+is not counted and time on them is a lower bound. All figures are factors of one device at its own best batch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from pybatch.answer.tradeoff import Best, Inputs, TimeModel
+from pybatch.answer.best import Best
+from pybatch.answer.time_model import Inputs, TimeModel
 from pybatch.base.errors import UsageError
 from pybatch.records import AccumulationPlan, BatchPoint, Capacity, FrontierPoint
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pybatch.answer.critical import with_noise_ratio
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.records import Capacity, Convergence, Note, Run
 
 
@@ -74,7 +74,7 @@ def _joined(bench: Run, sweep: Run) -> Run:
         bench,
         noise=noise,
         convergence=steps,
-        verdict=compare(bench.capacity, noise, steps, bench.distributed),
+        verdict=advise(bench.capacity, noise, steps, bench.distributed),
         complete=bench.complete and sweep.complete,
         notes=(*bench.notes, *sweep.notes, Note("verdict", text)),
     )

@@ -1,18 +1,19 @@
 """Critical batch against capacity: the batch to use, what going further costs, how many devices are worth it.
 
-Pure: records in, Verdict out. `critical` weighs the evidence, `best` chooses the batch, `tradeoff` has the model of
-time to a loss and `advice` the words.
+Pure: records in, Verdict out. `critical` weighs the evidence, `time_model` has the time to a loss, `best` chooses the
+batch, `limit` says which side is smaller, `frontier` what more devices buy, and `sentences` has the words.
 """
 
 from __future__ import annotations
 
 import math
 
-from pybatch.answer.advice import advise
-from pybatch.answer.best import best_of, bound_of, model_of
+from pybatch.answer.best import Best, best_of, bound_of, model_of
 from pybatch.answer.critical import critical_of, passed_over
 from pybatch.answer.frontier import doubling, frontier
-from pybatch.answer.tradeoff import EFFICIENCY, Best, Critical, Inputs, TimeModel, Wall
+from pybatch.answer.limit import further_on, limit_of, wall_of
+from pybatch.answer.sentences import in_sentences
+from pybatch.answer.time_model import EFFICIENCY, Inputs, TimeModel
 from pybatch.base.numerals import number
 from pybatch.records import (
     Capacity,
@@ -20,18 +21,16 @@ from pybatch.records import (
     Curve,
     Distributed,
     FrontierPoint,
-    Limit,
     NoiseScale,
     Note,
     Reason,
     Verdict,
 )
 
-FURTHER = 1.1  # factor from the best batch to the wall below which going on is no choice worth telling
 MISFIT = 0.1  # rms of ln(measured / fitted) from which the throughput model's error is worth telling
 
 
-def compare(
+def advise(
     capacity: Capacity | None,
     noise: NoiseScale | None = None,
     steps: Convergence | None = None,
@@ -50,8 +49,8 @@ def compare(
     """
     critical = critical_of(noise, steps)
     fit = capacity.model if capacity is not None else None
-    wall = _wall(capacity)
-    limit, why = _limit(critical, wall)
+    wall = wall_of(capacity)
+    limit, why = limit_of(critical, wall)
     best = (
         best_of(critical, capacity, distributed)
         if critical.value is not None and capacity is not None and fit is not None
@@ -85,7 +84,7 @@ def compare(
             text = f"{law} upper bound of the critical batch: use at most this"
             inputs = {"critical_high": critical.high, "half_batch": fit.half_batch}
             reasons.append(Reason("best_high", text, "modelled", inputs))
-    further = _further(best, wall)
+    further = further_on(best, wall)
     reasons.append(Reason("limit", why, "modelled", further | ({wall.name: wall.value} if wall else {})))
     seconds, seconds_reason = _time_to_target(critical.curve, best, capacity)
     reasons += [seconds_reason] if seconds_reason else []
@@ -110,7 +109,7 @@ def compare(
         limit=limit,
         useful_devices=devices,
         time_to_target=seconds,
-        text=advise(critical, capacity, wall, limit, best, (low, high), bound, devices, further),
+        text=in_sentences(critical, capacity, wall, limit, best, (low, high), bound, devices, further),
         reasons=tuple(reasons),
         notes=tuple(notes),
         frontier=points,
@@ -120,53 +119,11 @@ def compare(
 def time_model(
     capacity: Capacity, noise: NoiseScale | None, steps: Convergence | None, distributed: Distributed | None = None
 ) -> TimeModel | None:
-    """The model of time to the loss that `compare` weighs; None where a side of it is not known."""
+    """The model of time to the loss that `advise` weighs; None where a side of it is not known."""
     critical = critical_of(noise, steps)
     if critical.value is None or capacity.model is None:
         return None
     return model_of(capacity.model, critical.value, capacity, distributed, critical.shape)
-
-
-def _wall(capacity: Capacity | None) -> Wall | None:
-    if capacity is None or capacity.model is None:
-        return None
-    fit, most = capacity.model, capacity.max_batch
-    if most is not None and most < fit.saturation_low:
-        return Wall("largest batch that fits", most, most, most)
-    largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=math.inf)
-    beyond = fit.saturation_batch > largest
-    high = fit.saturation_high if fit.saturation_high is not None else math.inf
-    return Wall("saturation batch", fit.saturation_batch, fit.saturation_low, high, beyond)
-
-
-def _limit(critical: Critical, wall: Wall | None) -> tuple[Limit, str]:
-    """Which of the two is smaller beyond the error of both."""
-    if wall is None:
-        return "unresolved", "the throughput of this device has no fit to compare with"
-    low, high = critical.low, critical.high
-    if low is not None and low > wall.high:
-        return "hardware", f"the critical batch lies above the {wall.name} beyond the error of both"
-    if high is not None and high < wall.low:
-        return "noise", f"the critical batch lies below the {wall.name} beyond the error of both"
-    if critical.value is None or low is None or high is None:  # an open end may lie on either side
-        return "unresolved", f"the critical batch is not known well enough to compare it with the {wall.name}"
-    return "balanced", f"the critical batch and the {wall.name} agree within their errors"
-
-
-def _further(best: Best | None, wall: Wall | None) -> Inputs:
-    """What going from the best batch to what the device can take costs, as factors; empty where it is no further."""
-    if best is None or wall is None:
-        return {}
-    model, to = best.model, wall.value
-    if not FURTHER * best.batch <= to <= min(model.most, model.most_global):
-        return {}
-    if model.time(to) < model.time(best.batch):  # where measured times overruled the model, it can't tell the cost
-        return {}
-    return {
-        "examples_factor": float(model.examples(to) / model.examples(best.batch)),
-        "time_factor": float(model.time(to) / model.time(best.batch)),
-        "throughput_factor": (to / model.fit.step_s(to)) / (best.batch / model.fit.step_s(best.batch)),
-    }
 
 
 def _time_to_target(
@@ -185,7 +142,7 @@ def _saturation_reason(capacity: Capacity) -> Reason:
     fit = capacity.model
     largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=None)
     text = "the batch from which on doubling it gains less than 5 % throughput, by the throughput fit"
-    wall = _wall(capacity)
+    wall = wall_of(capacity)
     if wall is not None and wall.extrapolated:
         text += "; extrapolated past the largest batch measured"
     inputs: Inputs = {

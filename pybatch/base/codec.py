@@ -14,10 +14,19 @@ from pybatch.base.errors import UsageError
 _DAMAGED = "The file is damaged, or no pybatch wrote it."
 
 
+# Metadata of fields that stand at the top of the JSON record, beside their section.
+TOP = {"json": "top"}
+
+
+def stands_at_top(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field is marked `TOP`."""
+    return field.metadata.get("json") == "top"
+
+
 def encode(value: Any) -> Any:
-    """A value as plain JSON types; fields with metadata are left out, non-finite numbers become None."""
+    """A value as plain JSON types; fields that stand at the top are left out, non-finite numbers become None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if not f.metadata}
+        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if not stands_at_top(f)}
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -44,8 +53,8 @@ def decode(kind: Any, value: Any, path: str) -> Any:
         unknown = sorted(set(value) - set(hints))
         if unknown:
             raise UsageError(
-                f"{path} has unknown keys {unknown}. It was written by a newer pybatch, or changed by hand; upgrade "
-                "pybatch to read it."
+                f"{path} has unknown keys {unknown}. It was written by another pybatch, or changed by hand; "
+                "measure again."
             )
         try:
             return kind(**{key: decode(hints[key], item, f"{path}.{key}") for key, item in value.items()})

@@ -23,6 +23,10 @@ class DeviceError(PybatchError, RuntimeError):
     """The device asked for is not there or cannot do what was asked."""
 
 
+class InstallationError(PybatchError, ImportError):
+    """A part of pybatch itself is not where Python looks for it."""
+
+
 class StoreError(PybatchError, RuntimeError):
     """The store of a sweep failed while the sweep ran: the disk is full, the file damaged, gone, or held by another."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
@@ -48,6 +48,35 @@ def count(value: float | None) -> str:
 def counted(value: int, one: str, many: str | None = None) -> str:
     """A count with its noun: "1 batch size", "1,234 batch sizes"; `many` where the plural takes more than an s."""
     return f"{count(value)} {one if value == 1 else many or one + 's'}"
+
+
+def one_digit(value: float | None) -> str:
+    """A spread, of which one significant digit is known: 0.02."""
+    return number(value, 1)
+
+
+def words(value: str | None) -> str:
+    """A name of the record in words: "not_reached" -> "not reached"."""
+    return MISSING if value is None else value.replace("_", " ")
+
+
+def yes_no(value: bool | None) -> str:
+    """Whether something was seen."""
+    return MISSING if value is None else "yes" if value else "no"
+
+
+def plain(value: object) -> str:
+    """Any value of a record: floats in four digits at most, the rest in full, pairs and lists separated by commas."""
+    if value is None:
+        return MISSING
+    if isinstance(value, float):
+        text = number(value, 4)
+        return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
+    if isinstance(value, tuple | list):
+        return ", ".join(map(plain, value))
+    return str(value)
 
 
 def rounded(value: float | None) -> str:

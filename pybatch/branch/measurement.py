@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from pybatch.base.errors import Interrupted, UsageError
-from pybatch.branch.run import BranchedRun, Plan
+from pybatch.branch.run import BranchedRun, BranchPlan
 from pybatch.branch.summary import WINDOW
 from pybatch.device.identity import resolve
 from pybatch.records import Convergence
@@ -96,7 +96,7 @@ def measure_branches(
     examples = unit * math.ceil((window or unit) / unit)
     deadline = time.monotonic() + time_budget
     shrinks = factors is FACTORS and window is None
-    plan = Plan(base, examples, optimizer.lower(), rule, scaled, seeds, tolerance, deadline, shrinks)
+    plan = BranchPlan(base, examples, optimizer.lower(), rule, scaled, seeds, tolerance, deadline, shrinks)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
         run = BranchedRun(workload, place, dtype, seed, plan, folder, progress)

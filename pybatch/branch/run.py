@@ -14,6 +14,7 @@ import torch
 
 from pybatch.base.errors import UsageError
 from pybatch.base.numerals import number
+from pybatch.branch import checkpoint
 from pybatch.branch import summary as branch_summary
 from pybatch.branch.summary import WINDOW, Losses
 from pybatch.device.identity import describe
@@ -21,7 +22,6 @@ from pybatch.fits.solver import Array
 from pybatch.optim import FusedOptimizer
 from pybatch.records import Branching, Convergence, Note
 from pybatch.scaling import Scaled
-from pybatch.training import checkpoint
 from pybatch.training.fingerprint import fingerprint
 from pybatch.training.updates import optimizer_class
 from pybatch.workloads.base import Progress, Workload
@@ -32,7 +32,7 @@ _FEWEST = 5  # batch sizes kept: fewer bend no curve
 
 
 @dataclass(frozen=True)
-class Plan:
+class BranchPlan:
     base: int
     examples: int
     optimizer: str
@@ -80,7 +80,7 @@ class BranchedRun:
     device: torch.device
     dtype: str
     seed: int
-    plan: Plan
+    plan: BranchPlan
     folder: Path | None
     progress: Progress | None
     found: list[Branching] = field(default_factory=list)

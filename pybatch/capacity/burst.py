@@ -11,7 +11,7 @@ import numpy as np
 from pybatch.capacity.exploration import failed
 from pybatch.device.clock import Clock, Work
 
-BURST_STEPS = 100  # MEASURING: burst is the first 100 steps
+BURST_STEPS = 100  # of a burst: what a GPU's clock holds before it warms up
 _BURST_S = 0.5  # of long steps fewer
 _LEAST_STEPS = 3
 _REST_S = 1.0  # before a burst: power limits average over up to a second; a hot device needs longer to cool

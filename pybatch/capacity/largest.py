@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
-import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +13,7 @@ import torch
 from pybatch.base import numerals
 from pybatch.base.errors import WorkloadError
 from pybatch.capacity.exploration import Explorer
-from pybatch.capacity.probe import Outcome, Request
+from pybatch.capacity.probe import Outcome, Request, run_probe
 from pybatch.device import memory
 from pybatch.fits.memory import MemoryGrowth, fit_memory
 from pybatch.records import Note
@@ -47,7 +43,7 @@ class Largest:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Prediction:
     """A batch predicted to be the largest that fits, and how it would be verified."""
 
     candidate: int
@@ -68,7 +64,7 @@ def limit_text(device: torch.device, limit: int) -> str:
     return f"{limit / 2**30:.3g} GiB, {of}"
 
 
-def plan_largest(explorer: Explorer, limit: int, deadline: float) -> Plan | Largest:
+def predict_largest(explorer: Explorer, limit: int, deadline: float) -> Prediction | Largest:
     """Predict the largest batch within `limit` bytes; a `Largest` without a batch where that is not possible.
 
     Args:
@@ -98,7 +94,7 @@ def plan_largest(explorer: Explorer, limit: int, deadline: float) -> Plan | Larg
         return _null(str(error), basis)
     predicted = max(fits, growth.largest(limit * _MARGIN))
     notes = (basis, *_off_line(growth, predicted, fits, limit))
-    return Plan(min([predicted, *(n - 1 for n in refused)]), fits, packed, notes)
+    return Prediction(min([predicted, *(n - 1 for n in refused)]), fits, packed, notes)
 
 
 def _off_line(growth: MemoryGrowth, predicted: int, fits: int, limit: int) -> tuple[Note, ...]:
@@ -140,19 +136,19 @@ def _fresh_bytes_per_s() -> float:
     return _FRESH_BYTES / min(seconds)
 
 
-def reserve_s(explorer: Explorer, plan: Plan, limit: int, left: float) -> float:
+def reserve_s(explorer: Explorer, prediction: Prediction, limit: int, left: float) -> float:
     """Seconds to set aside of those left for `verify_largest`: none where they would not suffice."""
-    needed = needed_s(explorer, plan.candidate, limit) * _SPARE
+    needed = needed_s(explorer, prediction.candidate, limit) * _SPARE
     if needed <= _SHARE * left:
         return needed
     share = _CHECK_SHARE * left
-    return share if _affordable(explorer, plan, share) is not None else 0.0
+    return share if _affordable(explorer, prediction, share) is not None else 0.0
 
 
-def _affordable(explorer: Explorer, plan: Plan, left: float) -> int | None:
+def _affordable(explorer: Explorer, prediction: Prediction, left: float) -> int | None:
     """The largest batch, well above what has run, that can be run in a fresh process in the time left."""
-    growth, batch = explorer.memory_growth(), plan.candidate // 2
-    while growth is not None and batch >= 2 * plan.fits:
+    growth, batch = explorer.memory_growth(), prediction.candidate // 2
+    while growth is not None and batch >= 2 * prediction.fits:
         if needed_s(explorer, batch, growth.peak(batch)) <= left:
             return batch
         batch = batch * 3 // 4
@@ -161,17 +157,17 @@ def _affordable(explorer: Explorer, plan: Plan, left: float) -> int | None:
 
 def verify_largest(
     explorer: Explorer,
-    plan: Plan,
+    prediction: Prediction,
     limit: int,
     deadline: float,
     probe: Callable[[Request, float], Outcome] | None = None,
 ) -> Largest:
-    """Run a plan's batch in a fresh process before `deadline`; where it does not fit, a smaller one.
+    """Run a prediction's batch in a fresh process before `deadline`; where it does not fit, a smaller one.
 
     Where a step of it takes too long, it stays unverified, but the prediction is checked by the largest batch there is
     time for. `probe` runs a request within so many seconds; a test may replace it.
     """
-    session, candidate, fits, reason = explorer.step.session, plan.candidate, plan.fits, ""
+    session, candidate, fits, reason = explorer.step.session, prediction.candidate, prediction.fits, ""
     probe = probe or run_probe
     explorer.step.clear()
     memory.release(session.device)
@@ -182,15 +178,15 @@ def verify_largest(
             check = f"{step}, the check {needed:.2g} s; {max(0.0, left):.2g} s were left"
             cause = f"{step}; none above {_STEP_LIMIT:g} s is run" if math.isinf(needed) else check
             if not reason:
-                said, candidate = _prediction_checked(explorer, plan, limit, left, probe)
+                said, candidate = _prediction_checked(explorer, prediction, limit, left, probe)
                 cause += said
             reason = f"{reason}; {cause}" if reason else cause
             break
-        outcome = probe(_request(explorer, plan, candidate, limit, left), left)
+        outcome = probe(_request(explorer, prediction, candidate, limit, left), left)
         if outcome.status == "ok":
             steps = "1 full step" if outcome.steps == 1 else f"{outcome.steps} full steps"
             ran = f"{steps} of batch {candidate} ran in a fresh process"
-            return Largest(candidate, True, (*plan.notes, Note("capacity.max_batch_verified", ran)))
+            return Largest(candidate, True, (*prediction.notes, Note("capacity.max_batch_verified", ran)))
         reason = f"batch {candidate} did not run in a fresh process ({outcome.reason})"
         if outcome.status != "oom" or candidate == fits:
             break
@@ -203,13 +199,15 @@ def verify_largest(
         far = numerals.number(candidate / fits, 2)
         up_to = f"a {growth.shape} of memory up to batch {fits}"
         reason += f"; {up_to} predicts it, {far} times further, and memory may bend on the way"
-    return Largest(candidate, False, (*plan.notes, Note("capacity.max_batch_verified", f"not verified: {reason}")))
+    return Largest(
+        candidate, False, (*prediction.notes, Note("capacity.max_batch_verified", f"not verified: {reason}"))
+    )
 
 
-def _request(explorer: Explorer, plan: Plan, batch: int, limit: int, left: float) -> Request:
+def _request(explorer: Explorer, prediction: Prediction, batch: int, limit: int, left: float) -> Request:
     session = explorer.step.session
     return Request(
-        workload=plan.packed,
+        workload=prediction.packed,
         device=str(session.device),
         dtype=session.dtype,
         seed=0,
@@ -221,29 +219,29 @@ def _request(explorer: Explorer, plan: Plan, batch: int, limit: int, left: float
 
 
 def _prediction_checked(
-    explorer: Explorer, plan: Plan, limit: int, left: float, probe: Callable[[Request, float], Outcome]
+    explorer: Explorer, prediction: Prediction, limit: int, left: float, probe: Callable[[Request, float], Outcome]
 ) -> tuple[str, int]:
     """Run a smaller batch in a fresh process: how its peak compares, and the candidate, less where it took more.
 
     No text where no time is left.
     """
-    batch, growth = _affordable(explorer, plan, left), explorer.memory_growth()
+    batch, growth = _affordable(explorer, prediction, left), explorer.memory_growth()
     if batch is None or growth is None:
-        return "", plan.candidate
-    outcome = probe(_request(explorer, plan, batch, limit, left), left)
+        return "", prediction.candidate
+    outcome = probe(_request(explorer, prediction, batch, limit, left), left)
     if outcome.status != "ok" or outcome.peak_bytes is None:
         said = f"; batch {batch}, to check the prediction, did not run in a fresh process ({outcome.reason})"
         if outcome.status != "oom":
-            return said, plan.candidate
-        half = int(math.sqrt(plan.fits * batch))  # on a logarithmic scale, as it lies anywhere between
-        return f"{said}: halfway to it, {half}, is given in place of {plan.candidate}", half
+            return said, prediction.candidate
+        half = int(math.sqrt(prediction.fits * batch))  # on a logarithmic scale, as it lies anywhere between
+        return f"{said}: halfway to it, {half}, is given in place of {prediction.candidate}", half
     off = outcome.peak_bytes / growth.peak(batch) - 1
     said = f"; batch {batch} ran in a fresh process with {outcome.peak_bytes / 2**30:.3g} GiB, "
     said += f"{off:+.1%} against the prediction"
     if off <= _OFF:
-        return said, plan.candidate
-    candidate = min(plan.candidate, max(batch, _bent_by(explorer, batch, outcome.peak_bytes, limit)))
-    return f"{said}: with it {candidate} is predicted in place of {plan.candidate}", candidate
+        return said, prediction.candidate
+    candidate = min(prediction.candidate, max(batch, _bent_by(explorer, batch, outcome.peak_bytes, limit)))
+    return f"{said}: with it {candidate} is predicted in place of {prediction.candidate}", candidate
 
 
 def _bent(explorer: Explorer, limit: int) -> int:
@@ -264,29 +262,6 @@ def _bent_by(explorer: Explorer, batch: int, peak: int, limit: int) -> int:
     found = batch * (limit * _MARGIN / peak) ** (1 / power)
     growth = fit_memory(*zip(*ran, (batch, peak), strict=True))
     return int(min(found, growth.largest(limit * _MARGIN)) if growth.square is not None else found)
-
-
-def run_probe(request: Request, timeout_s: float) -> Outcome:
-    """Run a request in a fresh process; killed at the timeout."""
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-m", "pybatch.capacity.probe"],  # -P: not a checkout that happens to be here
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    with child:
-        try:
-            answer, complaint = child.communicate(pickle.dumps(request), timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            return Outcome("timeout", reason=f"stopped after {timeout_s:.3g} s")
-        finally:
-            child.kill()
-    if child.returncode == 0:
-        return Outcome(**json.loads(answer))
-    if child.returncode == -9:
-        return Outcome("oom", reason="killed by the system, as it does when memory runs out")
-    last = complaint.decode(errors="replace").strip().splitlines()[-1:]
-    return Outcome("error", reason=f"process ended with status {child.returncode}: {''.join(last)}")
 
 
 def _extend(explorer: Explorer, deadline: float) -> None:

@@ -172,17 +172,17 @@ class _Measurement:
         self._explore()
         self._hand_out()
         end, reserve = self.started + self.budget, 0.0
-        plan: largest.Plan | largest.Largest = largest.Largest(
+        plan: largest.Prediction | largest.Largest = largest.Largest(
             None, None, (_NONE_RAN if find_max_batch else _NOT_ASKED,)
         )
         if self.found.largest.verified:
             plan = self.found.largest
         elif find_max_batch and self.explorer.working:
-            plan = largest.plan_largest(self.explorer, self.limit, end)
-            if isinstance(plan, largest.Plan):
+            plan = largest.predict_largest(self.explorer, self.limit, end)
+            if isinstance(plan, largest.Prediction):
                 reserve = largest.reserve_s(self.explorer, plan, self.limit, end - self.clock.now())
         self._time(end - reserve)
-        if isinstance(plan, largest.Plan):
+        if isinstance(plan, largest.Prediction):
             self._tell("largest batch that fits")
             plan = largest.verify_largest(self.explorer, plan, self.limit, end)
         self.found.largest = plan

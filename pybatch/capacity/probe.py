@@ -1,18 +1,15 @@
-"""Run a few full training steps of one large batch in this process, which may run out of memory, and tell how it went.
-
-Started by `capacity.largest` as `python -m pybatch.capacity.probe`: a pickled `Request` on stdin, one line of JSON on
-stdout. What the workload prints goes to stderr.
-"""
+"""A few full training steps of one large batch in a fresh process, which may run out of memory."""
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
-import sys
+import queue
+import signal
+import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from pybatch.processes.child import Channel, Child
 
 if TYPE_CHECKING:
     from pybatch.workloads.running.packing import Packed
@@ -45,13 +42,30 @@ class Outcome:
     reason: str | None = None
 
 
-def main() -> None:
-    """Read the request, run it, write the outcome."""
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # the workload's own prints must not reach the answer
-    request: Request = pickle.load(sys.stdin.buffer)
-    answer.write(json.dumps(asdict(run(request))) + "\n")
-    answer.close()
+def run_probe(request: Request, timeout_s: float) -> Outcome:
+    """Run a request in a fresh process; killed at the timeout."""
+    with tempfile.TemporaryFile() as complaints:
+        child = Child(work, stderr=complaints)
+        try:
+            child.send(request)
+            _, outcome = child.answers.get(timeout=timeout_s)
+            status = child.status() if outcome is None else 0
+        except queue.Empty:
+            return Outcome("timeout", reason=f"stopped after {timeout_s:.3g} s")
+        finally:
+            child.stop()
+        if isinstance(outcome, Outcome):
+            return outcome
+        if status == -signal.SIGKILL:
+            return Outcome("oom", reason="killed by the system, as it does when memory runs out")
+        complaints.seek(0)
+        last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
+        return Outcome("error", reason=f"process ended with status {status}: {''.join(last)}")
+
+
+def work(channel: Channel) -> None:
+    """In the fresh process: run one request."""
+    channel.send(run(channel.receive()))
 
 
 def run(request: Request) -> Outcome:
@@ -113,10 +127,3 @@ def _limit(device: Any, limit: int) -> None:
     size, resident = process_bytes("VmSize"), process_bytes("VmRSS")
     if size is not None and resident is not None:
         resource.setrlimit(resource.RLIMIT_AS, (size + limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-
-
-if __name__ == "__main__":
-    # pickle must find Request under its importable name, not under __main__.
-    from pybatch.capacity import probe
-
-    probe.main()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,10 +15,11 @@ from pybatch.answer.changes import parse_condition
 from pybatch.base.errors import UsageError
 from pybatch.base.ranges import parse_batches
 from pybatch.commands import flags
-from pybatch.commands.measuring import BUDGET, DONE, Shared, check_budget, measure, typed
+from pybatch.commands.measuring import BUDGET, Delivery, Subject, check_budget, check_seed, typed
 from pybatch.commands.partial import partial_record
 from pybatch.commands.saved import read_run, tell_changes
-from pybatch.records import Run
+from pybatch.jobs.options import BenchOptions
+from pybatch.records import Run, StepMode
 from pybatch.report.output import Output
 
 if TYPE_CHECKING:  # these import torch
@@ -69,92 +73,90 @@ def bench(
     quiet: flags.Quiet = False,
 ) -> None:
     """Capacity, noise and verdict: the batch size to use for this workload on this device."""
-    batches = parse_batches(batch) if batch is not None else None
     if quick and thorough:
         raise UsageError("--quick and --thorough exclude each other. Give one of them.")
     if fail_on and compare is None:
         raise UsageError(f"--fail-on {fail_on[0]} needs a run to compare with. Add --compare RUN.json.")
+    budget = THOROUGH_BUDGET if thorough else QUICK_BUDGET if quick else BUDGET
+    options = BenchOptions(
+        time_budget=time_budget if time_budget is not None else budget,
+        dtype=dtype or "fp32",
+        batches=tuple(parse_batches(batch)) if batch is not None else None,
+        thorough=thorough,
+        seed=seed,
+        compile=compile_,
+        graph=cuda_graph,
+        command=typed(),
+    )
+    check_budget(options.time_budget)
+    check_seed(seed)
+    subject = Subject(workload, model, data, option, gpu, cpu, size)
     conditions = [parse_condition(text) for text in fail_on or []]
     before = read_run(compare) if compare is not None else None
-    budget = THOROUGH_BUDGET if thorough else QUICK_BUDGET if quick else BUDGET
-    budget = time_budget if time_budget is not None else budget
-    check_budget(budget)
     partial = partial_record(output, format_, resume)
     earlier = partial.earlier() if partial is not None and resume else None
-    stdout = sys.stdout  # while measuring it is stderr, for what a workload prints
-    page = Output(html) if html is not None else None  # not writable: said now, not after measuring
-
-    def job(chosen: Workload, device: torch.device, progress: Progress) -> Run | None:
-        from pybatch.capacity.distributed import launched
+    # What can't be written is said now, not after measuring.
+    with Delivery(format_, output, quiet) as delivery, Output(html) if html is not None else nullcontext():
+        found, device = subject.find(options.dtype)
         from pybatch.capacity.modes import Mode
-        from pybatch.jobs.bench import run_bench
-        from pybatch.jobs.distributed import run_bench_together
 
-        mode = Mode(compile_, cuda_graph)
+        mode = Mode(options.compile, options.graph)
         mode.check(device)
-        used = dtype or ("bf16" if size == "base" and device.type == "cuda" else "fp32")
+        if dtype is None and size == "base" and device.type == "cuda":
+            options = replace(options, dtype="bf16")
         if dry_run:
-            print(_plan(chosen, device, used, batches, budget, thorough, mode.name), file=stdout)
-            if earlier is not None:
-                print(f"continues {output}, begun {earlier.created}", file=stdout)
-            raise typer.Exit(DONE)
-        return (run_bench_together if launched() else run_bench)(
-            chosen,
-            device=device,
-            dtype=used,
-            batches=batches,
-            time_budget=budget,
-            thorough=thorough,
-            seed=seed,
-            compile=compile_,
-            graph=cuda_graph,
-            command=typed(),
-            progress=progress,
-            earlier=earlier,
-            on_partial=partial.write if partial is not None else None,
-        )
-
-    def then(run: Run, delivered: bool) -> int:
-        if partial is not None and delivered:
+            print("\n".join(_dry_run(found, device, options, mode.name, earlier)))
+            return
+        with delivery.measuring() as progress:
+            delivery.run = _run(found, device, options, progress, earlier, partial.write if partial else None)
+        status = delivery.deliver()
+        run = delivery.run
+        if run is not None and partial is not None and delivery.written:
             partial.discard()
-        if html is not None:
+        if run is not None and html is not None:
             from pybatch.report.formats.html import write_report
 
             write_report([run], html)
             print(f"pybatch: wrote {html}", file=sys.stderr)
-        return tell_changes(before, run, conditions) if before is not None else DONE
-
-    try:
-        given = Shared(workload, model, data, option, gpu, cpu, dtype or "fp32", seed, format_, output, quiet, size)
-        measure(job, given, then)
-    finally:
-        if page is not None:
-            page.discard()
+        if run is not None and before is not None:
+            changed = tell_changes(before, run, conditions)
+            status = status or changed  # an incomplete run is told as such
+    raise typer.Exit(status)
 
 
-def _plan(
+def _run(
     workload: Workload,
     device: torch.device,
-    dtype: str,
-    batches: list[int] | None,
-    budget: float,
-    thorough: bool,
-    mode: str,
-) -> str:
+    options: BenchOptions,
+    progress: Progress,
+    earlier: Run | None,
+    on_partial: Callable[[Run], None] | None,
+) -> Run | None:
+    """The job on this device, or on all that `torchrun` started a process for."""
+    from pybatch.capacity.distributed import launched
+    from pybatch.jobs.bench import run_bench
+    from pybatch.jobs.distributed import run_bench_together
+
+    job = run_bench_together if launched() else run_bench
+    return job(workload, options, device=device, progress=progress, earlier=earlier, on_partial=on_partial)
+
+
+def _dry_run(
+    workload: Workload, device: torch.device, options: BenchOptions, mode: StepMode, earlier: Run | None
+) -> list[str]:
     """What a run would do, in words."""
     from pybatch.device.identity import describe
 
-    place = describe(device)
-    sizes = ", ".join(map(str, batches)) if batches else "doubled from 1 on until throughput no longer grows"
-    stages = "capacity, gradient noise scale" + (", short branched runs" if thorough else "") + ", verdict"
+    chosen = "doubled from 1 on until throughput no longer grows"
+    sizes = ", ".join(map(str, options.batches)) if options.batches is not None else chosen
+    branches = ", short branched runs" if options.thorough else ""
     model = f" ({workload.model_name})" if workload.model_name else ""
-    return "\n".join(
-        [
-            f"workload  {workload.name}{model}, {dtype}",
-            f"device    {place.name} ({device})",
-            f"batches   {sizes}",
-            f"steps     {mode}",
-            f"stages    {stages}",
-            f"time      {budget:g} s at most, and the start-up",
-        ]
-    )
+    return [
+        f"workload  {workload.name}{model}, {options.dtype}",
+        f"device    {describe(device).name} ({device})",
+        f"batches   {sizes}",
+        f"steps     {mode}",
+        f"stages    capacity, gradient noise scale{branches}, verdict",
+        f"time      {options.time_budget:g} s at most, and the start-up",
+        *([f"continues the run begun {earlier.created}"] if earlier is not None else []),
+    ]

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pybatch.commands import flags
-from pybatch.commands.measuring import Shared, check_budget, measure, numbers, typed
-from pybatch.records import Convergence, Run
-
-if TYPE_CHECKING:  # these import torch
-    import torch
-
-    from pybatch.workloads.base import Progress, Workload
+from pybatch.commands.measuring import Delivery, Subject, check_budget, check_seed, numbers, typed
+from pybatch.jobs.options import BranchOptions
 
 
 def branch(
@@ -51,31 +46,28 @@ def branch(
     """The critical batch along training, by branching from checkpoints with other batch sizes."""
     steps = [int(step) for step in numbers("checkpoints", checkpoints, r"[0-9]+", "50,200,800")]
     ks = numbers("factors", factors, r"[0-9]*\.?[0-9]+", "0.5,1,2,4") if factors is not None else None
+    options = BranchOptions(
+        checkpoints=tuple(steps),
+        time_budget=time_budget,
+        dtype=dtype,
+        factors=tuple(ks) if ks is not None else None,
+        base_batch=batch,
+        optimizer=optimizer,
+        lr=lr,
+        rule=rule,
+        seeds=seeds,
+        tolerance=tolerance,
+        seed=seed,
+        folder=keep,
+    )
     check_budget(time_budget)
+    check_seed(seed)
+    subject = Subject(workload, model, data, option, gpu, cpu)
+    with Delivery(format_, output, quiet) as delivery:
+        found, device = subject.find(dtype)
+        from pybatch.jobs.branch import run_branches
 
-    def job(chosen: Workload, device: torch.device, progress: Progress) -> Run:
-        from pybatch.branch.measurement import FACTORS, measure_branches
-        from pybatch.jobs.bench import record_convergence
-
-        def measure() -> Convergence:
-            return measure_branches(
-                chosen,
-                device=device,
-                dtype=dtype,
-                checkpoints=steps,
-                factors=ks if ks is not None else FACTORS,
-                base_batch=batch,
-                optimizer=optimizer,
-                lr=lr,
-                rule=rule,
-                seeds=seeds,
-                tolerance=tolerance,
-                seed=seed,
-                time_budget=time_budget,
-                folder=keep,
-                progress=progress,
-            )
-
-        return record_convergence(measure, seed=seed, command=typed())
-
-    measure(job, Shared(workload, model, data, option, gpu, cpu, dtype, seed, format_, output, quiet))
+        with delivery.measuring() as progress:
+            delivery.run = run_branches(found, options, device=device, command=typed(), progress=progress)
+        status = delivery.deliver()
+    raise typer.Exit(status)

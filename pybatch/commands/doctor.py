@@ -1,10 +1,14 @@
-"""What is compiled, what this machine lets pybatch read, and what ships: behind `pybatch doctor` and `pybatch list`."""
+"""`pybatch doctor`, what is compiled and what this machine lets pybatch read, and `pybatch list`, what ships."""
 
 from __future__ import annotations
 
 import inspect
 
 import torch
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 from threadpoolctl import threadpool_info
 
 from pybatch import ops, optim, scaling
@@ -16,6 +20,28 @@ from pybatch.device.identity import describe, resolve
 from pybatch.workloads.running.finding import shipped
 
 Findings = list[tuple[str, list[tuple[str, str]]]]
+
+
+def doctor() -> None:
+    """What is compiled, which devices are there, which counters can be read, and why one can't."""
+    _print(examine())
+
+
+def list_() -> None:
+    """The workloads and optimizers that ship."""
+    _print(catalogue())
+
+
+def _print(findings: Findings) -> None:
+    console = Console()
+    width = max(len(name) for _, rows in findings for name, _ in rows)
+    for heading, rows in findings:
+        console.print(Text(heading, style="bold"))
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(min_width=width, no_wrap=True)
+        for name, text in rows:
+            grid.add_row(Text(name), Text(text))
+        console.print(Padding(grid, (0, 0, 0, 2)))
 
 
 def examine() -> Findings:

@@ -1,4 +1,4 @@
-"""What every measuring command does around its job: flags, progress, delivering the record, exit status."""
+"""What every measuring command does around its job: its subject, progress, delivering the record, exit status."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Self
 
 import typer
 from rich.console import Console
@@ -52,9 +53,14 @@ def typed() -> str:
     return shlex.join(["pybatch", *sys.argv[1:]])
 
 
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed} is out of range. Give a whole number from 0 to 2**63 - 1.")
+
+
 @dataclass(frozen=True)
-class Shared:
-    """What every command that measures takes."""
+class Subject:
+    """The flags that say what is measured, and where."""
 
     workload: str
     model: str | None
@@ -62,32 +68,14 @@ class Shared:
     option: list[str] | None
     gpu: int | None
     cpu: bool
-    dtype: str
-    seed: int
-    format: str | None
-    output: Path | None
-    quiet: bool
     size: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.gpu is not None and self.cpu:
+            raise UsageError("--gpu and --cpu exclude each other. Give one of them.")
 
-def measure(
-    job: Callable[[Workload, torch.device, ProgressLine], Run | None],
-    given: Shared,
-    then: Callable[[Run, bool], int] = lambda run, delivered: DONE,
-) -> NoReturn:
-    """Check the flags, run the job with progress, deliver its record, and leave with the exit status.
-
-    `then` is called with the record and whether it was written where it should be; what it returns is the status where
-    nothing else is wrong.
-    """
-    format_ = checked_format(given.format, given.output)
-    if given.gpu is not None and given.cpu:
-        raise UsageError("--gpu and --cpu exclude each other. Give one of them.")
-    if not 0 <= given.seed < 2**63:
-        raise UsageError(f"seed {given.seed} is out of range. Give a whole number from 0 to 2**63 - 1.")
-    target = Output(given.output) if given.output is not None else None
-    run: Run | None = None
-    try:
+    def find(self, dtype: str) -> tuple[Workload, torch.device]:
+        """The workload and the device; raises UsageError where there is no such, or it has no such dtype."""
         # Torch takes seconds to import: what can be refused without it has been by now.
         import torch
 
@@ -96,34 +84,58 @@ def measure(
         from pybatch.workloads.running.finding import find
         from pybatch.workloads.running.session import checked_dtype
 
-        checked_dtype(given.dtype)
-        gpu = given.gpu
-        if launched() and not given.cpu and gpu is None and torch.cuda.is_available():
+        checked_dtype(dtype)
+        gpu = self.gpu
+        if launched() and not self.cpu and gpu is None and torch.cuda.is_available():
             gpu = local_rank()
-        device = resolve("cpu" if given.cpu else f"cuda:{gpu}" if gpu is not None else None)
-        options = given.option or ()
+        device = resolve("cpu" if self.cpu else f"cuda:{gpu}" if gpu is not None else None)
         with stdout_to_stderr():
-            chosen = find(given.workload, model=given.model, data=given.data, options=options, size=given.size)
+            options = self.option or ()
+            return find(self.workload, model=self.model, data=self.data, options=options, size=self.size), device
+
+
+class Delivery:
+    """Where the record of a measuring command goes: known to be writable before anything is measured.
+
+    A context manager: Ctrl-C in it ends the command, with a word on what became of the record.
+    """
+
+    def __init__(self, format_: str | None, output: Path | None, quiet: bool) -> None:
+        self.format = checked_format(format_, output)
+        self.target = Output(output) if output is not None else None
+        self.quiet = quiet
+        self.run: Run | None = None  # what was measured; None in all but one of torchrun's processes
+        self.written = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        if self.target is not None:
+            self.target.discard()
+        if kind is KeyboardInterrupt:
+            when = "while the result was written" if self.run else "before anything was measured; nothing was written"
+            print(f"pybatch: interrupted {when}", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+    @contextmanager
+    def measuring(self) -> Iterator[ProgressLine]:
+        """Progress of the work in here, whose result becomes `run`; of interrupted work it is what there is so far."""
+        from pybatch.capacity.distributed import local_rank
+
+        line = ProgressLine(Console(stderr=True), self.quiet or local_rank() > 0)
         try:
-            quiet = given.quiet or local_rank() > 0
-            line = ProgressLine(Console(stderr=True), quiet)
             with stdout_to_stderr(), interrupts_heard(), line as progress:
-                measured = job(chosen, device, progress)
-            if measured is None:  # one of torchrun's processes: the first one has the result
-                raise typer.Exit(DONE)
-            run = measured
+                yield progress
         except Interrupted as stop:
-            run = stop.partial
-        delivered = deliver(run, format_, target)
-        status = then(run, delivered)
-    except KeyboardInterrupt:
-        when = "before anything was measured; nothing was written" if run is None else "while the result was written"
-        print(f"pybatch: interrupted {when}", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        if target is not None:
-            target.discard()
-    raise typer.Exit(status if run.complete and delivered else INCOMPLETE)
+            self.run = stop.partial
+
+    def deliver(self) -> int:
+        """Write and print the run; the exit status."""
+        if self.run is None:  # one of torchrun's processes: the first one has the result
+            return DONE
+        self.written = deliver(self.run, self.format, self.target)
+        return DONE if self.run.complete and self.written else INCOMPLETE
 
 
 def checked_format(format_: str | None, output: Path | None) -> str:

@@ -12,14 +12,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pybatch.answer.changes import Condition, broken, compare_runs, parse_condition
+from pybatch.answer import changes
+from pybatch.answer.changes import Condition, broken, parse_condition
 from pybatch.answer.merge import join
 from pybatch.base.errors import UsageError, unknown
 from pybatch.commands.assignments import parse_targets
 from pybatch.commands.measuring import BROKEN, DONE
 from pybatch.noise.trajectory import read_trajectory
 from pybatch.records import NoiseTrajectory, Run
-from pybatch.report.comparison import comparison_sections
+from pybatch.report import changes as told_changes
 from pybatch.report.formats.text import SUFFIXES, markdown, print_sections, render_all
 from pybatch.report.output import Output
 from pybatch.sweep.archive import is_store, read_store
@@ -148,9 +149,9 @@ def compare(
 
 def tell_changes(old: Run, new: Run, conditions: Sequence[Condition], format_: str = "table") -> int:
     """Print what changed; the exit status says whether every condition holds."""
-    comparison = compare_runs(old, new)
+    comparison = changes.compare(old, new)
     failures = broken(conditions, comparison)
-    parts = comparison_sections(comparison)
+    parts = told_changes.sections(comparison)
     if format_ == "json":
         print(json.dumps(asdict(comparison) | {"broken": failures}, indent=2))
     elif format_ == "md":

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pybatch.base.errors import UsageError
-from pybatch.base.progress import ProgressLine
 from pybatch.base.ranges import parse_batches
 from pybatch.commands import flags
 from pybatch.commands.assignments import parse_optimizer, parse_targets
 from pybatch.commands.interrupting import termination_heard
-from pybatch.commands.measuring import Shared, measure, numbers, typed
-from pybatch.records import Run
-
-if TYPE_CHECKING:  # these import torch
-    import torch
-
-    from pybatch.workloads.base import Workload
+from pybatch.commands.measuring import Delivery, Subject, check_seed, numbers, typed
 
 _RATE = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
 
@@ -87,6 +80,7 @@ def sweep(
     if resume and store is None:
         raise UsageError("--resume goes on with a store, and none is given. Add --store FILE.")
 
+    check_seed(seed)
     asked = SweepOptions(
         batches=parse_batches(batch),
         rules=[part.strip() for part in rule.split(",")],
@@ -103,15 +97,16 @@ def sweep(
         dtype=dtype,
         gap_epochs=gap_epochs,
     )
-
-    def job(chosen: Workload, device: torch.device, progress: ProgressLine) -> Run:
+    subject = Subject(workload, model, data, option, gpu, cpu)
+    with Delivery(format_, output, quiet) as delivery:
+        found, device = subject.find(dtype)
         from pybatch.device.memory import keep_freed
         from pybatch.jobs.sweep import run_sweep
 
         keep_freed()
-        with termination_heard():
-            return run_sweep(
-                chosen,
+        with delivery.measuring() as progress, termination_heard():
+            delivery.run = run_sweep(
+                found,
                 asked,
                 noise_budget=noise_budget,
                 device=device,
@@ -123,5 +118,5 @@ def sweep(
                 progress=progress,
                 found=progress.line,
             )
-
-    measure(job, Shared(workload, model, data, option, gpu, cpu, dtype, seed, format_, output, quiet))
+        status = delivery.deliver()
+    raise typer.Exit(status)

@@ -54,7 +54,7 @@ def measure_ceilings(device: torch.device, dtype: str = "fp32", time_budget_s: f
 
     The product is square, of random data (zeros run faster), as large as the budget allows. The copy's arrays are at
     least four times the last-level cache. Both figures are the best of the medians of successive windows, so that a
-    passing disturbance does not lower a ceiling (MEASURING, "Ceilings"); a window lasts as long as the measurement of
+    passing disturbance does not lower a ceiling; a window lasts as long as the measurement of
     a step does, so that a burst does not raise it above what a step could reach.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

@@ -39,8 +39,9 @@ class Counter(Protocol):
         """End it: what was read over these seconds, by the name of `Reading`'s field. Never raises."""
 
 
-Source = Gpm | PmSampling | Kineto  # of a GPU's utilization: counters with a name, and the figures they give at best
-_SOURCES: tuple[type[Source], ...] = (Gpm, PmSampling, Kineto)  # the most trusted first
+# Of a GPU's utilization: counters with a name, and the figures they give at best.
+UtilizationCounters = Gpm | PmSampling | Kineto
+_SOURCES: tuple[type[UtilizationCounters], ...] = (Gpm, PmSampling, Kineto)  # the most trusted first
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,14 @@ class Region:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.source: Source | None = None  # of the utilization
+        self.source: UtilizationCounters | None = None  # of the utilization
         self.better: dict[str, str] = {}  # why a better source is not used, by its name
         self.meter: Nvml | Rapl = Rapl() if device.type == "cpu" else Nvml(device)  # of energy
         self.counters: list[Counter] = [self.meter]
         if device.type == "cpu":
             self.counters.append(CpuTime())
             return
-        self._passed: list[Source] = []
+        self._passed: list[UtilizationCounters] = []
         for kind in _SOURCES:
             source = kind(device)
             if not source.reasons.keys() >= set(source.figures):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.capacity.distributed import measure_distributed, process_group
 from pybatch.jobs.bench import run_bench
+from pybatch.jobs.options import BenchOptions
 from pybatch.records import Run
 from pybatch.workloads.base import Progress, Workload
 
@@ -20,13 +22,12 @@ _AROUND = (0.25, 0.5, 1.0, 2.0)  # of the best batch, per device: where the answ
 
 def run_bench_together(
     workload: Workload,
+    options: BenchOptions,
     *,
     device: torch.device,
-    dtype: str,
-    time_budget: float,
-    seed: int,
     progress: Progress | None = None,
-    **options: Any,
+    earlier: Run | None = None,
+    on_partial: Callable[[Run], None] | None = None,
 ) -> Run | None:
     """As `run_bench`, with its arguments, and then steps on 2, 4, ..., all devices.
 
@@ -35,19 +36,14 @@ def run_bench_together(
     Raises:
         PybatchError: in process 0, what `run_bench` raises; the others then end without a result.
     """
+    alone = replace(options, time_budget=_ALONE * options.time_budget)
     with process_group(device) as rank:
         run: Run | None = None
         error: BaseException | None = None
         if rank == 0:
             try:
                 run = run_bench(
-                    workload,
-                    device=device,
-                    dtype=dtype,
-                    time_budget=_ALONE * time_budget,
-                    seed=seed,
-                    progress=progress,
-                    **options,
+                    workload, alone, device=device, progress=progress, earlier=earlier, on_partial=on_partial
                 )
             except BaseException as caught:  # also Ctrl-C: the others wait for an answer
                 error = caught
@@ -60,15 +56,15 @@ def run_bench_together(
         together = measure_distributed(
             workload,
             device=device,
-            dtype=dtype,
+            dtype=options.dtype,
             batches=told[0],
-            time_budget=(1 - _ALONE) * time_budget,
-            seed=seed,
+            time_budget=options.time_budget - alone.time_budget,
+            seed=options.seed,
             progress=progress,
         )
         if run is None:
             return None
-        return replace(run, distributed=together, verdict=compare(run.capacity, run.noise, run.convergence, together))
+        return replace(run, distributed=together, verdict=advise(run.capacity, run.noise, run.convergence, together))
 
 
 def _stands(run: Run) -> bool:

@@ -27,8 +27,6 @@ def check_same(
         there, here = there | {"steps": measured.mode}, here | {"steps": mode}
     here |= {} if saved_device is None else _of_device(device)
     here |= {} if earlier.environment is None else _of_environment(environment)
-    if _OF_FILE not in there:  # a record of before it was kept; `notes` says so
-        here.pop(_OF_FILE, None)
     pairs = {key: (there.get(key, "not set"), here.get(key, "not set")) for key in there | here}
     differences = [f"{key} {saved} there, {now} here" for key, (saved, now) in pairs.items() if saved != now]
     if differences:
@@ -70,29 +68,26 @@ def enough(noise: NoiseScale | None) -> bool:
     return noise is not None and noise.steps >= MIN_BLOCKS
 
 
-def standing_noise(earlier: Run | None) -> NoiseScale | None:
+def standing_noise(earlier: Run) -> NoiseScale | None:
     """The noise scale that need not be measured again."""
-    noise = earlier.noise if earlier is not None and enough(earlier.noise) else None
+    noise = earlier.noise if enough(earlier.noise) else None
     cut = noise is not None and any(note.text.startswith(INTERRUPTED) for note in noise.notes)
     return None if cut else noise
 
 
-def standing_branches(earlier: Run | None) -> Convergence | None:
+def standing_branches(earlier: Run) -> Convergence | None:
     """The branched runs that need not be made again."""
-    steps = earlier.convergence if earlier is not None else None
+    steps = earlier.convergence
     return steps if steps is not None and steps.complete else None
 
 
-def notes(earlier: Run | None, now: str, source: str | None = None) -> tuple[Note, ...]:
+def notes(earlier: Run, now: str) -> tuple[Note, ...]:
     """What a continued record says of its past.
 
     Args:
         earlier: the run that goes on.
         now: ISO 8601 time.
-        source: digest of the user's file that the workload is defined in now, if it is.
     """
-    if earlier is None:
-        return ()
     before = tuple(note for note in earlier.notes if note.text.startswith(_CONTINUED))
     capacity = earlier.capacity
     kept = [str(point.batch) for point in capacity.standing] if capacity is not None else []
@@ -104,7 +99,4 @@ def notes(earlier: Run | None, now: str, source: str | None = None) -> tuple[Not
     stands = f"{' and '.join(parts)} of the run begun {earlier.created} stand" if parts else "nothing stands"
     commit = earlier.environment.commit if earlier.environment is not None else None
     there = f" (measured at commit {commit})" if commit is not None else ""
-    saved = capacity.workload if capacity is not None else None
-    if saved is not None and saved.source is None and source is not None:
-        there += "; it does not tell which version of the workload's file it ran: that it is the same is assumed"
     return (*before, Note("run", f"{_CONTINUED}{now}: {stands}{there}"))

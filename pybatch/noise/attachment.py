@@ -13,15 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from pybatch.base.errors import UsageError
 from pybatch.noise.handle import ACCUMULATIONS, Accumulation, Examples, Handle
 from pybatch.noise.preconditioner import EXPERIMENTAL
-from pybatch.noise.sources.backward import BackwardNoise
+from pybatch.noise.sources.adam_moments import MomentsNoise
 from pybatch.noise.sources.ddp import DDPNoise
 from pybatch.noise.sources.fsdp import FSDPNoise
 from pybatch.noise.sources.fused import OptimizerNoise
-from pybatch.noise.sources.moments import MomentsNoise
+from pybatch.noise.sources.micro_batches import MicroBatchNoise
 from pybatch.optim import FusedOptimizer
 from pybatch.records import Note
 
-Source = Literal["micro-batches", "ddp", "fsdp", "adam-moments"]
+NoiseSource = Literal["micro-batches", "ddp", "fsdp", "adam-moments"]
 
 SOURCES = ("micro-batches", "ddp", "fsdp", "adam-moments")
 COUNTED = Note(
@@ -32,7 +32,7 @@ COUNTED = Note(
 def attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
-    source: Source | None = None,
+    source: NoiseSource | None = None,
     *,
     examples: Examples = None,
     accumulation: Accumulation = "mean",
@@ -132,7 +132,7 @@ def attach(
                 "scaler=..., and gradients are measured as they add up in .grad."
             )
         return OptimizerNoise(optimizer, unit)
-    return BackwardNoise(model, optimizer, **common, preconditioned=preconditioned, scaler=scaler)
+    return MicroBatchNoise(model, optimizer, **common, preconditioned=preconditioned, scaler=scaler)
 
 
 def _refuse_reduced(model: nn.Module, source: str) -> None:
@@ -147,7 +147,7 @@ def _refuse_reduced(model: nn.Module, source: str) -> None:
         )
 
 
-def _choose(model: nn.Module) -> Source:
+def _choose(model: nn.Module) -> NoiseSource:
     if isinstance(model, FSDPModule):
         return "fsdp"
     if isinstance(model, DistributedDataParallel) and dist.get_world_size(model.process_group) > 1:

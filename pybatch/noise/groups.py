@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from pybatch.noise.sources.feeds import Feed, counted
+from pybatch.noise.feeds import Feed, counted
 from pybatch.records import NoiseScale, Note
 from pybatch.workloads.running.session import Session
 
@@ -69,7 +69,7 @@ class Tally:
         return math.sqrt(self.spread / self._examples)
 
 
-class Round:
+class MicroBatchGroups:
     """Groups of k micro-batches, all of one size: nothing chosen from the data enters a mean.
 
     Args:

@@ -18,7 +18,7 @@ from pybatch.base.errors import UsageError
 from pybatch.fits.accumulator import NoiseAccumulator
 from pybatch.noise.closures import Evaluations
 from pybatch.noise.confounds import confounds
-from pybatch.noise.pending import Pending
+from pybatch.noise.readback import Readback
 from pybatch.records import NoiseScale, Note
 
 Accumulation = Literal["mean", "sum", "weighted"]
@@ -192,7 +192,7 @@ class Collector(Handle):
         self.source, self._model, self._unit, self._notes = source, model, unit, notes
         self._accumulator = NoiseAccumulator(source, layers, preconditioned, missing)
         self._series = 1 + preconditioned + len(layers)
-        self._pending = Pending(2 + 2 * self._series, device, self._take)
+        self._readback = Readback(2 + 2 * self._series, device, self._take)
         self._device = device
         self._trained, self._frozen = dict(trainable(model)), dict(trainable(model, False))
         self._counter: Count | None = None
@@ -209,7 +209,7 @@ class Collector(Handle):
     @property
     def noise(self) -> NoiseScale:
         self._settle()
-        self._pending.drain()
+        self._readback.drain()
         found = self._accumulator.estimate(self._single, self._said())
         evaluation = self._counter is not None and self._counter.modes == {False}
         said = confounds(self._model, None, found, training=not evaluation)
@@ -224,7 +224,7 @@ class Collector(Handle):
 
     def state_dict(self) -> dict[str, Any]:
         self._settle()
-        self._pending.drain()
+        self._readback.drain()
         return {"source": self.source, "single": self._single, "statistics": self._accumulator.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -237,7 +237,7 @@ class Collector(Handle):
         if missing:
             raise UsageError(f"noise state lacks {sorted(missing)}. Load what state_dict() of a handle returned.")
         self._settle()
-        self._pending.drain()
+        self._readback.drain()
         self._accumulator.load_state_dict(state["statistics"])
         self._single = int(state["single"])
 
@@ -273,10 +273,10 @@ class Collector(Handle):
         """One step: counts, and [series] squared norms each: total, preconditioned if kept, layers."""
         sizes = torch.empty(2, dtype=torch.float64, device=self._device)
         sizes[0], sizes[1] = n_small, n_large  # numbers are filled in; making a tensor of them would wait
-        self._pending.append(torch.cat([sizes, small, large]))
+        self._readback.append(torch.cat([sizes, small, large]))
 
     def _skip(self) -> None:
-        self._pending.append(torch.full((2 + 2 * self._series,), math.nan, dtype=torch.float64, device=self._device))
+        self._readback.append(torch.full((2 + 2 * self._series,), math.nan, dtype=torch.float64, device=self._device))
 
     def _take(self, rows: NDArray[np.float64]) -> None:
         before = 1 + self._accumulator.preconditioned

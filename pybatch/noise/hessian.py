@@ -20,8 +20,8 @@ from pybatch.base import numerals
 from pybatch.base.errors import UsageError
 from pybatch.fits.accumulator import NoiseAccumulator
 from pybatch.fits.noise import judge
+from pybatch.noise.feeds import counted
 from pybatch.noise.groups import Tally
-from pybatch.noise.sources.feeds import counted
 from pybatch.records import WeightedNoise
 from pybatch.workloads.running.session import Session
 

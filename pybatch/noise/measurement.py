@@ -22,15 +22,15 @@ from pybatch.base.numerals import counted
 from pybatch.device.identity import resolve
 from pybatch.fits.noise import INTERRUPTED, noiseless
 from pybatch.noise.confounds import confounds
-from pybatch.noise.groups import Round
+from pybatch.noise.feeds import Feed, HookFeed, OptimizerFeed
+from pybatch.noise.groups import MicroBatchGroups
 from pybatch.noise.hessian import HessianNoise
-from pybatch.noise.sources.feeds import Feed, HookFeed, OptimizerFeed
 from pybatch.optim import AdamW
 from pybatch.records import NoiseScale, Note, WeightedNoise
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.session import Session
 
-Source = Literal["micro-batches", "per-example"]
+NoiseSource = Literal["micro-batches", "per-example"]
 Mode = Literal["train", "eval", "both"]
 
 WARMUP_STEPS = 200  # past the first fall of the loss, where the noise scale is least like later training
@@ -52,7 +52,7 @@ def measure_noise(
     time_budget: float = 25.0,
     warmup_steps: int | None = None,
     micro_batch: int | None = None,
-    source: Source = "micro-batches",
+    source: NoiseSource = "micro-batches",
     mode: Mode = "train",
     hold: bool | None = None,
     layers: bool = False,
@@ -102,8 +102,8 @@ def measure_noise(
         raise UsageError(f"warmup_steps {warmup_steps} is negative. Give 0 or more training steps.")
     if micro_batch is not None and micro_batch < 1:
         raise UsageError(f"micro_batch {micro_batch} holds no example. Give 1 or more.")
-    if source not in get_args(Source):
-        raise unknown("source", source, get_args(Source))
+    if source not in get_args(NoiseSource):
+        raise unknown("source", source, get_args(NoiseSource))
     if mode not in get_args(Mode):
         raise unknown("mode", mode, get_args(Mode))
     if preconditioned and source != "micro-batches":
@@ -133,7 +133,7 @@ class _Measurement:
         seed: int,
         time_budget: float,
         progress: Progress | None,
-        source: Source,
+        source: NoiseSource,
         layers: bool,
         preconditioned: bool,
     ) -> None:
@@ -152,7 +152,7 @@ class _Measurement:
         self.warmup_steps = self.stretch_steps = 0
         self.stretch_end = STRETCH_STEPS
         self.held = False
-        self.rounds: list[Round] = []
+        self.rounds: list[MicroBatchGroups] = []
         self.deadline = self.start + time_budget  # of the part under way
         self.eval_mode: NoiseScale | None = None
         self.hessian: HessianNoise | None = None
@@ -244,7 +244,7 @@ class _Measurement:
         k, self.stretch_end = FIRST_GROUP, self.stretch_steps + STRETCH_STEPS
         while True:
             between = None if self.held else self.train_on
-            current = Round(self.session, micro_batch, k, self.new_feed(), between)
+            current = MicroBatchGroups(self.session, micro_batch, k, self.new_feed(), between)
             self.rounds.append(current)
             if not self._fill(current, GROUPS):
                 return
@@ -264,7 +264,7 @@ class _Measurement:
                 return
             found = current.result()
 
-    def _fill(self, current: Round, groups: int) -> bool:
+    def _fill(self, current: MicroBatchGroups, groups: int) -> bool:
         while current.groups < groups:
             self.say("measuring gradients")
             some = min(groups, current.groups + max(1, GROUPS // 4))

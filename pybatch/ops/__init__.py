@@ -25,8 +25,8 @@ from pybatch.ops.compiled import (
     Build,
     Call,
     Reduce,
-    Rule,
-    Watch,
+    Snapshot,
+    UpdateRule,
     build,
 )
 from pybatch.ops.ledger import Ledger
@@ -48,10 +48,10 @@ __all__ = [
     "Entry",
     "Ledger",
     "Reduce",
-    "Rule",
+    "Snapshot",
     "TensorList",
     "TritonBackend",
-    "Watch",
+    "UpdateRule",
     "build",
     "choose_backend",
     "example_kernels",

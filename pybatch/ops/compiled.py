@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch  # before _C: both then share one OpenMP pool
 
-from pybatch import _C as _compiled
+from pybatch.base.errors import InstallationError
+
+
+def _missing() -> InstallationError:
+    """What there is in place of the compiled module: most often a clone of the sources that hides the installed one."""
+    tree = Path(__file__).parents[1]
+    installed = next((str(p) for p in map(Path, sys.path) if any((p / "pybatch").glob("_C.*.so"))), None)
+    hides = f", which hides the one installed in {installed}," if installed is not None else ""
+    return InstallationError(
+        f"Python took pybatch from the sources in {tree}{hides} and they hold no compiled core (pybatch._C). Install "
+        f"them in place, 'pip install -e {tree.parent}', or start Python from another folder."
+    )
+
+
+try:
+    from pybatch import _C as _compiled
+except ImportError as error:
+    if error.name != "pybatch":  # it is there, but does not load: its own words say why
+        raise
+    raise _missing() from None
 
 core: Any = _compiled
 Call = core.Call  # the scalars of one step or accumulation
-Watch = core.Watch  # whether the tensors a table was built from still stand; see csrc/watch.h
+Snapshot = core.Snapshot  # whether the tensors a table was built from still stand; see csrc/snapshot.h
 Reduce = Callable[[list[torch.Tensor]], None]  # sums float64 tensors over processes, in place
 
 
-class Rule(NamedTuple):
+class UpdateRule(NamedTuple):
     """An update rule of kernels/rules.h."""
 
     number: int
@@ -26,7 +47,7 @@ class Rule(NamedTuple):
 
 DTYPES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in core.dtypes.items()}
 STORAGES: dict[str, int] = dict(core.storages)  # such as "float32", "bfloat16_master"; see kernels/table.h
-RULES: dict[str, Rule] = {name: Rule(*of) for name, of in core.rules.items()}
+RULES: dict[str, UpdateRule] = {name: UpdateRule(*of) for name, of in core.rules.items()}
 HYPER_COLUMNS: int = core.hyper_columns
 MAX_STATES: int = core.max_states
 LEDGER_SUMS = ("sum_sq", "bad", "micro_sq")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,10 +12,6 @@ from numpy.typing import ArrayLike
 from pybatch.base.errors import UsageError
 from pybatch.ops.compiled import DTYPES, HYPER_COLUMNS, LAYER_SUMS, MAX_STATES, RULES, STORAGES, core
 from pybatch.ops.ledger import Ledger
-
-if TYPE_CHECKING:
-    from pybatch.ops.backends import Backend
-
 
 _FEW = 8  # norms that are made void one by one: a launch each
 
@@ -60,8 +55,7 @@ class TensorList:
         entries: the tensors, all on one device.
         groups: rows of hyper-parameters.
         ledger: the optimizer's scalars, on that device.
-        backend: who will run over the list; decides the chunk size.
-
+        chunk: elements that a block of the backend works on at a time.
         layers: noise per tensor, float64 [tensors, LAYER_SIZE] on that device, updated in place; None: not kept.
 
     `steps` is float32 [tensors]; an element of it is a tensor's step count. States and masters are kept alive here.
@@ -74,7 +68,7 @@ class TensorList:
         entries: Sequence[Entry],
         groups: int,
         ledger: Ledger,
-        backend: Backend,
+        chunk: int,
         layers: torch.Tensor | None = None,
     ) -> None:
         self.states, self.ledger, self.layers = [entry.states for entry in entries], ledger, layers
@@ -100,7 +94,7 @@ class TensorList:
             if entry.master is not None:
                 row[column["master"]] = entry.master.data_ptr()
         self._host, self._columns, self._stale = host, host.numpy(), True
-        chunks = torch.from_numpy(core.plan([entry.param.numel() for entry in entries], backend.chunk))
+        chunks = torch.from_numpy(core.plan([entry.param.numel() for entry in entries], chunk))
         device = self.device
         self.rows = host if device.type == "cpu" else torch.empty_like(host, device=device)
         self.chunks = chunks.to(device)
@@ -114,7 +108,7 @@ class TensorList:
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
         table = core.Table()
         table.rows, table.row_count = self.rows.data_ptr(), len(entries)
-        table.chunks, table.chunk_count, table.chunk = self.chunks.data_ptr(), len(chunks), backend.chunk
+        table.chunks, table.chunk_count, table.chunk = self.chunks.data_ptr(), len(chunks), chunk
         table.hyper, table.steps = self.hyper.data_ptr(), self.steps.data_ptr()
         table.ledger, table.ring = ledger.values.data_ptr(), ledger.ring.data_ptr()
         table.starts, table.share = self.starts.data_ptr(), self.share.data_ptr()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Unpack
 
 import torch
 
-from pybatch.optim._engine.arguments import check_betas, check_hyper, check_torch_flags
+from pybatch.optim._engine.arguments import check_betas, check_hyper
 from pybatch.optim._engine.base import FusedOptimizer
-from pybatch.optim._engine.options import Options, Rule
+from pybatch.optim._engine.options import OwnOptions, ParamRule
 
 
 class Adam(FusedOptimizer):
@@ -36,19 +36,11 @@ class Adam(FusedOptimizer):
         weight_decay: float = 0.0,
         amsgrad: bool = False,
         *,
-        foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        max_grad_norm: float | None = None,
-        noise: bool = False,
-        master_weights: bool | Literal["remainder"] = False,
-        stochastic_rounding: bool | int = False,
-        backend: str | None = None,
+        **own: Unpack[OwnOptions],
     ) -> None:
-        check_torch_flags(differentiable)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -59,14 +51,7 @@ class Adam(FusedOptimizer):
             "capturable": capturable,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        options = Options(
-            max_grad_norm=max_grad_norm,
-            noise=noise,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            backend=backend,
-        )
-        super().__init__(params, defaults, options)
+        super().__init__(params, defaults, **own)
 
     @classmethod
     def _check(cls, group: dict[str, Any]) -> None:
@@ -75,13 +60,13 @@ class Adam(FusedOptimizer):
         check_hyper(group, "weight_decay")
 
     @classmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
         name = "AdamW" if group["decoupled_weight_decay"] else "Adam"
         if group["amsgrad"]:
-            return Rule(name + "Amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
-        return Rule(name, ("exp_avg", "exp_avg_sq"))
+            return ParamRule(name + "Amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+        return ParamRule(name, ("exp_avg", "exp_avg_sq"))
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         return float(beta1), float(beta2), group["eps"], group["weight_decay"]

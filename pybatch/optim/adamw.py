@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
 
+from pybatch.optim._engine.options import OwnOptions
 from pybatch.optim.adam import Adam
 
 
@@ -14,9 +15,7 @@ class AdamW(Adam):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as in torch; betas are floats.
-        foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
-        differentiable: must be False.
-        max_grad_norm, noise, master_weights, stochastic_rounding, backend: see `FusedOptimizer`.
+        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend, and torch's flags: see `OwnOptions`.
 
     Raises:
         UsageError: a hyper-parameter outside its range.
@@ -32,15 +31,8 @@ class AdamW(Adam):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
-        foreach: bool | None = None,
         capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        noise: bool = False,
-        master_weights: bool | Literal["remainder"] = False,
-        stochastic_rounding: bool | int = False,
-        backend: str | None = None,
+        **own: Unpack[OwnOptions],
     ) -> None:
         super().__init__(
             params,
@@ -49,17 +41,10 @@ class AdamW(Adam):
             eps,
             weight_decay,
             amsgrad,
-            foreach=foreach,
             maximize=maximize,
             capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
             decoupled_weight_decay=True,
-            max_grad_norm=max_grad_norm,
-            noise=noise,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            backend=backend,
+            **own,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Unpack
 
 import torch
 
 from pybatch.base.errors import UsageError
-from pybatch.optim._engine.arguments import check_betas, check_hyper, check_torch_flags
+from pybatch.optim._engine.arguments import check_betas, check_hyper, check_skip, skipped
 from pybatch.optim._engine.base import FusedOptimizer
-from pybatch.optim._engine.options import Options, Rule
-from pybatch.optim._engine.skipping import check_skip, skipped
+from pybatch.optim._engine.options import OwnOptions, ParamRule
 
 
 class LAMB(FusedOptimizer):
@@ -30,9 +29,7 @@ class LAMB(FusedOptimizer):
         skip: None: parameters with at most one dimension take Adam's step; True: all of the group; False: none. An
             option of param groups too: {"params": biases, "skip": True}.
         maximize, capturable: as in torch.
-        foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
-        differentiable: must be False.
-        max_grad_norm, noise, master_weights, stochastic_rounding, backend: see `FusedOptimizer`.
+        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend, and torch's flags: see `OwnOptions`.
 
     Raises:
         UsageError: a hyper-parameter outside its range.
@@ -51,17 +48,9 @@ class LAMB(FusedOptimizer):
         *,
         skip: bool | None = None,
         maximize: bool = False,
-        foreach: bool | None = None,
         capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        noise: bool = False,
-        master_weights: bool | Literal["remainder"] = False,
-        stochastic_rounding: bool | int = False,
-        backend: str | None = None,
+        **own: Unpack[OwnOptions],
     ) -> None:
-        check_torch_flags(differentiable)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -72,14 +61,7 @@ class LAMB(FusedOptimizer):
             "maximize": maximize,
             "capturable": capturable,
         }
-        options = Options(
-            max_grad_norm=max_grad_norm,
-            noise=noise,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            backend=backend,
-        )
-        super().__init__(params, defaults, options)
+        super().__init__(params, defaults, **own)
 
     @classmethod
     def _check(cls, group: dict[str, Any]) -> None:
@@ -92,11 +74,11 @@ class LAMB(FusedOptimizer):
             raise UsageError(f"max_ratio {bound}: it must be above 0. 10 is common; None sets no bound.")
 
     @classmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
-        return Rule("AdamW" if skipped(group, param) else "Lamb", ("exp_avg", "exp_avg_sq"))
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
+        return ParamRule("AdamW" if skipped(group, param) else "Lamb", ("exp_avg", "exp_avg_sq"))
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         if rule.name == "AdamW":
             return float(beta1), float(beta2), group["eps"], 0.0

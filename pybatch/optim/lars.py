@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Unpack
 
 import torch
 
 from pybatch.base.errors import UsageError
-from pybatch.optim._engine.arguments import check_hyper, check_torch_flags
+from pybatch.optim._engine.arguments import check_hyper, check_skip, skipped
 from pybatch.optim._engine.base import FusedOptimizer
-from pybatch.optim._engine.options import Options, Rule
-from pybatch.optim._engine.skipping import check_skip, skipped
+from pybatch.optim._engine.options import OwnOptions, ParamRule
 
 
 class LARS(FusedOptimizer):
@@ -34,9 +33,7 @@ class LARS(FusedOptimizer):
         skip: None: parameters with at most one dimension are updated by plain momentum SGD; True: all of the group;
             False: none. An option of param groups too: {"params": biases, "skip": True}.
         maximize, capturable: as in torch.
-        foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
-        differentiable: must be False.
-        max_grad_norm, noise, master_weights, stochastic_rounding, backend: see `FusedOptimizer`.
+        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend, and torch's flags: see `OwnOptions`.
 
     Raises:
         UsageError: a hyper-parameter outside its range.
@@ -57,17 +54,9 @@ class LARS(FusedOptimizer):
         *,
         skip: bool | None = None,
         maximize: bool = False,
-        foreach: bool | None = None,
         capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        noise: bool = False,
-        master_weights: bool | Literal["remainder"] = False,
-        stochastic_rounding: bool | int = False,
-        backend: str | None = None,
+        **own: Unpack[OwnOptions],
     ) -> None:
-        check_torch_flags(differentiable)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -79,14 +68,7 @@ class LARS(FusedOptimizer):
             "maximize": maximize,
             "capturable": capturable,
         }
-        options = Options(
-            max_grad_norm=max_grad_norm,
-            noise=noise,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            backend=backend,
-        )
-        super().__init__(params, defaults, options)
+        super().__init__(params, defaults, **own)
 
     @classmethod
     def _check(cls, group: dict[str, Any]) -> None:
@@ -102,11 +84,11 @@ class LARS(FusedOptimizer):
             )
 
     @classmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
-        return Rule("SgdMomentum" if skipped(group, param) else "Lars", ("momentum_buffer",))
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
+        return ParamRule("SgdMomentum" if skipped(group, param) else "Lars", ("momentum_buffer",))
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         momentum, nesterov = group["momentum"], float(group["nesterov"])
         if rule.name == "SgdMomentum":
             return momentum, 0.0, 0.0, nesterov  # no dampening, no decay

@@ -81,7 +81,7 @@ def step(
             raise UsageError(f"tensor {i} is {param.dtype}, its storage {stored!r}. Give the number of one of its own.")
         entries.append(ops.Entry(param, tuple(own), name, rows[i], steps[i], stored, kept, salt=i))
     backend = ops.choose_backend(None, params[0].device)
-    tensors = ops.TensorList(entries, len(hyper), ops.Ledger.of(ledger, ring), backend)
+    tensors = ops.TensorList(entries, len(hyper), ops.Ledger.of(ledger, ring), backend.chunk)
     tensors.hyper.copy_(hyper)
     _set_gradients(tensors, grads)
     call = ops.Call()
@@ -116,7 +116,7 @@ def accumulate(
         _check_beside(total, total, torch.float32, f"sum {i}")
     entries = [ops.Entry(total, (), "Sgd", 0, 0.0) for total in sums]
     backend = ops.choose_backend(None, sums[0].device)
-    tensors = ops.TensorList(entries, 1, ops.Ledger.of(ledger, ring), backend)
+    tensors = ops.TensorList(entries, 1, ops.Ledger.of(ledger, ring), backend.chunk)
     _set_gradients(tensors, grads)
     tensors.set("sum", [total.data_ptr() for total in sums])
     call = ops.Call()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Unpack
 
 import torch
 
-from pybatch.optim._engine.arguments import check_betas, check_hyper, check_torch_flags
+from pybatch.optim._engine.arguments import check_betas, check_hyper
 from pybatch.optim._engine.base import FusedOptimizer
-from pybatch.optim._engine.options import Options, Rule
+from pybatch.optim._engine.options import OwnOptions, ParamRule
 
 
 class Lion(FusedOptimizer):
@@ -22,9 +22,7 @@ class Lion(FusedOptimizer):
         betas: rate of the momentum whose sign is taken, and of the one that is kept.
         weight_decay: decoupled, as AdamW's; three to ten times AdamW's, so that lr * weight_decay stays.
         maximize, capturable: as in torch.
-        foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
-        differentiable: must be False.
-        max_grad_norm, noise, master_weights, stochastic_rounding, backend: see `FusedOptimizer`.
+        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend, and torch's flags: see `OwnOptions`.
 
     Raises:
         UsageError: a hyper-parameter outside its range.
@@ -40,17 +38,9 @@ class Lion(FusedOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        foreach: bool | None = None,
         capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        noise: bool = False,
-        master_weights: bool | Literal["remainder"] = False,
-        stochastic_rounding: bool | int = False,
-        backend: str | None = None,
+        **own: Unpack[OwnOptions],
     ) -> None:
-        check_torch_flags(differentiable)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -58,14 +48,7 @@ class Lion(FusedOptimizer):
             "maximize": maximize,
             "capturable": capturable,
         }
-        options = Options(
-            max_grad_norm=max_grad_norm,
-            noise=noise,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            backend=backend,
-        )
-        super().__init__(params, defaults, options)
+        super().__init__(params, defaults, **own)
 
     @classmethod
     def _check(cls, group: dict[str, Any]) -> None:
@@ -73,10 +56,10 @@ class Lion(FusedOptimizer):
         check_hyper(group, "weight_decay")
 
     @classmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
-        return Rule("Lion", ("exp_avg",))
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
+        return ParamRule("Lion", ("exp_avg",))
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         return float(beta1), float(beta2), group["weight_decay"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Unpack
 
 import torch
 
 from pybatch.base.errors import UsageError
 from pybatch.optim._engine import newton_schulz
-from pybatch.optim._engine.arguments import check_betas, check_hyper, check_torch_flags
+from pybatch.optim._engine.arguments import check_betas, check_hyper
 from pybatch.optim._engine.base import FusedOptimizer
-from pybatch.optim._engine.options import Options, Rule
+from pybatch.optim._engine.options import OwnOptions, ParamRule
 
 ADJUSTMENTS = (None, "original", "match_rms_adamw")
 
@@ -40,9 +40,7 @@ class Muon(FusedOptimizer):
             0.2 lr sqrt(max(rows, columns)), with which AdamW's lr and weight_decay can be kept.
         adamw_lr, adamw_weight_decay, adamw_betas, adamw_eps: of AdamW groups; None: as Muon's.
         maximize, capturable: as in torch's other optimizers.
-        foreach, fused: accepted for torch's sake and without effect.
-        differentiable: must be False.
-        max_grad_norm, noise, master_weights, stochastic_rounding, backend: see `FusedOptimizer`.
+        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend, and torch's flags: see `OwnOptions`.
 
     Raises:
         UsageError: a hyper-parameter outside its range, or use_muon=True for a parameter that is no matrix.
@@ -67,17 +65,9 @@ class Muon(FusedOptimizer):
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float | None = None,
         maximize: bool = False,
-        foreach: bool | None = None,
         capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        noise: bool = False,
-        master_weights: bool | Literal["remainder"] = False,
-        stochastic_rounding: bool | int = False,
-        backend: str | None = None,
+        **own: Unpack[OwnOptions],
     ) -> None:
-        check_torch_flags(differentiable)
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -97,14 +87,7 @@ class Muon(FusedOptimizer):
             self._adamw["lr"] = adamw_lr
         if adamw_weight_decay is not None:
             self._adamw["weight_decay"] = adamw_weight_decay
-        options = Options(
-            max_grad_norm=max_grad_norm,
-            noise=noise,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            backend=backend,
-        )
-        super().__init__(params, defaults, options)
+        super().__init__(params, defaults, **own)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group that does not say "use_muon" becomes two where it holds matrices and other parameters."""
@@ -147,14 +130,14 @@ class Muon(FusedOptimizer):
                 )
 
     @classmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
         if not group["use_muon"]:
-            return Rule("AdamW", ("exp_avg", "exp_avg_sq"))
+            return ParamRule("AdamW", ("exp_avg", "exp_avg_sq"))
         factor = adjustment(group["adjust_lr_fn"], *param.shape)
-        return Rule("MuonMomentum", ("momentum_buffer",), extra=(factor,), then="MuonMove")
+        return ParamRule("MuonMomentum", ("momentum_buffer",), extra=(factor,), then="MuonMove")
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         if rule.name == "AdamW":
             beta1, beta2 = group["betas"]
             return float(beta1), float(beta2), group["eps"], group["weight_decay"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Unpack
 
 import torch
 
 from pybatch.base.errors import UsageError
-from pybatch.optim._engine.arguments import check_hyper, check_torch_flags
+from pybatch.optim._engine.arguments import check_hyper
 from pybatch.optim._engine.base import FusedOptimizer
-from pybatch.optim._engine.options import Options, Rule
+from pybatch.optim._engine.options import OwnOptions, ParamRule
 
 
 class SGD(FusedOptimizer):
@@ -17,9 +17,7 @@ class SGD(FusedOptimizer):
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.
-        foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
-        differentiable: must be False.
-        max_grad_norm, noise, master_weights, stochastic_rounding, backend: see `FusedOptimizer`.
+        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend, and torch's flags: see `OwnOptions`.
 
     Raises:
         UsageError: a hyper-parameter outside its range.
@@ -37,16 +35,8 @@ class SGD(FusedOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        noise: bool = False,
-        master_weights: bool | Literal["remainder"] = False,
-        stochastic_rounding: bool | int = False,
-        backend: str | None = None,
+        **own: Unpack[OwnOptions],
     ) -> None:
-        check_torch_flags(differentiable)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -55,14 +45,7 @@ class SGD(FusedOptimizer):
             "nesterov": nesterov,
             "maximize": maximize,
         }
-        options = Options(
-            max_grad_norm=max_grad_norm,
-            noise=noise,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            backend=backend,
-        )
-        super().__init__(params, defaults, options)
+        super().__init__(params, defaults, **own)
 
     @classmethod
     def _check(cls, group: dict[str, Any]) -> None:
@@ -79,9 +62,9 @@ class SGD(FusedOptimizer):
         return (group["momentum"] != 0,)  # schedulers as OneCycleLR change it in every step
 
     @classmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
-        return Rule("SgdMomentum", ("momentum_buffer",)) if group["momentum"] != 0 else Rule("Sgd")
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
+        return ParamRule("SgdMomentum", ("momentum_buffer",)) if group["momentum"] != 0 else ParamRule("Sgd")
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         return group["momentum"], group["dampening"], group["weight_decay"], float(group["nesterov"])

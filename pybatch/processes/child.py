@@ -1,59 +1,123 @@
-"""A worker process: units of trials on stdin, outcomes on stdout, both pickled by pybatch's own processes.
+"""A process of pybatch's own that works for another: messages to its stdin, answers from its stdout, both pickled.
 
-Started by `convergence.jobs` as `python -m pybatch.processes.child`.
+The parent makes a `Child` of a function that the other process can import; there it is called with a `Channel`. What
+the workload prints in the child goes to stderr. Messages come from pybatch's own processes alone, never from a file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import queue
 import signal
+import subprocess
 import sys
-from typing import Any
+import threading
+from collections.abc import Callable
+from typing import IO, Any
 
-import torch
+_ENDS = 5.0  # s for a process to end whose answers have ended
 
-from pybatch.device.memory import keep_freed
-from pybatch.processes.workers import Setup, train
+
+class ParentGoneError(Exception):
+    """Nothing more will be asked, and nobody waits for an answer."""
+
+
+class Channel:
+    """The child's side of it: what it is asked, and where its answers go."""
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+        self._asked = sys.stdin.buffer
+        self._answers = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)  # prints of the workload must not reach the answers
+
+    def receive(self) -> Any:
+        """The next message; raises ParentGoneError where the parent ended, perhaps within one."""
+        try:
+            return pickle.load(self._asked)
+        except (EOFError, pickle.UnpicklingError):
+            raise ParentGoneError from None
+
+    def send(self, answer: Any) -> None:
+        """Answer; raises ParentGoneError where nobody reads it."""
+        try:
+            self._answers.write(pickle.dumps(answer))
+            self._answers.flush()
+        except BrokenPipeError:
+            raise ParentGoneError from None
+
+    def check_parent(self) -> None:
+        """End this process where its parent was killed: nobody waits for what is done here."""
+        if os.getppid() != self._parent:
+            os._exit(1)
+
+
+Work = Callable[[Channel], None]
+
+
+class Child:
+    """A process that does `work`, which must be a function that can be imported, and a thread that reads its answers.
+
+    Every answer is put into `answers` as (this child, answer), and (this child, None) after the last. Its complaints go
+    to `stderr`; None: to this process's own.
+    """
+
+    def __init__(
+        self, work: Work, answers: queue.SimpleQueue[tuple[Child, Any]] | None = None, stderr: IO[bytes] | None = None
+    ) -> None:
+        self.answers = answers if answers is not None else queue.SimpleQueue()
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "pybatch.processes.child"],  # -P: not a checkout that happens to be here
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,  # Ctrl-C is the parent's affair
+        )
+        self.send(work)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def send(self, message: Any) -> None:
+        """Ask for something; where the child has ended, the reader says so."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(pickle.dumps(message))
+            self.process.stdin.flush()
+
+    def status(self) -> int | None:
+        """Exit status of a process whose answers have ended, negative for a signal; None: it has not ended."""
+        try:
+            return self.process.wait(_ENDS)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def stop(self) -> None:
+        """Kill it, and let go of its streams."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):  # what was written to it last is lost with the process
+                    stream.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        try:
+            while True:
+                self.answers.put((self, pickle.load(self.process.stdout)))
+        except (EOFError, pickle.UnpicklingError, ValueError, OSError):  # it ended, perhaps within an answer
+            self.answers.put((self, None))
 
 
 def main() -> None:
-    """Read the setup, then run units until stdin ends."""
+    """Do what the parent asks for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # the workload's own prints must not reach the answers
-    parent = os.getppid()
-
-    def answer(value: Any) -> None:
-        answers.write(pickle.dumps(value))
-        answers.flush()
-
-    def look(text: str, share: float) -> None:
-        if os.getppid() != parent:  # killed: nobody waits for what is trained here
-            os._exit(1)
-
-    try:
-        setup: Setup = _asked()
-        torch.set_num_threads(setup.threads)
-        keep_freed()
-        workload = setup.workload.open()
-        while True:
-            unit = _asked()
-            answer(train(workload, unit, answer, torch.device(setup.device), look))
-    except (_DriverEndedError, BrokenPipeError):
-        return
-
-
-class _DriverEndedError(Exception):
-    """Nothing more will be asked."""
-
-
-def _asked() -> Any:
-    """The next message; raises where the driver ended, perhaps within one."""
-    try:
-        return pickle.load(sys.stdin.buffer)
-    except (EOFError, pickle.UnpicklingError):
-        raise _DriverEndedError from None
+    channel = Channel()
+    with contextlib.suppress(ParentGoneError):
+        channel.receive()(channel)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,8 @@ A worker that is lost (killed, out of memory) loses the trials it had not sent b
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import queue
 import signal
-import subprocess
-import sys
-import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +17,8 @@ from typing import Any
 import torch
 
 from pybatch.base.errors import PybatchError, StoreError
+from pybatch.device.memory import keep_freed
+from pybatch.processes.child import Channel, Child
 from pybatch.training.trial import Outcome, Unit
 from pybatch.training.unit import run_unit
 from pybatch.workloads.base import Progress, Workload
@@ -28,7 +26,6 @@ from pybatch.workloads.running.packing import Packed, pack
 from pybatch.workloads.running.session import is_out_of_memory
 
 _NO_MEMORY = "its trials may need more memory than there is: use fewer jobs, or leave this batch size out"
-_ENDS = 5.0  # s in which a process that closed its answers ends
 TRIES = 3  # times a unit is begun: a trial that kills its worker each time would never end
 
 Deliver = Callable[[Outcome], None]
@@ -183,10 +180,10 @@ class Processes(Workers):
         super().__init__(deliver)
         self.jobs = jobs
         threads = max(1, torch.get_num_threads() // jobs)
-        self._setup = pickle.dumps(Setup(pack(workload), str(device), threads))
-        self._answers: queue.SimpleQueue[tuple[_Child, Any]] = queue.SimpleQueue()
-        self._idle: list[_Child] = []
-        self._busy: dict[_Child, Ticket] = {}
+        self._setup = Setup(pack(workload), str(device), threads)
+        self._answers: queue.SimpleQueue[tuple[Child, Any]] = queue.SimpleQueue()
+        self._idle: list[Child] = []
+        self._busy: dict[Child, Ticket] = {}
         self._waiting: deque[Ticket] = deque()
 
     @property
@@ -213,7 +210,7 @@ class Processes(Workers):
                 continue
             del self._busy[child]
             if answer is None:
-                ticket.lost = child.ending()
+                ticket.lost = _ending(child.status())
                 child.stop()
                 self._waiting.appendleft(ticket)
             else:
@@ -233,64 +230,33 @@ class Processes(Workers):
         while self._waiting and len(self._busy) < self.jobs:
             ticket = self._waiting.popleft()
             ticket.begin()
-            child = self._idle.pop() if self._idle else _Child(self._setup, self._answers)
+            child = self._idle.pop() if self._idle else self._started()
             self._busy[child] = ticket
             child.send(ticket.rest())
 
+    def _started(self) -> Child:
+        child = Child(work, self._answers)
+        child.send(self._setup)
+        return child
 
-class _Child:
-    """A worker process, and a thread that reads its answers; None is put after the last one."""
 
-    def __init__(self, setup: bytes, answers: queue.SimpleQueue[tuple[_Child, Any]]) -> None:
-        self._answers = answers
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pybatch.processes.child"],  # -P: not a checkout that happens to be here
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is the driver's affair
-        )
-        self._write(setup)
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+def work(channel: Channel) -> None:
+    """In a worker process: read the setup, then train units until nothing more is asked."""
+    setup: Setup = channel.receive()
+    torch.set_num_threads(setup.threads)
+    keep_freed()
+    workload, device = setup.workload.open(), torch.device(setup.device)
+    while True:
+        unit = channel.receive()
+        channel.send(train(workload, unit, channel.send, device, lambda text, share: channel.check_parent()))
 
-    def send(self, unit: Unit) -> None:
-        self._write(pickle.dumps(unit))
 
-    def ending(self) -> str:
-        """How a process ended that answers no more, and what to do about it."""
-        try:
-            code = self.process.wait(_ENDS)
-        except subprocess.TimeoutExpired:
-            return "it answers no more: see what it wrote above"
-        if code == -signal.SIGKILL:
-            return f"killed by SIGKILL, as where memory runs out; {_NO_MEMORY}"
-        names = {number.value: number.name for number in signal.Signals}  # real-time signals have none
-        how = f"ended by {names.get(-code, f'signal {-code}')}" if code < 0 else f"ended with exit status {code}"
-        return f"{how}: see what it wrote above, and what in the workload ends a process"
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join()
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                try:
-                    stream.close()
-                except OSError:  # what was written to it last is lost with the process
-                    continue
-
-    def _write(self, data: bytes) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(data)
-            self.process.stdin.flush()
-        except OSError:  # it died just now: the reader says so
-            return
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        try:
-            while True:
-                self._answers.put((self, pickle.load(self.process.stdout)))
-        except (EOFError, pickle.UnpicklingError, ValueError, OSError):  # it ended, perhaps within an answer
-            self._answers.put((self, None))
+def _ending(status: int | None) -> str:
+    """How a process ended that answers no more, by its exit status, and what to do about it."""
+    if status is None:
+        return "it answers no more: see what it wrote above"
+    if status == -signal.SIGKILL:
+        return f"killed by SIGKILL, as where memory runs out; {_NO_MEMORY}"
+    names = {number.value: number.name for number in signal.Signals}  # real-time signals have none
+    how = f"ended by {names.get(-status, f'signal {-status}')}" if status < 0 else f"ended with exit status {status}"
+    return f"{how}: see what it wrote above, and what in the workload ends a process"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from pybatch.base import numerals as n
+from pybatch.base.codec import TOP
 from pybatch.base.display import Shown
-from pybatch.records.subject import TOP, Ceilings, Device, Note, WorkloadInfo
+from pybatch.records.figure import Figure, figure
+from pybatch.records.subject import Ceilings, Device, Note, WorkloadInfo
 
 BatchStatus = Literal["ok", "oom", "predicted_oom", "skipped"]
 StepMode = Literal["eager", "compiled", "graph", "compiled, graph"]
@@ -15,47 +18,87 @@ StepLimit = Literal["host", "launch", "memory", "tensor", "compute", "power"]
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of the samples kept in a record
 
 
+def _hidden(label: str, unit: str = "", **more: Any) -> Any:
+    """A figure of the record that its table does not show."""
+    return field(default=None, metadata=figure(label, unit, **{"shown": False} | more))
+
+
+def _share(label: str, **more: Any) -> Any:
+    return _hidden(label, form=n.share, **more)
+
+
+def _flops(value: float | None) -> str:
+    return n.rate(value, "FLOP")
+
+
 @dataclass(frozen=True)
 class BatchPoint:
     """One batch size: a full training step (forward, backward, update) on a batch already on the device."""
 
-    batch: int
-    status: BatchStatus
-    step_ms: float | None = None  # median over samples
-    step_ms_low: float | None = None  # 95 % interval of the median
-    step_ms_high: float | None = None
-    samples_per_s: float | None = None
-    host_bound: float | None = None  # share of the step the device waits for the host, 0..1
-    model_flops: float | None = None  # FLOP per step, forward + backward, recomputation excluded
-    mfu_measured: float | None = None  # model FLOP/s over ceilings.gemm_flops
-    mfu_datasheet: float | None = None
-    sm_active: float | None = None
-    sm_occupancy: float | None = None
-    tensor_active: float | None = None
-    dram_active: float | None = None
-    cpu_active: float | None = None  # CPU runs: share of the usable cores kept busy, 0..1
-    memory_bytes: int | None = None  # peak during a step
-    joules_per_sample: float | None = None
-    sm_clock_mhz: float | None = None
-    throttled: bool | None = None  # at some look
-    samples: int = 0  # steps timed
+    batch: int = field(metadata=figure("batch", form=n.count))
+    status: BatchStatus = field(metadata=figure("status", form=n.words, within="samples_per_s"))
+    # Median over samples.
+    step_ms: float | None = field(default=None, metadata=figure("step", "ms", interval=("step_ms_low", "step_ms_high")))
+    step_ms_low: float | None = field(default=None, metadata=figure("low", within="step_ms"))  # 95 % of the median
+    step_ms_high: float | None = field(default=None, metadata=figure("high", within="step_ms"))
+    samples_per_s: float | None = field(
+        default=None,
+        metadata=figure(
+            "{examples}/s",
+            form=n.rounded,
+            instead=lambda point: point.lost,
+            beside=(Figure("ceiling", form=n.share, of=lambda point, capacity: point.of_ceiling(capacity)),),
+        ),
+    )
+    # Share of the step the device waits for the host, 0..1.
+    host_bound: float | None = _share("waiting for the host", group="utilization")
+    model_flops: float | None = _hidden("FLOP per step", form=_flops)  # forward + backward, recomputation excluded
+    mfu_measured: float | None = _share(  # model FLOP/s over ceilings.gemm_flops
+        "MFU", full="MFU, of the measured matrix product", shown=True, group="utilization"
+    )
+    mfu_datasheet: float | None = _share("MFU, of the datasheet", group="utilization")
+    sm_active: float | None = _share("SM active", group="utilization")
+    sm_occupancy: float | None = _share("SM occupancy", group="utilization")
+    tensor_active: float | None = _share("tensor cores active", group="utilization")
+    dram_active: float | None = _share("DRAM bandwidth", group="utilization")
+    # CPU runs: share of the usable cores kept busy, 0..1.
+    cpu_active: float | None = _share("CPU active", group="utilization")
+    memory_bytes: int | None = field(default=None, metadata=figure("memory", form=n.memory))  # peak during a step
+    joules_per_sample: float | None = _hidden("J per example")
+    sm_clock_mhz: float | None = _hidden("SM clock", "MHz")
+    throttled: bool | None = _hidden("throttled", form=n.yes_no)  # at some look
+    samples: int = field(default=0, metadata=figure("steps timed", form=n.count, shown=False))
     blocks_ms: tuple[float, ...] = ()  # medians of up to 20 runs of successive steps, which the fit resamples
     block_rounds: tuple[int, ...] = ()  # the round over all batch sizes that each block was timed in
-    steady: bool | None = None  # False: the time ended before the stopping rule was met
+    steady: bool | None = _hidden("steady", form=n.yes_no)  # no: the time ended before its median was
     reason: str | None = None  # why status is not ok
-    burst_step_ms: float | None = None  # median of the first 100 steps after a rest; step_ms is the sustained one
-    eager_step_ms: float | None = None  # with CUDA graphs: the same step launched kernel by kernel
-    launch_overhead_ms: float | None = None  # eager_step_ms - step_ms
-    compile_s: float | None = None  # with torch.compile: not part of any step time
-    step_bytes: int | None = None  # read and written by the operators and the update, as if nothing stayed in caches
-    mbu_measured: float | None = None  # step_bytes / step time over ceilings.copy_bytes_per_s
-    power_capped: bool | None = None  # the power limit lowered the clock, at some look
-    bound_by: StepLimit | None = None  # what most limits this step
+    burst_step_ms: float | None = _hidden("burst step", "ms")  # median of the first 100 steps after a rest
+    eager_step_ms: float | None = _hidden("eager step", "ms")  # with CUDA graphs: launched kernel by kernel
+    launch_overhead_ms: float | None = _hidden("launching", "ms")  # eager_step_ms - step_ms
+    compile_s: float | None = _hidden("compiling", "s")  # with torch.compile: not part of any step time
+    step_bytes: int | None = _hidden("bytes moved", form=n.memory)  # by operators and update, as if nothing were cached
+    mbu_measured: float | None = _share("MBU")  # step_bytes / step time over ceilings.copy_bytes_per_s
+    power_capped: bool | None = _hidden(
+        "power capped", form=n.yes_no
+    )  # the power limit lowered the clock, at some look
+    bound_by: StepLimit | None = field(
+        default=None, metadata=figure("bound", form=n.plain)
+    )  # what most limits this step
     bound_why: str | None = None  # the figures behind bound_by, or why it is null
     step_ms_quantiles: tuple[float, ...] = ()  # of the samples, at QUANTILES; empty: not kept
-    throttled_share: float | None = None  # of the looks at the clock, spread over the steady steps, 0..1
-    power_capped_share: float | None = None
-    energy_window_s: float | None = None  # of continuous steps, that joules_per_sample is taken over
+    throttled_share: float | None = _share("looks throttled")  # at the clock, spread over the steady steps
+    power_capped_share: float | None = _share("looks power capped")
+    energy_window_s: float | None = _hidden("energy window", "s")  # of continuous steps, for joules_per_sample
+
+    @property
+    def lost(self) -> str | None:
+        """Why there are no figures of this batch, in a word or two; None where it ran."""
+        return None if self.status == "ok" else n.words(self.status)
+
+    def of_ceiling(self, capacity: Capacity | None) -> float | None:
+        """Throughput over the fitted ceiling."""
+        ceiling = capacity.ceiling_samples_per_s if capacity is not None else None
+        return self.samples_per_s / ceiling if self.samples_per_s and ceiling else None
 
 
 @dataclass(frozen=True)
@@ -105,13 +148,18 @@ class Capacity(Shown):
     """What the device does with this workload at each batch size, and where its ceiling is."""
 
     t0_ms: float | None
-    ceiling_samples_per_s: float | None
-    half_batch: float | None
-    saturation_batch: float | None  # modelled; a doubling past it gains < 5 %
+    ceiling_samples_per_s: float | None = field(
+        metadata=figure("ceiling", "{examples}/s", n.count, interval=("model.ceiling_low", "model.ceiling_high"))
+    )
+    half_batch: float | None = field(metadata=figure("half batch", interval=("model.half_low", "model.half_high")))
+    # Modelled: a doubling past it gains < 5 %.
+    saturation_batch: float | None = field(
+        metadata=figure("saturation", interval=("saturation_low", "saturation_high"))
+    )
     saturation_low: float | None
     saturation_high: float | None
     saturation_measured: int | None  # smallest measured batch whose interval reaches 95 % of the ceiling
-    max_batch: int | None  # largest batch that fits in memory
+    max_batch: int | None = field(metadata=figure("largest fit", form=n.count))  # the largest batch that fits in memory
     max_batch_verified: bool | None  # True: a full step of that batch ran in a fresh process
     model: ThroughputFit | None
     drift: float | None = None  # anchor batch at the end over the same at the start, minus 1
@@ -134,12 +182,20 @@ class Capacity(Shown):
 class DistributedPoint:
     """A data-parallel step on several devices, each with its own share of the batch."""
 
-    devices: int
-    batch: int  # examples per device
-    compute_ms: float  # median, of the same steps without communication, on all devices at once
-    step_ms: float  # median, of the slowest device in each step
-    step_ms_low: float | None = None
-    step_ms_high: float | None = None
+    devices: int = field(metadata=figure("devices", form=n.count))
+    batch: int = field(metadata=figure("batch each", form=n.count))  # examples per device
+    # Median, of the same steps without communication, on all devices at once.
+    compute_ms: float = field(metadata=figure("compute", "ms"))
+    step_ms: float = field(  # median, of the slowest device in each step
+        metadata=figure(
+            "step",
+            "ms",
+            interval=("step_ms_low", "step_ms_high"),
+            beside=(Figure("efficiency", form=n.share, of=lambda point, _: point.compute_ms / point.step_ms),),
+        )
+    )
+    step_ms_low: float | None = field(default=None, metadata=figure("low", within="step_ms"))
+    step_ms_high: float | None = field(default=None, metadata=figure("high", within="step_ms"))
 
 
 @dataclass(frozen=True)

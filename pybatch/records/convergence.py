@@ -5,10 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pybatch.base import numerals as n
+from pybatch.base.codec import TOP
 from pybatch.base.display import Shown
-from pybatch.records.subject import TOP, Device, Note, WorkloadInfo
+from pybatch.records.figure import Figure, figure
+from pybatch.records.subject import Device, Note, WorkloadInfo
 
 PointStatus = Literal["reached", "not_reached", "diverged", "not_run"]  # not_run: of one seed at one rate only
+
+
+def _examples(point: ConvergencePoint, _: object) -> float | None:
+    return point.steps * point.batch if point.steps else None
+
+
+def _rate(point: ConvergencePoint, _: object) -> str:
+    return n.number(point.learning_rate) + (" (edge)" if point.edge else "")
 
 
 @dataclass(frozen=True)
@@ -24,13 +35,26 @@ class RateSteps:
 class ConvergencePoint:
     """Steps to one target at one batch size, over seeds, at the learning rate the rule gives or the best one tried."""
 
-    batch: int
-    steps: float | None  # median over seeds, an unreached target counting as infinite
-    status: PointStatus
+    batch: int = field(
+        metadata=figure("batch", form=n.count, before=(Figure("rule", form=n.plain, of=lambda p, curve: curve.rule),))
+    )
+    # Median over seeds, an unreached target counting as infinite.
+    steps: float | None = field(
+        metadata=figure("steps", form=n.rounded, beside=(Figure("{examples}", form=n.count, of=_examples),))
+    )
+    status: PointStatus = field(metadata=figure("status", form=n.words))
     seeds: int
-    learning_rate: float | None
+    learning_rate: float | None = field(metadata=figure("learning rate", form=n.plain, of=_rate))
     steps_before: float | None = None  # median of the last evaluations above the target: steps lie between the two
-    reached: int = 0  # seeds that reached the target
+    reached: int = field(  # seeds that reached the target
+        default=0,
+        metadata=figure(
+            "runs",
+            form=n.plain,
+            of=lambda p, _: f"{p.reached} of {p.runs}",
+            beside=(Figure("regime", form=n.plain, of=lambda p, curve: dict(curve.regimes).get(p.batch)),),
+        ),
+    )
     diverged: int = 0  # seeds whose loss became NaN, infinite, or over three times the initial one
     edge: bool = False  # the best rate is the lowest or highest one tried: a better one may lie beyond
     rates: tuple[RateSteps, ...] = ()  # every rate tried, ascending
@@ -44,6 +68,10 @@ class ConvergencePoint:
         if self.learning_rate is not None or not self.rates:
             return self.seeds
         return sum(status != "not_run" for rate in self.rates for status in rate.statuses)
+
+
+def _regimes(found: tuple[tuple[int, str], ...]) -> str:
+    return ", ".join(f"{batch}: {regime}" for batch, regime in found)
 
 
 @dataclass(frozen=True)
@@ -68,8 +96,12 @@ class StepsFit(Shown):
     b20_high: float | None = None
     b_stag_low: float | None = None
     b_stag_high: float | None = None
-    regimes: tuple[tuple[int, str], ...] = ()  # by the model: linear, diminishing, stagnant, undetermined
-    measured_regimes: tuple[tuple[int, str], ...] = ()  # from the steps saved by doubling, without a model
+    # By the model: linear, diminishing, stagnant, undetermined.
+    regimes: tuple[tuple[int, str], ...] = field(default=(), metadata=figure("regimes", form=_regimes))
+    # From the steps saved by doubling, without a model.
+    measured_regimes: tuple[tuple[int, str], ...] = field(
+        default=(), metadata=figure("measured regimes", form=_regimes)
+    )
     parameters: dict[str, float] = field(default_factory=dict)  # of the model, see `steps_model`
     candidates: dict[str, float] = field(default_factory=dict)  # AICc of every model tried, above the best
     rms_log_error: float | None = None  # root mean square of ln(measured / fitted) over the cells that reached
@@ -109,18 +141,33 @@ class BranchPoint:
     steps: tuple[float | None, ...]  # to the level; None too where it was not reached in the window
 
 
+def _largest(at: Branching, _: object) -> str:
+    return f"{n.count(at.largest)} {n.interval(at.largest_low, at.largest_high, n.count)}".strip()
+
+
 @dataclass(frozen=True)
 class Branching:
     """The critical batch at one point of a run, from branches that take the same examples in other batch sizes."""
 
-    step: int  # of the base run
-    loss: float | None  # train loss at the checkpoint
+    step: int = field(metadata=figure("step", form=n.count))  # of the base run
+    loss: float | None = field(metadata=figure("loss"))  # train loss at the checkpoint
     base_batch: int
     window: int  # examples each branch is trained on
     level: float | None  # train loss whose steps are counted: that of the base branch a quarter into the window
     tolerance: float  # share of the base branch's last loss
     points: tuple[BranchPoint, ...]
-    largest: int | None  # largest batch whose last loss is within the tolerance of the base branch's
+    # The largest batch whose last loss is within the tolerance of the base branch's.
+    largest: int | None = field(
+        metadata=figure(
+            "within tolerance",
+            form=n.plain,
+            of=_largest,
+            before=(
+                Figure("critical batch", of=lambda at, _: at.fit and at.fit.critical_batch),
+                Figure("95 %", form=n.plain, of=lambda at, _: n.interval(at.fit.low, at.fit.high) if at.fit else ""),
+            ),
+        )
+    )
     largest_low: int | None
     largest_high: int | None  # None: the largest batch tested is within it
     fit: StepsFit | None = None  # of the steps to the level: the critical batch here

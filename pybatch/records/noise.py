@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from pybatch.base import numerals as n
 from pybatch.base.display import Shown
 from pybatch.base.errors import UsageError
+from pybatch.records.figure import figure
 from pybatch.records.subject import Note
 
 _NORMAL = 1.959964  # 97.5 % point of the normal distribution
@@ -20,13 +22,13 @@ NoiseStatus = Literal["resolved", "lower_bound", "unresolved"]
 class LayerNoise:
     """Gradient noise scale of one parameter tensor, or of one group of them that is communicated together."""
 
-    name: str
-    b_simple: float | None
+    name: str = field(metadata=figure("layer", form=n.plain))
+    b_simple: float | None = field(metadata=figure("B_simple"))
     grad_sq: float | None  # unclamped means, as in NoiseScale
     trace: float | None
-    low: float | None = None
-    high: float | None = None
-    status: NoiseStatus = "unresolved"
+    low: float | None = field(default=None, metadata=figure("low"))
+    high: float | None = field(default=None, metadata=figure("high"))
+    status: NoiseStatus = field(default="unresolved", metadata=figure("status", form=n.words))
     steps: int = 0  # pairs of norms that entered
     reason: str | None = None  # why there is no number, or what to know of it
 
@@ -74,9 +76,9 @@ class NoiseScale(Shown):
     known. `unresolved`: neither is. `grad_sq` and `trace` are the unclamped means and may be negative.
     """
 
-    b_simple: float | None
-    low: float | None
-    high: float | None
+    b_simple: float | None = field(metadata=figure("B_simple", "{examples}", interval=("low", "high"), always=True))
+    low: float | None = field(metadata=figure("low", within="b_simple"))
+    high: float | None = field(metadata=figure("high", within="b_simple"))
     grad_sq: float | None
     trace: float | None
     status: NoiseStatus
@@ -161,16 +163,19 @@ def _ends(
 class NoisePoint:
     """The gradient noise scale over a stretch of a training run."""
 
-    first_step: int  # training steps the pairs come from, both included
-    last_step: int
-    b_simple: float | None
-    low: float | None
-    high: float | None
+    # Training steps the pairs come from, both included.
+    first_step: int = field(
+        metadata=figure("steps", form=n.plain, of=lambda p, _: f"{n.count(p.first_step)} to {n.count(p.last_step)}")
+    )
+    last_step: int = field(metadata=figure("last step", form=n.count, within="first_step"))
+    b_simple: float | None = field(metadata=figure("B_simple"))
+    low: float | None = field(metadata=figure("low"))
+    high: float | None = field(metadata=figure("high"))
     grad_sq: float | None
     trace: float | None
-    status: NoiseStatus
+    status: NoiseStatus = field(metadata=figure("status", form=n.words))
     steps: int  # pairs of norms that entered
-    loss: float | None = None  # mean of what was given for these steps
+    loss: float | None = field(default=None, metadata=figure("loss"))  # mean of what was given for these steps
     reason: str | None = None
 
 

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pybatch.base.codec import decode, encode
+from pybatch.base.codec import decode, encode, stands_at_top
 from pybatch.base.display import Shown
 from pybatch.base.errors import UsageError
 from pybatch.records.capacity import Capacity, Distributed
 from pybatch.records.convergence import Convergence
+from pybatch.records.figure import hidden
 from pybatch.records.noise import NoiseScale, NoiseTrajectory
 from pybatch.records.subject import Environment, Note
 from pybatch.records.verdict import Verdict
 
-VERSION = 1
-SCHEMA = f"pybatch/{VERSION}"
-
-# From each older version to the one after it: what a record of it must be changed in. Fields that were only added need
-# nothing, their defaults say that they were not measured.
-_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+SCHEMA = "pybatch/1"
 
 
 @dataclass(frozen=True)
 class Run(Shown):
-    """One saved run: the whole record of DESIGN, as written by `pybatch bench -o`."""
+    """One saved run: the whole record, as written by `pybatch bench -o`."""
 
     created: str  # ISO 8601, UTC
     environment: Environment | None  # None: put together from results that were not saved as a run
@@ -47,39 +41,27 @@ class Run(Shown):
 
     @staticmethod
     def from_json(text: str) -> Run:
-        """Read a saved record back; raises UsageError on a foreign file or a version that can't be read."""
+        """Read a saved record back; raises UsageError on a foreign file or one of another version."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise UsageError(f"not a pybatch record: {error}. Give a file written by 'pybatch bench -o'.") from None
-        return _run_from_dict(_current(data))
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != SCHEMA:
+            raise UsageError(
+                f"record has schema {found!r}, this pybatch reads {SCHEMA!r}. Give a file written by 'pybatch bench "
+                "-o' of this version: measure again, or use the pybatch that wrote it."
+            )
+        return _run_from_dict(data)
 
 
-def _current(data: Any) -> dict[str, Any]:
-    """The record as this version would have written it; raises UsageError where there is no way to it."""
-    found = data.get("schema") if isinstance(data, dict) else None
-    number = re.fullmatch(r"pybatch/(\d{1,6})", found) if isinstance(found, str) else None
-    if number is None:
-        raise UsageError(
-            f"record has schema {found!r}, this pybatch reads {SCHEMA!r}. Give a file written by 'pybatch bench -o'."
-        )
-    whole: dict[str, Any] = data
-    version = int(number[1])
-    while version in _UPGRADES:
-        whole, version = _UPGRADES[version](whole), version + 1
-    if version != VERSION:
-        where = whole.get("environment")
-        wrote = where.get("pybatch") if isinstance(where, dict) else None
-        by = f"pybatch {wrote}" if wrote else "the pybatch that wrote it"
-        remedy = f"It is newer: upgrade pybatch, at least to {wrote}" if wrote else "It is newer: upgrade pybatch"
-        if version < VERSION:
-            remedy = f"It is too old: run the measurement again, or read it with {by}"
-        raise UsageError(f"record has schema {found!r}, this pybatch reads {SCHEMA!r}. {remedy}.")
-    return whole
+def told(note: Note) -> bool:
+    """Whether a reader of the page is told: notes on figures that are not shown are left to the record."""
+    return not any(hidden(kind, note.figure) for kind in (Run, Capacity))  # parts of the latter stand at the top
 
 
 def _hoisted(kind: type) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(kind) if f.metadata.get("json") == "top")
+    return tuple(f.name for f in dataclasses.fields(kind) if stands_at_top(f))
 
 
 _HOISTED = _hoisted(Capacity)

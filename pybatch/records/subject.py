@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-# Fields so marked stand at the top of the JSON record, beside their section.
-TOP = {"json": "top"}
+from pybatch.records.figure import figure
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Ceilings:
 
     gemm_flops: float | None  # FLOP/s of a large matrix product on random data
     copy_bytes_per_s: float | None  # bytes read + written per second by a large copy
-    datasheet_flops: float | None = None
+    datasheet_flops: float | None = field(default=None, metadata=figure("datasheet", "FLOP/s", shown=False))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pybatch.base import numerals as n
 from pybatch.base.codec import encode
 from pybatch.base.display import Shown
 from pybatch.base.errors import UsageError
+from pybatch.records.figure import figure
 from pybatch.records.subject import Note
 
 Limit = Literal["noise", "hardware", "balanced", "unresolved"]
@@ -29,11 +31,12 @@ class Reason:
 class FrontierPoint:
     """One number of devices at its best batch, against one device at its own: modelled."""
 
-    devices: int
-    batch: int  # examples per update, over all devices
-    time_factor: float
-    cost_factor: float  # device-seconds
-    energy_factor: float | None = None  # None: energy was not measured at these batches
+    devices: int = field(metadata=figure("devices", form=n.count))
+    batch: int = field(metadata=figure("batch", form=n.count))  # examples per update, over all devices
+    time_factor: float = field(metadata=figure("time", form=n.share))
+    cost_factor: float = field(metadata=figure("device-seconds", form=n.share))
+    # None: energy was not measured at these batches.
+    energy_factor: float | None = field(default=None, metadata=figure("energy", form=n.share, sparse=True))
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,19 @@ class AccumulationPlan:
 class Verdict(Shown):
     """The answer. Every number in `text` stands in a field, and `why(field)` says how it came about."""
 
-    critical_batch: float | None
-    critical_low: float | None
-    critical_high: float | None
+    critical_batch: float | None = field(
+        metadata=figure("critical batch", interval=("critical_low", "critical_high"), always=True)
+    )
+    critical_low: float | None = field(metadata=figure("low", within="critical_batch"))
+    critical_high: float | None = field(metadata=figure("high", within="critical_batch"))
     critical_source: str | None  # "noise" < "branch" < "sweep": the evidence it stands on
-    saturation_batch: float | None
-    best_batch: int | None
-    best_low: float | None
-    best_high: float | None
-    limit: Limit
-    useful_devices: int | None
-    time_to_target: float | None  # seconds on this device at best_batch
+    saturation_batch: float | None = field(metadata=figure("saturation batch"))
+    best_batch: int | None = field(metadata=figure("best batch", form=n.count, always=True))
+    best_low: float | None = field(metadata=figure("low", form=n.count, within="best_batch"))
+    best_high: float | None = field(metadata=figure("high", form=n.count, within="best_batch"))
+    limit: Limit = field(metadata=figure("limited by", form=n.plain))
+    useful_devices: int | None = field(metadata=figure("devices worth it", form=n.count))
+    time_to_target: float | None = field(metadata=figure("time to target", "s"))  # on this device at best_batch
     text: str
     reasons: tuple[Reason, ...] = ()
     notes: tuple[Note, ...] = ()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Self
 
 from pybatch.base.errors import UsageError
 
 
 class Output:
     """A file to be written at the end of a run. Construct it before measuring: it raises UsageError if it can't be.
+
+    A context manager, which discards what was not written.
 
     The text goes to a temporary file beside the target, which then takes its place in one step: a reader, or a run
     cut off, sees the old file or the new one. A target that exists and is no regular file (a pipe, a terminal) is
@@ -35,6 +38,12 @@ class Output:
                 "Nothing was measured yet; name another path."
             ) from None
         self._temporary = Path(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.discard()
 
     def write(self, text: str) -> None:
         """Put the text in place, as UTF-8. Raises OSError where that fails only now, as on a full disk."""

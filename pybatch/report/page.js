@@ -2,12 +2,7 @@
 "use strict";
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
-  const shades = {
-    light: { blue: "#0072b2", orange: "#d55e00", green: "#009e73", red: "#b0305c", purple: "#8e5ea2", sky: "#3a9bd1",
-             gray: "#6e7781", ink: "#1b1f24", grid: "#e4e8ec" },
-    dark: { blue: "#56b4e9", orange: "#f0a04b", green: "#3fc79a", red: "#ff7b9c", purple: "#cc9fdb", sky: "#9ad4f5",
-            gray: "#9aa4af", ink: "#e6edf3", grid: "#2b3138" },
-  };
+  const shades = JSON.parse(document.getElementById("shades").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
 
   function shade(name, theme) {

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pybatch.scaling import Scaled
 from pybatch.training.trajectory import Crossing, Trajectory
 
-DIVERGED = 3.0  # times the initial loss (SCIENCE: early stop), once warm-up and GRACE steps are over
+DIVERGED = 3.0  # times the initial loss, once warm-up and GRACE steps are over
 GRACE = 16  # steps: a run at a high rate may overshoot at once and then settle
 SLACK = 1.5  # times the best rate's median steps, after which the other rates of a search are given up
 FACTOR = 4.0  # times the steps at the base batch, after which a rule is taken to have failed

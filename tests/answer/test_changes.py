@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from pybatch.answer.changes import Condition, broken, compare_runs, parse_condition
+from pybatch.answer.changes import Condition, broken, compare, parse_condition
 from pybatch.base.errors import UsageError
 from pybatch.records import Convergence, ConvergencePoint, Curve, Run
-from pybatch.report.comparison import comparison_sections
+from pybatch.report.changes import sections
 from pybatch.report.formats.text import markdown
 
 
@@ -31,7 +31,7 @@ def change_of(comparison, figure):
 
 
 def test_a_run_has_not_changed_against_itself(run):
-    comparison = compare_runs(run, run)
+    comparison = compare(run, run)
     assert comparison.differences == ()
     for change in comparison.changes:
         assert change.ratio == pytest.approx(1.0)
@@ -40,7 +40,7 @@ def test_a_run_has_not_changed_against_itself(run):
 
 @pytest.mark.parametrize("factor", [0.8, 1.25])
 def test_a_planted_change_is_found(run, factor):
-    throughput = change_of(compare_runs(run, scaled(run, factor)), "throughput")
+    throughput = change_of(compare(run, scaled(run, factor)), "throughput")
     assert throughput.ratio == pytest.approx(1 / factor)
     assert throughput.significant
     assert throughput.low < 1 / factor < throughput.high
@@ -50,30 +50,30 @@ def test_the_interval_holds_no_change_in_most_repeats(run):
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(300):
-        throughput = change_of(compare_runs(scaled(run, 1, rng=rng), scaled(run, 1, rng=rng)), "throughput")
+        throughput = change_of(compare(scaled(run, 1, rng=rng), scaled(run, 1, rng=rng)), "throughput")
         held += throughput.low <= 1.0 <= throughput.high
     assert 0.92 <= held / 300 <= 1.0
 
 
 def test_the_ratio_of_two_intervals_is_wider_than_either(run):
-    noise = change_of(compare_runs(run, run), "noise_scale")
+    noise = change_of(compare(run, run), "noise_scale")
     assert noise.low < run.noise.low / run.noise.b_simple
     assert noise.high > run.noise.high / run.noise.b_simple
 
 
 def test_figures_missing_in_one_run_are_left_out(run):
     other = dataclasses.replace(run, noise=None)
-    names = {change.figure for change in compare_runs(run, other).changes}
+    names = {change.figure for change in compare(run, other).changes}
     assert "noise_scale" not in names
     assert "throughput" in names
     with pytest.raises(UsageError, match="no figure in common"):
-        compare_runs(dataclasses.replace(run, capacity=None, verdict=None), other)
+        compare(dataclasses.replace(run, capacity=None, verdict=None), other)
 
 
 def test_memory_is_compared_at_common_batches_only(run):
     first = run.capacity.batches[0]
     small = dataclasses.replace(run.capacity, batches=(dataclasses.replace(first, memory_bytes=6 * 2**20),))
-    memory = change_of(compare_runs(run, dataclasses.replace(run, capacity=small)), "memory")
+    memory = change_of(compare(run, dataclasses.replace(run, capacity=small)), "memory")
     assert memory.ratio == pytest.approx(2.0)
     assert memory.batches == 1
 
@@ -81,7 +81,7 @@ def test_memory_is_compared_at_common_batches_only(run):
 def test_what_differs_is_said(run):
     device = dataclasses.replace(run.capacity.device, name="Other CPU")
     other = dataclasses.replace(run, capacity=dataclasses.replace(run.capacity, device=device))
-    assert compare_runs(run, other).differences == ("device: Example CPU against Other CPU",)
+    assert compare(run, other).differences == ("device: Example CPU against Other CPU",)
 
 
 @pytest.mark.parametrize(
@@ -100,29 +100,29 @@ def test_bad_conditions_say_what_is_allowed(text):
 
 def test_conditions_break_only_past_limit_and_error(run):
     slower, faster = scaled(run, 1.1), scaled(run, 0.9)
-    assert broken([parse_condition("throughput:-3%")], compare_runs(run, slower))
-    assert not broken([parse_condition("throughput:-15%")], compare_runs(run, slower))
-    assert not broken([parse_condition("throughput:-3%")], compare_runs(run, faster))
-    assert broken([parse_condition("throughput:+3%")], compare_runs(run, faster))
+    assert broken([parse_condition("throughput:-3%")], compare(run, slower))
+    assert not broken([parse_condition("throughput:-15%")], compare(run, slower))
+    assert not broken([parse_condition("throughput:-3%")], compare(run, faster))
+    assert broken([parse_condition("throughput:+3%")], compare(run, faster))
     noisy = scaled(run, 1.1, error=0.4)
-    assert not broken([parse_condition("throughput:-3%")], compare_runs(scaled(run, 1, error=0.4), noisy))
+    assert not broken([parse_condition("throughput:-3%")], compare(scaled(run, 1, error=0.4), noisy))
 
 
 def test_a_condition_that_cannot_be_checked_is_not_taken_as_kept(run):
-    said = broken([parse_condition("energy:+5%")], compare_runs(run, run))
+    said = broken([parse_condition("energy:+5%")], compare(run, run))
     assert said == ["energy is not in both runs, so +5 % can't be checked"]
 
 
 def test_markdown_says_better_and_worse(run):
-    text = markdown("x", comparison_sections(compare_runs(run, scaled(run, 0.5))))
+    text = markdown("x", sections(compare(run, scaled(run, 0.5))))
     assert "better" in text
-    assert "worse" in markdown("x", comparison_sections(compare_runs(run, scaled(run, 2.0))))
-    assert json.dumps(dataclasses.asdict(compare_runs(run, run)))  # plain types all through
+    assert "worse" in markdown("x", sections(compare(run, scaled(run, 2.0))))
+    assert json.dumps(dataclasses.asdict(compare(run, run)))  # plain types all through
 
 
 def test_how_steps_were_run_is_told(run):
     graph = dataclasses.replace(run, capacity=dataclasses.replace(run.capacity, mode="graph"))
-    assert compare_runs(run, graph).differences == ("steps: eager against graph",)
+    assert compare(run, graph).differences == ("steps: eager against graph",)
 
 
 def test_two_sweeps_have_their_critical_batches_compared(run):
@@ -131,11 +131,11 @@ def test_two_sweeps_have_their_critical_batches_compared(run):
         where = dataclasses.replace(run.capacity.workload, name=name)
         return Run(run.created, None, convergence=Convergence((curve,), workload=where, device=run.capacity.device))
 
-    found = compare_runs(swept(100.0, "digits"), swept(200.0, "text"))
+    found = compare(swept(100.0, "digits"), swept(200.0, "text"))
     change = change_of(found, "critical_batch")
     assert (change.old, change.new, change.significant) == (100.0, 200.0, True)
     assert found.differences == ("workload name: digits against text",)
-    other = compare_runs(dataclasses.replace(run, capacity=None), swept(100.0, "digits"))
+    other = compare(dataclasses.replace(run, capacity=None), swept(100.0, "digits"))
     assert "critical batch from: noise against sweep" in other.differences
 
 
@@ -146,18 +146,18 @@ def test_sweeps_with_bounds_alone_share_their_steps_and_tell_the_bounds(run):
         return Run(run.created, None, convergence=Convergence((curve,)))
 
     old = swept({8: 100.0, 16: 50.0, 32: 25.0}, 32.0)
-    found = compare_runs(old, swept({8: 200.0, 16: 100.0}, 16.0))
+    found = compare(old, swept({8: 200.0, 16: 100.0}, 16.0))
     change = change_of(found, "steps")
     assert (change.ratio, change.batches, change.low) == (pytest.approx(2.0), 2, None)
     assert found.differences == ("critical batch: at least 32 against at least 16",)
     with pytest.raises(UsageError, match="no figure in common"):  # steps to another target are another thing
-        compare_runs(old, swept({8: 200.0}, 8.0, target=0.2))
+        compare(old, swept({8: 200.0}, 8.0, target=0.2))
 
 
 def test_sweeps_with_different_optimizers_say_so(run):
     sgd, adam = (dataclasses.replace(run, convergence=Convergence((), optimizer=name)) for name in ("sgd", "adam"))
-    assert "optimizer: sgd against adam" in compare_runs(sgd, adam).differences
-    assert not any("optimizer" in text for text in compare_runs(sgd, sgd).differences)
+    assert "optimizer: sgd against adam" in compare(sgd, adam).differences
+    assert not any("optimizer" in text for text in compare(sgd, sgd).differences)
 
 
 def test_rules_that_start_elsewhere_say_so(run):
@@ -166,7 +166,7 @@ def test_rules_that_start_elsewhere_say_so(run):
         curves = (Curve(rule, "train", (point,), None, None, None, None, 0.1),)
         return dataclasses.replace(run, convergence=Convergence(curves, **base))
 
-    given = compare_runs(swept("linear", base_batch=8), swept("linear", base_batch=16, base_rate=0.05))
+    given = compare(swept("linear", base_batch=8), swept("linear", base_batch=16, base_rate=0.05))
     assert given.differences == ("base batch: 8 against 16", "base rate: tuned against 0.05")
-    tuned = compare_runs(swept("tuned", base_batch=8), swept("tuned", base_batch=16))
+    tuned = compare(swept("tuned", base_batch=8), swept("tuned", base_batch=16))
     assert tuned.differences == ()

@@ -6,9 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from pybatch.answer.best import Best
 from pybatch.answer.frontier import doubling, frontier, joules, plan_accumulation
-from pybatch.answer.tradeoff import Best, TimeModel
-from pybatch.answer.verdict import compare
+from pybatch.answer.time_model import TimeModel
+from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError
 from pybatch.records import BatchPoint
 
@@ -55,7 +56,7 @@ def test_doubling_by_arithmetic(fit):
 
 
 def test_the_verdict_carries_both(run):
-    verdict = compare(run.capacity, run.noise)
+    verdict = advise(run.capacity, run.noise)
     assert verdict.frontier[0].devices == 1
     assert verdict.why("doubling").inputs["batch"] == 2 * verdict.best_batch
 

@@ -6,13 +6,13 @@ import pytest
 from cases.verdicts import SWEEP
 
 from pybatch.answer.merge import join
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.records import Convergence, Note, Run
 
 
 @pytest.fixture
 def bench(run):
-    return dataclasses.replace(run, verdict=compare(run.capacity, run.noise))
+    return dataclasses.replace(run, verdict=advise(run.capacity, run.noise))
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def sweep(run):
 def test_the_verdict_of_both_stands_on_the_sweep(bench, sweep):
     for runs in ([bench, sweep], [sweep, bench]):
         [one] = join(runs)
-        assert one.verdict == compare(bench.capacity, bench.noise, sweep.convergence)
+        assert one.verdict == advise(bench.capacity, bench.noise, sweep.convergence)
         assert (one.verdict.critical_source, bench.verdict.critical_source) == ("sweep", "noise")
         assert one.verdict.time_to_target is not None
         assert [note.text for note in one.notes][:1] == ["of the sweep"]
@@ -36,7 +36,7 @@ def test_the_verdict_of_both_stands_on_the_sweep(bench, sweep):
 
 
 def test_the_noise_scale_of_the_sweep_serves_a_run_without_one(bench, sweep):
-    bare = dataclasses.replace(bench, noise=None, verdict=compare(bench.capacity))
+    bare = dataclasses.replace(bench, noise=None, verdict=advise(bench.capacity))
     [one] = join([bare, dataclasses.replace(sweep, noise=bench.noise)])
     assert one.noise == bench.noise
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from cases.verdicts import BATCHES, capacity, noise, numbers_in, throughput, unaccounted
 
-from pybatch.answer.tradeoff import EFFICIENCY, TimeModel
-from pybatch.answer.verdict import compare
+from pybatch.answer.time_model import EFFICIENCY, TimeModel
+from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError
 from pybatch.fits.throughput import fit_throughput
 from pybatch.records import (
@@ -64,7 +64,7 @@ TABLE = {
 @pytest.fixture(params=TABLE)
 def case(request):
     inputs, expected = TABLE[request.param]
-    return compare(*inputs), expected
+    return advise(*inputs), expected
 
 
 def test_advice(case):
@@ -103,7 +103,7 @@ def test_an_unaccounted_number_would_be_caught():
 
 
 def test_why():
-    verdict = compare(capacity(), noise(40))
+    verdict = advise(capacity(), noise(40))
     reason = verdict.why("best_batch")
     assert reason.inputs["optimum"] == pytest.approx(math.sqrt(40 * 40))
     assert verdict.why("critical_batch").evidence == "modelled"  # B_simple is measured; that it is critical, is not
@@ -148,7 +148,7 @@ def test_more_devices_are_worth_it_where_memory_binds():
 
 
 def test_cost_of_going_further_is_the_ratio_of_times():
-    verdict = compare(capacity(), noise(40))
+    verdict = advise(capacity(), noise(40))
     inputs, fit = verdict.why("limit").inputs, throughput()
     examples = (1 + 380 / 40) / (1 + 32 / 40)
     speed = 380 / fit.step_s(380) / (32 / fit.step_s(32))
@@ -166,7 +166,7 @@ def test_interval_holds_the_best_batch_of_a_planted_problem():
         fit = fit_throughput(
             BATCHES, seconds * np.exp(0.03 * rng.standard_normal(len(BATCHES))), seed=seed, resamples=100
         )
-        found = compare(capacity(fit), noise(drawn, drawn * math.exp(-0.196), drawn * math.exp(0.196)))
+        found = advise(capacity(fit), noise(drawn, drawn * math.exp(-0.196), drawn * math.exp(0.196)))
         inputs = found.why("best_batch").inputs
         held += inputs["optimum_low"] <= true <= inputs["optimum_high"]
     assert held >= 90
@@ -175,11 +175,11 @@ def test_interval_holds_the_best_batch_of_a_planted_problem():
 def test_measured_times_overrule_a_model_that_misses_them():
     """A cache cliff at 64 that no affine fit can follow: the batch below it is faster to the loss."""
     times = [1e3 * throughput().step_s(b) * (2.0 if b >= 64 else 1.0) for b in BATCHES]
-    verdict = compare(capacity(times=times), noise(100))
+    verdict = advise(capacity(times=times), noise(100))
     assert verdict.best_batch == 32
     assert verdict.why("best_batch").evidence == "measured"
     assert "Use batch 32 (by the measured step times, which the throughput model misses; its optimum " in verdict.text
-    usual = compare(capacity(), noise(100))
+    usual = advise(capacity(), noise(100))
     assert usual.best_batch == 64
     assert "by the measured step times" not in usual.text
 
@@ -190,7 +190,7 @@ def test_a_batch_surely_measured_a_few_percent_faster_is_taken(faster, best):
     fit = throughput()
     least, own = (fit.step_s(b) * (1 + 100 / b) for b in (32, 64))
     times = [1e3 * fit.step_s(b) * (faster * least / own if b == 64 else 1.0) for b in BATCHES]
-    assert compare(capacity(times=times), noise(100)).best_batch == best
+    assert advise(capacity(times=times), noise(100)).best_batch == best
 
 
 def test_a_noisy_time_overrules_nothing():
@@ -198,29 +198,29 @@ def test_a_noisy_time_overrules_nothing():
     rng = np.random.default_rng(5)
     for _ in range(50):
         drawn = [1e3 * throughput().step_s(b) * math.exp(0.15 * rng.standard_normal()) for b in BATCHES]
-        assert compare(capacity(times=drawn, error=0.3), noise(100)).best_batch == 64
+        assert advise(capacity(times=drawn, error=0.3), noise(100)).best_batch == 64
 
 
 def test_a_bound_is_used_up_and_never_said_to_be_worse():
     for most in (9, 50, 63):
-        verdict = compare(capacity(max_batch=most), noise(1e5))
+        verdict = advise(capacity(max_batch=most), noise(1e5))
         assert verdict.best_batch == most - most % 8
         assert "examples per second" not in verdict.text
-    found = compare(capacity(max_batch=50), noise(None, 5e4, status="lower_bound"))
+    found = advise(capacity(max_batch=50), noise(None, 5e4, status="lower_bound"))
     assert "Use batch 50, the largest that memory allows" in found.text
-    found = compare(capacity(examples=60), noise(None, 5e4, status="lower_bound"))
+    found = advise(capacity(examples=60), noise(None, 5e4, status="lower_bound"))
     assert "Use batch 60, the largest that the data set allows" in found.text
 
 
 def test_a_smaller_data_set_never_makes_more_devices_worth_it():
-    free = compare(capacity(), noise(1e5)).useful_devices
-    found = [compare(capacity(examples=n), noise(1e5)).useful_devices for n in (100, 1000, 10_000)]
+    free = advise(capacity(), noise(1e5)).useful_devices
+    found = [advise(capacity(examples=n), noise(1e5)).useful_devices for n in (100, 1000, 10_000)]
     assert found == sorted(found)
     assert found[-1] <= free
 
 
 def test_at_the_end_of_a_floor_the_reason_and_the_error_are_the_floors():
-    verdict = compare(capacity(throughput(alpha=1e-4, beta=1e-5, floor=4e-3)), noise(1000))
+    verdict = advise(capacity(throughput(alpha=1e-4, beta=1e-5, floor=4e-3)), noise(1000))
     reason = verdict.why("best_batch")
     assert reason.inputs["optimum"] == pytest.approx(390)
     assert "the end of the floor" in reason.text
@@ -230,23 +230,23 @@ def test_at_the_end_of_a_floor_the_reason_and_the_error_are_the_floors():
 
 def test_an_open_interval_of_the_device_opens_the_optimums():
     fit = dataclasses.replace(throughput(), ceiling_high=None, half_high=None, saturation_high=None, half_low=0.0)
-    verdict = compare(capacity(fit, max_batch=None), noise(1000))
+    verdict = advise(capacity(fit, max_batch=None), noise(1000))
     assert (verdict.best_low, verdict.best_high) == (1, None)
     assert "95 % interval 1 upwards" in verdict.text
     assert verdict.limit == "balanced"
 
 
 def test_odd_batches_measured_are_kept():
-    verdict = compare(capacity(batches=(10, 30, 60, 150)), noise(100))
+    verdict = advise(capacity(batches=(10, 30, 60, 150)), noise(100))
     assert verdict.best_batch == 60
-    verdict = compare(capacity(batches=(1, 2, 4)), noise(100))
+    verdict = advise(capacity(batches=(1, 2, 4)), noise(100))
     assert verdict.best_batch == 64  # none near: a power of two
     assert "by extrapolation past the largest batch timed" in verdict.text
 
 
 def test_time_to_target_needs_steps():
-    assert compare(capacity(), noise(200)).time_to_target is None
-    verdict = compare(capacity(), noise(12_000), sweep(200.0, 500.0))
+    assert advise(capacity(), noise(200)).time_to_target is None
+    verdict = advise(capacity(), noise(12_000), sweep(200.0, 500.0))
     steps = 500 * (1 + 200 / verdict.best_batch)
     assert verdict.time_to_target == pytest.approx(steps * throughput().step_s(verdict.best_batch))
     assert (verdict.critical_source, verdict.critical_batch) == ("sweep", 200.0)
@@ -254,24 +254,24 @@ def test_time_to_target_needs_steps():
 
 def test_misfit_is_told():
     poor = dataclasses.replace(throughput(), rms_log_error=0.17)
-    verdict = compare(capacity(poor), noise(40))
+    verdict = advise(capacity(poor), noise(40))
     assert any("17 % (rms)" in n.text for n in verdict.notes)
     assert verdict.text.startswith("Use batch")
     for found in (noise(40), None):
-        useless = compare(capacity(dataclasses.replace(poor, rms_log_error=1.3)), found)
+        useless = advise(capacity(dataclasses.replace(poor, rms_log_error=1.3)), found)
         assert useless.text.startswith("Measure again before trusting this: step times miss any smooth curve by 130 %")
 
 
 def test_extrapolation_is_told():
-    assert "380 by extrapolation" in compare(capacity(batches=(1, 4, 16, 64)), noise(40)).text
-    assert "extrapolat" not in compare(capacity(), noise(40)).text
+    assert "380 by extrapolation" in advise(capacity(batches=(1, 4, 16, 64)), noise(40)).text
+    assert "extrapolat" not in advise(capacity(), noise(40)).text
 
 
 def test_an_open_end_of_the_critical_batch_opens_the_optimums():
     """A sweep that bends little: the critical batch may lie far above, or a single seed gave no interval at all."""
     for low, high in ((160.0, None), (None, 250.0), (None, None)):
         curve = dataclasses.replace(sweep().curves[-1], low=low, high=high)
-        found = compare(capacity(), None, Convergence((curve,)))
+        found = advise(capacity(), None, Convergence((curve,)))
         assert found.critical_batch == 200.0
         if low is None:
             assert found.best_low == 1
@@ -290,9 +290,9 @@ def test_an_open_end_of_the_critical_batch_opens_the_optimums():
 def test_a_bound_of_the_tuned_rates_goes_before_the_value_of_a_fixed_rule():
     tuned = Curve("tuned", "train", (), None, None, 4096.0, None, target=0.3)
     other = dataclasses.replace(sweep().curves[-1], rule="constant")
-    found = compare(capacity(), None, Convergence((other, tuned)))
+    found = advise(capacity(), None, Convergence((other, tuned)))
     assert (found.critical_batch, found.critical_low) == (None, 4096.0)
     assert found.limit == "hardware"
     test = dataclasses.replace(sweep().curves[-1], split="test")
-    assert compare(capacity(), None, Convergence((other, tuned, test))).critical_batch == 200.0
-    assert compare(capacity(), None, Convergence((other,))).critical_batch == 200.0
+    assert advise(capacity(), None, Convergence((other, tuned, test))).critical_batch == 200.0
+    assert advise(capacity(), None, Convergence((other,))).critical_batch == 200.0

@@ -1,6 +1,6 @@
 """The verdict for every combination of evidence: what limits, the best batch by the closed form, what the notes owe.
 
-What is expected is worked out here from SCIENCE's rules alone: a sweep goes before branches, branches before the noise
+What is expected is worked out here from the rules alone: a sweep goes before branches, branches before the noise
 scale; B* = sqrt(critical batch x half batch) within memory; two sides compare beyond the error of both.
 """
 
@@ -14,8 +14,9 @@ from cases.verdicts import BATCHES, BRANCHES, MODELS, SWEEP, capacity, curve, no
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pybatch.answer.tradeoff import TimeModel, shaped
-from pybatch.answer.verdict import compare, time_model
+from pybatch.answer.critical import shaped
+from pybatch.answer.time_model import TimeModel
+from pybatch.answer.verdict import advise, time_model
 from pybatch.fits.steps_model import predicted
 from pybatch.records import (
     BatchPoint,
@@ -77,7 +78,7 @@ def test_every_combination(noises, device, sweep, branch):
     (scale, by_noise), (measured, wall, most) = NOISE[noises], CAPACITY[device]
     (swept, by_sweep), (branched, by_branch) = SWEEP[sweep], BRANCHES[branch]
     steps = Convergence((swept,), branches=(branched,) if branched else ())
-    verdict = compare(measured, scale, steps)
+    verdict = advise(measured, scale, steps)
 
     known = by_sweep or by_branch or by_noise
     source = "sweep" if by_sweep else "branch" if by_branch else "noise" if by_noise else None
@@ -112,7 +113,7 @@ def test_every_combination(noises, device, sweep, branch):
     ],
 )
 def test_a_bound_is_said_as_one(sweep, says):
-    assert says in compare(capacity(), noise(40), Convergence((SWEEP[sweep][0],))).text
+    assert says in advise(capacity(), noise(40), Convergence((SWEEP[sweep][0],))).text
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -133,7 +134,7 @@ def test_the_best_batch_is_that_of_the_fitted_curve(model, most):
 @pytest.mark.parametrize("model", MODELS)
 def test_time_doubling_and_frontier_follow_the_fitted_curve(model):
     fit = MODELS[model]
-    verdict = compare(capacity(), noise(40), swept_by(fit))
+    verdict = advise(capacity(), noise(40), swept_by(fit))
     best, step = verdict.best_batch, throughput().step_s
 
     def steps(batch):
@@ -187,7 +188,7 @@ def test_every_number_said_is_in_the_record(alpha, half, critical, width, most, 
         steps = Convergence((curve(None, critical, None),))
     elif source in MODELS:
         steps = swept_by(MODELS[source])
-    verdict = compare(device, scale, steps)
+    verdict = advise(device, scale, steps)
     assert unaccounted(verdict) == set()
     if verdict.best_batch is not None:
         assert verdict.best_batch <= min(most or math.inf, examples or math.inf)

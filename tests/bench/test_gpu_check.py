@@ -69,6 +69,7 @@ def test_every_stage_runs_whatever_the_others_do(checks, tmp_path, capsys):
         assert "gpu_check/last.log" in archive.getnames()
 
 
+@pytest.mark.slow
 def test_a_stage_stopped_at_its_limit_says_what_it_found(checks, tmp_path):
     """Killed at once, pytest would not name a single failure."""
     source = tmp_path / "test_slow.py"
@@ -189,6 +190,7 @@ def test_a_stage_sees_the_device_asked_for_as_gpu_0(monkeypatch, tmp_path, visib
     assert Check(device, tmp_path, tmp_path, 1.0).environment["CUDA_VISIBLE_DEVICES"] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpu_check", "counters", "step", "per_example", "noise", "sweep_at_scale"])
 def test_every_script_starts_and_knows_its_flags(name):
     done = subprocess.run([sys.executable, BENCH / f"{name}.py", "--help"], capture_output=True, text=True, check=False)
@@ -196,6 +198,7 @@ def test_every_script_starts_and_knows_its_flags(name):
     assert "--output" in done.stdout
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_check_says_so():
     done = subprocess.run([sys.executable, BENCH / "gpu_check.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -275,6 +278,7 @@ def toy(tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.slow
 def test_a_sweep_at_scale_that_is_killed_goes_on_and_answers_the_question(toy, tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -342,6 +346,7 @@ def _trials(store):
         return 0
 
 
+@pytest.mark.slow
 def test_a_sweep_at_scale_is_interrupted_when_the_time_ends(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     endless = ("--batch", "4", "--seeds", "1", "--target", "train=0.0000001", "--max-steps", "100000000")

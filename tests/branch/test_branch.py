@@ -14,13 +14,13 @@ import pytest
 import torch
 from cases.verdicts import capacity, noise
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.base.errors import Interrupted, UsageError, WorkloadError
+from pybatch.branch import checkpoint
 from pybatch.branch import run as branched_run
 from pybatch.branch.measurement import measure_branches
 from pybatch.branch.summary import WINDOW, summarize
 from pybatch.records import Convergence, Note, Run
-from pybatch.training import checkpoint
 from pybatch.workloads.digits import Digits
 from pybatch.workloads.quadratic import Quadratic
 from pybatch.workloads.running.session import Session
@@ -129,14 +129,14 @@ def test_a_verdict_says_that_the_noise_scale_stands_in_for_branches_without_an_a
         (Convergence((), branches=(nothing,)), "before the base branch and another had run"),
         (cut, "before step 50"),
     ):
-        [note] = [n for n in compare(capacity(), noise(40), steps).notes if "branches give" in n.text]
+        [note] = [n for n in advise(capacity(), noise(40), steps).notes if "branches give" in n.text]
         assert note.figure == "verdict.critical_source"
         assert why in note.text
         assert "the noise scale stands in for it" in note.text
-        [note] = [n for n in compare(capacity(), None, steps).notes if "branches give" in n.text]
+        [note] = [n for n in advise(capacity(), None, steps).notes if "branches give" in n.text]
         assert "nothing stands in for it" in note.text
     fitted = Convergence((), branches=(summed_up(planted(60.0)),))
-    assert not any("give no critical batch" in n.text for n in compare(capacity(), noise(40), fitted).notes)
+    assert not any("give no critical batch" in n.text for n in advise(capacity(), noise(40), fitted).notes)
 
 
 def steps_of_means(work: Quadratic, theta: np.ndarray, level: float, batch: int, rate: float) -> float:
@@ -148,6 +148,7 @@ def steps_of_means(work: Quadratic, theta: np.ndarray, level: float, batch: int,
     return steps
 
 
+@pytest.mark.slow
 def test_branches_of_the_quadratic_take_the_steps_of_the_closed_form() -> None:
     """Real training from a real checkpoint, against the exact recursion of E theta^2 from the same point."""
     work, rate = Quadratic(d=30, noise=0.2), 0.2
@@ -376,14 +377,15 @@ def test_an_interrupted_run_keeps_its_finished_checkpoints(monkeypatch: pytest.M
     assert not caught.value.partial.complete
 
 
+@pytest.mark.slow
 def test_branches_are_saved_in_the_record_and_reach_the_verdict(run: Run) -> None:
     steps = short(checkpoints=[10, 30], factors=[0.25, 0.5, 1, 2, 4, 8])
     saved = Run(run.created, run.environment, convergence=steps)
     assert Run.from_json(saved.to_json()) == saved
     assert json.loads(saved.to_json())["workload"]["name"] == "digits"
-    verdict = compare(run.capacity, run.noise, steps)
+    verdict = advise(run.capacity, run.noise, steps)
     fit = steps.branches[-1].fit
     assert (verdict.critical_source, verdict.critical_batch) == ("branch", fit.critical_batch)
     assert "branched runs" in verdict.text or verdict.critical_batch is None
     assert verdict.why("critical_batch").evidence == "measured"
-    assert compare(run.capacity, run.noise, None).critical_source == "noise"
+    assert advise(run.capacity, run.noise, None).critical_source == "noise"

@@ -14,7 +14,7 @@ from torch import nn
 from pybatch.base.errors import WorkloadError
 from pybatch.capacity import largest, probe
 from pybatch.capacity.exploration import Explorer, Look
-from pybatch.capacity.largest import Largest, Plan, plan_largest, verify_largest
+from pybatch.capacity.largest import Largest, Prediction, predict_largest, verify_largest
 from pybatch.capacity.probe import Outcome, Request
 from pybatch.capacity.step import TrainingStep
 from pybatch.device.clock import WallClock
@@ -26,6 +26,12 @@ from pybatch.workloads.running.session import Session
 
 CPU = torch.device("cpu")
 MB = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def _fresh_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a check costs, and so which batch is tried, must not depend on what else this machine does."""
+    monkeypatch.setattr(largest, "_fresh_bytes_per_s", lambda: 4e9)
 
 
 class Wide(Workload):
@@ -58,9 +64,9 @@ def explorer(work: Workload | None = None, *, step_s: float = 1e-5, per_example:
     return found
 
 
-def plan_of(found: Explorer, limit: int) -> Plan:
-    plan = plan_largest(found, limit, found.clock.now() + 1.0)
-    assert isinstance(plan, Plan)
+def plan_of(found: Explorer, limit: int) -> Prediction:
+    plan = predict_largest(found, limit, found.clock.now() + 1.0)
+    assert isinstance(plan, Prediction)
     return plan
 
 
@@ -250,7 +256,7 @@ def test_time_is_set_aside_only_where_it_suffices(step_s: float, left: float, sh
 def test_memory_that_does_not_grow_gives_no_number() -> None:
     found = explorer(per_example=0.0)
     found.look = lambda n: Look(n, "skipped")  # type: ignore[method-assign, assignment]
-    result = plan_largest(found, 101 * MB, found.clock.now() + 1.0)
+    result = predict_largest(found, 101 * MB, found.clock.now() + 1.0)
     assert isinstance(result, Largest)
     assert result.batch is None
     assert "does not clearly grow over batches 1..512" in result.notes[-1].text
@@ -265,7 +271,7 @@ def test_a_batch_that_ran_out_of_memory_bounds_the_plan() -> None:
 def test_memory_that_cannot_be_read_gives_no_number() -> None:
     found = explorer()
     found.memory.reason = "no such file"
-    result = plan_largest(found, 101 * MB, found.clock.now() + 1.0)
+    result = predict_largest(found, 101 * MB, found.clock.now() + 1.0)
     assert isinstance(result, Largest)
     assert (result.batch, result.notes[-1].text) == (None, "no such file")
 
@@ -283,22 +289,25 @@ def request(work: Workload, batch: int, limit: int) -> Request:
     )
 
 
+@pytest.mark.slow
 def test_a_fresh_process_runs_full_steps_of_a_users_file(tmp_path: Path) -> None:
     path = tmp_path / "users.py"
     path.write_text(Path(__file__).read_text().replace('name = "wide"', 'name = "users"'))
-    outcome = largest.run_probe(request(find(f"{path}:Wide"), 20_000, 1 << 30), 60)
+    outcome = probe.run_probe(request(find(f"{path}:Wide"), 20_000, 1 << 30), 60)
     assert (outcome.status, outcome.steps) == ("ok", 3)
     assert outcome.peak_bytes is not None
     # The batch, 80 MB, and the doubled batch that the backward pass keeps.
     assert outcome.peak_bytes == pytest.approx(160 * MB, rel=0.25)
 
 
+@pytest.mark.slow
 def test_an_overshoot_is_an_error_in_the_child_and_not_a_machine_out_of_memory() -> None:
-    outcome = largest.run_probe(request(Wide(), 100_000, 300 * MB), 60)
+    outcome = probe.run_probe(request(Wide(), 100_000, 300 * MB), 60)
     assert outcome.status == "oom"
     assert "memory" in (outcome.reason or "").lower()
 
 
+@pytest.mark.slow
 def test_a_prediction_that_runs_out_of_memory_ends_in_a_verified_batch_and_a_living_parent() -> None:
     """The real thing: an example takes about 8 kB, the line says 5 kB, and the address space ends at 300 MB."""
     found = explorer(per_example=5_000)
@@ -311,7 +320,7 @@ def test_a_prediction_that_runs_out_of_memory_ends_in_a_verified_batch_and_a_liv
 
 
 def test_a_child_that_takes_too_long_is_stopped() -> None:
-    outcome = largest.run_probe(request(Wide(), 10, 300 * MB), 0.05)
+    outcome = probe.run_probe(request(Wide(), 10, 300 * MB), 0.05)
     assert outcome.status == "timeout"
 
 

@@ -95,7 +95,7 @@ class Setup:
                 zip(self.params, self.states, self.masters, shares, strict=True)
             )
         ]
-        self.list = ops.TensorList(entries, 1, self.ledger, self.backend, self.layers)
+        self.list = ops.TensorList(entries, 1, self.ledger, self.backend.chunk, self.layers)
         self.set_rate(LR)
 
     def set_rate(self, lr):

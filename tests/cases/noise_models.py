@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -220,3 +221,9 @@ class Transformer(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, t, -1)
         x = x + self.scale * self.out(mixed)
         return self.head(x + self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+def same(found, want, rel=1e-4):
+    """The sums of a noise scale are those of its truth."""
+    assert found["grad_sq"] == pytest.approx(want["grad_sq"], rel=rel, abs=rel * abs(want["trace"]))
+    assert found["trace"] == pytest.approx(want["trace"], rel=rel)

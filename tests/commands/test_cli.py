@@ -124,8 +124,8 @@ def measured(monkeypatch, run):
 
     calls = []
 
-    def run_bench(workload, **arguments):
-        calls.append((workload, arguments))
+    def run_bench(workload, options, **arguments):
+        calls.append((workload, arguments | vars(options)))
         return run
 
     monkeypatch.setattr(pybatch.jobs.bench, "run_bench", run_bench)
@@ -140,7 +140,7 @@ def test_flags_reach_the_measurement(pybatch, measured):
     [(workload, arguments)] = measured
     assert (workload.name, workload.model_name) == ("text", "lstm")
     assert arguments["device"] == torch.device("cpu")
-    assert arguments["batches"] == [8, 16, 32]
+    assert arguments["batches"] == (8, 16, 32)
     assert (arguments["dtype"], arguments["time_budget"], arguments["seed"]) == ("bf16", 7.0, 3)
     assert arguments["command"] == (
         "pybatch bench --cpu --workload text --model lstm --batch '8-32*2' --dtype bf16 --time-budget 7 --seed 3"
@@ -260,6 +260,7 @@ def test_a_model_that_does_not_fit_on_the_device_is_said_before_anything_is_writ
     assert "Take a smaller model" in err
 
 
+@pytest.mark.slow
 def test_a_user_workload_runs_end_to_end(pybatch, user_file, tmp_path):
     path = tmp_path / "run.json"
     status, out, _ = pybatch(
@@ -274,6 +275,7 @@ def test_a_user_workload_runs_end_to_end(pybatch, user_file, tmp_path):
     assert run.verdict.text in " ".join(out.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["bench --time-budget 8", "sweep --batch 8,16 --rates 0.1 --seeds 1 --max-steps 9"])
 def test_what_a_workload_prints_stays_out_of_the_result(pybatch, user_file, command):
     kinds = [*shlex.split(command), *(["--target", "train=1e-9", "--noise-budget", "0"] if "sweep" in command else [])]
@@ -297,6 +299,7 @@ def test_a_budget_too_short_is_incomplete_and_says_so(pybatch, user_file):
     assert any("the time budget of 2 s did not suffice; raise --time-budget" in note["text"] for note in data["notes"])
 
 
+@pytest.mark.slow
 def test_a_model_that_runs_only_at_some_batch_sizes_gives_those_and_is_incomplete(pybatch, user_file):
     command = ("bench", "--cpu", "--workload", f"{user_file}:Even", "--batch", "2,3,4,8", "--time-budget", "15")
     status, out, _ = pybatch(*command, "--format", "json")
@@ -308,6 +311,7 @@ def test_a_model_that_runs_only_at_some_batch_sizes_gives_those_and_is_incomplet
     assert [note["text"] for note in data["notes"]] == ["the workload refuses batch 3; each one's reason says how"]
 
 
+@pytest.mark.slow
 def test_memory_that_is_not_linear_gives_what_was_measured_and_a_batch_that_ran_or_the_reason(
     pybatch, user_file, monkeypatch
 ):
@@ -334,14 +338,15 @@ def test_memory_that_is_not_linear_gives_what_was_measured_and_a_batch_that_ran_
         assert why
 
 
-def test_a_batch_the_workload_refuses_is_never_advised(pybatch, user_file):
+@pytest.mark.slow
+def test_a_batch_the_workload_refuses_is_never_advised(pybatch, user_file, tmp_path):
+    path = tmp_path / "run.json"
     command = ("bench", "--cpu", "--workload", f"{user_file}:Above64", "--time-budget", "20")
-    status, out, _ = pybatch(*command, "--format", "json")
-    data = json.loads(out)
+    status, out, _ = pybatch(*command, "-o", path)
+    data = json.loads(path.read_text())
     assert status == 3
     assert 64 <= data["capacity"]["max_batch"] < 128
     assert data["verdict"]["best_batch"] < 128
-    _, out, _ = pybatch(*command)
     assert "Above64.loss() of workload 'mine' raised RuntimeError: too many" in " ".join(out.split())
 
 
@@ -476,6 +481,7 @@ def test_ctrl_c_while_the_command_line_is_imported_shows_no_trace(tmp_path):
     assert done.stderr == "pybatch: interrupted before anything was measured; nothing was written\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_what_was_measured(user_file, tmp_path):
     """The real thing: a process, a signal, a file."""
     path = tmp_path / "run.json"
@@ -532,6 +538,7 @@ def test_threads_spin_shortly_unless_the_user_says_otherwise(pybatch, monkeypatc
     assert kept.items() <= capture(seed=0).variables.items()
 
 
+@pytest.mark.slow
 def test_a_batch_above_the_data_set_says_how_it_is_drawn(pybatch):
     _, out, _ = pybatch("bench", "--cpu", "--batch", "512,1024,2048", "--time-budget", "10", "--format", "json")
     notes = {note["figure"]: note["text"] for note in json.loads(out)["capacity"]["notes"]}

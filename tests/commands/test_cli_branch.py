@@ -48,6 +48,7 @@ def test_branch_prints_a_row_for_each_checkpoint_and_writes_the_record(typed: Ty
     assert "branches at step" in err
 
 
+@pytest.mark.slow
 def test_branch_on_a_dialled_workload_in_json(typed: Typed) -> None:
     command = ("branch", "--workload", "quadratic", "--option", "d=10", "--option", "noise=0.5", *SHORT)
     status, out, _ = typed(
@@ -95,7 +96,7 @@ def test_an_interrupted_run_is_delivered(typed: Typed, monkeypatch: pytest.Monke
     def interrupt(*_: Any, **__: Any) -> None:
         raise Interrupted(partial)
 
-    monkeypatch.setattr("pybatch.branch.measurement.measure_branches", interrupt)
+    monkeypatch.setattr("pybatch.jobs.branch.measure_branches", interrupt)
     status, out, _ = typed("branch", *SHORT, "--format", "json", "-q")
     data = json.loads(out)
     assert status == 3

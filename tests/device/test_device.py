@@ -194,6 +194,7 @@ def test_a_burst_is_not_a_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.copy_bytes_per_s == 2 * (64 << 20) / 0.02
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_ceilings_of_this_machine_are_plausible(dtype: str) -> None:
     found = ceilings.measure_ceilings(CPU, dtype, 0.2)
@@ -237,6 +238,7 @@ def test_the_environment_names_the_commit_and_whether_it_changed(
     assert "numpy" in found.libraries
 
 
+@pytest.mark.slow
 def test_memory_that_is_kept_stays_with_the_process_until_it_is_released():
     text = """
 import ctypes, torch

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from pybatch.answer.tradeoff import TimeModel
-from pybatch.answer.verdict import compare
+from pybatch.answer.time_model import TimeModel
+from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError
 from pybatch.fits.communication import AllReduce, fit_communication, step_s
 from pybatch.records import CommunicationFit, Distributed, DistributedPoint
@@ -80,11 +80,11 @@ def test_the_optimum_with_communication_is_brute_forces(fit):
 
 def test_slow_communication_makes_fewer_devices_worth_it(run):
     noise = dataclasses.replace(run.noise, b_simple=2000.0, low=1800.0, high=2200.0)
-    free = compare(run.capacity, noise)
+    free = advise(run.capacity, noise)
     counts = []
     for bandwidth in (1e13, 1e11, 1e7):
         together = Distributed(2, "gloo", (), dataclasses.replace(planted(1.0, bandwidth, 1e-6), devices=2))
-        verdict = compare(run.capacity, noise, None, together)
+        verdict = advise(run.capacity, noise, None, together)
         counts.append(verdict.useful_devices)
         assert "communication measured on 2 devices" in verdict.text
         assert verdict.best_batch == free.best_batch  # of one device

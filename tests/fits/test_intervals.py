@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pybatch import compare, fit_steps
+from pybatch import advise, fit_steps
 from pybatch.base.errors import UsageError
 from pybatch.fits import steps_likelihood, steps_model
 from pybatch.fits.solver import aicc
@@ -124,7 +124,7 @@ def test_golmants_table():
 def test_a_verdict_takes_a_critical_batch_without_interval(run):
     fit = fit_steps([50, 100, 200], [300, 200, 150])
     curve = Curve("tuned", "train", (), fit.s_min, fit.critical_batch, fit.low, fit.high, 0.1, fit=fit)
-    verdict = compare(run.capacity, None, Convergence((curve,)))
+    verdict = advise(run.capacity, None, Convergence((curve,)))
     assert verdict.critical_batch == pytest.approx(100, rel=1e-3)
 
 
@@ -139,6 +139,7 @@ def test_few_points_do_not_favour_the_larger_model():
     assert chosen.count("hyperbola") >= 36
 
 
+@pytest.mark.slow
 def test_the_hyperbola_stands_against_a_model_that_is_about_as_good(monkeypatch):
     """Planted hyperbolas with the misfit of chosen rates: without the margin some are another model's."""
     rng, errors = np.random.default_rng(11), {0.0: [], steps_likelihood.SUPPORT: []}

@@ -98,6 +98,7 @@ def test_units_of_batch_and_step_carry_over(
     same(fitted(batches, steps), fitted(per_batch * batches, per_step * steps), per_batch, per_step)
 
 
+@pytest.mark.slow
 @SOME
 @given(CURVES, st.randoms(use_true_random=False))
 def test_the_order_of_batches_seeds_and_rates_is_free(data: tuple[np.ndarray, np.ndarray], random: object) -> None:

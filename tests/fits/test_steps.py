@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pybatch import compare, fit_steps
+from pybatch import advise, fit_steps
 from pybatch.base.errors import UsageError
 from pybatch.fits import steps_model
 from pybatch.fits.steps_data import choose_rates
@@ -92,6 +92,7 @@ def test_jacobians(model):
     assert value.shape == (2, len(BATCHES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "parameters"), [("hyperbola", (100, 100)), ("smooth", (100, 100, 2))])
 def test_the_interval_holds_the_planted_critical_batch(model, parameters):
     """100 repeats of each model: 5 % of the runs diverge, the cap cuts off half of those at the smallest batch."""
@@ -182,7 +183,7 @@ def test_the_verdicts_time_to_target_takes_the_fitted_model(run):
     size = 2.0 ** np.arange(1, 11)
     fit = fit_steps(size, np.exp(steps_model.log_steps("smooth", log, size)[0][0]))
     curve = Curve("tuned", "train", (), fit.s_min, fit.critical_batch, fit.low, fit.high, 0.1, fit=fit)
-    verdict = compare(run.capacity, run.noise, Convergence((curve,)))
+    verdict = advise(run.capacity, run.noise, Convergence((curve,)))
     steps = verdict.why("time_to_target").inputs["steps"]
     truth = np.exp(steps_model.log_steps("smooth", log, np.array([float(verdict.best_batch)]))[0][0, 0])
     assert steps == pytest.approx(truth, rel=0.01)
@@ -313,6 +314,7 @@ def test_steps_that_fall_and_then_fail_are_not_flat(fall):
     assert not any("saves no steps" in n.text for n in fit.notes)
 
 
+@pytest.mark.slow
 def test_flat_steps_are_still_flat():
     rng, size = np.random.default_rng(3), 2.0 ** np.arange(3, 11)
     for seeds in (1, 3):

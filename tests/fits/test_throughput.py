@@ -69,6 +69,7 @@ def noisy(curve, batches, rng, samples):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("curve", "half", "samples"), [(affine, 40, 1), (affine, 40, 12), (floored, 20, 12)])
 def test_intervals_hold_the_planted_values(curve, half, samples):
     rng, held, chosen = np.random.default_rng(7), np.zeros(3), 0
@@ -93,6 +94,7 @@ def in_rounds(rng, common, own=0.005, rounds=8, visits=3):
     return times, [np.repeat(np.arange(rounds), visits).tolist() for _ in BATCHES]
 
 
+@pytest.mark.slow
 def test_a_speed_that_changes_from_round_to_round_is_in_the_intervals():
     rng, held = np.random.default_rng(3), {True: 0, False: 0}
     for seed in range(80):

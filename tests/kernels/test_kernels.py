@@ -43,6 +43,7 @@ def test_no_rule_is_left_out():
 
 
 @rules
+@pytest.mark.isa
 @pytest.mark.parametrize("width_name", _C.cpu_widths())
 def test_follows_the_float64_reference(rule, width_name, width):
     width(width_name)

@@ -8,6 +8,8 @@ from cases.problem import same_bits
 
 from pybatch import _C, ops
 
+pytestmark = pytest.mark.isa
+
 CHUNK = ops.CppBackend.chunk
 every_rule = pytest.mark.parametrize("rule", lists.RULES)
 halves = pytest.mark.parametrize("name", [name for name in ("bfloat16", "float16") if name in ops.STORAGES])

@@ -1,14 +1,11 @@
-"""The Triton twin on CPU tensors, in Triton's interpreter, against the C++ core, which the float64 references check.
-
-The interpreter must be chosen before Triton is imported, so the checks run in a process of their own.
-"""
+"""The Triton twin on CPU tensors, in Triton's interpreter, against the C++ core, which the float64 references check."""
 
 import os
 import subprocess
 import sys
 
 import pytest
-from cases.paths import TESTS
+from cases import interpreter
 
 pytest.importorskip("triton")
 
@@ -47,9 +44,7 @@ def assert_same(own, twin, storage=None):
         torch.testing.assert_close(twin.list.norms, own.list.norms, rtol=1e-4, atol=1e-5)
 """
 
-RULES = (
-    LISTS
-    + """
+RULES = """
 for rule in ops.RULES:
     own, twin = both(rule)
     for setup in (own, twin):
@@ -59,11 +54,8 @@ for rule in ops.RULES:
         setup.step(lists.draw(COUNTS, seed=2), lambda tensors: None, norm=True)
     assert_same(own, twin)
 """
-)
 
-STORAGES = (
-    LISTS
-    + """
+STORAGES = """
 for storage in ops.STORAGES:
     for rule in ("MuonMove", "Lars"):  # without and with a norm of what was stored
         own, twin = both(rule, storage)
@@ -81,11 +73,8 @@ for storage in ops.STORAGES:
         assert all(torch.equal(a, b) for a, b in zip(own.params, twin.params, strict=True))
         assert 0 < (torch.cat(own.params) != 1.0).double().mean() < 1
 """
-)
 
-ACCUMULATE = (
-    LISTS
-    + """
+ACCUMULATE = """
 for rule in ("Lars", "Lamb"):
     setups = both(rule, layered=True)
     for step in range(3):
@@ -114,10 +103,8 @@ for rule in ("Lars", "Lamb"):
     if rule == "Lamb":
         assert_same(*setups)
 """
-)
 
 SAME_AS_CPP = """
-import torch
 from cases import adamw, problem, sgd
 
 def run(case, backend, dtype, steps):
@@ -149,15 +136,12 @@ for case, dtype in ((adamw, torch.bfloat16), (sgd, torch.float32)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "program", [RULES, STORAGES, ACCUMULATE, SAME_AS_CPP], ids=["rules", "storages", "accumulate", "optimizers"]
+    "programs", [(RULES, STORAGES), (ACCUMULATE, SAME_AS_CPP)], ids=["rules and storages", "accumulate and optimizers"]
 )
-def test_in_the_interpreter(program):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_in_the_interpreter(programs):
+    interpreter.run(LISTS, *programs)
 
 
 COMPILE = """
@@ -199,6 +183,7 @@ assert sum("barrier" in line for line in level) == 2, level
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
     """The interpreter accepts programs the compiler does not, such as variables that change their type in a branch."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}

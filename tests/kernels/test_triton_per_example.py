@@ -1,14 +1,11 @@
-"""The Triton kernels of per-example norms in the interpreter, against float64; and compiled for a GPU.
-
-The interpreter must be chosen before Triton is imported, so the checks run in a process of their own.
-"""
+"""The Triton kernels of per-example norms in the interpreter, against float64; and compiled for a GPU."""
 
 import os
 import subprocess
 import sys
 
 import pytest
-from cases.paths import TESTS
+from cases import interpreter
 
 pytest.importorskip("triton")
 
@@ -118,18 +115,10 @@ for model, x, y, loss in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [PRODUCTS + LARGE + PICKED + NORMS, MODEL], ids=["kernels", "model"])
 def test_in_the_interpreter(program):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
-    done = subprocess.run(
-        [sys.executable, "-c", SETUP + program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpreter.run(SETUP, program)
 
 
 COMPILE = """
@@ -171,6 +160,7 @@ build(k.norm_backward_kernel, "*fp32", centred=False, affine=True, block=1024)
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import processor
 from cases.noise_models import MODELS, example_gradients, expected, images, loss_of, mlp
 from torch import nn
 
@@ -16,7 +17,7 @@ from pybatch.base.errors import UsageError
 from pybatch.fits.accumulator import NoiseAccumulator
 from pybatch.noise import norms
 from pybatch.noise.per_example import ExampleRecorder
-from pybatch.noise.sources import backward
+from pybatch.noise.sources import micro_batches
 from pybatch.optim import AdamW
 
 # Of tr(Sigma), and of |G|^2 + tr(Sigma) / 12, the squared norm of a step of 12 examples: weights, activations and
@@ -24,8 +25,7 @@ from pybatch.optim import AdamW
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}
 OPTIMIZERS = {"torch": torch.optim.AdamW, "fused": AdamW}
 
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("one_thread")]
 
 
 class Truth:
@@ -99,7 +99,7 @@ def test_clipping_unscales_before_and_changes_nothing():
     assert truth.of(noise, torch.float16)
 
 
-@pytest.mark.parametrize("name", ["mlp", "lstm"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("lstm", marks=processor.runs(nn.LSTM, torch.bfloat16))])
 def test_micro_batches_in_bf16(name):
     """It has the range of fp32: nothing overflows, with a scaler or without."""
     noise, truth = train(torch.bfloat16, name=name)
@@ -130,7 +130,7 @@ def unaware(*_):
 
 def keep_overflow(monkeypatch):
     """The passes of a step that was left out stay in the next one."""
-    monkeypatch.setattr(backward.BackwardNoise, "_abandon", lambda self: None)
+    monkeypatch.setattr(micro_batches.MicroBatchNoise, "_abandon", lambda self: None)
 
 
 def count_overflow(monkeypatch):
@@ -145,7 +145,7 @@ def count_overflow(monkeypatch):
 
 def miss_zeros(monkeypatch):
     """Gradients set to zero in place are not noticed."""
-    monkeypatch.setattr(backward, "_mark", lambda param: None)
+    monkeypatch.setattr(micro_batches, "_mark", lambda param: None)
 
 
 def test_squares_in_fp32_would_be_caught(monkeypatch):

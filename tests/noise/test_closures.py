@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from cases.noise_models import Uphill, example_gradients, expected, images, loss_of, mlp
-from cases.ranks import processes, ranks, same  # noqa: F401
+from cases.noise_models import Uphill, example_gradients, expected, images, loss_of, mlp, same
 
 import pybatch.noise
 from pybatch.noise import closures
-from pybatch.noise.sources import backward
+from pybatch.noise.sources import micro_batches
 from pybatch.optim import AdamW
 
 STEPS = 10
@@ -218,7 +217,7 @@ def only_the_last(monkeypatch):
 def later_ones_too(monkeypatch):
     """Later evaluations are seen by the hooks, and stay."""
     monkeypatch.setattr(closures.Evaluations, "later", property(lambda self: False, lambda self, value: None), False)
-    monkeypatch.setattr(backward.BackwardNoise, "_drop", lambda self: False)
+    monkeypatch.setattr(micro_batches.MicroBatchNoise, "_drop", lambda self: False)
 
 
 @pytest.mark.parametrize("mutation", [evaluations_all_count, only_the_last, later_ones_too])
@@ -228,7 +227,8 @@ def test_a_wrong_implementation_is_caught(monkeypatch, mutation):
     assert not (noise.steps == STEPS and right(noise, grad_sq, trace))
 
 
-def test_ddp_takes_the_first_evaluation(ranks):  # noqa: F811
+@pytest.mark.slow
+def test_ddp_takes_the_first_evaluation(ranks):
     found, want = ranks[0]["ddp_closure"]
     same(found, want)
     assert found["steps"] == want["steps"]
@@ -236,7 +236,7 @@ def test_ddp_takes_the_first_evaluation(ranks):  # noqa: F811
     assert not any("synchronized again" in text for text in found["notes"])
 
 
-def test_fsdp_takes_the_first_evaluation(processes):  # noqa: F811
+def test_fsdp_takes_the_first_evaluation(processes):
     found, want = processes(2)[0]["fsdp_closure"]
     same(found, want)
     assert found["steps"] == want["steps"]

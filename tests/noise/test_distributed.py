@@ -1,7 +1,9 @@
 """DDP and FSDP2 in several processes against the float64 truth of one; the cases are in noise_worker.py."""
 
 import pytest
-from cases.ranks import same
+from cases.noise_models import same
+
+pytestmark = pytest.mark.slow
 
 
 def test_ddp_equals_one_process(ranks):

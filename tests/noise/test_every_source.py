@@ -50,6 +50,7 @@ class Deep(Regression):
         return nn.Sequential(nn.Linear(15, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_layers_are_every_parameters_share_and_only_where_asked_for(source):
     found = measure(Deep(), source, layers=True)

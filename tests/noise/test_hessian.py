@@ -39,7 +39,7 @@ class Anisotropic(Workload):
         return 0.5 * (model(batch[0])[:, 0] - batch[1]).square().mean()
 
     def truth(self):
-        """(tr Sigma, |G|^2, B_noise) of SCIENCE's closed form with e = 1 and sigma = 1."""
+        """(tr Sigma, |G|^2, B_noise) in closed form with e = 1 and sigma = 1."""
         lam = self.scales.double()
         excess = float(lam.sum()) + 1.0
         grad_sq = float((lam**2).sum())

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pybatch.noise
 from pybatch.base.errors import UsageError
-from pybatch.noise.sources import backward
+from pybatch.noise.sources import micro_batches
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def same(handle, truth):
 def test_gradients_cleared_in_place_begin_a_step_anew(monkeypatch, noticed):
     """A step thrown away with zero_grad(set_to_none=False); not noticing it gives a wrong number."""
     if not noticed:
-        monkeypatch.setattr(backward, "_mark", lambda param: None)
+        monkeypatch.setattr(micro_batches, "_mark", lambda param: None)
     model, optimizer, handle = attached()
     passes(model)
     optimizer.zero_grad(set_to_none=False)
@@ -124,6 +124,7 @@ class Checkpointed(nn.Module):
         return self.body[3](checkpoint(self.body[1:3], x, use_reentrant=self.reentrant))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["checkpoint", "reentrant", "compiled"])
 def test_checkpoints_and_compiled_models(kind):
     model = mlp()

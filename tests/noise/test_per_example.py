@@ -232,6 +232,7 @@ def test_sum_and_token_mean_agree_with_the_mean():
     assert float(by_token.n_large) == 11
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("route", ["auto", "fused"])
 def test_fp32_and_bf16_autocast_are_close(route):
     torch.manual_seed(0)
@@ -263,13 +264,13 @@ def test_chunks_make_no_difference(monkeypatch):
 
 # What a wrong implementation does, and the model that shows it.
 def forget_bias(monkeypatch):
-    rule = layers.RULES[F.linear]
+    rule = layers.FORMULAS[F.linear]
 
     def parts(*args, **kwargs):
         first = lambda g: layers.Dense(layers.wide(layers._sequence(g))[:, 0])  # noqa: E731
         return rule.parts(*args, **kwargs) | {"bias": first}
 
-    monkeypatch.setitem(layers.RULES, F.linear, layers.Rule(rule.name, parts, rule.signature))
+    monkeypatch.setitem(layers.FORMULAS, F.linear, layers.LayerFormula(rule.name, parts, rule.signature))
 
 
 def forget_padding(monkeypatch):

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError, WorkloadError
 from pybatch.fits.noise import pair
+from pybatch.noise.feeds import HookFeed, OptimizerFeed
 from pybatch.noise.groups import Tally
 from pybatch.noise.hessian import HessianNoise
 from pybatch.noise.measurement import measure_noise
 from pybatch.noise.per_example.feed import ExampleFeed
-from pybatch.noise.sources.feeds import HookFeed, OptimizerFeed
 from pybatch.optim import AdamW
 from pybatch.records import CountedNoise, LayerNoise, NoiseScale, Run, WeightedNoise
 from pybatch.report.formats.text import render
@@ -84,6 +84,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_closed_form_in_both_units(way):
     options = {"device": "cpu", "warmup_steps": 0, "layers": True} | WAYS[way]
@@ -248,7 +249,7 @@ def test_conversion():
 
 def test_the_verdict_is_in_examples():
     """Batch sizes are in examples: a scale in tokens is not compared with them, a converted one is."""
-    refused, advised = compare(None, TOKENS), compare(None, TOKENS.in_examples(8.0))
+    refused, advised = advise(None, TOKENS), advise(None, TOKENS.in_examples(8.0))
     assert refused.critical_batch is None
     assert any("noise.in_examples(" in note.text for note in refused.notes)
     assert (advised.critical_batch, advised.critical_low) == (100.0, pytest.approx(50))

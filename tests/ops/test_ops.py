@@ -110,7 +110,7 @@ def test_ledger_of_another_version_is_refused():
 def test_a_table_is_uploaded_only_where_it_changed():
     params = [torch.ones(3), torch.ones(2)]
     entries = [ops.Entry(p, (), "Sgd", 0, 0.0) for p in params]
-    tensors = ops.TensorList(entries, 1, ops.Ledger(CPU), ops.CppBackend())
+    tensors = ops.TensorList(entries, 1, ops.Ledger(CPU), ops.CppBackend.chunk)
     tensors.send()
     tensors.set("grad", [p.data_ptr() for p in params])
     assert tensors._stale
@@ -123,7 +123,7 @@ def test_a_rule_that_needs_norms_gets_them_from_the_call():
     p, g = torch.ones(3), torch.ones(3)
     for rule, norm, prepare in (("Sgd", False, False), ("Lars", True, False), ("Lamb", False, True)):
         states = tuple(torch.zeros(3) for _ in range(ops.RULES[rule].states))
-        tensors = ops.TensorList([ops.Entry(p, states, rule, 0, 0.0)], 1, ops.Ledger(CPU), ops.CppBackend())
+        tensors = ops.TensorList([ops.Entry(p, states, rule, 0, 0.0)], 1, ops.Ledger(CPU), ops.CppBackend.chunk)
         tensors.set("grad", [g.data_ptr()])
         call = ops.Call()
         call.inverse = 1.0

@@ -12,6 +12,8 @@ from cases.paths import TESTS
 
 from pybatch import optim
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):

@@ -34,6 +34,7 @@ def narrower():
     _C.set_cpu_width(width)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("width", _C.cpu_widths())
 @optimizers(EXACT)
 def test_every_vector_width_matches_the_reference(narrower, width, case):

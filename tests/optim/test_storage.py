@@ -9,6 +9,8 @@ from cases import lion, muon, problem, sgd
 from cases.catalogue import EXACT, OPTIMIZERS, optimizers, whole
 from cases.problem import same_bits
 
+pytestmark = pytest.mark.isa
+
 NARROW = [dtype for dtype in problem.DTYPES if dtype != torch.float32]
 MASTERS = [(True, dtype) for dtype in NARROW] + [("remainder", torch.bfloat16)]
 KINDS = [{"master_weights": True}, {"master_weights": "remainder"}, {"stochastic_rounding": 5}]

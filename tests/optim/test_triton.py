@@ -1,14 +1,7 @@
-"""Every optimizer on Triton's twin, in Triton's interpreter, over the tables in tests/cases.
-
-The interpreter must be chosen before Triton is imported, so the checks run in a process of their own.
-"""
-
-import os
-import subprocess
-import sys
+"""Every optimizer on Triton's twin, in Triton's interpreter, over the tables in tests/cases."""
 
 import pytest
-from cases.paths import TESTS
+from cases import interpreter
 
 pytest.importorskip("triton")
 
@@ -55,8 +48,7 @@ for case in OPTIMIZERS:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [REFERENCE, SAME_AS_CPP], ids=["reference", "same as cpp"])
 def test_in_the_interpreter(program):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpreter.run(program)

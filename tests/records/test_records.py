@@ -7,7 +7,7 @@ from pybatch.base.errors import UsageError
 from pybatch.fits.steps import fit_steps
 from pybatch.records import Convergence, ConvergencePoint, Curve, Run, to_dict
 
-# The record of DESIGN: what readers of saved files rely on.
+# The record: what readers of saved files rely on.
 KEYS = {
     None: "schema created environment device ceilings workload batches capacity noise convergence verdict",
     "ceilings": "gemm_flops copy_bytes_per_s datasheet_flops",

@@ -9,7 +9,7 @@ import pytest
 from cases.points import point
 from cases.verdicts import BRANCHES, MODELS, SWEEP, capacity, noise, swept_by
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError
 from pybatch.records import (
     BatchPoint,
@@ -23,18 +23,15 @@ from pybatch.records import (
     Note,
     Run,
 )
-from pybatch.records import run as reading
-from pybatch.report.formats.html import page
 from pybatch.report.formats.text import render, render_all
 
 GOLDEN = Path(__file__).parent / "golden"
-FIRST = GOLDEN / "record-first.json"  # written by the first commit that had records and their tests
 
 
 def judged(measured, scale, steps=None, distributed=None, **more):
     device = Device("cpu", 0, "Example CPU", 2**34, cores=2)
     measured = dataclasses.replace(measured, device=device) if measured is not None else None
-    verdict = compare(measured, scale, steps, distributed)
+    verdict = advise(measured, scale, steps, distributed)
     return Run("2026-01-02T03:04:05+00:00", None, measured, scale, steps, verdict, distributed=distributed, **more)
 
 
@@ -97,43 +94,11 @@ def test_a_changed_figure_would_be_seen():
     assert render(changed, "md") != (GOLDEN / "noise-limits.md").read_text(encoding="utf-8")
 
 
-def test_the_first_record_ever_written_loads_and_reports():
-    run = Run.from_json(FIRST.read_text(encoding="utf-8"))
-    assert run.verdict.best_batch == 32
-    assert run.capacity.batches[3].samples_per_s == pytest.approx(512 / 0.0532)
-    assert run.capacity.batches[0].step_ms_quantiles == ()
-    assert run.capacity.anchor is None
-    assert "Use batch 32." in page([run])
-    for format_ in ("table", "md", "csv", "jsonl", "json"):
-        assert render(run, format_)
-    again = compare(run.capacity, run.noise)
-    assert again.limit == "noise"
-    assert json.loads(run.to_json())["schema"] == "pybatch/1"
-
-
-def test_a_record_of_an_older_version_is_brought_up(monkeypatch):
-    data = json.loads(FIRST.read_text(encoding="utf-8"))
-    old = data | {"schema": "pybatch/0", "noise": data["noise"] | {"b_noise": data["noise"]["b_simple"]}}
-    del old["noise"]["b_simple"]
-    with pytest.raises(
-        UsageError, match=r"'pybatch/0'.*too old: run the measurement again, or read it with pybatch 0.1.0"
-    ):
-        Run.from_json(json.dumps(old))
-
-    def renamed(record):
-        kept = {key: value for key, value in record["noise"].items() if key != "b_noise"}
-        return record | {"noise": kept | {"b_simple": record["noise"]["b_noise"]}}
-
-    monkeypatch.setitem(reading._UPGRADES, 0, renamed)
-    assert Run.from_json(json.dumps(old)) == Run.from_json(json.dumps(data))
-
-
-def test_a_record_of_a_newer_version_says_what_to_install():
-    data = json.loads(FIRST.read_text(encoding="utf-8"))
-    newer = data | {"schema": "pybatch/2", "environment": data["environment"] | {"pybatch": "3.1.4"}}
-    with pytest.raises(UsageError, match=r"It is newer: upgrade pybatch, at least to 3\.1\.4"):
-        Run.from_json(json.dumps(newer))
-    with pytest.raises(UsageError, match=r"unknown keys \['later'\].* upgrade pybatch"):
+def test_a_record_of_another_version_is_refused_with_the_remedy():
+    data = json.loads(RUNS["noise-limits"]().to_json())
+    with pytest.raises(UsageError, match=r"schema 'pybatch/2', this pybatch reads 'pybatch/1'\. .*measure again"):
+        Run.from_json(json.dumps(data | {"schema": "pybatch/2"}))
+    with pytest.raises(UsageError, match=r"unknown keys \['later'\].* measure again"):
         Run.from_json(json.dumps(data | {"noise": data["noise"] | {"later": 1}}))
 
 

@@ -10,7 +10,7 @@ import shutil
 import pytest
 from cases.pages import HOSTILE, curve, hostile, with_samples
 
-from pybatch.answer.verdict import compare
+from pybatch.answer.verdict import advise
 from pybatch.base import numerals
 from pybatch.base.errors import UsageError
 from pybatch.records import (
@@ -22,16 +22,21 @@ from pybatch.records import (
     NoiseTrajectory,
     RateSteps,
 )
-from pybatch.report.capacity_figures import capacity_figures
-from pybatch.report.convergence_figures import convergence_figures
-from pybatch.report.figure import batch_axis
+from pybatch.report import noise as noise_report
+from pybatch.report import steps as steps_report
 from pybatch.report.formats.html import page, write_report
-from pybatch.report.noise_figures import noise_figures
+from pybatch.report.plot import batch_axis
+from pybatch.report.run import plots
 
 
 @pytest.fixture
 def judged(run):
-    return dataclasses.replace(run, verdict=compare(run.capacity, run.noise))
+    return dataclasses.replace(run, verdict=advise(run.capacity, run.noise))
+
+
+def device_plots(run):
+    """Those of capacity, sweep and verdict, by the names they have before runs are told apart."""
+    return [dataclasses.replace(p, name=p.name.removesuffix("-0")) for p in plots(run) if "noise" not in p.name]
 
 
 def embedded(text):
@@ -41,7 +46,7 @@ def embedded(text):
 def test_every_figure_is_valid_plotly_and_has_a_table(judged):
     import plotly.graph_objects as go
 
-    figures = capacity_figures(judged)
+    figures = device_plots(judged)
     assert {f.name for f in figures} == {"throughput", "goodput", "step-time", "utilization", "roofs", "frontier"}
     for figure in figures:
         plain = json.loads(re.sub(r'"@[a-z]+(/\d+)?"', '"#123456"', json.dumps([figure.traces, figure.layout])))
@@ -51,13 +56,13 @@ def test_every_figure_is_valid_plotly_and_has_a_table(judged):
 
 
 def test_the_picture_shows_what_the_record_says(judged):
-    throughput = capacity_figures(judged)[0]
+    throughput = device_plots(judged)[0]
     measured = next(t for t in throughput.traces if t["name"] == "measured")
     assert measured["x"] == [1, 8, 64, 512]
     assert measured["y"] == [p.samples_per_s for p in judged.capacity.batches if p.samples_per_s]
     lines = {t["name"].split()[0]: t["x"][0] for t in throughput.traces if t.get("hoverinfo") == "name"}
     assert lines == {"critical": 40.0, "saturation": 190.0}
-    goodput = capacity_figures(judged)[1]
+    goodput = device_plots(judged)[1]
     peak = next(t for t in goodput.traces if t["name"] == "goodput, of its peak")
     at = peak["x"][peak["y"].index(max(peak["y"]))]
     assert at == pytest.approx(judged.verdict.why("best_batch").inputs["optimum"], rel=0.05)
@@ -66,7 +71,7 @@ def test_the_picture_shows_what_the_record_says(judged):
 def test_samples_and_drift_are_drawn_from_quantiles(judged):
     import plotly.graph_objects as go
 
-    [figure] = [f for f in capacity_figures(with_samples(judged)) if f.name == "samples"]
+    [figure] = [f for f in device_plots(with_samples(judged)) if f.name == "samples"]
     plain = json.loads(re.sub(r'"@[a-z]+(/\d+)?"', '"#123456"', json.dumps([figure.traces, figure.layout])))
     go.Figure(data=plain[0], layout=plain[1])
     boxes, anchor = figure.traces
@@ -77,15 +82,15 @@ def test_samples_and_drift_are_drawn_from_quantiles(judged):
     assert anchor["median"] == pytest.approx([1.0, 1.1])
     assert len(figure.table.rows) == 6
     assert figure.table.rows[0][:3] == ("1", "25", "1.89")
-    assert not [f for f in capacity_figures(judged) if f.name == "samples"]  # an older record kept none
+    assert not [f for f in device_plots(judged) if f.name == "samples"]  # none were kept
 
 
 def test_goodput_peaks_where_the_fitted_curve_says(run):
     from cases.verdicts import MODELS, swept_by
 
     steps = swept_by(MODELS["power"])
-    judged = dataclasses.replace(run, convergence=steps, verdict=compare(run.capacity, run.noise, steps))
-    goodput = capacity_figures(judged)[1]
+    judged = dataclasses.replace(run, convergence=steps, verdict=advise(run.capacity, run.noise, steps))
+    goodput = device_plots(judged)[1]
     peak = next(t for t in goodput.traces if t["name"] == "goodput, of its peak")
     at = peak["x"][peak["y"].index(max(peak["y"]))]
     assert at == pytest.approx(judged.verdict.why("best_batch").inputs["optimum"], rel=0.05)
@@ -97,14 +102,14 @@ def test_seeds_that_a_race_left_out_are_no_failures():
     raced = RateSteps(0.1, (40.0, None, None), ("reached", "not_run", "not_run"))
     none = RateSteps(0.2, (None, None, None), ("not_run", "not_run", "not_run"))
     point = ConvergencePoint(8, 40.0, "reached", 3, 0.1, reached=1, rates=(raced, none))
-    heat = convergence_figures(Convergence((Curve("tuned", "train", (point,), None, None, None, None, 0.1),)))[2]
+    heat = steps_report.plots(Convergence((Curve("tuned", "train", (point,), None, None, None, None, 0.1),)))[2]
     assert heat.traces[0]["text"] == [["40 (1 of 3 seeds)"], ["not tried"]]
 
 
 def test_convergence_is_drawn_with_its_fit_and_its_failures():
     import plotly.graph_objects as go
 
-    figures = convergence_figures(Convergence((curve(),)), "images")
+    figures = steps_report.plots(Convergence((curve(),)), "images")
     assert [f.name for f in figures] == ["steps-0", "examples-0", "rates-0-0"]
     for figure in figures:
         plain = json.loads(re.sub(r'"@[a-z]+(/\d+)?"', '"#123456"', json.dumps([figure.traces, figure.layout])))
@@ -128,7 +133,7 @@ def test_convergence_is_drawn_with_its_fit_and_its_failures():
 
 def test_a_target_that_nothing_reached_is_said():
     never = ConvergencePoint(8, None, "not_reached", 2, 0.1)
-    figures = convergence_figures(Convergence((Curve("sqrt", "test", (never,), None, None, None, None),)))
+    figures = steps_report.plots(Convergence((Curve("sqrt", "test", (never,), None, None, None, None),)))
     assert all(f.missing for f in figures)
 
 
@@ -282,7 +287,7 @@ def test_a_trajectory_and_layers_are_drawn(judged):
     layers = (LayerNoise("a<b>", 12.0, 0.1, 1.2, 10.0, 15.0, "resolved", 16), LayerNoise("c", None, 0.0, 1.0))
     noise = dataclasses.replace(judged.noise, layers=layers)
     trajectory = NoiseTrajectory((*stretches, lost), "ddp", "tokens")
-    along, by_layer = noise_figures(noise, trajectory, "images")
+    along, by_layer = noise_report.plots(noise, trajectory, "images")
     for figure in (along, by_layer):
         plain = json.loads(re.sub(r'"@[a-z]+(/\d+)?"', '"#123456"', json.dumps([figure.traces, figure.layout])))
         go.Figure(data=plain[0], layout=plain[1])
@@ -294,16 +299,16 @@ def test_a_trajectory_and_layers_are_drawn(judged):
     assert by_layer.traces[0]["y"] == ["a&lt;b&gt;"]
     assert by_layer.traces[0]["error_x"]["array"] == [3.0]
     unresolved = NoiseTrajectory((lost,), "ddp")
-    assert noise_figures(None, unresolved, "images")[0].missing
+    assert noise_report.plots(None, unresolved, "images")[0].missing
 
 
 def test_of_many_layers_the_largest_are_drawn_and_the_caption_says_so(judged):
     layers = tuple(LayerNoise(f"l{i}", 1.0 + i, 0.1, 1.2, 1.0, 150.0, "resolved", 16) for i in range(100))
-    [figure] = noise_figures(dataclasses.replace(judged.noise, layers=layers), None, "images")
+    [figure] = noise_report.plots(dataclasses.replace(judged.noise, layers=layers), None, "images")
     assert figure.traces[0]["y"] == [f"l{i}" for i in range(40, 100)]
     assert "60 largest of 100" in figure.caption
     assert len(figure.table.rows) == 100
-    [few] = noise_figures(dataclasses.replace(judged.noise, layers=layers[:60]), None, "images")
+    [few] = noise_report.plots(dataclasses.replace(judged.noise, layers=layers[:60]), None, "images")
     assert "largest" not in few.caption
 
 
@@ -316,5 +321,5 @@ def test_reach_rates_count_the_runs_they_are_of():
     """No rate is chosen where none has half of its seeds reach: all runs of all rates are counted then."""
     rates = tuple(RateSteps(lr, (40.0, None, None), ("reached", "diverged", "diverged")) for lr in (0.1, 0.2, 0.4, 0.8))
     point = ConvergencePoint(8, None, "diverged", 3, None, reached=4, diverged=8, rates=rates)
-    [steps, *_] = convergence_figures(Convergence((Curve("tuned", "train", (point,), None, None, None, None, 0.1),)))
-    assert steps.table.rows[0][5] == "4 of 12"
+    [steps, *_] = steps_report.plots(Convergence((Curve("tuned", "train", (point,), None, None, None, None, 0.1),)))
+    assert dict(zip(steps.table.heads, steps.table.rows[0], strict=True))["runs"] == "4 of 12"

@@ -1,23 +1,37 @@
 """Figures as PNG files, by whatever Chrome or Chromium is there; without one, the remedy."""
 
 import dataclasses
-import shutil
+import sys
 
 import pytest
 from cases.pages import hostile, with_samples
 from PIL import Image
 
 from pybatch.base.errors import UsageError
-from pybatch.report.formats import png
-from pybatch.report.formats.html import figures_of
+from pybatch.records import Run
 from pybatch.report.formats.png import HEIGHT, SCALE, WIDTH, write_pngs
+from pybatch.report.run import plots
 
 
-@pytest.mark.skipif(not any(map(shutil.which, png.BROWSERS)), reason="no Chrome or Chromium is installed")
+def browser():
+    kaleido = pytest.importorskip("kaleido")
+    assert kaleido
+    from choreographer.browsers.chromium import Chromium
+
+    return Chromium.find_browser(skip_local=False)
+
+
+@pytest.fixture
+def needs_browser():
+    if browser() is None:
+        pytest.skip("no Chrome or Chromium is installed")
+
+
+@pytest.mark.usefixtures("needs_browser")
 def test_every_figure_becomes_a_picture(run, tmp_path):
-    runs = [hostile(with_samples(run)), run]
+    runs = [hostile(with_samples(run)), Run("", None, noise=run.noise)]
     paths = write_pngs(runs, tmp_path / "new" / "figures")
-    wanted = [f.name for number, each in enumerate(runs) for f in figures_of(each, number) if f.missing is None]
+    wanted = [f.name for number, each in enumerate(runs) for f in plots(each, number) if f.missing is None]
     assert [path.stem for path in paths] == wanted
     for path in paths:
         with Image.open(path) as image:
@@ -26,26 +40,32 @@ def test_every_figure_becomes_a_picture(run, tmp_path):
         paper = max(colors)
         assert paper[1] == (255, 255, 255)
         assert len(colors) > 20  # text and lines, not an empty page
+        if path.stem == "throughput-0":
+            assert (0x00, 0x72, 0xB2) in {color for _, color in colors}  # blue, as the page has it in a light theme
 
 
 def test_without_a_browser_the_remedy_is_said(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv(png.VARIABLE, raising=False)
-    with pytest.raises(UsageError, match=r"none was found\. Install one .*apt install chromium"):
+    monkeypatch.setattr("choreographer.browsers.chromium.Chromium.find_browser", lambda **options: None)
+    with pytest.raises(UsageError, match=r"none was found\. Install one .*apt install chromium.*BROWSER_PATH"):
         write_pngs([run], tmp_path / "figures")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setenv(png.VARIABLE, "/nowhere/chrome")
-    with pytest.raises(UsageError, match="PYBATCH_BROWSER=/nowhere/chrome is not there"):
+
+
+def test_without_kaleido_the_remedy_is_said(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    with pytest.raises(UsageError, match="pip install kaleido"):
         write_pngs([run], tmp_path / "figures")
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_browser_that_fails_is_named(run, tmp_path, monkeypatch):
+def test_a_browser_that_fails_is_told(run, tmp_path, monkeypatch):
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho 'no display' >&2\nexit 3\n")
     broken.chmod(0o755)
-    monkeypatch.setenv(png.VARIABLE, str(broken))
-    with pytest.raises(UsageError, match=r"broken drew 0 of 6 figures \(status 3; it says: no display\)"):
+    monkeypatch.setenv("BROWSER_PATH", str(broken))
+    with pytest.raises(UsageError, match=r"the browser drew no figures \(.*BROWSER_PATH"):
         write_pngs([run], tmp_path / "figures")
+    assert list((tmp_path / "figures").iterdir()) == []
 
 
 def test_nothing_to_draw_and_nowhere_to_write(run, tmp_path):

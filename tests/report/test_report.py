@@ -11,7 +11,10 @@ from rich.console import Console
 
 from pybatch.base import numerals
 from pybatch.base.errors import UsageError
-from pybatch.records import Note, Run, to_dict
+from pybatch.records import BatchPoint, Convergence, ConvergencePoint, Curve, Note, Run, figure, to_dict
+from pybatch.records.figure import figures
+from pybatch.report import layout
+from pybatch.report.formats.html import page
 from pybatch.report.formats.text import FORMATS, format_of, print_run, render
 from pybatch.report.output import Output
 
@@ -68,6 +71,58 @@ def test_the_table_fits_80_columns_and_is_plain(run):
         "Use batch 32.",
     ):
         assert expected in text
+
+
+def wide(run):
+    """The widest cells that a real run has, in every column."""
+    points = [
+        dataclasses.replace(p, step_ms=12_345.6, step_ms_low=1e4, step_ms_high=1.5e4, samples_per_s=98_765_432.0)
+        for p in run.capacity.batches
+        if p.status == "ok"
+    ]
+    points[-1] = dataclasses.replace(points[-1], batch=33_554_432, memory_bytes=1000 * 2**30, bound_by="compute")
+    return dataclasses.replace(run, capacity=dataclasses.replace(run.capacity, batches=tuple(points)))
+
+
+def many_rules():
+    """Six rules at batch sizes where some runs fail: wider than any terminal."""
+    points = tuple(ConvergencePoint(8 * 4**k, 123_456.0, "reached", 3, 0.01, reached=2) for k in range(6))
+    names = ("constant", "sqrt", "linear", "tuned", "square_root_capped", "another")
+    return Convergence(tuple(Curve(name, "train", points, None, None, None, None, 0.1) for name in names))
+
+
+def test_no_table_is_wider_than_80_columns_and_none_loses_a_figure(run):
+    text = render(wide(run), "table")
+    assert max(map(len, text.splitlines())) <= 80
+    cells = {word for line in text.splitlines() if line.split()[:1] == ["33,554,432"] for word in line.split()}
+    assert {"12,300", "98,765,432", "1,000", "compute"} <= cells
+    swept = Run("", None, convergence=many_rules())
+    lines = render(swept, "table").splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if line.split()[:1] == ["8,192"]]
+    assert sum(cell == "123,456" for row in rows for cell in row) == 6
+    heads = {word for line in lines if line.split()[:1] == ["batch"] for word in line.split()}
+    assert heads == {"batch", "constant", "sqrt", "linear", "tuned", "square_root_capped", "another"}
+
+
+def test_a_figure_is_said_once_and_stands_in_every_format(run, monkeypatch):
+    """A column more, by its declaration alone."""
+    own = dict(figures(BatchPoint))
+    monkeypatch.setitem(own, "sm_clock_mhz", dataclasses.replace(own["sm_clock_mhz"], shown=True))
+    monkeypatch.setattr(figure, "figures", lambda kind: own if kind is BatchPoint else figures(kind))
+    monkeypatch.setattr(layout, "figures", figure.figures)
+    points = tuple(dataclasses.replace(p, sm_clock_mhz=1410.0) for p in run.capacity.batches)
+    note = Note("batches.sm_clock_mhz", "seen at the end")
+    capacity = dataclasses.replace(run.capacity, batches=points, notes=(note,))
+    figure.hidden.cache_clear()
+    try:
+        shown = dataclasses.replace(run, capacity=capacity)
+        for text in (render(shown, "table"), render(shown, "md"), page([shown]), shown._repr_html_()):
+            assert "SM clock MHz" in text
+            assert text.count("1,410") >= 5  # the page has it behind a plot too
+            assert "seen at the end" in text
+    finally:
+        figure.hidden.cache_clear()
 
 
 def test_every_figure_of_the_table_is_in_the_record(run):

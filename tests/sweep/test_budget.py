@@ -13,7 +13,7 @@ from cases.sweeps import Isotropic, measure
 from pybatch.answer.claims import check_claims, notes_on_claims
 from pybatch.base.errors import Interrupted, UsageError
 from pybatch.records import Convergence, ConvergencePoint, Run
-from pybatch.report.generalization_figures import generalization_figures
+from pybatch.report.claims import plots
 from pybatch.scaling import Scaled
 from pybatch.sweep import driver
 from pybatch.sweep.archive import read_store
@@ -358,7 +358,7 @@ def test_figures_show_each_budget_that_two_batch_sizes_have():
         for k, (at, once) in enumerate([((3.0, 1.0, 2.0), NONE), ((6.0, 4.0, None), NONE), (NONE, (2.0, 3.0, 4.0))])
     ]
     steps = Convergence((curve("sqrt", points),), gap_epochs=30.0, gap_steps=44)
-    target, epochs = generalization_figures(steps, "images")
+    target, epochs = plots(steps, "images")
     assert (target.title, epochs.title) == ("Test loss where train loss 0.100 was met", "Test loss after 30 epochs")
     [trace] = epochs.traces
     assert (trace["x"], trace["y"]) == ([8, 32], [2.0, 5.0])
@@ -367,4 +367,4 @@ def test_figures_show_each_budget_that_two_batch_sizes_have():
         ("sqrt", "8", "2", "1", "3", "3 of 3"),
         ("sqrt", "32", "5", "4", "6", "2 of 3"),
     )
-    assert generalization_figures(Convergence((curve("tuned", ()),))) == []
+    assert plots(Convergence((curve("tuned", ()),))) == []

@@ -24,7 +24,7 @@ from pybatch.sweep.store import Store
 from pybatch.training.fingerprint import fingerprint
 from pybatch.training.loop import Loop
 from pybatch.training.trajectory import Crossing, Trajectory
-from pybatch.training.trial import Race
+from pybatch.training.trial import Race, Unit
 from pybatch.workloads.running.finding import find
 
 
@@ -215,17 +215,17 @@ def test_processes_give_what_this_process_gives(tmp_path):
 
 
 def test_a_killed_worker_has_its_trials_run_again(tmp_path, monkeypatch):
-    from pybatch.processes import workers as jobs
+    from pybatch.processes.child import Child
 
-    send, killed = jobs._Child.send, []
+    send, killed = Child.send, []
 
-    def send_and_kill(self, unit):
-        send(self, unit)
-        if not killed:
+    def send_and_kill(self, message):
+        send(self, message)
+        if isinstance(message, Unit) and not killed:
             killed.append(self)
             self.process.kill()
 
-    monkeypatch.setattr(jobs._Child, "send", send_and_kill)
+    monkeypatch.setattr(Child, "send", send_and_kill)
     path = tmp_path / "runs.db"
     found = measure(batches=[8], jobs=2, store=path)
     assert killed
@@ -234,16 +234,16 @@ def test_a_killed_worker_has_its_trials_run_again(tmp_path, monkeypatch):
 
 
 def test_a_worker_that_always_dies_is_said_and_the_rest_goes_on(monkeypatch):
-    from pybatch.processes import workers as jobs
+    from pybatch.processes.child import Child
 
-    send = jobs._Child.send
+    send = Child.send
 
-    def send_and_kill(self, unit):
-        send(self, unit)
-        if unit.trials[0].batch == 16:
+    def send_and_kill(self, message):
+        send(self, message)
+        if isinstance(message, Unit) and message.trials[0].batch == 16:
             self.process.kill()
 
-    monkeypatch.setattr(jobs._Child, "send", send_and_kill)
+    monkeypatch.setattr(Child, "send", send_and_kill)
     found = measure(batches=[4, 16], jobs=2)
     assert not found.complete
     [curve] = found.curves
@@ -255,11 +255,10 @@ def test_a_worker_that_always_dies_is_said_and_the_rest_goes_on(monkeypatch):
 
 @pytest.mark.parametrize(("ends", "said"), [("os._exit(7)", "exit status 7"), ("os.abort()", "SIGABRT")])
 def test_how_a_worker_ended_is_said(ends, said):
-    from pybatch.processes import workers as jobs
+    from pybatch.processes import workers
 
-    child = object.__new__(jobs._Child)
-    child.process = subprocess.Popen([sys.executable, "-c", f"import os; {ends}"], stderr=subprocess.DEVNULL)
-    assert said in child.ending()
+    done = subprocess.run([sys.executable, "-c", f"import os; {ends}"], stderr=subprocess.DEVNULL, check=False)
+    assert said in workers._ending(done.returncode)
 
 
 def test_the_record_reads_back(run):

@@ -264,6 +264,7 @@ def trials(batch, dtype="fp32"):
     ]
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize(
     ("model", "dtype", "rtol"), [("cnn", "fp32", 1e-4), ("resnet", "fp32", 1e-4), ("cnn", "bf16", 3e-2)]
 )

@@ -131,6 +131,7 @@ def test_plain_optimizers_have_a_batched_form():
     assert isinstance(update_for("sgd", trials(maximize=True)[0].scaled.group), Views)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "target", "cap"), [("mlp", 1.0, 150), ("cnn", 2.29, 30)])
 def test_digits_reach_the_target_at_the_same_steps(model, target, cap):
     some = tuple(trials((0.1, 0.4, 100.0), (0, 1), batch=16))
@@ -439,11 +440,14 @@ def test_memory_that_runs_out_on_the_way_halves_what_is_left(monkeypatch):
         run_unit(Points(), unit, found.append, device=CPU, how="stacked")
 
 
+@pytest.mark.slow
+@pytest.mark.isa
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_in_bf16_rounding_is_no_fault_and_a_fault_is_still_seen(monkeypatch, optimizer):
     """Gradients in bf16 differ by a tenth, and steps of Adam follow their signs; a fault below that shows in fp32."""
     some = [dataclasses.replace(t, dtype="bf16") for t in trials((0.01, 0.1), (0, 1), optimizer=optimizer, batch=8)]
     scenes = find("scenes")
+    scenes.evaluation_examples = 2  # what is compared are gradients, and these take most of the time
     monkeypatch.setattr(
         choosing, "_timed", lambda made, index, real=choosing._timed: (*real(made, index)[:2], 1.0)
     )  # of equal speed: a stack is taken

@@ -157,6 +157,7 @@ def test_seed_fixes_model_and_batches_and_leaves_the_global_generator_alone() ->
     assert torch.equal(a.batch(2), b.batch(2))
 
 
+@pytest.mark.isa
 def test_bf16_runs_under_autocast_over_fp32_parameters() -> None:
     seen: list[torch.dtype] = []
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pybatch.fits.accumulator import NoiseAccumulator
+from pybatch.noise.feeds import Backward, Shares, counted
 from pybatch.noise.norms import squares
 from pybatch.noise.per_example.recorder import ExampleRecorder
-from pybatch.noise.sources.feeds import Backward, Shares, counted
 from pybatch.records import NoiseScale
 from pybatch.workloads.running.session import Session
 

@@ -15,7 +15,7 @@ from pybatch.base.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """Which parameter a tensor is made of, and which elements of it (None: all, in order)."""
 
     name: str
@@ -47,15 +47,15 @@ class Gates:
     def __init__(self, parameters: Mapping[str, Tensor], complete: Callable[[str, Tensor], None]) -> None:
         self.parameters, self._complete = parameters, complete
         self._gates: dict[str, Tensor] = {}
-        self._sources: dict[int, Source] = {}  # by id of a tensor that is kept
+        self._origins: dict[int, Origin] = {}  # by id of a tensor that is kept
         self._kept: list[Tensor] = []
         for name, parameter in parameters.items():
-            self.know(parameter, Source(name))
+            self.know(parameter, Origin(name))
 
     def close(self) -> None:
         """Let go of the tensors."""
         self._gates.clear()
-        self._sources.clear()
+        self._origins.clear()
         self._kept.clear()
 
     def split(self, values: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -63,21 +63,21 @@ class Gates:
         met: list[Tensor] = []
         others: list[Tensor] = []
         for leaf in _tensors(values):
-            (met if id(leaf) in self._sources else others).append(leaf)
+            (met if id(leaf) in self._origins else others).append(leaf)
         return met, others
 
-    def know(self, tensor: Tensor, source: Source) -> None:
+    def know(self, tensor: Tensor, origin: Origin) -> None:
         """Keep what a tensor is made of."""
         self._kept.append(tensor)
-        self._sources[id(tensor)] = source
+        self._origins[id(tensor)] = origin
 
-    def source(self, tensor: Tensor) -> Source:
+    def origin(self, tensor: Tensor) -> Origin:
         """What a known tensor is made of."""
-        return self._sources[id(tensor)]
+        return self._origins[id(tensor)]
 
     def is_whole(self, value: Any) -> bool:
         """Whether it is a parameter, all of it and in order."""
-        return isinstance(value, Tensor) and id(value) in self._sources and self.source(value).elements is None
+        return isinstance(value, Tensor) and id(value) in self._origins and self.origin(value).elements is None
 
     def is_open(self, name: str) -> bool:
         """Whether the parameter was used before."""
@@ -85,8 +85,8 @@ class Gates:
 
     def open(self, tensor: Tensor) -> Tensor:
         """The tensor behind its gate; a selection was taken behind it already."""
-        source = self.source(tensor)
-        return tensor if source.elements is not None else self._gate(source.name)
+        origin = self.origin(tensor)
+        return tensor if origin.elements is not None else self._gate(origin.name)
 
     def _gate(self, name: str) -> Tensor:
         if name not in self._gates:
@@ -101,7 +101,7 @@ class Gates:
 
     def refusal(self, func: Any, met: list[Tensor], why: str) -> UsageError:
         """The error of an operation on these that can't be measured."""
-        names = sorted({self.source(m).name for m in met})
+        names = sorted({self.origin(m).name for m in met})
         what = resolve_name(func) or getattr(func, "__name__", str(func))
         subject = "parameter" if len(names) == 1 else "parameters"
         return UsageError(

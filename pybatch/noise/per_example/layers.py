@@ -26,7 +26,7 @@ MICRO_BATCHES = "Use source='micro-batches', which holds for any model"
 
 
 @dataclass(frozen=True)
-class Rule:
+class LayerFormula:
     """One operation and the signature its arguments are bound by; the first argument carries the batch."""
 
     name: str
@@ -40,13 +40,13 @@ class Rule:
         return bound.arguments
 
 
-RULES: dict[Callable[..., Any], Rule] = {}
+FORMULAS: dict[Callable[..., Any], LayerFormula] = {}
 
 
 def _rule(*functions: Callable[..., Any]) -> Callable[[Callable[..., Parts]], Callable[..., Parts]]:
     def add(parts: Callable[..., Parts]) -> Callable[..., Parts]:
         for function in functions:
-            RULES[function] = Rule(parts.__name__, parts, inspect.signature(parts))
+            FORMULAS[function] = LayerFormula(parts.__name__, parts, inspect.signature(parts))
         return parts
 
     return add

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from pybatch.base.errors import UsageError
 from pybatch.noise.per_example.broadcast import ELEMENTWISE, EXPANDING, SELECTING, collapse, expand_to_batch
 from pybatch.noise.per_example.fused import FusedLinear, FusedNorm
-from pybatch.noise.per_example.gates import Gates, Source, replace
-from pybatch.noise.per_example.layers import RULES, Rule, batch_norm_refusal
+from pybatch.noise.per_example.gates import Gates, Origin, replace
+from pybatch.noise.per_example.layers import FORMULAS, LayerFormula, batch_norm_refusal
 from pybatch.noise.per_example.uses import Dense, NormBackward, Outer, Products, Route, Use
 
 # Operations whose input may be a sequence, and the dimensions it has then.
@@ -68,7 +68,7 @@ class Operations:
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a function of torch, watched where it meets parameters; raises UsageError where that can't be."""
         met, others = self.gates.split((args, kwargs))
-        rule = RULES.get(func)
+        rule = FORMULAS.get(func)
         if not met:
             if rule is not None and rule.name == "batch_norm" and rule.bind(args, kwargs)["training"]:
                 raise UsageError(f"per-example norms: {batch_norm_refusal('training')}")
@@ -86,12 +86,14 @@ class Operations:
                 raise self.gates.refusal(func, met, "is not among the operations whose per-example gradients are known")
         return result
 
-    def _ruled(self, func: Any, rule: Rule, met: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _ruled(
+        self, func: Any, rule: LayerFormula, met: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         bound = rule.bind(args, kwargs)
         lead, *_ = bound.values()
         parts = rule.parts(**bound)
         wanted = {
-            self.gates.source(bound[key]).name: part for key, part in parts.items() if self.gates.is_whole(bound[key])
+            self.gates.origin(bound[key]).name: part for key, part in parts.items() if self.gates.is_whole(bound[key])
         }
         if len(wanted) != len(met):
             raise self.gates.refusal(func, met, "is known for whole parameters in their usual places only")
@@ -131,7 +133,7 @@ class Operations:
         weight, route = bound["weight"], self.route
         if not self.gates.is_whole(weight) or route not in ("auto", "fused"):
             return False
-        if self.gates.is_open(self.gates.source(weight).name):
+        if self.gates.is_open(self.gates.origin(weight).name):
             return False  # at a second use of a weight its norms need both, and are taken later
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return False  # checkpointing runs this again, then as a second use, and wants the same tensors saved
@@ -140,7 +142,7 @@ class Operations:
 
     def _fused(self, bound: dict[str, Any], wanted: Parts, func: Any, met: list[Tensor]) -> Any:
         input, weight, bias = (self.gates.gated(bound[key]) for key in ("input", "weight", "bias"))
-        name = self.gates.source(bound["weight"]).name
+        name = self.gates.origin(bound["weight"]).name
 
         def arrived(grad: Tensor, norm: Tensor) -> None:
             use = wanted[name](grad)
@@ -151,7 +153,7 @@ class Operations:
 
     def _fused_norm(
         self,
-        rule: Rule,
+        rule: LayerFormula,
         bound: dict[str, Any],
         wanted: Parts,
         backward: NormBackward,
@@ -160,7 +162,7 @@ class Operations:
     ) -> Any:
         input, weight, bias = (self.gates.gated(bound.get(key)) for key in ("input", "weight", "bias"))
         given = (bound["weight"], bound.get("bias"))
-        names = [self.gates.source(t).name if t is not None and self.gates.is_whole(t) else None for t in given]
+        names = [self.gates.origin(t).name if t is not None and self.gates.is_whole(t) else None for t in given]
 
         def arrived(grad: Tensor, scaled: Tensor, plain: Tensor) -> None:
             found = dict(zip(names, (scaled, plain), strict=True))
@@ -199,12 +201,12 @@ class Operations:
             self._refuse_ambiguous(shape, func, met)
         replaced: dict[int, Tensor] = {}
         for own in met:
-            source = self.gates.source(own)
+            origin = self.gates.origin(own)
             expanded = expand_to_batch(self.gates.open(own), shape)
             if expanded is None:
                 why = f"has shape {tuple(own.shape)}, with a size of its own where the batch dimension is"
                 raise self.gates.refusal(func, met, why)
-            self._watch_dense(expanded, source, own.shape)
+            self._watch_dense(expanded, origin, own.shape)
             replaced[id(own)] = expanded
         return func(*replace(args, replaced), **replace(kwargs, replaced))
 
@@ -220,21 +222,21 @@ class Operations:
         own = met[0]
         if any(m is not own for m in met):
             raise self.gates.refusal(func, met, "takes more than one of them")
-        source = self.gates.source(own)
+        origin = self.gates.origin(own)
         opened = self.gates.open(own)
         result = func(*replace(args, {id(own): opened}), **replace(kwargs, {id(own): opened}))
         if not isinstance(result, Tensor) or not result.requires_grad:
             return result
         if func in EXPANDING and result.ndim and result.shape[0] == self.n != 1 and _grows(own, result):
-            self._watch_dense(result, source, own.shape)
+            self._watch_dense(result, origin, own.shape)
             return result
         if func is Tensor.repeat:
             raise self.gates.refusal(func, met, "repeats it inside an example. Use expand")
-        parameter = self.gates.parameters[source.name]
+        parameter = self.gates.parameters[origin.name]
 
         def elements() -> Tensor:
-            if source.elements is not None:
-                numbers = source.elements()
+            if origin.elements is not None:
+                numbers = origin.elements()
             else:
                 numbers = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
             moved: Tensor = (
@@ -244,14 +246,14 @@ class Operations:
             )
             return moved
 
-        self.gates.know(result, Source(source.name, elements))
+        self.gates.know(result, Origin(origin.name, elements))
         return result
 
-    def _watch_dense(self, expanded: Tensor, source: Source, own: torch.Size) -> None:
+    def _watch_dense(self, expanded: Tensor, origin: Origin, own: torch.Size) -> None:
         def use(grad: Tensor) -> Use:
-            return Dense(collapse(grad, own), source.elements)
+            return Dense(collapse(grad, own), origin.elements)
 
-        hook(expanded, lambda grad: self.arrived({source.name: use}, grad))
+        hook(expanded, lambda grad: self.arrived({origin.name: use}, grad))
 
 
 def _dense(values: Tensor, _grad: Tensor) -> Use:

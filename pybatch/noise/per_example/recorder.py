@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pybatch.base.errors import UsageError
+from pybatch.noise.per_example.one_pass import Pass
 from pybatch.noise.per_example.products import choose
 from pybatch.noise.per_example.refusals import refuse_modules
 from pybatch.noise.per_example.uses import Route
-from pybatch.noise.per_example.watch import Pass
 
 Reduction = Literal["mean", "sum"]
 

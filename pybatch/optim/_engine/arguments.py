@@ -46,13 +46,21 @@ def check_betas(betas: Any, usual: tuple[float, float] = (0.9, 0.999)) -> None:
         raise UsageError(f"betas {betas}: both must be at least 0 and below 1. The usual ones are {usual}.")
 
 
-def check_torch_flags(differentiable: bool) -> None:
-    """Refuse what torch's flags ask for and a fused pass can't do."""
-    if differentiable:
-        raise UsageError("differentiable=True: a fused step has no gradient of its own. Use the torch.optim twin.")
-
-
 def check_capturable(groups: list[dict[str, Any]], device: torch.device) -> None:
     """Refuse capturable=True where there are no graphs to capture, as torch does at the first step."""
     if device.type != "cuda" and any(group.get("capturable") for group in groups):
         raise UsageError(f"capturable=True: the parameters are on {device}, only CUDA has graphs. Leave it out.")
+
+
+def skipped(group: dict[str, Any], param: torch.Tensor) -> bool:
+    """Whether a parameter is left out of layer-wise rates: by its group's "skip", or by its dimensions."""
+    return param.dim() <= 1 if group["skip"] is None else bool(group["skip"])
+
+
+def check_skip(value: Any) -> None:
+    """Raise UsageError unless a group's "skip" is None, True or False."""
+    if value is not None and not isinstance(value, bool):
+        raise UsageError(
+            f"skip {value!r}: it is None (parameters with at most one dimension), True (all) or False (none). "
+            'Put the parameters to skip into a group of their own: {"params": [...], "skip": True}.'
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar, SupportsFloat
+from typing import Any, ClassVar, SupportsFloat, Unpack
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from pybatch.base.errors import UsageError
 from pybatch.optim._engine import accumulation, amp, statistics
 from pybatch.optim._engine.accumulation import Sums
 from pybatch.optim._engine.arguments import check_count, check_hyper
-from pybatch.optim._engine.options import Options, Rule
+from pybatch.optim._engine.options import Options, OwnOptions, ParamRule
 from pybatch.optim._engine.saving import SavedOptimizer
 from pybatch.optim._engine.slots import addresses, check_param
 from pybatch.optim._engine.tables import Tables
@@ -27,7 +27,7 @@ class FusedOptimizer(SavedOptimizer):
 
     Args:
         params, defaults: as for torch's base class; parameters may come with names, as `model.named_parameters()`.
-        options: pybatch's own arguments, see `Options`.
+        own: pybatch's own arguments, see `OwnOptions`.
 
     A step does, in this order: unscale (AMP), verdict on infinities and NaN, noise statistics, clip, decay, update. A
     step with a non-finite gradient changes nothing and counts in `skipped`. The verdict is taken with `max_grad_norm`,
@@ -50,8 +50,8 @@ class FusedOptimizer(SavedOptimizer):
     batch_rule: ClassVar[str] = "sqrt"  # how its rate follows the batch size: adaptive ones, Malladi et al. 2022
     rule_options: ClassVar[tuple[str, ...]] = ()  # names of the group options that `_rule` reads
 
-    def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
-        self._options = options
+    def __init__(self, params: Any, defaults: dict[str, Any], **own: Unpack[OwnOptions]) -> None:
+        self._options = Options.given(type(self).__name__, **own)
         self._reset()
         super().__init__(params, defaults)
 
@@ -64,7 +64,7 @@ class FusedOptimizer(SavedOptimizer):
 
     @classmethod
     @abstractmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> Rule:
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
         """How a parameter is updated: from its shape and the group's `rule_options`."""
 
     @classmethod
@@ -74,7 +74,7 @@ class FusedOptimizer(SavedOptimizer):
 
     @classmethod
     @abstractmethod
-    def _hyper(cls, group: dict[str, Any], rule: Rule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
         """The rule's own hyper-parameters, in its header's order."""
 
     def _transform(self, staged: list[torch.Tensor], groups: list[dict[str, Any]]) -> None:

@@ -8,20 +8,20 @@ from typing import Any
 
 from pybatch import ops
 from pybatch.optim._engine.arguments import is_device_scalar
-from pybatch.optim._engine.options import Rule
+from pybatch.optim._engine.options import ParamRule
 
 Groups = list[dict[str, Any]]
-HyperOf = Callable[[dict[str, Any], Rule], tuple[float, ...]]
+HyperOf = Callable[[dict[str, Any], ParamRule], tuple[float, ...]]
 
 
 class HyperRows:
     """The rows of hyper-parameters of one list: one per group and rule."""
 
     def __init__(self) -> None:
-        self.of: dict[tuple[int, Rule], int] = {}
+        self.of: dict[tuple[int, ParamRule], int] = {}
         self._sent: list[tuple[float, ...]] = []
 
-    def row(self, group: int, rule: Rule) -> int:
+    def row(self, group: int, rule: ParamRule) -> int:
         """The row of this group and rule, made where there is none."""
         return self.of.setdefault((group, rule), len(self.of))
 

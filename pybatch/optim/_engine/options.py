@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self, TypedDict, Unpack
 
 from pybatch import ops
 from pybatch.base.errors import UsageError
@@ -11,9 +11,8 @@ from pybatch.base.errors import UsageError
 DEFAULT_SEED = 0  # of stochastic rounding where the user gives none
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every fused optimizer takes beside torch's arguments; checked when made.
+class OwnOptions(TypedDict, total=False):
+    """Keyword arguments that every fused optimizer takes after its hyper-parameters.
 
     Attributes:
         max_grad_norm: clip the gradient to this global L2 norm over all groups, with the formula of
@@ -24,6 +23,23 @@ class Options:
         stochastic_rounding: 16-bit parameters without a master are rounded up with a probability equal to the
             distance; an int is the seed.
         backend: "cpp", "cuda", "triton"; None: the best one for the parameters' device.
+        foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
+        differentiable: must be False.
+    """
+
+    max_grad_norm: float | None
+    noise: bool
+    master_weights: bool | Literal["remainder"]
+    stochastic_rounding: bool | int
+    backend: str | None
+    foreach: bool | None
+    fused: bool | None
+    differentiable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """An optimizer's own options as it goes by them; see `OwnOptions`. Checked when made.
 
     Raises:
         UsageError: an argument outside its range, or two that exclude each other.
@@ -51,6 +67,18 @@ class Options:
                 "lost to rounding. Leave one out."
             )
 
+    @classmethod
+    def given(cls, optimizer: str, **own: Unpack[OwnOptions]) -> Self:
+        """Those among the keyword arguments of an optimizer; TypeError for a name that no optimizer takes."""
+        for name in own:
+            if name not in OwnOptions.__annotations__:
+                raise TypeError(f"{optimizer}() got an unexpected keyword argument {name!r}")
+        if own.pop("differentiable", False):
+            raise UsageError("differentiable=True: a fused step has no gradient of its own. Use the torch.optim twin.")
+        own.pop("foreach", None)
+        own.pop("fused", None)
+        return cls(**own)  # type: ignore[misc]
+
     @property
     def stochastic(self) -> bool:
         """Whether parameters are rounded stochastically: 0 is a seed too."""
@@ -62,7 +90,7 @@ class Options:
         return DEFAULT_SEED if isinstance(self.stochastic_rounding, bool) else self.stochastic_rounding
 
 
-class Rule(NamedTuple):
+class ParamRule(NamedTuple):
     """How one parameter is updated.
 
     Attributes:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from pybatch import ops
 from pybatch.optim._engine import masters, sharding
-from pybatch.optim._engine.building import Found, Lists, RuleOf, State, find
 from pybatch.optim._engine.hyper import Groups, HyperOf
+from pybatch.optim._engine.lists import ActiveParams, PassLists, RuleOf, State, active_params
 from pybatch.optim._engine.options import Options
 from pybatch.optim._engine.slots import Slot, conform
 
@@ -45,16 +45,16 @@ class Tables:
     """The parameters that have had a gradient or have a state, as lists; `make` says whether there are any.
 
     Args:
-        found: at least one slot.
+        active: at least one slot.
         lists: of these slots.
         processes: that hold shards of the parameters; None: there is only this one.
         groups, state: torch's `param_groups` and `optimizer.state`.
     """
 
     def __init__(
-        self, found: Found, lists: Lists, processes: sharding.Processes | None, groups: Groups, state: State
+        self, active: ActiveParams, lists: PassLists, processes: sharding.Processes | None, groups: Groups, state: State
     ) -> None:
-        self.slots, self.backend, self.ledger = found.slots, lists.backend, lists.ledger
+        self.slots, self.backend, self.ledger = active.slots, lists.backend, lists.ledger
         self.first, self.second, self._lists, self._processes = lists.first, lists.second, lists, processes
         self.params: list[torch.Tensor] = [slot.param for slot in self.slots]
         self._copied = [slot for slot in self.slots if slot.copy is not None]
@@ -64,8 +64,8 @@ class Tables:
         # torch counts writes in place. Only masters and norms carried from step to step depend on others' writes.
         self._versioned = bool(lists.masters) or self.first.row_norms
         self._versions = np.zeros(len(self.slots), dtype=np.int64)
-        ops.Watch.versions(self.params, self._versions)
-        self._watch = ops.Watch([group["params"] for group in groups], self._memory, found.others, state)
+        ops.Snapshot.versions(self.params, self._versions)
+        self._snapshot = ops.Snapshot([group["params"] for group in groups], self._memory, active.others, state)
 
     @staticmethod
     def make(
@@ -90,21 +90,21 @@ class Tables:
         Raises:
             UsageError: a parameter that can't be updated as asked, before anything was written.
         """
-        found = find(groups, state, set() if previous is None else set(previous.params))
-        if not found.slots:
+        active = active_params(groups, state, set() if previous is None else set(previous.params))
+        if not active.slots:
             return None
         if previous is not None:
             previous._drop_remainders()
-        processes = sharding.processes([slot.param for slot in found.slots])
-        lists = Lists(found, groups, state, options, rule_of, processes, ledger, layers)
-        tables = Tables(found, lists, processes, groups, state)
+        processes = sharding.processes([slot.param for slot in active.slots])
+        lists = PassLists(active, groups, state, options, rule_of, processes, ledger, layers)
+        tables = Tables(active, lists, processes, groups, state)
         if previous is not None:
             tables._take_over(previous)
         return tables
 
     def _drop_remainders(self) -> None:
         """A remainder does not show by itself that others have written its parameter, as a master does."""
-        for i in ops.Watch.versions(self.params, self._versions):
+        for i in ops.Snapshot.versions(self.params, self._versions):
             if i in self._lists.masters and self._lists.masters[i][0] == "remainder":
                 self._lists.masters[i][1].zero_()
 
@@ -128,7 +128,7 @@ class Tables:
         """Whether nothing was replaced, resized, moved or cast since, and no other parameter has got a gradient."""
         if self._sharded:
             self._memory = [slot.memory for slot in self.slots]
-        return bool(self._watch.stands([group["params"] for group in groups], self._memory, state))
+        return bool(self._snapshot.stands([group["params"] for group in groups], self._memory, state))
 
     def send_hyper(self, groups: Groups, hyper_of: HyperOf) -> None:
         """Bring the hyper-parameters of both lists up to date."""
@@ -139,7 +139,7 @@ class Tables:
     def gradients(self) -> Gradients:
         """The parameters' gradients as the pass reads them; raises UsageError for one that it can't."""
         addresses, codes = (np.zeros(len(self.slots), dtype=np.int64) for _ in range(2))
-        bad, count = self._watch.gradients(self.params, _DTYPES, addresses, codes)
+        bad, count = self._snapshot.gradients(self.params, _DTYPES, addresses, codes)
         copies: dict[int, torch.Tensor] = {}
         if bad >= 0:
             for i, slot in enumerate(self.slots):
@@ -185,7 +185,7 @@ class Tables:
         """Bring up to date what was derived from parameters that others have written in place since."""
         if not self._versioned:
             return
-        changed = ops.Watch.versions(self.params, self._versions)
+        changed = ops.Snapshot.versions(self.params, self._versions)
         for i in changed:
             if i in self._lists.masters:
                 masters.refresh(self.slots[i], *self._lists.masters[i])
@@ -196,7 +196,7 @@ class Tables:
         updated = self.params if sources.all() else [self.params[i] for i in np.flatnonzero(sources)]
         torch.autograd.graph.increment_version(updated)
         if self._versioned:
-            ops.Watch.versions(self.params, self._versions)
+            ops.Snapshot.versions(self.params, self._versions)
 
     def part(self, rows: NDArray[np.int64]) -> ops.TensorList:
         """A list of some of the slots, for accumulation only; it has a ledger of its own."""
@@ -215,5 +215,5 @@ class Tables:
                 if layers is None
                 else torch.zeros(len(slots), ops.LAYER_SIZE, dtype=layers.dtype, device=layers.device)
             )
-            self._parts[key] = ops.TensorList(entries, 1, ops.Ledger(self.first.device), self.backend, own)
+            self._parts[key] = ops.TensorList(entries, 1, ops.Ledger(self.first.device), self.backend.chunk, own)
         return self._parts[key]

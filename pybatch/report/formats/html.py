@@ -11,7 +11,7 @@ import hashlib
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,15 +19,13 @@ from pybatch.base import numerals as n
 from pybatch.base.codec import encode
 from pybatch.base.errors import UsageError
 from pybatch.records import Capacity, Convergence, Environment, NoiseScale, NoiseTrajectory, Reason, Run, Verdict
+from pybatch.records.figure import figure_of
 from pybatch.report import factors
-from pybatch.report.capacity_figures import capacity_figures
-from pybatch.report.convergence_figures import convergence_figures
-from pybatch.report.figure import Figure
-from pybatch.report.generalization_figures import generalization_figures
 from pybatch.report.layout import Section, Table
-from pybatch.report.noise_figures import noise_figures
 from pybatch.report.output import Output
-from pybatch.report.sections import sections, title, unit_of
+from pybatch.report.plot import SHADES, Plot
+from pybatch.report.run import plots, sections, title
+from pybatch.report.verdict import first_figures
 
 
 def write_report(records: Sequence[object] | object, path: str | Path) -> None:
@@ -75,20 +73,9 @@ def as_runs(records: Sequence[object]) -> list[Run]:
     return runs
 
 
-def figures_of(run: Run, number: int = 0) -> list[Figure]:
-    """All figures of a run, those that can't be drawn among them, named apart from those of other runs."""
-    found = capacity_figures(run)
-    if run.convergence is not None:
-        place = 2 if run.capacity is not None else 0  # after throughput and goodput
-        unit = unit_of(run)
-        found[place:place] = convergence_figures(run.convergence, unit) + generalization_figures(run.convergence, unit)
-    found += noise_figures(run.noise, run.trajectory, unit_of(run))
-    return [replace(figure, name=f"{figure.name}-{number}") for figure in found]
-
-
 def page(runs: Sequence[Run]) -> str:
     """The whole page as text."""
-    drawn = [figures_of(run, number) for number, run in enumerate(runs)]
+    drawn = [plots(run, number) for number, run in enumerate(runs)]
     several = len(runs) > 1  # else the page's own heading names the run
     parts = [_run(run, own, number, several) for number, (run, own) in enumerate(zip(runs, drawn, strict=True))]
     heading = title(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"
@@ -96,7 +83,7 @@ def page(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         nav = "<nav>" + "".join(f'<a href="#run-{i}">{_text(title(run))}</a>' for i, run in enumerate(runs)) + "</nav>"
     parts += [f"<section>\n{section_html(section)}</section>\n" for section in factors.sections(runs)]
-    data = [as_data(figure) for own in drawn for figure in own if figure.missing is None]
+    data = [as_data(plot) for own in drawn for plot in own if plot.missing is None]
     script = resource("page.js")
     library = plotly() if data else ""
     allowed = " ".join(_digest(code) for code in (library, script)) if data else "'none'"
@@ -109,6 +96,7 @@ def page(runs: Sequence[Run]) -> str:
         ]
     )
     drawing = (
+        f'<script type="application/json" id="shades">{embedded(SHADES)}</script>\n'
         f'<script type="application/json" id="figures">{embedded(data)}</script>\n'
         f"<script>{library}</script>\n<script>{script}</script>\n"
         if data
@@ -124,9 +112,9 @@ def page(runs: Sequence[Run]) -> str:
     )
 
 
-def as_data(figure: Figure) -> dict[str, object]:
-    """What `page.js` draws a figure from."""
-    return {"name": figure.name, "traces": figure.traces, "layout": figure.layout}
+def as_data(plot: Plot) -> dict[str, object]:
+    """What `page.js` draws a plot from."""
+    return {"name": plot.name, "traces": plot.traces, "layout": plot.layout}
 
 
 def resource(name: str) -> str:
@@ -157,7 +145,7 @@ def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def _run(run: Run, figures: Sequence[Figure], number: int, titled: bool) -> str:
+def _run(run: Run, drawn: Sequence[Plot], number: int, titled: bool) -> str:
     found = sections(run)
     when = f'<p class="soft">{_text(run.created)}</p>\n' if run.created else ""
     incomplete = "" if run.complete else "<p><strong>Incomplete:</strong> the notes below say what is missing.</p>\n"
@@ -165,7 +153,7 @@ def _run(run: Run, figures: Sequence[Figure], number: int, titled: bool) -> str:
     parts = [f'<section id="run-{number}">\n{heading}{when}{incomplete}']
     if run.verdict is not None:
         parts.append(_answer(run.verdict))
-    parts += [_figure(figure) for figure in figures]
+    parts += [_plot(plot) for plot in drawn]
     parts += [section_html(section) for section in found]
     if run.environment is not None:
         parts.append(_provenance(run.environment, run.capacity or run.convergence))
@@ -174,25 +162,10 @@ def _run(run: Run, figures: Sequence[Figure], number: int, titled: bool) -> str:
 
 def _answer(verdict: Verdict) -> str:
     """The verdict in a box: what it says, its figures, and the chain behind each on demand."""
-    optimum = n.interval(verdict.best_low, verdict.best_high, n.count)
-    shown = [
-        # The batch itself is rounded, or the measured best, and may lie outside of the interval of the modelled one.
-        ("best batch", n.count(verdict.best_batch), f"optimum in {optimum}" if optimum else ""),
-        (
-            "critical batch",
-            n.number(verdict.critical_batch),
-            n.interval(verdict.critical_low, verdict.critical_high),
-        ),
-        ("saturation batch", n.number(verdict.saturation_batch), ""),
-        ("limited by", verdict.limit, ""),
-        ("devices worth it", n.count(verdict.useful_devices), ""),
-    ]
-    if verdict.time_to_target is not None:
-        shown.append(("time to target", f"{n.number(verdict.time_to_target)} s", ""))
     cells = "".join(
         f'<div><div class="name">{_text(name)}</div><div class="value">{_text(value)}</div>'
         f'<div class="band">{_text(band)}</div></div>'
-        for name, value, band in shown
+        for name, value, band in first_figures(verdict)
     )
     whys = "".join(_why(reason) for reason in verdict.reasons)
     return (
@@ -203,31 +176,27 @@ def _answer(verdict: Verdict) -> str:
 
 def _why(reason: Reason) -> str:
     inputs = "".join(
-        f"<tr><th>{_text(name.replace('_', ' '))}</th><td>{_text(_figure_text(value))}</td></tr>"
+        f"<tr><th>{_text(name.replace('_', ' '))}</th><td>{_text(n.plain(value))}</td></tr>"
         for name, value in reason.inputs.items()
     )
-    return (
-        f"<h3>{_text(reason.figure.replace('_', ' '))} <span class='soft'>({_text(reason.evidence)})</span></h3>"
-        f"<p>{_text(reason.text)}</p>" + (f"<table class='pairs'>{inputs}</table>" if inputs else "")
+    name = figure_of(Verdict, reason.figure).label
+    return f"<h3>{_text(name)} <span class='soft'>({_text(reason.evidence)})</span></h3><p>{_text(reason.text)}</p>" + (
+        f"<table class='pairs'>{inputs}</table>" if inputs else ""
     )
-
-
-def _figure_text(value: float | str | None) -> str:
-    return n.number(value, 4) if isinstance(value, (int, float)) else value or n.MISSING
 
 
 def _details(summary: str, body: str) -> str:
     return f"<details><summary>{_text(summary)}</summary>\n{body}</details>\n"
 
 
-def _figure(figure: Figure) -> str:
-    head = f"<figure>\n<h3>{_text(figure.title)}</h3>\n"
-    if figure.missing is not None:
-        return f"{head}<figcaption>Not drawn: {_text(figure.missing)}</figcaption>\n</figure>\n"
-    table = _details("Table", _table(figure.table)) if figure.table is not None else ""
-    label = _text(figure.caption)
+def _plot(plot: Plot) -> str:
+    head = f"<figure>\n<h3>{_text(plot.title)}</h3>\n"
+    if plot.missing is not None:
+        return f"{head}<figcaption>Not drawn: {_text(plot.missing)}</figcaption>\n</figure>\n"
+    table = _details("Table", _table(plot.table)) if plot.table is not None else ""
+    label = _text(plot.caption)
     return (
-        f'{head}<div class="plot" id="{_text(figure.name)}" role="img" aria-label="{label}"></div>\n'
+        f'{head}<div class="plot" id="{_text(plot.name)}" role="img" aria-label="{label}"></div>\n'
         f"<figcaption>{label}</figcaption>\n{table}</figure>\n"
     )
 
@@ -277,8 +246,7 @@ def _provenance(environment: Environment, measured: Capacity | Convergence | Non
             continue
         for field in fields(record):
             value = getattr(record, field.name)
-            if isinstance(value, dict):
-                value = ", ".join(f"{key} {item}" for key, item in value.items())
-            if value not in (None, ""):
-                rows.append((prefix + field.name.replace("_", " "), str(value)))
+            if value not in (None, "", {}):
+                figure = figure_of(type(record), field.name)
+                rows.append((prefix + figure.label, figure.form(value)))
     return f"<h2>Provenance</h2>\n{_pairs(rows)}"

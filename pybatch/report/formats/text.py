@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table as RichTable
@@ -19,7 +20,7 @@ from pybatch.base.errors import UsageError
 from pybatch.records import Branching, Convergence, ConvergencePoint, Run, to_dict
 from pybatch.report import factors
 from pybatch.report.layout import Section, Table
-from pybatch.report.sections import sections, title
+from pybatch.report.run import sections, title
 
 SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".txt": "table"}
 
@@ -66,8 +67,8 @@ def print_sections(parts: Sequence[Section], console: Console) -> None:
         if number:
             console.print()
         console.print(Text(section.title, style="bold cyan"))
-        if section.table is not None:
-            console.print(_rich_table(section.table), crop=False)
+        for part in _abreast(section.table, console.width) if section.table is not None else ():
+            console.print(_rich_table(part, console.width), crop=False)
         if section.lines:
             grid = RichTable.grid(padding=(0, 2))
             for label, value in section.lines:
@@ -80,11 +81,35 @@ def print_sections(parts: Sequence[Section], console: Console) -> None:
             console.print(Padding(Text(f"· {note}", style="dim"), (0, 0, 0, 2)))
 
 
-def _rich_table(table: Table) -> RichTable:
-    rich = RichTable(box=box.SIMPLE, pad_edge=False, show_edge=False)
-    for head, *cells in zip(table.heads, *table.rows, strict=True):
+_GAP, _LEAST_GAP = 3, 2  # between the columns of a table: usual, and where it is tight
+
+
+def _abreast(table: Table, width: int) -> list[Table]:
+    """The table in parts that fit the width, its first column in each."""
+    widths = _widths(table)
+    parts = [[0]]
+    for i in range(1, len(widths)):
+        taken = widths[i] + sum(widths[j] + _LEAST_GAP for j in parts[-1])
+        if taken > width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(i)
+    return [
+        Table(tuple(table.heads[i] for i in part), tuple(tuple(row[i] for i in part) for row in table.rows))
+        for part in parts
+    ]
+
+
+def _widths(table: Table) -> list[int]:
+    return [max(map(cell_len, column)) for column in zip(table.heads, *table.rows, strict=True)]
+
+
+def _rich_table(table: Table, width: int) -> RichTable:
+    widths = _widths(table)
+    roomy = sum(widths) + _GAP * (len(widths) - 1) <= width
+    rich = RichTable(box=box.SIMPLE, pad_edge=False, show_edge=False, padding=(0, 1) if roomy else (0, 0, 0, 1))
+    for head, least in zip(table.heads, widths, strict=True):
         # A narrow terminal may wrap lines, but it must not cut figures.
-        rich.add_column(head, justify="right", no_wrap=True, min_width=max(map(len, [head, *cells])))
+        rich.add_column(head, justify="right", no_wrap=True, min_width=least)
     for row in table.rows:
         rich.add_row(*(Text(cell) for cell in row))
     return rich

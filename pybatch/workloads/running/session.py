@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pybatch.base.errors import DeviceError, UsageError, WorkloadError
 from pybatch.base.numerals import memory
-from pybatch.device.identity import DTYPES
+from pybatch.device.abilities import refused_layer
+from pybatch.device.identity import DTYPES, cpu_name
 from pybatch.device.memory import upload
 from pybatch.records import WorkloadInfo
 from pybatch.workloads.base import Split, Workload
@@ -39,7 +40,7 @@ class Session:
 
     Every failure of a method of the workload is raised as `WorkloadError` that names the method; running out of
     memory is passed on unchanged, because it is a measurement and not a fault. A model that cannot be moved to the
-    device is a `DeviceError`.
+    device, or not be trained there in this dtype, is a `DeviceError`.
     """
 
     def __init__(self, workload: Workload, device: torch.device, dtype: str = "fp32", seed: int = 0) -> None:
@@ -51,6 +52,7 @@ class Session:
             model = self._call("model")
         if not isinstance(model, torch.nn.Module):
             raise self._error("model", f"returned {type(model).__name__}, not a torch.nn.Module")
+        self._check_dtype(model)
         self.model = self._placed(model).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -73,6 +75,19 @@ class Session:
             raise DeviceError(
                 f"{what} cannot be moved to {self.device}: {cause}. Name another device, or see 'pybatch doctor'."
             ) from error
+
+    def _check_dtype(self, model: torch.nn.Module) -> None:
+        """Ask the processor first: in the middle of a run, oneDNN's own words name neither it nor a remedy."""
+        if self.device.type != "cpu" or self.dtype == "fp32":
+            return
+        if (refused := refused_layer(model, DTYPES[self.dtype])) is not None:
+            layer, why = refused
+            processor = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+            raise DeviceError(
+                f"the model of workload {self.workload.name!r} has a layer of type {layer}, which torch does not run "
+                f"in {self.dtype} on this processor ({processor}): {why}. Take --dtype fp32 (dtype='fp32'), another "
+                "model, or a GPU."
+            )
 
     def compile(self) -> None:
         """Have torch.compile compile the model for training, for each batch size anew; evaluation stays eager."""

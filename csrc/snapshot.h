@@ -10,14 +10,14 @@
 
 namespace pybatch {
 
-class Watch {
+class Snapshot {
   public:
     using Numbers = pybind11::array_t<int64_t, pybind11::array::c_style>;
 
     // groups: [[parameter]]; memory: the tensors in the table; others: parameters that are not in it;
     // state: {parameter: {name: value}}, all as they are now.
-    Watch(const pybind11::list& groups, const pybind11::list& memory, const pybind11::list& others,
-          const pybind11::dict& state);
+    Snapshot(const pybind11::list& groups, const pybind11::list& memory, const pybind11::list& others,
+             const pybind11::dict& state);
 
     // Whether nothing was replaced, resized, moved or cast since, and none of the others has got a gradient.
     bool stands(const pybind11::list& groups, const pybind11::list& memory, const pybind11::dict& state) const;

@@ -1,7 +1,7 @@
 // Tensors are read through DLPack's C table: no torch headers, no Python object made, nothing copied. torch before 2.10
 // has no such table, and a table refuses some tensors: their Python methods are called instead.
 
-#include "watch.h"
+#include "snapshot.h"
 
 #include <pybind11/stl.h>
 
@@ -120,19 +120,19 @@ bool each_value(const py::dict& state, const Work& work) {
 
 }  // namespace
 
-bool Watch::View::same_layout(const View& other) const {
+bool Snapshot::View::same_layout(const View& other) const {
     return dtype == other.dtype && device == other.device && dimensions == other.dimensions &&
            std::equal(sizes, sizes + dimensions, other.sizes) &&
            std::equal(strides, strides + dimensions, other.strides);
 }
 
-int64_t Watch::View::elements() const {
+int64_t Snapshot::View::elements() const {
     int64_t product = 1;
     for (size_t d = 0; d < dimensions; ++d) product *= sizes[d];
     return product;
 }
 
-void Watch::View::hold() {
+void Snapshot::View::hold() {
     std::vector<int64_t> copy(sizes, sizes + dimensions);
     copy.insert(copy.end(), strides, strides + dimensions);
     held = std::move(copy);
@@ -140,7 +140,7 @@ void Watch::View::hold() {
     strides = sizes + dimensions;
 }
 
-bool Watch::read(PyObject* tensor, View& view) {
+bool Snapshot::read(PyObject* tensor, View& view) {
     dlpack::Tensor out;
     if (torch().table && torch().table->read(tensor, &out) == 0) {
         view.data = reinterpret_cast<uintptr_t>(out.data) + out.byte_offset;
@@ -167,7 +167,7 @@ bool Watch::read(PyObject* tensor, View& view) {
     }
 }
 
-Watch::Watch(const py::list& groups, const py::list& memory, const py::list& others, const py::dict& state)
+Snapshot::Snapshot(const py::list& groups, const py::list& memory, const py::list& others, const py::dict& state)
     : others_(items(others)), views_(memory.size()) {
     for (py::handle group : groups) members_.push_back(items(py::reinterpret_borrow<py::list>(group)));
     for (size_t i = 0; i < views_.size(); ++i) {
@@ -183,7 +183,7 @@ Watch::Watch(const py::list& groups, const py::list& memory, const py::list& oth
     });
 }
 
-int Watch::visit(visitproc visit, void* arg) const {
+int Snapshot::visit(visitproc visit, void* arg) const {
     for (const auto* list : {&others_, &values_})
         for (const py::object& item : *list) Py_VISIT(item.ptr());
     for (const auto& group : members_)
@@ -191,7 +191,7 @@ int Watch::visit(visitproc visit, void* arg) const {
     return 0;
 }
 
-void Watch::clear() {
+void Snapshot::clear() {
     // Moved out first: giving an object up may run Python, which must find this one whole.
     const auto members = std::move(members_);
     const auto others = std::move(others_), values = std::move(values_);
@@ -202,7 +202,7 @@ void Watch::clear() {
     places_.clear();
 }
 
-bool Watch::stands(const py::list& groups, const py::list& memory, const py::dict& state) const {
+bool Snapshot::stands(const py::list& groups, const py::list& memory, const py::dict& state) const {
     if (size_t(groups.size()) != members_.size() || size_t(memory.size()) != views_.size()) return false;
     for (size_t i = 0; i < members_.size(); ++i)
         if (!same_items(py::reinterpret_borrow<py::list>(groups[i]), members_[i])) return false;
@@ -218,7 +218,7 @@ bool Watch::stands(const py::list& groups, const py::list& memory, const py::dic
     return same_state(state);
 }
 
-bool Watch::same_state(const py::dict& state) const {
+bool Snapshot::same_state(const py::dict& state) const {
     size_t i = 0;
     View view;
     const bool same = each_value(state, [&](PyObject* value) {
@@ -230,8 +230,8 @@ bool Watch::same_state(const py::dict& state) const {
     return same && i == values_.size();
 }
 
-std::pair<int64_t, int64_t> Watch::gradients(const py::list& params, const py::list& dtypes, Numbers address,
-                                             Numbers dtype) const {
+std::pair<int64_t, int64_t> Snapshot::gradients(const py::list& params, const py::list& dtypes, Numbers address,
+                                                Numbers dtype) const {
     View view;
     std::vector<int64_t> codes;
     for (py::handle sample : dtypes) {
@@ -266,7 +266,7 @@ std::pair<int64_t, int64_t> Watch::gradients(const py::list& params, const py::l
     return {bad, count};
 }
 
-std::vector<int64_t> Watch::versions(const py::list& tensors, Numbers version) {
+std::vector<int64_t> Snapshot::versions(const py::list& tensors, Numbers version) {
     if (tensors.size() != size_t(version.size())) throw py::value_error("version needs one item a tensor");
     std::vector<int64_t> changed;
     for (py::ssize_t i = 0; i < version.size(); ++i) {

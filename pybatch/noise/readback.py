@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 ROWS = 64  # steps between transfers
 
 
-class Pending:
+class Readback:
     """A buffer of float64 rows on the device.
 
     Args:

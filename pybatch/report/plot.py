@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +22,35 @@ MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross")
 _MOST_TICKS = 9  # labels a phone's width holds
 
 
+SHADES = {
+    "light": {
+        "blue": "#0072b2",
+        "orange": "#d55e00",
+        "green": "#009e73",
+        "red": "#b0305c",
+        "purple": "#8e5ea2",
+        "sky": "#3a9bd1",
+        "gray": "#6e7781",
+        "ink": "#1b1f24",
+        "grid": "#e4e8ec",
+    },
+    "dark": {
+        "blue": "#56b4e9",
+        "orange": "#f0a04b",
+        "green": "#3fc79a",
+        "red": "#ff7b9c",
+        "purple": "#cc9fdb",
+        "sky": "#9ad4f5",
+        "gray": "#9aa4af",
+        "ink": "#e6edf3",
+        "grid": "#2b3138",
+    },
+}
+_SHADE = re.compile(r"@([a-z]+)(?:/(\d+))?")  # a color, and how opaque it is in percent
+
+
 @dataclass(frozen=True)
-class Figure:
+class Plot:
     """One plot of the page. `missing` says why it can't be drawn; `traces` is then empty."""
 
     name: str  # its anchor in the page
@@ -37,6 +65,23 @@ class Figure:
 def safe(text: str) -> str:
     """A name from outside as plotly shall show it: plotly reads some tags and links in labels."""
     return html.escape(text, quote=True)
+
+
+def themed(value: Any, theme: str) -> Any:
+    """Traces or layout with every color in the shade of a theme, as `page.js` has it."""
+    if isinstance(value, str):
+        found = _SHADE.fullmatch(value)
+        return value if found is None else _shade(SHADES[theme][found[1]], found[2])
+    if isinstance(value, dict):
+        return {key: themed(item, theme) for key, item in value.items()}
+    return [themed(item, theme) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _shade(color: str, percent: str | None) -> str:
+    if percent is None:
+        return color
+    parts = ",".join(str(int(color[i : i + 2], 16)) for i in (1, 3, 5))
+    return f"rgba({parts},{int(percent) / 100})"
 
 
 def batch_axis(low: float, high: float, title: str) -> dict[str, Any]:

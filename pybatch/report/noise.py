@@ -1,16 +1,47 @@
-"""Figures of the noise scale: along a training run, and over the layers of a model."""
+"""The gradient noise scale: at one place of training, along a run, and over the layers of a model."""
 
 from __future__ import annotations
 
 from pybatch.base import numerals as n
-from pybatch.records import NoiseScale, NoiseTrajectory
-from pybatch.report.figure import Figure, axis, band, line, points, safe
-from pybatch.report.layout import Table
+from pybatch.records import LayerNoise, NoisePoint, NoiseScale, NoiseTrajectory
+from pybatch.report.layout import Section, Table, lines, notes_of, table
+from pybatch.report.plot import Plot, axis, band, line, points, safe
 
 _MOST_LAYERS = 60  # bars a page holds; the table has all
 
 
-def noise_figures(noise: NoiseScale | None, trajectory: NoiseTrajectory | None, unit: str) -> list[Figure]:
+def section(noise: NoiseScale, unit: str) -> Section:
+    """B_simple or its bound, and what it was measured over."""
+    instead = {
+        "lower_bound": f"at least {n.number(noise.low)} {unit}: |G|² is not separated from zero",
+        "unresolved": "unresolved",
+    }
+    said = lines(noise, {"b_simple": lambda text: instead.get(noise.status, text)}, unit)
+    if noise.counted is not None and noise.counted.b_simple is not None:
+        own = noise.counted
+        value = f"{n.number(own.b_simple)} {n.interval(own.low, own.high)} {own.unit}"
+        said.append(("the same", f"{value}, at {n.number(own.per_example)} {own.unit} per example"))
+    if noise.warmup_steps is not None:
+        loss = f", where the training loss was {n.number(noise.loss)}" if noise.loss is not None else ""
+        when = f"after {n.counted(noise.warmup_steps, 'warm-up step')}"
+        if noise.stretch_steps:
+            when = f"over {n.counted(noise.stretch_steps, 'training step')} {when}"
+        said.append(("measured", f"{when}{loss}"))
+    if noise.steps:
+        pair = ""
+        if noise.small_batch and noise.large_batch:
+            pair = f" of gradients over {n.number(noise.small_batch)} and {n.number(noise.large_batch)} {unit}"
+        said.append(("from", f"{n.counted(noise.steps, 'pair')} of norms{pair} ({noise.source})"))
+    return Section("Gradient noise scale", lines=tuple(said), notes=notes_of(noise.notes))
+
+
+def trajectory_section(found: NoiseTrajectory) -> Section:
+    """One row a stretch of training, those that were not resolved among them."""
+    where = (("from", f"{found.source}, in {found.unit or 'examples'}"),)
+    return Section("Noise scale along training", _stretches(found), where, notes=notes_of(found.notes))
+
+
+def plots(noise: NoiseScale | None, trajectory: NoiseTrajectory | None, unit: str) -> list[Plot]:
     """What there is to draw."""
     made = []
     if trajectory is not None:
@@ -20,30 +51,16 @@ def noise_figures(noise: NoiseScale | None, trajectory: NoiseTrajectory | None, 
     return made
 
 
-def trajectory_table(trajectory: NoiseTrajectory) -> Table:
-    """One row a stretch of training, those that were not resolved among them."""
-    return Table(
-        ("steps", "B_simple", "low", "high", "status", "loss"),
-        tuple(
-            (
-                f"{n.count(p.first_step)} to {n.count(p.last_step)}",
-                n.number(p.b_simple),
-                n.number(p.low),
-                n.number(p.high),
-                p.status.replace("_", " "),
-                n.number(p.loss),
-            )
-            for p in trajectory.points
-        ),
-    )
+def _stretches(trajectory: NoiseTrajectory) -> Table:
+    return table(NoisePoint, trajectory.points)
 
 
-def _along(trajectory: NoiseTrajectory, unit: str) -> Figure:
+def _along(trajectory: NoiseTrajectory, unit: str) -> Plot:
     known = [p for p in trajectory.points if p.b_simple is not None and p.b_simple > 0]
     title = "Noise scale along training"
-    table = trajectory_table(trajectory)
+    rows = _stretches(trajectory)
     if not known:
-        return Figure("noise-along", title, "", table=table, missing="No stretch of the run resolved the noise scale.")
+        return Plot("noise-along", title, "", table=rows, missing="No stretch of the run resolved the noise scale.")
     middle = [(p.first_step + p.last_step) / 2 for p in known]
     values = [p.b_simple for p in known]
     bounded = [
@@ -67,29 +84,17 @@ def _along(trajectory: NoiseTrajectory, unit: str) -> Figure:
         "The noise scale usually grows as the loss falls, and the batch size worth using with it. "
         f"Measured from {trajectory.source}."
     )
-    return Figure("noise-along", title, caption, tuple(traces), layout, table)
+    return Plot("noise-along", title, caption, tuple(traces), layout, rows)
 
 
-def _layers(noise: NoiseScale, unit: str) -> Figure:
-    table = Table(
-        ("layer", "B_simple", "low", "high", "status"),
-        tuple(
-            (
-                layer.name,
-                n.number(layer.b_simple),
-                n.number(layer.low),
-                n.number(layer.high),
-                layer.status.replace("_", " "),
-            )
-            for layer in noise.layers
-        ),
-    )
+def _layers(noise: NoiseScale, unit: str) -> Plot:
+    rows = table(LayerNoise, noise.layers)
     title = "Noise scale by layer"
     resolved = [layer for layer in noise.layers if layer.b_simple is not None and layer.b_simple > 0]
     largest = sorted(resolved, key=lambda layer: layer.b_simple or 0.0, reverse=True)[:_MOST_LAYERS]
     known = [layer for layer in resolved if layer in largest]  # in the order of the model again
     if not known:
-        return Figure("noise-layers", title, "", table=table, missing="No layer's noise scale was resolved.")
+        return Plot("noise-layers", title, "", table=rows, missing="No layer's noise scale was resolved.")
     trace = points(
         "B_simple",
         [layer.b_simple or 0.0 for layer in known],
@@ -111,4 +116,4 @@ def _layers(noise: NoiseScale, unit: str) -> Figure:
     caption = "The same measurement for each parameter alone, in the order of the model, with 95 % intervals."
     if len(known) < len(resolved):
         caption += f" Drawn are the {len(known)} largest of {n.count(len(resolved))}; the table has all."
-    return Figure("noise-layers", title, caption, (trace,), layout, table)
+    return Plot("noise-layers", title, caption, (trace,), layout, rows)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from pybatch.noise.preconditioner import EXPERIMENTAL
-from pybatch.noise.sources.backward import BackwardNoise
+from pybatch.noise.sources.micro_batches import MicroBatchNoise
 from pybatch.optim import SGD
 from pybatch.records import NoiseScale
 
@@ -111,7 +111,7 @@ class HookFeed:
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, layers: bool = False) -> None:
         self.model = model
         # The optimizer is never stepped: it lends its moments, and `close` is called in place of its step.
-        self.handle = BackwardNoise(
+        self.handle = MicroBatchNoise(
             model,
             optimizer,
             layers=layers,

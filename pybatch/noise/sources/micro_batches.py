@@ -19,7 +19,7 @@ HELD_BYTES = 64 << 20  # of micro-batch gradients kept until their norms are tak
 MISSING = "no pair of norms: a step needs two or more backward passes before optimizer.step()"
 
 
-class BackwardNoise(Collector):
+class MicroBatchNoise(Collector):
     """Pairs from the gradients of the backward passes before a step, and from their accumulated mean.
 
     A hook on each parameter sees the micro-batch's own gradient before it is added to `.grad`; at the end of the

@@ -1,4 +1,4 @@
-"""Processes that measure noise together, started once for all that ask."""
+"""Processes that measure noise together, started once for all files that ask."""
 
 import json
 import os
@@ -26,9 +26,9 @@ def run(world, folder):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def processes(tmp_path_factory):
-    """What so many processes found; they are started once."""
+    """What so many processes found."""
     found = {}
 
     def of(world):
@@ -42,8 +42,3 @@ def processes(tmp_path_factory):
 @pytest.fixture(params=[2, 4])
 def ranks(request, processes):
     return processes(request.param)
-
-
-def same(found, want, rel=1e-4):
-    assert found["grad_sq"] == pytest.approx(want["grad_sq"], rel=rel, abs=rel * abs(want["trace"]))
-    assert found["trace"] == pytest.approx(want["trace"], rel=rel)

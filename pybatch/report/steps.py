@@ -1,24 +1,91 @@
-"""Figures of convergence: steps against batch size with fit and failures, their cost in examples, rates tried."""
+"""Steps to target of a sweep: per batch and rule, the critical batches, and in plots with fit, failures and cost."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
-
-import numpy as np
 
 from pybatch.base import numerals as n
 from pybatch.fits.steps_model import NAMES, predicted
-from pybatch.records import Convergence, ConvergencePoint, Curve, RateSteps
-from pybatch.report.figure import COLORS, MARKERS, Figure, axis, batch_axis, line, mark, points, safe, spread
-from pybatch.report.layout import Table
+from pybatch.records import Convergence, ConvergencePoint, Curve
+from pybatch.report import rates
+from pybatch.report.layout import Section, Table, columns, notes_of, table
+from pybatch.report.plot import COLORS, MARKERS, Plot, axis, batch_axis, line, mark, points, spread
 
-_STATUS = {"reached": "reached", "not_reached": "not reached", "diverged": "diverged"}
+_ABREAST = 3  # rules whose steps and rates fit into 80 columns
 
 
-def convergence_figures(convergence: Convergence, unit: str = "examples") -> list[Figure]:
+def sections(steps: Convergence, unit: str) -> list[Section]:
+    """For each split: steps of every batch size and rule, and what was fitted to them; many rules' rates apart."""
+    made = []
+    for split in dict.fromkeys(curve.split for curve in steps.curves):
+        curves = [c for c in steps.curves if c.split == split]
+        made.append(_split(split, curves, steps, unit))
+        if len(curves) > _ABREAST:
+            made.append(rates.section(split, curves))
+    return made
+
+
+def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Section:
+    target = n.number(curves[0].target)
+    batches = sorted({p.batch for curve in curves for p in curve.points})
+    abreast = len(curves) <= _ABREAST
+    cells = [column for curve in curves for column in _columns(curve, batches, with_rates=abreast)]
+    found = columns([("batch", [n.count(batch) for batch in batches]), *cells]) if batches else None
+    lines = [line for curve in curves for line in _lines(curve, unit, alone=len(curves) == 1)]
+    if split == steps.curves[0].split and steps.optimizer:
+        lines.append(("trained by", f"{steps.optimizer}, {_of(steps.trials, 'trial')}, {_of(steps.seeds, 'seed')}"))
+        if steps.base_rate is not None:
+            given = f"with rate {n.number(steps.base_rate)} at batch {n.count(steps.base_batch)}, as given"
+            lines.append(("rules start", given))
+        if any(p.reached < p.runs for curve in steps.curves for p in curve.points):
+            lines.append(("in brackets", "runs that reached the target, where not all did"))
+    several = len(curves) > 1
+    own = (note for c in curves for note in notes_of(c.notes, before=f"{c.rule} " if several else ""))
+    notes = tuple(dict.fromkeys(own))
+    if split == steps.curves[-1].split:  # the last section: what holds for all of them
+        notes += notes_of(steps.notes)
+    return Section(f"Steps to {split} loss {target}", found, tuple(lines), notes=notes)
+
+
+def _columns(curve: Curve, batches: Sequence[int], with_rates: bool) -> list[tuple[str, list[str]]]:
+    """Steps of a rule, with the reach rate in brackets where it is not full, and its learning rates."""
+    points = {p.batch: p for p in curve.points}
+    steps = [_steps_cell(points[batch]) if batch in points else "" for batch in batches]
+    made = [(curve.rule, steps)]
+    return [*made, ("rate", rates.cells(curve, batches))] if with_rates else made
+
+
+def _steps_cell(p: ConvergencePoint) -> str:
+    value = n.count(round(p.steps)) if p.steps is not None else n.words(p.status)
+    return value if p.reached >= p.runs else f"{value} ({p.reached}/{p.runs})"
+
+
+def _lines(curve: Curve, unit: str, alone: bool) -> list[tuple[str, str]]:
+    name = "critical batch" if alone else f"critical, {curve.rule}"
+    if curve.critical_batch is None:
+        bound = "not known"
+        if curve.low is not None:
+            bound = f"at least {n.number(curve.low)} {unit}"
+        elif curve.high is not None:
+            bound = f"at most {n.number(curve.high)} {unit}"
+        return [(name, bound)]
+    text = f"{n.number(curve.critical_batch)} {n.interval(curve.low, curve.high)} {unit}"
+    if curve.fit is not None and curve.fit.model is not None:
+        text += f", fit: {curve.fit.model}, at least {n.number(curve.s_min)} steps"
+    lines = [(name, text)]
+    if curve.noise_ratio is not None:
+        band = n.interval(curve.noise_ratio_low, curve.noise_ratio_high)
+        lines.append(("B_simple over it", f"{n.number(curve.noise_ratio)} {band}"))
+    return lines
+
+
+def _of(number: int | None, what: str) -> str:
+    return f"{n.MISSING} {what}s" if number is None else n.counted(number, what)
+
+
+def plots(convergence: Convergence, unit: str = "examples") -> list[Plot]:
     """For each split and target: steps and examples against batch size; for each tuned curve, the rates tried."""
     made = []
     groups: dict[tuple[str, float | None], list[Curve]] = {}
@@ -28,20 +95,20 @@ def convergence_figures(convergence: Convergence, unit: str = "examples") -> lis
         goal = f"{split} loss {n.number(target)}" if target is not None else f"{split} loss target"
         made += [_steps(curves, goal, number, unit), _examples(curves, goal, number, unit)]
         made += [
-            _rates(curve, goal, f"{number}-{i}", unit)
+            rates.heat_map(curve, goal, f"{number}-{i}", unit)
             for i, curve in enumerate(curves)
             if any(len(point.rates) > 1 for point in curve.points)
         ]
     return made
 
 
-def _steps(curves: Sequence[Curve], goal: str, number: int, unit: str) -> Figure:
+def _steps(curves: Sequence[Curve], goal: str, number: int, unit: str) -> Plot:
     name, title = f"steps-{number}", f"Steps to {goal}"
     reached = {curve.rule: [p for p in curve.points if p.steps is not None] for curve in curves}
     known = [p.steps for found in reached.values() for p in found if p.steps]
     sizes = [p.batch for curve in curves for p in curve.points]
     if not known:
-        return Figure(name, title, "", table=_table(curves, unit), missing="No batch size reached this target.")
+        return Plot(name, title, "", table=_table(curves, unit), missing="No batch size reached this target.")
     low, high = float(min(sizes)), float(max(sizes))
     top, bottom = 1.6 * max([*known, *(curve.cap or 0 for curve in curves)]), min(known) / 2
     traces: list[dict[str, Any]] = []
@@ -71,7 +138,7 @@ def _steps(curves: Sequence[Curve], goal: str, number: int, unit: str) -> Figure
             )
         )
         traces += _failed(curve, top, color)
-    return Figure(
+    return Plot(
         name,
         title,
         "Optimizer steps until the smoothed loss is at the target: median over seeds, bars from fewest to most. The "
@@ -115,38 +182,23 @@ def _failed(curve: Curve, top: float, color: str) -> list[dict[str, Any]]:
         lost = [p.batch for p in curve.points if p.status == status]
         if lost:
             marker = {"color": color, "symbol": sign, "size": 10, "line": {"width": 2, "color": color}}
-            name = f"{curve.rule}: {_STATUS[status]}"
+            name = f"{curve.rule}: {n.words(status)}"
             made.append(points(name, lost, [top] * len(lost), color) | {"marker": marker, "showlegend": False})
     return made
 
 
 def _table(curves: Sequence[Curve], unit: str) -> Table:
-    rows = []
-    for curve in curves:
-        regimes = dict(curve.regimes)
-        for p in curve.points:
-            rows.append(
-                (
-                    curve.rule,
-                    n.count(p.batch),
-                    n.rounded(p.steps),
-                    n.count(p.steps * p.batch) if p.steps else n.MISSING,
-                    _STATUS[p.status],
-                    f"{p.reached} of {p.runs}",
-                    n.number(p.learning_rate) + (" (edge)" if p.edge else ""),
-                    regimes.get(p.batch, n.MISSING),
-                )
-            )
-    return Table(("rule", "batch", "steps", unit, "status", "runs", "learning rate", "regime"), tuple(rows))
+    rows = [(curve, p) for curve in curves for p in curve.points]
+    return table(ConvergencePoint, [p for _, p in rows], examples=unit, wholes=[curve for curve, _ in rows])
 
 
-def _examples(curves: Sequence[Curve], goal: str, number: int, unit: str) -> Figure:
+def _examples(curves: Sequence[Curve], goal: str, number: int, unit: str) -> Plot:
     """Cost under perfect parallelism: examples needed, against the fewest."""
     name, title = f"examples-{number}", f"What larger batches cost: examples to {goal}"
     found = {c.rule: [(p.batch, p.batch * p.steps) for p in c.points if p.steps] for c in curves}
     known = [cost for pairs in found.values() for _, cost in pairs]
     if not known:
-        return Figure(name, title, "", missing="No batch size reached this target.")
+        return Plot(name, title, "", missing="No batch size reached this target.")
     fewest = min(known)
     sizes = [batch for pairs in found.values() for batch, _ in pairs]
     low, high = float(min(sizes)), float(max(sizes))
@@ -164,7 +216,7 @@ def _examples(curves: Sequence[Curve], goal: str, number: int, unit: str) -> Fig
                 line={"color": color, "width": 1},
             )
         )
-    return Figure(
+    return Plot(
         name,
         title,
         f"Examples processed until the target over the fewest of any batch size and rule here ({n.count(fewest)} "
@@ -175,91 +227,12 @@ def _examples(curves: Sequence[Curve], goal: str, number: int, unit: str) -> Fig
             "xaxis": batch_axis(low, high, f"batch size ({unit})"),
             "yaxis": axis("examples, relative", log=True, values=[cost / fewest for cost in known]),
         },
-        Table(
-            ("rule", "batch", unit, "relative"),
-            tuple(
-                (rule, n.count(batch), n.count(cost), n.number(cost / fewest))
-                for rule, pairs in found.items()
-                for batch, cost in pairs
-            ),
+        columns(
+            {
+                "rule": [rule for rule, pairs in found.items() for _ in pairs],
+                "batch": [n.count(batch) for pairs in found.values() for batch, _ in pairs],
+                unit: [n.count(cost) for cost in known],
+                "relative": [n.number(cost / fewest) for cost in known],
+            }
         ),
     )
-
-
-def _rates(curve: Curve, goal: str, number: str, unit: str) -> Figure:
-    """Heat map of steps over batch size and learning rate, diverged cells marked."""
-    sizes = [p.batch for p in curve.points if p.rates]
-    grid = sorted({r.learning_rate for p in curve.points for r in p.rates})
-    cells = {(p.batch, r.learning_rate): _cell(r) for p in curve.points for r in p.rates}
-    labels = [n.count(size) for size in sizes]
-    names = n.distinct(grid)
-    name: dict[float | None, str] = dict(zip(grid, names, strict=True))
-    z = [[_log(cells.get((size, rate), (None, ""))[0]) for size in sizes] for rate in grid]
-    text = [[safe(cells.get((size, rate), (None, "not tried"))[1]) for size in sizes] for rate in grid]
-    traces: list[dict[str, Any]] = [
-        {
-            "type": "heatmap",
-            "x": labels,
-            "y": names,
-            "z": z,
-            "text": text,
-            "hovertemplate": "batch %{x}, rate %{y}: %{text}<extra></extra>",
-            "colorscale": "Cividis",
-            "reversescale": True,
-            "xgap": 1,
-            "ygap": 1,
-            "colorbar": {"title": {"text": "steps"}, **_ticks(z), "thickness": 12},
-        }
-    ]
-    for sign, color, label, found in (
-        ("x-thin-open", "@ink", "diverged", [key for key, cell in cells.items() if cell[1] == "diverged"]),
-        # A white disk with a dark edge is seen on every shade of the map, in both themes.
-        ("circle", "#ffffff", "best", [(p.batch, p.learning_rate) for p in curve.points if p.steps and p.rates]),
-    ):
-        if found:
-            edge = "#1b1f24" if sign == "circle" else color
-            marker = {"symbol": sign, "size": 9, "color": color, "line": {"width": 2, "color": edge}}
-            xs, ys = [n.count(b) for b, _ in found], [name[rate] for _, rate in found]
-            traces.append({"type": "scatter", "mode": "markers", "x": xs, "y": ys, "name": label, "marker": marker})
-    rows = tuple(
-        (n.count(size), name[rate], cells[size, rate][1]) for size in sizes for rate in grid if (size, rate) in cells
-    )
-    return Figure(
-        f"rates-{number}",
-        f"Learning rates tried, rule {curve.rule}: steps to {goal}",
-        "Median steps over seeds at each batch size and learning rate. Circles are the best rate of a batch size, "
-        "crosses diverged; empty cells did not reach the target or were not tried.",
-        tuple(traces),
-        {
-            "xaxis": {"type": "category", "title": {"text": safe(f"batch size ({unit})")}},
-            "yaxis": {"type": "category", "title": {"text": "learning rate"}, "categoryarray": names},
-        },
-        Table(("batch", "learning rate", "steps"), rows),
-    )
-
-
-def _cell(rate: RateSteps) -> tuple[float | None, str]:
-    """Median steps over the seeds run, an unreached target counting as infinite, and the cell in words."""
-    ran = [(steps, status) for steps, status in zip(rate.steps, rate.statuses, strict=True) if status in _STATUS]
-    values = [math.inf if steps is None else steps for steps, _ in ran]
-    middle = median(values) if values else math.inf
-    if math.isfinite(middle):
-        few = f" ({len(ran)} of {len(rate.statuses)} seeds)" if len(ran) < len(rate.statuses) else ""
-        return middle, n.rounded(middle) + few
-    if not ran:
-        return None, "not tried"
-    lost = sum(status == "diverged" for _, status in ran)
-    return None, "diverged" if 2 * lost >= len(ran) else "not reached"
-
-
-def _log(steps: float | None) -> float | None:
-    return None if not steps else math.log10(steps)
-
-
-def _ticks(z: Sequence[Sequence[float | None]]) -> dict[str, Any]:
-    """Labels of the color bar, in steps rather than their logarithm."""
-    known = [value for row in z for value in row if value is not None]
-    if not known:
-        return {}
-    values = np.linspace(min(known), max(known), 4)
-    return {"tickvals": [float(v) for v in values], "ticktext": [n.number(10**v, 2) for v in values]}

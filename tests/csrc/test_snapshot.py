@@ -23,14 +23,14 @@ class Problem:
         self.groups = [self.params[:2], [*self.params[2:], self.other]]
         self.state = {p: {"step": torch.zeros(()), "exp_avg": torch.zeros(p.shape), "note": "x"} for p in self.params}
         self.memory = list(self.params)
-        self.watch = ops.Watch(self.groups, self.memory, [self.other], self.state)
+        self.snapshot = ops.Snapshot(self.groups, self.memory, [self.other], self.state)
 
     def stands(self):
-        return self.watch.stands(self.groups, self.memory, self.state)
+        return self.snapshot.stands(self.groups, self.memory, self.state)
 
     def gradients(self):
         address, dtype = (np.full(len(self.params), 7, dtype=np.int64) for _ in range(2))
-        bad, count = self.watch.gradients(self.params, DTYPES, address, dtype)
+        bad, count = self.snapshot.gradients(self.params, DTYPES, address, dtype)
         return bad, count, address.tolist(), dtype.tolist()
 
 
@@ -126,27 +126,27 @@ def test_a_gradient_that_can_not_be_read_as_it_is(grad):
 
 def test_strides_of_dimensions_of_one_element_do_not_matter():
     p = torch.nn.Parameter(torch.zeros(1, 5))
-    watch = ops.Watch([[p]], [p], [], {})
+    snapshot = ops.Snapshot([[p]], [p], [], {})
     p.grad = torch.ones(5, 1).t()
     address, dtype = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
-    assert watch.gradients([p], DTYPES, address, dtype) == (-1, 1)
+    assert snapshot.gradients([p], DTYPES, address, dtype) == (-1, 1)
 
 
 def test_versions():
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     seen = np.zeros(3, dtype=np.int64)
-    assert ops.Watch.versions(params, seen) == []
+    assert ops.Snapshot.versions(params, seen) == []
     with torch.no_grad():
         params[1].add_(1.0)
         params[2].data.add_(1.0)  # torch does not count this
-    assert ops.Watch.versions(params, seen) == [1]
-    assert ops.Watch.versions(params, seen) == []
+    assert ops.Snapshot.versions(params, seen) == [1]
+    assert ops.Snapshot.versions(params, seen) == []
 
 
 def test_numbers_of_the_wrong_length_are_refused():
     x = Problem()
     with pytest.raises(ValueError, match="one item for each tensor"):
-        x.watch.gradients(x.params, DTYPES, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+        x.snapshot.gradients(x.params, DTYPES, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 
 
 WITHOUT = """
@@ -157,6 +157,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not without", sys.a
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no table")
 def test_all_of_it_without_the_table():
     """As torch before 2.10, where the tensors' methods are called."""
@@ -167,7 +168,7 @@ def test_all_of_it_without_the_table():
 
 def test_a_cycle_through_a_parameter_is_collected():
     x = Problem()
-    x.params[0].watch, x.other.watch = x.watch, x.watch  # as a parameter that knows its optimizer
+    x.params[0].snapshot, x.other.snapshot = x.snapshot, x.snapshot  # as a parameter that knows its optimizer
     gone = weakref.ref(x.params[0])
     del x
     gc.collect()

@@ -1,4 +1,4 @@
-"""Steps against step time: the quantities the verdict weighs, and the model of time to a loss.
+"""The model of time to a loss: steps against step time, on one device and on several.
 
 Time to a loss is T(B) = S(B) t(B), with S(B) optimizer steps and t(B) seconds per step. Where steps were measured, S
 is the model fitted to them; where the critical batch alone is known, S = S_min (1 + B_c / B) (McCandlish et al. 2018,
@@ -16,7 +16,7 @@ import numpy as np
 
 from pybatch.fits.communication import step_s
 from pybatch.fits.steps_model import predicted_all
-from pybatch.records import CommunicationFit, Curve, Reason, StepsFit, ThroughputFit
+from pybatch.records import CommunicationFit, StepsFit, ThroughputFit
 
 EFFICIENCY = 0.8  # parallel efficiency below which a further device is not called worth it
 MAX_DEVICES = 65_536  # the search for devices ends here
@@ -109,55 +109,3 @@ class TimeModel:
             if len(poor):
                 return int(k[poor[0]]) - 1
         return MAX_DEVICES
-
-
-@dataclass(frozen=True)
-class Critical:
-    """The critical batch with the evidence it stands on. Without a value, `low` or `high` may bound it."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    source: str | None
-    reason: Reason
-    curve: Curve | None = None  # steps to target, where they were measured
-    shape: StepsFit | None = None  # the curve steps follow, where it is known and no hyperbola
-
-
-def shaped(fit: StepsFit | None) -> StepsFit | None:
-    """The fit, where it has a curve that the critical batch alone does not give."""
-    if fit is None or fit.model in (None, "hyperbola") or not (fit.parameters and fit.critical_batch and fit.s_min):
-        return None
-    return fit
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The largest batch that can be used, and what sets it."""
-
-    value: float
-    name: str | None  # "memory", "the data set"; None: unbounded
-
-
-@dataclass(frozen=True)
-class Wall:
-    """What one device can take: its saturation batch, or the largest batch that fits where that is smaller."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    extrapolated: bool = False  # past the largest batch measured
-
-
-@dataclass(frozen=True)
-class Best:
-    """The batch to use, and the interval of the optimum it was rounded from."""
-
-    batch: int
-    optimum: float
-    low: int  # 95 % interval of the optimum, in whole examples
-    high: int | None  # None: open
-    extrapolated: bool  # past the largest batch timed
-    model: TimeModel
-    reason: Reason

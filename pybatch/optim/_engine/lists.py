@@ -12,11 +12,11 @@ from pybatch.base.errors import UsageError
 from pybatch.optim._engine import masters, sharding
 from pybatch.optim._engine.arguments import check_capturable
 from pybatch.optim._engine.hyper import Groups, HyperRows
-from pybatch.optim._engine.options import Options, Rule
+from pybatch.optim._engine.options import Options, ParamRule
 from pybatch.optim._engine.slots import Slot, check_param, fit_state
 
 State = dict[Any, dict[str, Any]]
-RuleOf = Callable[[dict[str, Any], torch.Tensor], Rule]
+RuleOf = Callable[[dict[str, Any], torch.Tensor], ParamRule]
 
 
 class Staged(NamedTuple):
@@ -27,7 +27,7 @@ class Staged(NamedTuple):
     group: int
 
 
-class Found(NamedTuple):
+class ActiveParams(NamedTuple):
     """The parameters of an optimizer: those to list, the numbers of their groups, and those without anything yet."""
 
     slots: list[Slot]
@@ -35,33 +35,33 @@ class Found(NamedTuple):
     others: list[torch.Tensor]
 
 
-def find(groups: Groups, state: State, known: set[torch.Tensor]) -> Found:
+def active_params(groups: Groups, state: State, known: set[torch.Tensor]) -> ActiveParams:
     """List the parameters that have a gradient or a state, or are known.
 
     Raises:
         UsageError: one of them can't be updated by any backend, or is on another device than the first.
     """
-    found: list[tuple[int, torch.Tensor]] = []
+    active: list[tuple[int, torch.Tensor]] = []
     numbers, others, index = [], [], 0
     for number, group in enumerate(groups):
         for param in group["params"]:
             if param.grad is not None or param in known or bool(state.get(param)):
-                check_param(index, param, found[0][1].device if found else None)
-                found.append((index, param))
+                check_param(index, param, active[0][1].device if active else None)
+                active.append((index, param))
                 numbers.append(number)
             else:
                 others.append(param)
             index += 1
-    if found:
-        check_capturable(groups, found[0][1].device)
-    return Found([Slot.of(index, param) for index, param in found], numbers, others)
+    if active:
+        check_capturable(groups, active[0][1].device)
+    return ActiveParams([Slot.of(index, param) for index, param in active], numbers, others)
 
 
-class Lists:
+class PassLists:
     """The lists of an optimizer, with states made or brought into the layout of their parameters.
 
     Args:
-        found: at least one slot.
+        active: at least one slot.
         groups, state: torch's `param_groups` and `optimizer.state`.
         options: the optimizer's.
         rule_of: rule of a parameter.
@@ -75,7 +75,7 @@ class Lists:
 
     def __init__(
         self,
-        found: Found,
+        active: ActiveParams,
         groups: Groups,
         state: State,
         options: Options,
@@ -84,19 +84,19 @@ class Lists:
         ledger: ops.Ledger | None,
         layers: Mapping[int, torch.Tensor],
     ) -> None:
-        device = found.slots[0].device
+        device = active.slots[0].device
         self.backend = ops.choose_backend(options.backend, device)
         self.masters: dict[int, tuple[str, torch.Tensor]] = {}  # by slot
         self.staged: list[Staged] = []
         self.rows, self.more_rows = HyperRows(), HyperRows()
-        rules = [rule_of(groups[number], slot.param) for number, slot in zip(found.numbers, found.slots, strict=True)]
-        stored = [masters.storage(slot, options) for slot in found.slots]
-        for slot, rule in zip(found.slots, rules, strict=True):
+        rules = [rule_of(groups[number], slot.param) for number, slot in zip(active.numbers, active.slots, strict=True)]
+        stored = [masters.storage(slot, options) for slot in active.slots]
+        for slot, rule in zip(active.slots, rules, strict=True):
             check_whole(slot, rule)
         self.ledger = ledger or ops.Ledger(device)
         self.ledger.to(device)
         entries, more, counted = [], [], []
-        for i, (slot, rule, number) in enumerate(zip(found.slots, rules, found.numbers, strict=True)):
+        for i, (slot, rule, number) in enumerate(zip(active.slots, rules, active.numbers, strict=True)):
             storage, extra = stored[i]
             # A stateless rule counts its steps only for the random bits.
             keeps = bool(rule.states or extra or storage.endswith("_stochastic"))
@@ -113,16 +113,16 @@ class Lists:
             if rule.then is not None:
                 staging = torch.empty_like(slot.dense, dtype=torch.bfloat16)
                 self.staged.append(Staged(i, staging, number))
-                then = self.more_rows.row(number, Rule(rule.then, extra=rule.extra))
+                then = self.more_rows.row(number, ParamRule(rule.then, extra=rule.extra))
                 more.append(ops.Entry(target, (), rule.then, then, step, storage, kept, slot.index, share))
                 target, storage, kept = staging, "bfloat16", None
             entries.append(ops.Entry(target, states, name, row, step, storage, kept, slot.index, share))
             counted.append(own if keeps else None)
-        statistics = saved_layers(found.slots, layers, device) if options.noise else None
-        self.first = ops.TensorList(entries, len(self.rows.of), self.ledger, self.backend, statistics)
+        statistics = saved_layers(active.slots, layers, device) if options.noise else None
+        self.first = ops.TensorList(entries, len(self.rows.of), self.ledger, self.backend.chunk, statistics)
         self.second: ops.TensorList | None = None
         if more:
-            self.second = ops.TensorList(more, len(self.more_rows.of), self.ledger, self.backend)
+            self.second = ops.TensorList(more, len(self.more_rows.of), self.ledger, self.backend.chunk)
             self.second.set("grad_type", [ops.DTYPES[torch.bfloat16]] * len(more))
         for step, kept_state in zip(self.first.steps, counted, strict=True):
             if kept_state is not None:
@@ -135,7 +135,7 @@ class Lists:
         return fitted
 
 
-def check_whole(slot: Slot, rule: Rule) -> None:
+def check_whole(slot: Slot, rule: ParamRule) -> None:
     """Raise UsageError where a second pass needs all of a parameter that is sharded."""
     if rule.then is not None and slot.shape != slot.param.shape:
         raise UsageError(

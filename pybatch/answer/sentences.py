@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 
-from pybatch.answer.tradeoff import DISTURBED, EFFICIENCY, Best, Bound, Critical, Inputs, Wall
+from pybatch.answer.best import Best, Bound
+from pybatch.answer.critical import Critical
+from pybatch.answer.limit import Wall
+from pybatch.answer.time_model import DISTURBED, EFFICIENCY, Inputs
 from pybatch.base.numerals import count, number
 from pybatch.records import Capacity, Limit, ThroughputFit
 
 _NOISE = "from gradient noise"
 
 
-def advise(
+def in_sentences(
     critical: Critical,
     capacity: Capacity | None,
     wall: Wall | None,

@@ -1,0 +1,48 @@
+"""Branches along a run, as a record."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+import torch
+
+from pybatch.base.errors import Interrupted
+from pybatch.branch.measurement import measure_branches
+from pybatch.device.environment import capture
+from pybatch.jobs.bench import INTERRUPTED
+from pybatch.jobs.options import BranchOptions
+from pybatch.records import Note, Run
+from pybatch.workloads.base import Progress, Workload
+
+
+def run_branches(
+    workload: Workload,
+    options: BranchOptions,
+    *,
+    device: str | torch.device | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Run:
+    """The critical batch along a run, with the environment it was measured in.
+
+    Args:
+        workload: what to train.
+        options: how.
+        device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
+        command: what the user typed, for the record.
+        progress: called with (what is being done, share done).
+
+    Raises:
+        UsageError, WorkloadError: as `measure_branches`.
+        Interrupted: on Ctrl-C, with the run so far in `.partial`.
+    """
+    environment = capture(seed=options.seed, command=command)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    given = {name: value for name, value in asdict(options).items() if value is not None}
+    try:
+        steps = measure_branches(workload, device=device, progress=progress, **given)
+    except Interrupted as stop:
+        notes = (Note("run", INTERRUPTED),)
+        raise Interrupted(Run(created, environment, convergence=stop.partial, complete=False, notes=notes)) from None
+    return Run(created, environment, convergence=steps, complete=steps.complete)

@@ -1,0 +1,38 @@
+"""What `bench` and `branch` were asked for, in one object each from the flags to every part of the job. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How a workload is measured on a device, by `run_bench` and `run_bench_together`."""
+
+    time_budget: float = 70.0  # seconds for all measurements together
+    dtype: str = "fp32"  # or "bf16": autocast over fp32 parameters
+    batches: tuple[int, ...] | None = None  # batch sizes to time, in examples; None chooses them
+    thorough: bool = False  # take the critical batch from short branched runs, not from the noise scale alone
+    seed: int = 0  # of the model, the data order and the resampling
+    compile: bool = False  # time compiled steps; the noise scale is taken eagerly
+    graph: bool = False  # time CUDA-graph replays; likewise
+    command: str = ""  # what the user typed, for the record
+
+
+@dataclass(frozen=True)
+class BranchOptions:
+    """How a run is branched, by `run_branches`: arguments of `measure_branches`, where None leaves it the choice."""
+
+    checkpoints: tuple[int, ...]  # steps of the base run at which to branch
+    time_budget: float  # seconds
+    dtype: str = "fp32"
+    factors: tuple[float, ...] | None = None  # the branches' batch sizes in base batches
+    base_batch: int | None = None
+    optimizer: str = "adamw"
+    lr: float | None = None
+    rule: str | None = None
+    seeds: int = 3  # repeats of every branch
+    tolerance: float = 0.02  # share of the base branch's last loss
+    seed: int = 0
+    folder: Path | None = None  # where checkpoints are kept

@@ -1,0 +1,63 @@
+"""A run as what every format prints and draws: its sections and its plots, in the order of a reader's questions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pybatch.base import numerals as n
+from pybatch.records import Run
+from pybatch.report import branches, capacity, claims, devices, noise, step_times, steps, utilization, verdict
+from pybatch.report.layout import Section, examples_of, notes_of
+from pybatch.report.plot import Plot
+
+
+def title(run: Run) -> str:
+    """What was measured, and where, in one line."""
+    measured = run.capacity or run.convergence
+    if measured is None or measured.workload is None or measured.device is None:
+        return "pybatch bench"
+    work, device = measured.workload, measured.device
+    model = f"{work.model}, " if work.model else ""
+    place = f"{device.name}, {device.cores} cores" if device.kind == "cpu" and device.cores else device.name
+    return f"{work.name} ({model}{n.count(work.parameters)} parameters, {work.dtype}) on {place}"
+
+
+def unit_of(run: Run) -> str:
+    """What an example of this run's batches is called."""
+    return examples_of(run.capacity, run.convergence)
+
+
+def sections(run: Run) -> list[Section]:
+    """The sections of a run that were measured, the verdict last."""
+    unit, swept, found = unit_of(run), run.convergence, []
+    if run.capacity is not None:
+        found.append(capacity.section(run.capacity))
+    if run.noise is not None:
+        found.append(noise.section(run.noise, unit))
+    if run.trajectory is not None:
+        found.append(noise.trajectory_section(run.trajectory))
+    if swept is not None and swept.curves:
+        found += steps.sections(swept, unit) + claims.sections(run)
+    if swept is not None and swept.branches:
+        found.append(branches.section(swept, unit))
+    if run.distributed is not None:
+        found.append(devices.section(run.distributed))
+    if run.verdict is not None:
+        found.append(verdict.section(run.verdict))
+    if run.notes:
+        found.append(Section("Run", notes=notes_of(run.notes)))
+    return found
+
+
+def plots(run: Run, number: int = 0) -> list[Plot]:
+    """All plots of a run, those that can't be drawn among them, named apart from those of other runs.
+
+    Where the limits lie and why this batch; what was trained for it; then the device's own figures.
+    """
+    unit, swept = unit_of(run), run.convergence
+    found = [*capacity.plots(run.capacity, run.verdict), *verdict.goodput_plots(run)]
+    if swept is not None:
+        found += [*steps.plots(swept, unit), *claims.plots(swept, unit)]
+    found += [*step_times.plots(run.capacity), *utilization.plots(run.capacity), *verdict.frontier_plots(run)]
+    found += noise.plots(run.noise, run.trajectory, unit)
+    return [replace(plot, name=f"{plot.name}-{number}") for plot in found]

@@ -1,0 +1,161 @@
+"""The verdict: its figures and words, and why this batch and these devices in plots."""
+
+from __future__ import annotations
+
+from pybatch.answer.time_model import TimeModel
+from pybatch.answer.verdict import time_model
+from pybatch.base import numerals as n
+from pybatch.records import BatchPoint, Capacity, FrontierPoint, Run, Verdict
+from pybatch.records.figure import figure_of, interval_of
+from pybatch.report.capacity import reach, timed_points
+from pybatch.report.layout import Section, columns, examples_of, lines, notes_of, table
+from pybatch.report.plot import Plot, axis, batch_axis, line, mark, points, safe, spread
+
+_SOURCES = {"noise": "gradient noise", "branch": "branched runs", "sweep": "steps to target"}
+# The figures that an answer opens with.
+_FIRST = ("best_batch", "critical_batch", "saturation_batch", "limit", "useful_devices", "time_to_target")
+
+
+def section(verdict: Verdict) -> Section:
+    """The figures of the verdict, and its words."""
+    source = _SOURCES.get(verdict.critical_source or "")
+    optimum = n.interval(verdict.best_low, verdict.best_high, n.count)
+    several = verdict.useful_devices is not None and verdict.useful_devices > 1
+    words = {
+        "critical_batch": lambda text: f"{text} by {source}" if source else text,
+        "saturation_batch": lambda text: "",  # the capacity says it, with its interval
+        "best_batch": lambda text: f"{text}, the modelled optimum is in {optimum}" if optimum else text,
+        "time_to_target": lambda text: f"{text} on one device (modelled)",
+        "useful_devices": lambda text: f"{f'up to {text}' if several else 'one'} ({communication(verdict)})",
+    }
+    said = lines(verdict, words)
+    twice = next((reason.inputs for reason in verdict.reasons if reason.figure == "doubling"), None)
+    if twice is not None:
+        factors = ", ".join(
+            f"{n.number(float(twice[f'{name}_factor'] or 0), 2)} times the {name}"
+            for name in ("steps", "examples", "time", "energy")
+            if twice.get(f"{name}_factor") is not None
+        )
+        said.append(("twice the batch", f"{factors} (modelled)"))
+    return Section("Verdict", lines=tuple(said), text=verdict.text, notes=notes_of(verdict.notes))
+
+
+def first_figures(verdict: Verdict) -> list[tuple[str, str, str]]:
+    """Label, value and interval of what a reader looks for first."""
+    found = []
+    for name in _FIRST:
+        figure, value = figure_of(Verdict, name), getattr(verdict, name)
+        band = interval_of(verdict, name)
+        if name == "best_batch":
+            # The batch is rounded, or the measured best, and may lie outside of the interval of the modelled one.
+            optimum = n.interval(verdict.best_low, verdict.best_high, n.count)
+            band = f"optimum in {optimum}" if optimum else ""
+        if value is not None or name != "time_to_target":
+            found.append((figure.label, f"{figure.form(value)} {figure.unit}".strip(), band))
+    return found
+
+
+def communication(verdict: Verdict) -> str:
+    """What the verdict's figures of several devices stand on."""
+    inputs = next((r.inputs for r in verdict.reasons if r.figure == "useful_devices"), {})
+    measured = inputs.get("measured_devices")
+    if measured is None:
+        return "modelled, without communication"
+    return f"modelled, with the communication measured on {n.count(float(measured))} devices"
+
+
+def goodput_plots(run: Run) -> list[Plot]:
+    """Goodput, where the verdict has a critical batch and the device a fit."""
+    capacity, verdict, timed = run.capacity, run.verdict, timed_points(run.capacity)
+    if capacity is None or verdict is None or not timed or verdict.critical_batch is None or capacity.model is None:
+        return []
+    model = time_model(capacity, run.noise, run.convergence)
+    model = model or TimeModel(capacity.model, verdict.critical_batch)  # the verdict alone was given
+    return [goodput(capacity, model, timed, verdict)]
+
+
+def frontier_plots(run: Run) -> list[Plot]:
+    """What more devices buy, where the verdict looked at several."""
+    there = run.verdict is not None and len(run.verdict.frontier) > 1 and timed_points(run.capacity)
+    return [frontier(run.verdict)] if there and run.verdict is not None else []
+
+
+def goodput(capacity: Capacity, model: TimeModel, timed: list[BatchPoint], verdict: Verdict) -> Plot:
+    """Throughput times statistical efficiency (goodput of Qiao et al. 2021), which peaks at the best batch."""
+    fit = model.fit
+    low, high = reach(capacity, timed, verdict)
+    xs = spread(low, high)
+    # 1 / (1 + B / B_c) for the hyperbola; of other curves the fewest examples of this picture are the whole.
+    fewest = model.critical if model.shape is None else min(float(model.examples(x)) for x in xs)
+
+    def statistical(batch: float) -> float:
+        return fewest / float(model.examples(batch))
+
+    def device(batch: float) -> float:
+        return batch / fit.step_s(batch) / fit.ceiling
+
+    useful = [device(x) * statistical(x) for x in xs]
+    peak = max(useful)
+    traces = [
+        line("throughput, of the ceiling", xs, [device(x) for x in xs], "@blue", dash="dot"),
+        line("progress per example", xs, [statistical(x) for x in xs], "@orange", dash="dash"),
+        line("goodput, of its peak", xs, [value / peak for value in useful], "@green"),
+    ]
+    measured = [p for p in timed if p.samples_per_s]
+    rates = [(p.samples_per_s or 0.0) / fit.ceiling * statistical(p.batch) / peak for p in measured]
+    traces.append(points("goodput of measured times", [p.batch for p in measured], rates, "@green", marker="diamond"))
+    if verdict.best_batch is not None:
+        traces += mark("best batch", verdict.best_batch, (0.0, 1.05), "@red", (verdict.best_low, verdict.best_high))
+    law = "1/(1 + B/critical batch)" if model.shape is None else f"by the {model.shape.model} fit to measured steps"
+    return Plot(
+        "goodput",
+        "Why this batch: speed of the device times progress per example",
+        f"A larger batch uses the device better (dotted) but makes less of each example (dashed: {law}). Their "
+        "product, goodput, is least time to the loss at its peak. Diamonds use measured step times.",
+        tuple(traces),
+        {
+            "xaxis": batch_axis(low, high, f"batch size ({examples_of(capacity)})"),
+            "yaxis": axis("share", tickformat=".0%"),
+        },
+        columns(
+            {
+                "batch": [n.count(p.batch) for p in measured],
+                "throughput of ceiling": [n.share(p.of_ceiling(capacity)) for p in measured],
+                "progress per example": [n.share(statistical(p.batch)) for p in measured],
+                "goodput of peak": [n.share(rate) for rate in rates],
+            }
+        ),
+    )
+
+
+def frontier(verdict: Verdict) -> Plot:
+    """Time against cost for 1, 2, 4, ... devices."""
+    found = verdict.frontier
+    labels = [safe(f"{p.devices}") for p in found]
+    trace = points(
+        "devices, each number at its own best batch",
+        [p.cost_factor for p in found],
+        [p.time_factor for p in found],
+        "@blue",
+        mode="lines+markers+text",
+        text=labels,
+        textposition="top right",
+        cliponaxis=False,
+    )
+    useful = [p for p in found if verdict.useful_devices and p.devices <= verdict.useful_devices]
+    worth = points(
+        "worth it by the verdict",
+        [p.cost_factor for p in useful],
+        [p.time_factor for p in useful],
+        "@green",
+        marker="diamond",
+    )
+    return Plot(
+        "frontier",
+        "What more devices buy",
+        "Time to the loss against device-seconds, both relative to one device at its best batch; "
+        f"{communication(verdict)}.",
+        (trace, worth),
+        {"xaxis": axis("device-seconds, relative", log=True), "yaxis": axis("time, relative", log=True)},
+        table(FrontierPoint, found),
+    )

@@ -1,0 +1,77 @@
+"""The protocol between a process and those it starts."""
+
+import os
+import queue
+import time
+
+import pytest
+
+from pybatch.processes.child import Channel, Child
+
+
+def doubled(channel: Channel) -> None:
+    """Work of a child: answers twice what it is asked, and prints beside it."""
+    while True:
+        asked = channel.receive()
+        print("a workload prints")
+        os.system("echo and so do its children")
+        channel.send(2 * asked)
+
+
+def ends(channel: Channel) -> None:
+    """Work that ends after one message, with its status."""
+    os._exit(channel.receive())
+
+
+def silent(channel: Channel) -> None:
+    """Work that never answers."""
+    time.sleep(60)
+
+
+@pytest.fixture
+def child():
+    started = []
+
+    def start(work, **streams):
+        started.append(Child(work, **streams))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+
+
+def test_answers_come_in_order_and_prints_go_elsewhere(child, capfd):
+    worker = child(doubled)
+    for asked in (1, [2], "3"):
+        worker.send(asked)
+    assert [worker.answers.get(timeout=30) for _ in range(3)] == [(worker, 2), (worker, [2, 2]), (worker, "33")]
+    assert capfd.readouterr().out == ""
+
+
+def test_a_child_that_ends_says_so_with_its_status(child):
+    worker = child(ends)
+    worker.send(7)
+    assert worker.answers.get(timeout=30) == (worker, None)
+    assert worker.status() == 7
+
+
+def test_complaints_go_where_they_are_wanted(child, tmp_path):
+    with (tmp_path / "complaints").open("w+b") as file:
+        worker = child(doubled, stderr=file)
+        worker.send(1)
+        worker.answers.get(timeout=30)
+        worker.send(None)  # twice nothing: the work raises
+        assert worker.answers.get(timeout=30) == (worker, None)
+        assert worker.status() == 1
+    text = (tmp_path / "complaints").read_text()
+    assert "and so do its children" in text
+    assert "TypeError" in text
+
+
+def test_one_that_never_answers_is_stopped(child):
+    worker = child(silent)
+    with pytest.raises(queue.Empty):
+        worker.answers.get(timeout=0.05)
+    worker.stop()
+    assert worker.process.returncode == -9
