@@ -9,7 +9,7 @@ from pybatch.records import ConvergencePoint
 from pybatch.sweep.contents import CellName
 from pybatch.sweep.search import Search
 from pybatch.sweep.summary import point
-from pybatch.training.trial import Outcome, Race, Trial
+from pybatch.training.trial import Outcome, Study, Trial
 
 
 @dataclass
@@ -43,21 +43,21 @@ class Cell:
         self.now, self.seeds = list(trials), seeds
         self.trials |= {trial.key: trial for trial in self.now}
 
-    def race(self, seeds: Sequence[int], outcomes: Sequence[Outcome]) -> Race:
+    def study(self, seeds: Sequence[int], outcomes: Sequence[Outcome]) -> Study:
         """The cell as its outcomes stand; once it is over, what runs past its cap have shown counts as well."""
         cap = max([self.cap, *(outcome.steps for outcome in outcomes)]) if self.over else self.cap
-        race = Race(dict(self.targets), seeds, cap, self.search is not None)
+        study = Study(dict(self.targets), seeds, cap, self.search is not None)
         for outcome in outcomes:
-            race.take(outcome)
-        return race
+            study.take(outcome)
+        return study
 
     def missing(self, stored: Mapping[str, Outcome]) -> list[Trial]:
         """Trials to run now that have not run far enough."""
-        race = self.race(self.seeds, list(stored.values()))
-        limits = race.limits()
-        return [t for t in self.now if t.key not in stored or not stored[t.key].answers(race.targets, limits)]
+        study = self.study(self.seeds, list(stored.values()))
+        limits = study.limits()
+        return [t for t in self.now if t.key not in stored or not stored[t.key].answers(study.targets, limits)]
 
     def points(self, seeds: Sequence[int]) -> dict[str, ConvergencePoint]:
         """What a cell that is over says of its batch size, by split."""
-        race = self.race(seeds, self.outcomes)
-        return {split: point(self.batch, split, race, self.outcomes) for split in self.targets}
+        study = self.study(seeds, self.outcomes)
+        return {split: point(self.batch, split, study, self.outcomes) for split in self.targets}

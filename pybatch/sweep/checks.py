@@ -15,9 +15,9 @@ from pybatch.sweep.contents import Subject
 from pybatch.sweep.options import SweepOptions
 from pybatch.sweep.search import default_rates
 from pybatch.training.fingerprint import fingerprint
+from pybatch.training.task import initial_losses
 from pybatch.training.trajectory import SMOOTHING
 from pybatch.training.trial import Trial
-from pybatch.training.unit import initial_losses
 from pybatch.training.updates import arguments
 from pybatch.workloads.base import Workload
 from pybatch.workloads.running.session import Session, checked_dtype

@@ -7,19 +7,18 @@ from collections.abc import Callable, Sequence
 
 from pybatch.base.errors import UsageError, WorkloadError
 from pybatch.base.numerals import counted
-from pybatch.processes.workers import LostWorkerError, Ticket, Workers
+from pybatch.processes.workers import Ending, LostWorkerError, Submission, Workers
 from pybatch.records import Run
 from pybatch.scaling import SEARCHED, Scaled
-from pybatch.sweep import progress
 from pybatch.sweep.budget import NEVER, Budget
 from pybatch.sweep.cell import Cell
 from pybatch.sweep.contents import GIVEN, LONGER, WHOLE, Subject
 from pybatch.sweep.options import SweepOptions
-from pybatch.sweep.progress import SweepProgress
+from pybatch.sweep.progress import SweepProgress, failed_row, heading, row
 from pybatch.sweep.record import base_of, record_of, ruled_trials, trial_of
 from pybatch.sweep.store import Store
 from pybatch.sweep.summary import bare_reason, nearest
-from pybatch.training.trial import FACTOR, Outcome, Trial, Unit
+from pybatch.training.trial import FACTOR, Outcome, Task, Trial
 
 POLL = 0.5  # s between looks at trials that another process runs
 
@@ -36,7 +35,7 @@ class Sweep:
         number: of the sweep in the store.
         workers: where trials run.
         found: called with a heading, then with a row for each cell as it is known.
-        live: progress of the whole.
+        progress: of the whole.
     """
 
     def __init__(
@@ -47,9 +46,9 @@ class Sweep:
         number: int,
         workers: Workers,
         found: Found | None,
-        live: SweepProgress,
+        progress: SweepProgress,
     ) -> None:
-        self.options, self.subject, self.workers, self.found, self.live = options, subject, workers, found, live
+        self.options, self.subject, self.workers, self.found, self.progress = options, subject, workers, found, progress
         self.store, self.number = store, number
         self.seeds = options.seed_range
         self.cells: list[Cell] = []
@@ -61,7 +60,7 @@ class Sweep:
         given = self._given(options.base_rate) if options.base_rate is not None else None
         tuned = self._search(options.start_batch, options.max_steps) if given is None or options.seeks else None
         sought = len(set(options.batches) - {options.start_batch}) if options.seeks else 0
-        self.live.rows = len(self.cells) + sought + len(fixed) * len(options.targets) * len(options.batches)
+        self.progress.rows = len(self.cells) + sought + len(fixed) * len(options.targets) * len(options.batches)
         self._finish(self.cells)
         cells = self._tune(tuned) if tuned is not None and sought else []
         if (start := given or tuned) is not None:
@@ -76,7 +75,7 @@ class Sweep:
         if options.gap_epochs is not None and examples is not None:
             budget = Budget.of(options.gap_epochs, examples, options.batches)
             longer = [on for cell in list(self.cells) if (on := self._longer(cell, budget)) is not None]
-            self.live.rows += len(longer)
+            self.progress.rows += len(longer)
             self._finish(longer)
 
     def record(self) -> Run:
@@ -148,8 +147,8 @@ class Sweep:
         return longer
 
     def _base(self, start: Cell, split: str) -> tuple[float, float | None] | None:
-        race = start.race(self.seeds, start.outcomes)
-        return base_of(race, split, self.options.base_rate if start.rule == GIVEN else None)
+        study = start.study(self.seeds, start.outcomes)
+        return base_of(study, split, self.options.base_rate if start.rule == GIVEN else None)
 
     def _cap(self, start: Cell, batch: int, split: str | None = None) -> int:
         """FACTOR times the steps that the base batch took, and more below it, where fewer examples are seen a step."""
@@ -168,46 +167,42 @@ class Sweep:
     def _finish(self, cells: Sequence[Cell]) -> None:
         """Run cells to their ends."""
         waiting = [cell for cell in cells if not cell.over]
-        active: list[tuple[Ticket, Cell]] = []
+        active: list[tuple[Submission, Cell]] = []
         while waiting or active:
             for cell in list(waiting):
                 if len(active) >= self.workers.width:
                     break
-                unit = self._next_unit(cell)
-                if unit is not None:
-                    active.append((self.workers.submit(unit), cell))
-                if unit is not None or cell.over:
+                task = self._next_task(cell)
+                if task is not None:
+                    active.append((self.workers.submit(task), cell))
+                if task is not None or cell.over:
                     waiting.remove(cell)
             if not active:
                 if waiting:
                     time.sleep(POLL)  # all that is missing is being run by another process
                 continue
             try:
-                done = self.workers.wait()
+                submission = self.workers.wait()
+                ending = submission.ending or Ending()
             except LostWorkerError as error:
-                done = self._lost(active, error)
-            [entry] = [entry for entry in active if entry[0] is done]
+                submission, ending = error.submission, Ending(failed=str(error))
+            [entry] = [entry for entry in active if entry[0] is submission]
             active.remove(entry)
             cell = entry[1]
             self.store.release(cell.claimed)
-            if done.note:
-                self.store.remark(self.number, done.note.partition(" (")[0], done.note)  # figures follow in brackets
-            if done.error is not None:
+            if ending.note:
+                cause = ending.note.partition(" (")[0]  # figures follow in brackets
+                self.store.remark(self.number, cause, ending.note)
+            if ending.error is not None:
                 if not any(c.outcomes for c in self.cells):  # it works at no batch size
-                    raise WorkloadError(done.error)
-                self._fail(cell, done.error)
-            elif done.failed:
-                self._fail(cell, done.failed)
+                    raise WorkloadError(ending.error)
+                self._fail(cell, ending.error)
+            elif ending.failed:
+                self._fail(cell, ending.failed)
             else:
                 waiting.insert(0, cell)  # to its end before others begin
 
-    @staticmethod
-    def _lost(active: list[tuple[Ticket, Cell]], error: LostWorkerError) -> Ticket:
-        ticket = next(ticket for ticket, _ in active if ticket is error.ticket)
-        ticket.failed = str(error)
-        return ticket
-
-    def _next_unit(self, cell: Cell) -> Unit | None:
+    def _next_task(self, cell: Cell) -> Task | None:
         """The trials to run next; None where the cell is over, or another process runs all that is missing."""
         while True:
             stored = self.store.outcomes(cell.trials.values())
@@ -223,20 +218,21 @@ class Sweep:
                     return None
                 cell.claimed = [t.key for t in fresh]
                 known = tuple(stored.values())
-                return Unit(tuple(fresh), dict(cell.targets), cell.seeds, cell.cap, cell.search is not None, known)
+                return Task(tuple(fresh), dict(cell.targets), cell.seeds, cell.cap, cell.search is not None, known)
             outcomes = list(stored.values())
-            heat = cell.search.heat(cell.race(self.seeds, outcomes)) if cell.search is not None else None
-            if heat is None:
+            study = cell.study(self.seeds, outcomes)
+            proposal = cell.search.propose(study) if cell.search is not None else None
+            if proposal is None:
                 self._end(cell, outcomes)
                 return None
-            cell.begin((self._trial(lr, cell.batch, seed) for lr, seed in heat.cells), heat.seeds)
+            cell.begin((self._trial(lr, cell.batch, seed) for lr, seed in proposal.runs), proposal.seeds)
             self.store.seek(self.number, cell.batch, cell.now)
 
     def _end(self, cell: Cell, outcomes: list[Outcome]) -> None:
         cell.outcomes, cell.over = outcomes, True
         self.store.end(self.number, [cell.name])
         if cell.name[1] == LONGER:
-            self.live.over += 1
+            self.progress.over += 1
         else:
             self._say(cell)
 
@@ -252,16 +248,16 @@ class Sweep:
         return cell
 
     def _say(self, cell: Cell) -> None:
-        self.live.over += 1
+        self.progress.over += 1
         if self.found is None:
             return
-        if self.live.over == 1:
-            self.found(progress.head(self.options.targets))
+        if self.progress.over == 1:
+            self.found(heading(self.options.targets))
         if cell.failed:
-            self.found(progress.failed(cell.batch, cell.rule, cell.failed))
+            self.found(failed_row(cell.batch, cell.rule, cell.failed))
             return
         points = cell.points(self.seeds)
-        self.found(progress.row(cell.batch, cell.rule, [points.get(split) for split in self.options.targets]))
+        self.found(row(cell.batch, cell.rule, [points.get(split) for split in self.options.targets]))
         for split, found in points.items():
             near = nearest(split, cell.outcomes) if found.steps is None else None
             if near is not None:

@@ -119,10 +119,10 @@ def measure_sweep(
                 "missing, or name another file."
             )
         scale = noise() if callable(noise) else noise
-        live = SweepProgress(kept.put, progress, alone=jobs == 1 and ray is None)
-        with _workers(workload, live, place, jobs, ray) as workers:
+        whole = SweepProgress(kept.put, progress, alone=jobs == 1 and ray is None)
+        with _workers(workload, whole, place, jobs, ray) as workers:
             subject = subject_of(workload, options, place)
-            sweep = Sweep(options, subject, kept, kept.begin(subject, options, scale), workers, found, live)
+            sweep = Sweep(options, subject, kept, kept.begin(subject, options, scale), workers, found, whole)
             try:
                 sweep.run()
                 return sweep.record()
@@ -138,11 +138,11 @@ def _with_note(run: Run, text: str) -> Run:
     return replace(run, convergence=replace(run.convergence, notes=notes))
 
 
-def _workers(workload: Workload, live: SweepProgress, device: torch.device, jobs: int, ray: str | None) -> Workers:
+def _workers(workload: Workload, progress: SweepProgress, device: torch.device, jobs: int, ray: str | None) -> Workers:
     if ray is not None:
         from pybatch.processes.ray import Cluster
 
-        return Cluster(workload, live.deliver, device, ray)
+        return Cluster(workload, progress.deliver, device, ray)
     if jobs > 1:
-        return Processes(workload, live.deliver, device, jobs)
-    return Inline(workload, live.deliver, device, live)
+        return Processes(workload, progress.deliver, device, jobs)
+    return Inline(workload, progress.deliver, device, progress)

@@ -12,7 +12,7 @@ from pybatch.workloads.base import Progress
 _WIDE = 24  # of a cell: two splits fit into 80 columns
 
 
-def head(targets: Mapping[str, float]) -> str:
+def heading(targets: Mapping[str, float]) -> str:
     """The heading of the rows."""
     cells = (f"steps to {split} {n.number(target)}" for split, target in targets.items())
     return _line("batch", "rule", cells)
@@ -23,7 +23,7 @@ def row(batch: int, rule: str, points: Sequence[ConvergencePoint | None]) -> str
     return _line(n.count(batch), rule, (_cell(point) for point in points))
 
 
-def failed(batch: int, rule: str, reason: str) -> str:
+def failed_row(batch: int, rule: str, reason: str) -> str:
     """A row without steps."""
     return _line(n.count(batch), rule, [reason])
 

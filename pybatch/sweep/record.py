@@ -26,7 +26,7 @@ from pybatch.sweep.options import SweepOptions
 from pybatch.sweep.search import best_rate
 from pybatch.sweep.summary import bare_reason, curve, nearest, point, unanswered
 from pybatch.training.trajectory import Split
-from pybatch.training.trial import Outcome, Race, Trial
+from pybatch.training.trial import Outcome, Study, Trial
 
 NAMED = 8  # parts of a sweep that a note lists
 
@@ -141,10 +141,10 @@ class _Assembly:
             ran = _ran(self.seeds, outcomes)
             targets = self.experiment.targets
             own = targets if rule == SEARCHED else {str(split): targets[split]}
-            race = _race(own, ran, outcomes, rule == SEARCHED)
-            found = _widened(point(batch, split, race, outcomes), ran, self.seeds)
+            study = _study(own, ran, outcomes, rule == SEARCHED)
+            found = _widened(point(batch, split, study, outcomes), ran, self.seeds)
             points.append(self._lengthened(rule, split, found, outcomes))
-            caps[batch] = race.limit(split)
+            caps[batch] = study.limit(split)
             near += outcomes
         notes = unanswered(failed)
         if points and all(p.steps is None for p in points) and (text := nearest(split, near)) is not None:
@@ -266,19 +266,19 @@ class _Assembly:
         if not outcomes:
             return None if given is None else (given, None)
         ran = self.seeds if given is not None else _ran(self.seeds, outcomes)
-        race = _race(self.experiment.targets, ran, outcomes, search=given is None)
-        return base_of(race, split, given)
+        study = _study(self.experiment.targets, ran, outcomes, search=given is None)
+        return base_of(study, split, given)
 
 
-def base_of(race: Race, split: str, given: float | None) -> tuple[float, float | None] | None:
+def base_of(study: Study, split: str, given: float | None) -> tuple[float, float | None] | None:
     """The base batch's rate for a split's target, given or the best, and its median steps where it reached.
 
     None where no rate was given and none reached the target.
     """
-    lr = given if given is not None else best_rate(race, split, sorted({lr for lr, _ in race.ended}))
+    lr = given if given is not None else best_rate(study, split, sorted({lr for lr, _ in study.ended}))
     if lr is None:
         return None
-    steps = race.median(split, lr)
+    steps = study.median(split, lr)
     return lr, steps if math.isfinite(steps) else None
 
 
@@ -305,9 +305,9 @@ def _widened(found: ConvergencePoint, ran: Sequence[int], seeds: Sequence[int]) 
     return dataclasses.replace(found, rates=tuple(rates), other_losses=losses)
 
 
-def _race(targets: Mapping[str, float], seeds: Sequence[int], outcomes: Sequence[Outcome], search: bool) -> Race:
+def _study(targets: Mapping[str, float], seeds: Sequence[int], outcomes: Sequence[Outcome], search: bool) -> Study:
     """How the trials of a point stand; one was given up after the steps it ran."""
-    race = Race(dict(targets), seeds, max(outcome.steps for outcome in outcomes), search)
+    study = Study(dict(targets), seeds, max(outcome.steps for outcome in outcomes), search)
     for outcome in outcomes:
-        race.take(outcome)
-    return race
+        study.take(outcome)
+    return study

@@ -112,10 +112,11 @@ def middle(values: Iterable[float]) -> float:
 
 
 @dataclass
-class Race:
-    """The rates tried at one batch size. A rate that takes SLACK times the best one's steps cannot be the best.
+class Study:
+    """Trials of one batch size that are compared: when each of them reached each target.
 
-    `cap` bounds every trial. Without `search` there is nothing to compare with, and the cap alone ends a trial.
+    A rate that takes SLACK times the best one's steps cannot be the best. `cap` bounds every trial. Without `search`
+    there is nothing to compare with, and the cap alone ends a trial.
     """
 
     targets: dict[str, float]
@@ -143,7 +144,7 @@ class Race:
             rates.get(lr, {}).pop(seed, None)
 
     def limit(self, split: str) -> float:
-        """Steps after which a trial of this race is given up for this split's target."""
+        """Steps after which a trial of this study is given up for this split's target."""
         if not self.search:
             return float(self.cap)
         best = min((self._upper(split, lr) for lr in self.found.get(split, {})), default=math.inf)
@@ -172,7 +173,7 @@ class Race:
         return math.isinf(self._upper(split, lr)), self.median(split, lr)
 
     def steps(self, split: str, lr: float, seed: int) -> Crossing | None:
-        """The crossing of one trial, where it came before this race's limit."""
+        """The crossing of one trial, where it came before this study's limit."""
         crossing = self.found.get(split, {}).get(lr, {}).get(seed)
         return crossing if crossing is not None and crossing.steps <= self.limit(split) else None
 
@@ -186,19 +187,19 @@ class Race:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Task:
     """Trials of one batch size and optimizer that may be trained together: what a worker is given."""
 
     trials: tuple[Trial, ...]
     targets: dict[str, float]
-    seeds: tuple[int, ...]  # of the whole race
+    seeds: tuple[int, ...]  # of the whole study
     cap: int
     search: bool = True
-    known: tuple[Outcome, ...] = ()  # of the same race, from earlier
+    known: tuple[Outcome, ...] = ()  # of the same study, from earlier
 
-    def race(self) -> Race:
-        """The race as it stands before this unit runs."""
-        race = Race(dict(self.targets), self.seeds, self.cap, self.search)
+    def study(self) -> Study:
+        """The study as it stands before this task runs."""
+        study = Study(dict(self.targets), self.seeds, self.cap, self.search)
         for outcome in self.known:
-            race.take(outcome)
-        return race
+            study.take(outcome)
+        return study

@@ -47,6 +47,6 @@ def planted_fit(batches, steps, *, cap, rates=None):
 def planted_training(monkeypatch):
     """Within it every trial's losses are planted, and so are fits."""
     with monkeypatch.context() as patch:
-        patch.setattr("pybatch.training.unit.choose", lambda w, trials, d, how: (PlantedReplicas(trials), None))
+        patch.setattr("pybatch.training.task.choose", lambda w, trials, d, how: (PlantedReplicas(trials), None))
         patch.setattr("pybatch.sweep.summary.fit_steps", planted_fit)
         yield

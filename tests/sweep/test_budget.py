@@ -182,11 +182,11 @@ def test_a_base_batch_beside_the_others_spends_no_budget(tmp_path):
 def test_runs_that_could_not_go_on_are_named_with_the_reason(monkeypatch):
     begin = driver.Sweep._finish
 
-    def lose(self, contests):
-        for contest in contests:
-            if contest.name[1] == LONGER and contest.batch == 16:
-                self._fail(contest, "its worker was lost")
-        begin(self, contests)
+    def lose(self, cells):
+        for cell in cells:
+            if cell.name[1] == LONGER and cell.batch == 16:
+                self._fail(cell, "its worker was lost")
+        begin(self, cells)
 
     monkeypatch.setattr(driver.Sweep, "_finish", lose)
     found = gap()
