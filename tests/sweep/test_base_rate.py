@@ -5,6 +5,7 @@ import math
 import sqlite3
 
 import pytest
+from cases.planted_training import planted_training
 from cases.sweeps import measure
 
 from pybatch.base.errors import UsageError
@@ -15,6 +16,13 @@ from pybatch.training.trial import rounded
 
 FIXED = ["constant", "sqrt", "linear"]
 FACTORS = {"constant": 0.0, "sqrt": 0.5, "linear": 1.0}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Planted losses, where only what is asked of runs and said of them matters."""
+    with planted_training(monkeypatch):
+        yield
 
 
 def specs(path):
@@ -59,7 +67,7 @@ def test_a_rate_that_does_not_reach_the_target_is_still_where_rules_start():
     assert found.curves[0].points[3].learning_rate == pytest.approx(0.016)
 
 
-def test_a_store_keeps_sweeps_of_other_base_rates_apart(tmp_path):
+def test_a_store_keeps_sweeps_of_other_base_rates_apart(tmp_path, quick):
     path = tmp_path / "runs.db"
     live = [measure(rules=FIXED, base_rate=rate, store=path, resume=rate != 0.1) for rate in (0.1, 0.2)]
     read = [run.convergence for run in read_store(path)]
@@ -73,7 +81,7 @@ def test_a_store_keeps_sweeps_of_other_base_rates_apart(tmp_path):
             ]
 
 
-def test_the_report_says_where_rules_start():
+def test_the_report_says_where_rules_start(quick):
     given = Run("", None, convergence=measure(rules=["sqrt"], base_rate=0.13))
     assert "with rate 0.130 at batch 4, as given" in " ".join(render(given, "md").split())
     tuned = Run("", None, convergence=measure(rules=["sqrt"]))

@@ -33,6 +33,13 @@ class Endless(Isotropic):
     examples = None
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Planted losses, where only what is asked of runs and said of them matters."""
+    with planted_training(monkeypatch):
+        yield
+
+
 def gap(workload=None, batches=BATCHES, **changes):
     return measure(workload, batches, **({"gap_epochs": EPOCHS, "target": {"train": 0.4}} | changes))
 
@@ -65,7 +72,7 @@ def test_every_batch_size_has_its_epochs_and_all_the_same_steps():
     assert large.test_losses_at_epochs == large.test_losses_at_steps
 
 
-def test_steps_to_the_target_stay_what_they_were():
+def test_steps_to_the_target_stay_what_they_were(quick):
     plain, longer = measure(batches=BATCHES, target={"train": 0.4}), gap()
     assert plain.gap_epochs is None
     assert plain.trials == longer.trials
@@ -85,21 +92,21 @@ def test_a_rule_that_misses_the_target_is_compared_and_one_that_diverges_is_not(
     assert large.test_losses_at_epochs == (None, None, None)
 
 
-def test_a_rate_that_was_not_found_has_no_runs_to_go_on():
+def test_a_rate_that_was_not_found_has_no_runs_to_go_on(quick):
     found = gap(rates=[1e-6], max_steps=200, gap_epochs=8)
     assert all(p.status == "not_reached" and p.learning_rate for p in found.curves[0].points)
     several = gap(rates=[1e-6, 2e-6], max_steps=200, gap_epochs=8)
     assert all(p.learning_rate is None and p.test_losses_at_epochs == () for p in several.curves[0].points)
 
 
-def test_losses_are_compared_at_the_rates_of_the_first_target_only():
+def test_losses_are_compared_at_the_rates_of_the_first_target_only(quick):
     found = gap(target={"train": 0.4, "test": 0.4})
     train, test = found.curves
     assert all(p.test_losses_at_epochs for p in train.points)
     assert not any(p.test_losses_at_epochs for p in test.points)
 
 
-def test_a_store_gives_the_same_record_and_runs_nothing_twice(tmp_path):
+def test_a_store_gives_the_same_record_and_runs_nothing_twice(tmp_path, quick):
     path = tmp_path / "runs.db"
     arguments = {"rules": ["tuned", "sqrt"], "store": path}
     live = gap(**arguments)
@@ -121,7 +128,7 @@ def test_a_store_gives_the_same_record_and_runs_nothing_twice(tmp_path):
     db.close()
 
 
-def test_a_sweep_resumed_with_a_larger_batch_asks_no_more_of_the_others(tmp_path):
+def test_a_sweep_resumed_with_a_larger_batch_asks_no_more_of_the_others(tmp_path, quick):
     path = tmp_path / "runs.db"
     gap(store=path)
     measure(batches=(128,), base_batch=4, target={"train": 0.4}, store=path, resume=True)
@@ -179,7 +186,7 @@ def test_a_base_batch_beside_the_others_spends_no_budget(tmp_path):
     assert max(Trajectory.decompressed(*row).steps[-1] for row in rows) <= 400
 
 
-def test_runs_that_could_not_go_on_are_named_with_the_reason(monkeypatch):
+def test_runs_that_could_not_go_on_are_named_with_the_reason(monkeypatch, quick):
     begin = driver.Sweep._finish
 
     def lose(self, cells):
@@ -231,7 +238,7 @@ def test_what_a_cut_leaves_out_is_named(tmp_path, monkeypatch):
     assert all(all(p.test_losses_at_epochs) for p in whole.curves[0].points)
 
 
-def test_other_targets_asked_of_a_store_leave_no_gap_open(tmp_path):
+def test_other_targets_asked_of_a_store_leave_no_gap_open(tmp_path, quick):
     path = tmp_path / "runs.db"
     gap(store=path)
     [run] = read_store(path, {"train": 0.9})
@@ -242,39 +249,37 @@ def losses(run):
     return {p.batch: p.test_losses_at_epochs for p in run.convergence.curves[0].points}
 
 
-def test_of_two_budgets_the_one_of_more_batch_sizes_is_shown_and_the_other_named(tmp_path, monkeypatch):
+def test_of_two_budgets_the_one_of_more_batch_sizes_is_shown_and_the_other_named(tmp_path, quick):
     """The larger one alone was shown, though it compares two batch sizes only; longer runs have its losses too."""
     path = tmp_path / "runs.db"
-    with planted_training(monkeypatch):
-        first = gap(store=path)
-        gap(batches=(4, 16), store=path, resume=True, gap_epochs=16.0)
-        [run] = read_store(path)
-        assert (run.convergence.gap_epochs, run.complete) == (EPOCHS, True)
-        for p in first.curves[0].points:  # the longer runs have no evaluation right at the end of the shorter budget
-            assert losses(run)[p.batch] == pytest.approx(p.test_losses_at_epochs, rel=0.05)
-        assert all(map(all, losses(run).values()))
-        [note] = [note.text for note in run.convergence.notes]
-        assert note.startswith("test losses after 16 epochs, asked for at batch 4, 16, are not shown: those after 8")
-        gap(store=path, resume=True, gap_epochs=16.0)
-        [run] = read_store(path)
-        assert (run.convergence.gap_epochs, run.complete) == (16.0, True)
-        assert all(map(all, losses(run).values()))
+    first = gap(store=path)
+    gap(batches=(4, 16), store=path, resume=True, gap_epochs=16.0)
+    [run] = read_store(path)
+    assert (run.convergence.gap_epochs, run.complete) == (EPOCHS, True)
+    for p in first.curves[0].points:  # the longer runs have no evaluation right at the end of the shorter budget
+        assert losses(run)[p.batch] == pytest.approx(p.test_losses_at_epochs, rel=0.05)
+    assert all(map(all, losses(run).values()))
+    [note] = [note.text for note in run.convergence.notes]
+    assert note.startswith("test losses after 16 epochs, asked for at batch 4, 16, are not shown: those after 8")
+    gap(store=path, resume=True, gap_epochs=16.0)
+    [run] = read_store(path)
+    assert (run.convergence.gap_epochs, run.complete) == (16.0, True)
+    assert all(map(all, losses(run).values()))
 
 
-def test_a_budget_that_was_spent_at_a_rate_that_more_seeds_outdo_is_not_missing(tmp_path, monkeypatch):
+def test_a_budget_that_was_spent_at_a_rate_that_more_seeds_outdo_is_not_missing(tmp_path, quick):
     path, rates = tmp_path / "runs.db", [0.02, 0.028, 0.04, 0.056, 0.08, 0.11, 0.16, 0.22, 0.32]
-    with planted_training(monkeypatch):
-        before = gap(store=path, seeds=1, rates=rates).curves[0].points
-        after = measure(batches=BATCHES, store=path, seeds=3, rates=rates, target={"train": 0.4}, resume=True)
-        pairs = zip(before, after.curves[0].points, strict=True)
-        assert {a.batch for a, b in pairs if a.learning_rate != b.learning_rate} & {4, 16}
-        assert after.complete
-        said = [note.text for note in after.notes if "missing of runs that were chosen later" in note.text]
-        assert [text.partition(":")[0] for text in said] == ["batch 4 tuned", "batch 16 tuned"]  # 64 had run so far
-        again = gap(store=path, seeds=3, rates=rates, resume=True)
-        assert again.complete
-        assert not again.notes
-        assert all(all(p.test_losses_at_epochs) for p in again.curves[0].points)
+    before = gap(store=path, seeds=1, rates=rates).curves[0].points
+    after = measure(batches=BATCHES, store=path, seeds=3, rates=rates, target={"train": 0.4}, resume=True)
+    pairs = zip(before, after.curves[0].points, strict=True)
+    assert {a.batch for a, b in pairs if a.learning_rate != b.learning_rate} & {4, 16}
+    assert after.complete
+    said = [note.text for note in after.notes if "missing of runs that were chosen later" in note.text]
+    assert [text.partition(":")[0] for text in said] == ["batch 4 tuned", "batch 16 tuned"]  # 64 had run so far
+    again = gap(store=path, seeds=3, rates=rates, resume=True)
+    assert again.complete
+    assert not again.notes
+    assert all(all(p.test_losses_at_epochs) for p in again.curves[0].points)
 
 
 @pytest.mark.parametrize(
