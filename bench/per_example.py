@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pybatch.device.identity import describe
-from pybatch.noise.per_example import ExampleRecorder, watch
+from pybatch.noise.per_example import ExampleRecorder, one_pass
 from pybatch.noise.per_example.uses import Products
 
 
@@ -307,10 +307,10 @@ class Parts:
         (Products, "weight", "norms, products formed"),
         (Products, "fused", "weight gradient and norms, fused"),
         (Products, "picked", "norms, embeddings"),
-        (watch, "squared_norms", "norms, biases and the rest"),
-        (watch, "square", "norms of the mean gradient"),
-        (watch.Pass, "_arrived", "uses taken, norm layers and bias sums"),
-        (watch.Pass, "_complete", "gates"),
+        (one_pass, "squared_norms", "norms, biases and the rest"),
+        (one_pass, "square", "norms of the mean gradient"),
+        (one_pass.Pass, "_arrived", "uses taken, norm layers and bias sums"),
+        (one_pass.Pass, "_complete", "gates"),
     )
 
     def __init__(self, device: torch.device) -> None:

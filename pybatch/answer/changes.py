@@ -16,6 +16,7 @@ from pybatch.answer.critical import critical_of
 from pybatch.base.errors import UsageError
 from pybatch.base.numerals import interval, number
 from pybatch.records import BatchPoint, Run
+from pybatch.records.figure import figure_of
 from pybatch.scaling import SEARCHED
 
 Estimate = tuple[float | None, float | None, float | None]  # value, low, high
@@ -182,6 +183,7 @@ class Compared:
     better: bool | None  # whether more is better; None: neither
     one: Callable[[Run], Estimate] | None = None  # one of a run
     batch: Callable[[BatchPoint], Estimate] | None = None  # one at each batch size; the mean of the ratios counts
+    form: Callable[[float | None], str] = number
 
     def change(self, name: str, old: Run, new: Run) -> Change | None:
         """From the old run to the new one; None where one of them lacks it."""
@@ -216,7 +218,11 @@ FIGURES = {
     "half_batch": Compared(None, _of("capacity.model", "half_batch", "half_low", "half_high")),
     "saturation_batch": Compared(None, _of("capacity", "saturation_batch", "saturation_low", "saturation_high")),
     "max_batch": Compared(True, _of("capacity", "max_batch")),
-    "memory": Compared(False, batch=lambda point: (point.memory_bytes, None, None)),
+    "memory": Compared(
+        False,
+        batch=lambda point: (point.memory_bytes, None, None),
+        form=figure_of(BatchPoint, "memory_bytes").form,
+    ),
     "energy": Compared(False, batch=lambda point: (point.joules_per_sample, None, None)),
     "noise_scale": Compared(None, _noise),
     "critical_batch": Compared(None, lambda run: _critical(run)[0]),

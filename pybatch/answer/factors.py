@@ -82,7 +82,7 @@ def _cells(run: Run) -> Iterator[_Cell]:
     if steps.workload.model is not None:
         dials["model"] = steps.workload.model
     info = steps.workload
-    alike = (info.name, steps.optimizer, info.dtype, info.source)
+    alike = (info.name, steps.optimizer, info.dtype, info.file_sha256)
     for curve in steps.curves:
         if curve.rule == SEARCHED and curve.critical_batch and curve.target is not None:
             yield _Cell(curve.split, curve.target, alike, dials, curve.critical_batch, *_distances(curve))

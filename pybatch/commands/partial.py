@@ -24,16 +24,12 @@ class PartialRecord:
         """Save the record so far. Where that fails, the run goes on without, and says so once."""
         if not self._works:
             return
-        file: Output | None = None
         try:
-            file = Output(self.path)
-            file.write(run.to_json() + "\n")
+            with Output(self.path) as file:
+                file.write(run.to_json() + "\n")
         except (OSError, UsageError) as error:
             self._works = False
             print(f"pybatch: the run goes on, but it could not be continued after a crash: {error}", file=sys.stderr)
-        finally:
-            if file is not None:
-                file.discard()
 
     def earlier(self) -> Run | None:
         """The run to go on with: what a crash left or the output, whichever is newer; None where there is neither.

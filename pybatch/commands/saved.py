@@ -20,7 +20,7 @@ from pybatch.commands.assignments import parse_targets
 from pybatch.commands.measuring import BROKEN, DONE
 from pybatch.noise.trajectory import read_trajectory
 from pybatch.records import NoiseTrajectory, Run
-from pybatch.report import changes as told_changes
+from pybatch.report.changes import sections
 from pybatch.report.formats.text import SUFFIXES, markdown, print_sections, render_all
 from pybatch.report.output import Output
 from pybatch.sweep.archive import is_store, read_store
@@ -98,13 +98,10 @@ def report(
     format_ = _report_format(output) if output is not None else None
     runs = as_runs([record for path in records for record in _told(path, read_records(path, targets))])
     if output is not None and format_ is not None:
-        file = Output(output)
-        try:
+        with Output(output) as file:
             # Rows are of one kind each; all else is of one run, whose verdict may stand on both measurements.
             shown = runs if format_ in ("csv", "jsonl") else join(runs)
             file.write(page(shown) if format_ == "html" else render_all(shown, format_))
-        finally:
-            file.discard()
         print(f"pybatch: wrote {output}", file=sys.stderr)
     if png is not None:
         from pybatch.report.formats.png import write_pngs
@@ -151,7 +148,7 @@ def tell_changes(old: Run, new: Run, conditions: Sequence[Condition], format_: s
     """Print what changed; the exit status says whether every condition holds."""
     comparison = changes.compare(old, new)
     failures = broken(conditions, comparison)
-    parts = told_changes.sections(comparison)
+    parts = sections(comparison)
     if format_ == "json":
         print(json.dumps(asdict(comparison) | {"broken": failures}, indent=2))
     elif format_ == "md":

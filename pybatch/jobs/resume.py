@@ -40,18 +40,9 @@ def _of_workload(info: WorkloadInfo | None) -> dict[str, Any]:
     if info is None:
         return {}
     options = {f"option {key}": value for key, value in info.options.items()}
-    source = {} if info.source is None else {_OF_FILE: info.source[:12]}
-    return (
-        source
-        | options
-        | {
-            "workload": info.name,
-            "model": info.model,
-            "dtype": info.dtype,
-            "parameters": info.parameters,
-            "examples": info.examples,
-        }
-    )
+    digest = {} if info.file_sha256 is None else {_OF_FILE: info.file_sha256[:12]}
+    names = ("model", "dtype", "parameters", "examples")
+    return digest | options | {"workload": info.name} | {name: getattr(info, name) for name in names}
 
 
 def _of_device(device: Device | None) -> dict[str, Any]:

@@ -78,12 +78,9 @@ class BatchPoint:
     compile_s: float | None = _hidden("compiling", "s")  # with torch.compile: not part of any step time
     step_bytes: int | None = _hidden("bytes moved", form=n.memory)  # by operators and update, as if nothing were cached
     mbu_measured: float | None = _share("MBU")  # step_bytes / step time over ceilings.copy_bytes_per_s
-    power_capped: bool | None = _hidden(
-        "power capped", form=n.yes_no
-    )  # the power limit lowered the clock, at some look
-    bound_by: StepLimit | None = field(
-        default=None, metadata=figure("bound", form=n.plain)
-    )  # what most limits this step
+    # The power limit lowered the clock, at some look.
+    power_capped: bool | None = _hidden("power capped", form=n.yes_no)
+    bound_by: StepLimit | None = field(default=None, metadata=figure("bound", form=n.plain))  # most limits this step
     bound_why: str | None = None  # the figures behind bound_by, or why it is null
     step_ms_quantiles: tuple[float, ...] = ()  # of the samples, at QUANTILES; empty: not kept
     throttled_share: float | None = _share("looks throttled")  # at the clock, spread over the steady steps

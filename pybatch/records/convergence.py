@@ -118,14 +118,18 @@ class Curve:
     split: Literal["train", "test"]
     points: tuple[ConvergencePoint, ...]
     s_min: float | None
-    critical_batch: float | None  # B_50: twice the fewest examples
+    critical_batch: float | None = field(  # B_50: twice the fewest examples
+        metadata=figure("critical batch", "{examples}", interval=("low", "high"))
+    )
     low: float | None
     high: float | None
     target: float | None = None
     regimes: tuple[tuple[int, str], ...] = ()
     fit: StepsFit | None = None
     cap: int | None = None  # steps after which a trial of this curve was given up, where all batches share one
-    noise_ratio: float | None = None  # B_simple over this critical batch
+    noise_ratio: float | None = field(  # B_simple over this critical batch
+        default=None, metadata=figure("B_simple over it", interval=("noise_ratio_low", "noise_ratio_high"))
+    )
     noise_ratio_low: float | None = None
     noise_ratio_high: float | None = None
     notes: tuple[Note, ...] = ()

@@ -69,4 +69,4 @@ class WorkloadInfo:
     learning_rate: float | None = None
     target: dict[str, float] = field(default_factory=dict)
     options: dict[str, int | float | str] = field(default_factory=dict)  # the workload's dials
-    source: str | None = None  # SHA-256 of the user's file it is defined in, without what that imports
+    file_sha256: str | None = None  # of the user's file it is defined in, without what that imports

@@ -24,8 +24,8 @@ def _table(what: str, rows: Sequence[tuple[str, Change]]) -> Table:
     return columns(
         {
             what: [name for name, _ in rows],
-            "old": [n.number(change.old) for _, change in rows],
-            "new": [n.number(change.new) for _, change in rows],
+            "old": [FIGURES[change.figure].form(change.old) for _, change in rows],
+            "new": [FIGURES[change.figure].form(change.new) for _, change in rows],
             "change, % [95 % interval]": [_ratio(change) for _, change in rows],
             "judged": [_judged(change) for _, change in rows],
         }

@@ -9,6 +9,7 @@ from typing import Any
 from pybatch.base import numerals as n
 from pybatch.fits.steps_model import NAMES, predicted
 from pybatch.records import Convergence, ConvergencePoint, Curve
+from pybatch.records.figure import figure_of, written
 from pybatch.report import rates
 from pybatch.report.layout import Section, Table, columns, notes_of, table
 from pybatch.report.plot import COLORS, MARKERS, Plot, axis, batch_axis, line, mark, points, spread
@@ -63,7 +64,7 @@ def _steps_cell(p: ConvergencePoint) -> str:
 
 
 def _lines(curve: Curve, unit: str, alone: bool) -> list[tuple[str, str]]:
-    name = "critical batch" if alone else f"critical, {curve.rule}"
+    name = figure_of(Curve, "critical_batch").label if alone else f"critical, {curve.rule}"
     if curve.critical_batch is None:
         bound = "not known"
         if curve.low is not None:
@@ -71,13 +72,12 @@ def _lines(curve: Curve, unit: str, alone: bool) -> list[tuple[str, str]]:
         elif curve.high is not None:
             bound = f"at most {n.number(curve.high)} {unit}"
         return [(name, bound)]
-    text = f"{n.number(curve.critical_batch)} {n.interval(curve.low, curve.high)} {unit}"
+    text = written(curve, "critical_batch", unit)
     if curve.fit is not None and curve.fit.model is not None:
         text += f", fit: {curve.fit.model}, at least {n.number(curve.s_min)} steps"
     lines = [(name, text)]
     if curve.noise_ratio is not None:
-        band = n.interval(curve.noise_ratio_low, curve.noise_ratio_high)
-        lines.append(("B_simple over it", f"{n.number(curve.noise_ratio)} {band}"))
+        lines.append((figure_of(Curve, "noise_ratio").label, written(curve, "noise_ratio")))
     return lines
 
 

@@ -170,3 +170,24 @@ def test_rules_that_start_elsewhere_say_so(run):
     assert given.differences == ("base batch: 8 against 16", "base rate: tuned against 0.05")
     tuned = compare(swept("tuned", base_batch=8), swept("tuned", base_batch=16))
     assert tuned.differences == ()
+
+
+@pytest.mark.parametrize(
+    ("figure", "section", "high"),
+    [
+        ("ceiling", "model", "ceiling_high"),
+        ("half_batch", "model", "half_high"),
+        ("saturation_batch", "capacity", "saturation_high"),
+        ("noise_scale", "noise", "high"),
+        ("best_batch", "verdict", "best_high"),
+    ],
+)
+def test_a_wider_upper_end_of_the_new_run_widens_the_ratio_upwards_alone(run, figure, section, high):
+    part = run.capacity.model if section == "model" else getattr(run, section)
+    wide = dataclasses.replace(part, **{high: 3 * getattr(part, high)})
+    if section == "model":
+        section, wide = "capacity", dataclasses.replace(run.capacity, model=wide)
+    before, after = (change_of(compare(run, new), figure) for new in (run, dataclasses.replace(run, **{section: wide})))
+    assert after.ratio == before.ratio == pytest.approx(1.0)
+    assert after.low == pytest.approx(before.low)
+    assert after.high > 2.9 * before.ratio

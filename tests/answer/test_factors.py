@@ -52,7 +52,7 @@ def test_a_factorial_gives_main_effects_with_the_error_of_their_mean():
     assert not found["label_noise"].determined
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "bf16"}, {"source": "0f" * 32}])
+@pytest.mark.parametrize("changes", [{"dtype": "bf16"}, {"file_sha256": "0f" * 32}])
 def test_sweeps_in_another_precision_or_of_another_file_make_no_pair(changes):
     other = sweep(80, subset=1.0)
     steps = other.convergence

@@ -190,19 +190,39 @@ def test_a_stage_sees_the_device_asked_for_as_gpu_0(monkeypatch, tmp_path, visib
     assert Check(device, tmp_path, tmp_path, 1.0).environment["CUDA_VISIBLE_DEVICES"] == expected
 
 
+STARTS = """
+import contextlib, io, json, runpy, sys
+
+folder, starts = sys.argv[1], json.loads(sys.argv[2])
+sys.path[0] = folder
+ends = []
+for name, *flags in starts:
+    sys.argv = [f"{folder}/{name}.py", *flags]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    ends.append([status or 0, out.getvalue(), err.getvalue()])
+print(json.dumps(ends))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpu_check", "counters", "step", "per_example", "noise", "sweep_at_scale"])
-def test_every_script_starts_and_knows_its_flags(name):
-    done = subprocess.run([sys.executable, BENCH / f"{name}.py", "--help"], capture_output=True, text=True, check=False)
+def test_every_script_starts_and_knows_its_flags_and_the_check_says_that_there_is_no_gpu():
+    """One after the other in one process, which imports torch once."""
+    names = ["gpu_check", "counters", "step", "per_example", "noise", "sweep_at_scale"]
+    starts = [*([name, "--help"] for name in names), ["gpu_check"]]
+    command = [sys.executable, "-c", STARTS, str(BENCH), json.dumps(starts)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--output" in done.stdout
-
-
-@pytest.mark.slow
-def test_without_a_gpu_the_check_says_so():
-    done = subprocess.run([sys.executable, BENCH / "gpu_check.py"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "torch sees no GPU 0" in done.stderr
+    *helps, check = json.loads(done.stdout)
+    for name, (status, out, err) in zip(names, helps, strict=True):
+        assert status == 0, (name, err)
+        assert "--output" in out, name
+    assert check[0] == 2
+    assert "torch sees no GPU 0" in check[2]
 
 
 def test_what_ncu_prints_is_read():

@@ -486,7 +486,7 @@ def test_ctrl_c_writes_what_was_measured(user_file, tmp_path):
     """The real thing: a process, a signal, a file."""
     path = tmp_path / "run.json"
     command = [sys.executable, "-m", "pybatch", "bench", "--cpu", "--workload", f"{user_file}:Slow"]
-    command += ["--batch", "1-4096*2", "--time-budget", "120", "-o", str(path)]
+    command += ["--batch", "1-4096*2", "--time-budget", "40", "-o", str(path)]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
     ) as process:
@@ -540,7 +540,7 @@ def test_threads_spin_shortly_unless_the_user_says_otherwise(pybatch, monkeypatc
 
 @pytest.mark.slow
 def test_a_batch_above_the_data_set_says_how_it_is_drawn(pybatch):
-    _, out, _ = pybatch("bench", "--cpu", "--batch", "512,1024,2048", "--time-budget", "10", "--format", "json")
+    _, out, _ = pybatch("bench", "--cpu", "--batch", "512,1024,2048", "--time-budget", "20", "--format", "json")
     notes = {note["figure"]: note["text"] for note in json.loads(out)["capacity"]["notes"]}
     assert "above the 1,437 training examples repeats some of them" in notes["batches.batch"]
     assert "with replacement" in notes["batches.batch"]

@@ -379,7 +379,7 @@ def test_an_edited_workload_file_is_another_run(tmp_path: Path) -> None:
     first = job(from_file(path, text), [8, 16, 32])
     info = capacity(first).workload
     assert info is not None
-    assert info.source == hashlib.sha256(text.encode()).hexdigest()
+    assert info.file_sha256 == hashlib.sha256(text.encode()).hexdigest()
     assert Run.from_json(first.to_json()) == first
     path.write_text("changed while it ran")  # what counts is what was loaded
     same = from_file(path, text)

@@ -12,18 +12,14 @@ from pybatch.records import Run
 from pybatch.report.formats.png import HEIGHT, SCALE, WIDTH, write_pngs
 from pybatch.report.run import plots
 
-
-def browser():
-    kaleido = pytest.importorskip("kaleido")
-    assert kaleido
-    from choreographer.browsers.chromium import Chromium
-
-    return Chromium.find_browser(skip_local=False)
+FIND = "choreographer.browsers.chromium.Chromium.find_browser"
 
 
 @pytest.fixture
 def needs_browser():
-    if browser() is None:
+    from choreographer.browsers.chromium import Chromium
+
+    if Chromium.find_browser(skip_local=False) is None:
         pytest.skip("no Chrome or Chromium is installed")
 
 
@@ -45,7 +41,7 @@ def test_every_figure_becomes_a_picture(run, tmp_path):
 
 
 def test_without_a_browser_the_remedy_is_said(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("choreographer.browsers.chromium.Chromium.find_browser", lambda **options: None)
+    monkeypatch.setattr(FIND, lambda **options: None)
     with pytest.raises(UsageError, match=r"none was found\. Install one .*apt install chromium.*BROWSER_PATH"):
         write_pngs([run], tmp_path / "figures")
     assert list(tmp_path.iterdir()) == []
@@ -68,7 +64,8 @@ def test_a_browser_that_fails_is_told(run, tmp_path, monkeypatch):
     assert list((tmp_path / "figures").iterdir()) == []
 
 
-def test_nothing_to_draw_and_nowhere_to_write(run, tmp_path):
+def test_nothing_to_draw_and_nowhere_to_write(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(FIND, lambda **options: "chromium")
     bare = dataclasses.replace(run, capacity=None, noise=None, verdict=None)
     with pytest.raises(UsageError, match="no figure to draw"):
         write_pngs([bare], tmp_path / "figures")

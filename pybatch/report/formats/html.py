@@ -40,11 +40,8 @@ def write_report(records: Sequence[object] | object, path: str | Path) -> None:
         UsageError: there is nothing to report, something is not a record, or the file can't be written.
     """
     runs = as_runs(records if isinstance(records, Sequence) else [records])
-    output = Output(Path(path))
-    try:
+    with Output(Path(path)) as output:
         output.write(page(runs))
-    finally:
-        output.discard()
 
 
 def as_runs(records: Sequence[object]) -> list[Run]:

@@ -84,7 +84,7 @@ def load_file(path: Path, name: str | None = None) -> ModuleType:
     return module
 
 
-def source_digest(cls: type[Workload]) -> str | None:
+def file_digest(cls: type[Workload]) -> str | None:
     """SHA-256 of the user's file that a class was loaded from by name; None for every other class.
 
     What the file imports is not part of it.

@@ -17,7 +17,7 @@ from pybatch.device.memory import upload
 from pybatch.records import WorkloadInfo
 from pybatch.workloads.base import Split, Workload
 from pybatch.workloads.running.compiling import compiled
-from pybatch.workloads.running.finding import source_digest
+from pybatch.workloads.running.finding import file_digest
 
 EVALUATION_SEED = 2**31 - 1  # of the fixed batches; no training has it
 
@@ -121,7 +121,7 @@ class Session:
             learning_rate=work.learning_rate,
             target=dict(work.target),
             options=dict(work.options),
-            source=source_digest(type(work)),
+            file_sha256=file_digest(type(work)),
         )
 
     def batch(self, n: int, split: Split = "train") -> Any:
