@@ -242,7 +242,7 @@ def work(channel: Channel) -> None:
     workload, device = setup.workload.open(), torch.device(setup.device)
     while True:
         task = channel.receive()
-        channel.send(train(workload, task, channel.send, device, lambda text, share: channel.check_parent()))
+        channel.send(train(workload, task, channel.send, device))
 
 
 def _ending(status: int | None) -> str:

@@ -15,6 +15,7 @@ import pybatch.jobs.bench
 from pybatch import cli
 from pybatch.base.errors import UsageError
 from pybatch.device import identity
+from pybatch.jobs.options import BenchOptions
 from pybatch.records import Run
 from pybatch.workloads.running.finding import find, shipped
 from pybatch.workloads.running.session import Session
@@ -149,8 +150,8 @@ def test_the_size_as_typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_base_on_a_gpu_runs_in_bf16(monkeypatch: pytest.MonkeyPatch, run: Run, flags: str, dtype: str) -> None:
     asked = []
 
-    def run_bench(workload: object, **arguments: object) -> Run:
-        asked.append(arguments["dtype"])
+    def run_bench(workload: object, options: BenchOptions, **rest: object) -> Run:
+        asked.append(options.dtype)
         return run
 
     monkeypatch.setattr(pybatch.jobs.bench, "run_bench", run_bench)
