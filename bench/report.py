@@ -18,14 +18,18 @@ import pstats
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from pybatch.records import Convergence, Curve, Device, Environment, WorkloadInfo
+from pybatch.records import Device, Environment, WorkloadInfo
 from pybatch.report.formats.html import write_report
-from pybatch.scaling import Base, Scaled, scale
-from pybatch.sweep.archive import describe_sweep, read_store
+from pybatch.scaling import Scaled
+from pybatch.sweep.archive import read_store
+from pybatch.sweep.contents import Subject
+from pybatch.sweep.options import SweepOptions
+from pybatch.sweep.record import record_of, ruled_trials, trial_of
 from pybatch.sweep.store import Store
 from pybatch.training.trajectory import SMOOTHING, Trajectory, next_evaluation
 from pybatch.training.trial import Outcome, Trial
@@ -35,7 +39,7 @@ RATES = tuple(2.0**k for k in range(-9, 4))
 TARGETS = {"train": 0.1, "test": 0.2}
 S_MIN, CRITICAL, RATE = 60.0, 200.0, 0.5  # fewest steps, critical batch, best rate of large batches
 BASE = 8
-GROUP = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+GROUP = {"momentum": 0.9, "weight_decay": 0.0}
 PLACE = Environment("3.11.0", "Linux", "0.1.0", None, None, None, None, 1, 0, "pybatch sweep")
 GOALS = {"seconds": 5.0, "megabytes": 8.0}
 
@@ -74,47 +78,52 @@ def plant(
     seeds: int = 3,
     rules: tuple[str, ...] = ("tuned", "sqrt", "linear"),
     optimizer: str = "sgd",
-    named: bool = True,
 ) -> int:
-    """A store as a finished sweep leaves it; returns the number of its trials. `named`: with what was asked for."""
-    workload = json.dumps({"name": "planted", "model": "mlp", "class": "x"}, sort_keys=True)
-
-    def made(scaled: Scaled, batch: int, seed: int) -> Outcome:
-        needed = steps_to_target(batch, float(scaled.group["lr"]))
-        cap = 4 * S_MIN * (1 + CRITICAL / batch)
-        noise = math.exp(0.05 * np.random.default_rng([batch, seed]).standard_normal())
-        end, losses = trajectory(needed, noise, cap)
-        trial = Trial(workload, optimizer, scaled, batch, seed, "fp32", "cpu")
-        return Outcome(trial, end, losses, 0.1)  # type: ignore[arg-type]
-
-    head = Convergence(
-        tuple(Curve(r, s, (), None, None, None, None, t) for r in rules for s, t in TARGETS.items()),  # type: ignore[arg-type]
-        optimizer=optimizer,
+    """A store as a finished sweep leaves it; returns the number of its trials."""
+    fingerprint = json.dumps({"name": "planted", "model": "mlp", "class": "x"}, sort_keys=True)
+    workload = WorkloadInfo("planted", "images", 4810, "fp32", model="mlp")
+    subject = Subject(fingerprint, workload, Device("cpu", 0, "Example CPU", None, cores=2), SMOOTHING)
+    options = SweepOptions(
+        batches=batches,
+        rules=rules,
         seeds=seeds,
+        target=TARGETS,
+        optimizer=optimizer,
+        options=GROUP,
+        rates=rates,
         base_batch=BASE,
-        smoothing=SMOOTHING,
-        device=Device("cpu", 0, "Example CPU", None, cores=2),
-        workload=WorkloadInfo("planted", "images", 4810, "fp32", model="mlp", target=TARGETS),
     )
+
+    def put(trials: Iterable[Trial]) -> None:
+        for trial in trials:
+            needed = steps_to_target(trial.batch, trial.lr)
+            cap = 4 * S_MIN * (1 + CRITICAL / trial.batch)
+            noise = math.exp(0.05 * np.random.default_rng([trial.batch, trial.seed]).standard_normal())
+            end, losses = trajectory(needed, noise, cap)
+            store.put(Outcome(trial, end, losses, 0.1))  # type: ignore[arg-type]
+
     with Store(path, PLACE) as store:
-        if named:
-            store.keep_sweep(describe_sweep(workload, GROUP, batches, head))
-        for seed in range(seeds):
-            for batch in batches:
-                for lr in rates:
-                    store.put(made(Scaled(GROUP | {"lr": lr}), batch, seed))
-        [first] = read_store(path, TARGETS)[-1:]
-        assert first.convergence is not None
-        for curve in first.convergence.curves:  # rules start from the rate that a reader finds best at the base batch
+        number = store.begin(subject, options, None)
+        for batch in batches:
+            some = [
+                trial_of(options, fingerprint, "cpu", Scaled(GROUP | {"lr": lr}), batch, seed)
+                for lr in rates
+                for seed in range(seeds)
+            ]
+            store.seek(number, batch, some)
+            put(some)
+            store.end(number, [("tuned", "", batch)])
+        found = record_of(store.contents(), number).convergence
+        assert found is not None
+        for curve in found.curves:  # rules start from the rate that a reader finds best at the base batch
             base = next((p for p in curve.points if p.batch == BASE), None)
             if curve.rule != "tuned" or base is None or base.learning_rate is None:
                 continue
+            start = base.learning_rate, base.steps
             for rule in rules[1:]:
                 for batch in batches:
-                    start = Base(BASE, base.steps)
-                    scaled = scale(rule, GROUP | {"lr": base.learning_rate}, batch, start)
-                    for seed in range(seeds):
-                        store.put(made(scaled, batch, seed))
+                    put(ruled_trials(options, fingerprint, "cpu", rule, batch, start, options.seed_range))
+                    store.end(number, [(rule, curve.split, batch)])
         return len(store)
 
 

@@ -27,8 +27,10 @@ import torch
 from pybatch.device.environment import capture
 from pybatch.device.memory import keep_freed
 from pybatch.scaling import Scaled
+from pybatch.sweep.checks import settled
 from pybatch.sweep.measurement import measure_convergence
-from pybatch.sweep.plan import Plan
+from pybatch.sweep.options import SweepOptions
+from pybatch.sweep.record import trial_of
 from pybatch.sweep.store import Store
 from pybatch.training.loop import Loop
 from pybatch.training.replicas import Replicas
@@ -44,25 +46,12 @@ INTERVAL = 8  # steps between two evaluations, as past step 128 of a trial
 
 def trials(model: str, batch: int) -> list[Trial]:
     """36 trials: 12 rates, of which none diverges, and 3 seeds."""
-    plan = Plan(
-        find("digits", model=model),
-        batches=[batch],
-        rules=["tuned"],
-        seeds=SEEDS,
-        target=None,
-        optimizer="sgd",
-        options={},
-        rates=None,
-        search="grid",
-        base_batch=None,
-        max_steps=1,
-        dtype="fp32",
-    )
+    options = settled(SweepOptions(batches=[batch], seeds=SEEDS), find("digits", model=model))
     rates = [0.3 * 2 ** (-k / 2) for k in range(12)]
     return [
-        Trial("bench", "sgd", Scaled(plan.group | {"lr": lr}), batch, seed, "fp32", "cpu")
+        trial_of(options, "bench", "cpu", Scaled({**options.options, "lr": lr}), batch, seed)
         for lr in rates
-        for seed in plan.seeds
+        for seed in options.seed_range
     ]
 
 

@@ -7,6 +7,7 @@ measured.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import io
 import os
@@ -61,6 +62,13 @@ class Commands(TyperGroup):
         alone = typer.Typer(**_STYLE)
         alone.command(cmd_name)(getattr(importlib.import_module(f"pybatch.commands.{module}"), function))
         return typer.main.get_command(alone)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As click's; a name that is not known is answered with the nearest."""
+        near = difflib.get_close_matches(args[0], COMMANDS, 1) if args[0] not in COMMANDS else []
+        if near:
+            ctx.fail(f"No such command '{args[0]}'. Did you mean '{near[0]}'?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """The section of the help that lists them."""

@@ -36,7 +36,7 @@ def pytest_cmdline_main(config):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew from what the code says now")
+    parser.addoption("--update-golden", action="store_true", help="write tests/report/golden anew")
 
 
 @pytest.fixture(autouse=True, scope="session")

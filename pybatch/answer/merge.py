@@ -14,10 +14,10 @@ from pybatch.records import Capacity, Convergence, Note, Run
 def join(runs: Sequence[Run]) -> list[Run]:
     """Runs in their order, each sweep put into the one bench run of its workload and device, with a verdict anew.
 
-    One sweep given twice, as its record and in its store, counts once. Two sweeps of one workload, or two bench runs,
-    stay apart: which of them belong together is not known.
+    One sweep given twice, as its record and in its store, counts once, as it was last. Two sweeps of one workload, or
+    two bench runs, stay apart: which of them belong together is not known.
     """
-    runs = _once(runs)
+    runs = _latest(runs)
     sweeps = [r for r in runs if r.capacity is None and r.convergence is not None and r.convergence.curves]
     benches = [r for r in runs if r.capacity is not None and not (r.convergence and r.convergence.curves)]
     joined: dict[int, Run] = {}
@@ -30,48 +30,20 @@ def join(runs: Sequence[Run]) -> list[Run]:
     return [joined.get(id(run), run) for run in runs if id(run) not in gone]
 
 
-def _once(runs: Sequence[Run]) -> list[Run]:
-    """Runs without a sweep's second record; of two the one that knows more."""
-    kept: list[Run] = []
-    for run in runs:
-        steps = _steps(run)
-        twin = next((i for i, other in enumerate(kept) if steps is not None and _steps(other) == steps), None)
-        if twin is None:
-            kept.append(run)
-        else:
-            kept[twin] = _fuller(kept[twin], run)
-    return kept
+def _latest(runs: Sequence[Run]) -> list[Run]:
+    """Runs with one state of each experiment, the latest, where the first of its states stood."""
+    kept: dict[object, Run] = {}
+    for place, run in enumerate(runs):
+        steps = run.convergence
+        name = steps.experiment if steps is not None and run.capacity is None else None
+        known = kept.get(name)
+        if name is None or known is None or _changed(run) > _changed(known):
+            kept[name if name is not None else place] = run
+    return list(kept.values())
 
 
-def _fuller(one: Run, other: Run) -> Run:
-    """Of two records of one sweep that with more test losses at equal budgets, and the noise scale of either."""
-    before, after = _spent(one), _spent(other)
-    if before == after:
-        return other if one.noise is None and other.noise is not None else one
-    more, less = (one, other) if before > after else (other, one)
-    if more.noise is not None or less.noise is None or more.convergence is None:
-        return more
-    curves = tuple(with_noise_ratio(curve, less.noise) for curve in more.convergence.curves)
-    return replace(more, noise=less.noise, convergence=replace(more.convergence, curves=curves))
-
-
-def _spent(run: Run) -> tuple[int, float]:
-    """How many test losses at equal epochs a sweep has, and after how many epochs."""
-    assert run.convergence is not None  # the caller has looked
-    losses = [loss for c in run.convergence.curves for p in c.points for loss in p.test_losses_at_epochs]
-    return len(losses) - losses.count(None), run.convergence.gap_epochs or 0.0
-
-
-def _steps(run: Run) -> object:
-    """What a sweep found, whoever wrote it down; None of a run that is no sweep."""
-    found = run.convergence
-    if run.capacity is not None or found is None or not found.curves:
-        return None
-    points = [
-        (c.rule, c.split, c.target, [(p.batch, p.steps, p.learning_rate, p.reached) for p in c.points])
-        for c in found.curves
-    ]
-    return found.workload, found.device, found.optimizer, found.seeds, points
+def _changed(run: Run) -> str:
+    return (run.convergence.changed if run.convergence is not None else None) or ""
 
 
 def _alike(capacity: Capacity | None, steps: Convergence | None) -> bool:

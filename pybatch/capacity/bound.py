@@ -98,4 +98,5 @@ def _both_known(point: BatchPoint) -> bool:
 def undecided(points: Sequence[BatchPoint]) -> str:
     """A note's text on the batch sizes without a limit."""
     lacking = [str(p.batch) for p in points if p.status == "ok" and p.bound_by is None]
-    return f"not decided for batch {', '.join(lacking)}: bound_why says what was seen"
+    near = f"{n.share(NEAR)} of a roof, or {n.share(WAITING)} of the step waiting for the host"
+    return f"nothing is near a limit ({near}) at batch {', '.join(lacking)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import signal
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,11 +45,13 @@ class Outcome:
 
 def run_probe(request: Request, timeout_s: float) -> Outcome:
     """Run a request in a fresh process; killed at the timeout."""
+    end = time.monotonic() + timeout_s
     with tempfile.TemporaryFile() as complaints:
         child = Child(work, stderr=complaints)
         try:
-            child.send(request)
-            _, outcome = child.answers.get(timeout=timeout_s)
+            # A child that does not read lets the pipe fill up: sending must not outlast the timeout.
+            threading.Thread(target=child.send, args=(request,), daemon=True).start()
+            _, outcome = child.answers.get(timeout=max(0.0, end - time.monotonic()))
             status = child.status() if outcome is None else 0
         except queue.Empty:
             return Outcome("timeout", reason=f"stopped after {timeout_s:.3g} s")

@@ -48,11 +48,24 @@ def read_records(path: Path, targets: Mapping[str, float] | None = None) -> Sequ
     if is_store(path):
         return read_store(path, targets)
     if path.suffix != ".jsonl":
-        return [read_run(path)]
+        return [_at(path, read_run(path), targets)]
     try:
         return [read_trajectory(path)]
     except UsageError as error:
         raise UsageError(f"{error} A run saved as .jsonl is for other programs: save it as .json too.") from None
+
+
+def _at(path: Path, run: Run, targets: Mapping[str, float] | None) -> Run:
+    """A saved run; raises UsageError where it has steps to other targets than those asked for."""
+    curves = run.convergence.curves if run.convergence is not None else ()
+    own = {curve.split: curve.target for curve in curves if curve.target is not None}
+    if targets is not None and own and own != targets:
+        said = ",".join(f"{split}={loss:g}" for split, loss in own.items())
+        raise UsageError(
+            f"--target: {str(path)!r} has the steps to {said} and no losses, from which those to another target could "
+            "be read. Give the store of its sweep (--store FILE), or leave --target out."
+        )
+    return run
 
 
 def report(
@@ -66,7 +79,8 @@ def report(
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Folder for every figure as a PNG file; needs Chromium.")] = None,
     target: Annotated[
-        str | None, typer.Option(help="Losses to report a store at: 'train=0.1'. Default: those of its sweeps.")
+        str | None,
+        typer.Option(help="Losses to report a store at: 'train=0.1'. Default: those of its sweeps. Not for FILE.json."),
     ] = None,
 ) -> None:
     """One self-contained HTML page from saved runs and sweeps, for a browser without a network; or text, or figures.

@@ -72,16 +72,31 @@ def sweep(
     quiet: flags.Quiet = False,
 ) -> None:
     """Steps to a loss target against batch size, for each learning-rate rule, and the critical batch."""
-    batches = parse_batches(batch)
-    targets = parse_targets(target) if target is not None else None
+    from pybatch.sweep.options import SweepOptions
+
     name, options = parse_optimizer(optimizer)
-    grid = numbers("rates", rates, _RATE, "0.01,0.1,1") if rates is not None else None
     if not 0 <= noise_budget < float("inf"):
         raise UsageError(f"noise budget {noise_budget:g} s is out of range. Give seconds, or 0 to leave it out.")
     if resume and store is None:
         raise UsageError("--resume goes on with a store, and none is given. Add --store FILE.")
 
     check_seed(seed)
+    asked = SweepOptions(
+        batches=parse_batches(batch),
+        rules=[part.strip() for part in rule.split(",")],
+        seeds=seeds,
+        seed=seed,
+        target=parse_targets(target) if target is not None else None,
+        optimizer=name,
+        options=options,
+        rates=numbers("rates", rates, _RATE, "0.01,0.1,1") if rates is not None else None,
+        search=search,
+        base_batch=base_batch,
+        base_rate=base_rate,
+        max_steps=max_steps,
+        dtype=dtype,
+        gap_epochs=gap_epochs,
+    )
     subject = Subject(workload, model, data, option, gpu, cpu)
     with Delivery(format_, output, quiet) as delivery:
         found, device = subject.find(dtype)
@@ -92,29 +107,16 @@ def sweep(
         with delivery.measuring() as progress, termination_heard():
             delivery.run = run_sweep(
                 found,
-                device=device,
-                dtype=dtype,
+                asked,
                 noise_budget=noise_budget,
-                seed=seed,
-                command=typed(),
-                progress=progress,
-                found=progress.line,
-                batches=batches,
-                rules=[part.strip() for part in rule.split(",")],
-                seeds=seeds,
-                target=targets,
-                optimizer=name,
-                options=options,
-                rates=grid,
-                search=search,
-                base_batch=base_batch,
-                base_rate=base_rate,
-                max_steps=max_steps,
-                gap_epochs=gap_epochs,
+                device=device,
                 store=store,
                 resume=resume,
                 jobs=jobs,
                 ray=ray,
+                command=typed(),
+                progress=progress,
+                found=progress.line,
             )
         status = delivery.deliver()
     raise typer.Exit(status)

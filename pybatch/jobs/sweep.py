@@ -2,79 +2,90 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
 
 import torch
 
 from pybatch.base.errors import Interrupted, PybatchError
 from pybatch.device.environment import capture
 from pybatch.noise.measurement import measure_noise
-from pybatch.records import Convergence, NoiseScale, Note, Run
-from pybatch.sweep.measurement import measure_convergence
+from pybatch.records import NoiseScale, Note, Run
+from pybatch.sweep.driver import Found
+from pybatch.sweep.measurement import measure_sweep
+from pybatch.sweep.options import SweepOptions
 from pybatch.workloads.base import Progress, Workload
 
 
 def run_sweep(
     workload: Workload,
+    options: SweepOptions,
     *,
-    device: str | torch.device | None = None,
-    dtype: str = "fp32",
     noise_budget: float,
-    seed: int = 0,
+    device: str | torch.device | None = None,
+    store: Path | None = None,
+    resume: bool = False,
+    jobs: int = 1,
+    ray: str | None = None,
     command: str = "",
     progress: Progress | None = None,
-    **arguments: Any,
+    found: Found | None = None,
 ) -> Run:
     """Measure the noise scale and the steps to target of a workload.
 
     Args:
         workload: what to train.
-        device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
-        dtype: "fp32" or "bf16" (autocast over fp32 parameters).
+        options: what is asked for; its seed is the noise measurement's too.
         noise_budget: seconds for the noise scale, for its ratio to the critical batches; 0 leaves it out.
-        seed: of the noise measurement and the first training run; the others count up from it.
+        device, store, resume, jobs, ray, found: as in `measure_convergence`.
         command: what the user typed, for the record.
         progress: called with (what is being done, share done).
-        arguments: those of `measure_convergence`.
 
     Raises:
         Interrupted: on Ctrl-C, with the run so far in `.partial`.
     """
-    environment = capture(seed=seed, command=command)
+    environment = capture(seed=options.seed, command=command)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     notes: list[Note] = []
-    noise: NoiseScale | None = None
 
-    def finish(steps: Convergence) -> Run:
-        return Run(created, environment, None, noise, steps, None, steps.complete and not notes, tuple(notes))
+    def finish(run: Run) -> Run:
+        complete = run.complete and not notes
+        return replace(run, created=created, environment=environment, complete=complete, notes=tuple(notes))
 
     def measured() -> NoiseScale | None:
-        nonlocal noise
         say = (lambda text, share: progress(f"noise: {text}", share)) if progress is not None else None
         try:
-            noise = measure_noise(
-                workload, device=device, dtype=dtype, seed=seed, time_budget=noise_budget, progress=say
+            return measure_noise(
+                workload,
+                device=device,
+                dtype=options.dtype,
+                seed=options.seed,
+                time_budget=noise_budget,
+                progress=say,
             )
         except Interrupted:
             raise KeyboardInterrupt from None  # no trial has run: there is nothing to keep
         except PybatchError as error:  # steps can be measured without it
             notes.append(Note("noise", str(error)))
-        return noise
+        return None
 
     try:
-        steps = measure_convergence(
+        run = measure_sweep(
             workload,
+            options,
             device=device,
-            dtype=dtype,
-            seed=seed,
+            store=store,
+            resume=resume,
+            jobs=jobs,
+            ray=ray,
             noise=measured if noise_budget > 0 else None,
             progress=progress,
+            found=found,
             environment=environment,
-            **arguments,
         )
     except Interrupted as stop:
-        kept = "finished trials in the store: go on with --resume" if arguments.get("store") else "no trial was stored"
-        notes.append(Note("run", f"interrupted: finished batch sizes are in the record, {kept}"))
+        kept = "finished trials in the store: go on with --resume" if store is not None else "no trial was stored"
+        notes.append(Note("run", f"interrupted: what was measured until then is in the record, {kept}"))
         raise Interrupted(finish(stop.partial)) from None
-    return finish(steps)
+    return finish(run)

@@ -15,7 +15,8 @@ class AdamW(Adam):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as in torch; betas are floats.
-        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend, and torch's flags: see `OwnOptions`.
+        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend and torch's flags, as in
+            `FusedOptimizer`.
 
     Raises:
         UsageError: a hyper-parameter outside its range.

@@ -33,7 +33,8 @@ class LARS(FusedOptimizer):
         skip: None: parameters with at most one dimension are updated by plain momentum SGD; True: all of the group;
             False: none. An option of param groups too: {"params": biases, "skip": True}.
         maximize, capturable: as in torch.
-        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend, and torch's flags: see `OwnOptions`.
+        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend and torch's flags, as in
+            `FusedOptimizer`.
 
     Raises:
         UsageError: a hyper-parameter outside its range.

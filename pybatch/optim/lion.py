@@ -22,7 +22,8 @@ class Lion(FusedOptimizer):
         betas: rate of the momentum whose sign is taken, and of the one that is kept.
         weight_decay: decoupled, as AdamW's; three to ten times AdamW's, so that lr * weight_decay stays.
         maximize, capturable: as in torch.
-        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend, and torch's flags: see `OwnOptions`.
+        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend and torch's flags, as in
+            `FusedOptimizer`.
 
     Raises:
         UsageError: a hyper-parameter outside its range.

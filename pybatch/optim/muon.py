@@ -40,7 +40,8 @@ class Muon(FusedOptimizer):
             0.2 lr sqrt(max(rows, columns)), with which AdamW's lr and weight_decay can be kept.
         adamw_lr, adamw_weight_decay, adamw_betas, adamw_eps: of AdamW groups; None: as Muon's.
         maximize, capturable: as in torch's other optimizers.
-        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend, and torch's flags: see `OwnOptions`.
+        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend and torch's flags, as in
+            `FusedOptimizer`.
 
     Raises:
         UsageError: a hyper-parameter outside its range, or use_muon=True for a parameter that is no matrix.

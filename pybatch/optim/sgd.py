@@ -17,7 +17,8 @@ class SGD(FusedOptimizer):
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.
-        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend, and torch's flags: see `OwnOptions`.
+        own: max_grad_norm, noise, master_weights, stochastic_rounding, backend and torch's flags, as in
+            `FusedOptimizer`.
 
     Raises:
         UsageError: a hyper-parameter outside its range.

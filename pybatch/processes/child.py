@@ -7,6 +7,7 @@ the workload prints in the child goes to stderr. Messages come from pybatch's ow
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
 import queue
@@ -14,10 +15,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable
 from typing import IO, Any
 
 _ENDS = 5.0  # s for a process to end whose answers have ended
+_LOOK = 1.0  # s between looks at whether the parent is there
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ParentGoneError(Exception):
@@ -28,7 +33,6 @@ class Channel:
     """The child's side of it: what it is asked, and where its answers go."""
 
     def __init__(self) -> None:
-        self._parent = os.getppid()
         self._asked = sys.stdin.buffer
         self._answers = os.fdopen(os.dup(1), "wb")
         os.dup2(2, 1)  # prints of the workload must not reach the answers
@@ -47,11 +51,6 @@ class Channel:
             self._answers.flush()
         except BrokenPipeError:
             raise ParentGoneError from None
-
-    def check_parent(self) -> None:
-        """End this process where its parent was killed: nobody waits for what is done here."""
-        if os.getppid() != self._parent:
-            os._exit(1)
 
 
 Work = Callable[[Channel], None]
@@ -73,11 +72,12 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            start_new_session=True,  # Ctrl-C is the parent's affair
+            start_new_session=True,  # Ctrl-C is the parent's affair, and so is the end of what the child starts
         )
-        self.send(work)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        self.send(os.getpid())
+        self.send(work)
 
     def send(self, message: Any) -> None:
         """Ask for something; where the child has ended, the reader says so."""
@@ -94,12 +94,13 @@ class Child:
             return None
 
     def stop(self) -> None:
-        """Kill it, and let go of its streams."""
-        self.process.kill()
+        """End it, with what it has started in its own group, and let go of its streams. Safe to call twice."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self._reader.join()
+        self._reader.join(_ENDS)  # a process that left the group may still hold the other end
         for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
+            if stream is not None and not (stream is self.process.stdout and self._reader.is_alive()):
                 with contextlib.suppress(OSError):  # what was written to it last is lost with the process
                     stream.close()
 
@@ -109,6 +110,10 @@ class Child:
             while True:
                 self.answers.put((self, pickle.load(self.process.stdout)))
         except (EOFError, pickle.UnpicklingError, ValueError, OSError):  # it ended, perhaps within an answer
+            pass
+        except Exception:  # what it wrote is no answer
+            traceback.print_exc()
+        finally:
             self.answers.put((self, None))
 
 
@@ -117,7 +122,21 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel()
     with contextlib.suppress(ParentGoneError):
+        _end_with(channel.receive())
         channel.receive()(channel)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has gone, however that was killed and whatever is done here then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 if __name__ == "__main__":

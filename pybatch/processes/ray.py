@@ -1,4 +1,4 @@
-"""Units of trials as tasks of a Ray cluster. The driver alone writes the store.
+"""Tasks of trials as tasks of a Ray cluster. The driver alone writes the store.
 
 On a machine of one's own, `--ray auto` starts Ray; to use several machines, run `ray start --head` on one,
 `ray start --address=HEAD:6379` on the others, and give `--ray HEAD:6379` or, on one of them, `--ray auto`.
@@ -16,8 +16,8 @@ import torch
 
 from pybatch.base.errors import UsageError
 from pybatch.device.memory import keep_freed
-from pybatch.processes.workers import Deliver, Done, Ticket, Workers, train
-from pybatch.training.trial import Outcome, Unit
+from pybatch.processes.workers import Deliver, Ending, Submission, Workers, train
+from pybatch.training.trial import Outcome, Task
 from pybatch.workloads.base import Workload
 from pybatch.workloads.running.packing import Packed, pack
 
@@ -33,14 +33,14 @@ def load_ray() -> Any:
     return ray
 
 
-def stream(packed: Packed, unit: Unit, device: str) -> Iterator[Outcome | Done]:
+def stream(packed: Packed, task: Task, device: str) -> Iterator[Outcome | Ending]:
     """The task: outcomes as they are known, then the end."""
-    answers: queue.SimpleQueue[Outcome | Done | BaseException] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[Outcome | Ending | BaseException] = queue.SimpleQueue()
 
     def work() -> None:
         keep_freed()
         try:
-            answers.put(train(packed.open(), unit, answers.put, torch.device(device)))
+            answers.put(train(packed.open(), task, answers.put, torch.device(device)))
         except BaseException as error:
             answers.put(error)
 
@@ -50,12 +50,12 @@ def stream(packed: Packed, unit: Unit, device: str) -> Iterator[Outcome | Done]:
         if isinstance(answer, BaseException):
             raise answer
         yield answer
-        if isinstance(answer, Done):
+        if isinstance(answer, Ending):
             return
 
 
 class Cluster(Workers):
-    """Units trained as Ray tasks, one core (or GPU) each.
+    """Tasks trained as Ray tasks, one core (or GPU) each.
 
     Args:
         address: "auto" for the cluster this machine belongs to, else one started here; or HOST:PORT.
@@ -68,10 +68,10 @@ class Cluster(Workers):
         if self._started:
             self._join(address)
         resources = {"num_gpus": 1} if device.type == "cuda" else {"num_cpus": 1}
-        options = {"num_returns": "streaming", "max_retries": 0, **resources}  # tries are counted by the ticket
+        options = {"num_returns": "streaming", "max_retries": 0, **resources}  # tries are counted by the submission
         self._task = self._ray.remote(stream).options(**options)
         self._packed, self._device = self._ray.put(pack(workload)), device.type
-        self._running: dict[Any, Ticket] = {}  # the tasks' streams
+        self._running: dict[Any, Submission] = {}  # the tasks' streams
 
     @property
     def width(self) -> int:
@@ -79,30 +79,31 @@ class Cluster(Workers):
         kind = "GPU" if self._device == "cuda" else "CPU"
         return max(1, int(self._ray.cluster_resources().get(kind, 1)))
 
-    def submit(self, unit: Unit) -> Ticket:
+    def submit(self, task: Task) -> Submission:
         """As `Workers.submit`."""
-        ticket = Ticket(unit)
-        self._begin(ticket)
-        return ticket
+        submission = Submission(task)
+        self._begin(submission)
+        return submission
 
-    def wait(self) -> Ticket:
+    def wait(self) -> Submission:
         """As `Workers.wait`."""
         while True:
             [answers], _ = self._ray.wait(list(self._running), num_returns=1, fetch_local=False)
-            ticket = self._running[answers]
+            submission = self._running[answers]
             try:
                 answer = self._ray.get(next(answers))
             except (self._ray.exceptions.RayTaskError, StopIteration):
-                raise  # the task's own exception, and an end without `Done`: faults, not losses
+                raise  # the task's own exception, and an end without `Ending`: faults, not losses
             except self._ray.exceptions.RayError:
                 del self._running[answers]
-                self._begin(ticket)
+                self._begin(submission)
                 continue
             if isinstance(answer, Outcome):
-                self.deliver(ticket, answer)
+                self.deliver(submission, answer)
                 continue
             del self._running[answers]
-            return self.finish(ticket, answer)
+            submission.ending = answer
+            return submission
 
     def close(self) -> None:
         """As `Workers.close`."""
@@ -112,9 +113,9 @@ class Cluster(Workers):
         if self._started:
             self._ray.shutdown()
 
-    def _begin(self, ticket: Ticket) -> None:
-        ticket.begin()
-        self._running[self._task.remote(self._packed, ticket.rest(), self._device)] = ticket
+    def _begin(self, submission: Submission) -> None:
+        submission.begin()
+        self._running[self._task.remote(self._packed, submission.rest(), self._device)] = submission
 
     def _join(self, address: str) -> None:
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}

@@ -1,4 +1,4 @@
-"""Workers that train units of trials: this process, or processes of this machine. One writer: outcomes come back.
+"""Workers that train tasks of trials: this process, or processes of this machine. One writer: outcomes come back.
 
 A worker that is lost (killed, out of memory) loses the trials it had not sent back; they are run again by a new one.
 """
@@ -19,42 +19,49 @@ import torch
 from pybatch.base.errors import PybatchError, StoreError
 from pybatch.device.memory import keep_freed
 from pybatch.processes.child import Channel, Child
-from pybatch.training.trial import Outcome, Unit
-from pybatch.training.unit import run_unit
+from pybatch.training.task import run_task
+from pybatch.training.trial import Outcome, Task
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.packing import Packed, pack
 from pybatch.workloads.running.session import is_out_of_memory
 
 _NO_MEMORY = "its trials may need more memory than there is: use fewer jobs, or leave this batch size out"
-TRIES = 3  # times a unit is begun: a trial that kills its worker each time would never end
+TRIES = 3  # times a task is begun: a trial that kills its worker each time would never end
 
 Deliver = Callable[[Outcome], None]
 
 
 class LostWorkerError(PybatchError, RuntimeError):
-    """A unit's worker was lost TRIES times; `ticket` is the unit's."""
+    """A task's worker was lost TRIES times; `submission` is the task's."""
 
-    def __init__(self, ticket: Ticket) -> None:
-        super().__init__(f"the worker was lost {TRIES} times in the same trials ({ticket.lost})")
-        self.ticket = ticket
+    def __init__(self, submission: Submission) -> None:
+        super().__init__(f"the worker was lost {TRIES} times in the same trials ({submission.lost})")
+        self.submission = submission
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a task ended; all None: every trial was run."""
+
+    note: str | None = None  # why its trials were not stacked
+    failed: str | None = None  # why the rest of them could not be trained
+    error: str | None = None  # what is wrong with the workload
 
 
 @dataclass
-class Ticket:
-    """A unit under way, and what came back of it."""
+class Submission:
+    """A task that was handed in, and what came back of it."""
 
-    unit: Unit
-    note: str | None = None  # as in `Done`
-    failed: str | None = None  # as in `Done`
-    error: str | None = None  # as in `Done`
+    task: Task
+    ending: Ending | None = None  # None: not yet
     tries: int = 0
     delivered: set[str] = field(default_factory=set)
     lost: str = _NO_MEMORY  # how the worker of the last try ended, and what to do
 
-    def rest(self) -> Unit:
-        """The unit without what came back."""
-        trials = tuple(t for t in self.unit.trials if t.key not in self.delivered)
-        return dataclasses.replace(self.unit, trials=trials)
+    def rest(self) -> Task:
+        """The task without what came back."""
+        trials = tuple(t for t in self.task.trials if t.key not in self.delivered)
+        return dataclasses.replace(self.task, trials=trials)
 
     def begin(self) -> None:
         """Count a try; raises LostWorkerError after the last."""
@@ -64,7 +71,7 @@ class Ticket:
 
 
 class Workers(ABC):
-    """Where units are trained. `deliver` is called in this process, from within `wait`, with every outcome.
+    """Where tasks are trained. `deliver` is called in this process, from within `wait`, with every outcome.
 
     A context manager: leaving it stops what runs.
     """
@@ -79,12 +86,12 @@ class Workers(ABC):
         self.close()
 
     @abstractmethod
-    def submit(self, unit: Unit) -> Ticket:
-        """Hand in a unit."""
+    def submit(self, task: Task) -> Submission:
+        """Hand in a task."""
 
     @abstractmethod
-    def wait(self) -> Ticket:
-        """The next finished unit, after all of its outcomes were delivered."""
+    def wait(self) -> Submission:
+        """The next finished task, after all of its outcomes were delivered."""
 
     @abstractmethod
     def close(self) -> None:
@@ -92,72 +99,58 @@ class Workers(ABC):
 
     @property
     def width(self) -> int:
-        """Units that run at the same time."""
+        """Tasks that run at the same time."""
         return 1
 
-    def deliver(self, ticket: Ticket, outcome: Outcome) -> None:
+    def deliver(self, submission: Submission, outcome: Outcome) -> None:
         """Pass an outcome on, once."""
-        if outcome.trial.key not in ticket.delivered:
-            ticket.delivered.add(outcome.trial.key)
+        if outcome.trial.key not in submission.delivered:
+            submission.delivered.add(outcome.trial.key)
             self._deliver(outcome)
-
-    def finish(self, ticket: Ticket, done: Done) -> Ticket:
-        """A ticket with its end written in."""
-        ticket.note, ticket.failed, ticket.error = done.note, done.failed, done.error
-        return ticket
-
-
-@dataclass(frozen=True)
-class Done:
-    """A unit's end."""
-
-    note: str | None = None  # why its trials were not stacked
-    failed: str | None = None  # why the rest of them could not be trained
-    error: str | None = None  # what is wrong with the workload
 
 
 def train(
-    workload: Workload, unit: Unit, deliver: Deliver, device: torch.device, progress: Progress | None = None
-) -> Done:
-    """`run_unit`, with what can go wrong in a workload told apart from faults of pybatch, which are raised."""
+    workload: Workload, task: Task, deliver: Deliver, device: torch.device, progress: Progress | None = None
+) -> Ending:
+    """`run_task`, with what can go wrong in a workload told apart from faults of pybatch, which are raised."""
     try:
-        return Done(run_unit(workload, unit, deliver, device=device, progress=progress))
+        return Ending(run_task(workload, task, deliver, device=device, progress=progress))
     except StoreError:  # of `deliver`: no fault of the workload
         raise
     except PybatchError as error:
-        return Done(error=str(error))
+        return Ending(error=str(error))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return Done(failed="memory ran out")
+        return Ending(failed="memory ran out")
 
 
 class Inline(Workers):
-    """Units trained in this process, one after another."""
+    """Tasks trained in this process, one after another."""
 
     def __init__(
         self, workload: Workload, deliver: Deliver, device: torch.device, progress: Progress | None = None
     ) -> None:
         super().__init__(deliver)
         self.workload, self.device, self.progress = workload, device, progress
-        self.waiting: deque[Ticket] = deque()
+        self.waiting: deque[Submission] = deque()
 
-    def submit(self, unit: Unit) -> Ticket:
+    def submit(self, task: Task) -> Submission:
         """As `Workers.submit`."""
-        self.waiting.append(Ticket(unit))
+        self.waiting.append(Submission(task))
         return self.waiting[-1]
 
-    def wait(self) -> Ticket:
+    def wait(self) -> Submission:
         """As `Workers.wait`."""
-        ticket = self.waiting.popleft()
-        done = train(
+        submission = self.waiting.popleft()
+        submission.ending = train(
             self.workload,
-            ticket.unit,
-            lambda outcome: self.deliver(ticket, outcome),
+            submission.task,
+            lambda outcome: self.deliver(submission, outcome),
             self.device,
             self.progress,
         )
-        return self.finish(ticket, done)
+        return submission
 
     def close(self) -> None:
         """As `Workers.close`."""
@@ -174,7 +167,7 @@ class Setup:
 
 
 class Processes(Workers):
-    """Units trained by processes of this machine, the threads of torch divided among them."""
+    """Tasks trained by processes of this machine, the threads of torch divided among them."""
 
     def __init__(self, workload: Workload, deliver: Deliver, device: torch.device, jobs: int) -> None:
         super().__init__(deliver)
@@ -183,41 +176,42 @@ class Processes(Workers):
         self._setup = Setup(pack(workload), str(device), threads)
         self._answers: queue.SimpleQueue[tuple[Child, Any]] = queue.SimpleQueue()
         self._idle: list[Child] = []
-        self._busy: dict[Child, Ticket] = {}
-        self._waiting: deque[Ticket] = deque()
+        self._busy: dict[Child, Submission] = {}
+        self._waiting: deque[Submission] = deque()
 
     @property
     def width(self) -> int:
         """As `Workers.width`."""
         return self.jobs
 
-    def submit(self, unit: Unit) -> Ticket:
+    def submit(self, task: Task) -> Submission:
         """As `Workers.submit`."""
-        ticket = Ticket(unit)
-        self._waiting.append(ticket)
+        submission = Submission(task)
+        self._waiting.append(submission)
         self._fill()
-        return ticket
+        return submission
 
-    def wait(self) -> Ticket:
+    def wait(self) -> Submission:
         """As `Workers.wait`."""
         while True:
             child, answer = self._answers.get()
             if child not in self._busy:
                 continue  # the end of one that was idle
-            ticket = self._busy[child]
+            submission = self._busy[child]
             if isinstance(answer, Outcome):
-                self.deliver(ticket, answer)
+                self.deliver(submission, answer)
                 continue
             del self._busy[child]
             if answer is None:
-                ticket.lost = _ending(child.status())
+                submission.lost = _ending(child.status())
                 child.stop()
-                self._waiting.appendleft(ticket)
+                self._waiting.appendleft(submission)
             else:
                 self._idle.append(child)
             self._fill()
             if answer is not None:
-                return self.finish(ticket, answer)
+                submission.ending = answer
+                return submission
 
     def close(self) -> None:
         """As `Workers.close`."""
@@ -228,11 +222,11 @@ class Processes(Workers):
 
     def _fill(self) -> None:
         while self._waiting and len(self._busy) < self.jobs:
-            ticket = self._waiting.popleft()
-            ticket.begin()
+            submission = self._waiting.popleft()
+            submission.begin()
             child = self._idle.pop() if self._idle else self._started()
-            self._busy[child] = ticket
-            child.send(ticket.rest())
+            self._busy[child] = submission
+            child.send(submission.rest())
 
     def _started(self) -> Child:
         child = Child(work, self._answers)
@@ -241,14 +235,14 @@ class Processes(Workers):
 
 
 def work(channel: Channel) -> None:
-    """In a worker process: read the setup, then train units until nothing more is asked."""
+    """In a worker process: read the setup, then train tasks until nothing more is asked."""
     setup: Setup = channel.receive()
     torch.set_num_threads(setup.threads)
     keep_freed()
     workload, device = setup.workload.open(), torch.device(setup.device)
     while True:
-        unit = channel.receive()
-        channel.send(train(workload, unit, channel.send, device, lambda text, share: channel.check_parent()))
+        task = channel.receive()
+        channel.send(train(workload, task, channel.send, device))
 
 
 def _ending(status: int | None) -> str:

@@ -194,5 +194,7 @@ class Convergence(Shown):
     branches: tuple[Branching, ...] = ()  # along one run, by step
     gap_epochs: float | None = None  # after which test losses of all batch sizes are compared
     gap_steps: int | None = None  # likewise: those that the largest batch takes in the epochs
+    experiment: str | None = None  # its name in its store: two records of one name are states of the same sweep
+    changed: str | None = None  # ISO 8601, UTC: when that store last learned something of it
     device: Device | None = field(default=None, metadata=TOP)
     workload: WorkloadInfo | None = field(default=None, metadata=TOP)

@@ -57,13 +57,13 @@ class Verdict(Shown):
     critical_batch: float | None = field(
         metadata=figure("critical batch", interval=("critical_low", "critical_high"), always=True)
     )
-    critical_low: float | None = field(metadata=figure("low", within="critical_batch"))
-    critical_high: float | None = field(metadata=figure("high", within="critical_batch"))
+    critical_low: float | None = field(metadata=figure("low", full="critical batch from", within="critical_batch"))
+    critical_high: float | None = field(metadata=figure("high", full="critical batch to", within="critical_batch"))
     critical_source: str | None  # "noise" < "branch" < "sweep": the evidence it stands on
     saturation_batch: float | None = field(metadata=figure("saturation batch"))
     best_batch: int | None = field(metadata=figure("best batch", form=n.count, always=True))
-    best_low: float | None = field(metadata=figure("low", form=n.count, within="best_batch"))
-    best_high: float | None = field(metadata=figure("high", form=n.count, within="best_batch"))
+    best_low: float | None = field(metadata=figure("low", form=n.count, full="best batch from", within="best_batch"))
+    best_high: float | None = field(metadata=figure("high", form=n.count, full="best batch to", within="best_batch"))
     limit: Limit = field(metadata=figure("limited by", form=n.plain))
     useful_devices: int | None = field(metadata=figure("devices worth it", form=n.count))
     time_to_target: float | None = field(metadata=figure("time to target", "s"))  # on this device at best_batch

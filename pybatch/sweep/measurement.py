@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 
@@ -13,16 +14,16 @@ from pybatch.base.numerals import counted
 from pybatch.device.environment import capture
 from pybatch.device.identity import resolve
 from pybatch.processes.workers import Inline, Processes, Workers
-from pybatch.records import Convergence, Environment, NoiseScale, Note
+from pybatch.records import Convergence, Environment, NoiseScale, Note, Run
 from pybatch.scaling import SEARCHED
-from pybatch.sweep.archive import describe_sweep
+from pybatch.sweep.checks import check_start, settled, subject_of
 from pybatch.sweep.driver import Found, Sweep
-from pybatch.sweep.live import Live
-from pybatch.sweep.plan import MAX_STEPS, Plan
+from pybatch.sweep.options import SweepKeywords, SweepOptions
+from pybatch.sweep.progress import SweepProgress
 from pybatch.sweep.store import Store
-from pybatch.sweep.sweep_record import record
-from pybatch.training.fingerprint import fingerprint
 from pybatch.workloads.base import Progress, Workload
+
+Noise = NoiseScale | Callable[[], NoiseScale | None] | None
 
 
 def measure_convergence(
@@ -31,55 +32,23 @@ def measure_convergence(
     rules: Sequence[str] = (SEARCHED,),
     seeds: int = 3,
     *,
-    seed: int = 0,
-    target: Mapping[str, float] | None = None,
-    optimizer: str = "sgd",
-    options: Mapping[str, Any] | None = None,
-    rates: Sequence[float] | None = None,
-    search: str = "race",
-    base_batch: int | None = None,
-    base_rate: float | None = None,
-    max_steps: int = MAX_STEPS,
     device: str | torch.device | None = None,
-    dtype: str = "fp32",
-    gap_epochs: float | None = None,
     store: str | Path | None = None,
     resume: bool = False,
     jobs: int = 1,
     ray: str | None = None,
-    noise: NoiseScale | Callable[[], NoiseScale | None] | None = None,
+    noise: Noise = None,
     progress: Progress | None = None,
     found: Found | None = None,
     environment: Environment | None = None,
+    **options: Unpack[SweepKeywords],
 ) -> Convergence:
     """Steps to target against batch size, for each learning-rate rule, with fitted critical batches.
 
     Args:
         workload: what to train. Its batches are drawn with replacement, so a batch may exceed the data set.
-        batches: batch sizes, in examples.
-        rules: names of `pybatch.scaling.rules()`. "tuned" searches the rate at every batch size; the others start from
-            the rate at `base_batch`, tuned or given.
-        seeds: training runs of each batch size and rate, each with a model and a data order of its own.
-        seed: of the first of them; the others count up from it. With a store, more `seeds` add to those it holds, and
-            another `seed`, at least `seeds` away, repeats the experiment.
-        target: losses to reach, by split; None: the workload's own.
-        optimizer: a name of `pybatch.optim`, in any case.
-        options: its arguments but the learning rate, such as {"momentum": 0.9}.
-        rates: first learning rates of a search; None: 12, a factor of 2 apart. Where the best one is the lowest or
-            highest, more are tried; then two halfway beside it.
-        search: "race" tries every rate with the first seed, and runs the other seeds at the rates that can still have
-            the least median; "grid" runs every seed at every rate; or an Optuna sampler ("tpe", "qmc", "random",
-            "cmaes") between the ends of `rates`.
-        base_batch: where the rules start; None: the smallest of `batches`.
-        base_rate: their learning rate there; None: the one of the fewest steps to each target, which is sought first.
-        max_steps: a trial is given up then; earlier after 4 times the steps the base batch took (times B_0 / B below
-            it), and in a search after 1.5 times the median steps of the best rate. Where neither the base batch nor
-            the largest one reaches a target, the others are not tried.
+        batches, rules, seeds, options: what is asked for: the fields of `pybatch.sweep.options.SweepOptions`.
         device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
-        dtype: "fp32" or "bf16" (autocast over fp32 parameters).
-        gap_epochs: compare test losses after so many epochs too, and after the steps that the largest batch takes in
-            them: when all else is done, the runs at each batch size's rate are made again, to that length. None: at
-            the train target alone.
         store: SQLite file that keeps every trial; None: nothing is kept.
         resume: go on with a store that holds trials; only what is missing runs.
         jobs: processes that train at the same time.
@@ -91,35 +60,58 @@ def measure_convergence(
         environment: of the run, for the store; None: captured now.
 
     Returns:
-        One curve for each rule and split. What is missing in them is said in their notes.
+        One curve for each rule and split, of the whole experiment where a store holds more of it: batch sizes, rules
+        and seeds that earlier sweeps added. What is missing in them is said in their notes.
 
     Raises:
         UsageError: an argument that cannot work, or a target met before the first step.
         WorkloadError: the workload fails at the base batch; elsewhere the record says so.
         Interrupted: on Ctrl-C (KeyboardInterrupt), `partial` holding the Convergence of what was done.
     """
-    place = resolve(device)
-    plan = Plan(
-        workload,
-        batches=batches,
-        rules=rules,
-        seeds=seeds,
-        seed=seed,
-        target=target,
-        optimizer=optimizer,
-        options=options or {},
-        rates=rates,
-        search=search,
-        base_batch=base_batch,
-        base_rate=base_rate,
-        max_steps=max_steps,
-        dtype=dtype,
-        gap_epochs=gap_epochs,
-    )
+    asked = SweepOptions(batches=batches, rules=rules, seeds=seeds, **options)
+    try:
+        run = measure_sweep(
+            workload,
+            asked,
+            device=device,
+            store=store,
+            resume=resume,
+            jobs=jobs,
+            ray=ray,
+            noise=noise,
+            progress=progress,
+            found=found,
+            environment=environment,
+        )
+    except Interrupted as stop:
+        raise Interrupted(stop.partial.convergence) from None
+    assert run.convergence is not None
+    return run.convergence
+
+
+def measure_sweep(
+    workload: Workload,
+    options: SweepOptions,
+    *,
+    device: str | torch.device | None = None,
+    store: str | Path | None = None,
+    resume: bool = False,
+    jobs: int = 1,
+    ray: str | None = None,
+    noise: Noise = None,
+    progress: Progress | None = None,
+    found: Found | None = None,
+    environment: Environment | None = None,
+) -> Run:
+    """As `measure_convergence`, with the noise scale beside: what a reader of the store finds.
+
+    A sweep reads its own store, in memory where none was named: there is one way to the record.
+    """
+    place, options = resolve(device), settled(options, workload)
     if jobs < 1:
         raise UsageError(f"jobs {jobs} is below 1. Give the number of processes that train at the same time.")
-    plan.check_start(workload, place)
-    where = environment or capture(seed=seed)
+    check_start(workload, options, place)
+    where = environment or capture(seed=options.seed)
     with Store(Path(store) if store is not None else None, where) as kept:
         if len(kept) and not resume:
             raise UsageError(
@@ -127,29 +119,30 @@ def measure_convergence(
                 "missing, or name another file."
             )
         scale = noise() if callable(noise) else noise
-        live = Live(kept.put, progress, alone=jobs == 1 and ray is None)
-        with _workers(workload, live, place, jobs, ray) as workers:
-            identity = fingerprint(workload)
-            sweep = Sweep(plan, kept, workers, identity, place, found, live)
-            asked = describe_sweep(
-                identity, plan.group, plan.batches, record(workload, plan, place), seed=seed, search=plan.searched
-            )
-            sweep.begin(kept.keep_sweep(asked))
+        whole = SweepProgress(kept.put, progress, alone=jobs == 1 and ray is None)
+        with _workers(workload, whole, place, jobs, ray) as workers:
+            subject = subject_of(workload, options, place)
+            sweep = Sweep(options, subject, kept, kept.begin(subject, options, scale), workers, found, whole)
             try:
                 sweep.run()
-                return sweep.result(workload, scale)
+                return sweep.record()
             except KeyboardInterrupt:
-                text = "interrupted: what was done until then is kept"
-                raise Interrupted(sweep.result(workload, scale, (Note("convergence", text),))) from None
+                raise Interrupted(sweep.record()) from None
             except StoreError as error:
-                return sweep.result(workload, scale, (Note("trials", str(error)),))
+                return _with_note(sweep.record(), str(error))
 
 
-def _workers(workload: Workload, live: Live, device: torch.device, jobs: int, ray: str | None) -> Workers:
+def _with_note(run: Run, text: str) -> Run:
+    assert run.convergence is not None
+    notes = (*run.convergence.notes, Note("trials", text))
+    return replace(run, convergence=replace(run.convergence, notes=notes))
+
+
+def _workers(workload: Workload, progress: SweepProgress, device: torch.device, jobs: int, ray: str | None) -> Workers:
     if ray is not None:
         from pybatch.processes.ray import Cluster
 
-        return Cluster(workload, live.deliver, device, ray)
+        return Cluster(workload, progress.deliver, device, ray)
     if jobs > 1:
-        return Processes(workload, live.deliver, device, jobs)
-    return Inline(workload, live.deliver, device, live)
+        return Processes(workload, progress.deliver, device, jobs)
+    return Inline(workload, progress.deliver, device, progress)

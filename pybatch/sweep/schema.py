@@ -6,11 +6,13 @@ import sqlite3
 
 HEADER = b"SQLite format 3\0"
 APPLICATION = 0x70796261  # "pyba": SQLite's own mark of whose file it is
-SCHEMA = 1
+# Of the tables, and of what a trial does: raised with every change after which the same trial gives other losses.
+SCHEMA = 2
 OTHER_SCHEMA = "Use the pybatch that wrote it, or a later one."
 
 TABLES = """
-CREATE TABLE environment (id INTEGER PRIMARY KEY, json TEXT NOT NULL UNIQUE);
+CREATE TABLE store (name TEXT NOT NULL);
+CREATE TABLE environment (number INTEGER PRIMARY KEY, json TEXT NOT NULL UNIQUE);
 CREATE TABLE trial (
     key TEXT PRIMARY KEY,
     spec TEXT NOT NULL,
@@ -20,16 +22,40 @@ CREATE TABLE trial (
     steps BLOB NOT NULL,
     train BLOB NOT NULL,
     test BLOB NOT NULL,
-    environment INTEGER NOT NULL REFERENCES environment (id),
+    environment INTEGER NOT NULL REFERENCES environment (number),
     created TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE claim (key TEXT PRIMARY KEY, owner TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE sweep (
+    number INTEGER PRIMARY KEY,
+    json TEXT NOT NULL UNIQUE,
+    created TEXT NOT NULL,
+    begun TEXT NOT NULL,
+    noise TEXT,
+    measured TEXT
+);
+CREATE TABLE sought (
+    sweep INTEGER NOT NULL REFERENCES sweep (number),
+    batch INTEGER NOT NULL,
+    trial TEXT NOT NULL,
+    PRIMARY KEY (sweep, batch, trial)
+) WITHOUT ROWID;
+CREATE TABLE cell (
+    sweep INTEGER NOT NULL REFERENCES sweep (number),
+    rule TEXT NOT NULL,
+    part TEXT NOT NULL,
+    batch INTEGER NOT NULL,
+    ended TEXT NOT NULL,
+    failed TEXT,
+    PRIMARY KEY (sweep, rule, part, batch)
+) WITHOUT ROWID;
+CREATE TABLE remark (
+    sweep INTEGER NOT NULL REFERENCES sweep (number),
+    cause TEXT NOT NULL,
+    text TEXT NOT NULL,
+    PRIMARY KEY (sweep, cause)
+) WITHOUT ROWID;
 """
-SWEEPS = (  # stores of old lack them
-    "CREATE TABLE IF NOT EXISTS sweep (json TEXT PRIMARY KEY) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS mark (sweep TEXT, rule TEXT, split TEXT, batch INTEGER, created TEXT NOT NULL, "
-    "PRIMARY KEY (sweep, rule, split, batch)) WITHOUT ROWID",
-)
 
 _GO_ON = "then run the same command with --resume: what is stored is kept."
 DAMAGED = f"It is damaged: name another file, or restore it from a copy, {_GO_ON}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pybatch.base.errors import UsageError, unknown
-from pybatch.training.trial import Race
+from pybatch.training.trial import Study, rounded
 
 RATES = 12  # of the first grid, a factor of 2 apart: 2000-fold from the lowest to the highest
 EXTENSIONS = 4  # of two rates each, past an edge at which the best rate lies
@@ -27,42 +27,42 @@ SAMPLERS = {"tpe": "TPESampler", "qmc": "QMCSampler", "random": "RandomSampler",
 
 
 @dataclass(frozen=True)
-class Heat:
-    """Trials to run together, and the seeds over whose median a rate ends the slower ones."""
+class Proposal:
+    """What a search asks for next: runs to make together, and the seeds over whose median a rate ends slower ones."""
 
-    cells: tuple[tuple[float, int], ...]  # (rate, seed)
+    runs: tuple[tuple[float, int], ...]  # (rate, seed)
     seeds: tuple[int, ...]
 
 
 class Search(ABC):
-    """The trials of one race, in heats."""
+    """The trials of one study, asked for in turns."""
 
     @abstractmethod
-    def propose(self, race: Race) -> list[float]:
+    def next_rates(self, study: Study) -> list[float]:
         """The next rates to try, given all outcomes so far; empty when the search is over."""
 
-    def heat(self, race: Race) -> Heat | None:
+    def propose(self, study: Study) -> Proposal | None:
         """The next trials, given all outcomes so far, every rate with every seed; None when the search is over."""
-        seeds = tuple(race.seeds)
-        return _heat([(rate, seed) for rate in self.propose(race) for seed in seeds], seeds)
+        seeds = tuple(study.seeds)
+        return _proposal([(rate, seed) for rate in self.next_rates(study) for seed in seeds], seeds)
 
 
-def _heat(cells: Sequence[tuple[float, int]], seeds: tuple[int, ...]) -> Heat | None:
-    return Heat(tuple(dict.fromkeys(cells)), seeds) if cells else None
+def _proposal(runs: Sequence[tuple[float, int]], seeds: tuple[int, ...]) -> Proposal | None:
+    return Proposal(tuple(dict.fromkeys(runs)), seeds) if runs else None
 
 
-def best_rate(race: Race, split: str, rates: Sequence[float]) -> float | None:
+def best_rate(study: Study, split: str, rates: Sequence[float]) -> float | None:
     """The rate of the fewest median steps, the lowest of equals; None where none reached the target.
 
     Of an even number of seeds, a rate that half of them reach is taken where no rate is reached by more.
     """
-    best = min(sorted(rates), key=lambda lr: race.rank(split, lr), default=None)
-    return best if best is not None and math.isfinite(race.median(split, best)) else None
+    best = min(sorted(rates), key=lambda lr: study.rank(split, lr), default=None)
+    return best if best is not None and math.isfinite(study.median(split, best)) else None
 
 
-def at_edge(race: Race, split: str, rates: Sequence[float]) -> bool:
+def at_edge(study: Study, split: str, rates: Sequence[float]) -> bool:
     """Whether the best rate is the lowest or the highest one tried."""
-    best = best_rate(race, split, rates)
+    best = best_rate(study, split, rates)
     return best is not None and best in (min(rates), max(rates))
 
 
@@ -70,23 +70,23 @@ class Grid(Search):
     """A log grid; two rates more past an edge where the best lies there, then two rates halfway beside the best."""
 
     def __init__(self, rates: Sequence[float]) -> None:
-        self.rates = sorted({_rounded(rate) for rate in rates})
+        self.rates = sorted({rounded(rate) for rate in rates})
         self.ratio = (self.rates[-1] / self.rates[0]) ** (1 / (len(self.rates) - 1)) if len(self.rates) > 1 else 2.0
         self.tried: list[float] = []
         self.extensions = 0
         self.refined: set[str] = set()
 
-    def propose(self, race: Race) -> list[float]:
-        """As `Search.propose`."""
-        return self.outward(race) or self.halfway(race)
+    def next_rates(self, study: Study) -> list[float]:
+        """As `Search.next_rates`."""
+        return self.outward(study) or self.halfway(study)
 
-    def outward(self, race: Race) -> list[float]:
+    def outward(self, study: Study) -> list[float]:
         """The first grid; later two rates more past an edge at which a split's best rate lies."""
         if not self.tried:
             return self._try(self.rates)
         wanted: list[float] = []
-        for split in race.targets:
-            best = best_rate(race, split, self.tried)
+        for split in study.targets:
+            best = best_rate(study, split, self.tried)
             steps = (-2, -1) if best == min(self.tried) else (1, 2) if best == max(self.tried) else ()
             wanted += [best * self.ratio**step for step in steps if best is not None]
         if not wanted or self.extensions == EXTENSIONS:
@@ -94,18 +94,18 @@ class Grid(Search):
         self.extensions += 1
         return self._try(wanted)
 
-    def halfway(self, race: Race) -> list[float]:
+    def halfway(self, study: Study) -> list[float]:
         """Two rates halfway beside each split's best, once a split, where it lies within those tried."""
         wanted: list[float] = []
-        for split in race.targets:
-            best = best_rate(race, split, self.tried)
+        for split in study.targets:
+            best = best_rate(study, split, self.tried)
             if best is not None and min(self.tried) < best < max(self.tried) and split not in self.refined:
                 self.refined.add(split)
                 wanted += [best / math.sqrt(self.ratio), best * math.sqrt(self.ratio)]
         return self._try(wanted)
 
     def _try(self, rates: Sequence[float]) -> list[float]:
-        wanted = {_rounded(rate) for rate in rates}
+        wanted = {rounded(rate) for rate in rates}
         fresh = sorted(rate for rate in wanted if all(abs(rate / other - 1) > _SAME for other in self.tried))
         self.tried = sorted([*self.tried, *fresh])
         return fresh
@@ -121,62 +121,62 @@ class Racing(Search):
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self.last: Heat | None = None
+        self.last: Proposal | None = None
 
-    def propose(self, race: Race) -> list[float]:
-        """The rates of the whole grid, as `Search.propose`."""
-        return self.grid.propose(race)
+    def next_rates(self, study: Study) -> list[float]:
+        """The rates of the whole grid, as `Search.next_rates`."""
+        return self.grid.next_rates(study)
 
-    def heat(self, race: Race) -> Heat | None:
-        """As `Search.heat`."""
-        seeds = tuple(race.seeds)
+    def propose(self, study: Study) -> Proposal | None:
+        """As `Search.propose`."""
+        seeds = tuple(study.seeds)
         if len(seeds) == 1:
-            return super().heat(race)
-        first = replace(race, seeds=seeds[:1])
-        fresh = self.grid.outward(first) or self.grid.outward(race)
+            return super().propose(study)
+        first = replace(study, seeds=seeds[:1])
+        fresh = self.grid.outward(first) or self.grid.outward(study)
         if fresh:
-            return _heat([(rate, seeds[0]) for rate in fresh], seeds[:1])
-        begun = any(self._whole(race, rate) for rate in self.grid.tried)
-        cells = [cell for split in race.targets for cell in self._contenders(race, first, split)]
-        if not begun and not cells:
-            cells = self._nearest(race)
-        beside = [] if begun and cells else self.grid.halfway(race if begun else first)
+            return _proposal([(rate, seeds[0]) for rate in fresh], seeds[:1])
+        begun = any(self._whole(study, rate) for rate in self.grid.tried)
+        runs = [run for split in study.targets for run in self._contenders(study, first, split)]
+        if not begun and not runs:
+            runs = self._nearest(study)
+        beside = [] if begun and runs else self.grid.halfway(study if begun else first)
         if not begun:
             self.grid.refined.clear()  # the medians may ask for other rates than the first seed
-        heat = _heat(cells + [(rate, seed) for rate in beside for seed in seeds], seeds)
-        if heat == self.last:
+        proposal = _proposal(runs + [(rate, seed) for rate in beside for seed in seeds], seeds)
+        if proposal == self.last:
             return None  # nothing of it was left to run
-        self.last = heat
-        return heat
+        self.last = proposal
+        return proposal
 
-    def _contenders(self, race: Race, first: Race, split: str) -> list[tuple[float, int]]:
+    def _contenders(self, study: Study, first: Study, split: str) -> list[tuple[float, int]]:
         """Trials without which a rate is neither in nor out."""
         best = min(first.median(split, rate) for rate in self.grid.tried)
         # A rate that half of the seeds reach is taken only where no other is better: it puts none out.
-        ranks = [race.rank(split, rate) for rate in self.grid.tried if self._whole(race, rate)]
+        ranks = [study.rank(split, rate) for rate in self.grid.tried if self._whole(study, rate)]
         whole = [math.inf if half else median for half, median in ranks]
-        sure = min(SURE * min(whole, default=0.0), race.cap)  # infinite medians: every rate is run to the cap
-        limit, cells = max(REACH * best, sure), []
+        sure = min(SURE * min(whole, default=0.0), study.cap)  # infinite medians: every rate is run to the cap
+        limit, runs = max(REACH * best, sure), []
         for rate in self.grid.tried:
-            if self._whole(race, rate):
+            if self._whole(study, rate):
                 continue
-            outcome = race.ended[rate, race.seeds[0]]
+            outcome = study.ended[rate, study.seeds[0]]
             if math.isfinite(steps := first.median(split, rate)) and steps <= limit:
-                cells += [(rate, seed) for seed in race.seeds if (rate, seed) not in race.ended]
+                runs += [(rate, seed) for seed in study.seeds if (rate, seed) not in study.ended]
             elif outcome.end == "capped" and outcome.steps < sure:
-                cells.append((rate, race.seeds[0]))
-        return cells
+                runs.append((rate, study.seeds[0]))
+        return runs
 
-    def _nearest(self, race: Race) -> list[tuple[float, int]]:
+    def _nearest(self, study: Study) -> list[tuple[float, int]]:
         """The other seeds where the first one came nearest: that no rate reaches shall not stand on one seed alone."""
-        ended = [(rate, race.ended[rate, race.seeds[0]]) for rate in self.grid.tried]
-        left = [(float(o.trajectory.loss(split)[-1]), rate) for split in race.targets for rate, o in ended]
+        ended = [(rate, study.ended[rate, study.seeds[0]]) for rate in self.grid.tried]
+        left = [(float(o.trajectory.loss(split)[-1]), rate) for split in study.targets for rate, o in ended]
         near = min((entry for entry in left if math.isfinite(entry[0])), default=None)
-        return [] if near is None else [(near[1], seed) for seed in race.seeds[1:]]
+        return [] if near is None else [(near[1], seed) for seed in study.seeds[1:]]
 
     @staticmethod
-    def _whole(race: Race, rate: float) -> bool:
-        return all((rate, seed) in race.ended for seed in race.seeds)
+    def _whole(study: Study, rate: float) -> bool:
+        return all((rate, seed) in study.ended for seed in study.seeds)
 
 
 class Sampled(Search):
@@ -186,21 +186,21 @@ class Sampled(Search):
         optuna = load_optuna(sampler)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         made = getattr(optuna.samplers, SAMPLERS[sampler])(seed=seed)
-        self.study = optuna.create_study(sampler=made, direction="minimize")
+        self.optuna_study = optuna.create_study(sampler=made, direction="minimize")
         self.space = {"lr": optuna.distributions.FloatDistribution(low, high, log=True)}
         self.count, self.asked = count, 0
         self.open: list[tuple[Any, float]] = []
 
-    def propose(self, race: Race) -> list[float]:
-        """As `Search.propose`."""
-        split = next(iter(race.targets))
+    def next_rates(self, study: Study) -> list[float]:
+        """As `Search.next_rates`."""
+        split = next(iter(study.targets))
         for trial, rate in self.open:
             # An unreached target must rank behind every reached one, and samplers take no infinity.
-            half, median = race.rank(split, rate)
-            self.study.tell(trial, min(median + half * race.cap, 2.0 * race.cap))
-        asked = [self.study.ask(self.space) for _ in range(min(ASKED, self.count - self.asked))]
+            half, median = study.rank(split, rate)
+            self.optuna_study.tell(trial, min(median + half * study.cap, 2.0 * study.cap))
+        asked = [self.optuna_study.ask(self.space) for _ in range(min(ASKED, self.count - self.asked))]
         self.asked += len(asked)
-        self.open = [(trial, _rounded(trial.params["lr"])) for trial in asked]
+        self.open = [(trial, rounded(trial.params["lr"])) for trial in asked]
         return sorted({rate for _, rate in self.open})
 
 
@@ -228,7 +228,3 @@ def default_rates(optimizer: str, group: dict[str, Any]) -> list[float]:
     else:
         centre = math.log2(float(group["lr"])) + 2  # defaults are made for long runs of large models
     return [2.0 ** (round(centre) + k) for k in range(-RATES // 2, RATES - RATES // 2)]
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.6g}")  # the same name for a rate reached by different arithmetic

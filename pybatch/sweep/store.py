@@ -7,7 +7,6 @@ ends when its process is gone (same machine), or when it has not been renewed fo
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import socket
@@ -20,47 +19,28 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import psutil
 
+from pybatch.base.codec import encode
 from pybatch.base.errors import StoreError, UsageError
-from pybatch.records import Environment
-from pybatch.sweep.schema import APPLICATION, DAMAGED, HEADER, OTHER_SCHEMA, SCHEMA, SWEEPS, TABLES, remedy
+from pybatch.records import Environment, NoiseScale
+from pybatch.sweep.contents import CellName, Contents, Subject, read_contents
+from pybatch.sweep.options import SweepOptions
+from pybatch.sweep.schema import APPLICATION, DAMAGED, HEADER, OTHER_SCHEMA, SCHEMA, TABLES, remedy
 from pybatch.training.trajectory import Trajectory
 from pybatch.training.trial import Outcome, Trial
 
 LEASE = 60.0  # s; renewed four times as often
 BUSY = 30.0  # s to wait for another process's write, each of which takes milliseconds
 
-Cell = tuple[str, str, int]  # rule, split, batch size
-BEGUN: Cell = ("", "", 0)  # the mark of a sweep's beginning
-
-
-class Mark(NamedTuple):
-    """A part of a sweep that is over, and when it was."""
-
-    rule: str
-    split: str
-    batch: int
-    created: str
-
-    @property
-    def cell(self) -> Cell:
-        """What is over."""
-        return self.rule, self.split, self.batch
-
-
-def sweep_key(text: str) -> str:
-    """The name of a sweep in its marks, from the JSON of what it was asked for."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
 
 class Store:
-    """Trials and their outcomes in one file; a context manager. Without a path it is in memory.
+    """Trials, their outcomes, and sweeps with how far they came, in one file; a context manager.
 
     Args:
-        path: of the file, made where it does not exist.
+        path: of the file, made where it does not exist; None keeps it in memory.
         environment: where the trials run; a row of its own, named by every trial it ran.
         lease: seconds after which a claim that is not renewed ends.
 
@@ -81,7 +61,9 @@ class Store:
             with self._write():
                 text = json.dumps(asdict(environment), sort_keys=True)
                 self._db.execute("INSERT OR IGNORE INTO environment (json) VALUES (?)", (text,))
-                [self._environment] = self._db.execute("SELECT id FROM environment WHERE json = ?", (text,)).fetchone()
+                [self._environment] = self._db.execute(
+                    "SELECT number FROM environment WHERE json = ?", (text,)
+                ).fetchone()
         except (StoreError, sqlite3.Error) as error:
             cause = error.__cause__ or error
             raise self._refused(f"cannot be used: {cause}", remedy(cause)) from None
@@ -166,22 +148,49 @@ class Store:
                 )
             self._db.execute("DELETE FROM claim WHERE key = ? AND owner = ?", (key, self.owner))
 
-    def keep_sweep(self, asked: Mapping[str, Any]) -> str:
-        """Keep what a sweep was asked for, from which `archive` puts its record together; returns the sweep's key."""
-        text = json.dumps(asked, sort_keys=True)
-        with self._write():
-            for statement in SWEEPS:
-                self._db.execute(statement)
-            self._db.execute("INSERT OR IGNORE INTO sweep VALUES (?)", (text,))
-        return sweep_key(text)
+    def begin(self, subject: Subject, options: SweepOptions, noise: NoiseScale | None) -> int:
+        """Note that a sweep begins, or goes on: what failed is tried again. Returns its number.
 
-    def mark(self, sweep: str, cells: Iterable[Cell]) -> None:
-        """Note that these parts of a sweep are over: its trials alone do not show whether its search was."""
-        created = datetime.now(UTC).isoformat()
+        Args:
+            subject: what it trains, and where.
+            options: settled.
+            noise: the gradient noise scale measured with it; None keeps what an earlier beginning had.
+        """
+        text, now = json.dumps({"subject": encode(subject), "options": options.to_dict()}, sort_keys=True), _now()
+        with self._write():
+            self._db.execute("INSERT OR IGNORE INTO sweep (json, created, begun) VALUES (?, ?, '')", (text, now))
+            [number] = self._db.execute("SELECT number FROM sweep WHERE json = ?", (text,)).fetchone()
+            self._db.execute("UPDATE sweep SET begun = ? WHERE number = ?", (now, number))
+            self._db.execute("DELETE FROM cell WHERE sweep = ? AND failed IS NOT NULL", (number,))
+            if noise is not None:
+                values = json.dumps(encode(noise)), now, number
+                self._db.execute("UPDATE sweep SET noise = ?, measured = ? WHERE number = ?", values)
+        return int(number)
+
+    def seek(self, sweep: int, batch: int, trials: Iterable[Trial]) -> None:
+        """Note the trials that a sweep's search asked for at a batch size: a tuned curve stands on these alone."""
         with self._write():
             self._db.executemany(
-                "INSERT OR REPLACE INTO mark VALUES (?, ?, ?, ?, ?)", [(sweep, *cell, created) for cell in cells]
+                "INSERT OR IGNORE INTO sought VALUES (?, ?, ?)", [(sweep, batch, trial.key) for trial in trials]
             )
+
+    def end(self, sweep: int, cells: Iterable[CellName], failed: str | None = None) -> None:
+        """Note that cells of a sweep are over, which trials alone do not show; or why they could not be run."""
+        with self._write():
+            self._db.executemany(
+                "INSERT OR IGNORE INTO cell VALUES (?, ?, ?, ?, ?, ?)",
+                [(sweep, *cell, _now(), failed) for cell in cells],
+            )
+
+    def remark(self, sweep: int, cause: str, text: str) -> None:
+        """Keep what is to be said of how trials ran: each cause once, in the words of the first."""
+        with self._write():
+            self._db.execute("INSERT OR IGNORE INTO remark VALUES (?, ?, ?)", (sweep, cause, text))
+
+    def contents(self) -> Contents:
+        """All that is stored."""
+        with self._named("read"):
+            return read_contents(self._db)
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._name, timeout=BUSY, isolation_level=None, check_same_thread=False)
@@ -247,6 +256,7 @@ class Store:
             if self._pragma("application_id") == 0 and not self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
                 for statement in TABLES.split(";")[:-1]:
                     self._db.execute(statement)
+                self._db.execute("INSERT INTO store VALUES (?)", (uuid.uuid4().hex,))
                 self._db.execute(f"PRAGMA application_id = {APPLICATION}")
                 self._db.execute(f"PRAGMA user_version = {SCHEMA}")
         if self._pragma("application_id") != APPLICATION:
@@ -276,6 +286,10 @@ class Store:
             with contextlib.suppress(sqlite3.Error):  # the next renewal makes up for it, or the next write says why not
                 db.execute("UPDATE claim SET expires = ? WHERE owner = ?", (time.time() + self.lease, self.owner))
         db.close()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
 
 
 def _started(pid: int) -> float:

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pybatch.answer.critical import with_noise_ratio
+from pybatch.base import numerals as n
 from pybatch.base.errors import UsageError
 from pybatch.fits.steps import fit_steps
 from pybatch.records import ConvergencePoint, Curve, NoiseScale, Note, PointStatus, RateSteps
 from pybatch.sweep.search import at_edge, best_rate
-from pybatch.training.trajectory import Split, loss_at
-from pybatch.training.trial import Outcome, Race, middle
+from pybatch.training.trajectory import Split, loss_at, lowest
+from pybatch.training.trial import Outcome, Study, middle
 
 # By how a trial without a crossing ended; met: it reached the target past the limit, or another split's alone.
 _STATUS: dict[str | None, PointStatus] = {
@@ -26,47 +27,47 @@ _STATUS: dict[str | None, PointStatus] = {
 FEW_STEPS = 4  # a target met within so few steps says more of the first evaluations than of the batch size
 
 
-def point(batch: int, split: str, race: Race, outcomes: Sequence[Outcome]) -> ConvergencePoint:
-    """One batch size of a curve, from the outcomes of its race."""
+def point(batch: int, split: str, study: Study, outcomes: Sequence[Outcome]) -> ConvergencePoint:
+    """One batch size of a curve, from the outcomes of its study."""
     ends = {(outcome.trial.lr, outcome.trial.seed): outcome.end for outcome in outcomes}
     tried = sorted({lr for lr, _ in ends})
-    rates = tuple(_rate(split, race, lr, ends) for lr in tried)
-    best = best_rate(race, split, tried)
+    rates = tuple(_rate(split, study, lr, ends) for lr in tried)
+    best = best_rate(study, split, tried)
     chosen = next((r for r in rates if r.learning_rate == best), rates[0] if len(rates) == 1 else None)
     shown = rates if chosen is None else (chosen,)  # where no rate reaches, all of them are the answer
     statuses = [status for rate in shown for status in rate.statuses if status != "not_run"]
-    before = [race.steps(split, best, seed) for seed in race.seeds] if best is not None else []
+    before = [study.steps(split, best, seed) for seed in study.seeds] if best is not None else []
     return ConvergencePoint(
         batch=batch,
-        steps=race.median(split, best) if best is not None else None,
+        steps=study.median(split, best) if best is not None else None,
         status="reached" if best is not None else _failure(statuses),
-        seeds=len(race.seeds),
+        seeds=len(study.seeds),
         learning_rate=chosen.learning_rate if chosen is not None else None,
         steps_before=middle(c.before if c is not None else math.inf for c in before) if best is not None else None,
         reached=statuses.count("reached"),
         diverged=statuses.count("diverged"),
-        edge=race.search and at_edge(race, split, tried),
+        edge=study.search and at_edge(study, split, tried),
         rates=rates,
-        other_losses=_other_losses(split, race, best, outcomes) if best is not None else (),
+        other_losses=_other_losses(split, study, best, outcomes) if best is not None else (),
     )
 
 
-def _other_losses(split: str, race: Race, lr: float, outcomes: Sequence[Outcome]) -> tuple[float | None, ...]:
+def _other_losses(split: str, study: Study, lr: float, outcomes: Sequence[Outcome]) -> tuple[float | None, ...]:
     """The other split's loss where each seed's run met its target, at one rate."""
     other = "test" if split == "train" else "train"
     runs = {outcome.trial.seed: outcome.trajectory for outcome in outcomes if outcome.trial.lr == lr}
-    crossings = {seed: race.steps(split, lr, seed) for seed in race.seeds}
+    crossings = {seed: study.steps(split, lr, seed) for seed in study.seeds}
     return tuple(
         loss_at(runs[seed], other, found.steps) if found is not None and seed in runs else None
         for seed, found in crossings.items()
     )
 
 
-def _rate(split: str, race: Race, lr: float, ends: Mapping[tuple[float, int], str]) -> RateSteps:
-    crossings = [race.steps(split, lr, seed) for seed in race.seeds]
+def _rate(split: str, study: Study, lr: float, ends: Mapping[tuple[float, int], str]) -> RateSteps:
+    crossings = [study.steps(split, lr, seed) for seed in study.seeds]
     statuses: list[PointStatus] = [
         "reached" if c is not None else _STATUS[ends.get((lr, seed))]
-        for seed, c in zip(race.seeds, crossings, strict=True)
+        for seed, c in zip(study.seeds, crossings, strict=True)
     ]
     return RateSteps(lr, tuple(c.steps if c is not None else None for c in crossings), tuple(statuses))
 
@@ -136,6 +137,20 @@ def bare_reason(batch: int, error: UsageError) -> str:
 def unanswered(failed: Mapping[str, Sequence[int]]) -> list[Note]:
     """A note for each reason why batch sizes have no point."""
     return [Note("points", f"batch {', '.join(map(str, batches))}: {reason}") for reason, batches in failed.items()]
+
+
+def nearest(split: str, outcomes: Sequence[Outcome]) -> str | None:
+    """How near a target came that no run has reached; None where no loss was finite."""
+    found = []
+    for outcome in outcomes:
+        loss, step = lowest(outcome.trajectory, split)
+        if math.isfinite(loss):
+            found.append((loss, outcome.trial.batch, outcome.trial.lr, step))
+    if not found:
+        return None
+    loss, batch, lr, step = min(found)
+    place = f"at batch {n.count(batch)}, rate {n.number(lr, 2)}, step {n.count(step)}"
+    return f"the lowest {split} loss was {n.number(loss)}, {place}"
 
 
 def _reached(p: ConvergencePoint) -> list[float]:

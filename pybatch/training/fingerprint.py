@@ -63,7 +63,7 @@ def _hash(*values: Any) -> str:
 
 
 def _source(cls: type) -> str | None:
-    """Hash of the file a user's class is in; pybatch's own are told apart by the trials' version."""
+    """Hash of the file a user's class is in; pybatch's own are told apart by the schema of the store."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     if cls.__module__.startswith("pybatch.") or file is None or not Path(file).is_file():
         return None

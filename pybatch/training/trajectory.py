@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -53,6 +53,8 @@ class Trajectory:
     steps: Steps
     train: Losses
     test: Losses
+    # A search asks for the same ones again and again.
+    _crossings: dict[tuple[str, float], Crossing | None] = field(default_factory=dict, init=False, repr=False)
 
     def loss(self, split: str) -> Losses:
         """The losses of one split, unsmoothed."""
@@ -60,13 +62,12 @@ class Trajectory:
 
     def crossing(self, split: str, target: float, limit: float = math.inf) -> Crossing | None:
         """The first crossing of the smoothed loss up to step `limit`, or None."""
-        losses = self.loss(split)
-        for i in _near(self.steps, losses, target):
-            if i and self.steps[i - 1] >= limit:
-                return None
-            if (found := crossing_at(self.steps, losses, i, target)) is not None:
-                return found if found.steps <= limit else None
-        return None
+        if (split, target) not in self._crossings:
+            losses = self.loss(split)
+            each = (crossing_at(self.steps, losses, i, target) for i in _near(self.steps, losses, target))
+            self._crossings[split, target] = next((found for found in each if found is not None), None)
+        first = self._crossings[split, target]
+        return first if first is not None and first.steps <= limit else None
 
     def compressed(self) -> tuple[bytes, bytes, bytes]:
         """Steps (int32), train and test losses (float32), little-endian, each compressed by zlib."""

@@ -10,13 +10,13 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from pybatch.scaling import Scaled
 from pybatch.training.trajectory import Crossing, Trajectory
 
-VERSION = 2  # of what a trial does: raised with every change after which the same trial gives other losses
 DIVERGED = 3.0  # times the initial loss, once warm-up and GRACE steps are over
 GRACE = 16  # steps: a run at a high rate may overshoot at once and then settle
 SLACK = 1.5  # times the best rate's median steps, after which the other rates of a search are given up
@@ -26,9 +26,17 @@ End = Literal["met", "capped", "diverged"]
 Targets = Mapping[str, float]  # split -> loss
 
 
+def rounded(rate: float) -> float:
+    """A learning rate to six digits: the same name for one that is reached by different arithmetic."""
+    return float(f"{rate:.6g}")
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One training run: batches drawn with replacement in an order of the seed's own, from the seed's own model."""
+    """One training run: batches drawn with replacement in an order of the seed's own, from the seed's own model.
+
+    Its rate is `rounded` here, for whichever rule asks for it: one rate has one key, and is trained once.
+    """
 
     workload: str  # fingerprint: class, model, dials, data
     optimizer: str
@@ -37,14 +45,17 @@ class Trial:
     seed: int
     dtype: str
     device: str  # kind: "cpu", "cuda"
-    version: int = VERSION
 
-    @property
+    def __post_init__(self) -> None:
+        group = {**self.scaled.group, "lr": rounded(self.scaled.group["lr"])}
+        object.__setattr__(self, "scaled", replace(self.scaled, group=group))
+
+    @cached_property
     def spec(self) -> str:
         """What defines this trial, as JSON with sorted keys."""
         return json.dumps(asdict(self), sort_keys=True)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Content hash (SHA-256, hex) of `spec`."""
         return hashlib.sha256(self.spec.encode()).hexdigest()
@@ -101,10 +112,11 @@ def middle(values: Iterable[float]) -> float:
 
 
 @dataclass
-class Race:
-    """The rates tried at one batch size. A rate that takes SLACK times the best one's steps cannot be the best.
+class Study:
+    """Trials of one batch size that are compared: when each of them reached each target.
 
-    `cap` bounds every trial. Without `search` there is nothing to compare with, and the cap alone ends a trial.
+    A rate that takes SLACK times the best one's steps cannot be the best. `cap` bounds every trial. Without `search`
+    there is nothing to compare with, and the cap alone ends a trial.
     """
 
     targets: dict[str, float]
@@ -132,7 +144,7 @@ class Race:
             rates.get(lr, {}).pop(seed, None)
 
     def limit(self, split: str) -> float:
-        """Steps after which a trial of this race is given up for this split's target."""
+        """Steps after which a trial of this study is given up for this split's target."""
         if not self.search:
             return float(self.cap)
         best = min((self._upper(split, lr) for lr in self.found.get(split, {})), default=math.inf)
@@ -161,7 +173,7 @@ class Race:
         return math.isinf(self._upper(split, lr)), self.median(split, lr)
 
     def steps(self, split: str, lr: float, seed: int) -> Crossing | None:
-        """The crossing of one trial, where it came before this race's limit."""
+        """The crossing of one trial, where it came before this study's limit."""
         crossing = self.found.get(split, {}).get(lr, {}).get(seed)
         return crossing if crossing is not None and crossing.steps <= self.limit(split) else None
 
@@ -175,19 +187,19 @@ class Race:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Task:
     """Trials of one batch size and optimizer that may be trained together: what a worker is given."""
 
     trials: tuple[Trial, ...]
     targets: dict[str, float]
-    seeds: tuple[int, ...]  # of the whole race
+    seeds: tuple[int, ...]  # of the whole study
     cap: int
     search: bool = True
-    known: tuple[Outcome, ...] = ()  # of the same race, from earlier
+    known: tuple[Outcome, ...] = ()  # of the same study, from earlier
 
-    def race(self) -> Race:
-        """The race as it stands before this unit runs."""
-        race = Race(dict(self.targets), self.seeds, self.cap, self.search)
+    def study(self) -> Study:
+        """The study as it stands before this task runs."""
+        study = Study(dict(self.targets), self.seeds, self.cap, self.search)
         for outcome in self.known:
-            race.take(outcome)
-        return race
+            study.take(outcome)
+        return study

@@ -14,7 +14,7 @@ from pybatch.report.claims import sections
 from pybatch.scaling import Scaled
 from pybatch.sweep.summary import point as summarized
 from pybatch.training.trajectory import Trajectory, loss_at
-from pybatch.training.trial import Outcome, Race, Trial
+from pybatch.training.trial import Outcome, Study, Trial
 
 RATE = 0.5
 
@@ -251,14 +251,14 @@ def test_a_test_loss_that_broke_down_is_none():
 
 
 def test_points_hold_the_other_loss_of_each_seed_at_the_best_rate():
-    race, outcomes = Race({"train": 0.25}, (0, 1, 2), 400, search=True), []
+    study, outcomes = Study({"train": 0.25}, (0, 1, 2), 400, search=True), []
     for seed, height in ((0, 1.0), (1, 2.0)):
         for lr, scale in ((0.5, 1.0), (0.1, 5.0)):
             trial = Trial("w", "sgd", Scaled({"lr": lr}), 8, seed, "fp32", "cpu")
             whole = falling(lambda s, height=height, scale=scale: np.full(len(s), height * scale))
             slow = Trajectory(whole.steps, whole.train ** (1 / scale), whole.test)
             outcomes.append(Outcome(trial, "met", whole if scale == 1.0 else slow, 0.0))
-            race.take(outcomes[-1])
-    found = summarized(8, "train", race, outcomes)
+            study.take(outcomes[-1])
+    found = summarized(8, "train", study, outcomes)
     assert found.learning_rate == 0.5
     assert found.other_losses == (1.0, 2.0, None)  # the third seed has not run

@@ -48,30 +48,37 @@ def test_another_workload_stays_apart(bench, sweep, change):
     assert join([bench, apart]) == [bench, apart]
 
 
+def state(sweep, changed, name="a", **changes):
+    """A record of an experiment in a store, as of then."""
+    steps = dataclasses.replace(sweep.convergence, experiment=name, changed=changed, **changes)
+    return dataclasses.replace(sweep, convergence=steps)
+
+
 def test_a_sweep_given_as_record_and_as_store_is_one(bench, sweep):
-    """A store knows no noise scale, and another time of day."""
-    record = dataclasses.replace(sweep, noise=bench.noise)
-    stored = dataclasses.replace(sweep, created="2026-01-04T00:00:00+00:00", environment=None, notes=())
-    assert join([stored, record]) == join([record, stored]) == [record]
+    record = state(sweep, "2026-01-03T00:00:00.5")
+    stored = dataclasses.replace(record, created="2026-01-04T00:00:00+00:00", environment=None, notes=())
+    assert join([stored, record]) == [stored]
+    assert join([record, stored]) == [record]
     for runs in ([bench, stored, record], [record, bench, stored]):
         [one] = join(runs)
         assert one.verdict.critical_source == "sweep"
 
 
-def test_of_two_records_of_a_sweep_the_one_with_test_losses_at_a_budget_is_kept(bench, sweep):
+def test_of_two_states_of_a_sweep_the_later_one_is_kept(bench, sweep):
     """An earlier record hid what the store learned when it was resumed with --gap-epochs."""
-    early = dataclasses.replace(sweep, noise=bench.noise)
-    steps, [curve] = sweep.convergence, sweep.convergence.curves
-    points = tuple(dataclasses.replace(p, test_losses_at_epochs=(0.5, None)) for p in curve.points)
-    longer = dataclasses.replace(steps, curves=(dataclasses.replace(curve, points=points),), gap_epochs=8.0)
-    later = dataclasses.replace(sweep, convergence=longer)
-    for runs in ([early, later], [later, early]):
-        [one] = join(runs)
-        assert (one.convergence.gap_epochs, one.noise) == (8.0, bench.noise)
-        assert one.convergence.curves[0].points == points
-        assert one.convergence.curves[0].noise_ratio is not None
+    early, later = state(sweep, "2026-01-03T00:00:00"), state(sweep, "2026-01-03T00:00:00.5", gap_epochs=8.0)
+    for runs in ([early, later], [later, early], [early, later, early]):
+        assert join(runs) == [later]
     [both] = join([bench, early, later])
     assert both.convergence.gap_epochs == 8.0
+
+
+def test_sweeps_of_other_stores_are_not_told_apart_by_what_they_found(bench, sweep):
+    """The same figures of two measurements are two measurements; a record that names no store is of none."""
+    for other in (state(sweep, "2026", "b"), sweep):
+        assert join([state(sweep, "2026"), other]) == [state(sweep, "2026"), other]
+    assert join([sweep, sweep]) == [sweep, sweep]
+    assert len(join([bench, state(sweep, "2026"), state(sweep, "2026", "b")])) == 3
 
 
 def test_what_is_not_clear_stays_apart(bench, sweep):

@@ -1,4 +1,4 @@
-"""One of two processes that train the same model sharded; started by test_optim_dtensor.py.
+"""One of two processes that train the same model sharded; started by tests/optim/test_dtensor.py.
 
 python dtensor_worker.py RANK RENDEZVOUS_FILE OUTPUT
 """

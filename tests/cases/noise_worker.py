@@ -1,6 +1,6 @@
 """One process of a distributed run: measures, and computes the same from float64 gradients of all processes' examples.
 
-Every case returns plain numbers; the tests in test_noise_distributed.py judge them.
+Every case returns plain numbers; the tests in tests/noise/test_distributed.py judge them.
 """
 
 import gc

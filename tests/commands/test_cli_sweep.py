@@ -15,6 +15,7 @@ import pytest
 from pybatch import cli
 from pybatch.base.errors import Interrupted
 from pybatch.records import Convergence, Run
+from pybatch.sweep.options import SweepOptions
 
 
 @pytest.fixture
@@ -38,8 +39,8 @@ def swept(monkeypatch, run):
 
     calls = []
 
-    def run_sweep(workload, **arguments):
-        calls.append(arguments | {"workload": workload})
+    def run_sweep(workload, options, **arguments):
+        calls.append(arguments | {"workload": workload, "options": options})
         return Run(run.created, run.environment, convergence=Convergence(()))
 
     monkeypatch.setattr(pybatch.jobs.sweep, "run_sweep", run_sweep)
@@ -50,17 +51,28 @@ def test_flags_reach_the_sweep(pybatch, swept, tmp_path):
     status, _, err = pybatch(
         "sweep --cpu --workload digits --model cnn --batch '16-64*2' --rule constant,sqrt --seeds 2 --base-batch 32 "
         "--target train=0.1,test=0.2 --optimizer sgd:momentum=0.9 --rates 0.1,1e-2 --max-steps 70 --jobs 2 "
-        f"--noise-budget 3 --store {tmp_path}/runs.db --resume --seed 5"
+        f"--noise-budget 3 --store {tmp_path}/runs.db --resume --seed 5 --search grid --base-rate 0.25 --dtype bf16 "
+        "--gap-epochs 9"
     )
     assert (status, err) == (0, "")
     [given] = swept
     assert given["workload"].model_name == "cnn"
-    assert given["batches"] == [16, 32, 64]
-    assert given["rules"] == ["constant", "sqrt"]
-    assert given["target"] == {"train": 0.1, "test": 0.2}
-    assert (given["optimizer"], given["options"], given["rates"]) == ("sgd", {"momentum": 0.9}, [0.1, 0.01])
-    assert (given["base_batch"], given["max_steps"], given["jobs"], given["noise_budget"]) == (32, 70, 2, 3.0)
-    assert (given["resume"], given["seed"], given["ray"]) == (True, 5, None)
+    assert given["options"] == SweepOptions(
+        batches=(16, 32, 64),
+        rules=("constant", "sqrt"),
+        seeds=2,
+        seed=5,
+        target={"train": 0.1, "test": 0.2},
+        options={"momentum": 0.9},
+        rates=(0.01, 0.1),
+        search="grid",
+        base_batch=32,
+        base_rate=0.25,
+        max_steps=70,
+        dtype="bf16",
+        gap_epochs=9.0,
+    )
+    assert (given["jobs"], given["noise_budget"], given["resume"], given["ray"]) == (2, 3.0, True, None)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +97,7 @@ def test_bad_flags_exit_2_and_print_nothing(pybatch, flags, message):
 def test_ctrl_c_writes_what_is_done_and_exits_3(pybatch, swept, monkeypatch, run, tmp_path):
     from pybatch.jobs import sweep
 
-    def stopped(workload, **_):
+    def stopped(workload, options, **_):
         raise Interrupted(
             Run(run.created, run.environment, convergence=Convergence((), complete=False), complete=False)
         )
@@ -133,7 +145,7 @@ def test_a_killed_sweep_keeps_its_trials_and_is_resumed(pybatch, tmp_path):
 def test_rates_in_any_usual_spelling(pybatch, swept, rates):
     status, _, _ = pybatch(f"sweep --cpu --rates {rates}")
     assert status == 0
-    assert swept[0]["rates"] == [0.1, 2.5]
+    assert swept[0]["options"].rates == (0.1, 2.5)
 
 
 @pytest.mark.parametrize(

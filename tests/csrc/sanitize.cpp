@@ -1,6 +1,6 @@
 // Runs the CPU core over awkward lists under address and undefined-behaviour sanitizers: every rule, storage and dtype
 // of gradient. Each tensor has a block of memory of its own that ends where the tensor ends.
-// Prints how many lists it went through; a finding ends it. Built by tests/test_sanitize.py.
+// Prints how many lists it went through; a finding ends it. Built by tests/csrc/test_sanitize.py.
 
 #include <cmath>
 #include <cstdio>

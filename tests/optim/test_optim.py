@@ -1,6 +1,7 @@
 """Every fused optimizer against its float64 reference, over the tables in tests/cases."""
 
 import copy
+import inspect
 import pickle
 
 import numpy as np
@@ -10,7 +11,7 @@ from cases import adam, adamw, lamb, lars, lion, muon, problem, sgd
 from cases.catalogue import EXACT, OPTIMIZERS, optimizers, variants, whole, wrong_rules
 from cases.problem import same_bits, train
 
-from pybatch import _C
+from pybatch import _C, optim
 from pybatch.base.errors import UsageError
 
 each_optimizer = optimizers(OPTIMIZERS)
@@ -339,3 +340,23 @@ def test_state_of_another_shape_is_refused():
     with pytest.raises(UsageError, match=r"state 'exp_avg' of parameter 0 has shape \(2,\)"):
         other.step()
     assert torch.equal(q, torch.ones(3))
+
+
+@pytest.mark.parametrize("name", sorted(set(optim.__all__) - {"FusedOptimizer"}))
+def test_the_signature_shows_every_keyword(name):
+    """As trainers ask for it: 'fused' in inspect.signature(cls).parameters."""
+    cls = getattr(optim, name)
+    shown = inspect.signature(cls).parameters
+    assert {"max_grad_norm", "noise", "master_weights", "stochastic_rounding", "backend", "fused", "foreach"} <= set(
+        shown
+    )
+    if (twin := getattr(torch.optim, name, None)) is not None:
+        ours = [p.name for p in shown.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+        theirs = [p.name for p in inspect.signature(twin).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+        assert ours == theirs
+    made = cls(
+        [torch.zeros(2, 2, requires_grad=True)], **{k: v.default for k, v in shown.items() if v.kind == v.KEYWORD_ONLY}
+    )
+    assert made.param_groups
+    with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument 'max_norm'"):
+        cls([torch.zeros(2, 2, requires_grad=True)], max_norm=1.0)

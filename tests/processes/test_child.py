@@ -4,8 +4,10 @@ import os
 import queue
 import time
 
+import psutil
 import pytest
 
+from pybatch.capacity import probe
 from pybatch.processes.child import Channel, Child
 
 
@@ -25,6 +27,27 @@ def ends(channel: Channel) -> None:
 
 def silent(channel: Channel) -> None:
     """Work that never answers."""
+    time.sleep(60)
+
+
+def forks(channel: Channel) -> None:
+    """Work that leaves a process of its own behind, which holds the answers open."""
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    channel.send("done")
+
+
+def garbles(channel: Channel) -> None:
+    """Work that writes what is no answer."""
+    channel._answers.write(b"cmodule_that_is_not\nthere\n.")
+    channel._answers.flush()
+    time.sleep(60)
+
+
+def starts(channel: Channel) -> None:
+    """Work that starts a stuck child of its own, and tells who that is."""
+    channel.send(Child(silent).process.pid)
     time.sleep(60)
 
 
@@ -75,3 +98,37 @@ def test_one_that_never_answers_is_stopped(child):
         worker.answers.get(timeout=0.05)
     worker.stop()
     assert worker.process.returncode == -9
+
+
+def test_what_a_child_has_started_ends_with_it(child):
+    worker = child(forks)
+    assert worker.answers.get(timeout=30) == (worker, "done")
+    begin = time.monotonic()
+    worker.stop()
+    assert time.monotonic() - begin < 5
+    assert not worker._reader.is_alive()
+
+
+def test_what_is_no_answer_ends_the_answers(child):
+    worker = child(garbles)
+    assert worker.answers.get(timeout=30) == (worker, None)
+
+
+def test_a_child_ends_with_a_parent_that_was_killed(child):
+    """Whatever it does then: this one sleeps."""
+    worker = child(starts)
+    _, pid = worker.answers.get(timeout=30)
+    assert psutil.pid_exists(pid)
+    worker.process.kill()
+    worker.process.wait()
+    gone = time.monotonic() + 5
+    while psutil.pid_exists(pid) and time.monotonic() < gone:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_probe_that_does_not_read_is_stopped_in_time(monkeypatch):
+    monkeypatch.setattr(probe, "work", silent)
+    begin = time.monotonic()
+    assert probe.run_probe(b"x" * 10_000_000, 3.0).status == "timeout"
+    assert time.monotonic() - begin < 10

@@ -51,10 +51,10 @@ def test_a_sweep_survives_the_loss_of_a_node(cluster, tmp_path, monkeypatch):
     lost = cluster.add_node(num_cpus=1)
     deliver, outcomes = Cluster.deliver, []
 
-    def deliver_and_kill(self, ticket, outcome):
-        deliver(self, ticket, outcome)
+    def deliver_and_kill(self, submission, outcome):
+        deliver(self, submission, outcome)
         outcomes.append(outcome.trial.key)
-        if len(outcomes) == 1:  # mid-unit: the rest of its trials is lost with the node
+        if len(outcomes) == 1:  # mid-task: the rest of its trials is lost with the node
             cluster.add_node(num_cpus=1)
             cluster.remove_node(lost, allow_graceful=False)
 

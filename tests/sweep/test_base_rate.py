@@ -5,15 +5,24 @@ import math
 import sqlite3
 
 import pytest
+from cases.planted_training import planted_training
 from cases.sweeps import measure
 
 from pybatch.base.errors import UsageError
 from pybatch.records import Run
 from pybatch.report.formats.text import render
 from pybatch.sweep.archive import read_store
+from pybatch.training.trial import rounded
 
 FIXED = ["constant", "sqrt", "linear"]
 FACTORS = {"constant": 0.0, "sqrt": 0.5, "linear": 1.0}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Planted losses, where only what is asked of runs and said of them matters."""
+    with planted_training(monkeypatch):
+        yield
 
 
 def specs(path):
@@ -29,7 +38,7 @@ def test_rules_start_from_it_and_no_rate_is_sought(tmp_path):
     assert (found.base_batch, found.base_rate, found.complete) == (4, 0.13, True)
     for curve in found.curves:
         for p in curve.points:
-            assert p.learning_rate == pytest.approx(0.13 * (p.batch / 4) ** FACTORS[curve.rule])
+            assert p.learning_rate == rounded(0.13 * (p.batch / 4) ** FACTORS[curve.rule])
             assert p.status == "reached"
     rates = {(s["batch"], s["scaled"]["group"]["lr"]) for s in specs(path)}
     assert len(rates) == 1 + 3 * 3
@@ -47,7 +56,7 @@ def test_tuned_curves_are_what_they_are_without_it():
     assert [(p.steps, p.learning_rate) for p in tuned.points] == [
         (p.steps, p.learning_rate) for p in alone.curves[0].points
     ]
-    assert [p.learning_rate for p in sqrt.points] == pytest.approx([0.05 * (p.batch / 4) ** 0.5 for p in sqrt.points])
+    assert [p.learning_rate for p in sqrt.points] == [rounded(0.05 * (p.batch / 4) ** 0.5) for p in sqrt.points]
     assert sqrt.points[0].steps > tuned.points[0].steps
 
 
@@ -58,7 +67,7 @@ def test_a_rate_that_does_not_reach_the_target_is_still_where_rules_start():
     assert found.curves[0].points[3].learning_rate == pytest.approx(0.016)
 
 
-def test_a_store_keeps_sweeps_of_other_base_rates_apart(tmp_path):
+def test_a_store_keeps_sweeps_of_other_base_rates_apart(tmp_path, quick):
     path = tmp_path / "runs.db"
     live = [measure(rules=FIXED, base_rate=rate, store=path, resume=rate != 0.1) for rate in (0.1, 0.2)]
     read = [run.convergence for run in read_store(path)]
@@ -72,13 +81,7 @@ def test_a_store_keeps_sweeps_of_other_base_rates_apart(tmp_path):
             ]
 
 
-def test_a_record_of_old_is_one_of_a_tuned_base():
-    record = json.loads(Run("", None, convergence=measure(batches=[4, 16])).to_json())
-    del record["convergence"]["base_rate"]
-    assert Run.from_json(json.dumps(record)).convergence.base_rate is None
-
-
-def test_the_report_says_where_rules_start():
+def test_the_report_says_where_rules_start(quick):
     given = Run("", None, convergence=measure(rules=["sqrt"], base_rate=0.13))
     assert "with rate 0.130 at batch 4, as given" in " ".join(render(given, "md").split())
     tuned = Run("", None, convergence=measure(rules=["sqrt"]))

@@ -6,6 +6,7 @@ import sqlite3
 import numpy as np
 import pytest
 import torch
+from cases.planted_training import planted_training
 from cases.points import claims, curve
 from cases.sweeps import Isotropic, measure
 
@@ -17,6 +18,7 @@ from pybatch.scaling import Scaled
 from pybatch.sweep import driver
 from pybatch.sweep.archive import read_store
 from pybatch.sweep.budget import Budget, with_losses
+from pybatch.sweep.contents import LONGER
 from pybatch.training.fingerprint import fingerprint
 from pybatch.training.loop import Loop
 from pybatch.training.trajectory import Trajectory, next_evaluation
@@ -29,6 +31,13 @@ CPU = torch.device("cpu")
 
 class Endless(Isotropic):
     examples = None
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Planted losses, where only what is asked of runs and said of them matters."""
+    with planted_training(monkeypatch):
+        yield
 
 
 def gap(workload=None, batches=BATCHES, **changes):
@@ -63,7 +72,7 @@ def test_every_batch_size_has_its_epochs_and_all_the_same_steps():
     assert large.test_losses_at_epochs == large.test_losses_at_steps
 
 
-def test_steps_to_the_target_stay_what_they_were():
+def test_steps_to_the_target_stay_what_they_were(quick):
     plain, longer = measure(batches=BATCHES, target={"train": 0.4}), gap()
     assert plain.gap_epochs is None
     assert plain.trials == longer.trials
@@ -83,21 +92,21 @@ def test_a_rule_that_misses_the_target_is_compared_and_one_that_diverges_is_not(
     assert large.test_losses_at_epochs == (None, None, None)
 
 
-def test_a_rate_that_was_not_found_has_no_runs_to_go_on():
+def test_a_rate_that_was_not_found_has_no_runs_to_go_on(quick):
     found = gap(rates=[1e-6], max_steps=200, gap_epochs=8)
     assert all(p.status == "not_reached" and p.learning_rate for p in found.curves[0].points)
     several = gap(rates=[1e-6, 2e-6], max_steps=200, gap_epochs=8)
     assert all(p.learning_rate is None and p.test_losses_at_epochs == () for p in several.curves[0].points)
 
 
-def test_losses_are_compared_at_the_rates_of_the_first_target_only():
+def test_losses_are_compared_at_the_rates_of_the_first_target_only(quick):
     found = gap(target={"train": 0.4, "test": 0.4})
     train, test = found.curves
     assert all(p.test_losses_at_epochs for p in train.points)
     assert not any(p.test_losses_at_epochs for p in test.points)
 
 
-def test_a_store_gives_the_same_record_and_runs_nothing_twice(tmp_path):
+def test_a_store_gives_the_same_record_and_runs_nothing_twice(tmp_path, quick):
     path = tmp_path / "runs.db"
     arguments = {"rules": ["tuned", "sqrt"], "store": path}
     live = gap(**arguments)
@@ -119,7 +128,7 @@ def test_a_store_gives_the_same_record_and_runs_nothing_twice(tmp_path):
     db.close()
 
 
-def test_a_sweep_resumed_with_a_larger_batch_asks_no_more_of_the_others(tmp_path):
+def test_a_sweep_resumed_with_a_larger_batch_asks_no_more_of_the_others(tmp_path, quick):
     path = tmp_path / "runs.db"
     gap(store=path)
     measure(batches=(128,), base_batch=4, target={"train": 0.4}, store=path, resume=True)
@@ -177,14 +186,14 @@ def test_a_base_batch_beside_the_others_spends_no_budget(tmp_path):
     assert max(Trajectory.decompressed(*row).steps[-1] for row in rows) <= 400
 
 
-def test_runs_that_could_not_go_on_are_named_with_the_reason(monkeypatch):
+def test_runs_that_could_not_go_on_are_named_with_the_reason(monkeypatch, quick):
     begin = driver.Sweep._finish
 
-    def lose(self, contests):
-        for contest in contests:
-            if contest.continues is not None and contest.batch == 16:
-                self._fail(contest, "its worker was lost")
-        begin(self, contests)
+    def lose(self, cells):
+        for cell in cells:
+            if cell.name[1] == LONGER and cell.batch == 16:
+                self._fail(cell, "its worker was lost")
+        begin(self, cells)
 
     monkeypatch.setattr(driver.Sweep, "_finish", lose)
     found = gap()
@@ -199,15 +208,16 @@ def test_a_budget_has_no_step_from_rounding(epochs, batch, steps):
 
 def test_what_a_cut_leaves_out_is_named(tmp_path, monkeypatch):
     path, going = tmp_path / "runs.db", []
-    lengthen = driver.Sweep._lengthen
+    end = driver.Sweep._end
 
-    def cut(self, further):
-        if going:
-            raise KeyboardInterrupt
-        going.append(further.batch)
-        lengthen(self, further)
+    def cut(self, cell, outcomes):
+        if cell.name[1] == LONGER:
+            if going:
+                raise KeyboardInterrupt
+            going.append(cell.batch)
+        end(self, cell, outcomes)
 
-    monkeypatch.setattr(driver.Sweep, "_lengthen", cut)
+    monkeypatch.setattr(driver.Sweep, "_end", cut)
     with pytest.raises(Interrupted) as caught:
         gap(store=path)
     monkeypatch.undo()
@@ -215,9 +225,9 @@ def test_what_a_cut_leaves_out_is_named(tmp_path, monkeypatch):
     assert not found.complete
     done = {p.batch: p.test_losses_at_epochs for p in found.curves[0].points}
     assert all(done.pop(going[0]))
-    assert done
-    assert all(losses == (None,) * 3 for losses in done.values())
-    with sqlite3.connect(path) as db:  # the cut fell after the second one's runs were stored: take one away
+    [left] = [batch for batch, losses in done.items() if losses == (None,) * 3]  # the second one's runs were stored
+    assert [n.text for n in found.notes] == [f"trials are missing of batch {left} tuned to 8 epochs"]
+    with sqlite3.connect(path) as db:
         db.execute("DELETE FROM trial WHERE json_extract(spec, '$.batch') = 64 AND json_extract(spec, '$.seed') = 2")
     db.close()
     [run] = read_store(path)
@@ -228,11 +238,48 @@ def test_what_a_cut_leaves_out_is_named(tmp_path, monkeypatch):
     assert all(all(p.test_losses_at_epochs) for p in whole.curves[0].points)
 
 
-def test_other_targets_asked_of_a_store_leave_no_gap_open(tmp_path):
+def test_other_targets_asked_of_a_store_leave_no_gap_open(tmp_path, quick):
     path = tmp_path / "runs.db"
     gap(store=path)
     [run] = read_store(path, {"train": 0.9})
     assert run.complete
+
+
+def losses(run):
+    return {p.batch: p.test_losses_at_epochs for p in run.convergence.curves[0].points}
+
+
+def test_of_two_budgets_the_one_of_more_batch_sizes_is_shown_and_the_other_named(tmp_path, quick):
+    """The larger one alone was shown, though it compares two batch sizes only; longer runs have its losses too."""
+    path = tmp_path / "runs.db"
+    first = gap(store=path)
+    gap(batches=(4, 16), store=path, resume=True, gap_epochs=16.0)
+    [run] = read_store(path)
+    assert (run.convergence.gap_epochs, run.complete) == (EPOCHS, True)
+    for p in first.curves[0].points:  # the longer runs have no evaluation right at the end of the shorter budget
+        assert losses(run)[p.batch] == pytest.approx(p.test_losses_at_epochs, rel=0.05)
+    assert all(map(all, losses(run).values()))
+    [note] = [note.text for note in run.convergence.notes]
+    assert note.startswith("test losses after 16 epochs, asked for at batch 4, 16, are not shown: those after 8")
+    gap(store=path, resume=True, gap_epochs=16.0)
+    [run] = read_store(path)
+    assert (run.convergence.gap_epochs, run.complete) == (16.0, True)
+    assert all(map(all, losses(run).values()))
+
+
+def test_a_budget_that_was_spent_at_a_rate_that_more_seeds_outdo_is_not_missing(tmp_path, quick):
+    path, rates = tmp_path / "runs.db", [0.02, 0.028, 0.04, 0.056, 0.08, 0.11, 0.16, 0.22, 0.32]
+    before = gap(store=path, seeds=1, rates=rates).curves[0].points
+    after = measure(batches=BATCHES, store=path, seeds=3, rates=rates, target={"train": 0.4}, resume=True)
+    pairs = zip(before, after.curves[0].points, strict=True)
+    assert {a.batch for a, b in pairs if a.learning_rate != b.learning_rate} & {4, 16}
+    assert after.complete
+    said = [note.text for note in after.notes if "missing of runs that were chosen later" in note.text]
+    assert [text.partition(":")[0] for text in said] == ["batch 4 tuned", "batch 16 tuned"]  # 64 had run so far
+    again = gap(store=path, seeds=3, rates=rates, resume=True)
+    assert again.complete
+    assert not again.notes
+    assert all(all(p.test_losses_at_epochs) for p in again.curves[0].points)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pybatch.scaling import Scaled
 from pybatch.sweep.search import SURE, Grid, Racing, best_rate
 from pybatch.sweep.summary import curve, point
 from pybatch.training.trajectory import Trajectory
-from pybatch.training.trial import Outcome, Race, Trial
+from pybatch.training.trial import Outcome, Study, Trial
 
 SEEDS = (0, 1, 2)
 CAP = 100_000
@@ -34,20 +34,20 @@ def made(steps, losses):
 
 
 def play(search, planted, batch, seeds=SEEDS, cap=CAP):
-    """Run a search over planted steps(lr, seed); all trials of a heat go in step, as replicas do."""
-    outcomes, heats = {}, []
+    """Run a search over planted steps(lr, seed); all trials of a proposal go in step, as replicas do."""
+    outcomes, proposals = {}, []
     while True:
-        race = Race({"train": 0.1}, seeds, cap)
+        study = Study({"train": 0.1}, seeds, cap)
         for each in outcomes.values():
-            race.take(each)
-        heat = search.heat(race)
-        if heat is None:
-            return race, list(outcomes.values()), heats
-        heats.append(heat)
-        running = Race({"train": 0.1}, heat.seeds, cap)
+            study.take(each)
+        proposal = search.propose(study)
+        if proposal is None:
+            return study, list(outcomes.values()), proposals
+        proposals.append(proposal)
+        running = Study({"train": 0.1}, proposal.seeds, cap)
         for each in outcomes.values():
             running.take(each)
-        for lr, seed in sorted(heat.cells, key=lambda cell: planted(*cell)):
+        for lr, seed in sorted(proposal.runs, key=lambda run: planted(*run)):
             steps = planted(lr, seed)
             ended = outcome(batch, lr, seed, steps, math.ceil(running.limit("train")))
             running.take(ended)
@@ -74,11 +74,11 @@ def fitted(kind, steps):
     points, caps, ran, best = [], {}, 0, []
     for batch in BATCHES:
         search = Racing(Grid(RATES)) if kind == "race" else Grid(RATES)
-        race, outcomes, _ = play(search, lambda lr, seed, batch=batch: steps(batch, lr, seed), batch)
-        points.append(point(batch, "train", race, outcomes))
-        caps[batch] = race.limit("train")
+        study, outcomes, _ = play(search, lambda lr, seed, batch=batch: steps(batch, lr, seed), batch)
+        points.append(point(batch, "train", study, outcomes))
+        caps[batch] = study.limit("train")
         ran += sum(o.steps for o in outcomes)
-        best.append(best_rate(race, "train", sorted({o.trial.lr for o in outcomes})))
+        best.append(best_rate(study, "train", sorted({o.trial.lr for o in outcomes})))
     return curve("tuned", "train", 0.1, points, caps, None), ran, best
 
 
@@ -110,15 +110,15 @@ def bowl(lr):
 
 
 def raced(steps, cap=CAP, seeds=SEEDS):
-    race, outcomes, heats = play(Racing(Grid(RATES)), steps, 8, seeds, cap)
-    return point(8, "train", race, outcomes), {(o.trial.lr, o.trial.seed): o for o in outcomes}, heats
+    study, outcomes, proposals = play(Racing(Grid(RATES)), steps, 8, seeds, cap)
+    return point(8, "train", study, outcomes), {(o.trial.lr, o.trial.seed): o for o in outcomes}, proposals
 
 
 def test_rates_that_are_out_are_run_by_the_first_seed_alone():
-    found, ended, heats = raced(lambda lr, seed: bowl(lr) + seed)
+    found, ended, proposals = raced(lambda lr, seed: bowl(lr) + seed)
     assert found.learning_rate == 0.5
     assert (found.reached, found.seeds, found.edge) == (3, 3, False)
-    assert {seed for _, seed in heats[0].cells} == {0}
+    assert {seed for _, seed in proposals[0].runs} == {0}
     assert {lr for lr, seed in ended if seed == 0} >= set(RATES)
     assert {lr for lr, seed in ended if seed == 2} == {0.25, 0.353553, 0.5, 0.707107, 1.0}
     slow = next(r for r in found.rates if r.learning_rate == RATES[0])
@@ -161,16 +161,16 @@ def test_all_diverged_is_said_of_the_runs_that_were_made():
 
 @pytest.mark.parametrize("optimum", [0.001, 100.0])
 def test_a_best_rate_beyond_the_grid_is_found_by_the_first_seed(optimum):
-    found, _, heats = raced(lambda lr, seed: round(100 * (1 + 0.5 * math.log(lr / optimum) ** 2)) + seed)
+    found, _, proposals = raced(lambda lr, seed: round(100 * (1 + 0.5 * math.log(lr / optimum) ** 2)) + seed)
     assert abs(math.log2(found.learning_rate / optimum)) < 0.3
-    assert all(seed == 0 for heat in heats[:-1] for _, seed in heat.cells)
+    assert all(seed == 0 for proposal in proposals[:-1] for _, seed in proposal.runs)
 
 
 def test_one_seed_races_as_the_grid():
-    race, outcomes, _ = play(Racing(Grid(RATES)), lambda lr, seed: bowl(lr), 8, (0,))
+    study, outcomes, _ = play(Racing(Grid(RATES)), lambda lr, seed: bowl(lr), 8, (0,))
     grid, others, _ = play(Grid(RATES), lambda lr, seed: bowl(lr), 8, (0,))
     assert {o.trial.lr for o in outcomes} == {o.trial.lr for o in others}
-    assert race.limits() == grid.limits()
+    assert study.limits() == grid.limits()
 
 
 def test_two_targets_have_their_own_contenders():
@@ -180,16 +180,16 @@ def test_two_targets_have_their_own_contenders():
         return bowl(lr)
 
     search = Racing(Grid(RATES))
-    first = search.heat(Race({"train": 0.1, "test": 0.2}, SEEDS, CAP))
-    race = Race({"train": 0.1, "test": 0.2}, SEEDS, CAP)
-    for lr, seed in first.cells:
+    first = search.propose(Study({"train": 0.1, "test": 0.2}, SEEDS, CAP))
+    study = Study({"train": 0.1, "test": 0.2}, SEEDS, CAP)
+    for lr, seed in first.runs:
         made = outcome(8, lr, seed, steps(lr, seed), CAP)
-        race.take(made)
-        race.found["test"].pop(lr)
+        study.take(made)
+        study.found["test"].pop(lr)
         if lr == 8.0:
-            race.record("test", lr, seed, race.found["train"][lr][seed])
-    second = search.heat(race)
-    assert {lr for lr, seed in second.cells if seed == 2} >= {0.5, 8.0}
+            study.record("test", lr, seed, study.found["train"][lr][seed])
+    second = search.propose(study)
+    assert {lr for lr, seed in second.runs if seed == 2} >= {0.5, 8.0}
     assert SURE > 1
 
 

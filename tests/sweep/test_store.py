@@ -56,7 +56,7 @@ def test_a_row_holds_its_spec_and_environment_and_no_pickle(path):
     with Store(path, HERE) as store:
         store.put(outcome())
     db = sqlite3.connect(path)
-    [(spec, text)] = db.execute("SELECT spec, json FROM trial JOIN environment ON environment.id = trial.environment")
+    [(spec, text)] = db.execute("SELECT spec, json FROM trial JOIN environment ON number = environment")
     assert Trial.from_spec(spec).key == trial().key
     assert '"platform": "Linux"' in text
     assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -188,7 +188,7 @@ def test_another_schema_is_refused(path):
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 9")
     db.close()
-    with pytest.raises(UsageError, match=r"schema 9, this pybatch reads 1\. Use the pybatch that wrote it"):
+    with pytest.raises(UsageError, match=r"schema 9, this pybatch reads 2\. Use the pybatch that wrote it"):
         Store(path, HERE)
 
 

@@ -18,12 +18,13 @@ from pybatch.base.errors import Interrupted, UsageError, WorkloadError
 from pybatch.device.environment import capture
 from pybatch.records import Convergence, NoiseScale, Run
 from pybatch.sweep.measurement import measure_convergence
+from pybatch.sweep.options import SweepOptions
 from pybatch.sweep.search import Grid, Sampled, best_rate, default_rates
 from pybatch.sweep.store import Store
 from pybatch.training.fingerprint import fingerprint
 from pybatch.training.loop import Loop
 from pybatch.training.trajectory import Crossing, Trajectory
-from pybatch.training.trial import Race, Unit
+from pybatch.training.trial import Study, Task
 from pybatch.workloads.running.finding import find
 
 
@@ -116,7 +117,7 @@ def test_resume_runs_only_what_is_missing(tmp_path):
 def test_a_finished_sweep_trains_nothing_when_resumed(tmp_path, monkeypatch):
     path = tmp_path / "runs.db"
     whole = measure(store=path, rules=["tuned", "sqrt"])
-    monkeypatch.setattr("pybatch.processes.workers.run_unit", lambda *a, **k: pytest.fail("a trial was run"))
+    monkeypatch.setattr("pybatch.processes.workers.run_task", lambda *a, **k: pytest.fail("a trial was run"))
     again = measure(store=path, rules=["tuned", "sqrt"], resume=True)
     assert again == whole
 
@@ -196,7 +197,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     partial = stop.value.partial
     assert not partial.complete
     assert 1 <= len(partial.curves[0].points) < 4
-    assert any("not finished" in note.text for note in partial.notes)
+    assert any("trials are missing of" in note.text for note in partial.notes)
     before = set(rows(path))
     assert before
     whole = measure(store=path, resume=True)
@@ -220,7 +221,7 @@ def test_a_killed_worker_has_its_trials_run_again(tmp_path, monkeypatch):
 
     def send_and_kill(self, message):
         send(self, message)
-        if isinstance(message, Unit) and not killed:
+        if isinstance(message, Task) and not killed:
             killed.append(self)
             self.process.kill()
 
@@ -239,7 +240,7 @@ def test_a_worker_that_always_dies_is_said_and_the_rest_goes_on(monkeypatch):
 
     def send_and_kill(self, message):
         send(self, message)
-        if isinstance(message, Unit) and message.trials[0].batch == 16:
+        if isinstance(message, Task) and message.trials[0].batch == 16:
             self.process.kill()
 
     monkeypatch.setattr(Child, "send", send_and_kill)
@@ -391,12 +392,12 @@ def test_what_is_refused_before_anything_runs(changes, message, tmp_path):
 
 
 def raced(steps, lrs, seeds=(0,)):
-    race = Race({"train": 0.1}, seeds, 10_000)
+    study = Study({"train": 0.1}, seeds, 10_000)
     for lr in lrs:
         if math.isfinite(steps(lr)):
             for seed in seeds:
-                race.record("train", lr, seed, Crossing(steps(lr), 0, 1))
-    return race
+                study.record("train", lr, seed, Crossing(steps(lr), 0, 1))
+    return study
 
 
 @pytest.mark.parametrize("optimum", [0.003, 0.7, 100.0])
@@ -405,7 +406,7 @@ def test_a_grid_finds_a_best_rate_within_it_or_beyond(optimum):
         return 100 * (1 + math.log2(lr / optimum) ** 2)
 
     search, tried = Grid([2.0**k for k in range(-4, 4)]), []
-    while new := search.propose(raced(steps, tried)):
+    while new := search.next_rates(raced(steps, tried)):
         tried += new
     best = best_rate(raced(steps, tried), "train", tried)
     assert min(tried) < best < max(tried)
@@ -414,7 +415,7 @@ def test_a_grid_finds_a_best_rate_within_it_or_beyond(optimum):
 
 def test_a_grid_that_only_extends_comes_to_an_end():
     search, tried = Grid([1.0, 2.0]), []
-    while new := search.propose(raced(lambda lr: 1e6 / lr, tried)):
+    while new := search.next_rates(raced(lambda lr: 1e6 / lr, tried)):
         tried += new
     assert len(tried) == 10
 
@@ -426,7 +427,7 @@ def test_optuna_searches_between_the_ends():
         return 100 * (1 + math.log2(lr / 0.7) ** 2)
 
     search, tried = Sampled("tpe", 0.01, 10.0, 24, seed=0), []
-    while new := search.propose(raced(steps, tried)):
+    while new := search.next_rates(raced(steps, tried)):
         tried += new
     assert 20 <= len(tried) <= 24
     assert all(0.01 <= lr <= 10 for lr in tried)
@@ -621,15 +622,15 @@ def test_the_noise_scale_is_measured_once_all_else_is_found_good(tmp_path):
 def test_ctrl_c_during_the_fits_keeps_the_sweep(monkeypatch):
     from pybatch.sweep.driver import Sweep
 
-    result, calls = Sweep.result, []
+    result, calls = Sweep.record, []
 
-    def once(self, *arguments):
+    def once(self):
         calls.append(1)
         if len(calls) == 1:
             raise KeyboardInterrupt
-        return result(self, *arguments)
+        return result(self)
 
-    monkeypatch.setattr(Sweep, "result", once)
+    monkeypatch.setattr(Sweep, "record", once)
     with pytest.raises(Interrupted) as stop:
         measure()
     assert len(stop.value.partial.curves[0].points) == 4
@@ -640,11 +641,11 @@ def test_an_interrupted_sweep_says_what_of_it_is_kept(monkeypatch, store, says):
     import pybatch.jobs.sweep
 
     def stopped(*_, **__):
-        raise Interrupted(Convergence((), complete=False))
+        raise Interrupted(Run("", None, convergence=Convergence((), complete=False), complete=False))
 
-    monkeypatch.setattr(pybatch.jobs.sweep, "measure_convergence", stopped)
+    monkeypatch.setattr(pybatch.jobs.sweep, "measure_sweep", stopped)
     with pytest.raises(Interrupted) as stop:
-        pybatch.jobs.sweep.run_sweep(Isotropic(), device="cpu", noise_budget=0, store=store)
+        pybatch.jobs.sweep.run_sweep(Isotropic(), SweepOptions(batches=[4]), device="cpu", noise_budget=0, store=store)
     assert says in stop.value.partial.notes[-1].text
 
 
@@ -654,7 +655,7 @@ def test_why_trials_were_not_stacked_is_said_once(monkeypatch):
     def choose(workload, trials, device, how):
         return Loop(workload, trials, device), f"not stacked: losses differ ({next(calls)}, 7)"
 
-    monkeypatch.setattr("pybatch.training.unit.choose", choose)
+    monkeypatch.setattr("pybatch.training.task.choose", choose)
     found = measure(batches=[4, 16])
     notes = [note.text for curve in found.curves for note in (*found.notes, *curve.notes) if note.figure == "trials"]
     assert next(calls) > 1

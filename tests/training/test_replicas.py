@@ -14,8 +14,8 @@ from pybatch.training.choosing import choose, chunks, memory_for
 from pybatch.training.loop import Loop
 from pybatch.training.pooling import Pooling
 from pybatch.training.stack import Stack
-from pybatch.training.trial import Trial, Unit
-from pybatch.training.unit import run_unit
+from pybatch.training.task import run_task
+from pybatch.training.trial import Task, Trial
 from pybatch.training.updates import StackedAdamW, StackedSGD, Views, arguments, update_for
 from pybatch.workloads.base import Workload
 from pybatch.workloads.running.finding import find
@@ -135,11 +135,11 @@ def test_plain_optimizers_have_a_batched_form():
 @pytest.mark.parametrize(("model", "target", "cap"), [("mlp", 1.0, 150), ("cnn", 2.29, 30)])
 def test_digits_reach_the_target_at_the_same_steps(model, target, cap):
     some = tuple(trials((0.1, 0.4, 100.0), (0, 1), batch=16))
-    unit = Unit(some, {"train": target, "test": target}, (0, 1), cap)
+    task = Task(some, {"train": target, "test": target}, (0, 1), cap)
     found = {}
     for how in ("stacked", "loop"):
         out = []
-        assert run_unit(find("digits", model=model), unit, out.append, device=CPU, how=how) is None
+        assert run_task(find("digits", model=model), task, out.append, device=CPU, how=how) is None
         assert {o.how for o in out} == {how}
         found[how] = {o.trial.key: o for o in out}
     assert set(found["stacked"]) == set(found["loop"]) == {t.key for t in some}
@@ -306,15 +306,15 @@ def test_a_gpu_is_given_as_many_trials_as_its_memory_holds(monkeypatch):
 
 
 def test_groups_change_no_result(monkeypatch):
-    unit = Unit(tuple(trials((0.02, 0.05, 0.1), batch=16)), {"train": 0.5}, (0, 1), cap=200)
+    task = Task(tuple(trials((0.02, 0.05, 0.1), batch=16)), {"train": 0.5}, (0, 1), cap=200)
     steps = []
     for memory in (2**30, 1):
         monkeypatch.setattr(choosing, "MEMORY", memory)
-        out, race = [], unit.race()
-        run_unit(Points(), unit, out.append, device=CPU, how="loop")
+        out, study = [], task.study()
+        run_task(Points(), task, out.append, device=CPU, how="loop")
         for o in out:
-            race.take(o)
-        crossings = [race.steps("train", t.lr, t.seed) for t in unit.trials]
+            study.take(o)
+        crossings = [study.steps("train", t.lr, t.seed) for t in task.trials]
         steps.append([c.steps if c else None for c in crossings])
     assert steps[0] == steps[1]
     assert any(steps[0])
@@ -378,17 +378,17 @@ class Moody(Points):
 
 def test_a_stack_that_fails_on_its_way_is_trained_on_one_by_one(monkeypatch):
     rows = tuple(trials(rates=(0.01, 0.05, 1e9), seeds=(0,)))
-    unit = Unit(rows, {"train": 0.02}, (0,), 400)
-    monkeypatch.setattr("pybatch.training.unit.choose", lambda w, t, d, how: (Stack(w, t, d), None))
+    task = Task(rows, {"train": 0.02}, (0,), 400)
+    monkeypatch.setattr("pybatch.training.task.choose", lambda w, t, d, how: (Stack(w, t, d), None))
     broken, whole = [], []
-    reason = run_unit(Moody(), unit, broken.append, device=CPU)
+    reason = run_task(Moody(), task, broken.append, device=CPU)
     assert "not stacked to the end: at step" in reason
-    run_unit(Points(), unit, whole.append, device=CPU, how="loop")
+    run_task(Points(), task, whole.append, device=CPU, how="loop")
     assert sorted(o.trial.lr for o in broken) == [0.01, 0.05, 1e9]  # each once
     steps = [{o.trial.lr: (o.end, o.steps) for o in found} for found in (broken, whole)]
     assert steps[0] == steps[1]
     with pytest.raises(RuntimeError, match="vmap"):
-        run_unit(Moody(), unit, broken.append, device=CPU, how="stacked")
+        run_task(Moody(), task, broken.append, device=CPU, how="stacked")
 
 
 def test_a_stack_too_large_for_memory_is_halved(monkeypatch):
@@ -405,13 +405,13 @@ def test_a_stack_too_large_for_memory_is_halved(monkeypatch):
             super().advance(steps)
 
     monkeypatch.setattr(choosing, "Stack", Large)
-    unit = Unit(tuple(trials(rates=(0.01, 0.03, 0.05, 0.1), seeds=(0, 1))), {"train": 0.02}, (0, 1), 40)
+    task = Task(tuple(trials(rates=(0.01, 0.03, 0.05, 0.1), seeds=(0, 1))), {"train": 0.02}, (0, 1), 40)
     found, whole = [], []
-    assert run_unit(Points(), unit, found.append, device=CPU) is None
+    assert run_task(Points(), task, found.append, device=CPU) is None
     tried = [count for before, count in zip([0, *taken], taken, strict=False) if count != before]
     assert tried == [8, 4, 2], "a size that did not fit is not tried again"
-    run_unit(Points(), unit, whole.append, device=CPU, how="loop")
-    assert sorted(o.trial.key for o in found) == sorted(trial.key for trial in unit.trials)
+    run_task(Points(), task, whole.append, device=CPU, how="loop")
+    assert sorted(o.trial.key for o in found) == sorted(trial.key for trial in task.trials)
     best = [min((o.steps, o.trial.lr, o.trial.seed) for o in some if o.end == "met") for some in (found, whole)]
     assert best[0] == best[1]
 
@@ -427,17 +427,17 @@ def test_memory_that_runs_out_on_the_way_halves_what_is_left(monkeypatch):
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
             super().advance(steps)
 
-    unit = Unit(tuple(trials(rates=(0.01, 0.03, 0.05, 1e9), seeds=(0, 1))), {"train": 0.02}, (0, 1), 40)
+    task = Task(tuple(trials(rates=(0.01, 0.03, 0.05, 1e9), seeds=(0, 1))), {"train": 0.02}, (0, 1), 40)
     found, whole = [], []
-    run_unit(Points(), unit, whole.append, device=CPU, how="loop")
-    monkeypatch.setattr("pybatch.training.unit.choose", lambda w, t, d, how: (Swelling(w, t, d), None))
-    assert run_unit(Points(), unit, found.append, device=CPU) is None
+    run_task(Points(), task, whole.append, device=CPU, how="loop")
+    monkeypatch.setattr("pybatch.training.task.choose", lambda w, t, d, how: (Swelling(w, t, d), None))
+    assert run_task(Points(), task, found.append, device=CPU) is None
     assert (sizes[0], sizes[-1]) == (8, 2)
-    assert sorted(o.trial.key for o in found) == sorted(trial.key for trial in unit.trials)  # each once
+    assert sorted(o.trial.key for o in found) == sorted(trial.key for trial in task.trials)  # each once
     ends = [{o.trial.key: o.end for o in some if o.trial.lr in (0.05, 1e9)} for some in (found, whole)]
     assert ends[0] == ends[1]
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        run_unit(Points(), unit, found.append, device=CPU, how="stacked")
+        run_task(Points(), task, found.append, device=CPU, how="stacked")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pybatch.base.errors import UsageError
 from pybatch.scaling import Scaled
 from pybatch.sweep.search import best_rate
 from pybatch.training.trajectory import Trajectory, next_evaluation, smoothed
-from pybatch.training.trial import Outcome, Race, Trial, diverged, middle
+from pybatch.training.trial import Outcome, Study, Trial, diverged, middle
 
 
 def evaluations(last):
@@ -124,9 +124,8 @@ def test_a_trial_is_named_by_all_that_defines_it():
         Trial("w", "sgd", Scaled({"lr": 0.5}, gain_batch=4), 8, 0, "fp32", "cpu").key,
         Trial("w", "sgd", Scaled({"lr": 0.5}), 8, 0, "bf16", "cpu").key,
         Trial("w", "sgd", Scaled({"lr": 0.5}), 8, 0, "fp32", "cuda").key,
-        Trial("w", "sgd", Scaled({"lr": 0.5}), 8, 0, "fp32", "cpu", version=0).key,
     }
-    assert len(keys) == 12
+    assert len(keys) == 11
     assert Trial.from_spec(trial().spec).key == trial().key
 
 
@@ -154,38 +153,38 @@ def test_half_of_the_seeds_must_reach(values, expected):
 
 
 def test_a_race_ends_the_slow_rates_and_never_the_best():
-    race = Race({"train": 0.1}, (0, 1, 2), cap=10_000)
-    assert race.limit("train") == 10_000
+    study = Study({"train": 0.1}, (0, 1, 2), cap=10_000)
+    assert study.limit("train") == 10_000
     for seed, decay in enumerate((100, 105, 95)):
-        race.take(outcome(0.5, seed, decay))
-    best = race.median("train", 0.5)
-    assert race.limit("train") == pytest.approx(1.5 * best)
-    race.take(outcome(0.1, 0, 200))  # twice the steps: past the limit
-    assert race.steps("train", 0.1, 0) is None
-    assert race.steps("train", 0.5, 0) is not None
-    assert race.over(0.1, 1, math.ceil(1.5 * best))
-    assert not race.over(0.1, 1, math.floor(best))
+        study.take(outcome(0.5, seed, decay))
+    best = study.median("train", 0.5)
+    assert study.limit("train") == pytest.approx(1.5 * best)
+    study.take(outcome(0.1, 0, 200))  # twice the steps: past the limit
+    assert study.steps("train", 0.1, 0) is None
+    assert study.steps("train", 0.5, 0) is not None
+    assert study.over(0.1, 1, math.ceil(1.5 * best))
+    assert not study.over(0.1, 1, math.floor(best))
 
 
 def test_a_single_seed_does_not_end_a_race_of_three():
-    race = Race({"train": 0.1}, (0, 1, 2), cap=10_000)
-    race.take(outcome(0.5, 0, 10))
-    assert race.limit("train") == 10_000
+    study = Study({"train": 0.1}, (0, 1, 2), cap=10_000)
+    study.take(outcome(0.5, 0, 10))
+    assert study.limit("train") == 10_000
 
 
 def test_a_run_that_never_reaches_serves_a_rate_no_better_than_one_that_is_late():
-    race = Race({"train": 0.1}, (0, 1), cap=10_000)
-    race.take(outcome(0.1, 0, 90))
-    assert best_rate(race, "train", [0.1, 0.5]) == 0.1  # half of the seeds, and no rate does better
-    for seed in race.seeds:
-        race.take(outcome(0.5, seed, 100))
-    assert best_rate(race, "train", [0.1, 0.5]) == 0.5
+    study = Study({"train": 0.1}, (0, 1), cap=10_000)
+    study.take(outcome(0.1, 0, 90))
+    assert best_rate(study, "train", [0.1, 0.5]) == 0.1  # half of the seeds, and no rate does better
+    for seed in study.seeds:
+        study.take(outcome(0.5, seed, 100))
+    assert best_rate(study, "train", [0.1, 0.5]) == 0.5
 
 
 def test_without_a_search_the_cap_alone_counts():
-    race = Race({"train": 0.1}, (0,), cap=700, search=False)
-    race.take(outcome(0.5, 0, 10))
-    assert race.limit("train") == 700
+    study = Study({"train": 0.1}, (0,), cap=700, search=False)
+    study.take(outcome(0.5, 0, 10))
+    assert study.limit("train") == 700
 
 
 def test_divergence_waits_for_the_warm_up():
@@ -197,9 +196,9 @@ def test_divergence_waits_for_the_warm_up():
 
 
 def test_one_of_two_seeds_does_not_cut_the_other_off():
-    race = Race({"train": 0.1}, (0, 1), cap=10_000)
-    race.take(outcome(0.5, 0, 100))
-    assert race.limit("train") == 10_000
-    race.take(outcome(0.5, 1, 200))
-    assert race.steps("train", 0.5, 1) is not None
-    assert race.limit("train") == pytest.approx(1.5 * race.steps("train", 0.5, 1).steps)
+    study = Study({"train": 0.1}, (0, 1), cap=10_000)
+    study.take(outcome(0.5, 0, 100))
+    assert study.limit("train") == 10_000
+    study.take(outcome(0.5, 1, 200))
+    assert study.steps("train", 0.5, 1) is not None
+    assert study.limit("train") == pytest.approx(1.5 * study.steps("train", 0.5, 1).steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +16,7 @@ from pybatch.base.errors import UsageError
 from pybatch.optim._engine import accumulation, amp, statistics
 from pybatch.optim._engine.accumulation import Sums
 from pybatch.optim._engine.arguments import check_count, check_hyper
-from pybatch.optim._engine.options import Options, OwnOptions, ParamRule
+from pybatch.optim._engine.options import Options, OwnOptions, ParamRule, signature
 from pybatch.optim._engine.saving import SavedOptimizer
 from pybatch.optim._engine.slots import addresses, check_param
 from pybatch.optim._engine.tables import Tables
@@ -27,7 +28,16 @@ class FusedOptimizer(SavedOptimizer):
 
     Args:
         params, defaults: as for torch's base class; parameters may come with names, as `model.named_parameters()`.
-        own: pybatch's own arguments, see `OwnOptions`.
+        max_grad_norm: clip the gradient to this global L2 norm over all groups, with the formula of
+            `torch.nn.utils.clip_grad_norm_`; None: no clipping.
+        noise: collect the gradient noise scale from the micro-batches given to `accumulate`.
+        master_weights: True: fp32 copies of 16-bit parameters are updated, the parameters are their rounding.
+            "remainder": only the 16 bits that bf16 lacks are kept. fp32 parameters are not affected.
+        stochastic_rounding: 16-bit parameters without a master are rounded up with a probability equal to the
+            distance; an int is the seed.
+        backend: "cpp", "cuda", "triton"; None: the best one for the parameters' device.
+        foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
+        differentiable: must be False.
 
     A step does, in this order: unscale (AMP), verdict on infinities and NaN, noise statistics, clip, decay, update. A
     step with a non-finite gradient changes nothing and counts in `skipped`. The verdict is taken with `max_grad_norm`,
@@ -46,9 +56,15 @@ class FusedOptimizer(SavedOptimizer):
     takes one step by the old norm. Write under `torch.no_grad()` instead.
     """
 
+    __signature__: ClassVar[inspect.Signature]
     _step_supports_amp_scaling: ClassVar[bool] = True
     batch_rule: ClassVar[str] = "sqrt"  # how its rate follows the batch size: adaptive ones, Malladi et al. 2022
     rule_options: ClassVar[tuple[str, ...]] = ()  # names of the group options that `_rule` reads
+
+    def __init_subclass__(cls) -> None:
+        """What asks for the signature, as trainers do for "fused", sees the keywords of `own` too."""
+        super().__init_subclass__()
+        cls.__signature__ = signature(cls.__init__)
 
     def __init__(self, params: Any, defaults: dict[str, Any], **own: Unpack[OwnOptions]) -> None:
         self._options = Options.given(type(self).__name__, **own)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self, TypedDict, Unpack
 
@@ -12,20 +14,7 @@ DEFAULT_SEED = 0  # of stochastic rounding where the user gives none
 
 
 class OwnOptions(TypedDict, total=False):
-    """Keyword arguments that every fused optimizer takes after its hyper-parameters.
-
-    Attributes:
-        max_grad_norm: clip the gradient to this global L2 norm over all groups, with the formula of
-            `torch.nn.utils.clip_grad_norm_`; None: no clipping.
-        noise: collect the gradient noise scale from the micro-batches given to `accumulate`.
-        master_weights: True: fp32 copies of 16-bit parameters are updated, the parameters are their rounding.
-            "remainder": only the 16 bits that bf16 lacks are kept. fp32 parameters are not affected.
-        stochastic_rounding: 16-bit parameters without a master are rounded up with a probability equal to the
-            distance; an int is the seed.
-        backend: "cpp", "cuda", "triton"; None: the best one for the parameters' device.
-        foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
-        differentiable: must be False.
-    """
+    """Keyword arguments that every fused optimizer takes after its hyper-parameters: see `FusedOptimizer`."""
 
     max_grad_norm: float | None
     noise: bool
@@ -39,7 +28,7 @@ class OwnOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """An optimizer's own options as it goes by them; see `OwnOptions`. Checked when made.
+    """An optimizer's own options as it goes by them; see `FusedOptimizer`. Checked when made.
 
     Raises:
         UsageError: an argument outside its range, or two that exclude each other.
@@ -88,6 +77,21 @@ class Options:
     def seed(self) -> int:
         """Seed of the rounding; True stands for the default one."""
         return DEFAULT_SEED if isinstance(self.stochastic_rounding, bool) else self.stochastic_rounding
+
+
+def signature(init: Callable[..., None]) -> inspect.Signature:
+    """The signature of an optimizer's `__init__` as its class shows it: `**own` written out."""
+    _, *given = inspect.signature(init).parameters.values()
+    if not given or given[-1].kind != inspect.Parameter.VAR_KEYWORD:
+        return inspect.Signature(given)
+    names = {parameter.name for parameter in given}
+    for name, kind in OwnOptions.__annotations__.items():
+        if name not in names:
+            default = getattr(Options, name, False if name == "differentiable" else None)
+            annotation = getattr(kind, "__forward_arg__", kind)  # text, as those of `init` are
+            own = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            given.insert(-1, own)
+    return inspect.Signature(given[:-1])
 
 
 class ParamRule(NamedTuple):

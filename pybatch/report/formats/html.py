@@ -176,7 +176,7 @@ def _why(reason: Reason) -> str:
         f"<tr><th>{_text(name.replace('_', ' '))}</th><td>{_text(n.plain(value))}</td></tr>"
         for name, value in reason.inputs.items()
     )
-    name = figure_of(Verdict, reason.figure).label
+    name = figure_of(Verdict, reason.figure).name
     return f"<h3>{_text(name)} <span class='soft'>({_text(reason.evidence)})</span></h3><p>{_text(reason.text)}</p>" + (
         f"<table class='pairs'>{inputs}</table>" if inputs else ""
     )

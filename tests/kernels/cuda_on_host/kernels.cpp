@@ -1,4 +1,4 @@
-// The CUDA part as C++ for the host, behind a C interface; tests/test_cuda_on_host.py builds it.
+// The CUDA part as C++ for the host, behind a C interface; tests/kernels/test_cuda_on_host.py builds it.
 
 #include <cuda_runtime.h>  // the one beside this file
 

@@ -1,4 +1,4 @@
-"""Running a unit of trials to its targets."""
+"""Running a task of trials to its targets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pybatch.training.loop import Loop
 from pybatch.training.replicas import Replicas
 from pybatch.training.stack import Stack
 from pybatch.training.trajectory import SPLITS, Trajectory, crossing_at, next_evaluation
-from pybatch.training.trial import End, Outcome, Race, Trial, Unit, diverged
+from pybatch.training.trial import End, Outcome, Study, Task, Trial, diverged
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.session import Session, is_out_of_memory
 
@@ -28,20 +28,20 @@ class _StackError(Exception):
     """A stack failed on its way: at the workload's fault or at vmap's, which a loop tells apart."""
 
 
-def run_unit(
+def run_task(
     workload: Workload,
-    unit: Unit,
+    task: Task,
     deliver: Deliver,
     *,
     device: torch.device,
     how: Literal["stacked", "loop"] | None = None,
     progress: Progress | None = None,
 ) -> str | None:
-    """Train every trial of a unit; each outcome is delivered as soon as it is known.
+    """Train every trial of a task; each outcome is delivered as soon as it is known.
 
     Args:
         workload: what is trained; its fingerprint is that of the trials.
-        unit: the trials, their targets and caps.
+        task: the trials, their targets and caps.
         deliver: called with each outcome, once a trial.
         device: where.
         how: "stacked" or "loop"; None measures which is faster.
@@ -50,12 +50,12 @@ def run_unit(
     Returns:
         Why the trials were not stacked, where they could not be; else None.
     """
-    if not unit.trials:
+    if not task.trials:
         return None
-    race, ended = unit.race(), set[str]()
-    first = Session(workload, torch.device("cpu"), unit.trials[0].dtype, unit.trials[0].seed)
+    study, ended = task.study(), set[str]()
+    first = Session(workload, torch.device("cpu"), task.trials[0].dtype, task.trials[0].seed)
     size = sum(p.numel() * p.element_size() for p in first.parameters)
-    reason, split = None, next(iter(unit.targets))
+    reason, split = None, next(iter(task.targets))
 
     def delivered(outcome: Outcome) -> None:
         ended.add(outcome.trial.key)
@@ -63,16 +63,16 @@ def run_unit(
 
     def say(step: int, left: int, loss: float) -> None:
         if progress is not None:
-            text = f"trials: batch {unit.trials[0].batch}, step {step}, {left} of {len(unit.trials)} left"
-            progress(f"{text}, {split} loss {loss:.3g}", len(ended) / len(unit.trials))
+            text = f"trials: batch {task.trials[0].batch}, step {step}, {left} of {len(task.trials)} left"
+            progress(f"{text}, {split} loss {loss:.3g}", len(ended) / len(task.trials))
 
     def trained(group: list[Trial]) -> str | None:
         replicas, why = choose(workload, group, device, how)
-        _Training(replicas, race, delivered, unit.cap).run(say)
+        _Training(replicas, study, delivered, task.cap).run(say)
         return why
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        groups = deque(chunks(unit.trials, size, memory_for(device)))
+        groups = deque(chunks(task.trials, size, memory_for(device)))
         while groups:
             group, failed = groups.popleft(), None
             try:
@@ -88,10 +88,10 @@ def run_unit(
             # Here no trace holds what the stack held.
             rest = [trial for trial in group if trial.key not in ended]
             for trial in rest:
-                race.forget(trial.lr, trial.seed)
+                study.forget(trial.lr, trial.seed)
             if failed is not None:
                 reason = failed
-                _Training(Loop(workload, rest, device), race, delivered, unit.cap).run(say)
+                _Training(Loop(workload, rest, device), study, delivered, task.cap).run(say)
             else:
                 left, half = [trial for some in (rest, *groups) for trial in some], (len(group) + 1) // 2
                 groups = deque(left[i : i + half] for i in range(0, len(left), half))  # nor would the others fit
@@ -101,8 +101,8 @@ def run_unit(
 class _Training:
     """One group of replicas on its way to the targets, at most to step `cap`."""
 
-    def __init__(self, replicas: Replicas, race: Race, deliver: Deliver, cap: int) -> None:
-        self.replicas, self.race, self.deliver, self.cap = replicas, race, deliver, cap
+    def __init__(self, replicas: Replicas, study: Study, deliver: Deliver, cap: int) -> None:
+        self.replicas, self.study, self.deliver, self.cap = replicas, study, deliver, cap
         self.rows = list(range(len(replicas.trials)))  # of the tables below, one for each replica still held
         self.trials = list(replicas.trials)
         self.alive = [True] * len(self.trials)
@@ -143,7 +143,7 @@ class _Training:
 
     def _nearest(self) -> float:
         """The lowest loss of now, of the first split with a target."""
-        losses = self.losses[SPLITS.index(next(split for split in SPLITS if split in self.race.targets))][-1]
+        losses = self.losses[SPLITS.index(next(split for split in SPLITS if split in self.study.targets))][-1]
         return float(np.nanmin(losses, initial=np.inf))
 
     def _evaluate(self, step: int) -> None:
@@ -165,22 +165,22 @@ class _Training:
             self.deliver(self._outcome(row, end))
 
     def _look(self, steps: np.ndarray, i: int, row: int, split: str, losses: list[np.ndarray]) -> None:
-        target = self.race.targets.get(split)
+        target = self.study.targets.get(split)
         trial = self.trials[row]
-        if target is None or trial.seed in self.race.found.get(split, {}).get(trial.lr, {}):
+        if target is None or trial.seed in self.study.found.get(split, {}).get(trial.lr, {}):
             return
         tail = max(0, i - 40)  # more evaluations than the smoothing window and the one before it ever hold
         column = np.asarray([values[row] for values in losses[tail:]], dtype=np.float32)
         if (crossing := crossing_at(steps[tail:], column, i - tail, target)) is not None:
-            self.race.record(split, trial.lr, trial.seed, crossing)
+            self.study.record(split, trial.lr, trial.seed, crossing)
 
     def _end(self, row: int, step: int) -> End | None:
         trial, train = self.trials[row], self.losses[0]
-        if self.race.met(trial.lr, trial.seed):
+        if self.study.met(trial.lr, trial.seed):
             return "met"
         if diverged(step, float(train[-1][row]), float(train[0][row]), trial.scaled.warmup_steps):
             return "diverged"
-        return "capped" if self.race.over(trial.lr, trial.seed, step) else None
+        return "capped" if self.study.over(trial.lr, trial.seed, step) else None
 
     def _outcome(self, row: int, end: End) -> Outcome:
         train, test = (np.asarray([v[row] for v in losses], dtype=np.float32) for losses in self.losses)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pybatch.base import numerals as n
 from pybatch.records import ConvergencePoint
-from pybatch.training.trajectory import lowest
 from pybatch.training.trial import Outcome
 from pybatch.workloads.base import Progress
 
 _WIDE = 24  # of a cell: two splits fit into 80 columns
 
 
-def head(targets: Mapping[str, float]) -> str:
+def heading(targets: Mapping[str, float]) -> str:
     """The heading of the rows."""
     cells = (f"steps to {split} {n.number(target)}" for split, target in targets.items())
     return _line("batch", "rule", cells)
@@ -25,23 +23,9 @@ def row(batch: int, rule: str, points: Sequence[ConvergencePoint | None]) -> str
     return _line(n.count(batch), rule, (_cell(point) for point in points))
 
 
-def failed(batch: int, rule: str, reason: str) -> str:
+def failed_row(batch: int, rule: str, reason: str) -> str:
     """A row without steps."""
     return _line(n.count(batch), rule, [reason])
-
-
-def nearest(split: str, outcomes: Sequence[Outcome]) -> str | None:
-    """How near a target came that no run has reached; None where no loss was finite."""
-    found = []
-    for outcome in outcomes:
-        loss, step = lowest(outcome.trajectory, split)
-        if math.isfinite(loss):
-            found.append((loss, outcome.trial.batch, outcome.trial.lr, step))
-    if not found:
-        return None
-    loss, batch, lr, step = min(found)
-    place = f"at batch {n.count(batch)}, rate {n.number(lr, 2)}, step {n.count(step)}"
-    return f"the lowest {split} loss was {n.number(loss)}, {place}"
 
 
 def _line(batch: str, rule: str, cells: Iterable[str]) -> str:
@@ -57,7 +41,7 @@ def _cell(point: ConvergencePoint | None) -> str:
     return f"{value} ({point.reached}/{point.runs}){rate}"
 
 
-class Live:
+class SweepProgress:
     """Progress of a whole sweep: outcomes are put away and counted, and a worker's progress becomes the sweep's.
 
     Args:

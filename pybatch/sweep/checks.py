@@ -1,0 +1,81 @@
+"""What is checked before anything runs: options against the workload, its first losses, and what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from pybatch import scaling
+from pybatch.base.errors import UsageError
+from pybatch.device.identity import describe
+from pybatch.records import Note
+from pybatch.sweep.budget import checked_budget
+from pybatch.sweep.contents import Subject
+from pybatch.sweep.options import SweepOptions
+from pybatch.sweep.search import default_rates
+from pybatch.training.fingerprint import fingerprint
+from pybatch.training.task import initial_losses
+from pybatch.training.trajectory import SMOOTHING
+from pybatch.training.trial import Trial
+from pybatch.training.updates import arguments
+from pybatch.workloads.base import Workload
+from pybatch.workloads.running.session import Session, checked_dtype
+
+
+def settled(options: SweepOptions, workload: Workload) -> SweepOptions:
+    """The options with all that the workload and the optimizer decide: targets, base batch, hyper-parameters, rates.
+
+    Raises:
+        UsageError: an option that cannot work with them.
+    """
+    checked_dtype(options.dtype)
+    group = arguments(options.optimizer, options.options)
+    whole = dataclasses.replace(
+        options,
+        target=workload.target if options.target is None else options.target,
+        base_batch=options.start_batch,
+        options={name: value for name, value in group.items() if name != "lr"},
+        rates=default_rates(options.optimizer, group) if options.rates is None else options.rates,
+    )
+    if not whole.targets:
+        raise UsageError(f"workload {workload.name!r} names no target loss. Give one, such as train=0.1.")
+    checked_budget(whole.gap_epochs, workload.examples, whole.batches, whole.max_steps)
+    for rule in whole.rules:
+        scaling.scale(rule, {**whole.options, "lr": 1.0}, whole.start_batch, scaling.Base(whole.start_batch))
+    return whole
+
+
+def check_start(workload: Workload, options: SweepOptions, device: torch.device) -> None:
+    """Raise UsageError where a target is met before the first step: steps to it would say nothing.
+
+    WorkloadError where there is no loss to start from.
+    """
+    start = scaling.Scaled({**options.options, "lr": 1.0})
+    trial = Trial("", options.optimizer, start, options.batches[0], options.seed, options.dtype, device.type)
+    losses = initial_losses(workload, trial, device)
+    for split, target in options.targets.items():
+        if losses[split] <= target:
+            raise UsageError(
+                f"target {split}={target:g} is met before the first step: the loss starts at {losses[split]:.3g}. "
+                "Give a lower target."
+            )
+
+
+def subject_of(workload: Workload, options: SweepOptions, device: torch.device) -> Subject:
+    """What is trained, and where."""
+    session = Session(workload, torch.device("cpu"), options.dtype)
+    notes = []
+    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in session.model.modules()):
+        text = (
+            "the model has BatchNorm: its statistics are of the whole batch, so a larger batch also regularizes less. "
+            "Use ghost batches or another norm to tell the two apart"
+        )
+        notes.append(Note("curves.critical_batch", text))
+    return Subject(
+        fingerprint(workload),
+        dataclasses.replace(session.info, target={}, learning_rate=None),
+        describe(device),
+        f"{SMOOTHING}; {workload.evaluation_examples} examples in each fixed batch",
+        tuple(notes),
+    )

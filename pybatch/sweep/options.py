@@ -1,0 +1,177 @@
+"""What a sweep is asked for: one frozen object from the flags to the store and the record. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from pybatch import scaling
+from pybatch.base.errors import UsageError, unknown
+from pybatch.sweep.search import GRIDS, SAMPLERS, Grid, Racing, Sampled, Search, load_optuna
+from pybatch.training.trajectory import SPLITS, Split
+from pybatch.training.trial import rounded
+
+MAX_STEPS = 5000
+# What a later sweep may add to; any other option with another value makes another experiment.
+EXTENDED = ("batches", "rules", "seeds", "max_steps", "gap_epochs")
+
+
+class SweepKeywords(TypedDict, total=False):
+    """The options of `SweepOptions` beside batches, rules and seeds, as keywords of `measure_convergence`."""
+
+    seed: int
+    target: Mapping[str, float] | None
+    optimizer: str
+    options: Mapping[str, Any]
+    rates: Sequence[float] | None
+    search: str
+    base_batch: int | None
+    base_rate: float | None
+    max_steps: int
+    dtype: str
+    gap_epochs: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """What a sweep is asked for; `checks.settled` fills in what the workload and the optimizer decide.
+
+    Args:
+        batches: batch sizes, in examples.
+        rules: names of `pybatch.scaling.rules()`. "tuned" searches the rate at every batch size; the others start from
+            the rate at `base_batch`, tuned or given.
+        seeds: training runs of each batch size and rate, each with a model and a data order of its own.
+        seed: of the first of them; the others count up from it. With a store, more `seeds` add to those it holds, and
+            another `seed`, at least `seeds` away, repeats the experiment.
+        target: losses to reach, by split; None: the workload's own.
+        optimizer: a name of `pybatch.optim`, in any case.
+        options: its arguments but the learning rate, such as {"momentum": 0.9}.
+        rates: first learning rates of a search, rounded to six digits; None: 12, a factor of 2 apart. Where the best
+            one is the lowest or highest, more are tried; then two halfway beside it.
+        search: "race" tries every rate with the first seed, and runs the other seeds at the rates that can still have
+            the least median; "grid" runs every seed at every rate; or an Optuna sampler ("tpe", "qmc", "random",
+            "cmaes") between the ends of `rates`.
+        base_batch: where the rules start; None: the smallest of `batches`.
+        base_rate: their learning rate there; None: the one of the fewest steps to each target, which is sought first.
+        max_steps: a trial is given up then; earlier after 4 times the steps the base batch took (times B_0 / B below
+            it), and in a search after 1.5 times the median steps of the best rate. Where neither the base batch nor
+            the largest one reaches a target, the others are not tried.
+        dtype: "fp32" or "bf16" (autocast over fp32 parameters).
+        gap_epochs: compare test losses after so many epochs too, and after the steps that the largest batch takes in
+            them: when all else is done, the runs at each batch size's rate are made again, to that length. None: at
+            the train target alone.
+
+    Raises:
+        UsageError: an option that cannot work, whatever is trained.
+    """
+
+    batches: Sequence[int]
+    rules: Sequence[str] = (scaling.SEARCHED,)
+    seeds: int = 3
+    seed: int = 0
+    target: Mapping[str, float] | None = None
+    optimizer: str = "sgd"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rates: Sequence[float] | None = None
+    search: str = "race"
+    base_batch: int | None = None
+    base_rate: float | None = None
+    max_steps: int = MAX_STEPS
+    dtype: str = "fp32"
+    gap_epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check()
+        plain: dict[str, Any] = {
+            "batches": tuple(sorted(set(self.batches))),
+            "rules": tuple(dict.fromkeys(self.rules)),
+            "optimizer": self.optimizer.lower(),
+            "options": dict(self.options),
+        }
+        if self.target is not None:
+            plain["target"] = {split: float(self.target[split]) for split in SPLITS if split in self.target}
+        if self.rates is not None:
+            plain["rates"] = tuple(sorted({rounded(rate) for rate in self.rates}))
+        if self.base_rate is not None:
+            plain["base_rate"] = rounded(self.base_rate)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+    def _check(self) -> None:
+        if not self.batches or min(self.batches) < 1:
+            raise UsageError(f"batches {list(self.batches)}: give at least one batch size, each 1 or more.")
+        for rule in self.rules:
+            if rule not in scaling.rules():
+                raise unknown("rule", rule, scaling.rules())
+        if not self.rules:
+            raise UsageError("no rule was given. Give at least one, such as 'tuned'.")
+        if self.base_rate is not None:
+            if not 0 < self.base_rate < math.inf:
+                raise UsageError(f"base rate {self.base_rate:g}: give a finite learning rate above 0.")
+            if set(self.rules) == {scaling.SEARCHED}:
+                raise UsageError(
+                    f"base rate {self.base_rate:g}: rule 'tuned' seeks its own rates. Add a rule that starts from it, "
+                    "such as 'linear', or leave it out."
+                )
+        if self.seeds < 1:
+            raise UsageError(f"seeds {self.seeds} is below 1. Give at least 1; 3 show an interval.")
+        if not 0 <= self.seed <= 2**63 - self.seeds:
+            raise UsageError(f"seed {self.seed} is out of range. Give a whole number from 0 to 2**63 - 1.")
+        if self.max_steps < 1:
+            raise UsageError(f"max_steps {self.max_steps} is below 1. Give the steps after which a trial is given up.")
+        for split, loss in (self.target or {}).items():
+            if split not in SPLITS:
+                raise unknown("target split", split, SPLITS)
+            if not loss > -math.inf:
+                raise UsageError(f"target {split}={loss}: give a number.")
+        if self.rates is not None and not (self.rates and all(0 < rate < math.inf for rate in self.rates)):
+            raise UsageError(f"rates {list(self.rates)}: give finite learning rates above 0.")
+        if self.search not in GRIDS:
+            load_optuna(self.search)
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """Losses to reach, by split; of settled options."""
+        assert self.target is not None
+        return dict(self.target)
+
+    @property
+    def start_batch(self) -> int:
+        """The base batch: given, or the smallest."""
+        return self.base_batch if self.base_batch is not None else self.batches[0]
+
+    @property
+    def seed_range(self) -> tuple[int, ...]:
+        """The seed of every training run of a rate."""
+        return tuple(range(self.seed, self.seed + self.seeds))
+
+    @property
+    def seeks(self) -> bool:
+        """Whether rates are sought at every batch size, and not at the base batch alone."""
+        return scaling.SEARCHED in self.rules
+
+    @property
+    def compared(self) -> Split:
+        """The split whose target chooses the rates at which test losses are compared; of settled options."""
+        return next(split for split in SPLITS if split in self.targets)
+
+    def searcher(self) -> Search:
+        """A search for one batch size; of settled options."""
+        assert self.rates is not None
+        if self.search in SAMPLERS:
+            return Sampled(self.search, min(self.rates), max(self.rates), max(len(self.rates), 12), self.seed)
+        return Racing(Grid(self.rates)) if self.search == "race" else Grid(self.rates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types; `SweepOptions(**data)` reads them back."""
+        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return found
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What makes an experiment: all options but those a later sweep may add to, as plain JSON types."""
+        return {name: value for name, value in self.to_dict().items() if name not in EXTENDED}

@@ -1,0 +1,313 @@
+"""The record of an experiment, from what its store holds: of a sweep on its way, and of a file read later. No torch.
+
+Which trials a curve stands on. A **tuned** point takes the rates that its batch size's own search asked for, and no
+other: best-of-n falls with n, so a curve of tuned steps compares batch sizes only where each had an equal search
+(Shallue et al. 2019). A rate that another rule, a given base rate or another sweep's search happened to train there is
+left out, though it may be better: it was tried at some batch sizes and not at others. For the same reason the base rate
+of the other rules comes from the base batch's own search. At other targets than the sweep's the choice is made again,
+among the same trials. A point of any **other rule** is the trials that the rule makes of the base rate. Every trial
+counts with all the steps it ran, whoever asked for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pybatch.base.errors import UsageError
+from pybatch.records import Convergence, ConvergencePoint, Curve, Note, Run
+from pybatch.scaling import SEARCHED, Base, Scaled, scale
+from pybatch.sweep.budget import with_losses
+from pybatch.sweep.contents import GIVEN, LONGER, WHOLE, Contents, Row
+from pybatch.sweep.experiment import Experiment, changed, experiments
+from pybatch.sweep.options import SweepOptions
+from pybatch.sweep.search import best_rate
+from pybatch.sweep.summary import bare_reason, curve, nearest, point, unanswered
+from pybatch.training.trajectory import Split
+from pybatch.training.trial import Outcome, Study, Trial
+
+NAMED = 8  # parts of a sweep that a note lists
+
+
+def records(contents: Contents, targets: Mapping[str, float] | None = None) -> list[Run]:
+    """The record of every experiment of a store, at its own targets or at these."""
+    return [_Assembly(each, contents).run() for each in experiments(contents, targets)]
+
+
+def record_of(contents: Contents, sweep: int) -> Run:
+    """The record of the experiment that the sweep of this number belongs to."""
+    [own] = [each for each in experiments(contents) if any(s.number == sweep for s in each.sweeps)]
+    return _Assembly(own, contents).run()
+
+
+def trial_of(options: SweepOptions, fingerprint: str, device: str, scaled: Scaled, batch: int, seed: int) -> Trial:
+    """A trial of a sweep."""
+    return Trial(fingerprint, options.optimizer, scaled, batch, seed, options.dtype, device)
+
+
+def ruled_trials(
+    options: SweepOptions,
+    fingerprint: str,
+    device: str,
+    rule: str,
+    batch: int,
+    base: tuple[float, float | None],
+    seeds: Sequence[int],
+) -> list[Trial]:
+    """The trials that a rule makes at a batch size, of the base batch's rate and its median steps.
+
+    Raises:
+        UsageError: the rule has no answer for the batch size.
+    """
+    lr, steps = base
+    scaled = scale(rule, {**options.options, "lr": lr}, batch, Base(options.start_batch, steps))
+    return [trial_of(options, fingerprint, device, scaled, batch, seed) for seed in seeds]
+
+
+@dataclass
+class _Found:
+    """What is to be said beside the curves."""
+
+    open: dict[str, None] = field(default_factory=dict)  # what can still be run, in order
+    failed: bool = False  # whether something could not be run
+    notes: list[Note] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)  # keys of the trials that the record stands on
+
+
+class _Assembly:
+    """The record of one experiment, as it is put together."""
+
+    def __init__(self, experiment: Experiment, contents: Contents) -> None:
+        self.experiment, self.rows = experiment, contents.rows
+        self.environments = contents.environments
+        self.options, self.subject = experiment.first.options, experiment.first.subject
+        self.seeds = experiment.seeds
+        self.found = _Found()
+        self.start = self._start()
+        self.bases = {split: self._base(split) for split in experiment.splits}
+
+    def run(self) -> Run:
+        """The whole record."""
+        own, found = self.experiment, self.found
+        found.used.update(outcome.trial.key for outcome in self.start)
+        self._judge_start()
+        curves = tuple(self._curve(rule, split) for rule in own.rules for split in own.splits)
+        complete = not found.open and not found.failed
+        used = [self.rows[key] for key in found.used]
+        budget = own.budget
+        steps = Convergence(
+            curves,
+            tuple(self._notes()),
+            optimizer=self.options.optimizer,
+            seeds=len(self.seeds),
+            trials=len(used),
+            base_batch=self.options.start_batch,
+            base_rate=self.options.base_rate,
+            smoothing=self.subject.smoothing,
+            complete=complete,
+            device=self.subject.device,
+            workload=dataclasses.replace(self.subject.workload, target=dict(own.targets)),
+            gap_epochs=None if budget is None else budget.epochs,
+            gap_steps=None if budget is None else budget.steps,
+            experiment=own.name,
+            changed=changed(own.sweeps, [row.created for row in used]),
+        )
+        last = max(used, key=lambda row: (row.created, row.environment), default=None)
+        where = self.environments.get(last.environment) if last is not None else None
+        created = last.created if last is not None else ""
+        return Run(created, where, noise=own.noise, convergence=steps, complete=complete)
+
+    def _curve(self, rule: str, split: Split) -> Curve:
+        points: list[ConvergencePoint] = []
+        caps: dict[int, float] = {}
+        failed: dict[str, list[int]] = {}
+        near: list[Outcome] = []
+        for batch in self.experiment.batches:
+            try:
+                trials = self._trials(rule, split, batch)
+            except UsageError as error:  # the rule has no answer for this batch size
+                failed.setdefault(bare_reason(batch, error), []).append(batch)
+                self.found.failed = True
+                continue
+            if (reason := self._judge(rule, split, batch, trials)) is not None:
+                failed.setdefault(reason, []).append(batch)
+            rows = self._stored(trials or ())
+            if not rows:
+                continue
+            outcomes = [row.outcome for row in rows]
+            self.found.used.update(outcome.trial.key for outcome in outcomes)
+            ran = _ran(self.seeds, outcomes)
+            targets = self.experiment.targets
+            own = targets if rule == SEARCHED else {str(split): targets[split]}
+            study = _study(own, ran, outcomes, rule == SEARCHED)
+            found = _widened(point(batch, split, study, outcomes), ran, self.seeds)
+            points.append(self._lengthened(rule, split, found, outcomes))
+            caps[batch] = study.limit(split)
+            near += outcomes
+        notes = unanswered(failed)
+        if points and all(p.steps is None for p in points) and (text := nearest(split, near)) is not None:
+            notes.append(Note("points", text))
+        return curve(rule, split, self.experiment.targets[split], points, caps, self.experiment.noise, notes)
+
+    def _trials(self, rule: str, split: Split, batch: int) -> list[str] | None:
+        """Keys of the trials that a point stands on; None where they are not known yet.
+
+        Raises:
+            UsageError: the rule has no answer for this batch size.
+        """
+        if rule == SEARCHED:
+            return sorted(self.experiment.sought(batch))
+        base = self.bases[split]
+        if base is None:
+            if not self._over(SEARCHED, self.options.start_batch, split):
+                return None
+            raise UsageError(f"no rate reached the target at the base batch {self.options.start_batch}")
+        return [trial.key for trial in self._ruled(rule, batch, base)]
+
+    def _judge(self, rule: str, split: Split, batch: int, keys: list[str] | None) -> str | None:
+        """Note whether trials are missing of a point; returns why they could not be run, where that is known."""
+        sweep, cells = self.experiment.cells(rule, batch, split)
+        reason = next((sweep.failed[cell] for cell in cells if cell in sweep.failed), None) if sweep else None
+        if reason is not None:
+            self.found.failed = True
+            return reason
+        rows = self._stored(keys or ())
+        whole = keys is not None and len(rows) == len(keys) and self._over(rule, batch, split)
+        if not whole or len(_ran(self.seeds, [row.outcome for row in rows])) < len(self.seeds):
+            self.found.open[f"batch {batch} {rule}"] = None
+        return None
+
+    def _judge_start(self) -> None:
+        """Note why the runs that rules go by could not be made, where no curve shows it."""
+        batch, rule = self.options.start_batch, SEARCHED if self.options.base_rate is None else GIVEN
+        if rule in self.experiment.rules and batch in self.experiment.batches:
+            return
+        last = max(self.experiment.sweeps, key=lambda sweep: sweep.begun)
+        if (reason := last.failed.get((rule, WHOLE, batch))) is not None:
+            self.found.failed = True
+            self.found.notes.append(Note("curves.points", f"base batch {batch}: {reason}"))
+
+    def _over(self, rule: str, batch: int, split: Split) -> bool:
+        sweep, cells = self.experiment.cells(rule, batch, split)
+        return sweep is not None and any(cell in sweep.ended for cell in cells)
+
+    def _lengthened(
+        self, rule: str, split: Split, found: ConvergencePoint, outcomes: Sequence[Outcome]
+    ) -> ConvergencePoint:
+        """A point of the split compared, with the test losses of its runs at equal budgets."""
+        budget = self.experiment.budget
+        if budget is None or split != self.experiment.splits[0]:
+            return found
+        spender, name = self.experiment.spender(rule, found.batch), f"batch {found.batch} {rule}"
+        behind = [outcome for outcome in outcomes if outcome.trial.lr == found.learning_rate]
+        if spender is not None and not all(map(budget.spent, behind)):
+            cell = (rule, LONGER, found.batch)
+            if cell in spender.failed:
+                self.found.failed = True
+                text = f"{name} to {budget.epochs:g} epochs: {spender.failed[cell]}"
+                self.found.notes.append(Note("curves.points", text))
+            elif cell in spender.ended:
+                text = (
+                    f"{name}: test losses after {budget.epochs:g} epochs are missing of runs that were chosen later. "
+                    f"Go on with gap epochs {budget.epochs:g} to have them"
+                )
+                self.found.notes.append(Note("curves.points", text))
+            else:
+                self.found.open[f"{name} to {budget.epochs:g} epochs"] = None
+        return with_losses(found, outcomes, self.seeds, budget)
+
+    def _notes(self) -> list[Note]:
+        own, notes = self.experiment, list(self.found.notes)
+        if open_ := list(self.found.open):
+            text = f"trials are missing of {', '.join(open_[:NAMED])}{' and more' if len(open_) > NAMED else ''}"
+            notes.append(Note("curves", text))
+        for epochs in own.epochs[1:]:
+            where = ", ".join(map(str, own.spending(epochs)))
+            text = f"test losses after {epochs:g} epochs, asked for at batch {where}, are not shown: those after "
+            text += f"{own.epochs[0]:g} epochs compare {'more' if own.epochs[0] < epochs else 'as many'} batch sizes"
+            notes.append(Note("curves.points", text))
+        remarks = {cause: text for sweep in reversed(own.sweeps) for cause, text in sweep.remarks.items()}
+        notes += [Note("trials", text) for text in remarks.values()]
+        notes += self.subject.notes
+        if self.options.optimizer == "muon":
+            text = "muon: every matrix is updated by Muon, embeddings and an output layer too, often left to AdamW"
+            notes.append(Note("curves", text))
+        examples = self.subject.workload.examples
+        if over := [str(batch) for batch in own.batches if examples is not None and batch > examples]:
+            text = f"batch {', '.join(over)} is larger than the data set of {examples} examples: batches are drawn "
+            notes.append(Note("curves.points", text + "with replacement, so examples repeat within one"))
+        return notes
+
+    def _stored(self, keys: Sequence[str]) -> list[Row]:
+        rows = (self.rows[key] for key in keys if key in self.rows)
+        return [row for row in rows if row.outcome.trial.seed in self.seeds]
+
+    def _ruled(self, rule: str, batch: int, base: tuple[float, float | None]) -> list[Trial]:
+        device = self.subject.device.kind
+        return ruled_trials(self.options, self.subject.fingerprint, device, rule, batch, base, self.seeds)
+
+    def _start(self) -> list[Outcome]:
+        """The runs at the base batch that rules go by: those of its search, or at the rate that was given."""
+        batch, given = self.options.start_batch, self.options.base_rate
+        if given is None:
+            keys = sorted(self.experiment.sought(batch))
+        else:
+            device, scaled = self.subject.device.kind, Scaled({**self.options.options, "lr": given})
+            keys = [
+                trial_of(self.options, self.subject.fingerprint, device, scaled, batch, seed).key for seed in self.seeds
+            ]
+        return [row.outcome for row in self._stored(keys)]
+
+    def _base(self, split: Split) -> tuple[float, float | None] | None:
+        """The base batch's rate for a split's target, and its median steps; None where no rate is known."""
+        outcomes, given = self.start, self.options.base_rate
+        if not outcomes:
+            return None if given is None else (given, None)
+        ran = self.seeds if given is not None else _ran(self.seeds, outcomes)
+        study = _study(self.experiment.targets, ran, outcomes, search=given is None)
+        return base_of(study, split, given)
+
+
+def base_of(study: Study, split: str, given: float | None) -> tuple[float, float | None] | None:
+    """The base batch's rate for a split's target, given or the best, and its median steps where it reached.
+
+    None where no rate was given and none reached the target.
+    """
+    lr = given if given is not None else best_rate(study, split, sorted({lr for lr, _ in study.ended}))
+    if lr is None:
+        return None
+    steps = study.median(split, lr)
+    return lr, steps if math.isfinite(steps) else None
+
+
+def _ran(seeds: Sequence[int], outcomes: Sequence[Outcome]) -> tuple[int, ...]:
+    """The seeds that have run: one that has not is no run that failed."""
+    found = {outcome.trial.seed for outcome in outcomes}
+    return tuple(seed for seed in seeds if seed in found)
+
+
+def _widened(found: ConvergencePoint, ran: Sequence[int], seeds: Sequence[int]) -> ConvergencePoint:
+    """A point of the seeds that ran, its table with a column for each seed of the curve."""
+    rates = []
+    for rate in found.rates:
+        steps, statuses = dict(zip(ran, rate.steps, strict=True)), dict(zip(ran, rate.statuses, strict=True))
+        rates.append(
+            dataclasses.replace(
+                rate,
+                steps=tuple(steps.get(seed) for seed in seeds),
+                statuses=tuple(statuses.get(seed, "not_run") for seed in seeds),
+            )
+        )
+    other = dict(zip(ran, found.other_losses, strict=False))
+    losses = tuple(other.get(seed) for seed in seeds) if found.other_losses else ()
+    return dataclasses.replace(found, rates=tuple(rates), other_losses=losses)
+
+
+def _study(targets: Mapping[str, float], seeds: Sequence[int], outcomes: Sequence[Outcome], search: bool) -> Study:
+    """How the trials of a point stand; one was given up after the steps it ran."""
+    study = Study(dict(targets), seeds, max(outcome.steps for outcome in outcomes), search)
+    for outcome in outcomes:
+        study.take(outcome)
+    return study
