@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pybatch.base.errors import Interrupted, PybatchError
+from pybatch.base.errors import Interrupted
 from pybatch.device.environment import capture
 from pybatch.noise.measurement import measure_noise
 from pybatch.records import NoiseScale, Note, Run
@@ -47,28 +47,17 @@ def run_sweep(
     """
     environment = capture(seed=options.seed, command=command)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    notes: list[Note] = []
 
-    def finish(run: Run) -> Run:
-        complete = run.complete and not notes
-        return replace(run, created=created, environment=environment, complete=complete, notes=tuple(notes))
-
-    def measured() -> NoiseScale | None:
+    def measured() -> NoiseScale:
         say = (lambda text, share: progress(f"noise: {text}", share)) if progress is not None else None
-        try:
-            return measure_noise(
-                workload,
-                device=device,
-                dtype=options.dtype,
-                seed=options.seed,
-                time_budget=noise_budget,
-                progress=say,
-            )
-        except Interrupted:
-            raise KeyboardInterrupt from None  # no trial has run: there is nothing to keep
-        except PybatchError as error:  # steps can be measured without it
-            notes.append(Note("noise", str(error)))
-        return None
+        return measure_noise(
+            workload,
+            device=device,
+            dtype=options.dtype,
+            seed=options.seed,
+            time_budget=noise_budget,
+            progress=say,
+        )
 
     try:
         run = measure_sweep(
@@ -86,6 +75,7 @@ def run_sweep(
         )
     except Interrupted as stop:
         kept = "finished trials in the store: go on with --resume" if store is not None else "no trial was stored"
-        notes.append(Note("run", f"interrupted: what was measured until then is in the record, {kept}"))
-        raise Interrupted(finish(stop.partial)) from None
-    return finish(run)
+        note = Note("run", f"interrupted: what was measured until then is in the record, {kept}")
+        cut = replace(stop.partial, created=created, environment=environment, complete=False, notes=(note,))
+        raise Interrupted(cut) from None
+    return replace(run, created=created, environment=environment)

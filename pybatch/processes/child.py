@@ -74,6 +74,7 @@ class Child:
             stderr=stderr,
             start_new_session=True,  # Ctrl-C is the parent's affair, and so is the end of what the child starts
         )
+        self._stopped = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.send(os.getpid())
@@ -95,6 +96,9 @@ class Child:
 
     def stop(self) -> None:
         """End it, with what it has started in its own group, and let go of its streams. Safe to call twice."""
+        if self._stopped:
+            return
+        self._stopped = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -16,7 +16,7 @@ from pybatch.base.errors import UsageError
 from pybatch.records import Run
 from pybatch.sweep.contents import Contents, read_contents
 from pybatch.sweep.record import records
-from pybatch.sweep.schema import APPLICATION, HEADER, OTHER_SCHEMA, SCHEMA
+from pybatch.sweep.schema import APPLICATION, HEADER, SCHEMA, other_schema
 
 
 def is_store(path: Path) -> bool:
@@ -59,7 +59,7 @@ def _contents(path: Path) -> Contents:
     if owner != APPLICATION:
         raise refused("is a SQLite file of another program")
     if version != SCHEMA:
-        raise refused(f"has schema {version}, this pybatch reads {SCHEMA}", OTHER_SCHEMA)
+        raise refused(f"has schema {version}, this pybatch reads {SCHEMA}", other_schema(version))
     if state != "ok":
         raise refused(f"is damaged: {state}")
     try:

@@ -17,6 +17,7 @@ from pybatch.training.trial import Outcome, Trial
 # split of its target for another rule, and LONGER for runs past their target, to a budget of epochs.
 CellName = tuple[str, str, int]
 WHOLE, LONGER = "", "epochs"
+NOISE = "noise"  # the cause of a remark on why the noise scale could not be measured
 GIVEN = "given"  # in place of a rule: the base batch at the rate that was given
 
 
@@ -74,6 +75,14 @@ def read_contents(db: sqlite3.Connection) -> Contents:
         sqlite3.Error: it cannot be read.
         ValueError, KeyError, TypeError: what is in it is not what was written (UsageError is a ValueError).
     """
+    db.execute("BEGIN")  # one state of it, whoever else writes meanwhile
+    try:
+        return _read(db)
+    finally:
+        db.rollback()
+
+
+def _read(db: sqlite3.Connection) -> Contents:
     [name] = db.execute("SELECT name FROM store").fetchone()
     rows = {}
     for key, spec, end, seconds, how, *losses, environment, created in db.execute(
@@ -100,7 +109,7 @@ def _sweep(
     return StoredSweep(
         number,
         decode(Subject, data["subject"], "subject"),
-        SweepOptions(**data["options"]),
+        SweepOptions.stored(data["options"]),
         created,
         begun,
         decode(NoiseScale, json.loads(noise), "noise") if noise is not None else None,

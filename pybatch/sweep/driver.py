@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from pybatch.base.errors import UsageError, WorkloadError
+from pybatch.base.errors import StoreError, UsageError, WorkloadError
 from pybatch.base.numerals import counted
 from pybatch.processes.workers import Ending, LostWorkerError, Submission, Workers
 from pybatch.records import Run
 from pybatch.scaling import SEARCHED, Scaled
 from pybatch.sweep.budget import NEVER, Budget
 from pybatch.sweep.cell import Cell
-from pybatch.sweep.contents import GIVEN, LONGER, WHOLE, Subject
+from pybatch.sweep.contents import GIVEN, LONGER, WHOLE, CellName, Subject
 from pybatch.sweep.options import SweepOptions
 from pybatch.sweep.progress import SweepProgress, failed_row, heading, row
 from pybatch.sweep.record import base_of, record_of, ruled_trials, trial_of
@@ -52,6 +53,7 @@ class Sweep:
         self.store, self.number = store, number
         self.seeds = options.seed_range
         self.cells: list[Cell] = []
+        self.failures: dict[CellName, str] = {}  # why, of cells whose trials could not all run
 
     def run(self) -> None:
         """Run the base batch, then everything else, as many at a time as there are workers."""
@@ -79,8 +81,29 @@ class Sweep:
             self._finish(longer)
 
     def record(self) -> Run:
-        """What the store says of the experiment that this sweep belongs to."""
-        return record_of(self.store.contents(), self.number)
+        """What the store says of the experiment that this sweep belongs to; where it is lost, what this sweep knows."""
+        try:
+            return record_of(self.store.contents(), self.number)
+        except StoreError as error:
+            return self._remembered(str(error))
+
+    def _remembered(self, why: str) -> Run:
+        """The record of the cells that are over here, by way of a store in memory."""
+        with Store(None, self.store.environment) as memory:
+            number = memory.begin(self.subject, self.options, None)
+            memory.remark(number, "store", why)
+            for cell in self.cells:
+                if cell.name in self.failures:
+                    memory.end(number, [cell.name], self.failures[cell.name])
+                elif cell.over and not cell.failed:
+                    for outcome in cell.outcomes:
+                        memory.put(outcome)
+                    if cell.search is not None:
+                        memory.seek(number, cell.batch, cell.trials.values())
+                    memory.end(number, [cell.name])
+            run = record_of(memory.contents(), number)
+        assert run.convergence is not None
+        return replace(run, complete=False, convergence=replace(run.convergence, complete=False))
 
     def _tune(self, base: Cell) -> list[Cell]:
         """The searches at all other batch sizes, but for those that cannot be expected to reach a target."""
@@ -238,6 +261,7 @@ class Sweep:
 
     def _fail(self, cell: Cell, reason: str) -> Cell:
         """End a cell whose trials could not all run, and keep why."""
+        self.failures[cell.name] = reason
         self.store.end(self.number, [cell.name], reason)
         return self._leave(cell, reason)
 

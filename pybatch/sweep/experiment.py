@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pybatch.records import NoiseScale
 from pybatch.scaling import SEARCHED
 from pybatch.sweep.budget import Budget
-from pybatch.sweep.contents import WHOLE, CellName, Contents, StoredSweep
+from pybatch.sweep.contents import NOISE, WHOLE, CellName, Contents, StoredSweep
 from pybatch.training.trajectory import SPLITS, Split
 
 
@@ -56,7 +56,12 @@ class Experiment:
     def noise(self) -> NoiseScale | None:
         """The gradient noise scale measured last."""
         known = [sweep for sweep in self.sweeps if sweep.noise is not None]
-        return max(known, key=_begun).noise if known else None
+        return max(known, key=lambda sweep: sweep.measured or "").noise if known else None
+
+    @property
+    def noise_failed(self) -> bool:
+        """Whether a sweep was to measure it, and none could."""
+        return self.noise is None and any(NOISE in sweep.remarks for sweep in self.sweeps)
 
     @property
     def as_asked(self) -> bool:

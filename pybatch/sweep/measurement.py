@@ -9,7 +9,7 @@ from typing import Unpack
 
 import torch
 
-from pybatch.base.errors import Interrupted, StoreError, UsageError
+from pybatch.base.errors import Interrupted, PybatchError, StoreError, UsageError
 from pybatch.base.numerals import counted
 from pybatch.device.environment import capture
 from pybatch.device.identity import resolve
@@ -17,6 +17,7 @@ from pybatch.processes.workers import Inline, Processes, Workers
 from pybatch.records import Convergence, Environment, NoiseScale, Note, Run
 from pybatch.scaling import SEARCHED
 from pybatch.sweep.checks import check_start, settled, subject_of
+from pybatch.sweep.contents import NOISE
 from pybatch.sweep.driver import Found, Sweep
 from pybatch.sweep.options import SweepKeywords, SweepOptions
 from pybatch.sweep.progress import SweepProgress
@@ -118,11 +119,14 @@ def measure_sweep(
                 f"store '{store}' holds {counted(len(kept), 'trial')}. Add --resume (resume=True) to run only what is "
                 "missing, or name another file."
             )
-        scale = noise() if callable(noise) else noise
+        scale, refusal = _measured(noise)
         whole = SweepProgress(kept.put, progress, alone=jobs == 1 and ray is None)
         with _workers(workload, whole, place, jobs, ray) as workers:
             subject = subject_of(workload, options, place)
-            sweep = Sweep(options, subject, kept, kept.begin(subject, options, scale), workers, found, whole)
+            number = kept.begin(subject, options, scale)
+            if refusal is not None:
+                kept.remark(number, NOISE, refusal)
+            sweep = Sweep(options, subject, kept, number, workers, found, whole)
             try:
                 sweep.run()
                 return sweep.record()
@@ -132,8 +136,20 @@ def measure_sweep(
                 return _with_note(sweep.record(), str(error))
 
 
+def _measured(noise: Noise) -> tuple[NoiseScale | None, str | None]:
+    """The noise scale, or why it could not be measured: steps can be without it."""
+    try:
+        return noise() if callable(noise) else noise, None
+    except Interrupted:
+        raise KeyboardInterrupt from None  # no trial has run: there is nothing to keep
+    except PybatchError as error:
+        return None, str(error)
+
+
 def _with_note(run: Run, text: str) -> Run:
     assert run.convergence is not None
+    if any(note.text == text for note in run.convergence.notes):
+        return run
     notes = (*run.convergence.notes, Note("trials", text))
     return replace(run, convergence=replace(run.convergence, notes=notes))
 

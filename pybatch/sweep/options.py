@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 from pybatch import scaling
 from pybatch.base.errors import UsageError, unknown
@@ -50,7 +51,7 @@ class SweepOptions:
         target: losses to reach, by split; None: the workload's own.
         optimizer: a name of `pybatch.optim`, in any case.
         options: its arguments but the learning rate, such as {"momentum": 0.9}.
-        rates: first learning rates of a search, rounded to six digits; None: 12, a factor of 2 apart. Where the best
+        rates: first learning rates of a search; None: 12, a factor of 2 apart. Where the best
             one is the lowest or highest, more are tried; then two halfway beside it.
         search: "race" tries every rate with the first seed, and runs the other seeds at the rates that can still have
             the least median; "grid" runs every seed at every rate; or an Optuna sampler ("tpe", "qmc", "random",
@@ -86,8 +87,26 @@ class SweepOptions:
 
     def __post_init__(self) -> None:
         self._check()
+        self._normalize()
+
+    @classmethod
+    def stored(cls, data: Mapping[str, Any]) -> Self:
+        """Settled options as a store has them.
+
+        They were checked when they were asked for: a rule or a sampler of theirs need not be here, where they are read.
+        """
+        made, names = cls.__new__(cls), {each.name for each in dataclasses.fields(cls)}
+        if odd := sorted(set(data) ^ names):
+            raise ValueError(f"options {odd} are unknown or missing")
+        for name in names:
+            object.__setattr__(made, name, data[name])
+        made._normalize()
+        return made
+
+    def _normalize(self) -> None:
+        """One form for options that ask for the same."""
         plain: dict[str, Any] = {
-            "batches": tuple(sorted(set(self.batches))),
+            "batches": tuple(sorted({operator.index(batch) for batch in self.batches})),
             "rules": tuple(dict.fromkeys(self.rules)),
             "optimizer": self.optimizer.lower(),
             "options": dict(self.options),
@@ -95,15 +114,18 @@ class SweepOptions:
         if self.target is not None:
             plain["target"] = {split: float(self.target[split]) for split in SPLITS if split in self.target}
         if self.rates is not None:
-            plain["rates"] = tuple(sorted({rounded(rate) for rate in self.rates}))
+            plain["rates"] = tuple({rounded(rate): float(rate) for rate in sorted(self.rates, reverse=True)}.values())[
+                ::-1
+            ]
         if self.base_rate is not None:
             plain["base_rate"] = rounded(self.base_rate)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
     def _check(self) -> None:
-        if not self.batches or min(self.batches) < 1:
-            raise UsageError(f"batches {list(self.batches)}: give at least one batch size, each 1 or more.")
+        whole = all(hasattr(batch, "__index__") for batch in self.batches)
+        if not whole or not self.batches or min(self.batches) < 1:
+            raise UsageError(f"batches {list(self.batches)}: give at least one batch size, each a whole number from 1.")
         for rule in self.rules:
             if rule not in scaling.rules():
                 raise unknown("rule", rule, scaling.rules())

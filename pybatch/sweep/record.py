@@ -20,7 +20,7 @@ from pybatch.base.errors import UsageError
 from pybatch.records import Convergence, ConvergencePoint, Curve, Note, Run
 from pybatch.scaling import SEARCHED, Base, Scaled, scale
 from pybatch.sweep.budget import with_losses
-from pybatch.sweep.contents import GIVEN, LONGER, WHOLE, Contents, Row
+from pybatch.sweep.contents import GIVEN, LONGER, NOISE, WHOLE, Contents, Row
 from pybatch.sweep.experiment import Experiment, changed, experiments
 from pybatch.sweep.options import SweepOptions
 from pybatch.sweep.search import best_rate
@@ -72,6 +72,7 @@ class _Found:
 
     open: dict[str, None] = field(default_factory=dict)  # what can still be run, in order
     failed: bool = False  # whether something could not be run
+    fewer: bool = False  # whether some of it was never asked for with all the seeds
     notes: list[Note] = field(default_factory=list)
     used: set[str] = field(default_factory=set)  # keys of the trials that the record stands on
 
@@ -94,7 +95,7 @@ class _Assembly:
         found.used.update(outcome.trial.key for outcome in self.start)
         self._judge_start()
         curves = tuple(self._curve(rule, split) for rule in own.rules for split in own.splits)
-        complete = not found.open and not found.failed
+        complete = not found.open and not found.failed and not own.noise_failed
         used = [self.rows[key] for key in found.used]
         budget = own.budget
         steps = Convergence(
@@ -133,9 +134,10 @@ class _Assembly:
                 continue
             if (reason := self._judge(rule, split, batch, trials)) is not None:
                 failed.setdefault(reason, []).append(batch)
-            rows = self._stored(trials or ())
-            if not rows:
                 continue
+            rows = self._stored(trials or ())
+            if not rows or (rule == SEARCHED and not self._over(rule, batch, split)):
+                continue  # the best of half a search compares with nothing
             outcomes = [row.outcome for row in rows]
             self.found.used.update(outcome.trial.key for outcome in outcomes)
             ran = _ran(self.seeds, outcomes)
@@ -174,9 +176,11 @@ class _Assembly:
             self.found.failed = True
             return reason
         rows = self._stored(keys or ())
-        whole = keys is not None and len(rows) == len(keys) and self._over(rule, batch, split)
+        over = sweep is None or self._over(rule, batch, split)  # no sweep of so many seeds: its trials say it alone
+        whole = keys is not None and len(rows) == len(keys) and over
         if not whole or len(_ran(self.seeds, [row.outcome for row in rows])) < len(self.seeds):
             self.found.open[f"batch {batch} {rule}"] = None
+            self.found.fewer |= sweep is None or sweep.options.seeds < len(self.seeds)
         return None
 
     def _judge_start(self) -> None:
@@ -222,6 +226,8 @@ class _Assembly:
         own, notes = self.experiment, list(self.found.notes)
         if open_ := list(self.found.open):
             text = f"trials are missing of {', '.join(open_[:NAMED])}{' and more' if len(open_) > NAMED else ''}"
+            if self.found.fewer:
+                text += f". Another sweep here has {len(self.seeds)} seeds: go on with as many for these, too"
             notes.append(Note("curves", text))
         for epochs in own.epochs[1:]:
             where = ", ".join(map(str, own.spending(epochs)))
@@ -229,7 +235,7 @@ class _Assembly:
             text += f"{own.epochs[0]:g} epochs compare {'more' if own.epochs[0] < epochs else 'as many'} batch sizes"
             notes.append(Note("curves.points", text))
         remarks = {cause: text for sweep in reversed(own.sweeps) for cause, text in sweep.remarks.items()}
-        notes += [Note("trials", text) for text in remarks.values()]
+        notes += [Note("noise" if cause == NOISE else "trials", text) for cause, text in remarks.items()]
         notes += self.subject.notes
         if self.options.optimizer == "muon":
             text = "muon: every matrix is updated by Muon, embeddings and an output layer too, often left to AdamW"
@@ -261,9 +267,14 @@ class _Assembly:
         return [row.outcome for row in self._stored(keys)]
 
     def _base(self, split: Split) -> tuple[float, float | None] | None:
-        """The base batch's rate for a split's target, and its median steps; None where no rate is known."""
+        """The base batch's rate for a split's target, and its median steps; None where no rate is known.
+
+        Of runs at a given rate that could not all be made rules take no steps, in the sweep and so here.
+        """
         outcomes, given = self.start, self.options.base_rate
-        if not outcomes:
+        cell = (GIVEN, WHOLE, self.options.start_batch)
+        own = [sweep for sweep in self.experiment.sweeps if sweep.options.seeds == len(self.seeds)]
+        if not outcomes or (given is not None and not any(cell in sweep.ended for sweep in own)):
             return None if given is None else (given, None)
         ran = self.seeds if given is not None else _ran(self.seeds, outcomes)
         study = _study(self.experiment.targets, ran, outcomes, search=given is None)

@@ -8,7 +8,6 @@ HEADER = b"SQLite format 3\0"
 APPLICATION = 0x70796261  # "pyba": SQLite's own mark of whose file it is
 # Of the tables, and of what a trial does: raised with every change after which the same trial gives other losses.
 SCHEMA = 2
-OTHER_SCHEMA = "Use the pybatch that wrote it, or a later one."
 
 TABLES = """
 CREATE TABLE store (name TEXT NOT NULL);
@@ -67,6 +66,13 @@ _REMEDIES = (  # by SQLite's primary result code
         f"Make file and folder writable, {_GO_ON}",
     ),
 )
+
+
+def other_schema(found: object) -> str:
+    """What to do about a store of another schema."""
+    if isinstance(found, int) and found > SCHEMA:
+        return "A later pybatch wrote it: use that one, or name another file."
+    return "An earlier pybatch wrote it: name another file, or use that one."
 
 
 def remedy(error: BaseException) -> str | None:

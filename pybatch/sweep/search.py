@@ -70,8 +70,10 @@ class Grid(Search):
     """A log grid; two rates more past an edge where the best lies there, then two rates halfway beside the best."""
 
     def __init__(self, rates: Sequence[float]) -> None:
-        self.rates = sorted({rounded(rate) for rate in rates})
-        self.ratio = (self.rates[-1] / self.rates[0]) ** (1 / (len(self.rates) - 1)) if len(self.rates) > 1 else 2.0
+        self.exact: dict[float, float] = {}  # by a rate as it is trained, rounded: what it is reckoned with
+        self.rates = sorted(self._named(rates))
+        first, last = self.exact[self.rates[0]], self.exact[self.rates[-1]]
+        self.ratio = (last / first) ** (1 / (len(self.rates) - 1)) if len(self.rates) > 1 else 2.0
         self.tried: list[float] = []
         self.extensions = 0
         self.refined: set[str] = set()
@@ -88,7 +90,7 @@ class Grid(Search):
         for split in study.targets:
             best = best_rate(study, split, self.tried)
             steps = (-2, -1) if best == min(self.tried) else (1, 2) if best == max(self.tried) else ()
-            wanted += [best * self.ratio**step for step in steps if best is not None]
+            wanted += [self.exact[best] * self.ratio**step for step in steps if best is not None]
         if not wanted or self.extensions == EXTENSIONS:
             return []
         self.extensions += 1
@@ -101,14 +103,20 @@ class Grid(Search):
             best = best_rate(study, split, self.tried)
             if best is not None and min(self.tried) < best < max(self.tried) and split not in self.refined:
                 self.refined.add(split)
-                wanted += [best / math.sqrt(self.ratio), best * math.sqrt(self.ratio)]
+                wanted += [self.exact[best] / math.sqrt(self.ratio), self.exact[best] * math.sqrt(self.ratio)]
         return self._try(wanted)
 
     def _try(self, rates: Sequence[float]) -> list[float]:
-        wanted = {rounded(rate) for rate in rates}
+        wanted = self._named(rates)
         fresh = sorted(rate for rate in wanted if all(abs(rate / other - 1) > _SAME for other in self.tried))
         self.tried = sorted([*self.tried, *fresh])
         return fresh
+
+    def _named(self, rates: Sequence[float]) -> set[float]:
+        """Rates as they are trained. Two halvings of a rounded rate would not be a rounded quarter."""
+        for rate in rates:
+            self.exact.setdefault(rounded(rate), rate)
+        return {rounded(rate) for rate in rates}
 
 
 class Racing(Search):

@@ -26,9 +26,9 @@ import psutil
 from pybatch.base.codec import encode
 from pybatch.base.errors import StoreError, UsageError
 from pybatch.records import Environment, NoiseScale
-from pybatch.sweep.contents import CellName, Contents, Subject, read_contents
+from pybatch.sweep.contents import NOISE, CellName, Contents, Subject, read_contents
 from pybatch.sweep.options import SweepOptions
-from pybatch.sweep.schema import APPLICATION, DAMAGED, HEADER, OTHER_SCHEMA, SCHEMA, TABLES, remedy
+from pybatch.sweep.schema import APPLICATION, DAMAGED, HEADER, SCHEMA, TABLES, other_schema, remedy
 from pybatch.training.trajectory import Trajectory
 from pybatch.training.trial import Outcome, Trial
 
@@ -50,7 +50,7 @@ class Store:
     """
 
     def __init__(self, path: Path | None, environment: Environment, lease: float = LEASE) -> None:
-        self.path, self.lease = path, lease
+        self.path, self.lease, self.environment = path, lease, environment
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid()):.2f}:{uuid.uuid4().hex}"
         self._name = ":memory:" if path is None else str(path)
         try:
@@ -162,6 +162,7 @@ class Store:
             [number] = self._db.execute("SELECT number FROM sweep WHERE json = ?", (text,)).fetchone()
             self._db.execute("UPDATE sweep SET begun = ? WHERE number = ?", (now, number))
             self._db.execute("DELETE FROM cell WHERE sweep = ? AND failed IS NOT NULL", (number,))
+            self._db.execute("DELETE FROM remark WHERE sweep = ? AND cause = ?", (number, NOISE))
             if noise is not None:
                 values = json.dumps(encode(noise)), now, number
                 self._db.execute("UPDATE sweep SET noise = ?, measured = ? WHERE number = ?", values)
@@ -178,7 +179,8 @@ class Store:
         """Note that cells of a sweep are over, which trials alone do not show; or why they could not be run."""
         with self._write():
             self._db.executemany(
-                "INSERT OR IGNORE INTO cell VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO cell VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET ended = excluded.ended, "
+                "failed = excluded.failed WHERE failed IS NOT NULL",  # what has run, here or elsewhere, has run
                 [(sweep, *cell, _now(), failed) for cell in cells],
             )
 
@@ -262,7 +264,10 @@ class Store:
         if self._pragma("application_id") != APPLICATION:
             raise self._refused("is a SQLite file of another program")
         if self._pragma("user_version") != SCHEMA:
-            raise self._refused(f"has schema {self._pragma('user_version')}, this pybatch reads {SCHEMA}", OTHER_SCHEMA)
+            raise self._refused(
+                f"has schema {self._pragma('user_version')}, this pybatch reads {SCHEMA}",
+                other_schema(self._pragma("user_version")),
+            )
         if (state := self._pragma("quick_check(1)")) != "ok":
             raise self._refused(f"is damaged: {state}")
         self._db.execute("PRAGMA journal_mode = WAL")  # only now: it would change another program's file

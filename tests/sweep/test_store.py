@@ -188,7 +188,7 @@ def test_another_schema_is_refused(path):
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 9")
     db.close()
-    with pytest.raises(UsageError, match=r"schema 9, this pybatch reads 2\. Use the pybatch that wrote it"):
+    with pytest.raises(UsageError, match=r"schema 9, this pybatch reads 2\. A later pybatch wrote it"):
         Store(path, HERE)
 
 
