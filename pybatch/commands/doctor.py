@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 
 import torch
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +13,7 @@ from threadpoolctl import threadpool_info
 from pybatch import ops, optim, scaling
 from pybatch.base import numerals
 from pybatch.base.errors import DeviceError
+from pybatch.commands.printing import ResultConsole
 from pybatch.device.counters import Region, readable
 from pybatch.device.environment import capture
 from pybatch.device.identity import describe, resolve
@@ -33,7 +33,7 @@ def list_() -> None:
 
 
 def _print(findings: Findings) -> None:
-    console = Console()
+    console = ResultConsole()
     width = max(len(name) for _, rows in findings for name, _ in rows)
     for heading, rows in findings:
         console.print(Text(heading, style="bold"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
@@ -18,7 +17,7 @@ from rich.console import Console
 from pybatch.base.errors import Interrupted, UsageError
 from pybatch.base.progress import ProgressLine
 from pybatch.commands.interrupting import interrupts_heard
-from pybatch.commands.printing import stdout_to_stderr
+from pybatch.commands.printing import ResultConsole, stdout_to_stderr
 from pybatch.records import Run
 from pybatch.report.formats.text import FORMATS, format_of, print_run, render
 from pybatch.report.output import Output
@@ -156,16 +155,17 @@ def deliver(run: Run, format_: str, target: Output | None) -> bool:
         except OSError as error:
             what = f"output {str(target.path)!r} cannot be written: {error.strerror}"
             print(f"pybatch: {what}. The result follows on stdout.", file=sys.stderr)
+    console = ResultConsole()
     try:
         if format_ == "table" or (target is not None and written):
-            print_run(run, Console())
+            print_run(run, console)
         else:
             sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if target is None:
-            print("pybatch: stdout was closed before the end of the result. Give -o FILE to keep it.", file=sys.stderr)
+        console.on_broken_pipe()
+    if console.cut and target is None:
+        print("pybatch: stdout was closed before the end of the result. Give -o FILE to keep it.", file=sys.stderr)
     if target is not None and written:
         print(f"pybatch: wrote {target.path}", file=sys.stderr)
     return written

@@ -1,4 +1,4 @@
-"""What a workload prints must not mix with the result on stdout."""
+"""The result on stdout: what a workload prints must not mix with it, and its reader may stop before the end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,27 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+
+from rich.console import Console
+
+
+class ResultConsole(Console):
+    """rich's on stdout; where the reader, such as `head`, has seen enough, the rest is dropped.
+
+    rich would end the program there, with status 1 and all that was still to be done left undone.
+    """
+
+    cut = False  # whether the reader did not see all of it
+
+    def on_broken_pipe(self) -> None:
+        """As rich's, and go on."""
+        self.cut = self.quiet = True
+        drop_stdout()
+
+
+def drop_stdout() -> None:
+    """Nobody reads it any more: what comes now goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

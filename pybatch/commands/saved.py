@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pybatch.answer import changes
 from pybatch.answer.changes import Condition, broken, parse_condition
@@ -18,6 +17,7 @@ from pybatch.answer.merge import join
 from pybatch.base.errors import UsageError, unknown
 from pybatch.commands.assignments import parse_targets
 from pybatch.commands.measuring import BROKEN, DONE
+from pybatch.commands.printing import ResultConsole
 from pybatch.noise.trajectory import read_trajectory
 from pybatch.records import NoiseTrajectory, Run
 from pybatch.report.changes import sections
@@ -154,7 +154,7 @@ def tell_changes(old: Run, new: Run, conditions: Sequence[Condition], format_: s
     elif format_ == "md":
         sys.stdout.write(markdown("pybatch compare", parts))
     else:
-        print_sections(parts, Console())
+        print_sections(parts, ResultConsole())
     for failure in failures:
         print(f"pybatch: {failure}", file=sys.stderr)
     return BROKEN if failures else DONE

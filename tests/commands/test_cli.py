@@ -377,13 +377,14 @@ def test_a_file_that_fails_at_the_end_loses_nothing(pybatch, measured, run):
     assert "'/dev/full' cannot be written: No space left on device. The result follows on stdout." in err
 
 
-def test_a_reader_that_leaves_early_is_no_failure(run, tmp_path):
+@pytest.mark.parametrize(("format_", "first"), [("json", "{"), ("table", "digits (mlp, 4,810 parameters, fp32) on ")])
+def test_a_reader_that_leaves_early_is_no_failure(run, tmp_path, format_, first):
     (tmp_path / "record.json").write_text(run.to_json())
     code = (
         "import pathlib, pybatch.cli as cli; from pybatch import Run\n"
         "from pybatch.commands.measuring import deliver\n"
         "run = Run.from_json(pathlib.Path('record.json').read_text())\n"
-        "cli.app = lambda: [deliver(run, 'json', None) for _ in range(200)]; cli.main()"
+        f"cli.app = lambda: [deliver(run, {format_!r}, None) for _ in range(200)]; cli.main()"
     )
     done = subprocess.run(
         ["bash", "-c", f'set -o pipefail; {sys.executable} -c "$0" | head -1', code],
@@ -393,7 +394,9 @@ def test_a_reader_that_leaves_early_is_no_failure(run, tmp_path):
         check=False,
     )
     said = "pybatch: stdout was closed before the end of the result. Give -o FILE to keep it.\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", said)
+    assert (done.returncode, done.stderr) == (0, said)
+    assert done.stdout.startswith(first)
+    assert done.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
