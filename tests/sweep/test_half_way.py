@@ -2,6 +2,7 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 from cases.planted_training import PlantedReplicas
 from cases.sweeps import Isotropic
@@ -11,7 +12,7 @@ from pybatch.base.errors import Interrupted, UsageError
 from pybatch.processes import workers
 from pybatch.records import Environment, NoiseScale
 from pybatch.scaling import Scaled
-from pybatch.sweep import search
+from pybatch.sweep import options, search
 from pybatch.sweep.archive import read_store
 from pybatch.sweep.measurement import measure_sweep
 from pybatch.sweep.options import SweepOptions
@@ -36,9 +37,9 @@ def planted(monkeypatch):
 
 
 def swept(path, found=None, noise=None, **asked):
-    options = SweepOptions(**{**ASKED, **asked})
+    whole = SweepOptions(**{**ASKED, **asked})
     return measure_sweep(
-        Isotropic(), options, device="cpu", store=path, resume=True, noise=noise, environment=HERE, found=found
+        Isotropic(), whole, device="cpu", store=path, resume=True, noise=noise, environment=HERE, found=found
     )
 
 
@@ -133,8 +134,8 @@ def test_a_store_reads_without_the_sampler_and_without_the_rule_that_its_sweeps_
         raise UsageError("search 'tpe' needs Optuna, which is not installed.")
 
     monkeypatch.delitem(scaling._rules, "of-ones-own")
-    for module in (search, "pybatch.sweep.options"):
-        monkeypatch.setattr(f"{module.__name__ if module is search else module}.load_optuna", missing)
+    for module in (search, options):
+        monkeypatch.setattr(module, "load_optuna", missing)
     sought, ruled = sorted(read_store(path), key=lambda run: run.convergence.curves[0].rule, reverse=True)
     assert [p.batch for p in sought.convergence.curves[0].points] == [4, 8]
     assert sought.complete
@@ -159,19 +160,23 @@ def test_a_store_that_breaks_in_mid_sweep_loses_no_cell_that_was_over(tmp_path):
     assert any("cannot be" in note.text for note in found.convergence.notes)
 
 
-def test_a_rule_added_with_fewer_seeds_is_whole_where_its_trials_are_stored_or_says_what_to_do(tmp_path):
-    path = tmp_path / "runs.db"
-    swept(path, batches=[4, 16], seeds=3, rates=[0.02, 0.04, 0.08])
-    found = swept(path, batches=[4, 16], seeds=1, rules=["sqrt"], rates=[0.02, 0.04, 0.08]).convergence
-    missing = [note.text for note in found.notes if "missing" in note.text]
-    ruled = {(curve.rule, p.batch): p.seeds for curve in found.curves for p in curve.points}
-    if missing:
-        assert "3 seeds: go on with as many" in missing[0]
-        assert not found.complete
-    else:
-        assert ruled["sqrt", 4] == ruled["sqrt", 16] == 3
-        assert found.complete
-    assert swept(path, batches=[4, 16], seeds=3, rules=["sqrt"], rates=[0.02, 0.04, 0.08]).complete
+def test_a_rule_added_with_fewer_seeds_is_whole_where_a_search_has_run_its_trials(tmp_path):
+    path, asked = tmp_path / "runs.db", {"batches": [4, 16], "rates": [0.02, 0.04, 0.08]}
+    swept(path, **asked, seeds=3)
+    found = swept(path, **asked, seeds=1, rules=["sqrt"]).convergence  # 0.04 at 4, so 0.08 at 16
+    assert {p.batch: p.seeds for curve in found.curves if curve.rule == "sqrt" for p in curve.points} == {4: 3, 16: 3}
+    assert found.complete
+
+
+def test_a_rule_added_with_fewer_seeds_says_with_how_many_to_go_on(tmp_path):
+    path, asked = tmp_path / "runs.db", {"batches": [4, 16], "rates": [0.02, 0.04, 0.08]}
+    swept(path, **asked, seeds=3)
+    found = swept(path, **asked, seeds=1, rules=["linear"]).convergence  # 0.16 at 16, which no search asked for
+    [missing] = [note.text for note in found.notes if "missing" in note.text]
+    assert "batch 16 linear" in missing
+    assert missing.endswith("Another sweep here has 3 seeds: go on with as many for these, too")
+    assert not found.complete
+    assert swept(path, **asked, seeds=3, rules=["linear"]).complete
 
 
 def test_a_noise_scale_that_could_not_be_measured_is_said_in_both_records(tmp_path):
@@ -233,6 +238,5 @@ def test_batch_sizes_are_whole_numbers(batches):
 
 
 def test_batch_sizes_of_numpy_are_stored(tmp_path):
-    np = pytest.importorskip("numpy")
-    assert swept(tmp_path / "runs.db", batches=np.array([4, 8]).tolist()).complete
+    assert swept(tmp_path / "runs.db", batches=list(np.array([8, 4]))).complete
     assert SweepOptions(batches=list(np.array([8, 4]))).to_dict()["batches"] == [4, 8]
