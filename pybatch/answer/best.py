@@ -41,6 +41,7 @@ def best_of(critical: Critical, capacity: Capacity, distributed: Distributed | N
     fit, value, bound = capacity.model, critical.value, bound_of(capacity)
     assert fit is not None  # the caller has looked
     assert value is not None
+    assert fit.half_batch is not None
     model = model_of(fit, value, capacity, distributed, critical.shape)
     optimum = float(model.optimum())
     measured = [p for p in capacity.batches if p.status == "ok" and p.step_ms and p.batch <= bound.value]
@@ -84,6 +85,7 @@ def _interval(critical: Critical, capacity: Capacity, model: TimeModel, at_knee:
     the optimum's.
     """
     fit, optimum, most = model.fit, float(model.optimum()), bound_of(capacity).value
+    assert fit.half_batch is not None
     ends = []
     for sign, end, half in ((-1, critical.low, fit.half_low), (1, critical.high, fit.half_high)):
         noise = math.inf

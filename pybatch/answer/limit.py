@@ -25,12 +25,14 @@ class Wall:
 
 
 def wall_of(capacity: Capacity | None) -> Wall | None:
-    """What this device can take; None without a throughput fit."""
+    """What this device can take; None without a throughput fit, or where that shows no saturation batch."""
     if capacity is None or capacity.model is None:
         return None
     fit, most = capacity.model, capacity.max_batch
     if most is not None and most < fit.saturation_low:
         return Wall("largest batch that fits", most, most, most)
+    if fit.saturation_batch is None:  # its bounds alone are known, and a note of the fit says why
+        return None
     largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=math.inf)
     beyond = fit.saturation_batch > largest
     high = fit.saturation_high if fit.saturation_high is not None else math.inf

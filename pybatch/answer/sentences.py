@@ -41,6 +41,10 @@ def in_sentences(
     if best is not None and wall is not None:
         return _distrust(fit) + " ".join(_advice(critical, wall, limit, best, devices, further))
     known = _said(critical)
+    if fit is not None and fit.half_batch is None and span != (None, None):
+        known = "" if critical.source is None else f" The critical batch is {known}."
+        why = "step times do not rise with it" if fit.ceiling is None else "step time is proportional to it"
+        return f"{_distrust(fit)}Use batch {_range(span, bound)}: {why}, so {_open(fit)}.{known}"
     if wall is None:
         lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"
         if critical.value is None and critical.low is None and critical.high is None:
@@ -50,6 +54,7 @@ def in_sentences(
             f"above it almost none. {lack}, so what batch this device wants is not known."
         )
     assert fit is not None  # there is a wall
+    assert fit.half_batch is not None
     device = (
         f"The device reaches half its ceiling at batch {count(math.ceil(fit.half_batch))} and its {wall.name} is "
         f"{_size(wall.value)}"
@@ -64,10 +69,17 @@ def in_sentences(
     )
 
 
+def _open(fit: ThroughputFit) -> str:
+    """What follows from step times without a half batch."""
+    if fit.ceiling is not None:
+        return "a larger one only costs examples"
+    return "a larger one takes no longer. Time larger ones to find where the device's ceiling is"
+
+
 def _range(span: tuple[int | None, int | None], bound: Bound | None) -> str:
     low, high = span
     if low is None:
-        return f"{count(high)} or smaller"
+        return f"{count(high)} or smaller" if high != 1 else "1"
     if bound is not None:
         return f"{count(low)}, the largest that {bound.name} allows"
     return f"{count(low)} or larger" if high is None else f"{count(low)} to {count(high)}"

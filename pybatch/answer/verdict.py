@@ -24,6 +24,7 @@ from pybatch.records import (
     NoiseScale,
     Note,
     Reason,
+    ThroughputFit,
     Verdict,
 )
 
@@ -53,7 +54,7 @@ def advise(
     limit, why = limit_of(critical, wall)
     best = (
         best_of(critical, capacity, distributed)
-        if critical.value is not None and capacity is not None and fit is not None
+        if critical.value is not None and capacity is not None and fit is not None and fit.half_batch is not None
         else None
     )
     reasons, notes = [critical.reason], list(_capacity_notes(capacity))
@@ -70,6 +71,9 @@ def advise(
         if twice := doubling(best, capacity.batches):
             text = f"{best.model.law} times the modelled step time, at twice the best batch and at it"
             reasons.append(Reason("doubling", text, "modelled", twice))
+    elif capacity is not None and fit is not None and fit.half_batch is None:
+        low, high, reason = _open(capacity, fit)
+        reasons.append(reason)
     elif capacity is not None and fit is not None:
         law = "sqrt(critical batch x half batch) at the"
         if critical.low is not None:
@@ -116,12 +120,24 @@ def advise(
     )
 
 
+def _open(capacity: Capacity, fit: ThroughputFit) -> tuple[int | None, int | None, Reason]:
+    """The least, or the largest, batch worth using where step times show no half batch, and why."""
+    timed = [p.batch for p in capacity.batches if p.status == "ok"]
+    if fit.ceiling is not None:
+        text = "step time is proportional to the batch: no batch takes less time than the smallest timed"
+        most = min(timed)
+        return None, most, Reason("best_high", text, "measured", {"smallest_measured": most})
+    text = "step times do not rise with the batch: none takes less time than the largest timed, within what fits"
+    least = int(min(max(timed), bound_of(capacity).value))
+    return least, None, Reason("best_low", text, "measured", {"largest_measured": max(timed)})
+
+
 def time_model(
     capacity: Capacity, noise: NoiseScale | None, steps: Convergence | None, distributed: Distributed | None = None
 ) -> TimeModel | None:
     """The model of time to the loss that `advise` weighs; None where a side of it is not known."""
     critical = critical_of(noise, steps)
-    if critical.value is None or capacity.model is None:
+    if critical.value is None or capacity.model is None or capacity.model.half_batch is None:
         return None
     return model_of(capacity.model, critical.value, capacity, distributed, critical.shape)
 
@@ -179,6 +195,10 @@ def _unknown(capacity: Capacity | None) -> str:
         return "capacity was not measured"
     if capacity.model is None:
         return "too few batch sizes were timed for a throughput fit"
+    if capacity.model.ceiling is None:
+        return "step times do not rise with the batch: no ceiling is in sight"
+    if capacity.model.half_batch is None:
+        return "step time is proportional to the batch from the smallest timed on"
     return "it needs the critical batch, which is not known"
 
 

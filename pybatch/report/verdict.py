@@ -69,6 +69,8 @@ def goodput_plots(run: Run) -> list[Plot]:
     capacity, verdict, timed = run.capacity, run.verdict, timed_points(run.capacity)
     if capacity is None or verdict is None or not timed or verdict.critical_batch is None or capacity.model is None:
         return []
+    if capacity.model.half_batch is None:  # the verdict gives no best batch, and so nothing to show the peak of
+        return []
     model = time_model(capacity, run.noise, run.convergence)
     model = model or TimeModel(capacity.model, verdict.critical_batch)  # the verdict alone was given
     return [goodput(capacity, model, timed, verdict)]
@@ -92,7 +94,7 @@ def goodput(capacity: Capacity, model: TimeModel, timed: list[BatchPoint], verdi
         return fewest / float(model.examples(batch))
 
     def device(batch: float) -> float:
-        return batch / fit.step_s(batch) / fit.ceiling
+        return batch / fit.step_s(batch) / (fit.ceiling or 1.0)
 
     useful = [device(x) * statistical(x) for x in xs]
     peak = max(useful)
@@ -102,7 +104,7 @@ def goodput(capacity: Capacity, model: TimeModel, timed: list[BatchPoint], verdi
         line("goodput, of its peak", xs, [value / peak for value in useful], "@green"),
     ]
     measured = [p for p in timed if p.samples_per_s]
-    rates = [(p.samples_per_s or 0.0) / fit.ceiling * statistical(p.batch) / peak for p in measured]
+    rates = [(p.samples_per_s or 0.0) / (fit.ceiling or 1.0) * statistical(p.batch) / peak for p in measured]
     traces.append(points("goodput of measured times", [p.batch for p in measured], rates, "@green", marker="diamond"))
     if verdict.best_batch is not None:
         traces += mark("best batch", verdict.best_batch, (0.0, 1.05), "@red", (verdict.best_low, verdict.best_high))

@@ -296,3 +296,21 @@ def test_a_bound_of_the_tuned_rates_goes_before_the_value_of_a_fixed_rule():
     test = dataclasses.replace(sweep().curves[-1], split="test")
     assert advise(capacity(), None, Convergence((other, tuned, test))).critical_batch == 200.0
     assert advise(capacity(), None, Convergence((other,))).critical_batch == 200.0
+
+
+@pytest.mark.parametrize(
+    ("times", "says", "low", "high"),
+    [
+        ([10.0] * len(BATCHES), "Use batch 4,096 or larger: step times do not rise with it", 4096, None),
+        ([1.0 * b for b in BATCHES], "Use batch 1: step time is proportional to it", None, 1),
+    ],
+)
+def test_times_without_a_half_batch_bound_the_best_batch(times, says, low, high):
+    """No figure of the fit's search reaches the advice: what was timed bounds it."""
+    measured = capacity(fit_throughput(BATCHES, [t / 1e3 for t in times]), times=times)
+    verdict = advise(measured, noise(200))
+    assert verdict.text.startswith(says)
+    assert "200 (182 to 220, from gradient noise)" in verdict.text
+    assert (verdict.best_batch, verdict.best_low, verdict.best_high) == (None, low, high)
+    assert verdict.saturation_batch is None
+    assert unaccounted(verdict) == set()
