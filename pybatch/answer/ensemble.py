@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,7 @@ NORMAL = 1.959964
 
 _STEP = 1.03  # from one batch size of the grid to the next
 _TOP = 64.0  # the grid ends at so many times the largest batch that anything is known of
+_FEW = 8  # of so many members one, where each number of devices is asked
 _SEED = 20181126  # the same records give the same answer
 _VAGUE = 3.0  # prior standard deviation of the models' log-parameters: the data decide
 # Residual processes: correlation length in ln B, and the least standard deviation that is believed.
@@ -109,23 +110,25 @@ class Ensemble:
 
         By the middle, and the ends of 95 % of the members.
         """
-        alone, each = self._least(1.0, False), self._least(1.0, True)
+        few = replace(self, log_steps=self.log_steps[::_FEW], log_step_s=self.log_step_s[::_FEW])
+        alone, each = self._least(1.0, False), few._least(1.0, True)
         last, members, standing = 1, np.ones(len(each)), np.ones(len(each), dtype=bool)
         going, k = True, 1
         while (going or standing.any()) and k < MAX_DEVICES:
-            k = k + 1 if k < 32 else math.ceil(1.05 * k)
+            k = k + 1 if k < 16 else math.ceil(1.1 * k)
             worth = math.log(k * EFFICIENCY)
             going = going and alone - self._least(k, False) >= worth
             last = k if going else last
-            standing &= each - self._least(k, True) >= worth
-            members[standing] = k
+            if standing.any():
+                standing &= each - few._least(k, True) >= worth
+                members[standing] = k
         last = self._refined(alone, last)
         low, high = np.quantile(members, [0.025, 0.975], method="nearest")
         return last, min(int(low), last), max(int(high), last)
 
     def _refined(self, alone: float, last: int) -> int:
-        """The most devices exactly, above the last number looked at in steps of 5 %."""
-        while last >= 32 and alone - self._least(last + 1, False) >= math.log((last + 1) * EFFICIENCY):
+        """The most devices exactly, above the last number looked at in steps of 10 %."""
+        while 16 <= last < MAX_DEVICES and alone - self._least(last + 1, False) >= math.log((last + 1) * EFFICIENCY):
             last += 1
         return last
 
@@ -196,13 +199,12 @@ def ensemble_of(
     count = 2 + int(math.log(top) / math.log(_STEP))
     size = np.unique(np.concatenate([np.geomspace(1, top, count), [m for m in marks if 1 <= m <= top]]))
     rng = np.random.default_rng(_SEED)
-    if len(ran[0]) and critical.shape is not None:
+    absolute = len(ran[0]) > 0 and critical.shape is not None
+    if absolute and critical.shape is not None:
         steps = _measured_steps(size, critical, critical.shape, ran, rng)
     else:
         steps = _modelled_steps(size, critical, rng)
-    return Ensemble(
-        size, steps, _step_times(size, fit, timed, rng), most, most_global, communication, absolute=len(ran[0]) > 0
-    )
+    return Ensemble(size, steps, _step_times(size, fit, timed, rng), most, most_global, communication, absolute)
 
 
 def _observed(curve: Curve | None) -> tuple[Array, Array, Array]:
