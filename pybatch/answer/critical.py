@@ -27,7 +27,7 @@ class Critical:
 
 def shaped(fit: StepsFit | None) -> StepsFit | None:
     """The fit, where it has a curve that the critical batch alone does not give."""
-    if fit is None or fit.model in (None, "hyperbola") or not (fit.parameters and fit.critical_batch and fit.s_min):
+    if fit is None or fit.model in (None, "hyperbola") or not (fit.parameters and fit.critical_batch):
         return None
     return fit
 

@@ -57,9 +57,8 @@ class TimeModel:
             return 1 + self.critical / batch
         assert self.shape.model is not None  # `shaped` has looked
         assert self.shape.critical_batch is not None
-        assert self.shape.s_min is not None
         moved = np.asarray(batch, dtype=float) * (self.shape.critical_batch / self.critical)
-        found = predicted_all(self.shape.model, self.shape.parameters, moved) / self.shape.s_min
+        found = predicted_all(self.shape.model, self.shape.parameters, moved) / (self.shape.s_min or 1.0)
         return found if np.ndim(batch) else float(found)
 
     def examples(self, batch: Any) -> Any:
