@@ -38,7 +38,17 @@ from pybatch.records.noise import (
 )
 from pybatch.records.run import SCHEMA, Run, to_dict
 from pybatch.records.subject import Ceilings, Device, Environment, Note, WorkloadInfo
-from pybatch.records.verdict import AccumulationPlan, Evidence, FrontierPoint, Limit, Reason, Verdict
+from pybatch.records.verdict import (
+    AccumulationPlan,
+    Confidence,
+    Evidence,
+    FrontierPoint,
+    Inputs,
+    Limit,
+    Reading,
+    Reason,
+    Verdict,
+)
 
 __all__ = [
     "QUANTILES",
@@ -52,6 +62,7 @@ __all__ = [
     "Capacity",
     "Ceilings",
     "CommunicationFit",
+    "Confidence",
     "Convergence",
     "ConvergencePoint",
     "CountedNoise",
@@ -62,6 +73,7 @@ __all__ = [
     "Environment",
     "Evidence",
     "FrontierPoint",
+    "Inputs",
     "LayerNoise",
     "Limit",
     "NoisePoint",
@@ -71,6 +83,7 @@ __all__ = [
     "Note",
     "PointStatus",
     "RateSteps",
+    "Reading",
     "Reason",
     "Run",
     "StepLimit",

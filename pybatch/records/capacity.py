@@ -172,6 +172,7 @@ class Capacity(Shown):
     workload: WorkloadInfo | None = field(default=None, metadata=TOP)
     batches: tuple[BatchPoint, ...] = field(default=(), metadata=TOP)
     anchor: Anchor | None = None  # what `drift` is taken from
+    disturbed: tuple[str, ...] = ()  # what else the machine was doing meanwhile, with its figures; empty: nothing seen
 
     @property
     def standing(self) -> tuple[BatchPoint, ...]:

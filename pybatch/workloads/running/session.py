@@ -119,6 +119,7 @@ class Session:
             model=work.model_name,
             examples=work.examples,
             learning_rate=work.learning_rate,
+            reference_batch=work.reference_batch,
             target=dict(work.target),
             options=dict(work.options),
             file_sha256=file_digest(type(work)),
