@@ -136,7 +136,7 @@ def _trilinear(
 def _distances(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     """Every row of a [..., m, d] against every row of b [..., n, d]: a difference and an addition an element."""
     batch: torch.Size = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
-    return 2 * batch.numel() * a.shape[-2] * b.shape[-2] * a.shape[-1]
+    return 2 * int(batch.numel()) * a.shape[-2] * b.shape[-2] * a.shape[-1]
 
 
 @_of("_cdist_backward")

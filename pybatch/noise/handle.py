@@ -140,7 +140,10 @@ class Handle(ABC):
     @property
     @abstractmethod
     def noise(self) -> NoiseScale:
-        """The gradient noise scale of all steps so far. Reading it waits for the device; nothing else does."""
+        """The gradient noise scale of the newest stretch of steps that gives an interval, and the run as trajectory.
+
+        Reading it waits for the device; nothing else does.
+        """
 
     @abstractmethod
     def count(self, n: float) -> None:
@@ -175,6 +178,7 @@ class Collector(Handle):
         unit: what is counted where it is not examples, such as "tokens".
         missing: what to say where no pair came.
         notes: what a reader must know of this source.
+        every: training steps that a row stands for.
     """
 
     def __init__(
@@ -188,9 +192,10 @@ class Collector(Handle):
         unit: str | None = None,
         missing: str,
         notes: tuple[Note, ...] = (),
+        every: int = 1,
     ) -> None:
         self.source, self._model, self._unit, self._notes = source, model, unit, notes
-        self._accumulator = NoiseAccumulator(source, layers, preconditioned, missing)
+        self._accumulator = NoiseAccumulator(source, layers, preconditioned, missing, every)
         self._series = 1 + preconditioned + len(layers)
         self._readback = Readback(2 + 2 * self._series, device, self._take)
         self._device = device
@@ -208,9 +213,17 @@ class Collector(Handle):
 
     @property
     def noise(self) -> NoiseScale:
+        return self._read(self._accumulator.newest)
+
+    @property
+    def whole(self) -> NoiseScale:
+        """The noise scale of all steps as one, where they are known to be alike."""
+        return self._read(self._accumulator.estimate)
+
+    def _read(self, read: Callable[[int, tuple[Note, ...]], NoiseScale]) -> NoiseScale:
         self._settle()
         self._readback.drain()
-        found = self._accumulator.estimate(self._single, self._said())
+        found = read(self._single, self._said())
         evaluation = self._counter is not None and self._counter.modes == {False}
         said = confounds(self._model, None, found, training=not evaluation)
         notes = (*found.notes, *said, *self._evaluations.notes)
