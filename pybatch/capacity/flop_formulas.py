@@ -129,14 +129,14 @@ def _trilinear(
     for tensor, missing in ((a, expand1), (b, expand2), (c, expand3)):
         own = iter(tensor.shape)
         shapes.append([1 if d in missing else next(own) for d in range(tensor.ndim + len(missing))])
-    return 2 * prod(map(max, *shapes))
+    return 2 * int(prod(map(max, *shapes)))
 
 
 @_of("_cdist_forward")
 def _distances(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     """Every row of a [..., m, d] against every row of b [..., n, d]: a difference and an addition an element."""
-    batch: torch.Size = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
-    return 2 * int(batch.numel()) * a.shape[-2] * b.shape[-2] * a.shape[-1]
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
+    return 2 * int(prod(batch)) * a.shape[-2] * b.shape[-2] * a.shape[-1]
 
 
 @_of("_cdist_backward")

@@ -72,7 +72,7 @@ def drifts(rows: Rows) -> bool:
         variances.append(((excess - mean * count) ** 2).sum() * len(half) / (len(half) - 1) / count.sum() ** 2)
     error = math.sqrt(sum(variances))
     t = float(stdtrit(len(first) + len(second) - 2, 0.5 + DRIFT / 2))
-    return abs(means[1] - means[0]) > t * error > 0
+    return bool(abs(means[1] - means[0]) > t * error > 0)
 
 
 def drift_note(rows: Rows, start: int, end: int) -> tuple[Note, ...]:

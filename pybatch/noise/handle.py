@@ -44,7 +44,7 @@ class Count:
         self._sizes: list[float] = []
         self.forwards = 0  # passes with gradients since the last `take`, counted or not
         self.modes: set[bool] = set()  # whether the model was in training mode in them
-        self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._hook = model.register_forward_pre_hook(self.see, with_kwargs=True)
 
     def add(self, n: float) -> None:
         """The next backward pass is over n examples (or tokens)."""
@@ -72,6 +72,11 @@ class Count:
         """Micro-batches counted since the last `take`."""
         return len(self._sizes)
 
+    @property
+    def sizes(self) -> list[float]:
+        """Examples of the micro-batches since the last `take`."""
+        return list(self._sizes)
+
     def forget(self) -> bool:
         """Leave out what was counted since the last `take`; returns whether there was anything."""
         some, self._sizes, self.forwards = bool(self._sizes), [], 0
@@ -81,7 +86,8 @@ class Count:
         """Look no more."""
         self._hook.remove()
 
-    def _see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pass begins."""
         if not torch.is_grad_enabled():
             return
         self.forwards += 1
@@ -253,6 +259,11 @@ class Collector(Handle):
         self._readback.drain()
         self._accumulator.load_state_dict(state["statistics"])
         self._single = int(state["single"])
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pass under way where this was attached within it."""
+        if self._counter is not None:
+            self._counter.see(module, args, kwargs)
 
     # What a source gives and uses.
 

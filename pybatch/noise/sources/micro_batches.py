@@ -65,6 +65,7 @@ class MicroBatchNoise(Collector):
         self._held: list[tuple[int, torch.Tensor]] = []
         self._held_bytes = 0
         self._in_backward = False
+        self.pairs = self.singles = 0  # steps of two or more backward passes, and of one
         self._several = 0  # backward passes after more than one counted forward pass
         self._fresh: set[int] = set()  # parameters whose `.grad` was None before this backward pass
         self._left: list[tuple[int, tuple[int, int]]] = []  # parameters and what `_mark` said after the last pass
@@ -212,6 +213,8 @@ class MicroBatchNoise(Collector):
             self._take_back()
         k = self._members
         if k:
+            self.pairs += k > 1
+            self.singles += k == 1
             weighted = self._accumulation == "weighted"
             sums = self._squares if self._accumulation == "sum" else self._squares * (k * k)
             large = self._large / (k * k) if self._accumulation == "sum" else self._large
