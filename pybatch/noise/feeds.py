@@ -101,7 +101,7 @@ class OptimizerFeed:
     @property
     def noise(self) -> NoiseScale:
         """As Feed.noise."""
-        found = self.optimizer.noise
+        found = self.optimizer.whole_noise
         return found if self.layers else dataclasses.replace(found, layers=())
 
 
@@ -152,4 +152,4 @@ class HookFeed:
     @property
     def noise(self) -> NoiseScale:
         """As Feed.noise."""
-        return self.handle.noise
+        return self.handle.whole

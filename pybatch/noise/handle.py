@@ -44,7 +44,7 @@ class Count:
         self._sizes: list[float] = []
         self.forwards = 0  # passes with gradients since the last `take`, counted or not
         self.modes: set[bool] = set()  # whether the model was in training mode in them
-        self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._hook = model.register_forward_pre_hook(self.see, with_kwargs=True)
 
     def add(self, n: float) -> None:
         """The next backward pass is over n examples (or tokens)."""
@@ -72,6 +72,11 @@ class Count:
         """Micro-batches counted since the last `take`."""
         return len(self._sizes)
 
+    @property
+    def sizes(self) -> list[float]:
+        """Examples of the micro-batches since the last `take`."""
+        return list(self._sizes)
+
     def forget(self) -> bool:
         """Leave out what was counted since the last `take`; returns whether there was anything."""
         some, self._sizes, self.forwards = bool(self._sizes), [], 0
@@ -81,7 +86,8 @@ class Count:
         """Look no more."""
         self._hook.remove()
 
-    def _see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pass begins."""
         if not torch.is_grad_enabled():
             return
         self.forwards += 1
@@ -140,7 +146,10 @@ class Handle(ABC):
     @property
     @abstractmethod
     def noise(self) -> NoiseScale:
-        """The gradient noise scale of all steps so far. Reading it waits for the device; nothing else does."""
+        """The gradient noise scale of the newest stretch of steps that gives an interval, and the run as trajectory.
+
+        Reading it waits for the device; nothing else does.
+        """
 
     @abstractmethod
     def count(self, n: float) -> None:
@@ -175,6 +184,7 @@ class Collector(Handle):
         unit: what is counted where it is not examples, such as "tokens".
         missing: what to say where no pair came.
         notes: what a reader must know of this source.
+        every: training steps that a row stands for.
     """
 
     def __init__(
@@ -188,9 +198,10 @@ class Collector(Handle):
         unit: str | None = None,
         missing: str,
         notes: tuple[Note, ...] = (),
+        every: int = 1,
     ) -> None:
         self.source, self._model, self._unit, self._notes = source, model, unit, notes
-        self._accumulator = NoiseAccumulator(source, layers, preconditioned, missing)
+        self._accumulator = NoiseAccumulator(source, layers, preconditioned, missing, every)
         self._series = 1 + preconditioned + len(layers)
         self._readback = Readback(2 + 2 * self._series, device, self._take)
         self._device = device
@@ -208,9 +219,17 @@ class Collector(Handle):
 
     @property
     def noise(self) -> NoiseScale:
+        return self._read(self._accumulator.newest)
+
+    @property
+    def whole(self) -> NoiseScale:
+        """The noise scale of all steps as one, where they are known to be alike."""
+        return self._read(self._accumulator.estimate)
+
+    def _read(self, read: Callable[[int, tuple[Note, ...]], NoiseScale]) -> NoiseScale:
         self._settle()
         self._readback.drain()
-        found = self._accumulator.estimate(self._single, self._said())
+        found = read(self._single, self._said())
         evaluation = self._counter is not None and self._counter.modes == {False}
         said = confounds(self._model, None, found, training=not evaluation)
         notes = (*found.notes, *said, *self._evaluations.notes)
@@ -240,6 +259,11 @@ class Collector(Handle):
         self._readback.drain()
         self._accumulator.load_state_dict(state["statistics"])
         self._single = int(state["single"])
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pass under way where this was attached within it."""
+        if self._counter is not None:
+            self._counter.see(module, args, kwargs)
 
     # What a source gives and uses.
 

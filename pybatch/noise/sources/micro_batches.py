@@ -61,10 +61,11 @@ class MicroBatchNoise(Collector):
         self._accumulation, self._scaler = accumulation, scaler
         self._places = Places(self._device)
         self._counter = Count(model, examples, started=self._recover)
-        self._evaluations = Evaluations(optimizer, self.close, self._drop)
+        self._evaluations = Evaluations(optimizer, self.close, self._drop, self._hold)
         self._held: list[tuple[int, torch.Tensor]] = []
         self._held_bytes = 0
         self._in_backward = False
+        self.pairs = self.singles = 0  # steps of two or more backward passes, and of one
         self._several = 0  # backward passes after more than one counted forward pass
         self._fresh: set[int] = set()  # parameters whose `.grad` was None before this backward pass
         self._left: list[tuple[int, tuple[int, int]]] = []  # parameters and what `_mark` said after the last pass
@@ -85,6 +86,22 @@ class MicroBatchNoise(Collector):
         self._members, self._inverse, self._examples = 0, 0.0, 0.0
         self._squares, self._large = self._zeros(), self._zeros()
         self._doubt: torch.Tensor | None = None  # NaN where the step began with gradients of unknown origin
+        self._before: tuple[Any, ...] | None = None  # the passes before a closure, until they are known to go on in it
+        self._cleared = False  # whether the closure cleared their gradients
+
+    def _hold(self) -> bool:
+        """A step with a closure begins; passes before it are complete only if its first evaluation clears them."""
+        if self._members:
+            self._before = (self._members, self._inverse, self._examples, self._squares, self._large, self._doubt)
+        return False
+
+    def _take_back(self) -> None:
+        """The closure began anew, at other parameters or over the same examples: the passes before it are the step."""
+        before = self._before
+        self._drop()
+        assert before is not None
+        self._members, self._inverse, self._examples, self._squares, self._large, self._doubt = before
+        self._evaluations.again()
 
     def _drop(self) -> bool:
         self.forget()
@@ -180,9 +197,11 @@ class MicroBatchNoise(Collector):
 
     def _abandon(self) -> None:
         """Gradients were cleared without a step; under a scaler because they were not finite."""
-        if self._scaler is not None:
+        before = self._before
+        if self._scaler is not None and before is None:
             self._skip()
         self.forget()
+        self._before, self._cleared = before, before is not None
 
     def close(self, scale: float = 1.0) -> bool:
         """The passes of a step are complete: keep their pair; returns whether there were any.
@@ -190,8 +209,12 @@ class MicroBatchNoise(Collector):
         Args:
             scale: the gradients are so many times those of the step.
         """
+        if self._before is not None and self._cleared:
+            self._take_back()
         k = self._members
         if k:
+            self.pairs += k > 1
+            self.singles += k == 1
             weighted = self._accumulation == "weighted"
             sums = self._squares if self._accumulation == "sum" else self._squares * (k * k)
             large = self._large / (k * k) if self._accumulation == "sum" else self._large
