@@ -66,10 +66,7 @@ class Trained:
 
     def evaluate(self, batch: Any) -> float:
         """The loss of a fixed batch in evaluation mode."""
-        self.session.model.eval()
-        loss = float(self.session.loss(batch).detach())
-        self.session.model.train()
-        return loss
+        return float(self.session.evaluate(batch))
 
 
 @dataclass

@@ -16,6 +16,7 @@ from pybatch.device.identity import DTYPES, cpu_name
 from pybatch.device.memory import upload
 from pybatch.records import WorkloadInfo
 from pybatch.workloads.base import Split, Workload
+from pybatch.workloads.running.batches import copied
 from pybatch.workloads.running.compiling import compiled
 from pybatch.workloads.running.finding import file_digest
 
@@ -131,7 +132,8 @@ class Session:
     def weighed_batch(self, n: int) -> tuple[Any, torch.Tensor | None]:
         """As `batch`, and what its examples count for in the loss: float64 [n] on the CPU; None: all alike."""
         batch = self._drawn(n, "train")
-        found = self._call("example_weights", batch)
+        own = type(self.workload).example_weights is not Workload.example_weights
+        found = self._call("example_weights", copied(batch)) if own else None
         return self._moved(batch), None if found is None else self._weights(found, n)
 
     def _weights(self, found: Any, n: int) -> torch.Tensor:
@@ -158,7 +160,9 @@ class Session:
         return batch
 
     def _moved(self, batch: Any) -> Any:
-        return tree_map(lambda leaf: upload(leaf, self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+        """The batch on the device, in memory of its own there: the workload may keep what it returned, or reuse it."""
+        moved = tree_map(lambda leaf: upload(leaf, self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+        return copied(moved) if self.device.type == "cpu" else moved
 
     def loss(self, batch: Any) -> torch.Tensor:
         """The loss of a batch, under autocast where the dtype asks for it; checked to be one floating-point number.
@@ -172,10 +176,10 @@ class Session:
 
     @torch.no_grad()
     def evaluate(self, batch: Any) -> torch.Tensor:
-        """The loss of a batch in evaluation mode, without a gradient."""
+        """The loss of a batch in evaluation mode, without a gradient. The batch stays as it is."""
         self.model.eval()
         try:
-            return self._loss(self.model, batch)
+            return self._loss(self.model, copied(batch))
         finally:
             self.model.train()
 
