@@ -85,6 +85,7 @@ class BranchedRun:
     asides: list[Note] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.folder = self.folder.absolute() if self.folder is not None else None  # user code may change it
         self.base = self._trained(self.seed, self.plan.scaled[self.plan.base])
         self.held_out = fixed_batches(self.workload, self.device, self.dtype)[0]
         self.untrained = self.base.evaluate(self.held_out)

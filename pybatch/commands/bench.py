@@ -92,11 +92,12 @@ def bench(
     check_seed(seed)
     subject = Subject(workload, model, data, option, gpu, cpu, size)
     conditions = [parse_condition(text) for text in fail_on or []]
+    page = html.absolute() if html is not None else None  # a workload may change the working directory
     before = read_run(compare) if compare is not None else None
     partial = partial_record(output, format_, resume)
     earlier = partial.earlier() if partial is not None and resume else None
     # What can't be written is said now, not after measuring.
-    with Delivery(format_, output, quiet) as delivery, Output(html) if html is not None else nullcontext():
+    with Delivery(format_, output, quiet) as delivery, Output(page) if page is not None else nullcontext():
         found, device = subject.find(options.dtype)
         from pybatch.capacity.modes import Mode
 
@@ -113,10 +114,10 @@ def bench(
         run = delivery.run
         if run is not None and partial is not None and delivery.written:
             partial.discard()
-        if run is not None and html is not None:
+        if run is not None and page is not None:
             from pybatch.report.formats.html import write_report
 
-            write_report([run], html)
+            write_report([run], page)
             print(f"pybatch: wrote {html}", file=sys.stderr)
         if run is not None and before is not None:
             changed = tell_changes(before, run, conditions)

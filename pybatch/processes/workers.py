@@ -240,6 +240,7 @@ def work(channel: Channel) -> None:
     torch.set_num_threads(setup.threads)
     keep_freed()
     workload, device = setup.workload.open(), torch.device(setup.device)
+    torch.set_num_threads(setup.threads)  # its share of what the workload may have asked for anew
     while True:
         task = channel.receive()
         channel.send(train(workload, task, channel.send, device))

@@ -21,10 +21,11 @@ class Output:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path  # as it is named in messages
+        path = self._place = path.absolute()  # what runs later may change the working directory
         self._temporary: Path | None = None
         if path.is_dir():
-            raise UsageError(f"output {str(path)!r} is a folder. Name a file in it.")
+            raise UsageError(f"output {str(self.path)!r} is a folder. Name a file in it.")
         if path.exists() and not path.is_file():
             return
         try:
@@ -34,7 +35,7 @@ class Output:
             os.close(handle)
         except OSError as error:
             raise UsageError(
-                f"output {str(path)!r} cannot be written: {error.strerror or error}. "
+                f"output {str(self.path)!r} cannot be written: {error.strerror or error}. "
                 "Nothing was measured yet; name another path."
             ) from None
         self._temporary = Path(name)
@@ -48,14 +49,14 @@ class Output:
     def write(self, text: str) -> None:
         """Put the text in place, as UTF-8. Raises OSError where that fails only now, as on a full disk."""
         if self._temporary is None:
-            self.path.write_text(text, encoding="utf-8")
+            self._place.write_text(text, encoding="utf-8")
             return
         self._temporary.write_text(text, encoding="utf-8")
         # mkstemp makes the file private; a result is as readable as any file the user makes.
         mask = os.umask(0)
         os.umask(mask)
         self._temporary.chmod(0o666 & ~mask)
-        os.replace(self._temporary, self.path)
+        os.replace(self._temporary, self._place)
         self._temporary = None
 
     def discard(self) -> None:

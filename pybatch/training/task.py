@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pybatch.base.errors import PybatchError
+from pybatch.base.errors import PybatchError, WorkloadError
 from pybatch.training.choosing import StackTooLargeError, choose, chunks, memory_for
 from pybatch.training.loop import Loop
 from pybatch.training.replicas import Replicas
@@ -20,6 +20,7 @@ from pybatch.training.trajectory import SPLITS, Trajectory, crossing_at, next_ev
 from pybatch.training.trial import End, Outcome, Study, Task, Trial, diverged
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.session import Session, is_out_of_memory
+from pybatch.workloads.running.sharing import State, changes, state
 
 Deliver = Callable[[Outcome], None]
 
@@ -119,12 +120,22 @@ class _Training:
             say(step, sum(self.alive), self._nearest())
             then = min(next_evaluation(step), self.cap)
             held = [row for row in self.rows if self.alive[row]]
+            before = state()
             with self._told_apart():
                 self.replicas.advance(then - step)
+            self._look_for_changes(before)
             self._evaluate(then)
             for row in held:
                 self.seconds[row] += (time.perf_counter() - start) / len(held)
             self._shrink()
+
+    def _look_for_changes(self, before: State) -> None:
+        """Refuse what the workload has changed for everybody in this process; a stack calls its loss directly."""
+        if (what := changes(before, free=("seed of torch's generator",))) is not None:
+            raise WorkloadError(
+                f"workload {self.replicas.sessions[0].workload.name!r} changes {what} in the middle of a run. Do it at "
+                "the top of the file or in the constructor."
+            )
 
     @contextmanager
     def _told_apart(self) -> Iterator[None]:

@@ -93,20 +93,20 @@ def _copied_together(tensors: list[Tensor]) -> dict[int, Tensor]:
         return {id(first): _copied_alone(first)}
     begin = min(t.storage_offset() * t.element_size() for t in tensors) // _ALIGNED * _ALIGNED
     end = max(_end(t) for t in tensors)
-    whole = torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())  # type: ignore[call-overload]
+    whole = torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())
     memory = whole[begin:end].clone().untyped_storage()
     made = {}
     for t in tensors:
         offset = (t.storage_offset() * t.element_size() - begin) // t.element_size()
-        own = torch.empty(0, dtype=t.dtype, device=t.device).set_(memory, offset, t.shape, t.stride())  # type: ignore[call-overload]
+        own = torch.empty(0, dtype=t.dtype, device=t.device).set_(memory, offset, t.shape, t.stride())
         made[id(t)] = own.requires_grad_(t.requires_grad)
     return made
 
 
 def _end(tensor: Tensor) -> int:
     """The byte of its storage at which a tensor ends."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (tensor.storage_offset() + (last + 1 if tensor.numel() else 0)) * tensor.element_size()
+    last = sum(int(size - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (int(tensor.storage_offset()) + (last + 1 if tensor.numel() else 0)) * tensor.element_size()
 
 
 def _copied_alone(leaf: Any) -> Any:

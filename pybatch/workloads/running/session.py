@@ -18,7 +18,9 @@ from pybatch.records import WorkloadInfo
 from pybatch.workloads.base import Split, Workload
 from pybatch.workloads.running.batches import copied
 from pybatch.workloads.running.compiling import compiled
+from pybatch.workloads.running.declared import check
 from pybatch.workloads.running.finding import file_digest
+from pybatch.workloads.running.sharing import Lookout
 
 EVALUATION_SEED = 2**31 - 1  # of the fixed batches; no training has it
 
@@ -46,8 +48,10 @@ class Session:
 
     def __init__(self, workload: Workload, device: torch.device, dtype: str = "fp32", seed: int = 0) -> None:
         checked_dtype(dtype)
+        check(workload)
         self.workload, self.device, self.dtype = workload, device, dtype
         self.generator = torch.Generator().manual_seed(seed)
+        self._lookout = Lookout()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._call("model")
@@ -66,7 +70,7 @@ class Session:
         what = f"the model of workload {self.workload.name!r} ({memory(size)})"
         try:
             return model.to(self.device)
-        except (RuntimeError, MemoryError, NotImplementedError) as error:
+        except Exception as error:
             cause = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
             if is_out_of_memory(error):
                 raise DeviceError(
@@ -190,10 +194,11 @@ class Session:
             (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
         except (torch.OutOfMemoryError, MemoryError):
             raise
-        except RuntimeError as error:
+        except (Exception, SystemExit) as error:  # hooks and functions of the user's own run in it
             if is_out_of_memory(error):
                 raise
-            raise self._error("loss", f"failed in its backward pass: {error}") from error
+            cause = f"{error}" if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
+            raise self._error("loss", f"failed in its backward pass: {cause}") from error
         return loss.detach()
 
     def check_finite(self, loss: torch.Tensor, where: str) -> float:
@@ -216,14 +221,25 @@ class Session:
         return loss
 
     def _call(self, method: str, *arguments: Any) -> Any:
+        before, what = self._lookout.before(method), None
         try:
-            return getattr(self.workload, method)(*arguments)
+            found = getattr(self.workload, method)(*arguments)
         except (torch.OutOfMemoryError, MemoryError, WorkloadError, UsageError):
             raise
         except (Exception, SystemExit) as error:
             if is_out_of_memory(error):
                 raise
             raise self._error(method, f"raised {type(error).__name__}: {error}") from error
+        finally:
+            if before is not None:
+                what = self._lookout.changed(before, method)
+        if what is not None:
+            raise self._error(
+                method,
+                f"changes {what} in the middle of a run. Do it at the top of the file or in the constructor, where "
+                "numerical settings are honoured and recorded",
+            )
+        return found
 
     def _error(self, method: str, what: str) -> WorkloadError:
         return WorkloadError(f"{type(self.workload).__name__}.{method}() of workload {self.workload.name!r} {what}.")
