@@ -97,7 +97,7 @@ def bench(
     partial = partial_record(output, format_, resume)
     earlier = partial.earlier() if partial is not None and resume else None
     # What can't be written is said now, not after measuring.
-    with Delivery(format_, output, quiet) as delivery, Output(page) if page is not None else nullcontext():
+    with Delivery(format_, output, quiet) as delivery, Output(html) if html is not None else nullcontext():
         found, device = subject.find(options.dtype)
         from pybatch.capacity.modes import Mode
 
