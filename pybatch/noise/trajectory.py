@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pybatch.base.codec import parse
 from pybatch.base.errors import UsageError
 from pybatch.fits.noise import MIN_BLOCKS, judge
 from pybatch.records import NoisePoint, NoiseScale, NoiseTrajectory, Note
@@ -228,11 +229,11 @@ def _read(path: Path) -> tuple[dict[str, Any], list[list[float]], int]:
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     try:
-        head, *lines = [json.loads(line) for line in whole.decode().splitlines()]
+        head, *lines = [parse(line) for line in whole.decode().splitlines()]
         if head["schema"] != SCHEMA:
             raise ValueError(f"schema {head['schema']!r}")
         rows = [[math.nan if line[c] is None else float(line[c]) for c in _COLUMNS] for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UsageError(
             f"{path} is not a noise trajectory ({type(error).__name__}: {error}). Give another path."
         ) from None
