@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import sys
@@ -15,6 +16,7 @@ import typer
 from rich.console import Console
 
 from pybatch.base.errors import Interrupted, UsageError
+from pybatch.base.plain import said
 from pybatch.base.progress import ProgressLine
 from pybatch.commands.interrupting import interrupts_heard
 from pybatch.commands.printing import ResultConsole, stdout_to_stderr
@@ -31,17 +33,39 @@ DONE, BROKEN, BAD_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 BUDGET = 70.0  # seconds
 
 
+LONGEST = 1e8  # seconds, three years
+STEPS = 2**31 - 1  # of a training run, as stores keep them
+SEEDS = 10_000
+RATE = 1e6
+
+
 def numbers(name: str, text: str, pattern: str, example: str) -> list[float]:
-    """A list of numbers as typed, each of this form."""
+    """A list of finite numbers as typed, each of this form."""
     parts = [part.strip() for part in text.split(",")]
-    bad = next((part for part in parts if not re.fullmatch(pattern, part, re.ASCII)), None)
-    if bad is not None:
-        raise UsageError(f"{name} {text!r}: {bad!r} is no such number. Write '{example}'.")
+    for part in parts:
+        if not re.fullmatch(pattern, part, re.ASCII) or not float(part) < math.inf:
+            raise UsageError(f"{name} {said(text)}: {said(part)} is no such number. Write '{example}'.")
     return [float(part) for part in parts]
 
 
+def check_between(name: str, value: float | None, low: float, high: float, above: bool = False) -> None:
+    """Raise UsageError for a number as typed that is out of range, or none; None: not given.
+
+    Args:
+        name: of the flag, in words.
+        value: as typed.
+        low, high: both allowed.
+        above: `low` itself is not.
+    """
+    if value is None or (low < value <= high if above else low <= value <= high):
+        return
+    least = f"above {low:g}" if above else f"from {low:g}"
+    raise UsageError(f"{name} {said(value)} is out of range. Give a number {least} to {high:g}.")
+
+
 def check_budget(seconds: float) -> None:
-    if not 1 <= seconds < float("inf"):
+    """Raise UsageError for a time budget that is none."""
+    if not 1 <= seconds <= LONGEST:
         raise UsageError(
             f"time budget {seconds:g} s is out of range. Give at least 1 second; the default is {BUDGET:g}."
         )

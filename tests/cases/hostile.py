@@ -21,6 +21,7 @@ from cases.verdicts import BRANCHES, capacity, noise
 
 from pybatch import cli
 from pybatch.answer.verdict import advise
+from pybatch.noise.trajectory import SCHEMA
 from pybatch.records import (
     Anchor,
     Ceilings,
@@ -159,7 +160,7 @@ def mutated(rng, text):
             del inner[last]
         elif act == 1 and isinstance(inner, list):
             inner.insert(last, copy.deepcopy(inner[last]))
-        elif act == 2 and isinstance(inner[last], int | float) and not isinstance(inner[last], bool):
+        elif act == 2 and isinstance(inner[last], int | float) and abs(inner[last]) < 2**60:
             inner[last] = inner[last] * rng.choice([-1, 0, 1e-9, 1e9, 1e300])
         elif act == 3:
             other = rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
@@ -179,7 +180,9 @@ def broken(rng, text):
         place = rng.randrange(len(whole))
         return whole[:place] + bytes([rng.randrange(256)]) + whole[place + 1 :]
     if act == 2:
-        return rng.choice([b"[" * 200_000, b'{"a":' * 100_000, b"9" * 5000, b"\xff\xfe{}", b"", b"null", b"[]", b"1e999"])
+        return rng.choice(
+            [b"[" * 200_000, b'{"a":' * 100_000, b"9" * 5000, b"\xff\xfe{}", b"", b"null", b"[]", b"1e999"]
+        )
     if act == 3:
         digits = rng.choice([b"9" * 401, b"1e999", b"-1e999", b"9" * 5000, b"NaN", b"Infinity"])
         found = list(re.finditer(rb"-?\d+\.?\d*(e[-+]?\d+)?", whole))
@@ -191,16 +194,19 @@ def broken(rng, text):
 def typed(*arguments):
     """The exit status, stdout and stderr of a command, as text."""
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", errors="surrogateescape", newline="") for _ in range(2)]
-    with mock.patch.object(sys, "argv", ["pybatch", *arguments]), mock.patch.object(cli, "_shorten_spinning"):
-        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-            try:
-                cli.main()
-            except SystemExit as end:
-                status = end.code
-            except BaseException as error:
-                status = f"raised {type(error).__name__}: {error}"
-            for stream in streams:
-                stream.flush()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys, "argv", ["pybatch", *arguments]))
+        stack.enter_context(mock.patch.object(cli, "_shorten_spinning"))
+        stack.enter_context(contextlib.redirect_stdout(streams[0]))
+        stack.enter_context(contextlib.redirect_stderr(streams[1]))
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code
+        except BaseException as error:
+            status = f"raised {type(error).__name__}: {error}"
+        for stream in streams:
+            stream.flush()
     return status, *(stream.buffer.getvalue().decode("utf-8", "surrogateescape") for stream in streams)
 
 
@@ -228,7 +234,13 @@ def records(rng, folder):
     (folder / "old.json").write_text(base)
     (folder / "new.json").write_bytes(broken(rng, base))
     if rng.random() < 0.3:
-        done = typed("compare", str(folder / "old.json"), str(folder / "new.json"), "--format", rng.choice(["table", "md", "json"]))
+        done = typed(
+            "compare",
+            str(folder / "old.json"),
+            str(folder / "new.json"),
+            "--format",
+            rng.choice(["table", "md", "json"]),
+        )
         return complaint(done, (0, BAD_INPUT))
     output = folder / f"page.{rng.choice(ENDINGS)}"
     files = [str(folder / "new.json")] + ([str(folder / "old.json")] if rng.random() < 0.2 else [])
@@ -245,13 +257,12 @@ def records(rng, folder):
 
 def trajectories(rng, folder):
     """The noise trajectory of a training run that was changed, by `report`."""
-    head = {"schema": "pybatch-noise/1", "source": "ddp", "unit": "tokens"}
-    from pybatch.noise.trajectory import SCHEMA
-
-    head["schema"] = SCHEMA
+    head = {"schema": SCHEMA, "source": "ddp", "unit": "tokens"}
     row = {"first_step": 0, "last_step": 9, "pairs": 10, "grad_sq": 10.0, "trace": 400.0, "loss": 5.0, "losses": 10}
     lines = [head, *(row | {"first_step": 10 * i, "last_step": 10 * i + 9} for i in range(12))]
-    text = "\n".join(mutated(rng, json.dumps(line)) if rng.random() < 0.1 else json.dumps(line) for line in lines) + "\n"
+    text = (
+        "\n".join(mutated(rng, json.dumps(line)) if rng.random() < 0.1 else json.dumps(line) for line in lines) + "\n"
+    )
     data = text.encode()
     if rng.random() < 0.2:
         data = data[: rng.randrange(len(data))]
@@ -259,7 +270,24 @@ def trajectories(rng, folder):
     return complaint(typed("report", str(folder / "noise.jsonl"), "-o", str(folder / "n.md")), (0, BAD_INPUT))
 
 
-GARBAGE = (None, -1, 0, 2**62, 1e308, float("nan"), "", "x", "{}", "[]", "[" * 3000, "null", b"", b"\xff\x00", "\x1b[2J", "\ud7ff")
+GARBAGE = (
+    None,
+    -1,
+    0,
+    2**62,
+    1e308,
+    float("nan"),
+    "",
+    "x",
+    "{}",
+    "[]",
+    "[" * 3000,
+    "null",
+    b"",
+    b"\xff\x00",
+    "\x1b[2J",
+    "\ud7ff",
+)
 
 
 def bomb(size=200_000_000):
@@ -298,7 +326,9 @@ def spoiled(rng, path):
                 elif act in (5, 6):
                     found = db.execute(f"SELECT rowid, {column} FROM {table} LIMIT 1").fetchone()
                     if found is not None and isinstance(found[1], str) and found[1][:1] == "{":
-                        db.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (mutated(rng, found[1]), found[0]))
+                        db.execute(
+                            f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (mutated(rng, found[1]), found[0])
+                        )
                 elif act == 7 and table == "trial":
                     db.execute(f"UPDATE trial SET {rng.choice(['steps', 'train', 'test'])} = ?", (bomb(),))
                 else:
@@ -320,32 +350,94 @@ def stores(rng, folder, base):
     return None if path.read_bytes() == before else "the store was changed by reading it"
 
 
-FLAGS = {
-    "bench": ("--workload --model --data --option --size --batch --gpu --dtype --time-budget --compare --fail-on --seed "
-              "--format --output --html --thorough --quick --resume --cuda-graph").split(),
-    "sweep": ("--workload --model --option --batch --rule --seeds --target --optimizer --rates --search --base-batch "
-              "--base-rate --max-steps --gap-epochs --store --resume --jobs --ray --noise-budget --dtype --seed --format "
-              "--output").split(),
-    "branch": ("--workload --batch --factors --checkpoints --optimizer --lr --rule --seeds --tolerance --dtype "
-               "--time-budget --seed --format --output --keep").split(),
-    "report": "--output --target --png".split(),
-    "compare": "--fail-on --format".split(),
-}  # fmt: skip
+_SHARED = "workload batch dtype seed format output"
+_NAMES = {
+    "bench": f"{_SHARED} model data option size gpu time-budget compare fail-on html thorough quick resume cuda-graph",
+    "sweep": f"{_SHARED} model option rule seeds target optimizer rates search base-batch base-rate max-steps "
+    "gap-epochs store resume jobs ray noise-budget",
+    "branch": f"{_SHARED} factors checkpoints optimizer lr rule seeds tolerance time-budget keep",
+    "report": "output target png",
+    "compare": "fail-on format",
+}
+FLAGS = {command: [f"--{name}" for name in names.split()] for command, names in _NAMES.items()}
 SWITCHES = {"--thorough", "--quick", "--resume", "--cuda-graph"}
 ARGUMENTS = (
-    "0", "-1", "1", "7", "9" * 30, "9" * 5000, "1e308", "1e999", "-1e999", "nan", "inf", "0x10", "1_000", "\u0661\u0662",
-    "8,16", "8-64*2", "64-8*2", "1-9223372036854775807*2", "1-1000000000+1", "8-64*1", "8-64*0", "8,8,8", "1e3", ",", "-",
-    "train=0.1", "train=-1", "train=0", "train=1e999", "train=nan", "test=0.1,train=0.2", "bogus=1", "train=" + "9" * 400,
-    "throughput:-3%", "throughput:-300%", "throughput:-" + "9" * 400 + "%", "throughput:+1e999%", "memory:-100%",
-    "tuned", "sqrt,linear", "sgd", "sgd:momentum=9e999", "sgd:momentum=nan", "adamw:betas=(0.9,2)", "sgd:lr=1",
-    "sgd:momentum=" + "9" * 5000, "sgd:momentum=" + "(" * 300, "adam:eps=-1", "sgd:nesterov=3", "digits", "quadratic",
-    "text", "mlp", "cnn", "fp32", "bf16", "tiny", "base", "table", "json", "csv", "run.json", "run.html", "run.xls", "/",
-    "no/such/x.json", "\x1b[2J", "caf\udce9.json", "caf\udce9.html", "", " ", "x" * 5000, "file.py:Class", "a:b:c", ":",
-)  # fmt: skip
-
-
-class Measured(Exception):
-    """The command line was taken, and the measurement would begin."""
+    "0",
+    "-1",
+    "1",
+    "7",
+    "9" * 30,
+    "9" * 5000,
+    "1e308",
+    "1e999",
+    "-1e999",
+    "nan",
+    "inf",
+    "0x10",
+    "1_000",
+    "\u0661\u0662",
+    "8,16",
+    "8-64*2",
+    "64-8*2",
+    "1-9223372036854775807*2",
+    "1-1000000000+1",
+    "8-64*1",
+    "8-64*0",
+    "8,8,8",
+    "1e3",
+    ",",
+    "-",
+    "train=0.1",
+    "train=-1",
+    "train=0",
+    "train=1e999",
+    "train=nan",
+    "test=0.1,train=0.2",
+    "bogus=1",
+    "train=" + "9" * 400,
+    "throughput:-3%",
+    "throughput:-300%",
+    "throughput:-" + "9" * 400 + "%",
+    "throughput:+1e999%",
+    "memory:-100%",
+    "tuned",
+    "sqrt,linear",
+    "sgd",
+    "sgd:momentum=9e999",
+    "sgd:momentum=nan",
+    "adamw:betas=(0.9,2)",
+    "sgd:lr=1",
+    "sgd:momentum=" + "9" * 5000,
+    "sgd:momentum=" + "(" * 300,
+    "adam:eps=-1",
+    "sgd:nesterov=3",
+    "digits",
+    "quadratic",
+    "text",
+    "mlp",
+    "cnn",
+    "fp32",
+    "bf16",
+    "tiny",
+    "base",
+    "table",
+    "json",
+    "csv",
+    "run.json",
+    "run.html",
+    "run.xls",
+    "/",
+    "no/such/x.json",
+    "\x1b[2J",
+    "caf\udce9.json",
+    "caf\udce9.html",
+    "",
+    " ",
+    "x" * 5000,
+    "file.py:Class",
+    "a:b:c",
+    ":",
+)
 
 
 def commands(rng, folder):

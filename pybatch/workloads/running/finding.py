@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -180,6 +181,8 @@ def _option(option: str, spec: str, takes: Mapping[str, inspect.Parameter]) -> t
     if kind is None:
         raise UsageError(f"option '{option}': {key} of workload '{spec}' takes no text. Annotate it int, float or str.")
     try:
+        if kind is float and not abs(float(text)) < math.inf:
+            raise ValueError
         return key, kind(text)
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
