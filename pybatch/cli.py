@@ -13,7 +13,7 @@ import importlib
 import io
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -24,7 +24,9 @@ from pybatch.base.plain import shortened, visible
 
 _DONE, _BAD_INPUT, _INCOMPLETE = 0, 2, 3  # exit status
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # no fault of pybatch's, nor of what was typed
-_CommandLineError = typer.BadParameter.__mro__[2]  # click's own, wherever typer has click from
+_CommandLineError: type[Exception] = cast(
+    type[Exception], typer.BadParameter.__mro__[2]
+)  # click's own, wherever typer has click from
 _STYLE: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 
 # Its function in pybatch.commands, and the first line of that function's help: listing the commands imports none.

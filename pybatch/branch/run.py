@@ -109,6 +109,7 @@ class BranchedRun:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UsageError(f"folder '{self.folder}' cannot be made: {error.strerror}. Name another.") from None
+            checkpoint.clear_leftovers(self.folder)
 
     def _trained(self, seed: int, scaled: Scaled) -> Trained:
         session = Session(self.workload, self.device, self.dtype, seed)

@@ -108,7 +108,7 @@ def bench(
         if dry_run:
             print("\n".join(_dry_run(found, device, options, mode.name, earlier)))
             return
-        with delivery.measuring() as progress:
+        with delivery.measuring(options.time_budget) as progress:
             delivery.run = _run(found, device, options, progress, earlier, partial.write if partial else None)
         status = delivery.deliver()
         run = delivery.run

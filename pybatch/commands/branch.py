@@ -88,7 +88,7 @@ def branch(
         found, device = subject.find(dtype)
         from pybatch.jobs.branch import run_branches
 
-        with delivery.measuring() as progress:
+        with delivery.measuring(time_budget) as progress:
             delivery.run = run_branches(found, options, device=device, command=typed(), progress=progress)
         status = delivery.deliver()
     raise typer.Exit(status)

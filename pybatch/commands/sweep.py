@@ -11,7 +11,6 @@ from pybatch.base.errors import UsageError
 from pybatch.base.ranges import LARGEST, parse_batches
 from pybatch.commands import flags
 from pybatch.commands.assignments import parse_optimizer, parse_targets
-from pybatch.commands.interrupting import termination_heard
 from pybatch.commands.measuring import (
     LONGEST,
     RATE,
@@ -124,7 +123,7 @@ def sweep(
         from pybatch.jobs.sweep import run_sweep
 
         keep_freed()
-        with delivery.measuring() as progress, termination_heard():
+        with delivery.measuring() as progress:
             delivery.run = run_sweep(
                 found,
                 asked,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Self
 
 from pybatch.base.errors import UsageError
+
+_SUFFIX = ".writing"  # of a temporary file
+_OLD = 3600.0  # s
 
 
 class Output:
@@ -31,7 +37,8 @@ class Output:
         try:
             if path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError("it is write-protected")
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            _clear_leftovers(path)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent)
             os.close(handle)
         except OSError as error:
             raise UsageError(
@@ -64,3 +71,11 @@ class Output:
         if self._temporary is not None:
             self._temporary.unlink(missing_ok=True)
             self._temporary = None
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Take away what processes that were killed have left of this file; one that still runs writes its own anew."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _OLD:
+                left.unlink()

@@ -53,7 +53,7 @@ def run_task(
     """
     if not task.trials:
         return None
-    study, ended = task.study(), set[str]()
+    study, ended, made = task.study(), set[str](), [0]
     first = Session(workload, torch.device("cpu"), task.trials[0].dtype, task.trials[0].seed)
     size = sum(p.numel() * p.element_size() for p in first.parameters)
     reason, split = None, next(iter(task.targets))
@@ -63,6 +63,7 @@ def run_task(
         deliver(outcome)
 
     def say(step: int, left: int, loss: float) -> None:
+        made[0] = max(made[0], step)
         if progress is not None:
             text = f"trials: batch {task.trials[0].batch}, step {step}, {left} of {len(task.trials)} left"
             progress(f"{text}, {split} loss {loss:.3g}", len(ended) / len(task.trials))
@@ -72,30 +73,34 @@ def run_task(
         _Training(replicas, study, delivered, task.cap).run(say)
         return why
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        groups = deque(chunks(task.trials, size, memory_for(device)))
-        while groups:
-            group, failed = groups.popleft(), None
-            try:
-                reason = trained(group) or reason
-                continue
-            except StackTooLargeError as error:
-                if how is not None:
-                    raise error.__cause__ or error from None
-            except _StackError as error:
-                if how is not None:
-                    raise error.__cause__ or error from None
-                failed = f"not stacked to the end: {error}"
-            # Here no trace holds what the stack held.
-            rest = [trial for trial in group if trial.key not in ended]
-            for trial in rest:
-                study.forget(trial.lr, trial.seed)
-            if failed is not None:
-                reason = failed
-                _Training(Loop(workload, rest, device), study, delivered, task.cap).run(say)
-            else:
-                left, half = [trial for some in (rest, *groups) for trial in some], (len(group) + 1) // 2
-                groups = deque(left[i : i + half] for i in range(0, len(left), half))  # nor would the others fit
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            groups = deque(chunks(task.trials, size, memory_for(device)))
+            while groups:
+                group, failed = groups.popleft(), None
+                try:
+                    reason = trained(group) or reason
+                    continue
+                except StackTooLargeError as error:
+                    if how is not None:
+                        raise error.__cause__ or error from None
+                except _StackError as error:
+                    if how is not None:
+                        raise error.__cause__ or error from None
+                    failed = f"not stacked to the end: {error}"
+                # Here no trace holds what the stack held.
+                rest = [trial for trial in group if trial.key not in ended]
+                for trial in rest:
+                    study.forget(trial.lr, trial.seed)
+                if failed is not None:
+                    reason = failed
+                    _Training(Loop(workload, rest, device), study, delivered, task.cap).run(say)
+                else:
+                    left, half = [trial for some in (rest, *groups) for trial in some], (len(group) + 1) // 2
+                    groups = deque(left[i : i + half] for i in range(0, len(left), half))  # nor would the others fit
+    except WorkloadError as error:
+        error.begun |= made[0] > 0
+        raise
     return reason
 
 

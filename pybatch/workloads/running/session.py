@@ -17,6 +17,7 @@ from pybatch.device.memory import upload
 from pybatch.records import WorkloadInfo
 from pybatch.workloads.base import Split, Workload
 from pybatch.workloads.running.batches import copied
+from pybatch.workloads.running.calls import called
 from pybatch.workloads.running.compiling import compiled
 from pybatch.workloads.running.declared import check
 from pybatch.workloads.running.finding import file_digest
@@ -222,17 +223,24 @@ class Session:
 
     def _call(self, method: str, *arguments: Any) -> Any:
         before, what = self._lookout.before(method), None
-        try:
-            found = getattr(self.workload, method)(*arguments)
-        except (torch.OutOfMemoryError, MemoryError, WorkloadError, UsageError):
-            raise
-        except (Exception, SystemExit) as error:
-            if is_out_of_memory(error):
+        with called(f"{type(self.workload).__name__}.{method}()") as call:
+            try:
+                found = getattr(self.workload, method)(*arguments)
+            except (torch.OutOfMemoryError, MemoryError, WorkloadError, UsageError):
                 raise
-            raise self._error(method, f"raised {type(error).__name__}: {error}") from error
-        finally:
-            if before is not None:
-                what = self._lookout.changed(before, method)
+            except KeyboardInterrupt:
+                if call.ended is None:
+                    raise
+                raise self._error(method, call.ended) from None
+            except (Exception, SystemExit) as error:
+                if is_out_of_memory(error):
+                    raise
+                failure = self._error(method, f"raised {type(error).__name__}: {error}")
+                failure.begun = method == "batch"  # whoever trains has drawn the fixed batches before
+                raise failure from error
+            finally:
+                if before is not None:
+                    what = self._lookout.changed(before, method)
         if what is not None:
             raise self._error(
                 method,
