@@ -99,6 +99,9 @@ class Count:
         if isinstance(self._examples, int):
             self._sizes.append(float(self._examples))
         elif self._examples is None:
+            if args and isinstance(args[0], torch.Tensor) and args[0].ndim and len(args[0]):
+                self._sizes.append(float(len(args[0])))
+                return
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.ndim]
             if tensors and not len(tensors[0]):
                 raise UsageError(
@@ -293,8 +296,14 @@ class Collector(Handle):
         """Whether gradients are those of a scaled loss."""
         return self._scaler is not None
 
-    def _row(self, n_small: Any, n_large: Any, small: torch.Tensor, large: torch.Tensor) -> None:
-        """One step: counts, and [series] squared norms each: total, preconditioned if kept, layers."""
+    def _row(self, n_small: Any, n_large: Any, small: Any, large: Any) -> None:
+        """One step: counts, and [series] squared norms each: total, preconditioned if kept, layers.
+
+        Tensors on the device, or arrays where the norms were taken on the host.
+        """
+        if isinstance(small, np.ndarray):
+            self._readback.put(np.concatenate([[n_small, n_large], small, large]))
+            return
         sizes = torch.empty(2, dtype=torch.float64, device=self._device)
         sizes[0], sizes[1] = n_small, n_large  # numbers are filled in; making a tensor of them would wait
         self._readback.append(torch.cat([sizes, small, large]))
@@ -314,7 +323,7 @@ class Collector(Handle):
                 weighted = pairs[1] if self._accumulator.preconditioned else None
                 small, large = pairs[0].tolist()
                 n_small, n_large = row[:2].tolist()
-                own = pairs[before:]
+                own = pairs[before:] if self._accumulator.layers else None
                 self._accumulator.update(small, large, n_small, n_large, layers=own, preconditioned=weighted)
 
 
