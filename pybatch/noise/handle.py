@@ -18,12 +18,14 @@ from pybatch.base.errors import UsageError
 from pybatch.fits.accumulator import NoiseAccumulator
 from pybatch.noise.closures import Evaluations
 from pybatch.noise.confounds import confounds
+from pybatch.noise.labels import ignored_in, ragged
 from pybatch.noise.readback import Readback
 from pybatch.records import NoiseScale, Note
 
 Accumulation = Literal["mean", "sum", "weighted"]
 Examples = int | Literal["count"] | None
 
+COUNTING = "examples='count', accumulation='weighted' and handle.count(tokens) before each backward()"
 ACCUMULATIONS = ("mean", "sum", "weighted")
 
 
@@ -43,6 +45,7 @@ class Count:
         self._examples, self._started = examples, started
         self._sizes: list[float] = []
         self.forwards = 0  # passes with gradients since the last `take`, counted or not
+        self.ignoring = False  # whether labels given to the first forward pass hold an ignore index
         self.modes: set[bool] = set()  # whether the model was in training mode in them
         self._hook = model.register_forward_pre_hook(self.see, with_kwargs=True)
 
@@ -73,6 +76,11 @@ class Count:
         return len(self._sizes)
 
     @property
+    def alike(self) -> bool:
+        """Whether examples are counted alike that their labels show to have different numbers of tokens."""
+        return self.ignoring and self._examples != "count"
+
+    @property
     def sizes(self) -> list[float]:
         """Examples of the micro-batches since the last `take`."""
         return list(self._sizes)
@@ -91,6 +99,8 @@ class Count:
         if not torch.is_grad_enabled():
             return
         self.forwards += 1
+        if not self.modes:
+            self.ignoring = ignored_in((args, kwargs))
         self.modes.add(module.training)
         if not module.training:
             return
@@ -235,7 +245,8 @@ class Collector(Handle):
         found = read(self._single, self._said())
         evaluation = self._counter is not None and self._counter.modes == {False}
         said = confounds(self._model, None, found, training=not evaluation)
-        notes = (*found.notes, *said, *self._evaluations.notes)
+        alike = (ragged(COUNTING),) if self._counter is not None and self._counter.alike else ()
+        notes = (*found.notes, *alike, *said, *self._evaluations.notes)
         return dataclasses.replace(found, notes=notes, unit=self._unit)
 
     def detach(self) -> None:
