@@ -84,6 +84,13 @@ def rounded(value: float | None) -> str:
     return number(value) if value is not None and value < 100 else count(value)
 
 
+def batch_size(value: float | None) -> str:
+    """A modelled batch size: three digits at most, whole from 10 on."""
+    if value is None or value < 9.95:
+        return number(value, 2)
+    return count(value) if value < 99.5 else number(value)
+
+
 def interval(low: float | None, high: float | None, form: Callable[[float | None], str] = number) -> str:
     """An interval in brackets, its ends written by `form`; an open end is spelled out."""
     if low is None and high is None:

@@ -107,6 +107,9 @@ class Findings:
         if refused:
             sizes = ", ".join(map(str, refused))
             notes.append(Note("batches.status", f"the workload refuses batch {sizes}; each one's reason says how"))
+        if self.explorer.step.changes:
+            text = "the loss or the model changes its batch in place; each timed step puts the batch back first"
+            notes.append(Note("batches.step_ms", text))
         notes += summary.counter_notes(self.region, points, self.ceilings, self.explorer)
         cache = last_level_cache_bytes(device)
         return summary.summarize(

@@ -277,7 +277,7 @@ def _saturation_measured(fit: ThroughputFit | None, timed: Sequence[BatchPoint])
 
     The interval alone would let the noisiest batch saturate first.
     """
-    if fit is None:
+    if fit is None or fit.ceiling is None:
         return None
     near = (p for p in timed if _fastest(p) >= _NEAR * fit.ceiling)
     return next((p.batch for p in near if (p.samples_per_s or 0.0) >= _NEARLY * fit.ceiling), None)
@@ -291,6 +291,10 @@ def _fit_notes(fit: ThroughputFit, timed: Sequence[BatchPoint], largest: Largest
             f"step time rises in steps of {fit.wave} examples: a batch just above a multiple of {fit.wave} is wasteful"
         )
         notes.append(Note("capacity.model", text))
+    named = {"ceiling": "ceiling_samples_per_s"}
+    notes += [Note(f"capacity.{named.get(note.figure, note.figure)}", note.text) for note in fit.notes]
+    if fit.saturation_batch is None:
+        return notes
     if largest.batch is not None and fit.saturation_batch > largest.batch:
         text = f"not saturated: memory ends at batch {largest.batch}, below saturation"
         notes.append(Note("capacity.saturation_batch", text))

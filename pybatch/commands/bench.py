@@ -92,6 +92,7 @@ def bench(
     check_seed(seed)
     subject = Subject(workload, model, data, option, gpu, cpu, size)
     conditions = [parse_condition(text) for text in fail_on or []]
+    page = html.absolute() if html is not None else None  # a workload may change the working directory
     before = read_run(compare) if compare is not None else None
     partial = partial_record(output, format_, resume)
     earlier = partial.earlier() if partial is not None and resume else None
@@ -107,16 +108,16 @@ def bench(
         if dry_run:
             print("\n".join(_dry_run(found, device, options, mode.name, earlier)))
             return
-        with delivery.measuring() as progress:
+        with delivery.measuring(options.time_budget) as progress:
             delivery.run = _run(found, device, options, progress, earlier, partial.write if partial else None)
         status = delivery.deliver()
         run = delivery.run
         if run is not None and partial is not None and delivery.written:
             partial.discard()
-        if run is not None and html is not None:
+        if run is not None and page is not None:
             from pybatch.report.formats.html import write_report
 
-            write_report([run], html)
+            write_report([run], page)
             print(f"pybatch: wrote {html}", file=sys.stderr)
         if run is not None and before is not None:
             changed = tell_changes(before, run, conditions)

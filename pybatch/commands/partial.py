@@ -16,8 +16,8 @@ class PartialRecord:
     """`run.json.partial` beside `run.json`: replaced in one step as the run grows, and taken away at its end."""
 
     def __init__(self, output: Path) -> None:
-        self.output = output
-        self.path = output.with_name(f"{output.name}.partial")
+        self.output = output.absolute()  # a workload may change the working directory
+        self.path = self.output.with_name(f"{output.name}.partial")
         self._works = True
 
     def write(self, run: Run) -> None:
@@ -40,7 +40,7 @@ class PartialRecord:
         there = [path for path in (self.path, self.output) if path.exists()]
         if there:
             return read_run(max(there, key=lambda path: path.stat().st_mtime_ns))  # the first of equals
-        print(f"pybatch: there is no {self.output} to go on with; the run starts anew", file=sys.stderr)
+        print(f"pybatch: there is no {self.output.name} to go on with; the run starts anew", file=sys.stderr)
         return None
 
     def discard(self) -> None:

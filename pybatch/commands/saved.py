@@ -16,6 +16,7 @@ from pybatch.answer.changes import Condition, broken, parse_condition
 from pybatch.answer.merge import join
 from pybatch.base.errors import UsageError, unknown
 from pybatch.commands.assignments import parse_targets
+from pybatch.commands.interrupting import termination_heard
 from pybatch.commands.measuring import BROKEN, DONE
 from pybatch.commands.printing import ResultConsole
 from pybatch.noise.trajectory import read_trajectory
@@ -98,7 +99,7 @@ def report(
     format_ = _report_format(output) if output is not None else None
     runs = as_runs([record for path in records for record in _told(path, read_records(path, targets))])
     if output is not None and format_ is not None:
-        with Output(output) as file:
+        with termination_heard(), Output(output) as file:
             # Rows are of one kind each; all else is of one run, whose verdict may stand on both measurements.
             shown = runs if format_ in ("csv", "jsonl") else join(runs)
             file.write(page(shown) if format_ == "html" else render_all(shown, format_))

@@ -14,14 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pybatch.base.errors import UsageError
+from pybatch.base.numerals import count, number
 from pybatch.fits.solver import Array, aicc, minimize
-from pybatch.records import ThroughputFit
+from pybatch.records import Note, ThroughputFit
 
 Model = Literal["affine", "floor", "wave"]
 
 SOFT = 0.05  # log time: residuals past 5 % count linearly; repeats of a steady step agree within that
 _FINE = 256  # wave sizes up to here are tried one by one, larger ones in eights
 RESOLUTION = 1e-5  # log time: smaller residuals are rounding, and a perfect fit must not drive AICc to minus infinity
+FAR = 4  # times the largest batch: a half batch past it lets times rise by a quarter at most over all that was measured
 REACH = 1e3  # half batch is sought within this factor of the batches measured; beyond, they say nothing about it
 WAVE_LEAST = 3  # batch sizes that share a wave with another, past the first wave: fewer show no steps
 FLOOR_LEAST = 6  # AICc of four unknowns (alpha, beta, floor and the error) is defined from six batch sizes on
@@ -71,7 +73,8 @@ def fit_throughput(
     if waves is not None:
         models.append("wave")
         fits["wave"] = waves[1:]
-    model = min(models, key=lambda m: float(aicc(n * np.log(fits[m][1] / n), n, unknowns[m])))
+    scores = {m: float(aicc(n * np.log(fits[m][1] / n), n, unknowns[m])) for m in models}
+    model = min(models, key=scores.__getitem__)
     best = fits[model][0]
     wave = waves[0] if waves is not None and model == "wave" else None
     if wave is not None:
@@ -83,26 +86,68 @@ def fit_throughput(
     low, high = np.quantile(spread, [0.025, 0.975], axis=0)
     low, high = np.minimum(low, figures), np.maximum(high, figures)  # the estimate itself is always compatible
     low, high = _opened(low, high, size)
+    error = float(np.sqrt(np.mean((data - _log_time(best, size)[0]) ** 2)))
     beta, alpha = float(np.exp(best[0])), float(np.exp(best[0] + best[1]))
+    floor = float(np.exp(best[2])) if model == "floor" else alpha
+    points: list[float | None] = figures.tolist()
+    notes: tuple[Note, ...] = ()
+    level = float(_cost(data - np.median(data)))  # of the same time at every batch size
+    still = n >= FLOOR_LEAST and bool(aicc(n * np.log(level / n), n, 1) < scores[model])
+    if still or _flat(figures[1], high[1], size):
+        floor = alpha = float(np.exp(np.median(data)))
+        model, wave, beta, points = "affine", None, 0.0, [None] * 3
+        low, high = _bounds(low, float(size.max()), alpha, gain), np.full(3, np.inf)
+        notes = (_no_ceiling(low, size),)
+    elif low[1] == 0.0 and figures[1] < 1.05 * np.exp(_limits(size)[0]):
+        points, notes = [points[0], None, None], (_no_half(high, size),)
+        floor = alpha = 0.0
     return ThroughputFit(
         model=model,
-        t0_s=float(np.exp(best[2])) if model == "floor" else alpha,
+        t0_s=floor,
         alpha_s=alpha,
         beta_s=beta,
-        ceiling=float(figures[0]),
+        ceiling=points[0],
         ceiling_low=float(low[0]),
         ceiling_high=_finite(high[0]),
-        half_batch=float(figures[1]),
+        half_batch=points[1],
         half_low=float(low[1]),
         half_high=_finite(high[1]),
-        saturation_batch=float(figures[2]),
+        saturation_batch=points[2],
         saturation_low=float(low[2]),
         saturation_high=_finite(high[2]),
         gain=gain,
-        rms_log_error=float(np.sqrt(np.mean((data - _log_time(best, size)[0]) ** 2))),
+        rms_log_error=error,
         batches=len(size),
         wave=wave,
+        notes=notes,
     )
+
+
+def _flat(half: float, half_high: float, size: Array) -> bool:
+    """Whether times show no rise: the half batch is the search's limit, or far off and no larger one is excluded."""
+    limit = np.exp(_limits(size)[1]) / 1.05
+    return bool(half > limit or (np.isinf(half_high) and half > FAR * size.max()))
+
+
+def _bounds(low: Array, largest: float, seconds: float, gain: float) -> Array:
+    """What the figures are at least, of times that do not rise. However small their error, they say nothing of batches
+    far larger; and a ceiling is never below what was measured."""
+    half = min(float(low[1]), FAR * largest)
+    rate = float(np.clip(low[0], largest / seconds, (1 + FAR) * largest / seconds))
+    return np.array([rate, half, min(float(low[2]), FAR * largest * (1 - gain) / (2 * gain))])
+
+
+def _no_ceiling(low: Array, size: Array) -> Note:
+    largest = count(float(size.max()))
+    text = f"step times do not rise with the batch beyond their error, up to {largest}: no ceiling is in sight (it is "
+    return Note("ceiling", f"{text}at least {number(float(low[0]))}/s). Measure larger batches")
+
+
+def _no_half(high: Array, size: Array) -> Note:
+    smallest = count(float(size.min()))
+    below = f" (below {number(float(high[1]))})" if np.isfinite(high[1]) else ""
+    text = f"step time is proportional to the batch from {smallest}, the smallest measured, on: half of the ceiling is "
+    return Note("half_batch", f"{text}reached before it{below}")
 
 
 def _waves(size: Array, data: Array) -> tuple[int, Array, float] | None:

@@ -14,7 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pybatch.base.codec import parse
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import said
 from pybatch.fits.noise import MIN_BLOCKS, judge
 from pybatch.records import NoisePoint, NoiseScale, NoiseTrajectory, Note
 
@@ -24,6 +26,8 @@ EVERY = 10  # steps between readings of a longer run
 SCHEMA = "pybatch-noise/1"
 
 _COLUMNS = ("first_step", "last_step", "pairs", "grad_sq", "trace", "loss", "losses")  # sums, from the third on
+_COUNTED = ("first_step", "last_step", "pairs", "losses")  # which are whole, and always known
+_LARGEST = 1e150  # of a figure: sums of squares stay within floats
 _TAGS = ("b_simple", "low", "high", "grad_sq", "trace")
 
 
@@ -239,15 +243,27 @@ def _read(path: Path) -> tuple[dict[str, Any], list[list[float]], int]:
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     try:
-        head, *lines = [json.loads(line) for line in whole.decode().splitlines()]
+        head, *lines = [parse(line) for line in whole.decode().splitlines()]
         if head["schema"] != SCHEMA:
             raise ValueError(f"schema {head['schema']!r}")
-        rows = [[math.nan if line[c] is None else float(line[c]) for c in _COLUMNS] for line in lines]
+        rows = [[_figure(c, line[c]) for c in _COLUMNS] for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path} is not a noise trajectory ({type(error).__name__}: {error}). Give another path."
         ) from None
     return head, rows, len(whole)
+
+
+def _figure(name: str, value: Any) -> float:
+    """A figure of a row, nan where it was not measured; raises ValueError or TypeError where it is none."""
+    if value is None and name not in _COUNTED:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {said(value)}: it must be a number")
+    low, high = (0.0, 2.0**53) if name in _COUNTED else (-_LARGEST, _LARGEST)
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {said(value)}: it must be a number from {low:g} to {high:g}")
+    return float(value)
 
 
 def _merge(one: NDArray[np.float64], two: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -22,7 +22,7 @@ def section(capacity: Capacity) -> Section:
     words = {
         "ceiling_samples_per_s": lambda text: f"{text}, modelled ({fit.model})" if fit else "",
         "half_batch": lambda text: f"{text}: half the ceiling" if fit else "",
-        "saturation_batch": lambda text: f"{text}: doubling gains < {gain}{where}",
+        "saturation_batch": lambda text: f"{text}: doubling gains < {gain}{where}" if fit else "",
         "max_batch": lambda text: f"{text} ({how})",
     }
     said = [*lines(capacity, words, unit), *_modes(capacity)]
@@ -95,7 +95,7 @@ def throughput(capacity: Capacity, timed: list[BatchPoint], verdict: Verdict | N
     unit, fit = examples_of(capacity), capacity.model
     low, high = reach(capacity, timed, verdict)
     speeds = [p.samples_per_s or 0.0 for p in timed]
-    ends = (min(speeds) / 1.6, 1.6 * max([*speeds, fit.ceiling if fit else 0.0]))
+    ends = (min(speeds) / 1.6, 1.6 * max([*speeds, (fit.ceiling or 0.0) if fit else 0.0]))
     traces: list[dict[str, Any]] = []
     if verdict is not None and verdict.critical_batch is not None:
         span = (verdict.critical_low, verdict.critical_high)
@@ -113,7 +113,8 @@ def throughput(capacity: Capacity, timed: list[BatchPoint], verdict: Verdict | N
             traces.append(
                 band("ceiling", both, [fit.ceiling_low] * 2, [fit.ceiling_high] * 2, "@gray") | {"showlegend": False}
             )
-        traces.append(line(f"ceiling {n.count(fit.ceiling)}", [low, high], [fit.ceiling] * 2, "@gray", dash="dot"))
+        if fit.ceiling is not None:
+            traces.append(line(f"ceiling {n.count(fit.ceiling)}", [low, high], [fit.ceiling] * 2, "@gray", dash="dot"))
     rates = [(1e3 * p.batch / p.step_ms_high if p.step_ms_high else None) for p in timed]
     tops = [(1e3 * p.batch / p.step_ms_low if p.step_ms_low else None) for p in timed]
     traces.append(points("measured", [p.batch for p in timed], speeds, "@blue", rates, tops))

@@ -15,7 +15,7 @@ def title(run: Run) -> str:
     """What was measured, and where, in one line."""
     measured = run.capacity or run.convergence
     if measured is None or measured.workload is None or measured.device is None:
-        return "pybatch bench"
+        return "pybatch bench" if run.convergence is None else "Steps to a target, as logged"
     work, device = measured.workload, measured.device
     model = f"{work.model}, " if work.model else ""
     place = f"{device.name}, {device.cores} cores" if device.kind == "cpu" and device.cores else device.name
@@ -37,7 +37,9 @@ def sections(run: Run) -> list[Section]:
     if run.trajectory is not None:
         found.append(noise.trajectory_section(run.trajectory))
     if swept is not None and swept.curves:
-        found += steps.sections(swept, unit) + claims.sections(run)
+        found += steps.sections(swept, unit)
+        if any(curve.target is not None for curve in swept.curves):  # not of logs, which say little of how they came
+            found += claims.sections(run)
     if swept is not None and swept.branches:
         found.append(branches.section(swept, unit))
     if run.distributed is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pybatch.answer.time_model import TimeModel
-from pybatch.answer.verdict import time_model
+from pybatch.answer.ensemble import Ensemble
+from pybatch.answer.verdict import ensemble
 from pybatch.base import numerals as n
 from pybatch.records import BatchPoint, Capacity, FrontierPoint, Run, Verdict
 from pybatch.records.figure import figure_of, interval_of
@@ -69,9 +69,8 @@ def goodput_plots(run: Run) -> list[Plot]:
     capacity, verdict, timed = run.capacity, run.verdict, timed_points(run.capacity)
     if capacity is None or verdict is None or not timed or verdict.critical_batch is None or capacity.model is None:
         return []
-    model = time_model(capacity, run.noise, run.convergence)
-    model = model or TimeModel(capacity.model, verdict.critical_batch)  # the verdict alone was given
-    return [goodput(capacity, model, timed, verdict)]
+    model = ensemble(capacity, run.noise, run.convergence)
+    return [goodput(capacity, model, timed, verdict)] if model is not None else []
 
 
 def frontier_plots(run: Run) -> list[Plot]:
@@ -80,19 +79,20 @@ def frontier_plots(run: Run) -> list[Plot]:
     return [frontier(run.verdict)] if there and run.verdict is not None else []
 
 
-def goodput(capacity: Capacity, model: TimeModel, timed: list[BatchPoint], verdict: Verdict) -> Plot:
+def goodput(capacity: Capacity, model: Ensemble, timed: list[BatchPoint], verdict: Verdict) -> Plot:
     """Throughput times statistical efficiency (goodput of Qiao et al. 2021), which peaks at the best batch."""
-    fit = model.fit
+    fit = capacity.model
+    assert fit is not None
+    ceiling = fit.ceiling or 1.0
     low, high = reach(capacity, timed, verdict)
     xs = spread(low, high)
-    # 1 / (1 + B / B_c) for the hyperbola; of other curves the fewest examples of this picture are the whole.
-    fewest = model.critical if model.shape is None else min(float(model.examples(x)) for x in xs)
+    fewest = min(float(model.examples(x)) for x in xs)  # the fewest examples of this picture are the whole
 
     def statistical(batch: float) -> float:
         return fewest / float(model.examples(batch))
 
     def device(batch: float) -> float:
-        return batch / fit.step_s(batch) / fit.ceiling
+        return batch / float(model.step_s(batch)) / ceiling
 
     useful = [device(x) * statistical(x) for x in xs]
     peak = max(useful)
@@ -102,11 +102,11 @@ def goodput(capacity: Capacity, model: TimeModel, timed: list[BatchPoint], verdi
         line("goodput, of its peak", xs, [value / peak for value in useful], "@green"),
     ]
     measured = [p for p in timed if p.samples_per_s]
-    rates = [(p.samples_per_s or 0.0) / fit.ceiling * statistical(p.batch) / peak for p in measured]
+    rates = [(p.samples_per_s or 0.0) / ceiling * statistical(p.batch) / peak for p in measured]
     traces.append(points("goodput of measured times", [p.batch for p in measured], rates, "@green", marker="diamond"))
     if verdict.best_batch is not None:
         traces += mark("best batch", verdict.best_batch, (0.0, 1.05), "@red", (verdict.best_low, verdict.best_high))
-    law = "1/(1 + B/critical batch)" if model.shape is None else f"by the {model.shape.model} fit to measured steps"
+    law = "by measured steps" if model.absolute else "by the critical batch and its error"
     return Plot(
         "goodput",
         "Why this batch: speed of the device times progress per example",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pybatch.base.codec import decode
+from pybatch.base.codec import decode, parse
 from pybatch.records import Device, Environment, NoiseScale, Note, WorkloadInfo
+from pybatch.records.limits import wrong
 from pybatch.sweep.options import SweepOptions
 from pybatch.training.trajectory import Trajectory
 from pybatch.training.trial import Outcome, Trial
@@ -91,7 +91,7 @@ def _read(db: sqlite3.Connection) -> Contents:
         outcome = Outcome(Trial.from_spec(spec), end, Trajectory.decompressed(*losses), seconds, how)
         rows[key] = Row(outcome, environment, created)
     environments = {
-        number: decode(Environment, json.loads(text), "environment")
+        number: decode(Environment, parse(text), "environment", wrong)
         for number, text in db.execute("SELECT number, json FROM environment")
     }
     known = db.execute("SELECT number, json, created, begun, noise, measured FROM sweep ORDER BY number").fetchall()
@@ -101,18 +101,18 @@ def _read(db: sqlite3.Connection) -> Contents:
 def _sweep(
     db: sqlite3.Connection, number: int, text: str, created: str, begun: str, noise: str | None, measured: str | None
 ) -> StoredSweep:
-    data = json.loads(text)
+    data = parse(text)
     cells = db.execute("SELECT rule, part, batch, ended, failed FROM cell WHERE sweep = ?", (number,)).fetchall()
     sought: dict[int, set[str]] = {}
     for batch, key in db.execute("SELECT batch, trial FROM sought WHERE sweep = ?", (number,)):
         sought.setdefault(batch, set()).add(key)
     return StoredSweep(
         number,
-        decode(Subject, data["subject"], "subject"),
+        decode(Subject, data["subject"], "subject", wrong),
         SweepOptions.stored(data["options"]),
         created,
         begun,
-        decode(NoiseScale, json.loads(noise), "noise") if noise is not None else None,
+        decode(NoiseScale, parse(noise), "noise", wrong) if noise is not None else None,
         measured,
         {(rule, part, batch): ended for rule, part, batch, ended, failed in cells if failed is None},
         {(rule, part, batch): failed for rule, part, batch, _, failed in cells if failed is not None},

@@ -50,7 +50,8 @@ class Store:
     """
 
     def __init__(self, path: Path | None, environment: Environment, lease: float = LEASE) -> None:
-        self.path, self.lease, self.environment = path, lease, environment
+        self.path = path.absolute() if path is not None else None  # a workload may change the working directory
+        self.lease, self.environment = lease, environment
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid()):.2f}:{uuid.uuid4().hex}"
         self._name = ":memory:" if path is None else str(path)
         try:
@@ -195,7 +196,7 @@ class Store:
             return read_contents(self._db)
 
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._name, timeout=BUSY, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(self.path or ":memory:", timeout=BUSY, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA synchronous = NORMAL")  # with a write-ahead log: a power cut may lose the last outcomes
         return db
 
