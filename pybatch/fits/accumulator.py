@@ -132,14 +132,17 @@ class NoiseAccumulator:
         if not (math.isfinite(sq_small) and math.isfinite(sq_large)):
             self.skip()
             return
-        own = np.full((len(self.layers), 2), np.nan) if layers is None else np.asarray(layers, dtype=np.float64)
-        if own.shape != (len(self.layers), 2):
-            raise UsageError(f"layers of shape {own.shape} for {len(self.layers)} names. Give [layers, 2].")
-        series = [[sq_small, sq_large]]
+        if self.layers or layers is not None:
+            own = np.full((len(self.layers), 2), np.nan) if layers is None else np.asarray(layers, dtype=np.float64)
+            if own.shape != (len(self.layers), 2):
+                raise UsageError(f"layers of shape {own.shape} for {len(self.layers)} names. Give [layers, 2].")
+            if self.layers:
+                self._layers.add(_pairs(own, n_small, n_large))
         if self.preconditioned:
-            series.append([math.nan] * 2 if preconditioned is None else np.asarray(preconditioned).tolist())
-        self._total.add(_pairs(np.array(series), n_small, n_large))
-        self._layers.add(_pairs(own, n_small, n_large))
+            weighted = [math.nan] * 2 if preconditioned is None else np.asarray(preconditioned).tolist()
+            self._total.add(_pairs(np.array([[sq_small, sq_large], weighted]), n_small, n_large))
+        else:
+            self._total.add(np.array([(1.0, *pair(sq_small, sq_large, n_small, n_large))]))
         self._sizes += n_small, n_large
         self._pairs += 1
 

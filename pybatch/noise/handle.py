@@ -18,12 +18,14 @@ from pybatch.base.errors import UsageError
 from pybatch.fits.accumulator import NoiseAccumulator
 from pybatch.noise.closures import Evaluations
 from pybatch.noise.confounds import confounds
+from pybatch.noise.labels import ignored_in, ragged
 from pybatch.noise.readback import Readback
 from pybatch.records import NoiseScale, Note
 
 Accumulation = Literal["mean", "sum", "weighted"]
 Examples = int | Literal["count"] | None
 
+COUNTING = "examples='count', accumulation='weighted' and handle.count(tokens) before each backward()"
 ACCUMULATIONS = ("mean", "sum", "weighted")
 
 
@@ -43,6 +45,7 @@ class Count:
         self._examples, self._started = examples, started
         self._sizes: list[float] = []
         self.forwards = 0  # passes with gradients since the last `take`, counted or not
+        self.ignoring = False  # whether labels given to the first forward pass hold an ignore index
         self.modes: set[bool] = set()  # whether the model was in training mode in them
         self._hook = model.register_forward_pre_hook(self.see, with_kwargs=True)
 
@@ -73,6 +76,11 @@ class Count:
         return len(self._sizes)
 
     @property
+    def alike(self) -> bool:
+        """Whether examples are counted alike that their labels show to have different numbers of tokens."""
+        return self.ignoring and self._examples != "count"
+
+    @property
     def sizes(self) -> list[float]:
         """Examples of the micro-batches since the last `take`."""
         return list(self._sizes)
@@ -91,6 +99,8 @@ class Count:
         if not torch.is_grad_enabled():
             return
         self.forwards += 1
+        if not self.modes:
+            self.ignoring = ignored_in((args, kwargs))
         self.modes.add(module.training)
         if not module.training:
             return
@@ -99,6 +109,9 @@ class Count:
         if isinstance(self._examples, int):
             self._sizes.append(float(self._examples))
         elif self._examples is None:
+            if args and isinstance(args[0], torch.Tensor) and args[0].ndim and len(args[0]):
+                self._sizes.append(float(len(args[0])))
+                return
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.ndim]
             if tensors and not len(tensors[0]):
                 raise UsageError(
@@ -232,7 +245,8 @@ class Collector(Handle):
         found = read(self._single, self._said())
         evaluation = self._counter is not None and self._counter.modes == {False}
         said = confounds(self._model, None, found, training=not evaluation)
-        notes = (*found.notes, *said, *self._evaluations.notes)
+        alike = (ragged(COUNTING),) if self._counter is not None and self._counter.alike else ()
+        notes = (*found.notes, *alike, *said, *self._evaluations.notes)
         return dataclasses.replace(found, notes=notes, unit=self._unit)
 
     def detach(self) -> None:
@@ -293,8 +307,14 @@ class Collector(Handle):
         """Whether gradients are those of a scaled loss."""
         return self._scaler is not None
 
-    def _row(self, n_small: Any, n_large: Any, small: torch.Tensor, large: torch.Tensor) -> None:
-        """One step: counts, and [series] squared norms each: total, preconditioned if kept, layers."""
+    def _row(self, n_small: Any, n_large: Any, small: Any, large: Any) -> None:
+        """One step: counts, and [series] squared norms each: total, preconditioned if kept, layers.
+
+        Tensors on the device, or arrays where the norms were taken on the host.
+        """
+        if isinstance(small, np.ndarray):
+            self._readback.put(np.concatenate([[n_small, n_large], small, large]))
+            return
         sizes = torch.empty(2, dtype=torch.float64, device=self._device)
         sizes[0], sizes[1] = n_small, n_large  # numbers are filled in; making a tensor of them would wait
         self._readback.append(torch.cat([sizes, small, large]))
@@ -314,7 +334,7 @@ class Collector(Handle):
                 weighted = pairs[1] if self._accumulator.preconditioned else None
                 small, large = pairs[0].tolist()
                 n_small, n_large = row[:2].tolist()
-                own = pairs[before:]
+                own = pairs[before:] if self._accumulator.layers else None
                 self._accumulator.update(small, large, n_small, n_large, layers=own, preconditioned=weighted)
 
 

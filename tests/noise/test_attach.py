@@ -174,7 +174,7 @@ def test_bad_steps_have_a_status_and_a_reason():
         "equal within rounding": lambda: equal(model),
     }
     for says, losses in cases.items():
-        handle = pybatch.noise.attach(model, optimizer)
+        handle = pybatch.noise.attach(model, optimizer, "micro-batches")
         for _ in range(3 if says == "too few" else 20):
             step(optimizer, losses())
         noise = handle.noise

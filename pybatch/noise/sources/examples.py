@@ -150,7 +150,12 @@ class ExampleNoise(Collector):
         watch.began = begin
         watch.__enter__()  # type: ignore[no-untyped-call]
 
+    def detach(self) -> None:
+        self._leave()
+        super().detach()
+
     def _leave(self, *_: Any) -> None:
+        """The forward pass is over, or failed."""
         watch = self._watch
         if watch is not None and not getattr(watch, "left", False):
             watch.left = True  # type: ignore[attr-defined]

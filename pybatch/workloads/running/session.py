@@ -210,6 +210,10 @@ class Session:
             raise self._error("loss", f"returned {value} {where}")
         return value
 
+    def loss_of(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        """The loss of a batch as this model has it, under autocast where the dtype asks for it."""
+        return self._loss(model, batch)
+
     def _loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         with torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
             loss = self._call("loss", model, batch)
