@@ -13,6 +13,7 @@ import typer
 
 from pybatch.answer.changes import parse_condition
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import visible
 from pybatch.base.ranges import parse_batches
 from pybatch.commands import flags
 from pybatch.commands.measuring import BUDGET, Delivery, Subject, check_budget, check_seed, typed
@@ -123,7 +124,7 @@ def bench(
             from pybatch.report.formats.html import write_report
 
             write_report([run], page)
-            print(f"pybatch: wrote {html}", file=sys.stderr)
+            print(visible(f"pybatch: wrote {html}"), file=sys.stderr)
         if run is not None and before is not None:
             changed = tell_changes(before, run, conditions)
             status = status or changed  # an incomplete run is told as such

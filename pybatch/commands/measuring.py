@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pybatch.base import faults
 from pybatch.base.errors import Interrupted, PybatchError, UsageError, carried
-from pybatch.base.plain import said
+from pybatch.base.plain import said, visible
 from pybatch.base.progress import ProgressLine
 from pybatch.commands.interrupting import interrupts_heard, termination_heard
 from pybatch.commands.printing import ResultConsole, stdout_to_stderr
@@ -80,7 +80,7 @@ def check_price(price: float | None) -> None:
 
 def typed() -> str:
     """What the user typed, for the record."""
-    return shlex.join(["pybatch", *sys.argv[1:]])
+    return visible(shlex.join(["pybatch", *sys.argv[1:]]))
 
 
 def check_seed(seed: int) -> None:
@@ -159,7 +159,7 @@ class Delivery:
             self.target.discard()
         if kind is KeyboardInterrupt:
             when = "while the result was written" if self.run else "before anything was measured; nothing was written"
-            print(f"pybatch: interrupted {when}", file=sys.stderr)
+            print(visible(f"pybatch: interrupted {when}"), file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
 
     @contextmanager
@@ -214,7 +214,7 @@ def deliver(run: Run, format_: str, target: Output | None, verbose: bool = False
             written = True
         except OSError as error:
             what = f"output {str(target.path)!r} cannot be written: {error.strerror}"
-            print(f"pybatch: {what}. The result follows on stdout.", file=sys.stderr)
+            print(visible(f"pybatch: {what}. The result follows on stdout."), file=sys.stderr)
     console = ResultConsole()
     try:
         if format_ == "table" or (target is not None and written):
@@ -227,5 +227,5 @@ def deliver(run: Run, format_: str, target: Output | None, verbose: bool = False
     if console.cut and target is None:
         print("pybatch: stdout was closed before the end of the result. Give -o FILE to keep it.", file=sys.stderr)
     if target is not None and written:
-        print(f"pybatch: wrote {target.path}", file=sys.stderr)
+        print(visible(f"pybatch: wrote {target.path}"), file=sys.stderr)
     return written

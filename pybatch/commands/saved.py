@@ -15,6 +15,7 @@ from pybatch.answer import changes
 from pybatch.answer.changes import Condition, broken, parse_condition
 from pybatch.answer.merge import join
 from pybatch.base.errors import UsageError, unknown
+from pybatch.base.plain import visible
 from pybatch.commands import flags
 from pybatch.commands.assignments import parse_targets
 from pybatch.commands.interrupting import termination_heard
@@ -109,12 +110,12 @@ def report(
             # Rows are of one kind each; all else is of one run, whose verdict may stand on both measurements.
             shown = runs if format_ in ("csv", "jsonl") else join(runs)
             file.write(page(shown) if format_ == "html" else render_all(shown, format_, verbose))
-        print(f"pybatch: wrote {output}", file=sys.stderr)
+        print(visible(f"pybatch: wrote {output}"), file=sys.stderr)
     if png is not None:
         from pybatch.report.formats.png import write_pngs
 
         written = write_pngs(join(runs), png)
-        print(f"pybatch: wrote {len(written)} figures to {png}", file=sys.stderr)
+        print(visible(f"pybatch: wrote {len(written)} figures to {png}"), file=sys.stderr)
 
 
 def _report_format(output: Path) -> str:
@@ -131,7 +132,7 @@ def _report_format(output: Path) -> str:
 
 def _told(path: Path, records: Sequence[Run | NoiseTrajectory]) -> Sequence[Run | NoiseTrajectory]:
     if len(records) > 1:
-        print(f"pybatch: {path} holds {len(records)} sweeps; each has a part of its own", file=sys.stderr)
+        print(visible(f"pybatch: {path} holds {len(records)} sweeps; each has a part of its own"), file=sys.stderr)
     return records
 
 
@@ -163,5 +164,5 @@ def tell_changes(old: Run, new: Run, conditions: Sequence[Condition], format_: s
     else:
         print_sections(parts, ResultConsole())
     for failure in failures:
-        print(f"pybatch: {failure}", file=sys.stderr)
+        print(visible(f"pybatch: {failure}"), file=sys.stderr)
     return BROKEN if failures else DONE

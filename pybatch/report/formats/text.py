@@ -18,6 +18,7 @@ from rich.text import Text
 
 from pybatch.base import numerals as n
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import visible
 from pybatch.records import Branching, Convergence, ConvergencePoint, Run, Verdict, to_dict
 from pybatch.report import factors
 from pybatch.report.layout import Section, Table
@@ -57,12 +58,12 @@ def render_all(runs: Sequence[Run], format_: str, verbose: bool = False) -> str:
 
 def print_run(run: Run, console: Console, verbose: bool = False) -> None:
     """The table format of a run, the answer first, with the colours and the width of the console it goes to."""
-    console.print(Text(title(run), style="bold"))
+    console.print(Text(visible(title(run)), style="bold"))
     console.print()
     answer = answer_of(run)
     if answer is not None and answer.answer:
-        console.print(Padding(Text(answer.answer, style="bold"), (0, 0, 0, 2)))
-        console.print(Padding(Text(answer.because), (0, 0, 0, 2)))
+        console.print(Padding(Text(visible(answer.answer), style="bold"), (0, 0, 0, 2)))
+        console.print(Padding(Text(visible(answer.because)), (0, 0, 0, 2)))
         console.print()
     parts = sections(run)
     print_sections(parts, console, verbose)
@@ -77,19 +78,19 @@ def print_sections(parts: Sequence[Section], console: Console, verbose: bool = F
     for number, section in enumerate(parts):
         if number:
             console.print()
-        console.print(Text(section.title, style="bold cyan"))
-        for part in _abreast(section.table, console.width) if section.table is not None else ():
+        console.print(Text(visible(section.title), style="bold cyan"))
+        for part in _abreast(_shown(section.table), console.width) if section.table is not None else ():
             console.print(_rich_table(part, console.width), crop=False)
         if section.lines:
             grid = RichTable.grid(padding=(0, 2))
             for label, value in section.lines:
-                grid.add_row(Text(label, style="dim"), Text(value.strip()))
+                grid.add_row(Text(visible(label), style="dim"), Text(visible(value.strip())))
             console.print(Padding(grid, (0, 0, 0, 2)))
         if section.text:
             console.print()
-            console.print(Padding(Text(section.text), (0, 0, 0, 2)))
+            console.print(Padding(Text(visible(section.text, lines=True)), (0, 0, 0, 2)))
         for note in (*section.notes, *(section.details if verbose else ())):
-            console.print(Padding(Text(f"· {note}", style="dim"), (0, 0, 0, 2)))
+            console.print(Padding(Text(f"· {visible(note)}", style="dim"), (0, 0, 0, 2)))
 
 
 _GAP, _LEAST_GAP = 3, 2  # between the columns of a table: usual, and where it is tight
@@ -110,6 +111,11 @@ def _abreast(table: Table, width: int) -> list[Table]:
     ]
 
 
+def _shown(table: Table) -> Table:
+    """The table with control characters of names written out, before widths are taken."""
+    return Table(tuple(map(visible, table.heads)), tuple(tuple(map(visible, row)) for row in table.rows))
+
+
 def _widths(table: Table) -> list[int]:
     return [max(map(cell_len, column)) for column in zip(table.heads, *table.rows, strict=True)]
 
@@ -120,7 +126,7 @@ def _rich_table(table: Table, width: int) -> RichTable:
     rich = RichTable(box=box.SIMPLE, pad_edge=False, show_edge=False, padding=(0, 1) if roomy else (0, 0, 0, 1))
     for head, least in zip(table.heads, widths, strict=True):
         # A narrow terminal may wrap lines, but it must not cut figures.
-        rich.add_column(head, justify="right", no_wrap=True, min_width=least)
+        rich.add_column(Text(head), justify="right", no_wrap=True, min_width=least)
     for row in table.rows:
         rich.add_row(*(Text(cell) for cell in row))
     return rich
@@ -148,23 +154,24 @@ def markdown(heading: str, parts: Sequence[Section], answer: Verdict | None = No
 
 
 def _markdown_section(section: Section, verbose: bool = False) -> str:
-    parts = [f"## {section.title}"]
+    parts = [f"## {_escape(section.title)}"]
     if section.text:
         parts.append(_escape(section.text))
     if section.table is not None:
         lines = [section.table.heads, ("--:",) * len(section.table.heads), *section.table.rows]
         parts.append("\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines))
     if section.lines:
-        parts.append("\n".join(f"- **{label}**: {_escape(value.strip())}" for label, value in section.lines))
+        parts.append("\n".join(f"- **{_escape(label)}**: {_escape(value.strip())}" for label, value in section.lines))
     if notes := (*section.notes, *(section.details if verbose else ())):
         parts.append("\n".join(f"- {_escape(note)}" for note in notes))
     return "\n\n".join(parts)
 
 
 def _escape(text: str) -> str:
+    text = visible(text)
     for mark in "\\|<>*_`[]":
         text = text.replace(mark, "\\" + mark)
-    return text.replace("\n", " ")
+    return text
 
 
 def _rows(run: Run) -> list[dict[str, object]]:
@@ -204,6 +211,12 @@ def _flat(point: ConvergencePoint) -> dict[str, object]:
     return {key: value for key, value in whole.items() if key != "rates"}
 
 
+def _cell(value: object) -> object:
+    if isinstance(value, list | dict):
+        return json.dumps(value)
+    return visible(value) if isinstance(value, str) else value
+
+
 def _csv(run: Run) -> str:
     """The batches, points of a sweep, branches, or stretches of a trajectory alone: one row each.
 
@@ -220,7 +233,7 @@ def _csv_of(rows: Sequence[dict[str, object]]) -> str:
             text, fieldnames=list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n"
         )
         writer.writeheader()
-        writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
+        writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
     return text.getvalue()
 
 
