@@ -1,25 +1,32 @@
 """The command line: flags in, calls out. Results go to stdout, progress and errors to stderr.
 
-Exit status: 0 done; 1 a condition of --fail-on does not hold; 2 bad arguments, a missing device, or a workload that
-fails at once; 3 ran but incomplete, with what was measured written all the same; 130 interrupted before anything was
-measured.
+Exit status: 0 done; 1 a condition of --fail-on does not hold, and nothing else; 2 bad arguments or records, a missing
+device, or a workload that fails at once; 3 ran but incomplete, with what was measured written all the same; 70 a fault
+of pybatch itself; 130 interrupted before anything was measured.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import io
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
+from pybatch.base import faults
 from pybatch.base.errors import PybatchError
+from pybatch.base.plain import shortened, visible
 
-_BAD_INPUT = 2  # exit status
+_DONE, _BAD_INPUT, _INCOMPLETE = 0, 2, 3  # exit status
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # no fault of pybatch's, nor of what was typed
+_CommandLineError: type[Exception] = cast(
+    type[Exception], typer.BadParameter.__mro__[2]
+)  # click's own, wherever typer has click from
 _STYLE: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 
 # Its function in pybatch.commands, and the first line of that function's help: listing the commands imports none.
@@ -117,8 +124,71 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a sign must not lose the result
+    sys.exit(_flushed(_run()))
+
+
+def _run() -> int:
+    """Do the command; the exit status, which only the command itself may set to 1."""
     try:
-        app()
+        return int(app(standalone_mode=False) or _DONE)
     except PybatchError as error:
-        print(f"pybatch: {error}", file=sys.stderr)
-        sys.exit(_BAD_INPUT)
+        return _refused(str(error))
+    except _CommandLineError as error:
+        return _refused(_said(error))
+    except typer.Abort:
+        return _refused("the input ended before the command had all of it")
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        _drop_stdout()
+        return _DONE
+    except OSError as error:
+        if error.errno not in _FULL:
+            return faults.tell(error)
+        _drop_stdout()
+        what = repr(error.filename) if error.filename else "stdout"
+        print(
+            f"pybatch: {what} cannot be written: {error.strerror}. Free some space, or name another.", file=sys.stderr
+        )
+        return _INCOMPLETE
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # typer's way to say so
+            _drop_stdout()
+            return _DONE
+        return faults.tell(error)
+    except Exception as error:
+        return faults.tell(error)
+
+
+def _drop_stdout() -> None:
+    """Nobody reads it any more."""
+    from pybatch.commands.printing import drop_stdout
+
+    drop_stdout()
+
+
+def _refused(message: str) -> int:
+    print(f"pybatch: {shortened(visible(message, lines=True))}", file=sys.stderr)
+    return _BAD_INPUT
+
+
+def _said(error: Any) -> str:
+    """What is wrong with the command line, and how to find out what is right; the help where nothing was typed."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return f"no command was given.\n{error.format_message()}"
+    path = context.command_path if context is not None else "pybatch"
+    return f"{error.format_message()} See '{path} --help'."
+
+
+def _flushed(status: int) -> int:
+    """The status once all is written; what stdout's device refuses to take is told, not left to the end of Python."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_stdout()
+    except OSError as error:
+        _drop_stdout()
+        print(
+            f"pybatch: stdout cannot be written: {error.strerror}. Give -o FILE, or free some space.", file=sys.stderr
+        )
+        return status or _INCOMPLETE
+    return status

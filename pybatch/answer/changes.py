@@ -15,10 +15,12 @@ from typing import Any
 from pybatch.answer.critical import critical_of
 from pybatch.base.errors import UsageError
 from pybatch.base.numerals import interval, number
+from pybatch.base.plain import said
 from pybatch.records import BatchPoint, Run
 from pybatch.records.figure import figure_of
 from pybatch.scaling import SEARCHED
 
+_MOST = 1e6  # per cent
 Estimate = tuple[float | None, float | None, float | None]  # value, low, high
 
 
@@ -78,12 +80,17 @@ def parse_condition(text: str) -> Condition:
     """Read `FIGURE:-3%` or `FIGURE:+10%`; raises UsageError with what is allowed."""
     match = re.fullmatch(r"\s*([a-z_]+)\s*:\s*([+-]\d+(?:\.\d+)?)\s*%\s*", text)
     if match is None:
-        raise UsageError(f"fail-on {text!r} is not FIGURE:CHANGE. Write 'throughput:-3%' or 'memory:+10%'.")
+        raise UsageError(f"fail-on {said(text)} is not FIGURE:CHANGE. Write 'throughput:-3%' or 'memory:+10%'.")
     name, percent = match[1], float(match[2])
     if name not in FIGURES:
-        raise UsageError(f"fail-on {text!r}: no figure {name!r}. Use one of: {', '.join(FIGURES)}.")
+        raise UsageError(f"fail-on {said(text)}: no figure {name!r}. Use one of: {', '.join(FIGURES)}.")
+    if not -100 < percent <= _MOST:
+        raise UsageError(
+            f"fail-on {said(text)}: no figure falls by 100 %, nor is a limit above {_MOST:g} % one. Write "
+            "'throughput:-3%'."
+        )
     if percent == 0:
-        raise UsageError(f"fail-on {text!r}: any noise would break 0 %. Give the smallest change that matters.")
+        raise UsageError(f"fail-on {said(text)}: any noise would break 0 %. Give the smallest change that matters.")
     return Condition(name, percent / 100)
 
 

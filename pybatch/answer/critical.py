@@ -13,7 +13,7 @@ from scipy.special import ndtr, ndtri
 from pybatch.answer.evidence import FACTORS, LEAST, NORMAL, Weighed, combined
 from pybatch.base.numerals import batch_size
 from pybatch.fits.solver import Array
-from pybatch.records import Branching, Convergence, Curve, Inputs, NoiseScale, Note, Reading, Reason, StepsFit
+from pybatch.records import Branching, Convergence, Curve, Inputs, Kind, NoiseScale, Note, Reading, Reason, StepsFit
 from pybatch.scaling import SEARCHED
 
 
@@ -164,7 +164,7 @@ def _branch_of(steps: Convergence | None) -> Branching | None:
 def _by_curve(curve: Curve | None) -> Reading | None:
     if curve is None or curve.critical_batch is None:
         return None
-    kind = "sweep" if curve.rule == SEARCHED else "rule"
+    kind: Kind = "sweep" if curve.rule == SEARCHED else "rule"
     return Reading("sweep", kind, curve.critical_batch, curve.low, curve.high, FACTORS[kind])
 
 
@@ -172,7 +172,7 @@ def _by_branch(branch: Branching | None) -> Reading | None:
     fit = branch.fit if branch is not None else None
     if branch is None or fit is None or not fit.critical_batch:
         return None
-    kind = "tuned branch" if branch.tuned else "branch"
+    kind: Kind = "tuned branch" if branch.tuned else "branch"
     return Reading("branch", kind, fit.critical_batch, fit.low, fit.high, FACTORS[kind])
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,14 +28,16 @@ MAX_DEVICES = 65_536  # the search for devices ends here
 MEMBERS = 800  # ends of a 95 % interval are then those of 20 members
 NORMAL = 1.959964
 
-_STEP = 1.03  # from one batch size of the grid to the next
+_STEP = 1.04  # from one batch size of the grid to the next
 _TOP = 64.0  # the grid ends at so many times the largest batch that anything is known of
+_FEW = 8  # of so many members one, where each number of devices is asked
 _SEED = 20181126  # the same records give the same answer
 _VAGUE = 3.0  # prior standard deviation of the models' log-parameters: the data decide
 # Residual processes: correlation length in ln B, and the least standard deviation that is believed.
 # Share: of the misfit that is taken for the curve's own shape; the rest is error of single measurements.
 _STEPS_LENGTH, _STEPS_LEAST, _STEPS_SHARE = 1.0, 0.02, 0.5
 _TIMES_LENGTH, _TIMES_LEAST, _TIMES_SHARE = 0.7, 0.01, 0.5
+_DISTURBED_SHARE = 0.2  # likewise: what a disturbed machine scatters is hardly the curve's
 # Where nothing measured the bend's shape: ln(alpha) of the power model, and ln(p) of the smooth one.
 _TILT = 0.25
 _SHARPER, _SHARP = 0.3, 0.5
@@ -109,23 +111,25 @@ class Ensemble:
 
         By the middle, and the ends of 95 % of the members.
         """
-        alone, each = self._least(1.0, False), self._least(1.0, True)
+        few = replace(self, log_steps=self.log_steps[::_FEW], log_step_s=self.log_step_s[::_FEW])
+        alone, each = self._least(1.0, False), few._least(1.0, True)
         last, members, standing = 1, np.ones(len(each)), np.ones(len(each), dtype=bool)
         going, k = True, 1
         while (going or standing.any()) and k < MAX_DEVICES:
-            k = k + 1 if k < 32 else math.ceil(1.05 * k)
+            k = k + 1 if k < 16 else math.ceil(1.1 * k)
             worth = math.log(k * EFFICIENCY)
             going = going and alone - self._least(k, False) >= worth
             last = k if going else last
-            standing &= each - self._least(k, True) >= worth
-            members[standing] = k
+            if standing.any():
+                standing &= each - few._least(k, True) >= worth
+                members[standing] = k
         last = self._refined(alone, last)
         low, high = np.quantile(members, [0.025, 0.975], method="nearest")
         return last, min(int(low), last), max(int(high), last)
 
     def _refined(self, alone: float, last: int) -> int:
-        """The most devices exactly, above the last number looked at in steps of 5 %."""
-        while last >= 32 and alone - self._least(last + 1, False) >= math.log((last + 1) * EFFICIENCY):
+        """The most devices exactly, above the last number looked at in steps of 10 %."""
+        while 16 <= last < MAX_DEVICES and alone - self._least(last + 1, False) >= math.log((last + 1) * EFFICIENCY):
             last += 1
         return last
 
@@ -196,12 +200,19 @@ def ensemble_of(
     count = 2 + int(math.log(top) / math.log(_STEP))
     size = np.unique(np.concatenate([np.geomspace(1, top, count), [m for m in marks if 1 <= m <= top]]))
     rng = np.random.default_rng(_SEED)
-    if len(ran[0]) and critical.shape is not None:
+    absolute = len(ran[0]) > 0 and critical.shape is not None
+    if absolute and critical.shape is not None:
         steps = _measured_steps(size, critical, critical.shape, ran, rng)
     else:
         steps = _modelled_steps(size, critical, rng)
     return Ensemble(
-        size, steps, _step_times(size, fit, timed, rng), most, most_global, communication, absolute=len(ran[0]) > 0
+        size,
+        steps,
+        _step_times(size, fit, timed, bool(capacity.disturbed), rng),
+        most,
+        most_global,
+        communication,
+        absolute,
     )
 
 
@@ -269,7 +280,9 @@ def _modelled_steps(size: Array, critical: Critical, rng: np.random.Generator) -
     return found
 
 
-def _step_times(size: Array, fit: ThroughputFit, timed: Sequence[BatchPoint], rng: np.random.Generator) -> Array:
+def _step_times(
+    size: Array, fit: ThroughputFit, timed: Sequence[BatchPoint], disturbed: bool, rng: np.random.Generator
+) -> Array:
     """ln t [n, g] around the fit, through the step times that were measured."""
     whole = fit.wave * np.ceil(size / fit.wave) if fit.wave is not None else size
     middle = np.log([max(fit.alpha_s, _TINY * fit.beta_s), fit.beta_s] + [fit.t0_s] * (fit.model == "floor"))
@@ -287,16 +300,21 @@ def _step_times(size: Array, fit: ThroughputFit, timed: Sequence[BatchPoint], rn
     y = np.log([(p.step_ms or math.nan) / 1e3 for p in timed])
     variance = np.array([variance_of(p) for p in timed])
     prior = np.full(len(middle), _VAGUE)
-    return _kriged(
-        size, curve, middle, slopes, middle, prior, _TIMES_LENGTH, _TIMES_LEAST, _TIMES_SHARE, x, y, variance, rng
-    )
+    share = _DISTURBED_SHARE if disturbed else _TIMES_SHARE
+    return _kriged(size, curve, middle, slopes, middle, prior, _TIMES_LENGTH, _TIMES_LEAST, share, x, y, variance, rng)
 
 
 def variance_of(point: BatchPoint) -> float:
-    """Of ln step time, by its 95 % interval."""
-    if not (point.step_ms_low and point.step_ms_high):
-        return 0.01**2
-    return (math.log(point.step_ms_high / point.step_ms_low) / (2 * NORMAL)) ** 2
+    """Of ln step time, by its 95 % interval, or by what its visits differ, which one stretch of steps does not show."""
+    within = 0.01**2
+    if point.step_ms_low and point.step_ms_high:
+        within = (math.log(point.step_ms_high / point.step_ms_low) / (2 * NORMAL)) ** 2
+    visits: dict[int, list[float]] = {}
+    for block, of in zip(point.blocks_ms, point.block_rounds, strict=False):
+        visits.setdefault(of, []).append(math.log(block))
+    if len(visits) < 2:
+        return within
+    return max(within, float(np.var([np.median(v) for v in visits.values()], ddof=1)) / len(visits))
 
 
 def _kriged(

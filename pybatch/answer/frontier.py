@@ -1,7 +1,8 @@
 """Time, cost and energy to a loss over (batch, devices), and how a wanted global batch is put together.
 
 Steps S(B) times t(B / K), by the middle of the `ensemble`. Where steps on several devices were not measured,
-communication is not counted and time on them is a lower bound. All figures are factors of one device at its own best batch.
+communication is not counted and time on them is a lower bound. All figures are factors of one device at its own best
+batch.
 """
 
 from __future__ import annotations

@@ -74,9 +74,9 @@ def advise(
     confidence: Confidence | None = None
     if best is not None and capacity is not None:
         low, high = best.low, best.high
-        devices, *ends_found = best.ensemble.useful_devices()
-        ends = (ends_found[0], ends_found[1])
-        reasons += [best.reason, _devices_reason(best.ensemble, devices, ends)]
+        useful = best.ensemble.useful_devices()
+        devices, ends = useful[0], useful[1:]
+        reasons += [best.reason, _devices_reason(best.ensemble, useful)]
         points = frontier(best.ensemble, devices, capacity.batches)
         if twice := doubling(best, capacity.batches):
             text = f"steps at twice the best batch and at it, times the {twice['step_times']} step times"
@@ -91,7 +91,7 @@ def advise(
         confidence = confidence_of(critical, best, capacity)
         assert confidence is not None
         bound = bound_of(capacity)
-        said = advice(critical, capacity, limit, best, bound, confidence, (devices, *ends_found), wall, further, second)
+        said = advice(critical, capacity, limit, best, bound, confidence, useful, wall, further, second)
     else:
         low, high, kept, found = _bounded(critical, capacity, fit)
         reasons += found
@@ -242,7 +242,7 @@ def _saturation_reason(capacity: Capacity) -> Reason:
     return Reason("saturation_batch", text, "modelled", inputs)
 
 
-def _devices_reason(model: Ensemble, devices: int, ends: tuple[int, int]) -> Reason:
+def _devices_reason(model: Ensemble, useful: tuple[int, int, int]) -> Reason:
     counted = model.communication
     how = (
         "an upper bound, as communication is not counted"
@@ -252,7 +252,8 @@ def _devices_reason(model: Ensemble, devices: int, ends: tuple[int, int]) -> Rea
     text = (
         f"most devices with a parallel efficiency of {EFFICIENCY:g} or better, each number at its own best batch; {how}"
     )
-    inputs: Inputs = {"efficiency": EFFICIENCY, "batch": model.optimum(float(devices)), "low": ends[0], "high": ends[1]}
+    inputs: Inputs = {"efficiency": EFFICIENCY, "batch": model.optimum(float(useful[0]))}
+    inputs |= {"low": useful[1], "high": useful[2]}
     if counted is not None:
         inputs |= {"gamma": counted.gamma, "bandwidth_bytes_per_s": counted.bandwidth_bytes_per_s}
         inputs |= {"latency_s": counted.latency_s, "measured_devices": counted.devices}

@@ -18,6 +18,8 @@ class UsageError(PybatchError, ValueError):
 class WorkloadError(PybatchError):
     """A workload's own method failed or returned what it must not. Names the method."""
 
+    begun = False  # whether it had been trained for a while: then it did not fail at once
+
 
 class DeviceError(PybatchError, RuntimeError):
     """The device asked for is not there or cannot do what was asked."""
@@ -37,6 +39,16 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, partial: Any) -> None:
         super().__init__("interrupted; what was measured is in .partial")
         self.partial = partial
+
+
+def carry(error: Exception, partial: Any) -> None:
+    """Let an error that was not foreseen carry the record of what had been measured; see `carried`."""
+    error.pybatch_partial = partial  # type: ignore[attr-defined]
+
+
+def carried(error: BaseException) -> Any:
+    """The record that an error carries, or None."""
+    return getattr(error, "pybatch_partial", None)
 
 
 def unknown(what: str, value: str, known: Iterable[str]) -> UsageError:

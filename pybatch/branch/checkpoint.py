@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,28 @@ import torch
 from pybatch.base.errors import UsageError
 
 FORMAT = "pybatch checkpoint 1"
+_SUFFIX = ".part"  # of a checkpoint that is being written
+_OLD = 3600.0  # s
 _ANEW = "Delete it, and it is made anew, or name another folder."
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a state of tensors, numbers, text, lists and dicts; in place in one step, so that none is half-written."""
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + _SUFFIX)
     try:
         torch.save({"format": FORMAT, **state}, temporary)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UsageError(f"checkpoint '{path}' cannot be written: {error.strerror}. Name another folder.") from None
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Take away what processes that were killed while they saved have left in a folder."""
+    for left in folder.glob(f"step-*.pt{_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _OLD:
+                left.unlink()
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from pybatch.base.errors import Interrupted, UsageError
+from pybatch.base.errors import Interrupted, PybatchError, UsageError, carry
 from pybatch.branch.run import BranchedRun, BranchPlan
 from pybatch.branch.summary import WINDOW
 from pybatch.device.identity import resolve
-from pybatch.records import Convergence
+from pybatch.records import Convergence, Note
 from pybatch.scaling import SEARCHED, Base, scale
 from pybatch.training.updates import arguments, optimizer_class
 from pybatch.workloads.base import Progress, Workload
@@ -78,7 +78,8 @@ def measure_branches(
 
     Raises:
         UsageError: an argument out of range, or a checkpoint in `folder` that is not this run's.
-        WorkloadError: the workload fails, or the base run's loss is not finite.
+        WorkloadError: the workload fails, or the base run's loss is not finite, before a checkpoint was branched from;
+            later the record says so.
         Interrupted: on Ctrl-C, `partial` holding the record so far.
     """
     base = workload.reference_batch if base_batch is None else base_batch
@@ -107,6 +108,14 @@ def measure_branches(
                 run.branch(step, index / len(checkpoints), 1 / len(checkpoints))
         except KeyboardInterrupt:
             raise Interrupted(run.result(complete=False)) from None
+        except PybatchError as error:
+            if not run.found:
+                raise
+            run.notes.append(Note("branches", str(error)))
+        except Exception as error:
+            if run.found:
+                carry(error, run.result(complete=False))
+            raise
         return run.result()
 
 

@@ -66,10 +66,7 @@ class Trained:
 
     def evaluate(self, batch: Any) -> float:
         """The loss of a fixed batch in evaluation mode."""
-        self.session.model.eval()
-        loss = float(self.session.loss(batch).detach())
-        self.session.model.train()
-        return loss
+        return float(self.session.evaluate(batch))
 
 
 @dataclass
@@ -88,6 +85,7 @@ class BranchedRun:
     asides: list[Note] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.folder = self.folder.absolute() if self.folder is not None else None  # user code may change it
         self.base = self._trained(self.seed, self.plan.scaled[self.plan.base])
         self.held_out = fixed_batches(self.workload, self.device, self.dtype)[0]
         self.untrained = self.base.evaluate(self.held_out)
@@ -111,6 +109,7 @@ class BranchedRun:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UsageError(f"folder '{self.folder}' cannot be made: {error.strerror}. Name another.") from None
+            checkpoint.clear_leftovers(self.folder)
 
     def _trained(self, seed: int, scaled: Scaled) -> Trained:
         session = Session(self.workload, self.device, self.dtype, seed)

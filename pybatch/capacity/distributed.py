@@ -25,6 +25,7 @@ from pybatch.fits.communication import AllReduce, fit_communication
 from pybatch.optim import AdamW
 from pybatch.records import Distributed, DistributedPoint, Note
 from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.running.batches import Reused
 from pybatch.workloads.running.session import Session
 
 _VISITS = 3  # of each batch and device count, in random order
@@ -153,7 +154,7 @@ class _Team:
         for _ in range(_VISITS):
             for i in order.permutation(len(kinds)):
                 batch, sync = kinds[i]
-                drawn = self.session.batch(batch)
+                drawn = Reused(self.session.batch(batch))
                 step = self._step(drawn, sync)
                 warm = float(np.median(self._together(step, 2)))
                 times[kinds[i]] += self._together(step, max(_LEAST_STEPS, min(200, int(quantum / warm))))
@@ -172,11 +173,11 @@ class _Team:
             )
         return points
 
-    def _step(self, batch: Any, sync: bool) -> Any:
+    def _step(self, batch: Reused, sync: bool) -> Any:
         def step() -> None:
             with nullcontext() if sync else self.model.no_sync():
                 self.optimizer.zero_grad(set_to_none=True)
-                self.session.backward(batch)
+                self.session.backward(batch.get())
                 self.optimizer.step()
 
         return step

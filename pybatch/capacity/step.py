@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 
 from pybatch.base.errors import WorkloadError
 from pybatch.optim import AdamW
 from pybatch.workloads.running import compiling
+from pybatch.workloads.running.batches import Reused
 from pybatch.workloads.running.session import Session
 
 
@@ -34,13 +34,14 @@ class TrainingStep:
             session.compile()
         self.compile_s: dict[int, float] = {}  # seconds, by batch size
         self.batch_size = 0
-        self._batch: Any = None
+        self.changes: bool | None = None  # whether the loss changes its batch, which each step then puts back first
+        self._batch: Reused | None = None
         self._loss: torch.Tensor | None = None
 
     def load(self, n: int) -> None:
         """Draw the batch that the following steps use, and compile for it; the one before is let go first."""
         self.clear()
-        self._batch, self.batch_size = self.session.batch(n), n
+        self._batch, self.batch_size = Reused(self.session.batch(n), self.changes), n
         if self.session.compiled and n not in self.compile_s:
             self.compile_s[n] = self._compile()
 
@@ -70,10 +71,14 @@ class TrainingStep:
     def backward(self) -> None:
         """The step without its update."""
         self.optimizer.zero_grad(set_to_none=True)
-        self._loss = self.session.backward(self._batch)
+        assert self._batch is not None, "load() comes first"
+        self._loss = self.session.backward(self._batch.get())
 
     def check(self) -> None:
         """Raise WorkloadError where the last step's loss is not finite. Synchronizes with the device."""
+        if self._batch is not None:
+            self._batch.settle()
+            self.changes = self._batch.changes
         if self._loss is not None:
             self.session.check_finite(self._loss, f"at batch {self.batch_size}, on a freshly initialized model")
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ast
+import math
 from typing import Any
 
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import said
+
+_TARGETS = "Write 'train=0.1,test=0.2'."
+_LARGEST = 1e30  # an argument of an optimizer, in fp32
 
 
 def parse_targets(text: str) -> dict[str, float]:
@@ -15,7 +20,9 @@ def parse_targets(text: str) -> dict[str, float]:
         try:
             found[key] = float(value)
         except ValueError:
-            raise UsageError(f"target {text!r}: {value!r} is not a number. Write 'train=0.1,test=0.2'.") from None
+            raise UsageError(f"target {said(text)}: {said(value)} is not a number. {_TARGETS}") from None
+        if not 0 < found[key] < math.inf:
+            raise UsageError(f"target {said(text)}: a loss to reach is finite and above 0. {_TARGETS}")
     return found
 
 
@@ -26,15 +33,23 @@ def parse_optimizer(text: str) -> tuple[str, dict[str, Any]]:
     for key, value in _pairs(rest, "optimizer", "sgd:momentum=0.9,nesterov=True") if colon else ():
         try:
             options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+            if not _plain(options[key]):
+                raise ValueError
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             raise UsageError(
-                f"optimizer {text!r}: {value!r} is not a number, True, False or None. Write 'sgd:momentum=0.9'."
+                f"optimizer {said(text)}: {said(value)} is not a number, True, False or None. Write 'sgd:momentum=0.9'."
             ) from None
     if "lr" in options:
         raise UsageError(
-            f"optimizer {text!r}: the sweep chooses the learning rate. Leave lr out; --rates sets the grid."
+            f"optimizer {said(text)}: the sweep chooses the learning rate. Leave lr out; --rates sets the grid."
         )
     return name.strip(), options
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, str) or (isinstance(value, int | float) and abs(value) <= _LARGEST)
 
 
 def _pairs(text: str, what: str, example: str) -> list[tuple[str, str]]:
@@ -50,8 +65,8 @@ def _pairs(text: str, what: str, example: str) -> list[tuple[str, str]]:
     for part in parts:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not (key and equals and value):
-            raise UsageError(f"{what} {text!r}: {part.strip()!r} is not KEY=VALUE. Write {example!r}.")
+            raise UsageError(f"{what} {said(text)}: {said(part.strip())} is not KEY=VALUE. Write {example!r}.")
         if key in dict(found):
-            raise UsageError(f"{what} {text!r}: {key!r} is given twice. Give it once.")
+            raise UsageError(f"{what} {said(text)}: {said(key)} is given twice. Give it once.")
         found.append((key, value))
     return found

@@ -13,6 +13,7 @@ import typer
 
 from pybatch.answer.changes import parse_condition
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import visible
 from pybatch.base.ranges import parse_batches
 from pybatch.commands import flags
 from pybatch.commands.measuring import BUDGET, Delivery, Subject, check_budget, check_seed, typed
@@ -71,6 +72,8 @@ def bench(
     format_: flags.Format = None,
     output: flags.Output = None,
     quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
+    price: flags.Price = None,
 ) -> None:
     """Capacity, noise and verdict: the batch size to use for this workload on this device."""
     if quick and thorough:
@@ -92,11 +95,15 @@ def bench(
     check_seed(seed)
     subject = Subject(workload, model, data, option, gpu, cpu, size)
     conditions = [parse_condition(text) for text in fail_on or []]
+    page = html.absolute() if html is not None else None  # a workload may change the working directory
     before = read_run(compare) if compare is not None else None
     partial = partial_record(output, format_, resume)
     earlier = partial.earlier() if partial is not None and resume else None
     # What can't be written is said now, not after measuring.
-    with Delivery(format_, output, quiet) as delivery, Output(html) if html is not None else nullcontext():
+    with (
+        Delivery(format_, output, quiet, verbose, price) as delivery,
+        Output(html) if html is not None else nullcontext(),
+    ):
         found, device = subject.find(options.dtype)
         from pybatch.capacity.modes import Mode
 
@@ -107,17 +114,17 @@ def bench(
         if dry_run:
             print("\n".join(_dry_run(found, device, options, mode.name, earlier)))
             return
-        with delivery.measuring() as progress:
+        with delivery.measuring(options.time_budget) as progress:
             delivery.run = _run(found, device, options, progress, earlier, partial.write if partial else None)
         status = delivery.deliver()
         run = delivery.run
         if run is not None and partial is not None and delivery.written:
             partial.discard()
-        if run is not None and html is not None:
+        if run is not None and page is not None:
             from pybatch.report.formats.html import write_report
 
-            write_report([run], html)
-            print(f"pybatch: wrote {html}", file=sys.stderr)
+            write_report([run], page)
+            print(visible(f"pybatch: wrote {html}"), file=sys.stderr)
         if run is not None and before is not None:
             changed = tell_changes(before, run, conditions)
             status = status or changed  # an incomplete run is told as such

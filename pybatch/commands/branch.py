@@ -7,8 +7,21 @@ from typing import Annotated
 
 import typer
 
+from pybatch.base.errors import UsageError
+from pybatch.base.ranges import LARGEST
 from pybatch.commands import flags
-from pybatch.commands.measuring import Delivery, Subject, check_budget, check_seed, numbers, typed
+from pybatch.commands.measuring import (
+    RATE,
+    SEEDS,
+    STEPS,
+    Delivery,
+    Subject,
+    check_between,
+    check_budget,
+    check_seed,
+    numbers,
+    typed,
+)
 from pybatch.jobs.options import BranchOptions
 
 
@@ -42,10 +55,19 @@ def branch(
     format_: flags.Format = None,
     output: flags.Output = None,
     quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """The critical batch along training, by branching from checkpoints with other batch sizes."""
     steps = [int(step) for step in numbers("checkpoints", checkpoints, r"[0-9]+", "50,200,800")]
+    check_between("checkpoint", max(steps), 0, STEPS)
     ks = numbers("factors", factors, r"[0-9]*\.?[0-9]+", "0.5,1,2,4") if factors is not None else None
+    for k in ks or ():
+        check_between("factor", k, 0, 1e6, above=True)
+    check_between("base batch", batch, 1, LARGEST)
+    check_between("learning rate", lr, 0, RATE, above=True)
+    check_between("seeds", seeds, 1, SEEDS)
+    if not 0 < tolerance < 1:
+        raise UsageError(f"tolerance {tolerance:g} is no share of the loss. Give a number between 0 and 1, as 0.02.")
     options = BranchOptions(
         checkpoints=tuple(steps),
         time_budget=time_budget,
@@ -63,11 +85,11 @@ def branch(
     check_budget(time_budget)
     check_seed(seed)
     subject = Subject(workload, model, data, option, gpu, cpu)
-    with Delivery(format_, output, quiet) as delivery:
+    with Delivery(format_, output, quiet, verbose) as delivery:
         found, device = subject.find(dtype)
         from pybatch.jobs.branch import run_branches
 
-        with delivery.measuring() as progress:
+        with delivery.measuring(time_budget) as progress:
             delivery.run = run_branches(found, options, device=device, command=typed(), progress=progress)
         status = delivery.deliver()
     raise typer.Exit(status)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import typer
 from rich.console import Console
 
-from pybatch.base.errors import Interrupted, UsageError
+from pybatch.base import faults
+from pybatch.base.errors import Interrupted, PybatchError, UsageError, carried
+from pybatch.base.plain import said, visible
 from pybatch.base.progress import ProgressLine
-from pybatch.commands.interrupting import interrupts_heard
+from pybatch.commands.interrupting import interrupts_heard, termination_heard
 from pybatch.commands.printing import ResultConsole, stdout_to_stderr
 from pybatch.records import Run
 from pybatch.report.formats.text import FORMATS, format_of, print_run, render
@@ -31,25 +35,52 @@ DONE, BROKEN, BAD_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 BUDGET = 70.0  # seconds
 
 
+LONGEST = 1e8  # seconds, three years
+STEPS = 2**31 - 1  # of a training run, as stores keep them
+SEEDS = 10_000
+RATE = 1e6
+
+
 def numbers(name: str, text: str, pattern: str, example: str) -> list[float]:
-    """A list of numbers as typed, each of this form."""
+    """A list of finite numbers as typed, each of this form."""
     parts = [part.strip() for part in text.split(",")]
-    bad = next((part for part in parts if not re.fullmatch(pattern, part, re.ASCII)), None)
-    if bad is not None:
-        raise UsageError(f"{name} {text!r}: {bad!r} is no such number. Write '{example}'.")
+    for part in parts:
+        if not re.fullmatch(pattern, part, re.ASCII) or not float(part) < math.inf:
+            raise UsageError(f"{name} {said(text)}: {said(part)} is no such number. Write '{example}'.")
     return [float(part) for part in parts]
 
 
+def check_between(name: str, value: float | None, low: float, high: float, above: bool = False) -> None:
+    """Raise UsageError for a number as typed that is out of range, or none; None: not given.
+
+    Args:
+        name: of the flag, in words.
+        value: as typed.
+        low, high: both allowed.
+        above: `low` itself is not.
+    """
+    if value is None or (low < value <= high if above else low <= value <= high):
+        return
+    least = f"above {low:g}" if above else f"from {low:g}"
+    raise UsageError(f"{name} {said(value)} is out of range. Give a number {least} to {high:g}.")
+
+
 def check_budget(seconds: float) -> None:
-    if not 1 <= seconds < float("inf"):
+    """Raise UsageError for a time budget that is none."""
+    if not 1 <= seconds <= LONGEST:
         raise UsageError(
             f"time budget {seconds:g} s is out of range. Give at least 1 second; the default is {BUDGET:g}."
         )
 
 
+def check_price(price: float | None) -> None:
+    """Raise UsageError for a price of a device-hour that is none."""
+    check_between("price", price, 0.0, 1e6, above=True)
+
+
 def typed() -> str:
     """What the user typed, for the record."""
-    return shlex.join(["pybatch", *sys.argv[1:]])
+    return visible(shlex.join(["pybatch", *sys.argv[1:]]))
 
 
 def check_seed(seed: int) -> None:
@@ -96,44 +127,73 @@ class Subject:
 class Delivery:
     """Where the record of a measuring command goes: known to be writable before anything is measured.
 
-    A context manager: Ctrl-C in it ends the command, with a word on what became of the record.
+    A context manager: Ctrl-C in it ends the command, with a word on what became of the record; so does SIGTERM.
     """
 
-    def __init__(self, format_: str | None, output: Path | None, quiet: bool) -> None:
+    def __init__(
+        self,
+        format_: str | None,
+        output: Path | None,
+        quiet: bool,
+        verbose: bool = False,
+        price: float | None = None,
+    ) -> None:
+        check_price(price)
         self.format = checked_format(format_, output)
         self.target = Output(output) if output is not None else None
-        self.quiet = quiet
+        self.quiet, self.verbose, self.price = quiet, verbose, price
         self.run: Run | None = None  # what was measured; None in all but one of torchrun's processes
         self.written = False
+        self.fault: Exception | None = None  # of pybatch, in the middle of the measurement
+        self._heard = ExitStack()
 
     def __enter__(self) -> Self:
+        # One of torchrun's processes that waits for the others would not come to hear it.
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            self._heard.enter_context(termination_heard())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        self._heard.close()
         if self.target is not None:
             self.target.discard()
         if kind is KeyboardInterrupt:
             when = "while the result was written" if self.run else "before anything was measured; nothing was written"
-            print(f"pybatch: interrupted {when}", file=sys.stderr)
+            print(visible(f"pybatch: interrupted {when}"), file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
 
     @contextmanager
-    def measuring(self) -> Iterator[ProgressLine]:
-        """Progress of the work in here, whose result becomes `run`; of interrupted work it is what there is so far."""
+    def measuring(self, budget: float | None = None) -> Iterator[ProgressLine]:
+        """Progress of the work in here, whose result becomes `run`.
+
+        Of work that was interrupted, or broke, it is what there is so far. Calls of the workload that do not return
+        are told of, and with a time budget ended.
+        """
         from pybatch.capacity.distributed import local_rank
+        from pybatch.workloads.running.calls import watched
 
         line = ProgressLine(Console(stderr=True), self.quiet or local_rank() > 0)
         try:
-            with stdout_to_stderr(), interrupts_heard(), line as progress:
+            with stdout_to_stderr(), interrupts_heard(), line as progress, watched(progress.line, budget):
                 yield progress
         except Interrupted as stop:
             self.run = stop.partial
+        except PybatchError:
+            raise
+        except Exception as error:
+            self.run, self.fault = carried(error), error
+            if self.run is None:
+                raise
 
     def deliver(self) -> int:
         """Write and print the run; the exit status."""
         if self.run is None:  # one of torchrun's processes: the first one has the result
             return DONE
-        self.written = deliver(self.run, self.format, self.target)
+        if self.price is not None:
+            self.run = replace(self.run, price=self.price)
+        self.written = deliver(self.run, self.format, self.target, self.verbose)
+        if self.fault is not None:
+            return faults.tell(self.fault, "; what was measured is kept")
         return DONE if self.run.complete and self.written else INCOMPLETE
 
 
@@ -145,20 +205,20 @@ def checked_format(format_: str | None, output: Path | None) -> str:
     return format_
 
 
-def deliver(run: Run, format_: str, target: Output | None) -> bool:
+def deliver(run: Run, format_: str, target: Output | None, verbose: bool = False) -> bool:
     """Write and print; False where the file could not be written, whose text then goes to stdout."""
-    text, written = render(run, format_), target is None
+    text, written = render(run, format_, verbose), target is None
     if target is not None:
         try:
             target.write(text)
             written = True
         except OSError as error:
             what = f"output {str(target.path)!r} cannot be written: {error.strerror}"
-            print(f"pybatch: {what}. The result follows on stdout.", file=sys.stderr)
+            print(visible(f"pybatch: {what}. The result follows on stdout."), file=sys.stderr)
     console = ResultConsole()
     try:
         if format_ == "table" or (target is not None and written):
-            print_run(run, console)
+            print_run(run, console, verbose)
         else:
             sys.stdout.write(text)
         sys.stdout.flush()
@@ -167,5 +227,5 @@ def deliver(run: Run, format_: str, target: Output | None) -> bool:
     if console.cut and target is None:
         print("pybatch: stdout was closed before the end of the result. Give -o FILE to keep it.", file=sys.stderr)
     if target is not None and written:
-        print(f"pybatch: wrote {target.path}", file=sys.stderr)
+        print(visible(f"pybatch: wrote {target.path}"), file=sys.stderr)
     return written

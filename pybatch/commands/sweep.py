@@ -8,11 +8,21 @@ from typing import Annotated
 import typer
 
 from pybatch.base.errors import UsageError
-from pybatch.base.ranges import parse_batches
+from pybatch.base.ranges import LARGEST, parse_batches
 from pybatch.commands import flags
 from pybatch.commands.assignments import parse_optimizer, parse_targets
-from pybatch.commands.interrupting import termination_heard
-from pybatch.commands.measuring import Delivery, Subject, check_seed, numbers, typed
+from pybatch.commands.measuring import (
+    LONGEST,
+    RATE,
+    SEEDS,
+    STEPS,
+    Delivery,
+    Subject,
+    check_between,
+    check_seed,
+    numbers,
+    typed,
+)
 
 _RATE = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
 
@@ -70,17 +80,28 @@ def sweep(
     format_: flags.Format = None,
     output: flags.Output = None,
     quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
+    price: flags.Price = None,
 ) -> None:
     """Steps to a loss target against batch size, for each learning-rate rule, and the critical batch."""
     from pybatch.sweep.options import SweepOptions
 
     name, options = parse_optimizer(optimizer)
-    if not 0 <= noise_budget < float("inf"):
+    if not 0 <= noise_budget <= LONGEST:
         raise UsageError(f"noise budget {noise_budget:g} s is out of range. Give seconds, or 0 to leave it out.")
     if resume and store is None:
         raise UsageError("--resume goes on with a store, and none is given. Add --store FILE.")
 
     check_seed(seed)
+    first = numbers("rates", rates, _RATE, "0.01,0.1,1") if rates is not None else None
+    for rate in first or ():
+        check_between("rate", rate, 0, RATE, above=True)
+    check_between("base rate", base_rate, 0, RATE, above=True)
+    check_between("base batch", base_batch, 1, LARGEST)
+    check_between("seeds", seeds, 1, SEEDS)
+    check_between("max steps", max_steps, 1, STEPS)
+    check_between("gap epochs", gap_epochs, 0, 1e6, above=True)
+    check_between("jobs", jobs, 1, 1024)
     asked = SweepOptions(
         batches=parse_batches(batch),
         rules=[part.strip() for part in rule.split(",")],
@@ -89,7 +110,7 @@ def sweep(
         target=parse_targets(target) if target is not None else None,
         optimizer=name,
         options=options,
-        rates=numbers("rates", rates, _RATE, "0.01,0.1,1") if rates is not None else None,
+        rates=first,
         search=search,
         base_batch=base_batch,
         base_rate=base_rate,
@@ -98,13 +119,13 @@ def sweep(
         gap_epochs=gap_epochs,
     )
     subject = Subject(workload, model, data, option, gpu, cpu)
-    with Delivery(format_, output, quiet) as delivery:
+    with Delivery(format_, output, quiet, verbose, price) as delivery:
         found, device = subject.find(dtype)
         from pybatch.device.memory import keep_freed
         from pybatch.jobs.sweep import run_sweep
 
         keep_freed()
-        with delivery.measuring() as progress, termination_heard():
+        with delivery.measuring() as progress:
             delivery.run = run_sweep(
                 found,
                 asked,

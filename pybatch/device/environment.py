@@ -10,12 +10,15 @@ from importlib import metadata
 
 import torch
 
+from pybatch.device import settings
 from pybatch.device.nvml import driver_version
 from pybatch.records import Environment
 
 _LIBRARIES = ("numpy", "scipy", "scikit-learn", "triton", "psutil", "nvidia-ml-py")
 
-_VARIABLES = (
+# That change speed or numbers.
+VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_VISIBLE_DEVICES",
     "GOMP_CPU_AFFINITY",
     "GOMP_SPINCOUNT",
@@ -42,7 +45,7 @@ def capture(seed: int, command: str | None = None) -> Environment:
         seed=seed,
         command=" ".join(sys.argv) if command is None else command,
         libraries={name: version for name in _LIBRARIES if (version := _version(name)) is not None},
-        variables={name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        variables={name: os.environ[name] for name in VARIABLES if name in os.environ} | settings.changed(),
     )
 
 

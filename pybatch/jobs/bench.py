@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import torch
 
 from pybatch.answer.verdict import advise
-from pybatch.base.errors import Interrupted, PybatchError
+from pybatch.base.errors import Interrupted, PybatchError, carry
 from pybatch.branch.measurement import measure_branches
 from pybatch.capacity.exploration import first_line
 from pybatch.capacity.measurement import measure_capacity
@@ -74,11 +74,14 @@ def run_bench(
             raise
         raise Interrupted(found.run(interrupted)) from None
     except PybatchError as error:
-        if found.capacity is None:
+        if not found.anything:
             raise
         return found.run(Note(found.stage, str(error)))
-    except (RuntimeError, MemoryError) as error:
-        if found.capacity is None or not is_out_of_memory(error):
+    except Exception as error:
+        if not found.anything:
+            raise
+        if not is_out_of_memory(error):
+            carry(error, found.run(Note(found.stage, f"cut by a fault of pybatch: {first_line(error)}")))
             raise
         text = f"memory ran out: {first_line(error)}"
         if found.stage == "noise":
@@ -106,6 +109,7 @@ def _measure(
         return options.time_budget - (time.monotonic() - start)
 
     def save(capacity: Capacity) -> None:
+        found.partial = capacity
         if on_partial is not None:
             on_partial(found.cut(capacity))
 
@@ -163,6 +167,8 @@ class _Found:
     capacity: Capacity | None = None
     noise: NoiseScale | None = None
     steps: Convergence | None = None
+    cut_short: bool = False  # capacity is such a part
+    partial: Capacity | None = None  # what there is of a measurement on its way
 
     @staticmethod
     def begun(workload: Workload, place: torch.device, options: BenchOptions, earlier: Run | None) -> _Found:
@@ -179,8 +185,17 @@ class _Found:
         return found
 
     @property
+    def anything(self) -> bool:
+        """Whether there is something to keep: capacity, or figures of it, which then stand for it."""
+        if self.capacity is None and self.partial is not None and any(p.step_ms for p in self.partial.batches):
+            self.capacity, self.cut_short = self.partial, True
+        return self.capacity is not None
+
+    @property
     def stage(self) -> str:
-        """The part that is being measured once capacity is there."""
+        """The part that is being measured."""
+        if self.cut_short:
+            return "capacity"
         return "noise" if self.noise is None else "branches"
 
     def take(self, partial: Capacity | NoiseScale | Convergence) -> None:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from pybatch.base.errors import Interrupted
+from pybatch.base.errors import Interrupted, carried, carry
 from pybatch.branch.measurement import measure_branches
 from pybatch.device.environment import capture
 from pybatch.jobs.bench import INTERRUPTED
@@ -45,4 +45,8 @@ def run_branches(
     except Interrupted as stop:
         notes = (Note("run", INTERRUPTED),)
         raise Interrupted(Run(created, environment, convergence=stop.partial, complete=False, notes=notes)) from None
+    except Exception as error:
+        if (partial := carried(error)) is not None:
+            carry(error, Run(created, environment, convergence=partial, complete=False))
+        raise
     return Run(created, environment, convergence=steps, complete=steps.complete)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pybatch.base.errors import Interrupted
+from pybatch.base.errors import Interrupted, carried, carry
 from pybatch.device.environment import capture
 from pybatch.noise.measurement import measure_noise
 from pybatch.records import NoiseScale, Note, Run
@@ -78,4 +78,13 @@ def run_sweep(
         note = Note("run", f"interrupted: what was measured until then is in the record, {kept}")
         cut = replace(stop.partial, created=created, environment=environment, complete=False, notes=(note,))
         raise Interrupted(cut) from None
+    except Exception as error:
+        if (partial := carried(error)) is not None:
+            note = Note("run", f"cut by a fault of pybatch: {type(error).__name__}")
+            carry(error, replace(partial, created=created, environment=environment, complete=False, notes=(note,)))
+        raise
+    if not run.complete:
+        again = "the same command with --resume runs what is missing"
+        rest = again if store is not None else "no trial was stored: with --store FILE, --resume runs what is missing"
+        run = replace(run, notes=(*run.notes, Note("run", f"incomplete, see the notes above for why; {rest}")))
     return replace(run, created=created, environment=environment)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import signal
+import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -16,12 +17,13 @@ from typing import Any
 
 import torch
 
-from pybatch.base.errors import PybatchError, StoreError
+from pybatch.base.errors import PybatchError, StoreError, WorkloadError
 from pybatch.device.memory import keep_freed
 from pybatch.processes.child import Channel, Child
 from pybatch.training.task import run_task
 from pybatch.training.trial import Outcome, Task
 from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.running.calls import watched
 from pybatch.workloads.running.packing import Packed, pack
 from pybatch.workloads.running.session import is_out_of_memory
 
@@ -46,6 +48,7 @@ class Ending:
     note: str | None = None  # why its trials were not stacked
     failed: str | None = None  # why the rest of them could not be trained
     error: str | None = None  # what is wrong with the workload
+    begun: bool = False  # and whether it had been trained until then
 
 
 @dataclass
@@ -118,7 +121,7 @@ def train(
     except StoreError:  # of `deliver`: no fault of the workload
         raise
     except PybatchError as error:
-        return Ending(error=str(error))
+        return Ending(error=str(error), begun=isinstance(error, WorkloadError) and error.begun)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -240,9 +243,11 @@ def work(channel: Channel) -> None:
     torch.set_num_threads(setup.threads)
     keep_freed()
     workload, device = setup.workload.open(), torch.device(setup.device)
-    while True:
-        task = channel.receive()
-        channel.send(train(workload, task, channel.send, device))
+    torch.set_num_threads(setup.threads)  # its share of what the workload may have asked for anew
+    with watched(lambda text: print(f"pybatch: {text}", file=sys.stderr)):
+        while True:
+            task = channel.receive()
+            channel.send(train(workload, task, channel.send, device))
 
 
 def _ending(status: int | None) -> str:

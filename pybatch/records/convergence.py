@@ -191,8 +191,8 @@ class Branching:
     largest_low: int | None
     largest_high: int | None  # None: the largest batch tested is within it
     fit: StepsFit | None = None  # of the steps to the level: the critical batch here
-    tuned: bool = False  # rates were searched at the checkpoint, not carried over
     notes: tuple[Note, ...] = ()
+    tuned: bool = False  # rates were searched at the checkpoint, not carried over
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from pybatch.base.codec import decode, encode, stands_at_top
+from pybatch.base.codec import decode, encode, parse, stands_at_top
 from pybatch.base.display import Shown
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import said
 from pybatch.records.capacity import Capacity, Distributed
 from pybatch.records.convergence import Convergence
 from pybatch.records.figure import hidden
+from pybatch.records.limits import time_wrong, wrong
 from pybatch.records.noise import NoiseScale, NoiseTrajectory
 from pybatch.records.subject import Environment, Note
 from pybatch.records.verdict import Verdict
@@ -24,7 +26,7 @@ SCHEMA = "pybatch/1"
 class Run(Shown):
     """One saved run: the whole record, as written by `pybatch bench -o`."""
 
-    created: str  # ISO 8601, UTC
+    created: str  # ISO 8601, UTC; empty: put together from results that were not saved as a run
     environment: Environment | None  # None: put together from results that were not saved as a run
     capacity: Capacity | None = None
     noise: NoiseScale | None = None
@@ -34,6 +36,7 @@ class Run(Shown):
     notes: tuple[Note, ...] = ()
     distributed: Distributed | None = None
     trajectory: NoiseTrajectory | None = None  # of a training run, see pybatch.noise.Trajectory
+    price: float | None = None  # of a device-hour, as the user gave it
 
     def to_json(self) -> str:
         """The record as JSON text; non-finite numbers become null."""
@@ -43,14 +46,14 @@ class Run(Shown):
     def from_json(text: str) -> Run:
         """Read a saved record back; raises UsageError on a foreign file or one of another version."""
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = parse(text)
+        except ValueError as error:
             raise UsageError(f"not a pybatch record: {error}. Give a file written by 'pybatch bench -o'.") from None
         found = data.get("schema") if isinstance(data, dict) else None
         if found != SCHEMA:
             raise UsageError(
-                f"record has schema {found!r}, this pybatch reads {SCHEMA!r}. Give a file written by 'pybatch bench "
-                "-o' of this version: measure again, or use the pybatch that wrote it."
+                f"record has schema {said(found)}, this pybatch reads {SCHEMA!r}. Give a file written by 'pybatch "
+                "bench -o' of this version: measure again, or use the pybatch that wrote it."
             )
         return _run_from_dict(data)
 
@@ -83,5 +86,7 @@ def _run_from_dict(data: dict[str, Any]) -> Run:
         if isinstance(data.get(section), dict):
             data = data | {section: data[section] | {name: data[name] for name in names if name in data}}
             break  # the first one was written there
-    run: Run = decode(Run, {k: v for k, v in data.items() if k != "schema" and k not in _HOISTED}, "record")
+    run: Run = decode(Run, {k: v for k, v in data.items() if k != "schema" and k not in _HOISTED}, "record", wrong)
+    if run.created and (late := time_wrong(run.created, "created")) is not None:
+        raise UsageError(f"record{late}. The file is damaged, or no pybatch wrote it.")
     return run

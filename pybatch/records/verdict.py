@@ -15,6 +15,7 @@ from pybatch.records.subject import Note
 
 Limit = Literal["noise", "hardware", "balanced", "unresolved"]
 Evidence = Literal["measured", "modelled", "assumed"]
+Kind = Literal["sweep", "rule", "tuned branch", "branch", "noise"]
 Level = Literal["high", "medium", "low"]
 Inputs = dict[str, float | str | None]  # figures behind one figure
 _WORDS = {
@@ -41,7 +42,7 @@ class Reading:
     """One piece of evidence on the critical batch, and what it stands for."""
 
     source: Literal["sweep", "branch", "noise"]
-    kind: Literal["sweep", "rule", "tuned branch", "branch", "noise"]
+    kind: Kind
     value: float
     low: float | None  # 95 %, of the measurement alone; None: open
     high: float | None

@@ -80,6 +80,11 @@ class Sweep:
             self.progress.rows += len(longer)
             self._finish(longer)
 
+    @property
+    def measured(self) -> bool:
+        """Whether a trial of this sweep has run to its end, here or before: there is something to keep."""
+        return any(cell.outcomes or self.store.outcomes(cell.trials.values()) for cell in self.cells)
+
     def record(self) -> Run:
         """What the store says of the experiment that this sweep belongs to; where it is lost, what this sweep knows."""
         try:
@@ -217,7 +222,7 @@ class Sweep:
                 cause = ending.note.partition(" (")[0]  # figures follow in brackets
                 self.store.remark(self.number, cause, ending.note)
             if ending.error is not None:
-                if not any(c.outcomes for c in self.cells):  # it works at no batch size
+                if not (self.measured or ending.begun):  # it works at no batch size
                     raise WorkloadError(ending.error)
                 self._fail(cell, ending.error)
             elif ending.failed:

@@ -9,7 +9,7 @@ from typing import Unpack
 
 import torch
 
-from pybatch.base.errors import Interrupted, PybatchError, StoreError, UsageError
+from pybatch.base.errors import Interrupted, PybatchError, StoreError, UsageError, WorkloadError, carry
 from pybatch.base.numerals import counted
 from pybatch.device.environment import capture
 from pybatch.device.identity import resolve
@@ -66,7 +66,7 @@ def measure_convergence(
 
     Raises:
         UsageError: an argument that cannot work, or a target met before the first step.
-        WorkloadError: the workload fails at the base batch; elsewhere the record says so.
+        WorkloadError: the workload fails before a trial has run; later the record says so.
         Interrupted: on Ctrl-C (KeyboardInterrupt), `partial` holding the Convergence of what was done.
     """
     asked = SweepOptions(batches=batches, rules=rules, seeds=seeds, **options)
@@ -119,10 +119,10 @@ def measure_sweep(
                 f"store '{store}' holds {counted(len(kept), 'trial')}. Add --resume (resume=True) to run only what is "
                 "missing, or name another file."
             )
+        subject = subject_of(workload, options, place)
         scale, refusal = _measured(noise)
         whole = SweepProgress(kept.put, progress, alone=jobs == 1 and ray is None)
         with _workers(workload, whole, place, jobs, ray) as workers:
-            subject = subject_of(workload, options, place)
             number = kept.begin(subject, options, scale)
             if refusal is not None:
                 kept.remark(number, NOISE, refusal)
@@ -134,6 +134,16 @@ def measure_sweep(
                 raise Interrupted(sweep.record()) from None
             except StoreError as error:
                 return _with_note(sweep.record(), str(error))
+            except WorkloadError as error:
+                if scale is None:
+                    raise
+                return _with_note(sweep.record(), str(error))  # the noise scale is kept
+            except PybatchError:
+                raise
+            except Exception as error:
+                if sweep.measured:
+                    carry(error, sweep.record())
+                raise
 
 
 def _measured(noise: Noise) -> tuple[NoiseScale | None, str | None]:

@@ -16,6 +16,7 @@ from pybatch.training.replicas import Losses, Replicas
 from pybatch.training.trial import Trial
 from pybatch.training.updates import optimizer_class
 from pybatch.workloads.base import Workload
+from pybatch.workloads.running.batches import copied
 from pybatch.workloads.running.session import Session
 
 
@@ -34,15 +35,17 @@ class Loop(Replicas):
         for _ in range(steps):
             batches = self.draw()
             rates = self.rates()
+            last = {trial.seed: i for i, trial in enumerate(self.trials)}  # the others leave the batch as it is
             for i, trial in enumerate(self.trials):
                 torch.manual_seed(hash((trial.seed, self.done)) % 2**63)  # dropout: the same whatever ran before
                 session, optimizer, measured = self.sessions[i], self.optimizers[i], self.gains[i]
+                batch = batches[trial.seed] if last[trial.seed] == i else copied(batches[trial.seed])
                 optimizer.zero_grad()
                 factor = 1.0
                 if measured is None:
-                    session.backward(batches[trial.seed])
+                    session.backward(batch)
                 else:
-                    factor = measured.backward(session, batches[trial.seed])
+                    factor = measured.backward(session, batch)
                 for group in optimizer.param_groups:
                     group["lr"] = rates[i] * factor
                 optimizer.step()
@@ -83,7 +86,8 @@ class Gain:
         square = 0.0
         for part in range(self.parts):
             cut = slice(part * size, (part + 1) * size)
-            session.backward(tree_map(lambda leaf, cut=cut: leaf[cut] if _batched(leaf, batch) else leaf, batch))
+            own = copied(tree_map(lambda leaf, cut=cut: leaf[cut] if _batched(leaf, batch) else leaf, batch))
+            session.backward(own)  # parts may have tensors in common
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
             square += _square(grads)
             total = grads if not total else [a + g for a, g in zip(total, grads, strict=True)]

@@ -25,6 +25,7 @@ from pybatch.training.replicas import Losses, Replicas
 from pybatch.training.trial import Trial
 from pybatch.training.updates import Update, update_for
 from pybatch.workloads.base import Workload
+from pybatch.workloads.running.batches import copied
 
 ROUNDING = torch.finfo(torch.float32).eps ** 0.5  # share of a gradient's norm, in fp32
 
@@ -57,7 +58,7 @@ class Stack(Replicas):
         return torch.autocast(self.device.type, DTYPES[dtype], enabled=dtype != "fp32")
 
     def _losses(self, batch: Any, along: int | None) -> Tensor:
-        """Losses [R] of a batch: one a replica (`along` 0) or the same for all (None)."""
+        """Losses [R] of a batch, which the loss may change: one a replica (`along` 0) or the same for all (None)."""
 
         def one(params: dict[str, Tensor], buffers: dict[str, Tensor], batch: Any) -> Tensor:
             loss: Tensor = functional_call(self.template, {**params, **buffers}, (batch,))
@@ -79,13 +80,13 @@ class Stack(Replicas):
         before = {key: value.clone() for key, value in self.buffers.items()}  # running means count a pass once
         try:
             with Folding() as folding, torch.no_grad():
-                self._losses(batch, 0)
+                self._losses(copied(batch), 0)
             if not folding.used:
                 return False
             seconds, found = {True: math.inf, False: math.inf}, {}
             for folded in (False, True, False, True):  # the first of each also prepares
                 start = time.perf_counter()
-                found[folded] = self._gradients(batch, folded)
+                found[folded] = self._gradients(copied(batch), folded)
                 seconds[folded] = min(seconds[folded], time.perf_counter() - start)
             rounding = torch.finfo(DTYPES[self.trials[0].dtype]).eps ** 0.5
             return seconds[True] < seconds[False] and same(found[True], found[False], rounding)
@@ -138,13 +139,13 @@ class Stack(Replicas):
         """Losses of all replicas at once, or one by one: stacked convolutions are slow on large batches."""
         if together:
             with Pooling(), Folding(images=False):
-                train, test = (self._losses(batch, None).tolist() for batch in self.held_out)
+                train, test = (self._losses(copied(batch), None).tolist() for batch in self.held_out)
             return train, test
         train, test = [], []
         for r in range(len(self.trials)):
             one = {key: value[r] for key, value in {**self.params, **self.buffers}.items()}
             with self._autocast(), Pooling():
-                losses = [functional_call(self.template, one, (batch,)) for batch in self.held_out]
+                losses = [functional_call(self.template, one, (copied(batch),)) for batch in self.held_out]
             train.append(float(losses[0]))
             test.append(float(losses[1]))
         return train, test

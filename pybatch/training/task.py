@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pybatch.base.errors import PybatchError
+from pybatch.base.errors import PybatchError, WorkloadError
 from pybatch.training.choosing import StackTooLargeError, choose, chunks, memory_for
 from pybatch.training.loop import Loop
 from pybatch.training.replicas import Replicas
@@ -20,6 +20,7 @@ from pybatch.training.trajectory import SPLITS, Trajectory, crossing_at, next_ev
 from pybatch.training.trial import End, Outcome, Study, Task, Trial, diverged
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.session import Session, is_out_of_memory
+from pybatch.workloads.running.sharing import State, changes, state
 
 Deliver = Callable[[Outcome], None]
 
@@ -52,7 +53,7 @@ def run_task(
     """
     if not task.trials:
         return None
-    study, ended = task.study(), set[str]()
+    study, ended, made = task.study(), set[str](), [0]
     first = Session(workload, torch.device("cpu"), task.trials[0].dtype, task.trials[0].seed)
     size = sum(p.numel() * p.element_size() for p in first.parameters)
     reason, split = None, next(iter(task.targets))
@@ -62,6 +63,7 @@ def run_task(
         deliver(outcome)
 
     def say(step: int, left: int, loss: float) -> None:
+        made[0] = max(made[0], step)
         if progress is not None:
             text = f"trials: batch {task.trials[0].batch}, step {step}, {left} of {len(task.trials)} left"
             progress(f"{text}, {split} loss {loss:.3g}", len(ended) / len(task.trials))
@@ -71,30 +73,34 @@ def run_task(
         _Training(replicas, study, delivered, task.cap).run(say)
         return why
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        groups = deque(chunks(task.trials, size, memory_for(device)))
-        while groups:
-            group, failed = groups.popleft(), None
-            try:
-                reason = trained(group) or reason
-                continue
-            except StackTooLargeError as error:
-                if how is not None:
-                    raise error.__cause__ or error from None
-            except _StackError as error:
-                if how is not None:
-                    raise error.__cause__ or error from None
-                failed = f"not stacked to the end: {error}"
-            # Here no trace holds what the stack held.
-            rest = [trial for trial in group if trial.key not in ended]
-            for trial in rest:
-                study.forget(trial.lr, trial.seed)
-            if failed is not None:
-                reason = failed
-                _Training(Loop(workload, rest, device), study, delivered, task.cap).run(say)
-            else:
-                left, half = [trial for some in (rest, *groups) for trial in some], (len(group) + 1) // 2
-                groups = deque(left[i : i + half] for i in range(0, len(left), half))  # nor would the others fit
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            groups = deque(chunks(task.trials, size, memory_for(device)))
+            while groups:
+                group, failed = groups.popleft(), None
+                try:
+                    reason = trained(group) or reason
+                    continue
+                except StackTooLargeError as error:
+                    if how is not None:
+                        raise error.__cause__ or error from None
+                except _StackError as error:
+                    if how is not None:
+                        raise error.__cause__ or error from None
+                    failed = f"not stacked to the end: {error}"
+                # Here no trace holds what the stack held.
+                rest = [trial for trial in group if trial.key not in ended]
+                for trial in rest:
+                    study.forget(trial.lr, trial.seed)
+                if failed is not None:
+                    reason = failed
+                    _Training(Loop(workload, rest, device), study, delivered, task.cap).run(say)
+                else:
+                    left, half = [trial for some in (rest, *groups) for trial in some], (len(group) + 1) // 2
+                    groups = deque(left[i : i + half] for i in range(0, len(left), half))  # nor would the others fit
+    except WorkloadError as error:
+        error.begun |= made[0] > 0
+        raise
     return reason
 
 
@@ -119,12 +125,22 @@ class _Training:
             say(step, sum(self.alive), self._nearest())
             then = min(next_evaluation(step), self.cap)
             held = [row for row in self.rows if self.alive[row]]
+            before = state()
             with self._told_apart():
                 self.replicas.advance(then - step)
+            self._look_for_changes(before)
             self._evaluate(then)
             for row in held:
                 self.seconds[row] += (time.perf_counter() - start) / len(held)
             self._shrink()
+
+    def _look_for_changes(self, before: State) -> None:
+        """Refuse what the workload has changed for everybody in this process; a stack calls its loss directly."""
+        if (what := changes(before, free=("seed of torch's generator",))) is not None:
+            raise WorkloadError(
+                f"workload {self.replicas.sessions[0].workload.name!r} changes {what} in the middle of a run. Do it at "
+                "the top of the file or in the constructor."
+            )
 
     @contextmanager
     def _told_apart(self) -> Iterator[None]:

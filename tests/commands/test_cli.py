@@ -358,7 +358,7 @@ def test_any_locale_takes_any_format(format_, run, tmp_path):
         "import sys, pathlib, pybatch.cli as cli; from pybatch import Run; from pybatch.report.output import Output\n"
         "from pybatch.commands.measuring import deliver\n"
         "run = Run.from_json(pathlib.Path('record.json').read_text())\n"
-        "def app(): deliver(run, sys.argv[1], Output(pathlib.Path('out'))); deliver(run, sys.argv[1], None)\n"
+        "def app(**_): deliver(run, sys.argv[1], Output(pathlib.Path('out'))); deliver(run, sys.argv[1], None)\n"
         "cli.app = app; cli.main()"
     )
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -384,7 +384,7 @@ def test_a_reader_that_leaves_early_is_no_failure(run, tmp_path, format_, first)
         "import pathlib, pybatch.cli as cli; from pybatch import Run\n"
         "from pybatch.commands.measuring import deliver\n"
         "run = Run.from_json(pathlib.Path('record.json').read_text())\n"
-        f"cli.app = lambda: [deliver(run, {format_!r}, None) for _ in range(200)]; cli.main()"
+        f"cli.app = lambda **_: [deliver(run, {format_!r}, None) for _ in range(200)] and 0; cli.main()"
     )
     done = subprocess.run(
         ["bash", "-c", f'set -o pipefail; {sys.executable} -c "$0" | head -1', code],

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import pybatch.workloads
 from pybatch.base.errors import UsageError, WorkloadError, unknown
 from pybatch.workloads.base import Workload, registered
+from pybatch.workloads.running.sharing import put_back
 
 FILE_MODULE = "_pybatch_workload_"  # prefix of the modules made from users' files
 _digests: dict[str, str] = {}  # of users' files as they were loaded, by module
@@ -76,9 +78,10 @@ def load_file(path: Path, name: str | None = None) -> ModuleType:
     sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up
     _digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()  # now: a run may outlast the file's next edit
     try:
-        description.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
+        with put_back():
+            description.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # `sys.exit()` too is no answer
+        sys.modules.pop(name, None)
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise UsageError(f"workload file '{path}' cannot be loaded: {type(error).__name__}: {error}{line}.") from error
     return module
@@ -146,10 +149,11 @@ def _construct(
             raise UsageError(f"option '{option}': {key} is given twice. Give it once.")
         given[key] = value
     try:
-        return cls(**{**usual, **given})
+        with put_back():
+            return cls(**{**usual, **given})
     except (UsageError, WorkloadError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise WorkloadError(f"{cls.__name__}() of workload '{spec}' raised {type(error).__name__}: {error}.") from error
 
 
@@ -177,6 +181,8 @@ def _option(option: str, spec: str, takes: Mapping[str, inspect.Parameter]) -> t
     if kind is None:
         raise UsageError(f"option '{option}': {key} of workload '{spec}' takes no text. Annotate it int, float or str.")
     try:
+        if kind is float and not abs(float(text)) < math.inf:
+            raise ValueError
         return key, kind(text)
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"

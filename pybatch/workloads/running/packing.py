@@ -11,6 +11,7 @@ from typing import Any
 from pybatch.base.errors import WorkloadError
 from pybatch.workloads.base import Workload
 from pybatch.workloads.running.finding import FILE_MODULE, load_file
+from pybatch.workloads.running.sharing import put_back
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Packed:
         sys.path[:] = list(dict.fromkeys([*sys.path, *self.path]))
         for name, file in self.files.items():
             load_file(Path(file), name)
-        workload: Workload = pickle.loads(self.workload)
+        with put_back():
+            workload: Workload = pickle.loads(self.workload)
         return workload
 
 

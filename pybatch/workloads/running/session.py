@@ -16,8 +16,12 @@ from pybatch.device.identity import DTYPES, cpu_name
 from pybatch.device.memory import upload
 from pybatch.records import WorkloadInfo
 from pybatch.workloads.base import Split, Workload
+from pybatch.workloads.running.batches import copied
+from pybatch.workloads.running.calls import called
 from pybatch.workloads.running.compiling import compiled
+from pybatch.workloads.running.declared import check
 from pybatch.workloads.running.finding import file_digest
+from pybatch.workloads.running.sharing import Lookout
 
 EVALUATION_SEED = 2**31 - 1  # of the fixed batches; no training has it
 
@@ -45,8 +49,10 @@ class Session:
 
     def __init__(self, workload: Workload, device: torch.device, dtype: str = "fp32", seed: int = 0) -> None:
         checked_dtype(dtype)
+        check(workload)
         self.workload, self.device, self.dtype = workload, device, dtype
         self.generator = torch.Generator().manual_seed(seed)
+        self._lookout = Lookout()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._call("model")
@@ -65,7 +71,7 @@ class Session:
         what = f"the model of workload {self.workload.name!r} ({memory(size)})"
         try:
             return model.to(self.device)
-        except (RuntimeError, MemoryError, NotImplementedError) as error:
+        except Exception as error:
             cause = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
             if is_out_of_memory(error):
                 raise DeviceError(
@@ -132,7 +138,8 @@ class Session:
     def weighed_batch(self, n: int) -> tuple[Any, torch.Tensor | None]:
         """As `batch`, and what its examples count for in the loss: float64 [n] on the CPU; None: all alike."""
         batch = self._drawn(n, "train")
-        found = self._call("example_weights", batch)
+        own = type(self.workload).example_weights is not Workload.example_weights
+        found = self._call("example_weights", copied(batch)) if own else None
         return self._moved(batch), None if found is None else self._weights(found, n)
 
     def _weights(self, found: Any, n: int) -> torch.Tensor:
@@ -159,7 +166,9 @@ class Session:
         return batch
 
     def _moved(self, batch: Any) -> Any:
-        return tree_map(lambda leaf: upload(leaf, self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+        """The batch on the device, in memory of its own there: the workload may keep what it returned, or reuse it."""
+        moved = tree_map(lambda leaf: upload(leaf, self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+        return copied(moved) if self.device.type == "cpu" else moved
 
     def loss(self, batch: Any) -> torch.Tensor:
         """The loss of a batch, under autocast where the dtype asks for it; checked to be one floating-point number.
@@ -173,10 +182,10 @@ class Session:
 
     @torch.no_grad()
     def evaluate(self, batch: Any) -> torch.Tensor:
-        """The loss of a batch in evaluation mode, without a gradient."""
+        """The loss of a batch in evaluation mode, without a gradient. The batch stays as it is."""
         self.model.eval()
         try:
-            return self._loss(self.model, batch)
+            return self._loss(self.model, copied(batch))
         finally:
             self.model.train()
 
@@ -187,10 +196,11 @@ class Session:
             (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
         except (torch.OutOfMemoryError, MemoryError):
             raise
-        except RuntimeError as error:
+        except (Exception, SystemExit) as error:  # hooks and functions of the user's own run in it
             if is_out_of_memory(error):
                 raise
-            raise self._error("loss", f"failed in its backward pass: {error}") from error
+            cause = f"{error}" if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
+            raise self._error("loss", f"failed in its backward pass: {cause}") from error
         return loss.detach()
 
     def check_finite(self, loss: torch.Tensor, where: str) -> float:
@@ -199,6 +209,10 @@ class Session:
         if not torch.isfinite(loss):
             raise self._error("loss", f"returned {value} {where}")
         return value
+
+    def loss_of(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        """The loss of a batch as this model has it, under autocast where the dtype asks for it."""
+        return self._loss(model, batch)
 
     def _loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         with torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
@@ -213,14 +227,32 @@ class Session:
         return loss
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        try:
-            return getattr(self.workload, method)(*arguments)
-        except (torch.OutOfMemoryError, MemoryError, WorkloadError, UsageError):
-            raise
-        except (Exception, SystemExit) as error:
-            if is_out_of_memory(error):
+        before, what = self._lookout.before(method), None
+        with called(f"{type(self.workload).__name__}.{method}()") as call:
+            try:
+                found = getattr(self.workload, method)(*arguments)
+            except (torch.OutOfMemoryError, MemoryError, WorkloadError, UsageError):
                 raise
-            raise self._error(method, f"raised {type(error).__name__}: {error}") from error
+            except KeyboardInterrupt:
+                if call.ended is None:
+                    raise
+                raise self._error(method, call.ended) from None
+            except (Exception, SystemExit) as error:
+                if is_out_of_memory(error):
+                    raise
+                failure = self._error(method, f"raised {type(error).__name__}: {error}")
+                failure.begun = method == "batch"  # whoever trains has drawn the fixed batches before
+                raise failure from error
+            finally:
+                if before is not None:
+                    what = self._lookout.changed(before, method)
+        if what is not None:
+            raise self._error(
+                method,
+                f"changes {what} in the middle of a run. Do it at the top of the file or in the constructor, where "
+                "numerical settings are honoured and recorded",
+            )
+        return found
 
     def _error(self, method: str, what: str) -> WorkloadError:
         return WorkloadError(f"{type(self.workload).__name__}.{method}() of workload {self.workload.name!r} {what}.")

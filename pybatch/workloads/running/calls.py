@@ -1,0 +1,113 @@
+"""Calls of a workload's methods that do not return: told with the user's line they stand at, and ended in time."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import signal
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+TOLD = 30.0  # s after which a call is told of
+_LOOK = 0.25  # s between looks
+_AGAIN = 5.0  # s between tries to end one, which user code may have swallowed
+_OWN = Path(__file__).resolve().parents[2]
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+@dataclass
+class Call:
+    """One call on its way."""
+
+    name: str  # "Mine.batch()"
+    since: float = field(default_factory=time.monotonic)
+    thread: int = field(default_factory=threading.get_ident)
+    told: bool = False
+    ended: str | None = None  # why it was ended, in words that follow the name
+    tried: float = 0.0
+
+
+_now: Call | None = None  # of this process; a workload is trained by one thread
+
+
+@contextlib.contextmanager
+def called(name: str) -> Iterator[Call]:
+    """In this context a method of a workload runs."""
+    global _now
+    before, _now = _now, Call(name)
+    try:
+        yield _now
+    finally:
+        _now = before
+
+
+@contextlib.contextmanager
+def watched(say: Callable[[str], None], budget: float | None = None) -> Iterator[None]:
+    """In this context calls that do not return are told of; and ended once the time is up.
+
+    Args:
+        say: called from another thread with a sentence.
+        budget: seconds from now, after which a call of the main thread that still does not return is interrupted; it
+            becomes an error of the workload. None: none is.
+    """
+    over = threading.Event()
+    begun = time.monotonic()
+
+    def look() -> None:
+        while not over.wait(_LOOK):
+            if (call := _now) is None:
+                continue
+            now = time.monotonic()
+            if now - call.since >= TOLD and not call.told:
+                call.told = True
+                say(f"{call.name} has not returned for {TOLD:.0f} s; it stands {where(call.thread)}")
+            if budget is not None and now - begun >= budget + grace(budget) and now - call.since >= grace(budget):
+                _end(call, budget, now)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def grace(budget: float) -> float:
+    """Seconds past a budget that a call may take: the last step may have been a long one."""
+    return max(1.0, min(10.0, budget / 4))
+
+
+def where(thread: int) -> str:
+    """The innermost line of a thread that is neither pybatch's nor a library's: "at mine.py, line 12: `x = get()`"."""
+    frame: FrameType | None = sys._current_frames().get(thread)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith("<") and not _is_library(name):
+            text = linecache.getline(name, frame.f_lineno).strip()
+            return f"at {name}, line {frame.f_lineno}" + (f": `{text[:80]}`" if text else "")
+        frame = frame.f_back
+    return "in a library"
+
+
+def _is_library(name: str) -> bool:
+    path = Path(name)
+    return path.is_relative_to(_OWN) or any(path.is_relative_to(folder) for folder in _LIBRARIES)
+
+
+def _end(call: Call, budget: float, now: float) -> None:
+    """Interrupt the call as Ctrl-C would, in the main thread; another thread's goes on."""
+    if call.thread != threading.main_thread().ident or now - call.tried < _AGAIN:
+        return
+    call.tried = now
+    call.ended = (
+        f"had not returned after {now - call.since:.0f} s when the time budget of {budget:g} s was over; it stood "
+        f"{where(call.thread)}"
+    )
+    signal.pthread_kill(call.thread, signal.SIGINT)

@@ -1,0 +1,55 @@
+"""What a workload's class says of itself, checked before anything is measured: records and fits take it as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pybatch.base.errors import WorkloadError
+from pybatch.workloads.base import Workload
+
+
+def check(workload: Workload) -> None:
+    """Raise WorkloadError for an attribute of a workload that is not what `Workload` says it is."""
+    for name, fits, wanted in _ATTRIBUTES:
+        value = getattr(workload, name)
+        if not fits(value):
+            said = repr(value)
+            said = said if len(said) <= 80 else f"{said[:77]}..."
+            raise WorkloadError(f"{type(workload).__name__}.{name} is {said}: it must be {wanted}.")
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _dials(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(k, str) and (isinstance(v, str) or _number(v)) for k, v in value.items()
+    )
+
+
+def _targets(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) and _number(v) for k, v in value.items())
+
+
+_ATTRIBUTES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("name", _text, "a text that is not empty"),
+    ("unit", _text, "a text that is not empty, such as 'images'"),
+    ("weight_unit", _text, "a text that is not empty, such as 'tokens'"),
+    ("model_name", lambda value: value is None or isinstance(value, str), "a text, or None"),
+    ("learning_rate", lambda value: _number(value) and value > 0, "a number above 0"),
+    ("reference_batch", _count, "a whole number of examples, at least 1"),
+    ("examples", lambda value: value is None or _count(value), "a whole number, at least 1, or None"),
+    ("target", _targets, "losses by split, such as {'train': 0.3}"),
+    ("options", _dials, "numbers and texts by name"),
+)

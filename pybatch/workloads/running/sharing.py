@@ -1,0 +1,142 @@
+"""The process that a user's code shares with pybatch: what that code may set, what is put back, what is refused.
+
+While a file is imported and its class constructed, numerical settings (threads, precision, determinism, default dtype)
+are the user's to make: they hold, and the record has them. Folder, arguments, signal handlers, environment, random
+generators and default device are put back. Later, in the middle of a run, a change of any of these is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from pybatch.device.environment import VARIABLES
+from pybatch.device.settings import numerical
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that pybatch listens to
+_FIRST = 3  # calls of a method that are looked at
+_LATER = 0.5  # s between looks after them
+
+State = Mapping[Any, Any]
+
+
+@contextlib.contextmanager
+def put_back() -> Iterator[None]:
+    """In this context user code is imported or constructed."""
+    environ, before = dict(os.environ), state()
+    seeds = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        for name in {*environ, *os.environ} - set(VARIABLES):  # those are numerical settings, and recorded
+            _set_variable(name, environ.get(name))
+        _restore(before, ("folder", "sys.argv", *_SIGNALS, "torch.default_device"))
+        random.setstate(seeds[0])
+        np.random.set_state(seeds[1])
+        torch.set_rng_state(seeds[2])
+
+
+class Lookout:
+    """Looks at calls of a workload's methods for changes of what they share: the first ones, and then seldom."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, int] = {}
+        self._next = 0.0
+
+    def before(self, method: str) -> State | None:
+        """The state, where this call is to be looked at."""
+        calls = self._calls.get(method, 0)
+        if calls >= _FIRST and time.monotonic() < self._next:
+            return None
+        self._calls[method] = calls + 1
+        return state()
+
+    def changed(self, before: State, method: str) -> str | None:
+        """What the call has changed, in words; it is put back."""
+        self._next = time.monotonic() + _LATER
+        free = ("seed of torch's generator",) if method == "model" else ()  # it is drawn beside the generator
+        return changes(before, free)
+
+
+def changes(before: State, free: tuple[str, ...] = ()) -> str | None:
+    """What differs from an earlier state, in words, but for what is free to change; it is put back."""
+    now = state()
+    found = [name for name in before if now[name] != before[name] and name not in free]
+    if not found:
+        return None
+    _restore(before, found)
+    return ", ".join(f"{_named(name)} (from {_said(before[name])} to {_said(now[name])})" for name in found)
+
+
+def state() -> State:
+    """What user code may change for everybody in this process; seeds and settings by value."""
+    return {
+        "folder": _folder(),
+        "sys.argv": list(sys.argv),
+        **{number: signal.getsignal(number) for number in _SIGNALS},
+        **numerical(),
+        "torch.num_threads": torch.get_num_threads(),
+        "torch.grad_enabled": torch.is_grad_enabled(),
+        "seed of torch's generator": torch.initial_seed(),
+        **{f"${name}": os.environ.get(name) for name in VARIABLES},
+    }
+
+
+def _restore(before: State, names: Any) -> None:
+    for name in names:
+        value = before[name]
+        if name == "folder" and value is not None and _folder() != value:
+            os.chdir(value)
+        elif name == "sys.argv" and sys.argv != value:
+            sys.argv[:] = value
+        elif isinstance(name, signal.Signals) and signal.getsignal(name) != value and value is not None:
+            with contextlib.suppress(ValueError):  # handlers are the main thread's, which then put it there
+                signal.signal(name, value)
+        elif name == "torch.default_device" and str(torch.get_default_device()) != value:
+            torch.set_default_device(None if value == "cpu" else value)
+        elif name == "torch.grad_enabled":
+            torch.set_grad_enabled(value)
+        elif name == "torch.num_threads":
+            torch.set_num_threads(value)
+        elif name == "torch.float32_matmul_precision":
+            torch.set_float32_matmul_precision(value)
+        elif name == "torch.deterministic_algorithms":
+            torch.use_deterministic_algorithms(value != "False", warn_only=value == "warn only")
+        elif name == "torch.default_dtype":
+            torch.set_default_dtype(getattr(torch, value))
+        elif isinstance(name, str) and name.startswith("$"):
+            _set_variable(name[1:], value)
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    elif os.environ.get(name) != value:
+        os.environ[name] = value
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it is gone
+        return None
+
+
+def _named(name: Any) -> str:
+    if isinstance(name, signal.Signals):
+        return f"the handler of {name.name}"
+    return "the folder" if name == "folder" else str(name)
+
+
+def _said(value: Any) -> str:
+    text = value if isinstance(value, str) else getattr(value, "__name__", None) or repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
