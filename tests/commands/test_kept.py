@@ -47,6 +47,7 @@ RAISE, TERMINATE, INTERRUPT = (
 @pytest.fixture
 def run_with(tmp_path, one_thread):
     """Run a command on a workload whose batch() does something from some call on; its status, record and stderr."""
+
     def run(command, at, end, *more):
         path = tmp_path / f"mine{at}_{abs(hash(end))}.py"
         path.write_text(FILE.replace("AT", str(at)).replace("END", end))
