@@ -1,4 +1,4 @@
-"""Do the intervals of `fit_throughput` hold? Planted step times: affine, with a floor, in waves, with a cliff, bent.
+"""Do the intervals of `fit_throughput` hold? Planted step times: affine, with a floor, in waves, with a cliff.
 
     python bench/throughput_coverage.py [--repeats 100] [--resamples 200] [--output FILE]
 
@@ -31,13 +31,12 @@ Times = Callable[[Any], Any]
 CURVES: dict[str, tuple[Times, float, float]] = {
     "affine 40": (lambda b: 1e-3 * (1 + b / 40), 40, 380),
     "affine 400": (lambda b: 1e-3 * (1 + b / 400), 400, 3800),
-    "floor": (lambda b: 1e-3 * np.maximum(1, 0.2 + b / 80), 40, (2 * 80 / 1.05 - 16) / 2),
+    "floor": (lambda b: 1e-3 * np.maximum(1, 0.2 + b / 80), 40, 152),
     "wave 24": (lambda b: 1e-3 * (1 + 24 * np.ceil(b / 24) / 40), 40, 380),
     "wave 108": (lambda b: 1e-3 * (1 + 108 * np.ceil(b / 108) / 400), 400, 3800),
     "wave 256": (lambda b: 1e-3 * (1 + 256 * np.ceil(b / 256) / 400), 400, 3800),
     "cliff 1.3": (lambda b: 1e-3 * (1 + b / 40) * np.where(b > 600, 1.3, 1.0), 40, 380),
     "cliff slope": (lambda b: 1e-3 * (1 + b / 40 + 0.5 * np.maximum(b - 512, 0) / 40), 40, 380),
-    "sublinear": (lambda b: 1e-3 * (1 + (b / 40) ** 0.95), math.nan, math.nan),
 }
 
 

@@ -48,7 +48,7 @@ struct Adam {
     }
 
     PB_HD void update(float& p, float g, float* s) const {
-        moments.take(g + decay * p, s);
+        moments.take(plus(g, decay, p), s);
         p -= moments.move(s[0], s[1]);
     }
 };
@@ -63,7 +63,7 @@ struct AdamAmsgrad {
     }
 
     PB_HD void update(float& p, float g, float* s) const {
-        base.moments.take_with_peak(g + base.decay * p, s);
+        base.moments.take_with_peak(plus(g, base.decay, p), s);
         p -= base.moments.move(s[0], s[2]);
     }
 };

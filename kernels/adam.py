@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from pybatch.kernels.rule import UpdateRule
+from pybatch.kernels.rule import UpdateRule, plus
 from pybatch.kernels.table import HYPER_OWN, power
 
 
@@ -44,7 +44,7 @@ def make(hyper, step, param_sq, direction_sq):
 def update(scalars, p, g, s0, s1, s2):
     """One block of elements."""
     moments, decay = scalars
-    s0, s1 = take(moments, g + decay * p, s0, s1)
+    s0, s1 = take(moments, plus(g, decay, p), s0, s1)
     return p - move(moments, s0, s1), s0, s1, s2
 
 
@@ -52,7 +52,7 @@ def update(scalars, p, g, s0, s1, s2):
 def update_amsgrad(scalars, p, g, s0, s1, s2):
     """One block of elements, with the largest second moment so far."""
     moments, decay = scalars
-    s0, s1 = take(moments, g + decay * p, s0, s1)
+    s0, s1 = take(moments, plus(g, decay, p), s0, s1)
     s2 = tl.where(s2 > s1, s2, s1)
     return p - move(moments, s0, s2), s0, s1, s2
 

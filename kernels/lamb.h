@@ -24,7 +24,7 @@ struct Lamb {
     }
 
     PB_HD void prepare(float g, float* s) const { moments.take(g, s); }
-    PB_HD float direction(float p, const float* s) const { return moments.move(s[0], s[1]) + decay * p; }
+    PB_HD float direction(float p, const float* s) const { return plus(moments.move(s[0], s[1]), decay, p); }
     PB_HD void update(float& p, float, float* s) const { p -= scale * direction(p, s); }
 };
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from pybatch.kernels.adam import make_moments, move, take
-from pybatch.kernels.rule import UpdateRule
+from pybatch.kernels.rule import UpdateRule, plus
 from pybatch.kernels.table import HYPER_OWN
 
 
@@ -30,7 +30,7 @@ def prepare(scalars, g, s0, s1, s2):
 def direction(scalars, p, s0, s1, s2):
     """What the trust ratio is taken of."""
     moments, decay, _scale = scalars
-    return move(moments, s0, s1) + decay * p
+    return plus(move(moments, s0, s1), decay, p)
 
 
 @triton.jit

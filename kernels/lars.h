@@ -20,16 +20,16 @@ struct Lars {
         const double p = sqrt(param_sq), g = sqrt(grad_sq), decay = hyper[LarsHyper::weight_decay];
         const double momentum = hyper[LarsHyper::momentum];
         const bool nesterov = hyper[LarsHyper::nesterov] != 0.0;
-        const double local =
-            p == 0.0 || g == 0.0 ? 1.0 : hyper[LarsHyper::trust] * p / (g + decay * p + hyper[LarsHyper::eps]);
+        const double both = decay != 0.0 ? g + decay * p : g;  // 0 times infinity would be NaN
+        const double local = p == 0.0 || g == 0.0 ? 1.0 : hyper[LarsHyper::trust] * p / (both + hyper[LarsHyper::eps]);
         return {float(hyper[kLearningRate]),      float(local), float(decay), float(momentum), nesterov ? 1.0f : 0.0f,
                 nesterov ? float(momentum) : 1.0f};
     }
 
     PB_HD void update(float& p, float g, float* s) const {
-        g = local * (g + decay * p);
-        s[0] = momentum * s[0] + g;
-        p -= lr * (ahead_g * g + ahead_b * s[0]);
+        g = local * plus(g, decay, p);
+        s[0] = plus(g, momentum, s[0]);
+        p -= lr * plus(plus(0.0f, ahead_b, s[0]), ahead_g, g);
     }
 };
 

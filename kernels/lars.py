@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from pybatch.kernels.rule import UpdateRule
+from pybatch.kernels.rule import UpdateRule, plus
 from pybatch.kernels.table import HYPER_OWN
 
 
@@ -13,7 +13,7 @@ def make(hyper, step, param_sq, direction_sq):
     trust, eps = tl.load(hyper + HYPER_OWN + 2), tl.load(hyper + HYPER_OWN + 3)
     nesterov = tl.load(hyper + HYPER_OWN + 4)
     p, g = tl.sqrt(param_sq), tl.sqrt(direction_sq)
-    local = tl.where((p == 0.0) | (g == 0.0), 1.0, trust * p / (g + decay * p + eps))
+    local = tl.where((p == 0.0) | (g == 0.0), 1.0, trust * p / (plus(g, decay, p) + eps))
     return (
         tl.load(hyper).to(tl.float32),
         local.to(tl.float32),
@@ -28,9 +28,9 @@ def make(hyper, step, param_sq, direction_sq):
 def update(scalars, p, g, s0, s1, s2):
     """One block of elements."""
     lr, local, decay, momentum, ahead_g, ahead_b = scalars
-    g = local * (g + decay * p)
-    s0 = momentum * s0 + g
-    return p - lr * (ahead_g * g + ahead_b * s0), s0, s1, s2
+    g = local * plus(g, decay, p)
+    s0 = plus(g, momentum, s0)
+    return p - lr * plus(plus(0.0, ahead_b, s0), ahead_g, g), s0, s1, s2
 
 
 LARS = UpdateRule(1, make, update, "gradient")

@@ -25,7 +25,7 @@ struct MuonMomentum {
 
     PB_HD void update(float& p, float g, float* s) const {
         s[0] += rate * (g - s[0]);
-        p = ahead_g * g + ahead_b * s[0];
+        p = plus(plus(0.0f, ahead_b, s[0]), ahead_g, g);
     }
 };
 

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from pybatch.kernels.rule import UpdateRule
+from pybatch.kernels.rule import UpdateRule, plus
 from pybatch.kernels.table import HYPER_OWN
 
 
@@ -22,7 +22,7 @@ def update_momentum(scalars, p, g, s0, s1, s2):
     """One block of elements; the old value of the staging tensor is not used."""
     rate, ahead_g, ahead_b = scalars
     s0 = s0 + rate * (g - s0)
-    return ahead_g * g + ahead_b * s0, s0, s1, s2
+    return plus(plus(0.0, ahead_b, s0), ahead_g, g), s0, s1, s2
 
 
 @triton.jit

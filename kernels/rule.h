@@ -32,6 +32,10 @@ namespace pybatch::PB_ISA {
 
 constexpr int kMaxStates = 3;
 
+// base + coefficient * x, and the base alone where the coefficient is 0: 0 times infinity would be NaN. Coefficients
+// are the same for a whole tensor.
+PB_HD float plus(float base, float coefficient, float x) { return coefficient != 0.0f ? base + coefficient * x : base; }
+
 enum class Norms { none, gradient, direction };
 
 // Columns of a group's row of hyper-parameters (float64) that every rule shares; a rule's own start at kHyperOwn.

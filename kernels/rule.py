@@ -9,6 +9,15 @@ direction(scalars, p, s0, s1, s2) -> block                norms "direction" only
 
 from typing import Any, Literal, NamedTuple
 
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def plus(base, coefficient, x):
+    """base + coefficient * x, and the base alone where the coefficient is 0: 0 times infinity would be NaN."""
+    return base + coefficient * tl.where(coefficient != 0.0, x, 0.0)
+
 
 class UpdateRule(NamedTuple):
     """A rule's functions, each @triton.jit."""

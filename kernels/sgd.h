@@ -20,7 +20,7 @@ struct Sgd {
         return {float(hyper[kLearningRate]), float(hyper[SgdHyper::weight_decay])};
     }
 
-    PB_HD void update(float& p, float g, float*) const { p -= lr * (g + decay * p); }
+    PB_HD void update(float& p, float g, float*) const { p -= lr * plus(g, decay, p); }
 };
 
 struct SgdMomentum {
@@ -37,9 +37,9 @@ struct SgdMomentum {
     }
 
     PB_HD void update(float& p, float g, float* s) const {
-        g += decay * p;
-        s[0] = keep * s[0] + add * g;
-        p -= lr * (ahead_g * g + ahead_b * s[0]);
+        g = plus(g, decay, p);
+        s[0] = plus(add * g, keep, s[0]);
+        p -= lr * plus(plus(0.0f, ahead_b, s[0]), ahead_g, g);
     }
 };
 

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from pybatch.kernels.rule import UpdateRule
+from pybatch.kernels.rule import UpdateRule, plus
 from pybatch.kernels.table import HYPER_OWN
 
 
@@ -16,7 +16,7 @@ def make(hyper, step, param_sq, direction_sq):
 def update(scalars, p, g, s0, s1, s2):
     """One block of elements."""
     lr, decay = scalars
-    return p - lr * (g + decay * p), s0, s1, s2
+    return p - lr * plus(g, decay, p), s0, s1, s2
 
 
 @triton.jit
@@ -42,9 +42,9 @@ def make_with_momentum(hyper, step, param_sq, direction_sq):
 def update_with_momentum(scalars, p, g, s0, s1, s2):
     """One block of elements."""
     lr, decay, keep, add, ahead_g, ahead_b = scalars
-    g = g + decay * p
-    s0 = keep * s0 + add * g
-    return p - lr * (ahead_g * g + ahead_b * s0), s0, s1, s2
+    g = plus(g, decay, p)
+    s0 = plus(add * g, keep, s0)
+    return p - lr * plus(plus(0.0, ahead_b, s0), ahead_g, g), s0, s1, s2
 
 
 SGD = UpdateRule(0, make, update)

@@ -24,10 +24,11 @@ def confidence_of(critical: Critical, best: Best | None, capacity: Capacity | No
     if critical.disagreement is not None:
         settled = critical.weighed is not None and critical.weighed.aside
         found.append((1 if settled else 2, "the evidence disagrees"))
-    if capacity.disturbed:
+    if capacity.model.rms_log_error > DISTURBED:
+        missed = number(100 * capacity.model.rms_log_error, 2)
+        found.append((2, f"measure again: step times miss any smooth curve by {missed} %"))
+    elif capacity.disturbed:
         found.append((2, f"machine disturbed: {capacity.disturbed[0]}"))
-    elif capacity.model.rms_log_error > DISTURBED:
-        found.append((2, f"step times miss any smooth curve by {number(100 * capacity.model.rms_log_error, 2)} %"))
     if critical.source != "sweep":
         found.append((1, _STANDS[critical.source or "noise"]))
     if best.extrapolated:

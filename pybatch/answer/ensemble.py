@@ -37,6 +37,7 @@ _VAGUE = 3.0  # prior standard deviation of the models' log-parameters: the data
 # Share: of the misfit that is taken for the curve's own shape; the rest is error of single measurements.
 _STEPS_LENGTH, _STEPS_LEAST, _STEPS_SHARE = 1.0, 0.02, 0.5
 _TIMES_LENGTH, _TIMES_LEAST, _TIMES_SHARE = 0.7, 0.01, 0.5
+_DISTURBED_SHARE = 0.2  # likewise: what a disturbed machine scatters is hardly the curve's
 # Where nothing measured the bend's shape: ln(alpha) of the power model, and ln(p) of the smooth one.
 _TILT = 0.25
 _SHARPER, _SHARP = 0.3, 0.5
@@ -204,7 +205,15 @@ def ensemble_of(
         steps = _measured_steps(size, critical, critical.shape, ran, rng)
     else:
         steps = _modelled_steps(size, critical, rng)
-    return Ensemble(size, steps, _step_times(size, fit, timed, rng), most, most_global, communication, absolute)
+    return Ensemble(
+        size,
+        steps,
+        _step_times(size, fit, timed, bool(capacity.disturbed), rng),
+        most,
+        most_global,
+        communication,
+        absolute,
+    )
 
 
 def _observed(curve: Curve | None) -> tuple[Array, Array, Array]:
@@ -271,7 +280,9 @@ def _modelled_steps(size: Array, critical: Critical, rng: np.random.Generator) -
     return found
 
 
-def _step_times(size: Array, fit: ThroughputFit, timed: Sequence[BatchPoint], rng: np.random.Generator) -> Array:
+def _step_times(
+    size: Array, fit: ThroughputFit, timed: Sequence[BatchPoint], disturbed: bool, rng: np.random.Generator
+) -> Array:
     """ln t [n, g] around the fit, through the step times that were measured."""
     whole = fit.wave * np.ceil(size / fit.wave) if fit.wave is not None else size
     middle = np.log([max(fit.alpha_s, _TINY * fit.beta_s), fit.beta_s] + [fit.t0_s] * (fit.model == "floor"))
@@ -289,16 +300,21 @@ def _step_times(size: Array, fit: ThroughputFit, timed: Sequence[BatchPoint], rn
     y = np.log([(p.step_ms or math.nan) / 1e3 for p in timed])
     variance = np.array([variance_of(p) for p in timed])
     prior = np.full(len(middle), _VAGUE)
-    return _kriged(
-        size, curve, middle, slopes, middle, prior, _TIMES_LENGTH, _TIMES_LEAST, _TIMES_SHARE, x, y, variance, rng
-    )
+    share = _DISTURBED_SHARE if disturbed else _TIMES_SHARE
+    return _kriged(size, curve, middle, slopes, middle, prior, _TIMES_LENGTH, _TIMES_LEAST, share, x, y, variance, rng)
 
 
 def variance_of(point: BatchPoint) -> float:
-    """Of ln step time, by its 95 % interval."""
-    if not (point.step_ms_low and point.step_ms_high):
-        return 0.01**2
-    return (math.log(point.step_ms_high / point.step_ms_low) / (2 * NORMAL)) ** 2
+    """Of ln step time, by its 95 % interval, or by what its visits differ, which one stretch of steps does not show."""
+    within = 0.01**2
+    if point.step_ms_low and point.step_ms_high:
+        within = (math.log(point.step_ms_high / point.step_ms_low) / (2 * NORMAL)) ** 2
+    visits: dict[int, list[float]] = {}
+    for block, of in zip(point.blocks_ms, point.block_rounds, strict=False):
+        visits.setdefault(of, []).append(math.log(block))
+    if len(visits) < 2:
+        return within
+    return max(within, float(np.var([np.median(v) for v in visits.values()], ddof=1)) / len(visits))
 
 
 def _kriged(

@@ -51,10 +51,8 @@ def advice(
         second: what a second device buys, as factors.
     """
     beyond = ", past the largest timed" if best.extrapolated else ""
-    answer = (
-        f"Use batch {count(best.batch)}{beyond}, {_between(best)}. Confidence: {confidence.level} "
-        f"({'; '.join(confidence.reasons)})."
-    )
+    reasons = "; ".join(confidence.reasons)
+    answer = f"Use batch {count(best.batch)}{beyond}, {_between(best)}. Confidence: {confidence.level} ({reasons})."
     rest = [] if critical.disagreement is None else [critical.disagreement]
     if further and wall is not None:
         rest.append(
@@ -65,7 +63,7 @@ def advice(
     rest.append(_devices(best, devices, second))
     if critical.source == "noise":
         rest.append(f"Before a long run, train briefly at half and at double batch {count(best.batch)} as well.")
-    return Answer(_distrust(capacity.model) + answer, _because(critical, capacity, limit, best, bound), tuple(rest))
+    return Answer(answer, _because(critical, capacity, limit, best, bound), tuple(rest))
 
 
 def _between(best: Best) -> str:

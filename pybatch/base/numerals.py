@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
@@ -116,6 +117,12 @@ def share(value: float | None) -> str:
         if percent
         else "0 %"
     )
+
+
+def when(iso: str) -> str:
+    """A time of a record as people write it: 2 January 2026, 03:04 UTC."""
+    at = datetime.fromisoformat(iso)
+    return f"{at.day} {at:%B %Y, %H:%M} {at.tzname() or ''}".strip()
 
 
 def memory(bytes_: float | None) -> str:

@@ -9,6 +9,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from pybatch.base.plain import visible
+
 _EVERY = 5.0  # s between plain lines: a log stays short, a reader sees that it lives
 
 
@@ -37,14 +39,14 @@ class ProgressLine:
 
     def __call__(self, text: str, share: float) -> None:
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=text, completed=min(1.0, max(0.0, share)))
+            self._bar.update(self._task, description=visible(text), completed=min(1.0, max(0.0, share)))
             return
         stage, now = text.split(":", 1)[0], time.monotonic()
         if not self._quiet and (stage != self._stage or now - self._said >= _EVERY):
             self._stage, self._said = stage, now
-            self._console.print(f"pybatch: {text}", markup=False, highlight=False, soft_wrap=True)
+            self._console.print(f"pybatch: {visible(text)}", markup=False, highlight=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
         """A line that stays, above the live one."""
         if not self._quiet:
-            self._console.print(f"pybatch: {text}", markup=False, highlight=False, soft_wrap=True)
+            self._console.print(f"pybatch: {visible(text)}", markup=False, highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ import typer
 
 from pybatch.answer.changes import parse_condition
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import visible
 from pybatch.base.ranges import parse_batches
 from pybatch.commands import flags
 from pybatch.commands.measuring import BUDGET, Delivery, Subject, check_budget, check_seed, typed
@@ -71,6 +72,8 @@ def bench(
     format_: flags.Format = None,
     output: flags.Output = None,
     quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
+    price: flags.Price = None,
 ) -> None:
     """Capacity, noise and verdict: the batch size to use for this workload on this device."""
     if quick and thorough:
@@ -97,7 +100,10 @@ def bench(
     partial = partial_record(output, format_, resume)
     earlier = partial.earlier() if partial is not None and resume else None
     # What can't be written is said now, not after measuring.
-    with Delivery(format_, output, quiet) as delivery, Output(html) if html is not None else nullcontext():
+    with (
+        Delivery(format_, output, quiet, verbose, price) as delivery,
+        Output(html) if html is not None else nullcontext(),
+    ):
         found, device = subject.find(options.dtype)
         from pybatch.capacity.modes import Mode
 
@@ -118,7 +124,7 @@ def bench(
             from pybatch.report.formats.html import write_report
 
             write_report([run], page)
-            print(f"pybatch: wrote {html}", file=sys.stderr)
+            print(visible(f"pybatch: wrote {html}"), file=sys.stderr)
         if run is not None and before is not None:
             changed = tell_changes(before, run, conditions)
             status = status or changed  # an incomplete run is told as such

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pybatch.base import faults
 from pybatch.base.errors import Interrupted, PybatchError, UsageError, carried
-from pybatch.base.plain import said
+from pybatch.base.plain import said, visible
 from pybatch.base.progress import ProgressLine
 from pybatch.commands.interrupting import interrupts_heard, termination_heard
 from pybatch.commands.printing import ResultConsole, stdout_to_stderr
@@ -73,9 +73,14 @@ def check_budget(seconds: float) -> None:
         )
 
 
+def check_price(price: float | None) -> None:
+    """Raise UsageError for a price of a device-hour that is none."""
+    check_between("price", price, 0.0, 1e6, above=True)
+
+
 def typed() -> str:
     """What the user typed, for the record."""
-    return shlex.join(["pybatch", *sys.argv[1:]])
+    return visible(shlex.join(["pybatch", *sys.argv[1:]]))
 
 
 def check_seed(seed: int) -> None:
@@ -125,10 +130,18 @@ class Delivery:
     A context manager: Ctrl-C in it ends the command, with a word on what became of the record; so does SIGTERM.
     """
 
-    def __init__(self, format_: str | None, output: Path | None, quiet: bool) -> None:
+    def __init__(
+        self,
+        format_: str | None,
+        output: Path | None,
+        quiet: bool,
+        verbose: bool = False,
+        price: float | None = None,
+    ) -> None:
+        check_price(price)
         self.format = checked_format(format_, output)
         self.target = Output(output) if output is not None else None
-        self.quiet = quiet
+        self.quiet, self.verbose, self.price = quiet, verbose, price
         self.run: Run | None = None  # what was measured; None in all but one of torchrun's processes
         self.written = False
         self.fault: Exception | None = None  # of pybatch, in the middle of the measurement
@@ -146,7 +159,7 @@ class Delivery:
             self.target.discard()
         if kind is KeyboardInterrupt:
             when = "while the result was written" if self.run else "before anything was measured; nothing was written"
-            print(f"pybatch: interrupted {when}", file=sys.stderr)
+            print(visible(f"pybatch: interrupted {when}"), file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
 
     @contextmanager
@@ -176,7 +189,9 @@ class Delivery:
         """Write and print the run; the exit status."""
         if self.run is None:  # one of torchrun's processes: the first one has the result
             return DONE
-        self.written = deliver(self.run, self.format, self.target)
+        if self.price is not None:
+            self.run = replace(self.run, price=self.price)
+        self.written = deliver(self.run, self.format, self.target, self.verbose)
         if self.fault is not None:
             return faults.tell(self.fault, "; what was measured is kept")
         return DONE if self.run.complete and self.written else INCOMPLETE
@@ -190,20 +205,20 @@ def checked_format(format_: str | None, output: Path | None) -> str:
     return format_
 
 
-def deliver(run: Run, format_: str, target: Output | None) -> bool:
+def deliver(run: Run, format_: str, target: Output | None, verbose: bool = False) -> bool:
     """Write and print; False where the file could not be written, whose text then goes to stdout."""
-    text, written = render(run, format_), target is None
+    text, written = render(run, format_, verbose), target is None
     if target is not None:
         try:
             target.write(text)
             written = True
         except OSError as error:
             what = f"output {str(target.path)!r} cannot be written: {error.strerror}"
-            print(f"pybatch: {what}. The result follows on stdout.", file=sys.stderr)
+            print(visible(f"pybatch: {what}. The result follows on stdout."), file=sys.stderr)
     console = ResultConsole()
     try:
         if format_ == "table" or (target is not None and written):
-            print_run(run, console)
+            print_run(run, console, verbose)
         else:
             sys.stdout.write(text)
         sys.stdout.flush()
@@ -212,5 +227,5 @@ def deliver(run: Run, format_: str, target: Output | None) -> bool:
     if console.cut and target is None:
         print("pybatch: stdout was closed before the end of the result. Give -o FILE to keep it.", file=sys.stderr)
     if target is not None and written:
-        print(f"pybatch: wrote {target.path}", file=sys.stderr)
+        print(visible(f"pybatch: wrote {target.path}"), file=sys.stderr)
     return written

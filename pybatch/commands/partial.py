@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import visible
 from pybatch.commands.saved import read_run
 from pybatch.records import Run
 from pybatch.report.formats.text import format_of
@@ -29,7 +30,10 @@ class PartialRecord:
                 file.write(run.to_json() + "\n")
         except (OSError, UsageError) as error:
             self._works = False
-            print(f"pybatch: the run goes on, but it could not be continued after a crash: {error}", file=sys.stderr)
+            print(
+                visible(f"pybatch: the run goes on, but could not be continued after a crash: {error}"),
+                file=sys.stderr,
+            )
 
     def earlier(self) -> Run | None:
         """The run to go on with: what a crash left or the output, whichever is newer; None where there is neither.
@@ -40,7 +44,7 @@ class PartialRecord:
         there = [path for path in (self.path, self.output) if path.exists()]
         if there:
             return read_run(max(there, key=lambda path: path.stat().st_mtime_ns))  # the first of equals
-        print(f"pybatch: there is no {self.output.name} to go on with; the run starts anew", file=sys.stderr)
+        print(visible(f"pybatch: there is no {self.output.name} to go on with; the run starts anew"), file=sys.stderr)
         return None
 
     def discard(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +15,11 @@ from pybatch.answer import changes
 from pybatch.answer.changes import Condition, broken, parse_condition
 from pybatch.answer.merge import join
 from pybatch.base.errors import UsageError, unknown
+from pybatch.base.plain import visible
+from pybatch.commands import flags
 from pybatch.commands.assignments import parse_targets
 from pybatch.commands.interrupting import termination_heard
-from pybatch.commands.measuring import BROKEN, DONE
+from pybatch.commands.measuring import BROKEN, DONE, check_price
 from pybatch.commands.printing import ResultConsole
 from pybatch.noise.trajectory import read_trajectory
 from pybatch.records import NoiseTrajectory, Run
@@ -83,6 +85,8 @@ def report(
         str | None,
         typer.Option(help="Losses to report a store at: 'train=0.1'. Default: those of its sweeps. Not for FILE.json."),
     ] = None,
+    verbose: flags.Verbose = False,
+    price: flags.Price = None,
 ) -> None:
     """One self-contained HTML page from saved runs and sweeps, for a browser without a network; or text, or figures.
 
@@ -90,6 +94,7 @@ def report(
     """
     from pybatch.report.formats.html import as_runs, page
 
+    check_price(price)
     targets = parse_targets(target) if target is not None else None
     for split in targets or ():
         if split not in SPLITS:
@@ -98,17 +103,19 @@ def report(
         output = Path("report.html")
     format_ = _report_format(output) if output is not None else None
     runs = as_runs([record for path in records for record in _told(path, read_records(path, targets))])
+    if price is not None:
+        runs = [replace(run, price=price) for run in runs]
     if output is not None and format_ is not None:
         with termination_heard(), Output(output) as file:
             # Rows are of one kind each; all else is of one run, whose verdict may stand on both measurements.
             shown = runs if format_ in ("csv", "jsonl") else join(runs)
-            file.write(page(shown) if format_ == "html" else render_all(shown, format_))
-        print(f"pybatch: wrote {output}", file=sys.stderr)
+            file.write(page(shown) if format_ == "html" else render_all(shown, format_, verbose))
+        print(visible(f"pybatch: wrote {output}"), file=sys.stderr)
     if png is not None:
         from pybatch.report.formats.png import write_pngs
 
         written = write_pngs(join(runs), png)
-        print(f"pybatch: wrote {len(written)} figures to {png}", file=sys.stderr)
+        print(visible(f"pybatch: wrote {len(written)} figures to {png}"), file=sys.stderr)
 
 
 def _report_format(output: Path) -> str:
@@ -125,7 +132,7 @@ def _report_format(output: Path) -> str:
 
 def _told(path: Path, records: Sequence[Run | NoiseTrajectory]) -> Sequence[Run | NoiseTrajectory]:
     if len(records) > 1:
-        print(f"pybatch: {path} holds {len(records)} sweeps; each has a part of its own", file=sys.stderr)
+        print(visible(f"pybatch: {path} holds {len(records)} sweeps; each has a part of its own"), file=sys.stderr)
     return records
 
 
@@ -157,5 +164,5 @@ def tell_changes(old: Run, new: Run, conditions: Sequence[Condition], format_: s
     else:
         print_sections(parts, ResultConsole())
     for failure in failures:
-        print(f"pybatch: {failure}", file=sys.stderr)
+        print(visible(f"pybatch: {failure}"), file=sys.stderr)
     return BROKEN if failures else DONE

@@ -6,7 +6,7 @@ from typing import Any
 
 from pybatch.base import numerals as n
 from pybatch.records import BatchPoint, Capacity, Ceilings, Verdict
-from pybatch.report.layout import Section, examples_of, lines, notes_of, table
+from pybatch.report.layout import Section, details_of, examples_of, lines, notes_of, table
 from pybatch.report.plot import Plot, axis, band, batch_axis, line, mark, points, spread
 
 _TIMED = ("batch", "step_ms", "step_ms_low", "step_ms_high", "samples_per_s", "samples")
@@ -29,7 +29,13 @@ def section(capacity: Capacity) -> Section:
     if capacity.ceilings is not None:
         said.append(("roofs", _roofs(capacity.ceilings)))
     timed = table(BatchPoint, capacity.batches, capacity, unit)
-    return Section("Capacity", timed, tuple(said), notes=(*_left_out(capacity), *notes_of(capacity.notes)))
+    return Section(
+        "Capacity",
+        timed,
+        tuple(said),
+        notes=notes_of(capacity.notes),
+        details=(*_left_out(capacity), *details_of(capacity.notes)),
+    )
 
 
 def timed_points(capacity: Capacity | None) -> list[BatchPoint]:
@@ -104,7 +110,9 @@ def throughput(capacity: Capacity, timed: list[BatchPoint], verdict: Verdict | N
         span = (capacity.saturation_low, capacity.saturation_high)
         traces += mark("saturation batch", capacity.saturation_batch, ends, "@green", span)
     if capacity.max_batch is not None and capacity.max_batch <= high:
-        traces += mark("largest that fits", float(capacity.max_batch), ends, "@red")
+        traces += mark("largest that fits", float(capacity.max_batch), ends, "@purple")
+    if verdict is not None and verdict.best_batch is not None:
+        traces += mark("best batch", float(verdict.best_batch), ends, "@red", (verdict.best_low, verdict.best_high))
     if fit is not None:
         xs = spread(low, high)
         traces.append(line(f"fit ({fit.model})", xs, [x / fit.step_s(x) for x in xs], "@blue"))

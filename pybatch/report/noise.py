@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pybatch.base import numerals as n
 from pybatch.records import LayerNoise, NoisePoint, NoiseScale, NoiseTrajectory
-from pybatch.report.layout import Section, Table, lines, notes_of, table
+from pybatch.report.layout import Section, Table, details_of, lines, notes_of, table
 from pybatch.report.plot import Plot, axis, band, line, points, safe
 
 _MOST_LAYERS = 60  # bars a page holds; the table has all
@@ -34,7 +34,9 @@ def section(noise: NoiseScale, unit: str) -> Section:
         if noise.small_batch and noise.large_batch:
             pair = f" of gradients over {n.number(noise.small_batch)} and {n.number(noise.large_batch)} {unit}"
         said.append(("from", f"{n.counted(noise.steps, 'pair')} of norms{pair} ({noise.source})"))
-    return Section("Gradient noise scale", lines=tuple(said), notes=notes_of(noise.notes))
+    return Section(
+        "Gradient noise scale", lines=tuple(said), notes=notes_of(noise.notes), details=details_of(noise.notes)
+    )
 
 
 def trajectory_section(found: NoiseTrajectory) -> Section:
@@ -45,7 +47,13 @@ def trajectory_section(found: NoiseTrajectory) -> Section:
     if newest is not None:
         value = f"{n.number(newest.b_simple)} {n.interval(newest.low, newest.high)} {unit}"
         where.insert(0, ("newest", f"{value}, {_steps(newest.first_step, newest.last_step)}"))
-    return Section("Noise scale along training", _stretches(found), tuple(where), notes=notes_of(found.notes))
+    return Section(
+        "Noise scale along training",
+        _stretches(found),
+        tuple(where),
+        notes=notes_of(found.notes),
+        details=details_of(found.notes),
+    )
 
 
 def _steps(first: int | None, last: int) -> str:

@@ -56,9 +56,9 @@ class Output:
     def write(self, text: str) -> None:
         """Put the text in place, as UTF-8. Raises OSError where that fails only now, as on a full disk."""
         if self._temporary is None:
-            self._place.write_text(text, encoding="utf-8")
+            self._place.write_text(text, encoding="utf-8", errors="backslashreplace")
             return
-        self._temporary.write_text(text, encoding="utf-8")
+        self._temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         # mkstemp makes the file private; a result is as readable as any file the user makes.
         mask = os.umask(0)
         os.umask(mask)

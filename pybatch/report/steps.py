@@ -11,7 +11,7 @@ from pybatch.fits.steps_model import NAMES, predicted
 from pybatch.records import Convergence, ConvergencePoint, Curve
 from pybatch.records.figure import figure_of, written
 from pybatch.report import rates
-from pybatch.report.layout import Section, Table, columns, notes_of, table
+from pybatch.report.layout import Section, Table, columns, details_of, notes_of, table
 from pybatch.report.plot import COLORS, MARKERS, Plot, axis, batch_axis, line, mark, points, spread
 
 _ABREAST = 3  # rules whose steps and rates fit into 80 columns
@@ -43,12 +43,14 @@ def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Se
         if any(p.reached < p.runs for curve in steps.curves for p in curve.points):
             lines.append(("in brackets", "runs that reached the target, where not all did"))
     several = len(curves) > 1
-    own = (note for c in curves for note in notes_of(c.notes, before=f"{c.rule} " if several else ""))
-    notes = tuple(dict.fromkeys(own))
+    names = [f"{c.rule} " if several else "" for c in curves]
+    told = list(zip(curves, names, strict=True))
+    notes = tuple(dict.fromkeys(note for c, name in told for note in notes_of(c.notes, before=name)))
+    details = tuple(dict.fromkeys(note for c, name in told for note in details_of(c.notes, before=name)))
     if split == steps.curves[-1].split:  # the last section: what holds for all of them
-        notes += notes_of(steps.notes)
+        notes, details = notes + notes_of(steps.notes), details + details_of(steps.notes)
     goal = "target" if target is None else f"{split} loss {n.number(target)}"
-    return Section(f"Steps to {goal}", found, tuple(lines), notes=notes)
+    return Section(f"Steps to {goal}", found, tuple(lines), notes=notes, details=details)
 
 
 def _columns(curve: Curve, batches: Sequence[int], with_rates: bool) -> list[tuple[str, list[str]]]:

@@ -20,7 +20,7 @@ from pybatch.sweep.schema import APPLICATION, HEADER, SCHEMA, other_schema
 
 
 def is_store(path: Path) -> bool:
-    """Whether a file is a SQLite one, by its first bytes."""
+    """Whether a file is a SQLite one, by its first bytes; an empty one is none."""
     try:
         with path.open("rb") as file:
             return file.read(len(HEADER)) == HEADER
@@ -54,7 +54,7 @@ def _contents(path: Path) -> Contents:
     try:
         with closing(sqlite3.connect(uri, uri=True)) as db:
             owner, version, state = (_pragma(db, name) for name in ("application_id", "user_version", "quick_check(1)"))
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise refused(f"cannot be read: {error}") from None
     if owner != APPLICATION:
         raise refused("is a SQLite file of another program")

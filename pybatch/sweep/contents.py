@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from pybatch.base.codec import decode, parse
+from pybatch.base.plain import said
 from pybatch.records import Device, Environment, NoiseScale, Note, WorkloadInfo
-from pybatch.records.limits import wrong
+from pybatch.records.limits import time_wrong, wrong
 from pybatch.sweep.options import SweepOptions
 from pybatch.training.trajectory import Trajectory
-from pybatch.training.trial import Outcome, Trial
+from pybatch.training.trial import End, Outcome, Trial
 
 # Rule, part and batch size: what a sweep goes through. The part is WHOLE for a search, which is for all targets, the
 # split of its target for another rule, and LONGER for runs past their target, to a budget of epochs.
@@ -83,27 +87,79 @@ def read_contents(db: sqlite3.Connection) -> Contents:
 
 
 def _read(db: sqlite3.Connection) -> Contents:
-    [name] = db.execute("SELECT name FROM store").fetchone()
+    named = db.execute("SELECT name FROM store").fetchall()
+    if len(named) != 1 or not isinstance(named[0][0], str):
+        raise ValueError("table store must have one row, the store's name")
     rows = {}
-    for key, spec, end, seconds, how, *losses, environment, created in db.execute(
-        "SELECT key, spec, end, seconds, how, steps, train, test, environment, created FROM trial"
-    ):
-        outcome = Outcome(Trial.from_spec(spec), end, Trajectory.decompressed(*losses), seconds, how)
-        rows[key] = Row(outcome, environment, created)
-    environments = {
-        number: decode(Environment, parse(text), "environment", wrong)
-        for number, text in db.execute("SELECT number, json FROM environment")
-    }
+    for row in db.execute("SELECT key, spec, end, seconds, how, steps, train, test, environment, created FROM trial"):
+        with _named(f"trial {row[0]!r:.20}"):
+            rows[row[0]] = _trial(*row)
+    environments = {}
+    for number, text in db.execute("SELECT number, json FROM environment"):
+        with _named(f"environment {number}"):
+            environments[number] = decode(Environment, parse(text), "environment", wrong)
+    for key, row in rows.items():
+        if row.environment not in environments:
+            raise ValueError(f"trial {key!r:.20}: there is no environment {row.environment!r}")
     known = db.execute("SELECT number, json, created, begun, noise, measured FROM sweep ORDER BY number").fetchall()
-    return Contents(name, rows, environments, tuple(_sweep(db, *row) for row in known))
+    sweeps = []
+    for found in known:
+        with _named(f"sweep {found[0]}"):
+            sweeps.append(_sweep(db, *found))
+    return Contents(named[0][0], rows, environments, tuple(sweeps))
+
+
+@contextlib.contextmanager
+def _named(row: str) -> Iterator[None]:
+    """What is wrong with a row, with its name before it."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{row}: {what}") from None
+
+
+def _trial(
+    key: Any,
+    spec: str,
+    end: Any,
+    seconds: Any,
+    how: Any,
+    steps: bytes,
+    train: bytes,
+    test: bytes,
+    environment: int,
+    created: Any,
+) -> Row:
+    trial = Trial.from_spec(spec)
+    if trial.key != key:
+        raise ValueError("its key is not that of what it says of itself")
+    if end not in get_args(End):
+        raise ValueError(f"it ended as {said(end)}: it must be one of {', '.join(get_args(End))}")
+    if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"it took {said(seconds)} s: it must be a number, at least 0")
+    if not isinstance(how, str):
+        raise ValueError(f"it ran {said(how)}: it must be text")
+    if late := time_wrong(created, "created") if isinstance(created, str) else f" was created {said(created)}":
+        raise ValueError(f"it{late}")
+    return Row(
+        Outcome(trial, end, Trajectory.decompressed(steps, train, test), float(seconds), how), environment, created
+    )
 
 
 def _sweep(
     db: sqlite3.Connection, number: int, text: str, created: str, begun: str, noise: str | None, measured: str | None
 ) -> StoredSweep:
     data = parse(text)
+    for time in (created, begun, *([measured] if measured is not None else [])):
+        if not isinstance(time, str) or (late := time_wrong(time, "time")) is not None:
+            raise ValueError(late.lstrip(".") if isinstance(time, str) and late else f"time is {said(time)}")
     cells = db.execute("SELECT rule, part, batch, ended, failed FROM cell WHERE sweep = ?", (number,)).fetchall()
     sought: dict[int, set[str]] = {}
+    for rule, part, batch, ended, failed in cells:
+        kinds = (rule, str), (part, str), (batch, int), (ended, str), (failed, str | None)
+        if not all(isinstance(value, kind) for value, kind in kinds):
+            raise ValueError(f"a cell of it is {said((rule, part, batch, ended, failed))}")
     for batch, key in db.execute("SELECT batch, trial FROM sought WHERE sweep = ?", (number,)):
         sought.setdefault(batch, set()).add(key)
     return StoredSweep(

@@ -66,7 +66,7 @@ def measure_convergence(
 
     Raises:
         UsageError: an argument that cannot work, or a target met before the first step.
-        WorkloadError: the workload fails at the base batch; elsewhere the record says so.
+        WorkloadError: the workload fails before a trial has run; later the record says so.
         Interrupted: on Ctrl-C (KeyboardInterrupt), `partial` holding the Convergence of what was done.
     """
     asked = SweepOptions(batches=batches, rules=rules, seeds=seeds, **options)

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypedDict
 
 from pybatch import scaling
 from pybatch.base.errors import UsageError, unknown
+from pybatch.base.plain import said
 from pybatch.sweep.search import GRIDS, SAMPLERS, Grid, Racing, Sampled, Search, load_optuna
 from pybatch.training.trajectory import SPLITS, Split
 from pybatch.training.trial import rounded
@@ -19,6 +20,49 @@ from pybatch.training.trial import rounded
 MAX_STEPS = 5000
 # What a later sweep may add to; any other option with another value makes another experiment.
 EXTENDED = ("batches", "rules", "seeds", "max_steps", "gap_epochs")
+
+
+def _number(value: Any, least: float = -math.inf) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least < value < math.inf
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and bool(value) and all(map(fits, value))
+
+
+def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _targets(value: Any) -> bool:
+    return isinstance(value, dict) and all(split in SPLITS and _number(loss) for split, loss in value.items())
+
+
+# What an option in a store must be: of what else it was checked for, a rule or a sampler need not be here.
+_STORED: Mapping[str, Callable[[Any], bool]] = {
+    "batches": _list_of(lambda batch: _whole(batch, 1)),
+    "rules": _list_of(_text),
+    "seeds": lambda value: _whole(value, 1),
+    "seed": lambda value: _whole(value, 0),
+    "target": _targets,
+    "optimizer": _text,
+    "options": lambda value: isinstance(value, dict),
+    "rates": _list_of(lambda rate: _number(rate, 0)),
+    "search": _text,
+    "base_batch": lambda value: _whole(value, 1),
+    "base_rate": _or_none(lambda rate: _number(rate, 0)),
+    "max_steps": lambda value: _whole(value, 1),
+    "dtype": _text,
+    "gap_epochs": _or_none(lambda epochs: _number(epochs, 0)),
+}
 
 
 class SweepKeywords(TypedDict, total=False):
@@ -98,6 +142,9 @@ class SweepOptions:
         made, names = cls.__new__(cls), {each.name for each in dataclasses.fields(cls)}
         if odd := sorted(set(data) ^ names):
             raise ValueError(f"options {odd} are unknown or missing")
+        for name, fits in _STORED.items():
+            if not fits(data[name]):
+                raise ValueError(f"option {name} is {said(data[name])}")
         for name in names:
             object.__setattr__(made, name, data[name])
         made._normalize()

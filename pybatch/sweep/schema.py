@@ -7,7 +7,7 @@ import sqlite3
 HEADER = b"SQLite format 3\0"
 APPLICATION = 0x70796261  # "pyba": SQLite's own mark of whose file it is
 # Of the tables, and of what a trial does: raised with every change after which the same trial gives other losses.
-SCHEMA = 2
+SCHEMA = 3
 
 TABLES = """
 CREATE TABLE store (name TEXT NOT NULL);
@@ -24,7 +24,7 @@ CREATE TABLE trial (
     environment INTEGER NOT NULL REFERENCES environment (number),
     created TEXT NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE claim (key TEXT PRIMARY KEY, owner TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE claim (key TEXT PRIMARY KEY, owner TEXT NOT NULL, beat INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE sweep (
     number INTEGER PRIMARY KEY,
     json TEXT NOT NULL UNIQUE,

@@ -1,7 +1,8 @@
 """The store of a sweep: one SQLite file, a row for each trial, claims so that no two processes run the same one.
 
-SQLite's write-ahead log makes every outcome whole or absent, whenever the process is killed. A claim is a lease: it
-ends when its process is gone (same machine), or when it has not been renewed for LEASE seconds.
+SQLite's write-ahead log makes every outcome whole or absent, whenever the process is killed. A claim ends with its
+process: on the same machine it is looked whether that still runs; from another machine, when its count of heartbeats
+stands still for LEASE seconds of the looker's own monotonic clock. No two wall clocks are compared.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,8 @@ from pybatch.sweep.schema import APPLICATION, DAMAGED, HEADER, SCHEMA, TABLES, o
 from pybatch.training.trajectory import Trajectory
 from pybatch.training.trial import Outcome, Trial
 
-LEASE = 60.0  # s; renewed four times as often
+LEASE = 60.0  # s; four heartbeats
+NEW = 2.0  # s in which another process that makes a store has written its first page
 BUSY = 30.0  # s to wait for another process's write, each of which takes milliseconds
 
 
@@ -42,7 +43,7 @@ class Store:
     Args:
         path: of the file, made where it does not exist; None keeps it in memory.
         environment: where the trials run; a row of its own, named by every trial it ran.
-        lease: seconds after which a claim that is not renewed ends.
+        lease: seconds without a heartbeat after which another machine's claim ends.
 
     Raises:
         UsageError: the file is no store of pybatch, is damaged, or has another schema.
@@ -52,7 +53,8 @@ class Store:
     def __init__(self, path: Path | None, environment: Environment, lease: float = LEASE) -> None:
         self.path = path.absolute() if path is not None else None  # a workload may change the working directory
         self.lease, self.environment = lease, environment
-        self.owner = f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid()):.2f}:{uuid.uuid4().hex}"
+        self.owner = f"{_here()}:{os.getpid()}:{_started(os.getpid())}:{uuid.uuid4().hex}"
+        self._beats: dict[str, tuple[int, float]] = {}  # of other machines' owners, and when each was seen first
         self._name = ":memory:" if path is None else str(path)
         try:
             self._check_header()
@@ -60,12 +62,12 @@ class Store:
             self._file = self._identity()
             self._check()
             with self._write():
-                text = json.dumps(asdict(environment), sort_keys=True)
+                text = json.dumps(encode(environment), sort_keys=True)
                 self._db.execute("INSERT OR IGNORE INTO environment (json) VALUES (?)", (text,))
                 [self._environment] = self._db.execute(
                     "SELECT number FROM environment WHERE json = ?", (text,)
                 ).fetchone()
-        except (StoreError, sqlite3.Error) as error:
+        except (StoreError, sqlite3.Error, UnicodeDecodeError) as error:
             cause = error.__cause__ or error
             raise self._refused(f"cannot be used: {cause}", remedy(cause)) from None
         except OSError as error:
@@ -118,15 +120,14 @@ class Store:
 
     def claim(self, keys: Iterable[str]) -> set[str]:
         """Claim all of these trials that no living process holds; returns those now held by this one."""
-        wanted, now = list(keys), time.time()
+        wanted = list(keys)
         with self._write():
-            held: Mapping[str, tuple[str, float]] = {
-                key: (owner, expires) for key, owner, expires in self._db.execute("SELECT * FROM claim")
+            held: Mapping[str, tuple[str, int]] = {
+                key: (owner, beat) for key, owner, beat in self._db.execute("SELECT key, owner, beat FROM claim")
             }
-            free = [key for key in wanted if key not in held or self._ended(*held[key], now)]
-            self._db.executemany(
-                "INSERT OR REPLACE INTO claim VALUES (?, ?, ?)", [(key, self.owner, now + self.lease) for key in free]
-            )
+            ended = {owner: self._ended(owner, beat) for owner, beat in set(held.values())}
+            free = [key for key in wanted if key not in held or ended[held[key][0]]]
+            self._db.executemany("INSERT OR REPLACE INTO claim VALUES (?, ?, 0)", [(key, self.owner) for key in free])
         return set(free)
 
     def release(self, keys: Iterable[str]) -> None:
@@ -223,7 +224,7 @@ class Store:
         """What SQLite raises, and a trajectory that cannot be unpacked, as a StoreError with cause and remedy."""
         try:
             yield
-        except (sqlite3.Error, UsageError) as error:
+        except (sqlite3.Error, UsageError, UnicodeDecodeError) as error:
             cause = str(error).removesuffix(".")
             raise StoreError(f"store '{self._name}' cannot be {done}: {cause}. {remedy(error) or DAMAGED}") from error
 
@@ -248,9 +249,12 @@ class Store:
             return
         if not self.path.is_file():
             raise self._refused("is no file")
-        with self.path.open("rb") as file:
-            head = file.read(len(HEADER))
-        if head and head != HEADER:
+        end = time.monotonic() + NEW  # for another process that makes it
+        while not (head := _head(self.path)) and time.monotonic() < end:
+            time.sleep(0.05)
+        if not head:
+            raise self._refused("is an empty file", "Delete it, or name another file.")
+        if head != HEADER:
             raise self._refused("is no SQLite file")
 
     def _check(self) -> None:
@@ -280,27 +284,52 @@ class Store:
     def _refused(self, why: str, advice: str | None = None) -> UsageError:
         return UsageError(f"store '{self._name}' {why}. {advice or 'It was left as it is; name another file.'}")
 
-    def _ended(self, owner: str, expires: float, now: float) -> bool:
-        if owner == self.owner or expires < now:
-            return owner != self.owner
-        host, pid, started, _ = owner.rsplit(":", 3)
-        return host == socket.gethostname() and abs(_started(int(pid)) - float(started)) > 1.0
+    def _ended(self, owner: str, beat: int) -> bool:
+        """Whether nobody works any more for the claims of an owner."""
+        if owner == self.owner:
+            return False
+        here, pid, started, _ = owner.rsplit(":", 3) if owner.count(":") >= 3 else ("", "", "", "")
+        if here == _here() and pid.isdecimal() and len(pid) < 10:
+            return _started(int(pid)) != started
+        now = time.monotonic()
+        if self._beats.get(owner, (-1, 0.0))[0] != beat:
+            self._beats[owner] = beat, now
+        return now - self._beats[owner][1] > self.lease
 
     def _beat(self, db: sqlite3.Connection) -> None:
-        """Renew the claims until the store is closed."""
+        """Count the heartbeats of the claims until the store is closed."""
         while not self._closing.wait(self.lease / 4):
             with contextlib.suppress(sqlite3.Error):  # the next renewal makes up for it, or the next write says why not
-                db.execute("UPDATE claim SET expires = ? WHERE owner = ?", (time.time() + self.lease, self.owner))
+                db.execute("UPDATE claim SET beat = beat + 1 WHERE owner = ?", (self.owner,))
         db.close()
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(HEADER))
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat()
 
 
-def _started(pid: int) -> float:
-    """When a process of this machine was started; minus infinity where there is none."""
+def _here() -> str:
+    """This machine since it was started, as far as process numbers mean the same."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid").strip("pid:[]"))
+    return "/".join(parts)
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine was started, by no clock that is ever set; empty where there is none."""
+    with contextlib.suppress(OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return "" if fields[0] in ("Z", "X") else fields[19]  # proc(5): starttime, in ticks since boot
+    if psutil.LINUX:
+        return ""
     try:
-        return float(psutil.Process(pid).create_time())
+        return f"{psutil.Process(pid).create_time():.0f}"
     except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return float("-inf")
+        return ""

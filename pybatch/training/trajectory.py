@@ -24,6 +24,7 @@ Steps = NDArray[np.int32]
 
 SPACING = 16  # evaluations while the step number grows by a factor e; a crossing is known within 6 % before smoothing
 WINDOW = 0.2  # of the steps made: past it, single evaluations no longer decide when a target was met
+_MOST_BYTES = 1 << 20  # of a column: evaluations grow with the logarithm of the steps
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 SMOOTHING = (
@@ -80,15 +81,26 @@ class Trajectory:
         """What `compressed` gave; raises UsageError where the bytes are not that."""
         try:
             found = Trajectory(
-                np.frombuffer(zlib.decompress(steps), "<i4").astype(np.int32),
-                np.frombuffer(zlib.decompress(train), "<f4").astype(np.float32),
-                np.frombuffer(zlib.decompress(test), "<f4").astype(np.float32),
+                np.frombuffer(_inflated(steps), "<i4").astype(np.int32),
+                np.frombuffer(_inflated(train), "<f4").astype(np.float32),
+                np.frombuffer(_inflated(test), "<f4").astype(np.float32),
             )
-        except (zlib.error, ValueError) as error:
+        except (zlib.error, ValueError, TypeError) as error:
             raise UsageError(f"a stored trajectory cannot be read ({error}): the store is damaged.") from None
         if not len(found.steps) == len(found.train) == len(found.test):
             raise UsageError("a stored trajectory has columns of different length: the store is damaged.")
+        if not len(found.steps) or found.steps[0] != 0 or np.any(np.diff(found.steps) <= 0):
+            raise UsageError("a stored trajectory has steps that do not ascend from 0: the store is damaged.")
         return found
+
+
+def _inflated(column: bytes) -> bytes:
+    """A column unpacked; ValueError where that is more than a training run has, as of what was made to fill memory."""
+    unpacker = zlib.decompressobj()
+    found = unpacker.decompress(column, _MOST_BYTES)
+    if not unpacker.eof or unpacker.unused_data:
+        raise ValueError(f"a column holds over {_MOST_BYTES} bytes, or is cut")
+    return found
 
 
 def smoothed(steps: Steps, losses: NDArray[np.floating], i: int) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from pybatch.base.codec import parse
 from pybatch.scaling import Scaled
 from pybatch.training.trajectory import Crossing, Trajectory
 
@@ -68,7 +69,7 @@ class Trial:
     @staticmethod
     def from_spec(spec: str) -> Trial:
         """The trial a `spec` was written from."""
-        data: dict[str, Any] = json.loads(spec)
+        data: dict[str, Any] = parse(spec)
         return Trial(**(data | {"scaled": Scaled(**data["scaled"])}))
 
 

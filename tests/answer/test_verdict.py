@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -253,9 +254,10 @@ def test_misfit_is_told():
     assert any("17 % (rms)" in n.text for n in verdict.notes)
     assert verdict.text.startswith("Use batch")
     assert verdict.confidence.level != "high"
-    for found in (noise(40), None):
-        useless = advise(capacity(dataclasses.replace(poor, rms_log_error=1.3)), found)
-        assert useless.text.startswith("Measure again before trusting this: step times miss any smooth curve by 130 %")
+    useless = advise(capacity(dataclasses.replace(poor, rms_log_error=1.3)), noise(40))
+    assert "Confidence: low (measure again: step times miss any smooth curve by 130 %" in useless.answer
+    useless = advise(capacity(dataclasses.replace(poor, rms_log_error=1.3)), None)
+    assert useless.text.startswith("Measure again before trusting this: step times miss any smooth curve by 130 %")
 
 
 def test_extrapolation_is_told():
@@ -313,3 +315,46 @@ def test_times_without_a_half_batch_bound_the_best_batch(times, says, low, high)
     assert (verdict.best_batch, verdict.best_low, verdict.best_high) == (None, low, high)
     assert verdict.saturation_batch is None
     assert unaccounted(verdict) == set()
+
+
+def test_a_disturbed_machine_is_believed_less():
+    """Wider, not the same advice with a note."""
+    quiet = advise(capacity(), None, sweep())
+    scatter = np.exp(0.1 * np.random.default_rng(3).standard_normal(len(BATCHES)))
+    times = [float(1e3 * throughput().step_s(b) * e) for b, e in zip(BATCHES, scatter, strict=True)]
+    fit = fit_throughput(BATCHES, [t / 1e3 for t in times], resamples=50)
+    disturbed = dataclasses.replace(capacity(fit, times=times), disturbed=("other processes kept 1.9 of 2 cores busy",))
+    found = advise(disturbed, None, sweep())
+    assert quiet.confidence.level == "high"
+    assert found.confidence.level == "low"
+    assert "machine disturbed: other processes kept 1.9 of 2 cores busy" in found.answer
+    assert found.best_high / found.best_low > 1.3 * quiet.best_high / quiet.best_low
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((Capacity,), "capacity is the class Capacity. Give a Capacity, such as a run's .capacity"),
+        ((None, capacity()), "noise is Capacity. Give a NoiseScale"),
+        ((None, None, 3.5), "steps is float. Give a Convergence, such as a run's .convergence"),
+    ],
+)
+def test_what_is_no_record_is_refused(given, says):
+    with pytest.raises(UsageError, match=re.escape(says)):
+        advise(*given)
+
+
+def test_the_learning_rate_there():
+    """Tuned where it was; else by the optimizer's rule from the nearest known one, and said to be a rule."""
+    swept = advise(capacity(), None, sweep())
+    nearest = min(BATCHES, key=lambda b: abs(math.log(b / swept.best_batch)))
+    assert swept.learning_rate == pytest.approx(0.1 * math.sqrt(swept.best_batch / nearest))
+    at = dataclasses.replace(sweep(), optimizer="sgd")
+    assert advise(capacity(), None, at).learning_rate == pytest.approx(0.1 * swept.best_batch / nearest)
+    known = capacity()
+    work = dataclasses.replace(known.workload, learning_rate=0.01, reference_batch=32)
+    found = advise(dataclasses.replace(known, workload=work), noise(400))
+    assert found.learning_rate == pytest.approx(0.01 * math.sqrt(found.best_batch / 32))
+    assert "a rule of thumb for adamw, not measured" in found.why("learning_rate").text
+    assert advise(capacity(), noise(40)).learning_rate is None
+    assert "no rate is known" in advise(capacity(), noise(40)).why("learning_rate").text

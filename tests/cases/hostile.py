@@ -290,7 +290,7 @@ GARBAGE = (
 )
 
 
-def bomb(size=200_000_000):
+def bomb(size=20_000_000):
     """Bytes that grow a thousandfold when they are unpacked."""
     return zlib.compress(bytes(size), 1)
 
@@ -337,7 +337,7 @@ def spoiled(rng, path):
 
 
 def stores(rng, folder, base):
-    """The store of a sweep that was spoiled, by `report` and by a sweep that goes on; it is left as it was."""
+    """The store of a sweep that was spoiled, by `report`, which leaves it as it was."""
     path = folder / "spoiled.db"
     for other in folder.glob("spoiled.db*"):
         other.unlink()

@@ -51,6 +51,41 @@ RULES = {
     "MuonMove": Rule((0.1, 1.5), _move, {"weight_decay": 0.1, "adjustment": 1.5}),
 }
 
+# The same with every coefficient at 0 whose term is then left out: decay, momentum, Nesterov's look-ahead.
+ZEROED = {
+    "Sgd": (0.0, 0.0, 0.0, 0.0),
+    "SgdMomentum": (0.9, 0.0, 0.0, 0.0),
+    "AdamW": (0.8, 0.9, 1e-3, 0.0),
+    "AdamWAmsgrad": (0.8, 0.9, 1e-3, 0.0),
+    "Adam": (0.8, 0.9, 1e-3, 0.0),
+    "AdamAmsgrad": (0.8, 0.9, 1e-3, 0.0),
+    "Lion": (0.9, 0.98, 0.0),
+    "Lars": (0.0, 0.0, 0.5, 1e-8, 0.0),
+    "Lamb": (0.8, 0.9, 1e-3, 0.0, math.inf),
+    "MuonMomentum": (0.9, 0.0),
+    "MuonMove": (0.0, 1.5),
+}
+
+
+def infinities(setup):
+    """Run a rule, its coefficients zeroed, where 0 times infinity would show; returns the tensor that has them.
+
+    Its elements 0 and 1 are infinite; the gradient of element 2 is, where that alone makes no NaN.
+    """
+    i = max(range(len(setup.params)), key=lambda i: 3 <= len(setup.params[i]) <= 37 and len(setup.params[i]))
+    setup.list.set_hyper([[LR, 0.0, *ZEROED[setup.rule]]])
+    if setup.rule == "Lars":  # a norm of infinite parameters would decide all; momentum is 0 here
+        setup.states[i][0][:2] = math.inf
+    elif setup.rule != "Lamb":
+        setup.params[i][:2] = torch.tensor([-math.inf, math.inf])
+    counts = [len(p) for p in setup.params]
+    grads = draw(counts, seed=1)
+    grads[i][:2] = torch.tensor([1.0, -1.0])
+    if setup.rule in ("Sgd", "SgdMomentum", "MuonMomentum"):
+        grads[i][2] = math.inf
+    setup.step(grads, norm=ops.RULES[setup.rule].norms != "none")
+    return setup.params[i]
+
 
 def sizes(chunk=ops.CppBackend.chunk):
     """Empty, one element, around a chunk's end, two chunks and a bit."""

@@ -6,7 +6,7 @@
 import random
 
 import pytest
-from cases import hostile
+from cases import hostile, sweeps
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +25,22 @@ def test_no_input_is_taken_for_what_it_is_not(kind, folder):
     @given(seeds)
     def one(seed):
         assert kind(random.Random(seed), folder) is None, f"random.Random({seed})"
+
+    one()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "runs.db"
+    sweeps.measure(store=path, batches=[4, 8], rates=[0.1, 0.2], seeds=1)
+    return path
+
+
+def test_no_store_is_taken_for_what_it_is_not(base, folder):
+    @BRIEF
+    @given(seeds)
+    def one(seed):
+        assert hostile.stores(random.Random(seed), folder, base) is None, f"random.Random({seed})"
 
     one()
 

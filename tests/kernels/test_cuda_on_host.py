@@ -176,3 +176,11 @@ def test_a_barrier_that_some_threads_miss_is_found(tmp_path):
     shim = host_cuda.ROOT / "tests/kernels/cuda_on_host"
     subprocess.run(["c++", "-std=c++20", "-fPIC", "-shared", f"-I{shim}", "-o", library, source], check=True)
     assert ctypes.CDLL(str(library)).missed() == 719
+
+
+@EVERY_RULE
+def test_a_term_with_a_zero_coefficient_is_left_out(library, rule):
+    """0 times infinity is NaN."""
+    own, twin = (lists.infinities(setup) for setup in both(library, rule))
+    assert torch.equal(own.isnan(), twin.isnan())
+    torch.testing.assert_close(twin, own, rtol=2e-5, atol=1e-5, equal_nan=True)

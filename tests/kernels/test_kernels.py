@@ -108,6 +108,22 @@ def test_a_step_with_a_non_finite_gradient_changes_nothing(rule, bad):
 
 
 @rules
+@pytest.mark.isa
+@pytest.mark.parametrize("width_name", _C.cpu_widths())
+def test_a_term_with_a_zero_coefficient_is_left_out(rule, width_name, width):
+    """0 times infinity is NaN: infinite parameters stay what they are, and an infinite gradient moves infinitely."""
+    width(width_name)
+    found = lists.infinities(make(rule))
+    if rule in ("Lars", "Lamb"):
+        assert found.isfinite().all()
+    elif rule == "MuonMomentum":
+        assert found[2] == math.inf
+    else:
+        assert found[:2].tolist() == [-math.inf, math.inf]
+        assert not found.isnan().any()
+
+
+@rules
 def test_the_number_of_threads_changes_no_bit(rule):
     threads = torch.get_num_threads()
     results = []

@@ -55,6 +55,12 @@ for rule in ops.RULES:
     assert_same(own, twin)
 """
 
+ZEROED = """
+for rule in ops.RULES:
+    own, twin = (lists.infinities(setup) for setup in both(rule))
+    torch.testing.assert_close(twin, own, rtol=2e-5, atol=1e-5, equal_nan=True)
+"""
+
 STORAGES = """
 for storage in ops.STORAGES:
     for rule in ("MuonMove", "Lars"):  # without and with a norm of what was stored
@@ -138,7 +144,9 @@ for case, dtype in ((adamw, torch.bfloat16), (sgd, torch.float32)):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "programs", [(RULES, STORAGES), (ACCUMULATE, SAME_AS_CPP)], ids=["rules and storages", "accumulate and optimizers"]
+    "programs",
+    [(RULES, ZEROED, STORAGES), (ACCUMULATE, SAME_AS_CPP)],
+    ids=["rules and storages", "accumulate and optimizers"],
 )
 def test_in_the_interpreter(programs):
     interpreter.run(LISTS, *programs)

@@ -4,11 +4,13 @@ import contextlib
 import math
 import multiprocessing
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -93,26 +95,70 @@ def test_closing_gives_claims_back(path):
         assert two.claim([trial().key]) == {trial().key}
 
 
-def test_a_lease_is_renewed_while_its_process_lives(path):
-    def expires():
+def test_a_heart_beats_while_its_process_lives(path):
+    def beat():
         with contextlib.closing(sqlite3.connect(path)) as db:
-            return db.execute("SELECT expires FROM claim").fetchone()[0]
+            return db.execute("SELECT beat FROM claim").fetchone()[0]
 
-    with Store(path, HERE, lease=4) as one, Store(path, HERE, lease=4) as two:
+    with Store(path, HERE, lease=0.4) as one, Store(path, HERE, lease=0.4) as two:
         one.claim([trial().key])
-        first, deadline = expires(), time.monotonic() + 60
-        while expires() == first and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60
+        while beat() < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert expires() > first
+        assert beat() >= 3
         assert two.claim([trial().key]) == set()
 
 
-def test_a_lease_that_nobody_renews_ends(path):
-    with Store(path, HERE) as store:
+@pytest.mark.parametrize("clock", [0.0, 1e12])
+def test_a_claim_of_another_machine_ends_when_its_heart_stands_still(path, monkeypatch, clock):
+    """By this process's own steady clock: wall clocks, here set far back or ahead, are not asked."""
+    monkeypatch.setattr(time, "time", lambda: clock)
+    with Store(path, HERE, lease=0.3) as store:
         with store._write():
-            store._db.execute("INSERT INTO claim VALUES (?, ?, ?)", (trial().key, "elsewhere:1:0:x", time.time() - 1))
-            store._db.execute("INSERT INTO claim VALUES (?, ?, ?)", (trial(1).key, "elsewhere:1:0:x", time.time() + 60))
-        assert store.claim([trial(0).key, trial(1).key]) == {trial(0).key}
+            for seed, owner in enumerate(("elsewhere:1:0:x", "elsewhere:2:0:y", "of a foreign form")):
+                store._db.execute("INSERT INTO claim VALUES (?, ?, 7)", (trial(seed).key, owner))
+        keys = [trial(seed).key for seed in range(3)]
+        assert store.claim(keys) == set()
+        time.sleep(0.2)
+        with store._write():
+            store._db.execute("UPDATE claim SET beat = 8 WHERE owner LIKE 'elsewhere:2%'")
+        assert store.claim(keys) == set()
+        time.sleep(0.2)
+        assert store.claim(keys) == {keys[0], keys[2]}
+
+
+def test_a_claim_of_this_machine_ends_with_its_process_alone(path, monkeypatch):
+    with Store(path, HERE, lease=0.05) as one, Store(path, HERE, lease=0.05) as two:
+        monkeypatch.setattr(one, "_beat", None)
+        one.claim([trial().key])
+        one._closing.set()  # its heart stands still, and its process lives
+        time.sleep(0.3)
+        assert two.claim([trial().key]) == set()
+        with two._write():
+            here = one.owner.split(":")[0]
+            two._db.execute("INSERT INTO claim VALUES (?, ?, 0)", (trial(1).key, f"{here}:{2**22 - 1}:17:x"))
+        assert two.claim([trial(1).key]) == {trial(1).key}
+        one._closing.clear()
+
+
+def test_an_empty_file_is_no_store(path, monkeypatch):
+    monkeypatch.setattr("pybatch.sweep.store.NEW", 0.1)
+    path.touch()
+    with pytest.raises(UsageError, match=r"is an empty file\. Delete it"):
+        Store(path, HERE)
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("column", ["steps", "train", "test"])
+def test_what_unpacks_without_end_is_damage_and_fills_no_memory(path, column):
+    with Store(path, HERE) as store:
+        store.put(outcome())
+        with store._write():
+            store._db.execute(f"UPDATE trial SET {column} = ?", (zlib.compress(bytes(5 * 10**7), 1),))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(StoreError, match="holds over 1048576 bytes"):
+            store.outcomes([trial()])
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # KiB
 
 
 def test_a_killed_process_loses_its_claims_at_once_and_nothing_it_had_put(path):
@@ -188,7 +234,7 @@ def test_another_schema_is_refused(path):
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 9")
     db.close()
-    with pytest.raises(UsageError, match=r"schema 9, this pybatch reads 2\. A later pybatch wrote it"):
+    with pytest.raises(UsageError, match=r"schema 9, this pybatch reads 3\. A later pybatch wrote it"):
         Store(path, HERE)
 
 
