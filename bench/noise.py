@@ -132,6 +132,38 @@ class Step:
             raise SystemExit(f"{noise.source}: norms differ from float64 by {error:.1e}; not timed")
 
 
+class SmallStep(Step):
+    """As many steps of an MLP of 4,810 parameters as take some milliseconds: what hooks cost where a step is short."""
+
+    STEPS = 20
+
+    def __init__(self, device: torch.device, source: str | None, micro_batches: int = MICRO_BATCHES) -> None:
+        torch.manual_seed(0)
+        self.device, self.fused, self.handle, self.parts = device, False, None, micro_batches
+        self.model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
+        if source:
+            self.handle = pybatch.noise.attach(self.model, self.optimizer, source)  # type: ignore[arg-type]
+        self.images = torch.randn(MICRO_BATCHES, EXAMPLES, 64, device=device)
+        self.labels = torch.randint(0, 10, (MICRO_BATCHES, EXAMPLES), device=device)
+
+    def loss(self, i: int) -> torch.Tensor:
+        """Of micro-batch i."""
+        return nn.functional.cross_entropy(self.model(self.images[i]), self.labels[i])
+
+    def __call__(self) -> None:
+        for _ in range(self.STEPS):
+            for i in range(self.parts):
+                (self.loss(i) / self.parts).backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def small(source: str, micro_batches: int = MICRO_BATCHES) -> Callable[[torch.device], Sides]:
+    """An MLP for each side."""
+    return lambda device: (SmallStep(device, source, micro_batches), SmallStep(device, None, micro_batches))
+
+
 Sides = tuple[Step, Step]  # measured and plain
 
 
@@ -157,11 +189,13 @@ VARIANTS: dict[str, Callable[[torch.device], Sides]] = {
     "the same, layers": apart("micro-batches", None, layers=True),
     "the same, preconditioned": apart("micro-batches", None, preconditioned=True),
     "adam-moments": apart("adam-moments", None),
+    "small: micro-batches": small("micro-batches"),
+    "small: per-example": small("per-example", 1),  # of every tenth step
     "ddp": apart("ddp", "ddp, no noise"),
     "ddp, layers": apart("ddp", "ddp, no noise", layers=True),
     "fsdp": apart("fsdp", "fsdp, no noise"),
 }
-CHECKED = ("opt.accumulate, noise=True", "micro-batches by hooks", "the same, layers")
+CHECKED = ("opt.accumulate, noise=True", "micro-batches by hooks", "the same, layers", "small: micro-batches")
 ORDERS = ((0, 1, 1, 0), (1, 0, 0, 1))  # 0 measured, 1 plain
 LEAST_BLOCKS = 8
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pybatch.branch.measurement import measure_branches as measure_branches
     from pybatch.capacity.measurement import measure_capacity as measure_capacity
     from pybatch.fits.steps import fit_steps as fit_steps
+    from pybatch.fits.steps_csv import fit_steps_csv as fit_steps_csv
     from pybatch.fits.throughput import fit_throughput as fit_throughput
     from pybatch.noise.measurement import measure_noise as measure_noise
     from pybatch.records import Capacity as Capacity
@@ -43,6 +44,7 @@ _HOME = {
     "advise": "pybatch.answer.verdict",
     "compare": "pybatch.answer.changes",
     "fit_steps": "pybatch.fits.steps",
+    "fit_steps_csv": "pybatch.fits.steps_csv",
     "fit_throughput": "pybatch.fits.throughput",
     "measure_branches": "pybatch.branch.measurement",
     "measure_capacity": "pybatch.capacity.measurement",

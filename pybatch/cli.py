@@ -40,6 +40,10 @@ COMMANDS = {
         "branch:branch",
         "The critical batch along training, by branching from checkpoints with other batch sizes.",
     ),
+    "fit": (
+        "fit:fit",
+        "The critical batch from your own logs: steps to a target at several batch sizes, from a CSV file.",
+    ),
     "report": (
         "saved:report",
         "One self-contained HTML page from saved runs and sweeps, for a browser without a network; "

@@ -1,18 +1,18 @@
-"""The batch to use: the least modelled time to the loss, within what fits, and checked against measured step times."""
+"""The batch to use: of those that fit, the one of least expected time to the loss, and the interval of the optimum."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from pybatch.answer.critical import Critical
-from pybatch.answer.time_model import DISTURBED, Inputs, TimeModel
-from pybatch.records import BatchPoint, Capacity, Distributed, Evidence, Reason, StepsFit, ThroughputFit
+import numpy as np
 
-# A batch measured 3 % faster to the loss, beyond the error of both times, overrules the model. Of 1.1, 1.05, 1.03 and 1
-# this had the least regret at which advice moved as little from draw to draw as at 1.1 (bench/planted_regret.py).
-NOTICEABLE = 1.03
+from pybatch.answer.critical import Critical
+from pybatch.answer.ensemble import Ensemble, ensemble_of
+from pybatch.records import Capacity, Distributed, Evidence, Inputs, Reason
+
 MULTIPLE = 8  # a batch bounded by memory is rounded down to a multiple of this, which suits every device
+DISTURBED = 0.3  # rms of ln(measured / fitted) from which no advice stands on the fit: caches and tiles bend it less
 
 
 @dataclass(frozen=True)
@@ -25,97 +25,81 @@ class Bound:
 
 @dataclass(frozen=True)
 class Best:
-    """The batch to use, and the interval of the optimum it was rounded from."""
+    """The batch to use, and the 95 % interval of the batch of least time."""
 
     batch: int
     optimum: float
-    low: int  # 95 % interval of the optimum, in whole examples
+    low: int
     high: int | None  # None: open
     extrapolated: bool  # past the largest batch timed
-    model: TimeModel
+    ensemble: Ensemble
     reason: Reason
+    regret: tuple[float, float]  # of this batch: mean over the ensemble, and the 95 % point
 
 
 def best_of(critical: Critical, capacity: Capacity, distributed: Distributed | None) -> Best:
-    """B*, within memory and data, rounded to a batch people use, and checked against the measured step times."""
+    """The batch of least expected time among those measured, powers of two, and the largest that fits."""
     fit, value, bound = capacity.model, critical.value, bound_of(capacity)
     assert fit is not None  # the caller has looked
     assert value is not None
-    model = model_of(fit, value, capacity, distributed, critical.shape)
-    optimum = float(model.optimum())
-    measured = [p for p in capacity.batches if p.status == "ok" and p.step_ms and p.batch <= bound.value]
+    ensemble = ensemble_between(critical, capacity, distributed)
+    measured = [p.batch for p in capacity.batches if p.status == "ok" and p.step_ms]
     largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=None)
-    at_knee = optimum == model.knee and optimum < bound.value
-    law = "sqrt(critical batch x half batch)" if model.shape is None else f"the least time with {model.law}"
-    if at_knee:
-        law = "the end of the floor in step time, below which batches take the same time"
-    near = [p.batch for p in measured if 1 / math.sqrt(2) <= p.batch / optimum <= math.sqrt(2)]
-    if optimum >= bound.value:
-        whole = int(bound.value)
-        batch = whole - whole % MULTIPLE if bound.name == "memory" and whole > MULTIPLE else whole
-        text = f"bounded by {bound.name}, below {law}"
-    elif near:
-        batch = min(near, key=lambda b: abs(math.log(b / optimum)))
-        text = f"{law}, rounded to the nearest measured batch"
-    else:
-        batch = 2 ** round(math.log2(optimum))
-        batch = batch if batch <= bound.value else 2 ** math.floor(math.log2(bound.value))
-        text = f"{law}, rounded to the nearest power of two"
-    inputs: Inputs = {"optimum": optimum, "critical_batch": value, "half_batch": fit.half_batch}
-    inputs["largest_measured"] = largest
-    evidence: Evidence = "modelled"
-    faster = _surely_faster(batch, model, measured) if fit.rms_log_error <= DISTURBED else None
-    if faster is not None:
-        inputs["modelled_batch"] = batch
-        batch, evidence = faster, "measured"
-        text = "least modelled steps times measured step time; the throughput model misses the measured times here"
-    low, high = _interval(critical, capacity, model, at_knee)
-    inputs |= {"optimum_low": low, "optimum_high": high if math.isfinite(high) else None}
+    most = int(min(bound.value, ensemble.size[-1]))
+    whole = most - most % MULTIPLE if bound.name == "memory" and most > MULTIPLE else most
+    candidates = sorted(
+        {b for b in (*measured, *_round(most)) if b <= most} | ({whole} if bound.value <= most + 1 else set())
+    )
+    batch = ensemble.best(candidates)
+    optimum = ensemble.optimum()
+    timed = batch in measured
+    text = "least expected time to the loss: steps as the evidence leaves them possible times seconds per step"
+    if batch == whole and bound.name is not None and optimum > 0.9 * bound.value:
+        text = f"{text}, bounded by {bound.name}"
+    elif timed:
+        text = f"{text}, at a batch size that was timed"
+    low, high = _ends(ensemble, critical, fit.half_high, bound)
+    low, high = min(low, batch), max(high, batch)
+    regret = ensemble.regret(float(batch))
+    mean, tail = float(regret.mean()), float(np.quantile(regret, 0.95))
+    inputs: Inputs = {
+        "optimum": optimum,
+        "optimum_low": low,
+        "optimum_high": high if math.isfinite(high) else None,
+        "critical_batch": value,
+        "half_batch": fit.half_batch,
+        "largest_measured": largest,
+        "expected_regret": mean,
+        "regret_95": tail,
+    }
+    evidence: Evidence = "measured" if ensemble.absolute and timed else "modelled"
     reason = Reason("best_batch", text, evidence, inputs)
     upper = math.ceil(high) if math.isfinite(high) else None
-    return Best(batch, optimum, max(1, math.floor(low)), upper, batch > (largest or 0), model, reason)
+    return Best(batch, optimum, max(1, math.floor(low)), upper, batch > (largest or 0), ensemble, reason, (mean, tail))
 
 
-def _interval(critical: Critical, capacity: Capacity, model: TimeModel, at_knee: bool) -> tuple[float, float]:
-    """95 % interval of the optimum.
-
-    Errors of critical and half batch are independent: in logarithms B* carries half of each, added in quadrature. At
-    a floor's knee the half batch is half the knee, whose error the optimum carries whole. An open end of either opens
-    the optimum's.
-    """
-    fit, optimum, most = model.fit, float(model.optimum()), bound_of(capacity).value
-    ends = []
-    for sign, end, half in ((-1, critical.low, fit.half_low), (1, critical.high, fit.half_high)):
-        noise = math.inf
-        if end is not None:
-            noise = math.log(float(model_of(fit, end, capacity, shape=model.shape).optimum()) / optimum)
-        open_end = half is None or half == 0.0
-        device = math.inf if open_end else (1.0 if at_knee else 0.5) * math.log((half or 0.0) / fit.half_batch)
-        ends.append(min(optimum * math.exp(sign * math.hypot(noise, device)), most))
-    return ends[0], ends[1]
+def _round(most: int) -> list[int]:
+    """Batch sizes people use, four an octave: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ... Powers of two alone cost
+    3 % more time (bench/planted_verdict.py)."""
+    octaves = int(math.log2(max(most, 1))) + 1
+    return sorted({(4 + quarter) * 2**octave // 4 for octave in range(octaves) for quarter in range(4)})
 
 
-def _surely_faster(batch: int, model: TimeModel, measured: list[BatchPoint]) -> int | None:
-    """A measured batch that reaches the loss NOTICEABLE sooner than this one, beyond the error of both times."""
+def _ends(ensemble: Ensemble, critical: Critical, half_high: float | None, bound: Bound) -> tuple[float, float]:
+    """95 % of the members' best batches; the upper end is open where that of a side is."""
+    optima = ensemble.optima
+    low, high = (float(v) for v in np.quantile(optima, [0.025, 0.975], method="nearest"))
+    if (half_high is None or critical.high is None) and high < bound.value:
+        high = bound.value
+    if critical.low is None:
+        low = 1.0
+    return low, min(high, bound.value)
 
-    def time(p: BatchPoint, milliseconds: float | None) -> float:
-        return float(model.steps(p.batch)) * milliseconds if milliseconds is not None else math.nan
 
-    own = next((time(p, p.step_ms_low) for p in measured if p.batch == batch), math.nan)
-    surely = {p.batch: time(p, p.step_ms_high) for p in measured}
-    faster = {b: t for b, t in surely.items() if own > NOTICEABLE * t}
-    return min(faster, key=lambda b: faster[b]) if faster else None
-
-
-def model_of(
-    fit: ThroughputFit,
-    critical: float,
-    capacity: Capacity,
-    distributed: Distributed | None = None,
-    shape: StepsFit | None = None,
-) -> TimeModel:
+def ensemble_between(critical: Critical, capacity: Capacity, distributed: Distributed | None) -> Ensemble:
+    """Time to the loss within memory and data."""
     memory, data = _bounds(capacity)
-    return TimeModel(fit, critical, memory.value, data.value, distributed.fit if distributed else None, shape)
+    return ensemble_of(critical, capacity, memory.value, data.value, distributed.fit if distributed else None)
 
 
 def bound_of(capacity: Capacity) -> Bound:

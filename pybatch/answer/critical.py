@@ -1,4 +1,4 @@
-"""The critical batch by the best evidence there is: a sweep, then branches, then the noise scale."""
+"""The critical batch: which curve, branches and noise scale speak of it, and what they say together."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pybatch.answer.time_model import Inputs
-from pybatch.records import Convergence, Curve, NoiseScale, Note, Reason, StepsFit
+import numpy as np
+from scipy.special import ndtr, ndtri
+
+from pybatch.answer.evidence import FACTORS, LEAST, NORMAL, Weighed, combined
+from pybatch.base.numerals import batch_size
+from pybatch.fits.solver import Array
+from pybatch.records import Branching, Convergence, Curve, Inputs, Kind, NoiseScale, Note, Reading, Reason, StepsFit
 from pybatch.scaling import SEARCHED
 
 
@@ -19,38 +24,166 @@ class Critical:
     value: float | None
     low: float | None
     high: float | None
-    source: str | None
+    source: str | None  # the strongest evidence among it: "sweep", "branch" or "noise"
     reason: Reason
     curve: Curve | None = None  # steps to target, where they were measured
-    shape: StepsFit | None = None  # the curve steps follow, where it is known and no hyperbola
+    shape: StepsFit | None = None  # the curve that steps follow, where it is known
+    weighed: Weighed | None = None  # behind a value
+    prediction: tuple[float, float] | None = None  # a value and the error of its logarithm, by all but the curve
+    within: tuple[float, float] = (0.0, math.inf)  # bounds that a sweep measured
+
+    @property
+    def disagreement(self) -> str | None:
+        return self.weighed.disagreement if self.weighed is not None else None
+
+    def drawn(self, normal: Array) -> Array:
+        """Logarithms of the critical batch as it may be, for standard normal draws of any shape."""
+        assert self.weighed is not None
+        assert self.value is not None
+        return _truncated(self.weighed, self.within, normal)
+
+
+def critical_of(noise: NoiseScale | None, steps: Convergence | None) -> Critical:
+    """The critical batch by all evidence there is, weighed by what each piece stands for.
+
+    A value stands within the bounds that a sweep measured; bounds alone give none.
+    """
+    curve, branch = _curve_of(steps), _branch_of(steps)
+    bound = curve if curve is not None and curve.critical_batch is None else None
+    weighed = combined([r for r in (_by_curve(curve), _by_branch(branch), _by_noise(noise)) if r is not None])
+    if bound is not None:
+        within = (bound.low or 0.0, bound.high if bound.high is not None else math.inf)
+        if weighed is None or _mass(weighed, within) < 0.05:
+            return Critical(None, bound.low, bound.high, "sweep", _reason_of_curve(bound), bound, within=within)
+        return _valued(weighed, noise, bound, branch, within)
+    if weighed is not None:
+        return _valued(weighed, noise, curve, branch)
+    if branch is not None and branch.fit is not None:
+        return Critical(None, branch.fit.low, branch.fit.high, "branch", _reason_of_branch(branch))
+    return _unread(noise)
+
+
+def _valued(
+    weighed: Weighed,
+    noise: NoiseScale | None,
+    curve: Curve | None,
+    branch: Branching | None,
+    within: tuple[float, float] = (0.0, math.inf),
+) -> Critical:
+    """A critical batch with a value."""
+    used = weighed.readings
+    source = min((r.source for r in used), key=("sweep", "branch", "noise").index)
+    reason = {
+        "sweep": lambda: _reason_of_curve(curve),
+        "branch": lambda: _reason_of_branch(branch),
+        "noise": lambda: _reason_of_noise(noise),
+    }[source]()
+    if len(used) > 1 or weighed.aside:
+        others = [r for r in (*used, *weighed.aside) if r.source != source]
+        text = f"{reason.text}; weighed with " + " and ".join(
+            f"{r.words} {batch_size(r.value)}{' (set aside)' * (r in weighed.aside)}" for r in others
+        )
+        more: Inputs = {r.words: r.value for r in (*used, *weighed.aside)}
+        reason = dataclasses.replace(reason, text=text, inputs=reason.inputs | more)
+    if within != (0.0, math.inf):
+        ends = [f"{side} {batch_size(end)}" for side, end in _ends(within)]
+        reason = dataclasses.replace(reason, text=f"{reason.text}; within the sweep's bound: {' and '.join(ends)}")
+    value, (low, high) = weighed.value, _interval(weighed)
+    if within != (0.0, math.inf):
+        low, value, high = (float(v) for v in np.exp(_truncated(weighed, within, np.array([-NORMAL, 0.0, NORMAL]))))
+    shape = shaped(curve.fit if curve is not None else None) if source == "sweep" else None
+    if source == "branch" and branch is not None:
+        shape = shaped(branch.fit)
+    rest = combined([r for r in used if r.source != "sweep"]) if source == "sweep" else None
+    prediction = (max(rest.value, LEAST), (rest.down + rest.up) / 2) if rest is not None else None
+    return Critical(value, low, high, source, reason, curve, shape, weighed, prediction, within)
+
+
+def _interval(weighed: Weighed) -> tuple[float | None, float | None]:
+    """95 % interval: of one reading that stands for itself its own, else by the errors."""
+    [first, *more] = weighed.readings
+    if not more and first.factor == 1.0:
+        return first.low, first.high
+    if weighed.value <= LEAST:  # no noise to speak of
+        return 0.0, max(LEAST, first.high or 0.0) * first.factor
+    value = weighed.value
+    return value * math.exp(-NORMAL * weighed.down), value * math.exp(NORMAL * weighed.up)
+
+
+def _ends(within: tuple[float, float]) -> list[tuple[str, float]]:
+    low, high = within
+    return [("at least", low)] * (low > 0) + [("at most", high)] * math.isfinite(high)
+
+
+def _mass(weighed: Weighed, within: tuple[float, float]) -> float:
+    """Probability of these bounds by these readings."""
+    low, high = (ndtr(_standard(weighed, end)) for end in within)
+    return float(high - low)
+
+
+def _truncated(weighed: Weighed, within: tuple[float, float], normal: Array) -> Array:
+    """ln of the critical batch by the readings, within bounds, at standard normal quantiles."""
+    low, high = (ndtr(_standard(weighed, end)) for end in within)
+    z = ndtri(low + (high - low) * ndtr(normal))
+    found: Array = math.log(max(weighed.value, LEAST)) + np.where(z < 0, weighed.down, weighed.up) * z
+    return found
+
+
+def _standard(weighed: Weighed, end: float) -> float:
+    """A bound in standard deviations of ln from the value."""
+    if end <= 0 or math.isinf(end):
+        return math.copysign(math.inf, end - 1)
+    log = math.log(end / max(weighed.value, LEAST))
+    return log / (weighed.down if log < 0 else weighed.up)
 
 
 def shaped(fit: StepsFit | None) -> StepsFit | None:
-    """The fit, where it has a curve that the critical batch alone does not give."""
-    if fit is None or fit.model in (None, "hyperbola") or not (fit.parameters and fit.critical_batch and fit.s_min):
+    """The fit, where it has a curve with a critical batch."""
+    if fit is None or fit.model is None or not (fit.parameters and fit.critical_batch and fit.s_min):
         return None
     return fit
 
 
-def critical_of(noise: NoiseScale | None, steps: Convergence | None) -> Critical:
-    """The critical batch by the best evidence there is: a sweep, then branches, then the noise scale.
-
-    A bound that was measured goes before a value that is modelled.
-    """
-    return _from_steps(steps) or _from_branches(steps) or _from_noise(noise)
-
-
-def _from_steps(steps: Convergence | None) -> Critical | None:
-    """The critical batch of the best-tuned curve that has one, on the training loss if there is a choice.
+def _curve_of(steps: Convergence | None) -> Curve | None:
+    """The best-tuned curve that says anything of the critical batch, on the training loss if there is a choice.
 
     Where no tuned curve bends within the batches tested, the bound that this gives: it says more of the problem than
     the value of a rule whose rate fails at large batches.
     """
     curves = steps.curves if steps else ()
     known = [c for c in curves if not (c.critical_batch is None and c.low is None and c.high is None)]
-    if not known:
+    return min(known, key=lambda c: (c.rule != SEARCHED, c.critical_batch is None, c.split != "train"), default=None)
+
+
+def _branch_of(steps: Convergence | None) -> Branching | None:
+    """The last checkpoint that says anything: the critical batch grows along training, and most of a run lies there."""
+    known = [b for b in steps.branches if b.fit and (b.fit.critical_batch or b.fit.low or b.fit.high)] if steps else []
+    return known[-1] if known else None
+
+
+def _by_curve(curve: Curve | None) -> Reading | None:
+    if curve is None or curve.critical_batch is None:
         return None
-    curve = min(known, key=lambda c: (c.rule != SEARCHED, c.critical_batch is None, c.split != "train"))
+    kind: Kind = "sweep" if curve.rule == SEARCHED else "rule"
+    return Reading("sweep", kind, curve.critical_batch, curve.low, curve.high, FACTORS[kind])
+
+
+def _by_branch(branch: Branching | None) -> Reading | None:
+    fit = branch.fit if branch is not None else None
+    if branch is None or fit is None or not fit.critical_batch:
+        return None
+    kind: Kind = "tuned branch" if branch.tuned else "branch"
+    return Reading("branch", kind, fit.critical_batch, fit.low, fit.high, FACTORS[kind])
+
+
+def _by_noise(noise: NoiseScale | None) -> Reading | None:
+    if noise is None or noise.unit is not None or noise.status != "resolved" or noise.b_simple is None:
+        return None
+    return Reading("noise", "noise", noise.b_simple, noise.low, noise.high, FACTORS["noise"])
+
+
+def _reason_of_curve(curve: Curve | None) -> Reason:
+    assert curve is not None
     what = f"measured steps to the {curve.split} loss target, learning-rate rule {curve.rule!r}"
     text = f"fitted to {what}"
     if curve.critical_batch is None:
@@ -58,48 +191,43 @@ def _from_steps(steps: Convergence | None) -> Critical | None:
     inputs: Inputs = {"target": curve.target, "s_min": curve.s_min, "points": len(curve.points)}
     if curve.fit is not None:
         inputs["model"] = curve.fit.model
-    reason = Reason("critical_batch", text, "measured", inputs)
-    return Critical(curve.critical_batch, curve.low, curve.high, "sweep", reason, curve, shaped(curve.fit))
+    return Reason("critical_batch", text, "measured", inputs)
 
 
-def _from_branches(steps: Convergence | None) -> Critical | None:
-    """The critical batch at the last checkpoint that has one: it grows along training, and most of a run lies there."""
-    known = [b for b in steps.branches if b.fit and (b.fit.critical_batch or b.fit.low or b.fit.high)] if steps else []
-    if not known:
-        return None
-    last = known[-1]
-    assert last.fit is not None
-    text = f"fitted to the steps that branches from step {last.step} take to a common loss"
-    inputs: Inputs = {"step": last.step, "level": last.level, "window": last.window, "points": len(last.points)}
-    reason = Reason("critical_batch", text, "measured", inputs)
-    fit = last.fit
-    return Critical(fit.critical_batch, fit.low, fit.high, "branch", reason, shape=shaped(fit))
+def _reason_of_branch(branch: Branching | None) -> Reason:
+    assert branch is not None
+    text = f"fitted to the steps that branches from step {branch.step} take to a common loss"
+    inputs: Inputs = {"step": branch.step, "level": branch.level, "window": branch.window, "points": len(branch.points)}
+    return Reason("critical_batch", text, "measured", inputs)
 
 
-def _from_noise(noise: NoiseScale | None) -> Critical:
+def _inputs_of_noise(noise: NoiseScale) -> Inputs:
+    inputs: Inputs = {"grad_sq": noise.grad_sq, "trace": noise.trace, "pairs": noise.steps}
+    inputs["warmup_steps"] = noise.warmup_steps
+    if noise.counted is not None:
+        inputs[f"{noise.counted.unit} per example"] = noise.counted.per_example
+    return inputs
+
+
+def _reason_of_noise(noise: NoiseScale | None) -> Reason:
+    assert noise is not None
+    text = (
+        "the gradient noise scale tr(Sigma) / |G|^2, taken for the critical batch, from which it was off by up to "
+        f"{FACTORS['noise']:g} times either way on most published tasks"
+    )
+    inputs = _inputs_of_noise(noise) | {"b_simple": noise.b_simple, "factor": FACTORS["noise"]}
+    return Reason("critical_batch", text, "modelled", inputs)
+
+
+def _unread(noise: NoiseScale | None) -> Critical:
+    """No value: why, and the bound that a noise scale may give."""
     if noise is None:
         reason = Reason("critical_batch", "neither the noise scale nor steps to a target were measured", "measured")
         return Critical(None, None, None, None, reason)
-    inputs: Inputs = {
-        "grad_sq": noise.grad_sq,
-        "trace": noise.trace,
-        "pairs": noise.steps,
-        "warmup_steps": noise.warmup_steps,
-    }
+    inputs = _inputs_of_noise(noise)
     if noise.unit is not None:
         text = f"the noise scale is in {noise.unit}, batch sizes are not. Give noise.in_examples(mean per example)"
         return Critical(None, None, None, None, Reason("critical_batch", text, "measured", inputs))
-    if noise.counted is not None:
-        inputs[f"{noise.counted.unit} per example"] = noise.counted.per_example
-    if noise.status == "resolved" and noise.b_simple is not None:
-        # The identification is the model; across McCandlish's tasks the ratio of the two runs from 0.05 to 8.
-        text = (
-            "the gradient noise scale tr(Sigma) / |G|^2, taken for the critical batch; on published tasks the two "
-            "differed by up to 20 times"
-        )
-        return Critical(
-            noise.b_simple, noise.low, noise.high, "noise", Reason("critical_batch", text, "modelled", inputs)
-        )
     why = next((n.text for n in noise.notes if n.figure == "noise.b_simple"), "the noise scale is not resolved")
     reason = Reason("critical_batch", why, "measured", inputs)
     bound = noise.low if noise.status == "lower_bound" else None

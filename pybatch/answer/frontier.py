@@ -1,7 +1,8 @@
 """Time, cost and energy to a loss over (batch, devices), and how a wanted global batch is put together.
 
-Modelled: steps S(B) times t(B / K), see `time_model`. Where steps on several devices were not measured, communication
-is not counted and time on them is a lower bound. All figures are factors of one device at its own best batch.
+Steps S(B) times t(B / K), by the middle of the `ensemble`. Where steps on several devices were not measured,
+communication is not counted and time on them is a lower bound. All figures are factors of one device at its own best
+batch.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
+
 from pybatch.answer.best import Best
-from pybatch.answer.time_model import Inputs, TimeModel
+from pybatch.answer.ensemble import NORMAL, Ensemble, variance_of
 from pybatch.base.errors import UsageError
-from pybatch.records import AccumulationPlan, BatchPoint, Capacity, FrontierPoint
+from pybatch.records import AccumulationPlan, BatchPoint, Capacity, FrontierPoint, Inputs
 
 _POINTS = 11  # 1, 2, ..., 1024 devices at most: further ones tell nothing new
 
 
-def frontier(model: TimeModel, useful: int, batches: tuple[BatchPoint, ...]) -> tuple[FrontierPoint, ...]:
+def frontier(model: Ensemble, useful: int, batches: tuple[BatchPoint, ...]) -> tuple[FrontierPoint, ...]:
     """The best batch for 1, 2, 4, ... devices, up to four times the useful number, and what each buys.
 
     Args:
@@ -40,7 +43,7 @@ def frontier(model: TimeModel, useful: int, batches: tuple[BatchPoint, ...]) -> 
     return tuple(found)
 
 
-def _energy(model: TimeModel, batch: float, share: float, base: float, batches: tuple[BatchPoint, ...]) -> float | None:
+def _energy(model: Ensemble, batch: float, share: float, base: float, batches: tuple[BatchPoint, ...]) -> float | None:
     """Joules to the loss over those at the base batch; None where no energy was measured."""
     here, there = joules(share, batches), joules(base, batches)
     if here is None or there is None:
@@ -59,18 +62,32 @@ def joules(batch: float, batches: tuple[BatchPoint, ...]) -> float | None:
 
 
 def doubling(best: Best, batches: tuple[BatchPoint, ...]) -> Inputs:
-    """What twice the best batch costs on one device, as factors; empty where it can't be used."""
-    model, once, twice = best.model, float(best.batch), 2.0 * best.batch
-    if twice > min(model.most, model.most_global):
+    """What twice the best batch costs on one device, as factors; empty where it can't be used.
+
+    Step times are the measured ones where both batches were timed. Time has its 95 % interval.
+    """
+    model, once, twice = best.ensemble, float(best.batch), 2.0 * best.batch
+    if twice > model.bound:
         return {}
     here, there = joules(twice, batches), joules(once, batches)
     examples = float(model.examples(twice) / model.examples(once))
+    times = np.log(model.time(twice, members=True) / model.time(once, members=True))
+    middle, spread = float(times.mean()), float(times.std())
+    timed = {p.batch: p for p in batches if p.status == "ok" and p.step_ms and p.batch in (once, twice)}
+    if len(timed) == 2:
+        first, second = timed[int(once)], timed[int(twice)]
+        steps = np.log(model.steps(twice, members=True) / model.steps(once, members=True))
+        middle = float(steps.mean()) + math.log((second.step_ms or math.nan) / (first.step_ms or math.nan))
+        spread = math.sqrt(float(steps.var()) + variance_of(first) + variance_of(second))
     return {
         "batch": twice,
         "steps_factor": examples / 2,
         "examples_factor": examples,
-        "time_factor": float(model.time(twice) / model.time(once)),
+        "time_factor": math.exp(middle),
+        "time_factor_low": math.exp(middle - NORMAL * spread),
+        "time_factor_high": math.exp(middle + NORMAL * spread),
         "energy_factor": examples * here / there if here and there else None,
+        "step_times": "measured" if len(timed) == 2 else "modelled",
     }
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from pybatch.answer.best import Best
 from pybatch.answer.critical import Critical
-from pybatch.answer.time_model import Inputs
-from pybatch.records import Capacity, Limit
+from pybatch.records import Capacity, Inputs, Limit
 
 FURTHER = 1.1  # factor from the best batch to the wall below which going on is no choice worth telling
 
@@ -25,43 +26,58 @@ class Wall:
 
 
 def wall_of(capacity: Capacity | None) -> Wall | None:
-    """What this device can take; None without a throughput fit."""
+    """What this device can take; None without a throughput fit, or where that shows no saturation batch."""
     if capacity is None or capacity.model is None:
         return None
     fit, most = capacity.model, capacity.max_batch
     if most is not None and most < fit.saturation_low:
         return Wall("largest batch that fits", most, most, most)
+    if fit.saturation_batch is None:  # its bounds alone are known, and a note of the fit says why
+        return None
     largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=math.inf)
     beyond = fit.saturation_batch > largest
     high = fit.saturation_high if fit.saturation_high is not None else math.inf
     return Wall("saturation batch", fit.saturation_batch, fit.saturation_low, high, beyond)
 
 
-def limit_of(critical: Critical, wall: Wall | None) -> tuple[Limit, str]:
-    """Which of the two is smaller beyond the error of both."""
-    if wall is None:
+def limit_of(critical: Critical, capacity: Capacity | None) -> tuple[Limit, str]:
+    """Which ends first, beyond the error of both: the steps that batch saves, or the speed that it gains.
+
+    The critical batch is compared with the half batch, its counterpart: at either, half of what there is to gain is
+    gained. A device that holds less than its half batch is limited by its memory.
+    """
+    fit = capacity.model if capacity is not None else None
+    if capacity is None or fit is None:
         return "unresolved", "the throughput of this device has no fit to compare with"
-    low, high = critical.low, critical.high
-    if low is not None and low > wall.high:
-        return "hardware", f"the critical batch lies above the {wall.name} beyond the error of both"
-    if high is not None and high < wall.low:
-        return "noise", f"the critical batch lies below the {wall.name} beyond the error of both"
-    if critical.value is None or low is None or high is None:  # an open end may lie on either side
-        return "unresolved", f"the critical batch is not known well enough to compare it with the {wall.name}"
-    return "balanced", f"the critical batch and the {wall.name} agree within their errors"
+    name = "batch at half of the device's ceiling"
+    low, high = fit.half_low, fit.half_high if fit.half_high is not None else math.inf
+    if capacity.max_batch is not None and capacity.max_batch < low:
+        name, low, high = "largest batch that fits", float(capacity.max_batch), float(capacity.max_batch)
+    if critical.low is not None and critical.low > high:
+        return "hardware", f"the critical batch lies above the {name} beyond the error of both"
+    if critical.high is not None and critical.high < low:
+        return "noise", f"the critical batch lies below the {name} beyond the error of both"
+    if critical.value is None or critical.low is None or critical.high is None:  # an open end may lie on either side
+        return "unresolved", f"the critical batch is not known well enough to compare it with the {name}"
+    return "balanced", f"the critical batch and the {name} agree within their errors"
 
 
 def further_on(best: Best | None, wall: Wall | None) -> Inputs:
     """What going from the best batch to what the device can take costs, as factors; empty where it is no further."""
     if best is None or wall is None:
         return {}
-    model, to = best.model, wall.value
-    if not FURTHER * best.batch <= to <= min(model.most, model.most_global):
+    model, to = best.ensemble, wall.value
+    if not FURTHER * best.batch <= to <= model.bound:
         return {}
-    if model.time(to) < model.time(best.batch):  # where measured times overruled the model, it can't tell the cost
+    times = model.time(to, members=True) / model.time(best.batch, members=True)
+    time = float(np.exp(np.log(times).mean()))
+    if time < 1:
         return {}
+    examples = float(model.examples(to) / model.examples(best.batch))
     return {
-        "examples_factor": float(model.examples(to) / model.examples(best.batch)),
-        "time_factor": float(model.time(to) / model.time(best.batch)),
-        "throughput_factor": (to / model.fit.step_s(to)) / (best.batch / model.fit.step_s(best.batch)),
+        "examples_factor": examples,
+        "time_factor": time,
+        "throughput_factor": float(to / model.step_s(to) / (best.batch / model.step_s(best.batch))),
+        "time_factor_low": float(np.quantile(times, 0.025)),
+        "time_factor_high": float(np.quantile(times, 0.975)),
     }

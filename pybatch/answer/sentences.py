@@ -2,72 +2,172 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
-from pybatch.answer.best import Best, Bound
+from pybatch.answer.best import DISTURBED, Best, Bound
 from pybatch.answer.critical import Critical
+from pybatch.answer.ensemble import EFFICIENCY
 from pybatch.answer.limit import Wall
-from pybatch.answer.time_model import DISTURBED, EFFICIENCY, Inputs
-from pybatch.base.numerals import count, number
-from pybatch.records import Capacity, Limit, ThroughputFit
+from pybatch.base.numerals import batch_size, count, number
+from pybatch.records import Capacity, Confidence, Inputs, Limit, ThroughputFit
 
-_NOISE = "from gradient noise"
+_SOURCES = {"sweep": "by measured steps", "branch": "by branched runs", "noise": "by gradient noise"}
 
 
-def in_sentences(
+@dataclass(frozen=True)
+class Answer:
+    """The first line, one sentence why, and what there is to say beside."""
+
+    answer: str
+    because: str
+    rest: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return " ".join(part for part in (self.answer, self.because, *self.rest) if part)
+
+
+def advice(
+    critical: Critical,
+    capacity: Capacity,
+    limit: Limit,
+    best: Best,
+    bound: Bound,
+    confidence: Confidence,
+    devices: tuple[int, int, int],
+    wall: Wall | None,
+    further: Inputs,
+    second: Inputs,
+) -> Answer:
+    """The batch to use; every number is a field's of the verdict or a reason's input.
+
+    Args:
+        critical, capacity: both sides.
+        limit: which of them ends first.
+        best, bound: the batch to use, and the largest there can be.
+        confidence: with its reasons, of which the first is told.
+        devices: how many are worth it, with the ends of their interval.
+        wall, further: what the device can take, and what going on to it costs as factors; where it is worth telling.
+        second: what a second device buys, as factors.
+    """
+    beyond = ", past the largest timed" if best.extrapolated else ""
+    reasons = "; ".join(confidence.reasons)
+    answer = f"Use batch {count(best.batch)}{beyond}, {_between(best)}. Confidence: {confidence.level} ({reasons})."
+    rest = [] if critical.disagreement is None else [critical.disagreement]
+    if further and wall is not None:
+        rest.append(
+            f"At batch {batch_size(wall.value)}, the {wall.name}{' by extrapolation' * wall.extrapolated}, the same "
+            f"loss takes {_times(further['time_factor'])} the time: {_times(further['throughput_factor'])} the "
+            f"examples per second, {_times(further['examples_factor'])} the examples."
+        )
+    rest.append(_devices(best, devices, second))
+    if critical.source == "noise":
+        rest.append(f"Before a long run, train briefly at half and at double batch {count(best.batch)} as well.")
+    return Answer(answer, _because(critical, capacity, limit, best, bound), tuple(rest))
+
+
+def _between(best: Best) -> str:
+    if best.high is None:
+        return f"{count(best.low)} or more"
+    if best.low == best.high:
+        return "with no other in question"
+    return f"between {count(best.low)} and {count(best.high)}"
+
+
+def _because(critical: Critical, capacity: Capacity, limit: Limit, best: Best, bound: Bound) -> str:
+    """One sentence why."""
+    fit = capacity.model
+    assert fit is not None
+    noise = f"steps stop falling around batch {_said(critical)}"
+    device = f"the device is at half its ceiling at batch {batch_size(fit.half_batch)}"
+    if best.optimum > 0.9 * bound.value and bound.name is not None:
+        return f"{bound.name.capitalize()} ends at batch {count(bound.value)}, below what would be fastest: {noise}."
+    return {
+        "noise": f"Gradient noise sets the limit, not the device: {noise}, {device}.",
+        "hardware": f"The device sets the limit, not gradient noise: {device}, {noise}.",
+        "balanced": f"It is the least product of steps and step time: {noise}, {device}.",
+        "unresolved": f"It is the least product of steps and step time: {noise}, {device}.",
+    }[limit]
+
+
+def _devices(best: Best, devices: tuple[int, int, int], second: Inputs) -> str:
+    number_of, low, high = devices
+    counted = best.ensemble.communication
+    how = "modelled without communication"
+    if counted is not None:
+        how = f"modelled with the communication measured on {counted.devices} devices"
+    span = f" ({count(low)} to {count(high)})" if (low, high) != (number_of, number_of) else ""
+    if number_of > 1:
+        return (
+            f"Up to {count(number_of)} devices{span} work at {number(EFFICIENCY, 1)} of their worth or better, {how}."
+        )
+    if not second:
+        return f"A second device works at less than {number(EFFICIENCY, 1)} of its worth{span}, {how}."
+    return (
+        f"A second device would bring {_times(second['time_factor'])} the time at "
+        f"{_times(second['cost_factor'])} the device-seconds, {how}."
+    )
+
+
+def bounds(
     critical: Critical,
     capacity: Capacity | None,
     wall: Wall | None,
     limit: Limit,
-    best: Best | None,
     span: tuple[int | None, int | None],
     bound: Bound | None,
-    devices: int | None,
-    further: Inputs,
-) -> str:
-    """Two to five sentences a practitioner can act on; every number in them is a field's or a reason's.
+) -> Answer:
+    """Where no batch is advised: what is known, and what would help.
 
     Args:
-        critical: the critical batch, or why it is not known.
-        capacity, wall: what the device does, and the batch past which it gains nothing; None where not measured.
-        limit: which of the two is smaller.
-        best: the batch to use; None where only bounds (`span`) or nothing is known.
-        span: the least and the largest batch worth using, where not `best`.
+        critical, capacity, wall, limit: as in `advice`.
+        span: the least and the largest batch worth using, as far as known.
         bound: what keeps the least one from being larger; None where nothing does.
-        devices: how many are worth it.
-        further: what going on to the wall costs, as factors.
     """
-    fit = capacity.model if capacity else None
-    if best is not None and wall is not None:
-        return _distrust(fit) + " ".join(_advice(critical, wall, limit, best, devices, further))
+    fit = capacity.model if capacity is not None else None
     known = _said(critical)
-    if wall is None:
+    if fit is not None and fit.half_batch is None and span != (None, None):
+        why = "step times do not rise with it" if fit.ceiling is None else "step time is proportional to it"
+        also = (f"The critical batch is {known}.",) if critical.source is not None else ()
+        return Answer(
+            f"{_distrust(fit)}Use batch {_range(span, bound)}.", f"That is because {why}: {_open(fit)}.", also
+        )
+    if fit is None:
         lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"
         if critical.value is None and critical.low is None and critical.high is None:
-            return f"{lack}, and the critical batch is not known ({critical.reason.text}): no batch can be advised."
-        return (
-            f"The critical batch is {known}: far below it more examples per step save almost as many steps, far "
-            f"above it almost none. {lack}, so what batch this device wants is not known."
+            return Answer("No batch can be advised.", f"{lack}, and the critical batch is not known: {_why(critical)}.")
+        far = "far below it more examples per step save almost as many steps, far above it almost none"
+        return Answer(
+            f"The critical batch is {known}.", f"{far[0].upper()}{far[1:]}.", (f"{lack}: no batch is advised.",)
         )
-    assert fit is not None  # there is a wall
-    device = (
-        f"The device reaches half its ceiling at batch {count(math.ceil(fit.half_batch))} and its {wall.name} is "
-        f"{_size(wall.value)}"
-    )
+    if fit.half_batch is None:
+        return Answer("No batch can be advised yet.", f"The critical batch is not known: {_why(critical)}.")
+    device = f"The device is at half its ceiling at batch {batch_size(fit.half_batch)}"
+    if wall is not None:
+        device += f", and its {wall.name} is {batch_size(wall.value)}"
     if span != (None, None):
         beside = {"hardware": ", above what the device can use", "noise": ", below what the device can use"}
-        advice = f"Use batch {_range(span, bound)}: the critical batch is {known}{beside.get(limit, '')}."
-        return f"{_distrust(fit)}{advice} {device}. {_more(critical)}"
-    return _distrust(fit) + (
-        f"No batch can be advised yet: {critical.reason.text}. {device}; below the former it is poorly used, "
-        f"past the latter it gains next to nothing. {_more(critical)}"
-    )
+        because = f"The critical batch is {known}{beside.get(limit, '')}."
+        return Answer(f"{_distrust(fit)}Use batch {_range(span, bound)}.", because, (f"{device}.", _more(critical)))
+    because = f"The critical batch is not known: {_why(critical)}."
+    return Answer(f"{_distrust(fit)}No batch can be advised yet.", because, (f"{device}.", _more(critical)))
+
+
+def _why(critical: Critical) -> str:
+    return critical.reason.text.rstrip(".")
+
+
+def _open(fit: ThroughputFit) -> str:
+    """What follows from step times without a half batch."""
+    if fit.ceiling is not None:
+        return "a larger one only costs examples"
+    return "a larger one takes no longer. Time larger ones to find where the device's ceiling is"
 
 
 def _range(span: tuple[int | None, int | None], bound: Bound | None) -> str:
     low, high = span
     if low is None:
-        return f"{count(high)} or smaller"
+        return f"{count(high)} or smaller" if high != 1 else "1"
     if bound is not None:
         return f"{count(low)}, the largest that {bound.name} allows"
     return f"{count(low)} or larger" if high is None else f"{count(low)} to {count(high)}"
@@ -83,84 +183,25 @@ def _distrust(fit: ThroughputFit | None) -> str:
     )
 
 
-def _advice(
-    critical: Critical,
-    wall: Wall,
-    limit: Limit,
-    best: Best,
-    devices: int | None,
-    further: Inputs,
-) -> list[str]:
-    size = _size(wall.value)
-    two = f"the critical batch is {_said(critical)}, the {wall.name} {size}{' by extrapolation' * wall.extrapolated}"
-    reach = f"optimum {_size(best.optimum)}, 95 % interval {count(best.low)}"
-    if best.reason.evidence == "measured":
-        reach = f"by the measured step times, which the throughput model misses; its {reach}"
-    end = f"to {count(best.high)}" if best.high is not None else "upwards"
-    beyond = ", by extrapolation past the largest batch timed" if best.extrapolated else ""
-    because = {
-        "noise": f"Gradient noise sets the limit, not the device: {two}.",
-        "hardware": f"The device sets the limit, not gradient noise: {two}.",
-        "balanced": f"Gradient noise and device are balanced: {two}, and their errors overlap.",
-        "unresolved": f"Which of the two sets the limit is not known: {two}.",
-    }
-    said = [
-        f"Use batch {count(best.batch)}{beyond} ({reach} {end}).",
-        because[limit],
-    ]
-    if further:
-        said.append(
-            f"At batch {size} the device does {_times(further['throughput_factor'])} the examples per second, but "
-            f"training needs {_times(further['examples_factor'])} the examples: the same loss takes "
-            f"{_times(further['time_factor'])} the time."
-        )
-    if devices is not None:
-        worth = (
-            "A second device is not worth it"
-            if devices == 1
-            else f"Up to {count(devices)} devices are worth it (parallel efficiency {number(EFFICIENCY, 1)} or better)"
-        )
-        how = "modelled without communication"
-        if best.model.communication is not None:
-            how = f"modelled with the communication measured on {best.model.communication.devices} devices"
-        said.append(f"{worth}, {how}.")
-    if critical.source == "noise":
-        said.append(_trial(best.batch))
-    return said
-
-
 def _said(critical: Critical) -> str:
     """The critical batch in words, with its interval and its source."""
-    source = {"sweep": "fitted to steps", "branch": "from branched runs"}.get(critical.source or "", _NOISE)
+    source = _SOURCES.get(critical.source or "", "")
     if critical.value is None:
         ends = (("at least", critical.low), ("at most", critical.high))
-        return " and ".join(f"{side} {_size(end)}" for side, end in ends if end is not None) + f" ({source})"
-    span = f"{_size(critical.low)} to {_size(critical.high)}, "
+        return " and ".join(f"{side} {batch_size(end)}" for side, end in ends if end is not None) + f" ({source})"
     if critical.low is None and critical.high is None:
-        span = "interval not known, "
+        span = "interval not known"
     elif critical.low is None:
-        span = f"at most {_size(critical.high)}, "
+        span = f"at most {batch_size(critical.high)}"
     elif critical.high is None:
-        span = f"at least {_size(critical.low)}, "
-    return f"{_size(critical.value)} ({span}{source})"
-
-
-def _size(batch: float | None) -> str:
-    """A modelled batch size: three digits at most, whole from 10 on."""
-    if batch is None or batch < 9.95:
-        return number(batch, 2)
-    return count(batch) if batch < 99.5 else number(batch)
+        span = f"at least {batch_size(critical.low)}"
+    else:
+        span = f"{batch_size(critical.low)} to {batch_size(critical.high)}"
+    return f"{batch_size(critical.value)} ({span}, {source})"
 
 
 def _times(factor: float | str | None) -> str:
     return f"{number(float(factor or 0.0), 2)} times"
-
-
-def _trial(batch: int) -> str:
-    return (
-        "All this takes the noise scale for the critical batch, which on published tasks was off by ten times "
-        f"and more: before a long run, train briefly at half and at double batch {count(batch)} as well."
-    )
 
 
 def _more(critical: Critical) -> str:

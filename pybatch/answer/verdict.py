@@ -1,29 +1,38 @@
 """Critical batch against capacity: the batch to use, what going further costs, how many devices are worth it.
 
-Pure: records in, Verdict out. `critical` weighs the evidence, `time_model` has the time to a loss, `best` chooses the
-batch, `limit` says which side is smaller, `frontier` what more devices buy, and `sentences` has the words.
+Pure: records in, Verdict out. `evidence` weighs what is known of the critical batch (`critical`), `ensemble` has the
+time to a loss with all that is not known of it, `best` chooses the batch, `limit` says which side ends first,
+`frontier` what more devices buy, `confidence` how much to stake on it, `rate` the learning rate there, and `sentences`
+has the words.
 """
 
 from __future__ import annotations
 
 import math
 
-from pybatch.answer.best import Best, best_of, bound_of, model_of
-from pybatch.answer.critical import critical_of, passed_over
+import numpy as np
+
+from pybatch.answer.best import Best, Bound, best_of, bound_of, ensemble_between
+from pybatch.answer.confidence import confidence_of
+from pybatch.answer.critical import Critical, critical_of, passed_over
+from pybatch.answer.ensemble import EFFICIENCY, Ensemble
 from pybatch.answer.frontier import doubling, frontier
-from pybatch.answer.limit import further_on, limit_of, wall_of
-from pybatch.answer.sentences import in_sentences
-from pybatch.answer.time_model import EFFICIENCY, Inputs, TimeModel
+from pybatch.answer.limit import Wall, further_on, limit_of, wall_of
+from pybatch.answer.rate import rate_of
+from pybatch.answer.sentences import advice, bounds
+from pybatch.base.errors import UsageError
 from pybatch.base.numerals import number
 from pybatch.records import (
     Capacity,
+    Confidence,
     Convergence,
-    Curve,
     Distributed,
     FrontierPoint,
+    Inputs,
     NoiseScale,
     Note,
     Reason,
+    ThroughputFit,
     Verdict,
 )
 
@@ -40,53 +49,55 @@ def advise(
 
     Args:
         capacity: throughput against batch size on one device.
-        noise: the gradient noise scale, taken for the critical batch where `steps` says nothing of it.
-        steps: measured steps to target, or branches; a critical batch fitted to them, or a bound of it, goes before
-            the noise scale.
+        noise: the gradient noise scale, which predicts the critical batch within a factor.
+        steps: measured steps to target, or branches: the critical batch fitted to them, or a bound of it.
         distributed: steps on several devices; without it, communication is not counted.
 
     Any of them may be None or unresolved: what then cannot be said is None, and the text and the notes say why.
     """
+    _check(capacity, noise, steps, distributed)
     critical = critical_of(noise, steps)
     fit = capacity.model if capacity is not None else None
+    best = None
+    if critical.value is not None and capacity is not None and fit is not None and fit.half_batch is not None:
+        best = best_of(critical, capacity, distributed)
+    limit, why = limit_of(critical, capacity)
     wall = wall_of(capacity)
-    limit, why = limit_of(critical, wall)
-    best = (
-        best_of(critical, capacity, distributed)
-        if critical.value is not None and capacity is not None and fit is not None
-        else None
-    )
+    further = further_on(best, wall)
     reasons, notes = [critical.reason], list(_capacity_notes(capacity))
     if capacity is not None and capacity.saturation_batch is not None:
         reasons.append(_saturation_reason(capacity))
 
-    low = high = devices = bound = None
+    low = high = devices = rate = None
+    ends: tuple[int | None, int | None] = (None, None)
     points: tuple[FrontierPoint, ...] = ()
-    if best is not None:
-        low, high, devices = best.low, best.high, best.model.useful_devices()
-        reasons += [best.reason, _devices_reason(best.model, devices)]
-        assert capacity is not None  # there is a best batch
-        points = frontier(best.model, devices, capacity.batches)
+    confidence: Confidence | None = None
+    if best is not None and capacity is not None:
+        low, high = best.low, best.high
+        useful = best.ensemble.useful_devices()
+        devices, ends = useful[0], useful[1:]
+        reasons += [best.reason, _devices_reason(best.ensemble, useful)]
+        points = frontier(best.ensemble, devices, capacity.batches)
         if twice := doubling(best, capacity.batches):
-            text = f"{best.model.law} times the modelled step time, at twice the best batch and at it"
-            reasons.append(Reason("doubling", text, "modelled", twice))
-    elif capacity is not None and fit is not None:
-        law = "sqrt(critical batch x half batch) at the"
-        if critical.low is not None:
-            low = max(1, math.floor(model_of(fit, critical.low, capacity).optimum()))
-            most = bound_of(capacity)
-            bound = most if low + 1 > most.value else None
-            text = f"{law} lower bound of the critical batch: use at least this"
-            inputs: Inputs = {"critical_low": critical.low, "half_batch": fit.half_batch}
-            reasons.append(Reason("best_low", text, "modelled", inputs))
-        if critical.high is not None:
-            high = math.ceil(model_of(fit, critical.high, capacity).optimum())
-            text = f"{law} upper bound of the critical batch: use at most this"
-            inputs = {"critical_high": critical.high, "half_batch": fit.half_batch}
-            reasons.append(Reason("best_high", text, "modelled", inputs))
-    further = further_on(best, wall)
-    reasons.append(Reason("limit", why, "modelled", further | ({wall.name: wall.value} if wall else {})))
-    seconds, seconds_reason = _time_to_target(critical.curve, best, capacity)
+            text = f"steps at twice the best batch and at it, times the {twice['step_times']} step times"
+            measured = best.ensemble.absolute and twice["step_times"] == "measured"
+            reasons.append(Reason("doubling", text, "measured" if measured else "modelled", twice))
+        second: Inputs = {}
+        if len(points) > 1:
+            second = {"time_factor": points[1].time_factor, "cost_factor": points[1].cost_factor}
+            reasons.append(Reason("second_device", "two devices at their best batch over one", "modelled", second))
+        rate, rate_reason = rate_of(best.batch, critical.value or 0.0, capacity, steps)
+        reasons += [rate_reason] if rate_reason is not None else []
+        confidence = confidence_of(critical, best, capacity)
+        assert confidence is not None
+        bound = bound_of(capacity)
+        said = advice(critical, capacity, limit, best, bound, confidence, useful, wall, further, second)
+    else:
+        low, high, kept, found = _bounded(critical, capacity, fit)
+        reasons += found
+        said = bounds(critical, capacity, wall, limit, (low, high), kept)
+    reasons.append(Reason("limit", why, "modelled", further | _sides(critical, capacity, wall)))
+    seconds, seconds_reason = _time_to_target(critical, best, capacity)
     reasons += [seconds_reason] if seconds_reason else []
 
     notes += passed_over(steps, critical.source)
@@ -94,9 +105,13 @@ def advise(
     for name, value in (("critical_batch", critical.value), ("best_batch", best), ("useful_devices", devices)):
         if value is None:
             notes.append(Note(f"verdict.{name}", critical.reason.text if name == "critical_batch" else absent))
+    if rate is None:
+        lack = absent if best is None else "no rate is known at any batch size"
+        notes.append(Note("verdict.learning_rate", lack))
     if seconds is None:
         lack = absent if critical.curve else "steps to a target were not measured, only what a step takes"
         notes.append(Note("verdict.time_to_target", lack))
+    weighed = critical.weighed
     return Verdict(
         critical_batch=critical.value,
         critical_low=critical.low,
@@ -109,33 +124,104 @@ def advise(
         limit=limit,
         useful_devices=devices,
         time_to_target=seconds,
-        text=in_sentences(critical, capacity, wall, limit, best, (low, high), bound, devices, further),
+        text=said.text,
         reasons=tuple(reasons),
         notes=tuple(notes),
         frontier=points,
+        useful_devices_low=ends[0],
+        useful_devices_high=ends[1],
+        learning_rate=rate,
+        confidence=confidence,
+        evidence=(*weighed.readings, *weighed.aside) if weighed is not None else (),
+        answer=said.answer,
+        because=said.because,
     )
 
 
-def time_model(
+def ensemble(
     capacity: Capacity, noise: NoiseScale | None, steps: Convergence | None, distributed: Distributed | None = None
-) -> TimeModel | None:
-    """The model of time to the loss that `advise` weighs; None where a side of it is not known."""
+) -> Ensemble | None:
+    """The times to the loss that `advise` weighs; None where a side of them is not known."""
     critical = critical_of(noise, steps)
-    if critical.value is None or capacity.model is None:
+    if critical.value is None or capacity.model is None or capacity.model.half_batch is None:
         return None
-    return model_of(capacity.model, critical.value, capacity, distributed, critical.shape)
+    return ensemble_between(critical, capacity, distributed)
+
+
+_KINDS = {"capacity": Capacity, "noise": NoiseScale, "steps": Convergence, "distributed": Distributed}
+
+
+def _check(*given: object) -> None:
+    """UsageError for what is no record of its kind: a run, a class, a figure."""
+    for (name, kind), value in zip(_KINDS.items(), given, strict=True):
+        if value is not None and not isinstance(value, kind):
+            what = value.__name__ if isinstance(value, type) else type(value).__name__
+            raise UsageError(
+                f"advise(): {name} is {'the class ' * isinstance(value, type)}{what}. Give a {kind.__name__}, such as "
+                f"a run's .{'convergence' if name == 'steps' else name}, or None."
+            )
+
+
+def _bounded(
+    critical: Critical, capacity: Capacity | None, fit: ThroughputFit | None
+) -> tuple[int | None, int | None, Bound | None, list[Reason]]:
+    """The least and the largest batch worth using where none is advised, what bounds the least one, and why."""
+    if capacity is None or fit is None:
+        return None, None, None, []
+    timed = [p.batch for p in capacity.batches if p.status == "ok"]
+    if fit.half_batch is None and fit.ceiling is not None:
+        text = "step time is proportional to the batch: no batch takes less time than the smallest timed"
+        least = min(timed)
+        return None, least, None, [Reason("best_high", text, "measured", {"smallest_measured": least})]
+    if fit.half_batch is None:
+        text = "step times do not rise with the batch: none takes less time than the largest timed, within what fits"
+        largest = int(min(max(timed), bound_of(capacity).value))
+        return largest, None, None, [Reason("best_low", text, "measured", {"largest_measured": max(timed)})]
+    most, found = bound_of(capacity), []
+    low = high = kept = None
+    law = "sqrt(critical batch x half batch) at the"
+    if critical.low is not None:
+        root = min(math.sqrt(critical.low * fit.half_batch), most.value)
+        low = max(1, math.floor(root))
+        kept = most if low + 1 > most.value else None
+        inputs: Inputs = {"critical_low": critical.low, "half_batch": fit.half_batch}
+        text = f"{law} lower bound of the critical batch: use at least this"
+        found.append(Reason("best_low", text, "modelled", inputs))
+    if critical.high is not None:
+        root = min(math.sqrt(critical.high * fit.half_batch), most.value)
+        high = max(1, math.ceil(root))
+        inputs = {"critical_high": critical.high, "half_batch": fit.half_batch}
+        text = f"{law} upper bound of the critical batch: use at most this"
+        found.append(Reason("best_high", text, "modelled", inputs))
+    return low, high, kept, found
+
+
+def _sides(critical: Critical, capacity: Capacity | None, wall: Wall | None) -> Inputs:
+    """What the limit compares, and the wall that sentences name."""
+    fit = capacity.model if capacity is not None else None
+    found: Inputs = {} if wall is None else {wall.name: wall.value}
+    if fit is not None:
+        found |= {"critical_batch": critical.value, "half_batch": fit.half_batch}
+        found |= {"half_low": fit.half_low, "half_high": fit.half_high}
+    if capacity is not None and capacity.max_batch is not None:
+        found["max_batch"] = capacity.max_batch
+    return found
 
 
 def _time_to_target(
-    curve: Curve | None, best: Best | None, capacity: Capacity | None
+    critical: Critical, best: Best | None, capacity: Capacity | None
 ) -> tuple[float | None, Reason | None]:
+    curve = critical.curve
     if curve is None or curve.s_min is None or best is None or capacity is None:
         return None, None
-    steps = curve.s_min * float(best.model.steps(best.batch))
+    found = best.ensemble.steps(best.batch, members=True) * (1.0 if best.ensemble.absolute else curve.s_min)
+    steps = float(np.exp(np.log(found).mean()))
     timed = next((p.step_ms for p in capacity.batches if p.batch == best.batch and p.step_ms), None)
-    step_s = timed / 1e3 if timed else best.model.fit.step_s(best.batch)
+    step_s = timed / 1e3 if timed else float(best.ensemble.step_s(best.batch))
     text = f"fitted steps to the {curve.split} loss target times the {'measured' if timed else 'modelled'} step time"
-    return steps * step_s, Reason("time_to_target", text, "modelled", {"steps": steps, "step_s": step_s})
+    inputs: Inputs = {"steps": steps, "step_s": step_s}
+    inputs |= {"steps_low": float(np.quantile(found, 0.025)), "steps_high": float(np.quantile(found, 0.975))}
+    return steps * step_s, Reason("time_to_target", text, "modelled", inputs)
 
 
 def _saturation_reason(capacity: Capacity) -> Reason:
@@ -156,7 +242,7 @@ def _saturation_reason(capacity: Capacity) -> Reason:
     return Reason("saturation_batch", text, "modelled", inputs)
 
 
-def _devices_reason(model: TimeModel, devices: int) -> Reason:
+def _devices_reason(model: Ensemble, useful: tuple[int, int, int]) -> Reason:
     counted = model.communication
     how = (
         "an upper bound, as communication is not counted"
@@ -166,7 +252,8 @@ def _devices_reason(model: TimeModel, devices: int) -> Reason:
     text = (
         f"most devices with a parallel efficiency of {EFFICIENCY:g} or better, each number at its own best batch; {how}"
     )
-    inputs: Inputs = {"efficiency": EFFICIENCY, "batch": float(model.optimum(float(devices)))}
+    inputs: Inputs = {"efficiency": EFFICIENCY, "batch": model.optimum(float(useful[0]))}
+    inputs |= {"low": useful[1], "high": useful[2]}
     if counted is not None:
         inputs |= {"gamma": counted.gamma, "bandwidth_bytes_per_s": counted.bandwidth_bytes_per_s}
         inputs |= {"latency_s": counted.latency_s, "measured_devices": counted.devices}
@@ -179,6 +266,10 @@ def _unknown(capacity: Capacity | None) -> str:
         return "capacity was not measured"
     if capacity.model is None:
         return "too few batch sizes were timed for a throughput fit"
+    if capacity.model.ceiling is None:
+        return "step times do not rise with the batch: no ceiling is in sight"
+    if capacity.model.half_batch is None:
+        return "step time is proportional to the batch from the smallest timed on"
     return "it needs the critical batch, which is not known"
 
 

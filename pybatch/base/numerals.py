@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
@@ -84,6 +85,13 @@ def rounded(value: float | None) -> str:
     return number(value) if value is not None and value < 100 else count(value)
 
 
+def batch_size(value: float | None) -> str:
+    """A modelled batch size: three digits at most, whole from 10 on."""
+    if value is None or value < 9.95:
+        return number(value, 2)
+    return count(value) if value < 99.5 else number(value)
+
+
 def interval(low: float | None, high: float | None, form: Callable[[float | None], str] = number) -> str:
     """An interval in brackets, its ends written by `form`; an open end is spelled out."""
     if low is None and high is None:
@@ -109,6 +117,12 @@ def share(value: float | None) -> str:
         if percent
         else "0 %"
     )
+
+
+def when(iso: str) -> str:
+    """A time of a record as people write it: 2 January 2026, 03:04 UTC."""
+    at = datetime.fromisoformat(iso)
+    return f"{at.day} {at:%B %Y, %H:%M} {at.tzname() or ''}".strip()
 
 
 def memory(bytes_: float | None) -> str:

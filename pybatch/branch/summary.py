@@ -12,6 +12,7 @@ from scipy.signal import savgol_filter
 from pybatch.base.numerals import number
 from pybatch.fits.solver import Array
 from pybatch.fits.steps import fit_steps
+from pybatch.fits.steps_data import DIVERGED
 from pybatch.records import Branching, BranchPoint, Note
 
 WINDOW = 16  # looks at the loss along a branch
@@ -96,11 +97,11 @@ def _smoothed(losses: Array) -> Array:
 def _steps_to(level: float, smooth: Array, window_steps: Array) -> Array:
     """Steps [batches, repeats] at which the loss first is at the level, between looks by a monotone cubic.
 
-    Infinite where it is not in the window, nan where the branch diverged first.
+    Infinite where it is not in the window, DIVERGED where the branch diverged first.
     """
-    found = np.where(np.isnan(smooth).any(-1), np.nan, np.inf)  # [batches, repeats]
+    found = np.where(np.isnan(smooth).any(-1), DIVERGED, np.inf)  # [batches, repeats]
     between = np.linspace(0, WINDOW, WINDOW * _FINE + 1)
-    for index in zip(*np.nonzero(np.isinf(found)), strict=True):
+    for index in zip(*np.nonzero(np.isposinf(found)), strict=True):
         fine = PchipInterpolator(np.arange(WINDOW + 1), smooth[index])(between)
         met = np.flatnonzero(fine <= level)
         if len(met):

@@ -33,6 +33,7 @@ class Findings:
     rounds: Rounds | None = None
     bursts: dict[int, float] = field(default_factory=dict)  # batch size -> seconds of a first step after a rest
     kept: dict[int, BatchPoint] = field(default_factory=dict)  # of an earlier run
+    disturbed: tuple[str, ...] = ()  # what disturbed the timing from outside
 
     def take_over(self, earlier: Capacity) -> tuple[int, bool]:
         """Let what stands of an earlier run count as found; returns the first round left, whether the range was."""
@@ -43,6 +44,7 @@ class Findings:
         if settled:
             self.notes += said
         self.ceilings = earlier.ceilings
+        self.disturbed = earlier.disturbed
         for n, p in self.kept.items():
             step_s = p.step_ms / 1e3 if p.step_ms is not None else None
             flops = None if p.model_flops is None else int(p.model_flops)
@@ -124,6 +126,7 @@ class Findings:
             anchor=self.rounds.anchor if self.rounds is not None else None,
             complete=not late and not refused,
             seed=self.seed,
+            disturbed=self.disturbed,
             place=Place("cuda" if device.type == "cuda" else "cpu", self.session.dtype, cache),
             mode=self.mode,
         )

@@ -23,8 +23,8 @@ from pybatch.capacity.timing import WARM_UP, Rounds, Series
 from pybatch.device.ceilings import measure_ceilings
 from pybatch.device.clock import Clock, clock_for
 from pybatch.device.counters import Region
-from pybatch.device.counters_cpu import OtherLoad
-from pybatch.device.identity import resolve, usable_cores
+from pybatch.device.disturbance import Disturbance
+from pybatch.device.identity import resolve
 from pybatch.device.memory import PeakMemory
 from pybatch.records import BatchPoint, Capacity, Note
 from pybatch.workloads.base import Progress, Workload
@@ -36,7 +36,6 @@ _EXPLORE = 0.30
 _EXPLORE_GIVEN = 0.60  # batches that were asked for, and the fewest a fit needs, come before precision
 _BURSTS = _WARM_UP = 0.08  # each, of the time for timing
 _STEP = 1 / 60  # of the time budget; a step that takes more of it leaves no room for ten at every batch size
-_DISTURBED = 0.1  # of the usable cores, kept busy by others, that a reader should hear of
 _NOT_ASKED = Note("capacity.max_batch", "not asked for")
 _NONE_RAN = Note("capacity.max_batch", "no batch size ran, so that nothing is known of memory")
 
@@ -222,7 +221,7 @@ class _Measurement:
         end, deadline = deadline, deadline - energy.reserve_s(wanted, deadline - self.clock.now())
         share = max(1.0, 1.5 * (deadline - self.clock.now()) / len(wanted))
         rule = StoppingRule(max_seconds=share)
-        others = OtherLoad()
+        disturbance = Disturbance()
         rounds = found.rounds = Rounds(
             timed.load,
             timed,
@@ -240,9 +239,8 @@ class _Measurement:
         for n, window in energy.measure(medians, end).items():
             rounds.series[n].energy = window
         timed.clear()
-        if (busy := others.cores()) is not None and self.device.type == "cpu" and busy > _DISTURBED * usable_cores():
-            text = f"other processes kept {busy:.1f} cores busy meanwhile: times are those of a disturbed machine"
-            found.notes.append(Note("batches.step_ms", text))
+        if self.device.type == "cpu":
+            found.disturbed += disturbance.told()
         if control is not None:
             self._compare(rounds.series.pop(control))
         for series in rounds.series.values():

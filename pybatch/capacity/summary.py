@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from pybatch.base.numerals import counted
 from pybatch.capacity.bound import Place, undecided, with_bounds
 from pybatch.capacity.burst import BURST_STEPS
@@ -30,6 +32,7 @@ _AVERAGED = ("sm_active", "sm_occupancy", "tensor_active", "dram_active", "cpu_a
 _NEAR = 0.95  # of the ceiling: a measured batch that reaches this saturates the device
 _NEARLY = 0.90  # the same for its median
 _DRIFT = 0.05  # change of the anchor's step time that a reader should hear of
+_SPREAD = 0.15  # of a step time's medians in different rounds
 _SUSTAINED = 0.05  # slowdown from burst to sustained, likewise
 _FITTABLE = 3  # batch sizes
 _FALL = 0.1  # below the best throughput: past it caches overflow or memory is scarce, and no ceiling is approached
@@ -126,6 +129,7 @@ def summarize(
     workload: WorkloadInfo,
     largest: Largest,
     drift: float | None,
+    disturbed: tuple[str, ...],
     complete: bool,
     seed: int,
     place: Place,
@@ -151,12 +155,14 @@ def summarize(
         if len(rising) < len(timed):
             text = f"throughput falls by over {_FALL:.0%} past batch {rising[-1].batch}; the fit is of those up to it"
             notes.append(Note("capacity.model", text))
+    disturbed = (*disturbed, *_unsteady(timed, drift))
+    if disturbed:
+        text = f"{'; '.join(disturbed)}: times are those of a disturbed machine"
+        notes.append(Note("batches.step_ms", text))
     points = with_bounds(points, place, fit)
     if any(p.status == "ok" and p.bound_by is None for p in points):
         notes.append(Note("batches.bound_by", undecided(points)))
     notes += _burst_notes(timed)
-    if drift is not None and abs(drift) > _DRIFT:
-        notes.append(Note("capacity.drift", f"the anchor batch's step time changed by {drift:+.1%} during the run"))
     if workload.examples is not None and timed and timed[-1].batch > workload.examples:
         text = (
             f"a batch above the {workload.examples:,} training examples repeats some of them, as {workload.name} draws "
@@ -178,6 +184,7 @@ def summarize(
         drift=drift,
         anchor=anchor,
         complete=complete,
+        disturbed=disturbed,
         mode=mode,
         notes=tuple(notes),
         device=device,
@@ -243,6 +250,25 @@ def counter_notes(
     return notes
 
 
+def _unsteady(timed: Sequence[BatchPoint], drift: float | None) -> list[str]:
+    """What the times themselves show of a disturbance: from round to round, and from the beginning to the end."""
+    found = []
+    if drift is not None and abs(drift) > _DRIFT:
+        found.append(f"one batch's step time changed by {drift:+.1%} during the run")
+    spreads = [spread for p in timed if (spread := _between_rounds(p)) is not None]
+    middle = float(np.median(spreads)) if spreads else 0.0
+    if middle > _SPREAD:
+        found.append(f"step times differ by {middle:.0%} from one round to another")
+    return found
+
+
+def _between_rounds(p: BatchPoint) -> float | None:
+    """The largest median of a round over the smallest, minus 1; None of a single round."""
+    rounds = {r: [b for b, of in zip(p.blocks_ms, p.block_rounds, strict=True) if of == r] for r in set(p.block_rounds)}
+    medians = [float(np.median(blocks)) for blocks in rounds.values()]
+    return max(medians) / min(medians) - 1 if len(medians) > 1 else None
+
+
 def _burst_notes(timed: Sequence[BatchPoint]) -> list[Note]:
     slower = [(p.step_ms_low / p.burst_step_ms - 1, p.batch) for p in timed if p.step_ms_low and p.burst_step_ms]
     most, batch = max(slower, default=(0.0, 0))
@@ -277,7 +303,7 @@ def _saturation_measured(fit: ThroughputFit | None, timed: Sequence[BatchPoint])
 
     The interval alone would let the noisiest batch saturate first.
     """
-    if fit is None:
+    if fit is None or fit.ceiling is None:
         return None
     near = (p for p in timed if _fastest(p) >= _NEAR * fit.ceiling)
     return next((p.batch for p in near if (p.samples_per_s or 0.0) >= _NEARLY * fit.ceiling), None)
@@ -291,6 +317,10 @@ def _fit_notes(fit: ThroughputFit, timed: Sequence[BatchPoint], largest: Largest
             f"step time rises in steps of {fit.wave} examples: a batch just above a multiple of {fit.wave} is wasteful"
         )
         notes.append(Note("capacity.model", text))
+    named = {"ceiling": "ceiling_samples_per_s"}
+    notes += [Note(f"capacity.{named.get(note.figure, note.figure)}", note.text) for note in fit.notes]
+    if fit.saturation_batch is None:
+        return notes
     if largest.batch is not None and fit.saturation_batch > largest.batch:
         text = f"not saturated: memory ends at batch {largest.batch}, below saturation"
         notes.append(Note("capacity.saturation_batch", text))

@@ -61,7 +61,20 @@ def _moved(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [part for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor) for part in _parts(leaf)]
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a tensor keeps in memory: itself, or the indices and values of a sparse one."""
+    if tensor.layout == torch.strided:
+        return (tensor,)
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return ()  # the library's own packing, as of mkldnn: its bytes are not known
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -72,6 +72,8 @@ def bench(
     format_: flags.Format = None,
     output: flags.Output = None,
     quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
+    price: flags.Price = None,
 ) -> None:
     """Capacity, noise and verdict: the batch size to use for this workload on this device."""
     if quick and thorough:
@@ -98,7 +100,10 @@ def bench(
     partial = partial_record(output, format_, resume)
     earlier = partial.earlier() if partial is not None and resume else None
     # What can't be written is said now, not after measuring.
-    with Delivery(format_, output, quiet) as delivery, Output(html) if html is not None else nullcontext():
+    with (
+        Delivery(format_, output, quiet, verbose, price) as delivery,
+        Output(html) if html is not None else nullcontext(),
+    ):
         found, device = subject.find(options.dtype)
         from pybatch.capacity.modes import Mode
 

@@ -55,6 +55,7 @@ def branch(
     format_: flags.Format = None,
     output: flags.Output = None,
     quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """The critical batch along training, by branching from checkpoints with other batch sizes."""
     steps = [int(step) for step in numbers("checkpoints", checkpoints, r"[0-9]+", "50,200,800")]
@@ -84,7 +85,7 @@ def branch(
     check_budget(time_budget)
     check_seed(seed)
     subject = Subject(workload, model, data, option, gpu, cpu)
-    with Delivery(format_, output, quiet) as delivery:
+    with Delivery(format_, output, quiet, verbose) as delivery:
         found, device = subject.find(dtype)
         from pybatch.jobs.branch import run_branches
 

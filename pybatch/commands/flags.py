@@ -31,4 +31,8 @@ Format = Annotated[
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write the result here; the table is still printed.")
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every note, not only those that change the answer.")]
+Price = Annotated[
+    float | None, typer.Option(help="Of a device-hour, in any currency: what training costs is told in it as well.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]

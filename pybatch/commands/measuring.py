@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -73,6 +73,11 @@ def check_budget(seconds: float) -> None:
         )
 
 
+def check_price(price: float | None) -> None:
+    """Raise UsageError for a price of a device-hour that is none."""
+    check_between("price", price, 0.0, 1e6, above=True)
+
+
 def typed() -> str:
     """What the user typed, for the record."""
     return visible(shlex.join(["pybatch", *sys.argv[1:]]))
@@ -125,10 +130,18 @@ class Delivery:
     A context manager: Ctrl-C in it ends the command, with a word on what became of the record; so does SIGTERM.
     """
 
-    def __init__(self, format_: str | None, output: Path | None, quiet: bool) -> None:
+    def __init__(
+        self,
+        format_: str | None,
+        output: Path | None,
+        quiet: bool,
+        verbose: bool = False,
+        price: float | None = None,
+    ) -> None:
+        check_price(price)
         self.format = checked_format(format_, output)
         self.target = Output(output) if output is not None else None
-        self.quiet = quiet
+        self.quiet, self.verbose, self.price = quiet, verbose, price
         self.run: Run | None = None  # what was measured; None in all but one of torchrun's processes
         self.written = False
         self.fault: Exception | None = None  # of pybatch, in the middle of the measurement
@@ -176,7 +189,9 @@ class Delivery:
         """Write and print the run; the exit status."""
         if self.run is None:  # one of torchrun's processes: the first one has the result
             return DONE
-        self.written = deliver(self.run, self.format, self.target)
+        if self.price is not None:
+            self.run = replace(self.run, price=self.price)
+        self.written = deliver(self.run, self.format, self.target, self.verbose)
         if self.fault is not None:
             return faults.tell(self.fault, "; what was measured is kept")
         return DONE if self.run.complete and self.written else INCOMPLETE
@@ -190,9 +205,9 @@ def checked_format(format_: str | None, output: Path | None) -> str:
     return format_
 
 
-def deliver(run: Run, format_: str, target: Output | None) -> bool:
+def deliver(run: Run, format_: str, target: Output | None, verbose: bool = False) -> bool:
     """Write and print; False where the file could not be written, whose text then goes to stdout."""
-    text, written = render(run, format_), target is None
+    text, written = render(run, format_, verbose), target is None
     if target is not None:
         try:
             target.write(text)
@@ -203,7 +218,7 @@ def deliver(run: Run, format_: str, target: Output | None) -> bool:
     console = ResultConsole()
     try:
         if format_ == "table" or (target is not None and written):
-            print_run(run, console)
+            print_run(run, console, verbose)
         else:
             sys.stdout.write(text)
         sys.stdout.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +16,10 @@ from pybatch.answer.changes import Condition, broken, parse_condition
 from pybatch.answer.merge import join
 from pybatch.base.errors import UsageError, unknown
 from pybatch.base.plain import visible
+from pybatch.commands import flags
 from pybatch.commands.assignments import parse_targets
 from pybatch.commands.interrupting import termination_heard
-from pybatch.commands.measuring import BROKEN, DONE
+from pybatch.commands.measuring import BROKEN, DONE, check_price
 from pybatch.commands.printing import ResultConsole
 from pybatch.noise.trajectory import read_trajectory
 from pybatch.records import NoiseTrajectory, Run
@@ -84,6 +85,8 @@ def report(
         str | None,
         typer.Option(help="Losses to report a store at: 'train=0.1'. Default: those of its sweeps. Not for FILE.json."),
     ] = None,
+    verbose: flags.Verbose = False,
+    price: flags.Price = None,
 ) -> None:
     """One self-contained HTML page from saved runs and sweeps, for a browser without a network; or text, or figures.
 
@@ -91,6 +94,7 @@ def report(
     """
     from pybatch.report.formats.html import as_runs, page
 
+    check_price(price)
     targets = parse_targets(target) if target is not None else None
     for split in targets or ():
         if split not in SPLITS:
@@ -99,11 +103,13 @@ def report(
         output = Path("report.html")
     format_ = _report_format(output) if output is not None else None
     runs = as_runs([record for path in records for record in _told(path, read_records(path, targets))])
+    if price is not None:
+        runs = [replace(run, price=price) for run in runs]
     if output is not None and format_ is not None:
         with termination_heard(), Output(output) as file:
             # Rows are of one kind each; all else is of one run, whose verdict may stand on both measurements.
             shown = runs if format_ in ("csv", "jsonl") else join(runs)
-            file.write(page(shown) if format_ == "html" else render_all(shown, format_))
+            file.write(page(shown) if format_ == "html" else render_all(shown, format_, verbose))
         print(visible(f"pybatch: wrote {output}"), file=sys.stderr)
     if png is not None:
         from pybatch.report.formats.png import write_pngs

@@ -80,6 +80,8 @@ def sweep(
     format_: flags.Format = None,
     output: flags.Output = None,
     quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
+    price: flags.Price = None,
 ) -> None:
     """Steps to a loss target against batch size, for each learning-rate rule, and the critical batch."""
     from pybatch.sweep.options import SweepOptions
@@ -117,7 +119,7 @@ def sweep(
         gap_epochs=gap_epochs,
     )
     subject = Subject(workload, model, data, option, gpu, cpu)
-    with Delivery(format_, output, quiet) as delivery:
+    with Delivery(format_, output, quiet, verbose, price) as delivery:
         found, device = subject.find(dtype)
         from pybatch.device.memory import keep_freed
         from pybatch.jobs.sweep import run_sweep

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import psutil
@@ -63,26 +62,3 @@ class Rapl:
         except (OSError, ValueError) as error:
             self.reasons["joules"] = f"the RAPL energy counter cannot be read: {error}"
             return None
-
-
-class OtherLoad:
-    """CPU time that other processes took since this object was made; they slow down what is timed meanwhile."""
-
-    def __init__(self) -> None:
-        self._process = psutil.Process()
-        self._began, self._before = time.perf_counter(), self._other_seconds()
-
-    def cores(self) -> float | None:
-        """Cores kept busy by others, on average; None where this process cannot use the whole machine.
-
-        There the system's counters include cores that do not concern it.
-        """
-        if usable_cores() != psutil.cpu_count():
-            return None
-        seconds = time.perf_counter() - self._began
-        return max(0.0, (self._other_seconds() - self._before) / seconds) if seconds > 0 else 0.0
-
-    def _other_seconds(self) -> float:
-        machine, own = psutil.cpu_times(), self._process.cpu_times()
-        every = machine.user + machine.system + getattr(machine, "nice", 0.0)
-        return float(every - own.user - own.system)

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pybatch.base.errors import UsageError
 from pybatch.fits.noise import BLOCKS, MISSING, estimate, estimate_layers, judge, merge, pair
+from pybatch.fits.stretch import coarse, drift_note, newest, trajectory
 from pybatch.records import NoiseScale, Note
 
 RING = 256  # blocks kept before adjacent ones are merged: 6 KB, and enough that halving leaves more than BLOCKS
@@ -38,6 +39,16 @@ class Ring:
             self._block *= 2
         self._sums[self._steps // self._block] += step
         self._steps += 1
+
+    @property
+    def length(self) -> int:
+        """Steps a block holds; the last may hold fewer."""
+        return self._block
+
+    @property
+    def steps(self) -> int:
+        """Steps so far."""
+        return self._steps
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,6 +85,7 @@ class NoiseAccumulator:
         layers: names of the layers whose norms are given beside the total.
         preconditioned: whether norms under Adam's preconditioner are given too.
         missing: what to say where no pair came.
+        every: training steps that a pair stands for.
     """
 
     def __init__(
@@ -82,7 +94,9 @@ class NoiseAccumulator:
         layers: tuple[str, ...] = (),
         preconditioned: bool = False,
         missing: str = MISSING,
+        every: int = 1,
     ) -> None:
+        self.every = every
         self.source, self.layers, self.preconditioned, self.missing = source, layers, preconditioned, missing
         self._total = Ring(RING, 2 if preconditioned else 1)
         self._layers = Ring(LAYER_RING, len(layers))
@@ -118,14 +132,17 @@ class NoiseAccumulator:
         if not (math.isfinite(sq_small) and math.isfinite(sq_large)):
             self.skip()
             return
-        own = np.full((len(self.layers), 2), np.nan) if layers is None else np.asarray(layers, dtype=np.float64)
-        if own.shape != (len(self.layers), 2):
-            raise UsageError(f"layers of shape {own.shape} for {len(self.layers)} names. Give [layers, 2].")
-        series = [[sq_small, sq_large]]
+        if self.layers or layers is not None:
+            own = np.full((len(self.layers), 2), np.nan) if layers is None else np.asarray(layers, dtype=np.float64)
+            if own.shape != (len(self.layers), 2):
+                raise UsageError(f"layers of shape {own.shape} for {len(self.layers)} names. Give [layers, 2].")
+            if self.layers:
+                self._layers.add(_pairs(own, n_small, n_large))
         if self.preconditioned:
-            series.append([math.nan] * 2 if preconditioned is None else np.asarray(preconditioned).tolist())
-        self._total.add(_pairs(np.array(series), n_small, n_large))
-        self._layers.add(_pairs(own, n_small, n_large))
+            weighted = [math.nan] * 2 if preconditioned is None else np.asarray(preconditioned).tolist()
+            self._total.add(_pairs(np.array([[sq_small, sq_large], weighted]), n_small, n_large))
+        else:
+            self._total.add(np.array([(1.0, *pair(sq_small, sq_large, n_small, n_large))]))
         self._sizes += n_small, n_large
         self._pairs += 1
 
@@ -143,9 +160,25 @@ class NoiseAccumulator:
 
     def estimate(self, single: int = 0, notes: tuple[Note, ...] = ()) -> NoiseScale:
         """The noise scale of everything seen so far."""
+        return self._read(0, single, notes)
+
+    def newest(self, single: int = 0, notes: tuple[Note, ...] = ()) -> NoiseScale:
+        """The noise scale of the newest stretch that gives an interval, and the whole run as its trajectory."""
+        ring, every = self._total, self.every
+        rows = ring.rows[0]
+        first = newest(rows, self._sizes[0] / self._pairs if self._pairs else None)
+        start, end = first * ring.length * every + 1, ring.steps * every
+        found = self._read(first, single, (*drift_note(rows[first:], start, end), *notes))
+        if not ring.steps:
+            return found
+        run = trajectory(rows, ring.length * every, end)
+        return dataclasses.replace(found, first_step=start, last_step=end, trajectory=run)
+
+    def _read(self, first: int, single: int, notes: tuple[Note, ...]) -> NoiseScale:
+        """Of the rows from the first on."""
         small, large = (self._sizes / self._pairs).tolist() if self._pairs else (None, None)
         total = estimate(
-            self.rows,
+            self.rows[first:],
             source=self.source,
             small_batch=small,
             large_batch=large,
@@ -154,11 +187,11 @@ class NoiseAccumulator:
             notes=notes,
             missing=self.missing,
         )
-        return dataclasses.replace(
-            total,
-            layers=estimate_layers(self.layers, self._layers.rows, small) if self.layers else (),
-            preconditioned=judge(self._total.rows[1], small, NO_MOMENTS).weighted() if self.preconditioned else None,
-        )
+        blocks = self._layers.rows
+        start = coarse(first * self._total.length // self._layers.length, blocks.shape[1])
+        layers = estimate_layers(self.layers, blocks[:, start:], small) if self.layers else ()
+        weighted = judge(self._total.rows[1][first:], small, NO_MOMENTS).weighted() if self.preconditioned else None
+        return dataclasses.replace(total, layers=layers, preconditioned=weighted)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later, as plain types."""

@@ -121,7 +121,7 @@ def judge(rows: ArrayLike, small_batch: float | None = None, missing: str = MISS
         return nothing("a sum of squared norms overflowed: the gradient is not finite")
     if not table[:, 1:].any():
         return nothing("every gradient was zero: the loss does not depend on these parameters here")
-    blocks = _regroup(table)
+    blocks = regroup(table)
     if len(blocks) < MIN_BLOCKS:
         return nothing(f"{len(blocks)} blocks of pairs are too few for an interval; {MIN_BLOCKS} are the least")
     low, high, case = fieller(blocks)
@@ -248,7 +248,7 @@ def fieller(blocks: Rows, confidence: float = CONFIDENCE) -> tuple[float, float,
     return c / (b + root), math.inf, "above"
 
 
-def _regroup(table: Rows) -> Rows:
+def regroup(table: Rows) -> Rows:
     """At most BLOCKS blocks of adjacent rows, with counts as even as whole rows allow."""
     if len(table) <= BLOCKS:
         return table

@@ -1,4 +1,5 @@
-"""Regimes of data parallelism (Golmant et al. 2018): linear, diminishing, stagnant, for each batch size tested.
+"""Regimes of data parallelism (Golmant et al. 2018): linear, diminishing, stagnant, for each batch size tested; and
+superlinear, where a smaller batch takes more steps *and* more examples.
 
 A label stands where at least nine in ten resamples agree on it; otherwise it is "undetermined".
 """
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 
 from pybatch.fits.solver import Array
 
-LABELS = ("linear", "diminishing", "stagnant")
+LABELS = ("linear", "diminishing", "stagnant", "superlinear")
 AGREED = 0.9  # share of the resamples behind a label
 LINEAR = 7 / 12  # S(2B) / S(B) at B_20 on the hyperbola: up to it, a doubling is near to halving the steps
+SUPERLINEAR = 0.5**2 / LINEAR  # S(2B) / S(B) as far below a half as LINEAR is above it
 STAGNANT = 0.9  # S(2B) / S(B) at B_stag
 DOUBLING = (1.4, 3.0)  # a batch this many times larger tells what a doubling does
 
@@ -26,9 +28,11 @@ def unknown(size: Array) -> Regimes:
     return _agreed(size, np.full((1, len(size)), -1))
 
 
-def of_model(size: Array, b20: Array, b_stag: Array) -> Regimes:
-    """Labels of batch sizes [n] from the resampled B_20 and B_stag [R]: linear up to one, stagnant from the other."""
+def of_model(size: Array, b20: Array, b_stag: Array, b_min: Array) -> Regimes:
+    """Labels of batch sizes [n] from the resampled B_20, B_stag and B_min [R]: linear up to the first, stagnant from
+    the second, superlinear below the third."""
     codes = np.where(size >= b_stag[:, None], 2, np.where(size <= b20[:, None], 0, 1))
+    codes = np.where(size < b_min[:, None], 3, codes)  # nan: all take as many examples
     return _agreed(size, codes)
 
 
@@ -49,7 +53,8 @@ def of_doubling(size: Array, median: Array) -> Regimes:
         known = np.isfinite(median[:, i]) & np.isfinite(median[:, j])
         saved = np.where(known, median[:, j], 1.0) / np.where(known, median[:, i], 1.0)
         saved **= math.log(2) / math.log(ratio[near])  # as a doubling would
-        codes[:, i] = np.where(known, np.where(saved > STAGNANT, 2, np.where(saved <= LINEAR, 0, 1)), -1)
+        within = np.where(saved > STAGNANT, 2, np.where(saved > LINEAR, 1, np.where(saved < SUPERLINEAR, 3, 0)))
+        codes[:, i] = np.where(known, within, -1)
     return _agreed(size, codes)
 
 

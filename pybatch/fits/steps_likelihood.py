@@ -1,6 +1,9 @@
 """The likelihood of steps to target under one model, its best fit, and by what models are compared.
 
-Errors are normal in log steps, with tails that count linearly; see `steps` for what counts how.
+Errors are normal in log steps, with tails that count linearly; see `steps` for what counts how. A run that is late
+among those of its batch size may be stuck: with a small probability it takes any steps up to LATE times as many, or
+never reaches, whatever the batch size. Its pull on the curve ends where that is the likelier story (a mixture, as in
+Hogg, Bovy and Lang 2010, section 3), so that one such run bends nothing, however late and wherever the cap.
 """
 
 from __future__ import annotations
@@ -10,16 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
 from pybatch.fits import steps_model
 from pybatch.fits.solver import Array, Evaluate, aicc, minimize
 from pybatch.fits.steps_data import CENSORED, REACHED, Cells
 
+STUCK = 0.05  # of runs, before their steps are seen
+LATE = math.log(1e3)  # log steps past the curve over which a stuck run that reaches may lie
 SOFT = 3.0  # standard deviations from which on a residual counts linearly
 RESOLUTION = 2e-3  # log steps: steps are whole numbers, and a perfect fit must not drive AICc to minus infinity
 LEAST_THREE = 5  # batch sizes for a model of three unknowns
 FEW = 5  # runs up to which AICc has no correction, or one of 20 against any bend: models are compared without it
+SETTLED = 1e-3  # relative change of the error's size from which on it stands
 SUPPORT = 4.0  # of AICc: within it the hyperbola has support and stands (Burnham and Anderson 2002, section 2.6)
 
 
@@ -40,9 +47,9 @@ def candidates(reached: int, runs: int) -> list[str]:
 
 
 def handicap(model: str) -> float:
-    """What a model of three unknowns must do better, by AICc. Runs of one seed, and seeds of one batch size, err
+    """What a model other than the hyperbola must do better, by AICc. Runs of one seed, and seeds of one batch size, err
     together, so that AICc sees more data than there are, and a third unknown moves B_50 by half for nothing."""
-    return SUPPORT if len(steps_model.NAMES[model]) > 2 else 0.0
+    return SUPPORT if model == "power-law" or len(steps_model.NAMES[model]) > 2 else 0.0
 
 
 def data_points(runs: Any) -> Any:
@@ -50,26 +57,53 @@ def data_points(runs: Any) -> Any:
     return np.where(np.asarray(runs) > FEW, runs, np.inf)
 
 
+def shares(fit: Fit, size: Array, data: Cells) -> Array:
+    """The probability of each run [n, seeds] not to be stuck, 0 of one that did not take part."""
+    kind = data.kind[0]
+    residual = data.log[0] - steps_model.log_steps(fit.model, fit.p[None], size)[0][0][:, None]
+    found = ordinary(residual, fit.sigma**2 + data.variance[0], data.late[0])
+    survival = (1 - STUCK) * np.exp(log_ndtr(-residual / fit.sigma))
+    found = np.where((kind == CENSORED) & data.late[0], survival / (survival + STUCK), found)
+    taking: Array = np.where(kind > 0, found, 0.0)
+    return taking
+
+
+def ordinary(residual: Array, variance: Array, late: NDArray[np.bool_]) -> Array:
+    """The probability that runs of these residuals in log steps, of this variance, are not stuck."""
+    square = SOFT**2 * (np.sqrt(1 + residual**2 / (SOFT**2 * variance)) - 1)
+    odds = STUCK / (1 - STUCK) * np.sqrt(2 * math.pi * variance) / LATE * np.exp(np.minimum(square, 500.0))
+    found: Array = np.where(late & (residual > 0), 1 / (1 + odds), 1.0)
+    return found
+
+
 def evaluator(model: str, size: Array, data: Cells, sigma: float) -> Evaluate:
     """Minus log likelihood, without its ln sigma, as `minimize` wants it."""
     reached, censored = data.kind == REACHED, data.kind == CENSORED
     any_censored = bool(censored.any())
     error = np.sqrt(sigma**2 + data.variance)
+    stuck = np.log(STUCK * math.sqrt(2 * math.pi) / LATE * error)
+    level = np.log((1 - STUCK) + np.exp(stuck))  # where a run is on the curve, so that nothing jumps there
+    usual = math.log(1 - STUCK)
 
     def evaluate(p: Array) -> tuple[Array, Array, Array]:
         value, slope = steps_model.log_steps(model, p, size)
         z = (data.log - value[..., None]) / error
         root = np.sqrt(1 + (z / SOFT) ** 2)
-        cost = np.sum(np.where(reached, SOFT**2 * (root - 1), 0.0), (-2, -1))
-        force = np.where(reached, z / root, 0.0)
-        weight = np.where(reached, 1 / root, 0.0)
+        square = SOFT**2 * (root - 1)
+        whole = np.where(z > 0, np.logaddexp(usual - square, stuck), level - square)
+        ordinary = np.where(data.late & (z > 0), np.exp(usual - square - whole), 1.0)
+        cost = np.sum(np.where(reached, np.where(data.late, -whole, square), 0.0), (-2, -1))
+        force = np.where(reached, ordinary * z / root, 0.0)
+        weight = np.where(reached, ordinary / root, 0.0)
         if any_censored:
             at = np.where(censored, z, 0.0)
             log_survival = log_ndtr(-at)
             hazard = np.exp(-(at**2) / 2 - 0.5 * math.log(2 * math.pi) - log_survival)
-            cost = cost - np.sum(np.where(censored, log_survival, 0.0), (-2, -1))
-            force = np.where(censored, hazard, force)
-            weight = np.where(censored, hazard * (hazard - at), weight)
+            whole = np.logaddexp(usual + log_survival, math.log(STUCK))
+            ordinary = np.where(data.late, np.exp(usual + log_survival - whole), 1.0)
+            cost = cost - np.sum(np.where(censored, np.where(data.late, whole, log_survival), 0.0), (-2, -1))
+            force = np.where(censored, ordinary * hazard, force)
+            weight = np.where(censored, ordinary * hazard * (hazard - at), weight)
         pull, stiff = (force / error).sum(-1), (weight / error**2).sum(-1)
         normal = np.swapaxes(slope, -1, -2) @ (slope * stiff[..., None])
         return cost, np.sum(slope * pull[..., None], -2), normal
@@ -82,19 +116,24 @@ def fit_model(model: str, size: Array, data: Cells) -> Fit:
     kind, log = data.kind[0], data.log[0]
     counts = (kind > 0).sum(-1)
     seen = counts > 0
-    level = log[seen].sum(-1) / counts[seen]
+    level = np.array([np.median(row[own]) for row, own in zip(log[seen], kind[seen] > 0, strict=True)])
     p, sigma = steps_model.starts(model, size[seen], level), 0.1  # a usual spread between seeds, to begin with
     bounds = steps_model.limits(model, size)
     p, cost = minimize(p, evaluator(model, size, data, sigma), *bounds)
     p = p[[int(np.argmin(cost))]]
     variance = data.variance[0][kind == REACHED]
     for _ in range(4):
+        before = sigma
         residual = (log - steps_model.log_steps(model, p, size)[0][0][:, None])[kind == REACHED]
+        late = data.late[0][kind == REACHED]
         for _ in range(10):
             total = sigma**2 + variance
             soft = residual**2 / np.sqrt(1 + residual**2 / (SOFT**2 * total))
-            own = float(np.average(soft - variance, weights=total**-2))  # what evaluations do not explain
+            weights = ordinary(residual, total, late) * total**-2
+            own = float(np.average(soft - variance, weights=weights))  # what evaluations do not explain
             sigma = math.hypot(math.sqrt(max(own, 0.0)), RESOLUTION)
         p, cost = minimize(p, evaluator(model, size, data, sigma), *bounds)
+        if abs(sigma - before) < SETTLED * sigma:
+            break
     likelihood = float(np.sum(np.log(sigma**2 + variance))) + 2 * float(cost[0])
     return Fit(model, p[0], sigma, float(aicc(likelihood, data_points(counts.sum()), p.shape[-1])))

@@ -7,12 +7,15 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from pybatch.base.numerals import count, counted, number
+from pybatch.base.numerals import count, counted, number, share
 from pybatch.fits.solver import Array
 from pybatch.fits.steps_data import Choice, Table
 from pybatch.records import Note
 
 REACH = 32  # times below the smallest batch from where on an end of an interval bounds nothing
+LEAST_ON_GRID = 5  # runs that show a grid of evaluations
+COARSE = 0.03  # of the fewest steps: a finer grid is not worth a word
+CHANCE = 1e-3  # that steps of no grid have so large a common divisor
 FEW_STEPS = 10.0  # S_min below which a step is too coarse a unit: the models fail there
 
 
@@ -26,15 +29,20 @@ def of_data(table: Table, picked: Array, chosen: Choice, capped: bool) -> list[N
         capped: whether the cap is known.
     """
     notes, size = [], table.size
-    lost = np.isnan(picked)
+    made = (~np.isnan(picked)).sum(-1)
+    if made.min() < made.max():
+        text = f"batch sizes have from {made.min()} to {made.max()} runs: each is judged on its own"
+        notes.append(Note("points.steps", text))
+    lost = np.isneginf(picked)
     if lost.any():
-        text = f"runs that diverged or are missing are left out: {_counted(size, lost)}. Where they diverged, a "
-        text += "smaller learning rate may reach"
+        text = f"runs that diverged are left out: {_counted(size, lost, made)}. A smaller learning rate may reach"
         notes.append(Note("points.steps", text))
     missed = np.isposinf(picked)
     if missed.any():
         known = "" if capped else ", the cap taken as the largest number of steps given"
-        text = f"runs that did not reach the target count as longer than their cap{known}: {_counted(size, missed)}"
+        text = (
+            f"runs that did not reach the target count as longer than their cap{known}: {_counted(size, missed, made)}"
+        )
         notes.append(Note("points.steps", text))
     if chosen.edge.any():
         text = (
@@ -54,16 +62,52 @@ def of_one_seed(met: int, unknowns: int, least: int) -> Note:
     return Note("low", f"{text}. Measure more batch sizes, or more seeds")
 
 
-def of_rival(model: str, better: float, critical: float) -> Note:
-    """On a model that is about as good as the hyperbola, and the critical batch it would give."""
+def of_grid(steps: Array) -> Note | None:
+    """On steps that are all multiples of one number, as where the loss is evaluated every so many; None where chance
+    could make them so, or where that number is too small to matter."""
+    found = steps[np.isfinite(steps)]
+    if len(found) < LEAST_ON_GRID or not (found == np.round(found)).all():
+        return None
+    every = math.gcd(*found.astype(int).tolist())
+    if every < COARSE * found.min() or every ** (len(found) - 1) < 1 / CHANCE:
+        return None
+    text = (
+        f"steps are all multiples of {every}, as where the loss is evaluated every {every} steps: they are then late "
+    )
+    return Note("low", f"{text}by up to as many, which the interval does not know. Give before=, the evaluation above")
+
+
+def of_stuck(size: Array, kind: NDArray[np.int8], ordinary: Array) -> list[Note]:
+    """On runs that are so late among those of their batch size that they hardly count: [n, seeds] codes and shares."""
+    out = (kind > 0) & (ordinary < 0.5)
+    if not out.any():
+        return []
+    text = (
+        f"stuck, or far later than the others of the batch size: {_counted(size, out, (kind > 0).sum(-1))}. Such runs "
+    )
+    return [Note("points.steps", f"{text}bend nothing here")]
+
+
+def of_misfit(around: float, own: float) -> Note:
+    """On batch sizes that miss the curve by more than their runs' own spread, both in log steps."""
+    text = f"batch sizes lie {share(math.expm1(around))} from the curve (rms), their runs' own spread explains "
+    return Note(
+        "low", f"{text}{share(math.expm1(own))}: no model here follows them, and the interval is widened for it"
+    )
+
+
+def of_rival(model: str, instead: str, better: float, critical: float) -> Note:
+    """On a model that is about as good as the one taken, and the critical batch it would give."""
     gives = f"a critical batch of {number(critical)}" if np.isfinite(critical) else "none"
-    text = f"the {model} model is about as good (AICc lower by {number(better, 2)}) and gives {gives}"
+    text = f"the {model} model is about as good as the {instead} (AICc lower by {number(better, 2)}) and gives {gives}"
     return Note("critical_batch", f"{text}. More seeds would tell them apart")
 
 
 def of_nothing(table: Table, picked: Array, reached: int, least: int) -> Note:
     """Why there is no fit, and what to change."""
-    if not reached and np.isnan(picked).all():
+    if np.isnan(picked).all():
+        return Note("critical_batch", "no run was made. Give steps to the target")
+    if not reached and (np.isnan(picked) | np.isneginf(picked)).all():
         return Note("critical_batch", "every run diverged. Lower the learning rates")
     if not reached:
         return Note("critical_batch", "no batch size reached the target. Raise the cap on steps, or ease the target")
@@ -104,6 +148,11 @@ def of_fit(model: str, point: Array, size: Array, exponent: float | None, high: 
     if model == "inverse":
         text = f"steps fall as 1 / batch throughout: the critical batch is above {largest}, the largest tested"
         return [Note("critical_batch", text)]
+    if model == "faster":
+        text = (
+            f"steps fall faster than 1 / batch throughout (as batch^-{number(exponent)}): examples fall up to {largest}"
+        )
+        return [Note("critical_batch", f"{text}, the largest tested, and the critical batch is above it")]
     if model == "flat":
         text = f"more batch saves no steps: the critical batch is below {smallest}, the smallest tested"
         if high > size.min():
@@ -112,9 +161,16 @@ def of_fit(model: str, point: Array, size: Array, exponent: float | None, high: 
         return [Note("critical_batch", text)]
     notes = []
     for name, value in (("critical_batch", point[2]), ("b20", point[1]), ("b_stag", point[3])):
-        if not size.min() <= value <= size.max():
+        if np.isfinite(value) and value > 0 and not size.min() <= value <= size.max():
             side = f"above {largest}, the largest" if value > size.max() else f"below {smallest}, the smallest"
             notes.append(Note(name, f"extrapolated: {number(float(value))} is {side} batch tested"))
+    if model == "power-law":
+        text = f"steps fall as batch^-{number(exponent)} throughout, without a bend: the fewest examples are those of "
+        notes.append(Note("critical_batch", f"{text}batch {smallest}, the smallest tested, and B_50 takes twice those"))
+        notes.append(Note("s_min", "none: steps fall without end as batches grow, as far as tested"))
+        every = "every doubling saves more" if np.isinf(point[3]) else "no doubling saves as much"
+        notes.append(Note("b_stag", f"none: {every} than 10 % of the steps"))
+        return notes
     if point[0] < FEW_STEPS:
         text = f"only {number(float(point[0]))} steps: so few are too coarse for a fit. Take a harder target"
         notes.append(Note("s_min", text))
@@ -124,9 +180,9 @@ def of_fit(model: str, point: Array, size: Array, exponent: float | None, high: 
     return notes
 
 
-def _counted(size: Array, marked: NDArray[np.bool_]) -> str:
-    counts = marked.sum(1)
-    return ", ".join(f"{c} of {marked.shape[1]} at batch {b:g}" for b, c in zip(size, counts, strict=True) if c)
+def _counted(size: Array, marked: NDArray[np.bool_], made: NDArray[np.int_]) -> str:
+    counts = zip(size, marked.sum(1), made, strict=True)
+    return ", ".join(f"{c} of {of} at batch {b:g}" for b, c, of in counts if c)
 
 
 def _listed(size: Array) -> str:

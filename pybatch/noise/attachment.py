@@ -12,18 +12,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pybatch.base.errors import UsageError
 from pybatch.noise.handle import ACCUMULATIONS, Accumulation, Examples, Handle
+from pybatch.noise.ordinary import OrdinaryLoop, offers
 from pybatch.noise.preconditioner import EXPERIMENTAL
 from pybatch.noise.sources.adam_moments import MomentsNoise
 from pybatch.noise.sources.ddp import DDPNoise
+from pybatch.noise.sources.examples import ExampleNoise
 from pybatch.noise.sources.fsdp import FSDPNoise
 from pybatch.noise.sources.fused import OptimizerNoise
 from pybatch.noise.sources.micro_batches import MicroBatchNoise
 from pybatch.optim import FusedOptimizer
 from pybatch.records import Note
 
-NoiseSource = Literal["micro-batches", "ddp", "fsdp", "adam-moments"]
+NoiseSource = Literal["micro-batches", "ddp", "fsdp", "adam-moments", "per-example"]
 
-SOURCES = ("micro-batches", "ddp", "fsdp", "adam-moments")
+SOURCES = ("micro-batches", "ddp", "fsdp", "adam-moments", "per-example")
 COUNTED = Note(
     "noise.b_simple", "examples were counted along dimension 0 of the first tensor given to the model's forward()"
 )
@@ -55,7 +57,10 @@ def attach(
             know steps, of which the first evaluation alone is measured where `step(closure)` makes more (LBFGS, SAM).
         source: where the norms come from; None chooses by the model: "ddp" or "fsdp" over two or more processes, else
             "micro-batches" (two or more backward passes per step; a fused optimizer made with noise=True takes these
-            norms itself in `opt.accumulate(n)`, and its handle reads `opt.noise`). "adam-moments" when asked for.
+            norms itself in `opt.accumulate(n)`, and its handle reads `opt.noise`). Where the first steps then have one
+            backward pass each, "per-example" takes over (exact norms of each example's gradient, where all layers are
+            known and the loss is a mean over the examples), else "adam-moments"; a warning names the remedies where
+            neither can be had.
         examples: None: each forward pass in training mode counts dimension 0 of its first tensor. A number: that many
             each. "count": call `handle.count(n)` before every backward(), with tokens where the loss is a mean over
             tokens.
@@ -70,7 +75,8 @@ def attach(
             let gradients add up in `.grad`, which a scaler needs, in place of opt.accumulate(n).
         hook, hook_state: a DDP communication hook of your own and its state, such as `bf16_compress_hook` and the
             process group; for FSDP2 a custom reduce-scatter. It is called in place of the plain one.
-        every: "adam-moments": steps between readings; None: 3 / (1 - beta1).
+        every: "adam-moments": steps between readings; None: 3 / (1 - beta1). "per-example": steps from one that is
+            watched to the next; None: 10.
 
     Raises:
         UsageError: an argument out of range, or a source that this model or optimizer can't give.
@@ -82,7 +88,7 @@ def attach(
     devices = sorted({str(param.device) for param in model.parameters() if param.requires_grad})
     if len(devices) > 1:
         raise UsageError(f"attach(): the model's parameters are on {', '.join(devices)}. Attach to one on one device.")
-    source = source or _choose(model)
+    chosen, source = source is not None, source or _choose(model)
     notes = (COUNTED,) if examples is None else ()
     if preconditioned:
         notes = (*notes, EXPERIMENTAL)
@@ -97,7 +103,7 @@ def attach(
         raise UsageError(f"hook: the source {source!r} has no communication to hook into. Leave it out.")
     if hook_state is not None and (hook is None or source != "ddp"):
         raise UsageError("hook_state: it is handed to a communication hook of DDP. Give hook=... too, or leave it out.")
-    if every is not None and source != "adam-moments":
+    if every is not None and source not in ("adam-moments", "per-example"):
         raise UsageError(f"every={every}: the source {source!r} takes every step. Leave it out.")
     if scaler is not None and source == "adam-moments":
         raise UsageError("scaler: the moments of source 'adam-moments' are of unscaled gradients. Leave it out.")
@@ -120,6 +126,10 @@ def attach(
             raise UsageError("source 'adam-moments' has no preconditioned norms. Use another source, or leave it out.")
         return MomentsNoise(model, optimizer, **common, every=every)
     _refuse_reduced(model, source)
+    if source == "per-example":
+        if preconditioned:
+            raise UsageError("source 'per-example' has no preconditioned norms. Use another source, or leave it out.")
+        return ExampleNoise(model, optimizer, **common, scaler=scaler, every=every)
     # A GradScaler looks for infinities in `.grad`, so opt.accumulate() can't be used with one; hooks can.
     if isinstance(optimizer, FusedOptimizer) and scaler is None:
         given: dict[str, Any] = {"examples": examples, "preconditioned": preconditioned or None}
@@ -132,7 +142,10 @@ def attach(
                 "scaler=..., and gradients are measured as they add up in .grad."
             )
         return OptimizerNoise(optimizer, unit)
-    return MicroBatchNoise(model, optimizer, **common, preconditioned=preconditioned, scaler=scaler)
+    micro = MicroBatchNoise(model, optimizer, **common, preconditioned=preconditioned, scaler=scaler)
+    if chosen or preconditioned:
+        return micro
+    return OrdinaryLoop(micro, model, offers(model, optimizer, common, scaler))
 
 
 def _refuse_reduced(model: nn.Module, source: str) -> None:

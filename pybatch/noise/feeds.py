@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -22,13 +22,16 @@ class Feed(Protocol):
     def start(self) -> None:
         """Begin a group, forgetting one that was not finished."""
 
-    def micro_batch(self, backward: Backward, n: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+    def micro_batch(
+        self, backward: Backward, n: int, weights: torch.Tensor | None = None, batch: Any = None
+    ) -> torch.Tensor:
         """Run the backward pass of n examples and take what is needed of it; returns its loss.
 
         Args:
             backward: of the mean over the examples, or of one weighted by `weights`.
             n: examples.
             weights: what each counts for, float64 [n] on the CPU; None: all alike, and n the same for a whole group.
+            batch: what `backward` is of, for a feed that takes it apart.
         """
 
     def group(self) -> None:
@@ -81,7 +84,9 @@ class OptimizerFeed:
         self.optimizer, self.layers = SGD(named, lr=0.0, noise=True), layers
         self.start = self.optimizer.zero_grad
 
-    def micro_batch(self, backward: Backward, n: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+    def micro_batch(
+        self, backward: Backward, n: int, weights: torch.Tensor | None = None, batch: Any = None
+    ) -> torch.Tensor:
         """As Feed.micro_batch."""
         loss = backward(1.0)
         self.optimizer.accumulate(counted(n, weights))
@@ -101,7 +106,7 @@ class OptimizerFeed:
     @property
     def noise(self) -> NoiseScale:
         """As Feed.noise."""
-        found = self.optimizer.noise
+        found = self.optimizer.whole_noise
         return found if self.layers else dataclasses.replace(found, layers=())
 
 
@@ -128,7 +133,9 @@ class HookFeed:
         self.handle.forget()
         self.shares = Shares()
 
-    def micro_batch(self, backward: Backward, n: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+    def micro_batch(
+        self, backward: Backward, n: int, weights: torch.Tensor | None = None, batch: Any = None
+    ) -> torch.Tensor:
         """As Feed.micro_batch."""
         count = counted(n, weights)
         self.handle.count(count)
@@ -152,4 +159,4 @@ class HookFeed:
     @property
     def noise(self) -> NoiseScale:
         """As Feed.noise."""
-        return self.handle.noise
+        return self.handle.whole

@@ -111,7 +111,8 @@ class MicroBatchGroups:
                 return False
             batch, weights = self.session.weighed_batch(self.micro_batch)
             count = counted(self.micro_batch, weights)
-            loss += count * self.feed.micro_batch(partial(self.session.backward, batch), self.micro_batch, weights)
+            backward = partial(self.session.backward, batch)
+            loss += count * self.feed.micro_batch(backward, self.micro_batch, weights, batch)
             total += count
             self.tally.add(weights)
         self.feed.group()

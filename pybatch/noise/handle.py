@@ -18,12 +18,14 @@ from pybatch.base.errors import UsageError
 from pybatch.fits.accumulator import NoiseAccumulator
 from pybatch.noise.closures import Evaluations
 from pybatch.noise.confounds import confounds
+from pybatch.noise.labels import ignored_in, ragged
 from pybatch.noise.readback import Readback
 from pybatch.records import NoiseScale, Note
 
 Accumulation = Literal["mean", "sum", "weighted"]
 Examples = int | Literal["count"] | None
 
+COUNTING = "examples='count', accumulation='weighted' and handle.count(tokens) before each backward()"
 ACCUMULATIONS = ("mean", "sum", "weighted")
 
 
@@ -43,8 +45,9 @@ class Count:
         self._examples, self._started = examples, started
         self._sizes: list[float] = []
         self.forwards = 0  # passes with gradients since the last `take`, counted or not
+        self.ignoring = False  # whether labels given to the first forward pass hold an ignore index
         self.modes: set[bool] = set()  # whether the model was in training mode in them
-        self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._hook = model.register_forward_pre_hook(self.see, with_kwargs=True)
 
     def add(self, n: float) -> None:
         """The next backward pass is over n examples (or tokens)."""
@@ -72,6 +75,16 @@ class Count:
         """Micro-batches counted since the last `take`."""
         return len(self._sizes)
 
+    @property
+    def alike(self) -> bool:
+        """Whether examples are counted alike that their labels show to have different numbers of tokens."""
+        return self.ignoring and self._examples != "count"
+
+    @property
+    def sizes(self) -> list[float]:
+        """Examples of the micro-batches since the last `take`."""
+        return list(self._sizes)
+
     def forget(self) -> bool:
         """Leave out what was counted since the last `take`; returns whether there was anything."""
         some, self._sizes, self.forwards = bool(self._sizes), [], 0
@@ -81,10 +94,13 @@ class Count:
         """Look no more."""
         self._hook.remove()
 
-    def _see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pass begins."""
         if not torch.is_grad_enabled():
             return
         self.forwards += 1
+        if not self.modes:
+            self.ignoring = ignored_in((args, kwargs))
         self.modes.add(module.training)
         if not module.training:
             return
@@ -93,6 +109,9 @@ class Count:
         if isinstance(self._examples, int):
             self._sizes.append(float(self._examples))
         elif self._examples is None:
+            if args and isinstance(args[0], torch.Tensor) and args[0].ndim and len(args[0]):
+                self._sizes.append(float(len(args[0])))
+                return
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.ndim]
             if tensors and not len(tensors[0]):
                 raise UsageError(
@@ -140,7 +159,10 @@ class Handle(ABC):
     @property
     @abstractmethod
     def noise(self) -> NoiseScale:
-        """The gradient noise scale of all steps so far. Reading it waits for the device; nothing else does."""
+        """The gradient noise scale of the newest stretch of steps that gives an interval, and the run as trajectory.
+
+        Reading it waits for the device; nothing else does.
+        """
 
     @abstractmethod
     def count(self, n: float) -> None:
@@ -175,6 +197,7 @@ class Collector(Handle):
         unit: what is counted where it is not examples, such as "tokens".
         missing: what to say where no pair came.
         notes: what a reader must know of this source.
+        every: training steps that a row stands for.
     """
 
     def __init__(
@@ -188,9 +211,10 @@ class Collector(Handle):
         unit: str | None = None,
         missing: str,
         notes: tuple[Note, ...] = (),
+        every: int = 1,
     ) -> None:
         self.source, self._model, self._unit, self._notes = source, model, unit, notes
-        self._accumulator = NoiseAccumulator(source, layers, preconditioned, missing)
+        self._accumulator = NoiseAccumulator(source, layers, preconditioned, missing, every)
         self._series = 1 + preconditioned + len(layers)
         self._readback = Readback(2 + 2 * self._series, device, self._take)
         self._device = device
@@ -208,12 +232,21 @@ class Collector(Handle):
 
     @property
     def noise(self) -> NoiseScale:
+        return self._read(self._accumulator.newest)
+
+    @property
+    def whole(self) -> NoiseScale:
+        """The noise scale of all steps as one, where they are known to be alike."""
+        return self._read(self._accumulator.estimate)
+
+    def _read(self, read: Callable[[int, tuple[Note, ...]], NoiseScale]) -> NoiseScale:
         self._settle()
         self._readback.drain()
-        found = self._accumulator.estimate(self._single, self._said())
+        found = read(self._single, self._said())
         evaluation = self._counter is not None and self._counter.modes == {False}
         said = confounds(self._model, None, found, training=not evaluation)
-        notes = (*found.notes, *said, *self._evaluations.notes)
+        alike = (ragged(COUNTING),) if self._counter is not None and self._counter.alike else ()
+        notes = (*found.notes, *alike, *said, *self._evaluations.notes)
         return dataclasses.replace(found, notes=notes, unit=self._unit)
 
     def detach(self) -> None:
@@ -240,6 +273,11 @@ class Collector(Handle):
         self._readback.drain()
         self._accumulator.load_state_dict(state["statistics"])
         self._single = int(state["single"])
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pass under way where this was attached within it."""
+        if self._counter is not None:
+            self._counter.see(module, args, kwargs)
 
     # What a source gives and uses.
 
@@ -269,8 +307,14 @@ class Collector(Handle):
         """Whether gradients are those of a scaled loss."""
         return self._scaler is not None
 
-    def _row(self, n_small: Any, n_large: Any, small: torch.Tensor, large: torch.Tensor) -> None:
-        """One step: counts, and [series] squared norms each: total, preconditioned if kept, layers."""
+    def _row(self, n_small: Any, n_large: Any, small: Any, large: Any) -> None:
+        """One step: counts, and [series] squared norms each: total, preconditioned if kept, layers.
+
+        Tensors on the device, or arrays where the norms were taken on the host.
+        """
+        if isinstance(small, np.ndarray):
+            self._readback.put(np.concatenate([[n_small, n_large], small, large]))
+            return
         sizes = torch.empty(2, dtype=torch.float64, device=self._device)
         sizes[0], sizes[1] = n_small, n_large  # numbers are filled in; making a tensor of them would wait
         self._readback.append(torch.cat([sizes, small, large]))
@@ -290,7 +334,7 @@ class Collector(Handle):
                 weighted = pairs[1] if self._accumulator.preconditioned else None
                 small, large = pairs[0].tolist()
                 n_small, n_large = row[:2].tolist()
-                own = pairs[before:]
+                own = pairs[before:] if self._accumulator.layers else None
                 self._accumulator.update(small, large, n_small, n_large, layers=own, preconditioned=weighted)
 
 

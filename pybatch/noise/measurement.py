@@ -22,6 +22,7 @@ from pybatch.base.numerals import counted
 from pybatch.device.identity import resolve
 from pybatch.fits.noise import INTERRUPTED, noiseless
 from pybatch.noise.confounds import confounds
+from pybatch.noise.coupling import coupling
 from pybatch.noise.feeds import Feed, HookFeed, OptimizerFeed
 from pybatch.noise.groups import MicroBatchGroups
 from pybatch.noise.hessian import HessianNoise
@@ -77,7 +78,8 @@ def measure_noise(
         micro_batch: examples per micro-batch; None: the workload's `reference_batch`. The estimate does not depend on
             it, its cost does.
         source: "micro-batches", which holds for any model; or "per-example", exact norms of every example's gradient,
-            which resolve the scale with fewer examples and refuse some models (`per_example.ExampleRecorder`).
+            which resolve the scale with fewer examples: in one pass where every layer has a rule for it
+            (`per_example.ExampleRecorder`), else one example at a time; BatchNorm in training is refused.
         mode: "train": the model as in training, dropout's noise included; "eval": in evaluation mode; "both": the
             first, and the second as `eval_mode`. Training is always in training mode.
         hold: True: no training between groups, and the scale is that of one point of the run; None: held only where
@@ -115,6 +117,7 @@ def measure_noise(
         run.held = warmup_steps == 0 if hold is None else hold
         try:
             run.warm_up(warmup_steps)
+            run.notes += coupling(run.session)
             run.measure_all(micro_batch or max(1, workload.reference_batch), mode, hessian)
         except KeyboardInterrupt:
             found = run.result(INTERRUPTED) if run.measured else None
@@ -146,9 +149,9 @@ class _Measurement:
         if preconditioned:
             self.feed = partial(HookFeed, self.session.model, self.optimizer, layers)
         if source == "per-example":
-            from pybatch.noise.per_example.feed import probed  # only where wanted: it brings Triton in
+            from pybatch.noise.per_example.formed import fastest  # only where wanted: it brings Triton in
 
-            self.feed = probed(self.session, layers)
+            self.feed = fastest(self.session, layers)
         self.warmup_steps = self.stretch_steps = 0
         self.stretch_end = STRETCH_STEPS
         self.held = False

@@ -1,7 +1,7 @@
 """The noise scale against steps along a training run: constant memory, JSONL and TensorBoard. No torch here.
 
 The noise scale grows as the loss falls (McCandlish et al. 2018, section 2.2), so one number for a whole run hides
-what matters. A handle or optimizer keeps cumulative means; their differences give the sums of each stretch of steps.
+what matters. A handle or optimizer keeps the sums of all steps; their differences are those of each stretch of steps.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pybatch.records import NoisePoint, NoiseScale, NoiseTrajectory, Note
 
 ROWS = 512  # stretches kept before adjacent ones are merged: 28 KB
 PER_POINT = 16  # stretches one point and its interval rest on: twice the least
+EVERY = 10  # steps between readings of a longer run
 SCHEMA = "pybatch-noise/1"
 
 _COLUMNS = ("first_step", "last_step", "pairs", "grad_sq", "trace", "loss", "losses")  # sums, from the third on
@@ -35,7 +36,7 @@ class Measured(Protocol):
 
     @property
     def noise(self) -> NoiseScale:
-        """The noise scale of all steps so far."""
+        """The noise scale; the parts of its `trajectory`, or itself where it has none, add up to all steps so far."""
 
 
 class Scalars(Protocol):
@@ -53,7 +54,8 @@ class Trajectory:
         path: JSONL file, one line per reading, each written at once. A file of an earlier run is gone on with: its
             lines are read back, a torn last line is cut off. It grows with the run; memory does not.
         tensorboard: a directory, or a SummaryWriter of your own; written under "noise/".
-        every: steps between readings, each of which waits for the device.
+        every: steps between readings, each of which waits for the device. None: each step at first, so that there is an
+            early point, and in stages fewer until it is every tenth.
 
     A step that is not above the last one (a run resumed from an older checkpoint) replaces what was recorded since.
 
@@ -67,9 +69,9 @@ class Trajectory:
         path: str | Path | None = None,
         *,
         tensorboard: str | Path | Scalars | None = None,
-        every: int = 10,
+        every: int | None = None,
     ) -> None:
-        if every < 1:
+        if every is not None and every < 1:
             raise UsageError(f"every {every}: give the steps between readings, 1 or more.")
         self._source, self._every = source, every
         self._rows: NDArray[np.float64] = np.zeros((0, len(_COLUMNS)))
@@ -100,7 +102,7 @@ class Trajectory:
         last = self._last_step
         if step <= last:
             self._forget_from(step)
-        elif step - last < self._every and len(self._rows):
+        elif len(self._rows) and step - last < self._gap:
             return None
         now = self._cumulative()
         pairs, grad_sq, trace = (a - b for a, b in zip(now, self._seen, strict=True))
@@ -136,12 +138,21 @@ class Trajectory:
     def _last_step(self) -> float:
         return float(self._rows[-1, 1]) if len(self._rows) else -math.inf
 
+    @property
+    def _gap(self) -> int:
+        """Steps to the next reading."""
+        readings = (len(self._rows) - 1) * self._per_row + self._in_last
+        return min(EVERY, 1 + readings // MIN_BLOCKS) if self._every is None else self._every
+
     def _cumulative(self) -> tuple[float, float, float]:
         found = self._source.noise
         self._name, self._unit = found.source, found.unit
-        if found.grad_sq is None or found.trace is None:
-            return 0.0, 0.0, 0.0
-        return float(found.steps), found.grad_sq * found.steps, found.trace * found.steps
+        sums = [
+            (float(part.steps), part.grad_sq * part.steps, part.trace * part.steps)
+            for part in found.trajectory or (found,)
+            if part.grad_sq is not None and part.trace is not None
+        ]
+        return math.fsum(s[0] for s in sums), math.fsum(s[1] for s in sums), math.fsum(s[2] for s in sums)
 
     def _add(self, row: NDArray[np.float64]) -> None:
         if self._in_last == self._per_row or not len(self._rows):

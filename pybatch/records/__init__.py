@@ -38,7 +38,19 @@ from pybatch.records.noise import (
 )
 from pybatch.records.run import SCHEMA, Run, to_dict
 from pybatch.records.subject import Ceilings, Device, Environment, Note, WorkloadInfo
-from pybatch.records.verdict import AccumulationPlan, Evidence, FrontierPoint, Limit, Reason, Verdict
+from pybatch.records.verdict import (
+    AccumulationPlan,
+    Confidence,
+    Evidence,
+    FrontierPoint,
+    Inputs,
+    Kind,
+    Level,
+    Limit,
+    Reading,
+    Reason,
+    Verdict,
+)
 
 __all__ = [
     "QUANTILES",
@@ -52,6 +64,7 @@ __all__ = [
     "Capacity",
     "Ceilings",
     "CommunicationFit",
+    "Confidence",
     "Convergence",
     "ConvergencePoint",
     "CountedNoise",
@@ -62,7 +75,10 @@ __all__ = [
     "Environment",
     "Evidence",
     "FrontierPoint",
+    "Inputs",
+    "Kind",
     "LayerNoise",
+    "Level",
     "Limit",
     "NoisePoint",
     "NoiseScale",
@@ -71,6 +87,7 @@ __all__ = [
     "Note",
     "PointStatus",
     "RateSteps",
+    "Reading",
     "Reason",
     "Run",
     "StepLimit",

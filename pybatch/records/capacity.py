@@ -111,26 +111,30 @@ class Anchor:
 class ThroughputFit(Shown):
     """Step time against batch size, seconds: t(B) = alpha + beta B, max(floor, alpha + beta B), or in waves.
 
-    Intervals are 95 % by bootstrap over the measured steps.
+    Intervals are 95 % by bootstrap over the measured steps. Where step times do not rise with the batch, no ceiling is
+    in sight: `ceiling`, `half_batch` and `saturation_batch` are None, their lower ends bound them, and `beta_s` is 0.
+    Where they are proportional to it from the smallest batch on, `half_batch` and `saturation_batch` are None, their
+    upper ends bound them, and `alpha_s` is 0. A note says so.
     """
 
     model: Literal["affine", "floor", "wave"]
     t0_s: float  # alpha (affine), or the floor: time of a vanishing batch
     alpha_s: float
     beta_s: float  # seconds per example
-    ceiling: float  # examples/s as B grows: 1 / beta
+    ceiling: float | None  # examples/s as B grows: 1 / beta; None: not in sight
     ceiling_low: float
     ceiling_high: float | None  # None: the batches measured show no upper end
-    half_batch: float  # batch at half the ceiling: alpha / beta for the affine model
+    half_batch: float | None  # batch at half the ceiling: alpha / beta for the affine model
     half_low: float
     half_high: float | None
-    saturation_batch: float  # doubling it gains less than `gain`
+    saturation_batch: float | None  # doubling it gains less than `gain`
     saturation_low: float
     saturation_high: float | None
     gain: float  # 0.05
     rms_log_error: float  # root mean square of ln(measured / fitted)
     batches: int  # batch sizes fitted
     wave: int | None = None  # examples the device takes at once: t = alpha + beta wave ceil(B / wave)
+    notes: tuple[Note, ...] = ()  # on figures of this fit, by their names here
 
     def step_s(self, batch: float) -> float:
         """Modelled seconds per step at this batch size."""
@@ -168,6 +172,7 @@ class Capacity(Shown):
     workload: WorkloadInfo | None = field(default=None, metadata=TOP)
     batches: tuple[BatchPoint, ...] = field(default=(), metadata=TOP)
     anchor: Anchor | None = None  # what `drift` is taken from
+    disturbed: tuple[str, ...] = ()  # what else the machine was doing meanwhile, with its figures; empty: nothing seen
 
     @property
     def standing(self) -> tuple[BatchPoint, ...]:

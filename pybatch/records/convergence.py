@@ -87,7 +87,7 @@ class StepsFit(Shown):
     critical_batch: float | None  # B_50: twice the fewest examples
     low: float | None
     high: float | None
-    b20: float | None  # 1.2 times the fewest examples
+    b20: float | None  # 1.2 times the fewest examples of the curve; beside it stands `b20_zhang`
     b50: float | None
     b_stag: float | None  # doubling it saves less than 10 % of the steps
     s_min_low: float | None = None
@@ -96,7 +96,17 @@ class StepsFit(Shown):
     b20_high: float | None = None
     b_stag_low: float | None = None
     b_stag_high: float | None = None
-    # By the model: linear, diminishing, stagnant, undetermined.
+    # The critical batch of Zhang et al. 2024: 1.2 times the examples of the smallest batch tested, B_0, which is
+    # 0.2 B_c + 1.2 B_0 on the hyperbola.
+    b20_zhang: float | None = None
+    b20_zhang_low: float | None = None
+    b20_zhang_high: float | None = None
+    # The batch of the fewest examples, of those from the smallest to the largest tested; None where all take as many.
+    # An end of None is beyond those tested.
+    b_min: float | None = None
+    b_min_low: float | None = None
+    b_min_high: float | None = None
+    # By the model: superlinear (smaller batches cost more examples), linear, diminishing, stagnant, undetermined.
     regimes: tuple[tuple[int, str], ...] = field(default=(), metadata=figure("regimes", form=_regimes))
     # From the steps saved by doubling, without a model.
     measured_regimes: tuple[tuple[int, str], ...] = field(
@@ -106,7 +116,7 @@ class StepsFit(Shown):
     candidates: dict[str, float] = field(default_factory=dict)  # AICc of every model tried, above the best
     rms_log_error: float | None = None  # root mean square of ln(measured / fitted) over the cells that reached
     batches: int = 0  # batch sizes that reached the target
-    seeds: int = 0
+    seeds: int = 0  # runs of the batch size that has the most
     notes: tuple[Note, ...] = ()
 
 
@@ -133,6 +143,12 @@ class Curve:
     noise_ratio_low: float | None = None
     noise_ratio_high: float | None = None
     notes: tuple[Note, ...] = ()
+    # The batch of the fewest examples by the fit, of those tested; an end of None is beyond those tested.
+    b_min: float | None = field(
+        default=None, metadata=figure("fewest examples", "{examples}", interval=("b_min_low", "b_min_high"))
+    )
+    b_min_low: float | None = None
+    b_min_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,7 @@ class Branching:
     largest_high: int | None  # None: the largest batch tested is within it
     fit: StepsFit | None = None  # of the steps to the level: the critical batch here
     notes: tuple[Note, ...] = ()
+    tuned: bool = False  # rates were searched at the checkpoint, not carried over
 
 
 @dataclass(frozen=True)

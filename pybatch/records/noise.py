@@ -69,6 +69,26 @@ class CountedNoise:
 
 
 @dataclass(frozen=True)
+class NoisePoint:
+    """The gradient noise scale over a stretch of a training run."""
+
+    # Training steps the pairs come from, both included.
+    first_step: int = field(
+        metadata=figure("steps", form=n.plain, of=lambda p, _: f"{n.count(p.first_step)} to {n.count(p.last_step)}")
+    )
+    last_step: int = field(metadata=figure("last step", form=n.count, within="first_step"))
+    b_simple: float | None = field(metadata=figure("B_simple"))
+    low: float | None = field(metadata=figure("low"))
+    high: float | None = field(metadata=figure("high"))
+    grad_sq: float | None
+    trace: float | None
+    status: NoiseStatus = field(metadata=figure("status", form=n.words))
+    steps: int  # pairs of norms that entered
+    loss: float | None = field(default=None, metadata=figure("loss"))  # mean of what was given for these steps
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class NoiseScale(Shown):
     """Gradient noise scale B_simple = tr(Sigma) / |G|^2 (McCandlish et al. 2018, eq. 2.9), in examples, or in `unit`.
 
@@ -98,6 +118,11 @@ class NoiseScale(Shown):
     eval_mode: WeightedNoise | None = None  # A = 1, the model in evaluation mode: no dropout
     unit: str | None = None  # "tokens" where every figure here is counted in them; None: in examples
     counted: CountedNoise | None = None  # figures in examples that were counted in parts of them: those too
+    # Of a training run that is watched: the steps its figures are of, from 1 on among those that were measured, both
+    # included. They are the newest stretch that gives an interval.
+    first_step: int | None = None
+    last_step: int | None = None
+    trajectory: tuple[NoisePoint, ...] = ()  # the whole run up to there
 
     def in_examples(self, per_example: float, error: float = 0.0) -> NoiseScale:
         """The same in examples, the unit of the batch size, where it is counted in parts of them such as tokens.
@@ -129,6 +154,7 @@ class NoiseScale(Shown):
             preconditioned=self.preconditioned and self.preconditioned.in_examples(per_example, error),
             eval_mode=self.eval_mode and self.eval_mode.in_examples(per_example, error),
             hessian=self.hessian and self.hessian.in_examples(per_example, error),
+            trajectory=tuple(_point_in_examples(point, per_example, error) for point in self.trajectory),
             unit=None,
             counted=CountedNoise(self.unit, per_example, self.b_simple, self.low, self.high),
         )
@@ -138,6 +164,13 @@ def _layer_in_examples(layer: LayerNoise, per_example: float, error: float) -> L
     low, high = _ends(layer.b_simple, layer.low, layer.high, per_example, error)
     return dataclasses.replace(
         layer, b_simple=_over(layer.b_simple, per_example), low=low, high=high, trace=_over(layer.trace, per_example)
+    )
+
+
+def _point_in_examples(point: NoisePoint, per_example: float, error: float) -> NoisePoint:
+    low, high = _ends(point.b_simple, point.low, point.high, per_example, error)
+    return dataclasses.replace(
+        point, b_simple=_over(point.b_simple, per_example), low=low, high=high, trace=_over(point.trace, per_example)
     )
 
 
@@ -157,26 +190,6 @@ def _ends(
         return (value or one) / by * math.exp(sign * math.hypot(own, _NORMAL * error))
 
     return end(low, -1), end(high, 1)
-
-
-@dataclass(frozen=True)
-class NoisePoint:
-    """The gradient noise scale over a stretch of a training run."""
-
-    # Training steps the pairs come from, both included.
-    first_step: int = field(
-        metadata=figure("steps", form=n.plain, of=lambda p, _: f"{n.count(p.first_step)} to {n.count(p.last_step)}")
-    )
-    last_step: int = field(metadata=figure("last step", form=n.count, within="first_step"))
-    b_simple: float | None = field(metadata=figure("B_simple"))
-    low: float | None = field(metadata=figure("low"))
-    high: float | None = field(metadata=figure("high"))
-    grad_sq: float | None
-    trace: float | None
-    status: NoiseStatus = field(metadata=figure("status", form=n.words))
-    steps: int  # pairs of norms that entered
-    loss: float | None = field(default=None, metadata=figure("loss"))  # mean of what was given for these steps
-    reason: str | None = None
 
 
 @dataclass(frozen=True)

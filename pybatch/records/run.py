@@ -26,7 +26,7 @@ SCHEMA = "pybatch/1"
 class Run(Shown):
     """One saved run: the whole record, as written by `pybatch bench -o`."""
 
-    created: str  # ISO 8601, UTC
+    created: str  # ISO 8601, UTC; empty: put together from results that were not saved as a run
     environment: Environment | None  # None: put together from results that were not saved as a run
     capacity: Capacity | None = None
     noise: NoiseScale | None = None
@@ -36,6 +36,7 @@ class Run(Shown):
     notes: tuple[Note, ...] = ()
     distributed: Distributed | None = None
     trajectory: NoiseTrajectory | None = None  # of a training run, see pybatch.noise.Trajectory
+    price: float | None = None  # of a device-hour, as the user gave it
 
     def to_json(self) -> str:
         """The record as JSON text; non-finite numbers become null."""
@@ -86,6 +87,6 @@ def _run_from_dict(data: dict[str, Any]) -> Run:
             data = data | {section: data[section] | {name: data[name] for name in names if name in data}}
             break  # the first one was written there
     run: Run = decode(Run, {k: v for k, v in data.items() if k != "schema" and k not in _HOISTED}, "record", wrong)
-    if (late := time_wrong(run.created, "created")) is not None:
+    if run.created and (late := time_wrong(run.created, "created")) is not None:
         raise UsageError(f"record{late}. The file is damaged, or no pybatch wrote it.")
     return run

@@ -67,6 +67,7 @@ class WorkloadInfo:
     model: str | None = None
     examples: int | None = None  # size of the training set; None: unlimited or unknown
     learning_rate: float | None = None
+    reference_batch: int | None = None  # the batch size that the learning rate is for
     target: dict[str, float] = field(default_factory=dict)
     options: dict[str, int | float | str] = field(default_factory=dict)  # the workload's dials
     file_sha256: str | None = None  # of the user's file it is defined in, without what that imports

@@ -15,6 +15,16 @@ from pybatch.records.subject import Note
 
 Limit = Literal["noise", "hardware", "balanced", "unresolved"]
 Evidence = Literal["measured", "modelled", "assumed"]
+Kind = Literal["sweep", "rule", "tuned branch", "branch", "noise"]
+Level = Literal["high", "medium", "low"]
+Inputs = dict[str, float | str | None]  # figures behind one figure
+_WORDS = {
+    "sweep": "the sweep",
+    "rule": "a sweep by one rule",
+    "tuned branch": "branches",
+    "branch": "branches at an untuned rate",
+    "noise": "the noise scale",
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,32 @@ class Reason:
     figure: str
     text: str  # one sentence
     evidence: Evidence
-    inputs: dict[str, float | str | None] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One piece of evidence on the critical batch, and what it stands for."""
+
+    source: Literal["sweep", "branch", "noise"]
+    kind: Kind
+    value: float
+    low: float | None  # 95 %, of the measurement alone; None: open
+    high: float | None
+    factor: float  # 95 % of such evidence is within this factor of the run's critical batch, both ways
+
+    @property
+    def words(self) -> str:
+        """What it is called in a sentence."""
+        return _WORDS[self.kind]
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How much a reader may stake on the best batch."""
+
+    level: Level
+    reasons: tuple[str, ...]  # why it is no higher; of the highest, what it stands on
 
 
 @dataclass(frozen=True)
@@ -52,7 +87,10 @@ class AccumulationPlan:
 
 @dataclass(frozen=True)
 class Verdict(Shown):
-    """The answer. Every number in `text` stands in a field, and `why(field)` says how it came about."""
+    """The answer. Every number in `text` stands in a field, and `why(field)` says how it came about.
+
+    `text` is `answer`, `because`, and what further there is to say.
+    """
 
     critical_batch: float | None = field(
         metadata=figure("critical batch", interval=("critical_low", "critical_high"), always=True)
@@ -65,22 +103,36 @@ class Verdict(Shown):
     best_low: float | None = field(metadata=figure("low", form=n.count, full="best batch from", within="best_batch"))
     best_high: float | None = field(metadata=figure("high", form=n.count, full="best batch to", within="best_batch"))
     limit: Limit = field(metadata=figure("limited by", form=n.plain))
-    useful_devices: int | None = field(metadata=figure("devices worth it", form=n.count))
+    useful_devices: int | None = field(
+        metadata=figure("devices worth it", form=n.count, interval=("useful_devices_low", "useful_devices_high"))
+    )
     time_to_target: float | None = field(metadata=figure("time to target", "s"))  # on this device at best_batch
     text: str
     reasons: tuple[Reason, ...] = ()
     notes: tuple[Note, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()  # 1, 2, 4, ... devices
+    useful_devices_low: int | None = field(default=None, metadata=figure("low", form=n.count, within="useful_devices"))
+    useful_devices_high: int | None = field(
+        default=None, metadata=figure("high", form=n.count, within="useful_devices")
+    )
+    learning_rate: float | None = field(default=None, metadata=figure("learning rate there"))
+    confidence: Confidence | None = None  # None: no batch is advised
+    evidence: tuple[Reading, ...] = ()  # on the critical batch, those set aside among them
+    answer: str = ""  # the first line: batch, interval, confidence
+    because: str = ""  # one sentence why
 
     def __str__(self) -> str:
         return self.text
 
     def why(self, figure: str) -> Reason:
-        """The sentence and the figures behind one field of the verdict."""
+        """The sentence and the figures behind one field of the verdict; of one without a figure, why there is none."""
         for reason in self.reasons:
             if reason.figure == figure:
                 return reason
-        known = ", ".join(reason.figure for reason in self.reasons)
+        lacking = {note.figure.removeprefix("verdict."): note.text for note in reversed(self.notes)}
+        if figure in lacking:
+            return Reason(figure, f"not known: {lacking[figure]}", "assumed")
+        known = ", ".join(dict.fromkeys([*(reason.figure for reason in self.reasons), *lacking]))
         raise UsageError(f"no figure {figure!r} in this verdict. Ask for one of: {known}.")
 
     def to_json(self) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pybatch.base import numerals as n
 from pybatch.records import BatchPoint, Capacity, Ceilings, Verdict
-from pybatch.report.layout import Section, examples_of, lines, notes_of, table
+from pybatch.report.layout import Section, details_of, examples_of, lines, notes_of, table
 from pybatch.report.plot import Plot, axis, band, batch_axis, line, mark, points, spread
 
 _TIMED = ("batch", "step_ms", "step_ms_low", "step_ms_high", "samples_per_s", "samples")
@@ -22,14 +22,20 @@ def section(capacity: Capacity) -> Section:
     words = {
         "ceiling_samples_per_s": lambda text: f"{text}, modelled ({fit.model})" if fit else "",
         "half_batch": lambda text: f"{text}: half the ceiling" if fit else "",
-        "saturation_batch": lambda text: f"{text}: doubling gains < {gain}{where}",
+        "saturation_batch": lambda text: f"{text}: doubling gains < {gain}{where}" if fit else "",
         "max_batch": lambda text: f"{text} ({how})",
     }
     said = [*lines(capacity, words, unit), *_modes(capacity)]
     if capacity.ceilings is not None:
         said.append(("roofs", _roofs(capacity.ceilings)))
     timed = table(BatchPoint, capacity.batches, capacity, unit)
-    return Section("Capacity", timed, tuple(said), notes=(*_left_out(capacity), *notes_of(capacity.notes)))
+    return Section(
+        "Capacity",
+        timed,
+        tuple(said),
+        notes=notes_of(capacity.notes),
+        details=(*_left_out(capacity), *details_of(capacity.notes)),
+    )
 
 
 def timed_points(capacity: Capacity | None) -> list[BatchPoint]:
@@ -95,7 +101,7 @@ def throughput(capacity: Capacity, timed: list[BatchPoint], verdict: Verdict | N
     unit, fit = examples_of(capacity), capacity.model
     low, high = reach(capacity, timed, verdict)
     speeds = [p.samples_per_s or 0.0 for p in timed]
-    ends = (min(speeds) / 1.6, 1.6 * max([*speeds, fit.ceiling if fit else 0.0]))
+    ends = (min(speeds) / 1.6, 1.6 * max([*speeds, (fit.ceiling or 0.0) if fit else 0.0]))
     traces: list[dict[str, Any]] = []
     if verdict is not None and verdict.critical_batch is not None:
         span = (verdict.critical_low, verdict.critical_high)
@@ -104,7 +110,9 @@ def throughput(capacity: Capacity, timed: list[BatchPoint], verdict: Verdict | N
         span = (capacity.saturation_low, capacity.saturation_high)
         traces += mark("saturation batch", capacity.saturation_batch, ends, "@green", span)
     if capacity.max_batch is not None and capacity.max_batch <= high:
-        traces += mark("largest that fits", float(capacity.max_batch), ends, "@red")
+        traces += mark("largest that fits", float(capacity.max_batch), ends, "@purple")
+    if verdict is not None and verdict.best_batch is not None:
+        traces += mark("best batch", float(verdict.best_batch), ends, "@red", (verdict.best_low, verdict.best_high))
     if fit is not None:
         xs = spread(low, high)
         traces.append(line(f"fit ({fit.model})", xs, [x / fit.step_s(x) for x in xs], "@blue"))
@@ -113,7 +121,8 @@ def throughput(capacity: Capacity, timed: list[BatchPoint], verdict: Verdict | N
             traces.append(
                 band("ceiling", both, [fit.ceiling_low] * 2, [fit.ceiling_high] * 2, "@gray") | {"showlegend": False}
             )
-        traces.append(line(f"ceiling {n.count(fit.ceiling)}", [low, high], [fit.ceiling] * 2, "@gray", dash="dot"))
+        if fit.ceiling is not None:
+            traces.append(line(f"ceiling {n.count(fit.ceiling)}", [low, high], [fit.ceiling] * 2, "@gray", dash="dot"))
     rates = [(1e3 * p.batch / p.step_ms_high if p.step_ms_high else None) for p in timed]
     tops = [(1e3 * p.batch / p.step_ms_low if p.step_ms_low else None) for p in timed]
     traces.append(points("measured", [p.batch for p in timed], speeds, "@blue", rates, tops))

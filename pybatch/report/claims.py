@@ -30,7 +30,7 @@ def sections(run: Run) -> list[Section]:
         if claim.finding == MISSING:
             lacking.setdefault(claim.text, []).append(claim.name)
     notes = tuple(f"{', '.join(names)}: {MISSING}, {why}" for why, names in lacking.items())
-    return [Section(TITLE, lines=lines, notes=(*notes, *notes_on_claims(run.convergence)))]
+    return [Section(TITLE, lines=lines, details=(*notes, *notes_on_claims(run.convergence)))]
 
 
 def plots(convergence: Convergence, unit: str = "examples") -> list[Plot]:

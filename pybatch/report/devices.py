@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pybatch.base import numerals as n
 from pybatch.records import Distributed, DistributedPoint
-from pybatch.report.layout import Section, notes_of, table
+from pybatch.report.layout import Section, details_of, notes_of, table
 
 
 def section(found: Distributed) -> Section:
@@ -17,4 +17,10 @@ def section(found: Distributed) -> Section:
         misfit = f"misses the measured steps by {n.share(fit.rms_log_error)} (rms)"
         said.append(("overlap", f"gamma {n.number(fit.gamma)} (1: none, large: full); the fit {misfit}"))
     steps = table(DistributedPoint, found.points)
-    return Section(f"Several devices ({found.backend})", steps, tuple(said), notes=notes_of(found.notes))
+    return Section(
+        f"Several devices ({found.backend})",
+        steps,
+        tuple(said),
+        notes=notes_of(found.notes),
+        details=details_of(found.notes),
+    )

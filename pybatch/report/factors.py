@@ -19,7 +19,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         return []
     lines = tuple((f"{e.dial} {_level(e.old)} to {_level(e.new)}", _text(e)) for e in found)
     note = "each is the ratio of critical batches of sweeps that differ in this dial alone, both with tuned rates"
-    return [Section(TITLE, lines=lines, notes=(note,))]
+    return [Section(TITLE, lines=lines, details=(note,))]
 
 
 def _text(e: Effect) -> str:

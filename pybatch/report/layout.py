@@ -24,13 +24,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the report: a title, maybe a table, then labelled lines, then notes."""
+    """One part of the report: a title, maybe a table, then labelled lines, then notes; details on demand."""
 
     title: str
     table: Table | None = None
     lines: tuple[tuple[str, str], ...] = ()
     text: str | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # that change what a reader would do
+    details: tuple[str, ...] = ()  # the other ones
 
 
 def examples_of(*measured: Capacity | Convergence | None) -> str:
@@ -85,9 +86,25 @@ def lines(record: Any, words: Mapping[str, Words] | None = None, examples: str =
     return made
 
 
+# Figures whose notes change what a reader would do: what is missing from the answer, and what it may be wrong for.
+_DECISIVE = frozenset(
+    ("run", "capacity", "noise", "branches", "batches.status", "noise.b_simple", "noise.source", "curves", "points",
+     "critical_batch", "b_min", "verdict.best_batch", "verdict.critical_source")
+)  # fmt: skip
+
+
 def notes_of(notes: Sequence[Note], before: str = "") -> tuple[str, ...]:
-    """What a reader of this page needs: notes on figures that have no place here are left to the record."""
-    return tuple(f"{before}{note.figure}: {note.text}" for note in notes if told(note))
+    """Those that change what a reader would do."""
+    return tuple(_line(note, before) for note in notes if told(note) and note.figure in _DECISIVE)
+
+
+def details_of(notes: Sequence[Note], before: str = "") -> tuple[str, ...]:
+    """The others; notes on figures that have no place here are left to the record."""
+    return tuple(_line(note, before) for note in notes if told(note) and note.figure not in _DECISIVE)
+
+
+def _line(note: Note, before: str) -> str:
+    return f"{before}{note.figure}: {note.text}"
 
 
 def _own(kind: type) -> list[str]:

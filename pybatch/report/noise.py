@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pybatch.base import numerals as n
 from pybatch.records import LayerNoise, NoisePoint, NoiseScale, NoiseTrajectory
-from pybatch.report.layout import Section, Table, lines, notes_of, table
+from pybatch.report.layout import Section, Table, details_of, lines, notes_of, table
 from pybatch.report.plot import Plot, axis, band, line, points, safe
 
 _MOST_LAYERS = 60  # bars a page holds; the table has all
@@ -27,23 +27,44 @@ def section(noise: NoiseScale, unit: str) -> Section:
         if noise.stretch_steps:
             when = f"over {n.counted(noise.stretch_steps, 'training step')} {when}"
         said.append(("measured", f"{when}{loss}"))
+    elif noise.last_step is not None:
+        said.append(("measured", _steps(noise.first_step, noise.last_step)))
     if noise.steps:
         pair = ""
         if noise.small_batch and noise.large_batch:
             pair = f" of gradients over {n.number(noise.small_batch)} and {n.number(noise.large_batch)} {unit}"
         said.append(("from", f"{n.counted(noise.steps, 'pair')} of norms{pair} ({noise.source})"))
-    return Section("Gradient noise scale", lines=tuple(said), notes=notes_of(noise.notes))
+    return Section(
+        "Gradient noise scale", lines=tuple(said), notes=notes_of(noise.notes), details=details_of(noise.notes)
+    )
 
 
 def trajectory_section(found: NoiseTrajectory) -> Section:
     """One row a stretch of training, those that were not resolved among them."""
-    where = (("from", f"{found.source}, in {found.unit or 'examples'}"),)
-    return Section("Noise scale along training", _stretches(found), where, notes=notes_of(found.notes))
+    unit = found.unit or "examples"
+    where = [("from", f"{found.source}, in {unit}")]
+    newest = next((point for point in reversed(found.points) if point.b_simple is not None), None)
+    if newest is not None:
+        value = f"{n.number(newest.b_simple)} {n.interval(newest.low, newest.high)} {unit}"
+        where.insert(0, ("newest", f"{value}, {_steps(newest.first_step, newest.last_step)}"))
+    return Section(
+        "Noise scale along training",
+        _stretches(found),
+        tuple(where),
+        notes=notes_of(found.notes),
+        details=details_of(found.notes),
+    )
+
+
+def _steps(first: int | None, last: int) -> str:
+    return f"over steps {n.count(first)} to {n.count(last)}"
 
 
 def plots(noise: NoiseScale | None, trajectory: NoiseTrajectory | None, unit: str) -> list[Plot]:
     """What there is to draw."""
     made = []
+    if trajectory is None and noise is not None and noise.trajectory:
+        trajectory = NoiseTrajectory(noise.trajectory, noise.source, noise.unit)
     if trajectory is not None:
         made.append(_along(trajectory, unit))
     if noise is not None and noise.layers:

@@ -26,7 +26,7 @@
     const base = {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: ink, family: "system-ui, sans-serif", size: narrow ? 11 : 13 },
-      margin: { l: 10, r: 10, t: 10, b: 10 },
+      margin: { l: 10, r: 10, t: narrow ? 10 : 34, b: 10 },  // the toolbar has a strip of its own
       legend: { orientation: "h", x: 0, y: narrow ? -0.32 : -0.26, xanchor: "left", yanchor: "top" },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: grid, activecolor: ink },
       hovermode: "closest",
@@ -53,5 +53,18 @@
   dark.addEventListener("change", () => draw(now()));
   addEventListener("beforeprint", () => draw("light"));
   addEventListener("afterprint", () => draw(now()));
+  let narrow = innerWidth < 600, settled = 0;
+  addEventListener("resize", () => {  // legends sit elsewhere on a phone's width
+    clearTimeout(settled);
+    settled = setTimeout(() => {
+      if (narrow === innerWidth < 600) return;
+      narrow = innerWidth < 600;
+      draw(now());
+    }, 150);
+  });
+  const seen = new ResizeObserver((changes) => changes.forEach(({ target }) => {
+    if (target.classList.contains("js-plotly-plot")) Plotly.Plots.resize(target);
+  }));
+  figures.forEach(({ name }) => seen.observe(document.getElementById(name)));
   draw(now()).then(() => { document.documentElement.dataset.drawn = String(figures.length); });
 })();

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pybatch.answer.verdict import advise
 from pybatch.base import numerals as n
-from pybatch.records import Run
+from pybatch.records import Run, Verdict
 from pybatch.report import branches, capacity, claims, devices, noise, step_times, steps, utilization, verdict
-from pybatch.report.layout import Section, examples_of, notes_of
+from pybatch.report.layout import Section, details_of, examples_of, notes_of
 from pybatch.report.plot import Plot
 
 
@@ -15,11 +16,20 @@ def title(run: Run) -> str:
     """What was measured, and where, in one line."""
     measured = run.capacity or run.convergence
     if measured is None or measured.workload is None or measured.device is None:
-        return "pybatch bench"
+        return "pybatch bench" if run.convergence is None else "Steps to a target, as logged"
     work, device = measured.workload, measured.device
     model = f"{work.model}, " if work.model else ""
     place = f"{device.name}, {device.cores} cores" if device.kind == "cpu" and device.cores else device.name
     return f"{work.name} ({model}{n.count(work.parameters)} parameters, {work.dtype}) on {place}"
+
+
+def answer_of(run: Run) -> Verdict | None:
+    """What the page opens with: the run's verdict; of steps or noise alone, what they say of the critical batch."""
+    if run.verdict is not None or run.capacity is not None:
+        return run.verdict
+    found = advise(None, run.noise, run.convergence)
+    known = (found.critical_batch, found.critical_low, found.critical_high)
+    return found if any(value is not None for value in known) else None
 
 
 def unit_of(run: Run) -> str:
@@ -37,15 +47,17 @@ def sections(run: Run) -> list[Section]:
     if run.trajectory is not None:
         found.append(noise.trajectory_section(run.trajectory))
     if swept is not None and swept.curves:
-        found += steps.sections(swept, unit) + claims.sections(run)
+        found += steps.sections(swept, unit)
+        if any(curve.target is not None for curve in swept.curves):  # not of logs, which say little of how they came
+            found += claims.sections(run)
     if swept is not None and swept.branches:
         found.append(branches.section(swept, unit))
     if run.distributed is not None:
         found.append(devices.section(run.distributed))
     if run.verdict is not None:
-        found.append(verdict.section(run.verdict))
+        found.append(verdict.section(run.verdict, run.capacity, run.price))
     if run.notes:
-        found.append(Section("Run", notes=notes_of(run.notes)))
+        found.append(Section("Run", notes=notes_of(run.notes), details=details_of(run.notes)))
     return found
 
 

@@ -11,7 +11,7 @@ from pybatch.fits.steps_model import NAMES, predicted
 from pybatch.records import Convergence, ConvergencePoint, Curve
 from pybatch.records.figure import figure_of, written
 from pybatch.report import rates
-from pybatch.report.layout import Section, Table, columns, notes_of, table
+from pybatch.report.layout import Section, Table, columns, details_of, notes_of, table
 from pybatch.report.plot import COLORS, MARKERS, Plot, axis, batch_axis, line, mark, points, spread
 
 _ABREAST = 3  # rules whose steps and rates fit into 80 columns
@@ -29,7 +29,7 @@ def sections(steps: Convergence, unit: str) -> list[Section]:
 
 
 def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Section:
-    target = n.number(curves[0].target)
+    target = curves[0].target
     batches = sorted({p.batch for curve in curves for p in curve.points})
     abreast = len(curves) <= _ABREAST
     cells = [column for curve in curves for column in _columns(curve, batches, with_rates=abreast)]
@@ -43,11 +43,14 @@ def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Se
         if any(p.reached < p.runs for curve in steps.curves for p in curve.points):
             lines.append(("in brackets", "runs that reached the target, where not all did"))
     several = len(curves) > 1
-    own = (note for c in curves for note in notes_of(c.notes, before=f"{c.rule} " if several else ""))
-    notes = tuple(dict.fromkeys(own))
+    names = [f"{c.rule} " if several else "" for c in curves]
+    told = list(zip(curves, names, strict=True))
+    notes = tuple(dict.fromkeys(note for c, name in told for note in notes_of(c.notes, before=name)))
+    details = tuple(dict.fromkeys(note for c, name in told for note in details_of(c.notes, before=name)))
     if split == steps.curves[-1].split:  # the last section: what holds for all of them
-        notes += notes_of(steps.notes)
-    return Section(f"Steps to {split} loss {target}", found, tuple(lines), notes=notes)
+        notes, details = notes + notes_of(steps.notes), details + details_of(steps.notes)
+    goal = "target" if target is None else f"{split} loss {n.number(target)}"
+    return Section(f"Steps to {goal}", found, tuple(lines), notes=notes, details=details)
 
 
 def _columns(curve: Curve, batches: Sequence[int], with_rates: bool) -> list[tuple[str, list[str]]]:
@@ -76,9 +79,22 @@ def _lines(curve: Curve, unit: str, alone: bool) -> list[tuple[str, str]]:
     if curve.fit is not None and curve.fit.model is not None:
         text += f", fit: {curve.fit.model}, at least {n.number(curve.s_min)} steps"
     lines = [(name, text)]
+    if curve.b_min is not None and curve.points:
+        name = figure_of(Curve, "b_min").label if alone else f"fewest, {curve.rule}"
+        lines.append((name, _fewest(curve)))
     if curve.noise_ratio is not None:
         lines.append((figure_of(Curve, "noise_ratio").label, written(curve, "noise_ratio")))
     return lines
+
+
+def _fewest(curve: Curve) -> str:
+    """At which batch size the fewest examples are taken: those below it cost more steps and more examples."""
+    assert curve.b_min is not None
+    where = f"at batch {n.count(round(curve.b_min))}"
+    for end, side, tested in ((curve.b_min_low, "smallest", min), (curve.b_min_high, "largest", max)):
+        if end is None and curve.b_min == tested(p.batch for p in curve.points):
+            return f"{where}, the {side} tested"
+    return f"{where} {n.interval(curve.b_min_low, curve.b_min_high)}".strip()
 
 
 def _of(number: int | None, what: str) -> str:
@@ -92,7 +108,7 @@ def plots(convergence: Convergence, unit: str = "examples") -> list[Plot]:
     for curve in convergence.curves:
         groups.setdefault((curve.split, curve.target), []).append(curve)
     for number, ((split, target), curves) in enumerate(groups.items()):
-        goal = f"{split} loss {n.number(target)}" if target is not None else f"{split} loss target"
+        goal = f"{split} loss {n.number(target)}" if target is not None else "target"
         made += [_steps(curves, goal, number, unit), _examples(curves, goal, number, unit)]
         made += [
             rates.heat_map(curve, goal, f"{number}-{i}", unit)

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from pybatch.answer.time_model import TimeModel
-from pybatch.answer.verdict import time_model
+from pybatch.answer.ensemble import Ensemble
+from pybatch.answer.verdict import ensemble
 from pybatch.base import numerals as n
 from pybatch.records import BatchPoint, Capacity, FrontierPoint, Run, Verdict
 from pybatch.records.figure import figure_of, interval_of
 from pybatch.report.capacity import reach, timed_points
-from pybatch.report.layout import Section, columns, examples_of, lines, notes_of, table
+from pybatch.report.layout import Section, columns, details_of, examples_of, lines, notes_of, table
 from pybatch.report.plot import Plot, axis, batch_axis, line, mark, points, safe, spread
 
 _SOURCES = {"noise": "gradient noise", "branch": "branched runs", "sweep": "steps to target"}
 # The figures that an answer opens with.
-_FIRST = ("best_batch", "critical_batch", "saturation_batch", "limit", "useful_devices", "time_to_target")
+_FIRST = ("best_batch", "critical_batch", "saturation_batch", "learning_rate", "useful_devices", "time_to_target")
 
 
-def section(verdict: Verdict) -> Section:
-    """The figures of the verdict, and its words."""
+def section(verdict: Verdict, capacity: Capacity | None = None, price: float | None = None) -> Section:
+    """The figures of the verdict, and what its words say beyond the answer.
+
+    Args:
+        verdict: the answer.
+        capacity: it stands on.
+        price: of a device-hour; None: no money is spoken of.
+    """
     source = _SOURCES.get(verdict.critical_source or "")
     optimum = n.interval(verdict.best_low, verdict.best_high, n.count)
-    several = verdict.useful_devices is not None and verdict.useful_devices > 1
     words = {
         "critical_batch": lambda text: f"{text} by {source}" if source else text,
         "saturation_batch": lambda text: "",  # the capacity says it, with its interval
-        "best_batch": lambda text: f"{text}, the modelled optimum is in {optimum}" if optimum else text,
+        "best_batch": lambda text: f"{text} {optimum}".strip(),
+        "limit": lambda text: "" if text in ("balanced", "unresolved") else text,
         "time_to_target": lambda text: f"{text} on one device (modelled)",
-        "useful_devices": lambda text: f"{f'up to {text}' if several else 'one'} ({communication(verdict)})",
+        "useful_devices": lambda text: f"{text} ({communication(verdict)})",
+        "learning_rate": lambda text: f"{text}: {verdict.why('learning_rate').text}",
     }
     said = lines(verdict, words)
     twice = next((reason.inputs for reason in verdict.reasons if reason.figure == "doubling"), None)
@@ -36,8 +43,39 @@ def section(verdict: Verdict) -> Section:
             for name in ("steps", "examples", "time", "energy")
             if twice.get(f"{name}_factor") is not None
         )
-        said.append(("twice the batch", f"{factors} (modelled)"))
-    return Section("Verdict", lines=tuple(said), text=verdict.text, notes=notes_of(verdict.notes))
+        low, high = (_number(twice.get(f"time_factor_{end}")) for end in ("low", "high"))
+        ends = n.interval(low, high, lambda value: n.number(value, 2))
+        said.append(("twice the batch", f"{factors}; time {ends} by {twice.get('step_times', 'modelled')} step times"))
+    if price is not None and (cost := _cost(verdict, capacity, price)):
+        said.append(("cost", cost))
+    return Section(
+        "Verdict",
+        lines=tuple(said),
+        text=rest_of(verdict),
+        notes=notes_of(verdict.notes),
+        details=details_of(verdict.notes),
+    )
+
+
+def rest_of(verdict: Verdict) -> str:
+    """What the verdict says beyond its answer and the sentence why."""
+    return verdict.text.removeprefix(verdict.answer).strip().removeprefix(verdict.because).strip()
+
+
+def _number(value: float | str | None) -> float | None:
+    return value if isinstance(value, float) else None
+
+
+def _cost(verdict: Verdict, capacity: Capacity | None, price: float) -> str:
+    """What training on one device costs at the best batch, at a price per device-hour."""
+    parts = []
+    if verdict.time_to_target is not None:
+        parts.append(f"{n.number(price * verdict.time_to_target / 3600)} to the target")
+    fit = capacity.model if capacity is not None else None
+    if fit is not None and verdict.best_batch:
+        seconds = 1e6 / verdict.best_batch * fit.step_s(verdict.best_batch)
+        parts.append(f"{n.number(price * seconds / 3600)} a million {examples_of(capacity)}")
+    return f"{', '.join(parts)}, at {n.number(price)} a device-hour (modelled)" if parts else ""
 
 
 def first_figures(verdict: Verdict) -> list[tuple[str, str, str]]:
@@ -46,11 +84,9 @@ def first_figures(verdict: Verdict) -> list[tuple[str, str, str]]:
     for name in _FIRST:
         figure, value = figure_of(Verdict, name), getattr(verdict, name)
         band = interval_of(verdict, name)
-        if name == "best_batch":
-            # The batch is rounded, or the measured best, and may lie outside of the interval of the modelled one.
-            optimum = n.interval(verdict.best_low, verdict.best_high, n.count)
-            band = f"optimum in {optimum}" if optimum else ""
-        if value is not None or name != "time_to_target":
+        if name == "learning_rate" and value is not None:
+            band = "a rule, not measured" if verdict.why(name).evidence == "assumed" else "tuned"
+        if value is not None or name not in ("time_to_target", "learning_rate"):
             found.append((figure.label, f"{figure.form(value)} {figure.unit}".strip(), band))
     return found
 
@@ -69,9 +105,8 @@ def goodput_plots(run: Run) -> list[Plot]:
     capacity, verdict, timed = run.capacity, run.verdict, timed_points(run.capacity)
     if capacity is None or verdict is None or not timed or verdict.critical_batch is None or capacity.model is None:
         return []
-    model = time_model(capacity, run.noise, run.convergence)
-    model = model or TimeModel(capacity.model, verdict.critical_batch)  # the verdict alone was given
-    return [goodput(capacity, model, timed, verdict)]
+    model = ensemble(capacity, run.noise, run.convergence)
+    return [goodput(capacity, model, timed, verdict)] if model is not None else []
 
 
 def frontier_plots(run: Run) -> list[Plot]:
@@ -80,19 +115,20 @@ def frontier_plots(run: Run) -> list[Plot]:
     return [frontier(run.verdict)] if there and run.verdict is not None else []
 
 
-def goodput(capacity: Capacity, model: TimeModel, timed: list[BatchPoint], verdict: Verdict) -> Plot:
+def goodput(capacity: Capacity, model: Ensemble, timed: list[BatchPoint], verdict: Verdict) -> Plot:
     """Throughput times statistical efficiency (goodput of Qiao et al. 2021), which peaks at the best batch."""
-    fit = model.fit
+    fit = capacity.model
+    assert fit is not None
+    ceiling = fit.ceiling or 1.0
     low, high = reach(capacity, timed, verdict)
     xs = spread(low, high)
-    # 1 / (1 + B / B_c) for the hyperbola; of other curves the fewest examples of this picture are the whole.
-    fewest = model.critical if model.shape is None else min(float(model.examples(x)) for x in xs)
+    fewest = min(float(model.examples(x)) for x in xs)  # the fewest examples of this picture are the whole
 
     def statistical(batch: float) -> float:
         return fewest / float(model.examples(batch))
 
     def device(batch: float) -> float:
-        return batch / fit.step_s(batch) / fit.ceiling
+        return batch / float(model.step_s(batch)) / ceiling
 
     useful = [device(x) * statistical(x) for x in xs]
     peak = max(useful)
@@ -102,11 +138,11 @@ def goodput(capacity: Capacity, model: TimeModel, timed: list[BatchPoint], verdi
         line("goodput, of its peak", xs, [value / peak for value in useful], "@green"),
     ]
     measured = [p for p in timed if p.samples_per_s]
-    rates = [(p.samples_per_s or 0.0) / fit.ceiling * statistical(p.batch) / peak for p in measured]
+    rates = [(p.samples_per_s or 0.0) / ceiling * statistical(p.batch) / peak for p in measured]
     traces.append(points("goodput of measured times", [p.batch for p in measured], rates, "@green", marker="diamond"))
     if verdict.best_batch is not None:
         traces += mark("best batch", verdict.best_batch, (0.0, 1.05), "@red", (verdict.best_low, verdict.best_high))
-    law = "1/(1 + B/critical batch)" if model.shape is None else f"by the {model.shape.model} fit to measured steps"
+    law = "by measured steps" if model.absolute else "by the critical batch and its error"
     return Plot(
         "goodput",
         "Why this batch: speed of the device times progress per example",

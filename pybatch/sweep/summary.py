@@ -12,6 +12,7 @@ from pybatch.answer.critical import with_noise_ratio
 from pybatch.base import numerals as n
 from pybatch.base.errors import UsageError
 from pybatch.fits.steps import fit_steps
+from pybatch.fits.steps_data import DIVERGED
 from pybatch.records import ConvergencePoint, Curve, NoiseScale, Note, PointStatus, RateSteps
 from pybatch.sweep.search import at_edge, best_rate
 from pybatch.training.trajectory import Split, loss_at, lowest
@@ -24,6 +25,7 @@ _STATUS: dict[str | None, PointStatus] = {
     "capped": "not_reached",
     "met": "not_reached",
 }
+_CODES = {"not_reached": math.inf, "diverged": DIVERGED, "not_run": math.nan}  # as the fit has them
 FEW_STEPS = 4  # a target met within so few steps says more of the first evaluations than of the batch size
 
 
@@ -121,6 +123,9 @@ def curve(
         critical_batch=fit.critical_batch,
         low=fit.low,
         high=fit.high,
+        b_min=fit.b_min,
+        b_min_low=fit.b_min_low,
+        b_min_high=fit.b_min_high,
         regimes=fit.regimes,
         fit=fit,
         cap=cap,
@@ -158,7 +163,8 @@ def _reached(p: ConvergencePoint) -> list[float]:
 
 
 def _table(points: Sequence[ConvergencePoint]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [rates, batches, seeds] and rates [rates, batches], nan where a batch has fewer rates."""
+    """Steps [rates, batches, seeds] and rates [rates, batches], nan where a batch has fewer rates, or a rate was not
+    run with a seed."""
     most = max(len(p.rates) for p in points)
     seeds = max((len(rate.steps) for p in points for rate in p.rates), default=0)
     steps, rates = np.full((most, len(points), seeds), np.nan), np.full((most, len(points)), np.nan)
@@ -167,7 +173,7 @@ def _table(points: Sequence[ConvergencePoint]) -> tuple[np.ndarray, np.ndarray]:
         for i, rate in enumerate(sorted(p.rates, key=lambda rate: rate.statuses.count("not_run"))):
             rates[i, j] = rate.learning_rate
             for k, (value, status) in enumerate(zip(rate.steps, rate.statuses, strict=True)):
-                steps[i, j, k] = value if value is not None else math.inf if status == "not_reached" else math.nan
+                steps[i, j, k] = value if value is not None else _CODES[status]
     return steps, rates
 
 

@@ -1,22 +1,23 @@
 """Frontier, doubling and accumulation plan: against brute force over the time model, and by arithmetic."""
 
 import dataclasses
+import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from cases.verdicts import exact
 
 from pybatch.answer.best import Best
 from pybatch.answer.frontier import doubling, frontier, joules, plan_accumulation
-from pybatch.answer.time_model import TimeModel
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError
 from pybatch.records import BatchPoint
 
 
 def test_each_point_is_the_best_of_its_devices(fit):
-    model = TimeModel(fit, 3000.0)
-    points = frontier(model, model.useful_devices(), ())
+    model = exact(fit, 3000.0)
+    points = frontier(model, model.useful_devices()[0], ())
     assert [p.devices for p in points] == [2**i for i in range(len(points))]
     grid = np.geomspace(1, 1e6, 200_000)
     alone = model.time(grid).min()
@@ -31,7 +32,7 @@ def test_each_point_is_the_best_of_its_devices(fit):
 
 
 def test_energy_is_joules_per_example_times_examples(fit):
-    model = TimeModel(fit, 100.0)
+    model = exact(fit, 100.0)
     batches = tuple(BatchPoint(b, "ok", 1.0, joules_per_sample=10.0 / b) for b in (1, 4, 1024))
     assert joules(4, batches) == 2.5
     assert joules(2, batches) == pytest.approx(5.0)
@@ -43,15 +44,24 @@ def test_energy_is_joules_per_example_times_examples(fit):
 
 
 def test_doubling_by_arithmetic(fit):
-    model = TimeModel(fit, 64.0)
-    best = Best(64, 64.0, 60, 70, False, model, None)
+    model = exact(fit, 64.0)
+    best = Best(64, 64.0, 60, 70, False, model, None, (1.0, 1.0))
     twice = doubling(best, ())
     assert twice["batch"] == 128
     assert twice["examples_factor"] == pytest.approx((128 + 64) / (64 + 64))
     assert twice["steps_factor"] == pytest.approx(0.75)
-    assert twice["time_factor"] == pytest.approx(0.75 * fit.step_s(128) / fit.step_s(64))
+    modelled = 0.75 * fit.step_s(128) / fit.step_s(64)
+    for end in ("", "_low", "_high"):
+        assert twice[f"time_factor{end}"] == pytest.approx(modelled, rel=1e-5)
     assert twice["energy_factor"] is None
-    bounded = dataclasses.replace(best, model=dataclasses.replace(model, most=100.0))
+    assert twice["step_times"] == "modelled"
+    timed = (BatchPoint(64, "ok", 10.0, 9.9, 10.1), BatchPoint(128, "ok", 15.0, 14.7, 15.3))
+    twice = doubling(best, timed)
+    assert twice["time_factor"] == pytest.approx(0.75 * 1.5)  # the measured times, whatever the model says
+    error = math.hypot(math.log(10.1 / 9.9) / 2, math.log(15.3 / 14.7) / 2)
+    assert twice["time_factor_high"] == pytest.approx(0.75 * 1.5 * math.exp(error), rel=1e-3)
+    assert twice["step_times"] == "measured"
+    bounded = dataclasses.replace(best, ensemble=exact(fit, 64.0, most=100.0))
     assert doubling(bounded, ()) == {}
 
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
-from cases.verdicts import BATCHES, capacity, noise, numbers_in, throughput, unaccounted
+from cases.verdicts import BATCHES, capacity, exact, noise, numbers_in, throughput, unaccounted
 
-from pybatch.answer.time_model import EFFICIENCY, TimeModel
-from pybatch.answer.verdict import advise
+from pybatch.answer.ensemble import EFFICIENCY
+from pybatch.answer.verdict import advise, ensemble
 from pybatch.base.errors import UsageError
 from pybatch.fits.throughput import fit_throughput
 from pybatch.records import (
@@ -16,43 +17,51 @@ from pybatch.records import (
     Convergence,
     ConvergencePoint,
     Curve,
+    StepsFit,
 )
 
 
-def sweep(critical=200.0, s_min=500.0):
+def sweep(critical=200.0, s_min=500.0, seeds_differ_by=0.02):
     points = tuple(ConvergencePoint(b, s_min * (1 + critical / b), "reached", 3, 0.1, reached=3) for b in BATCHES)
-    good = Curve("tuned", "train", points, s_min, critical, critical / 1.2, critical * 1.2, target=0.3)
+    fit = StepsFit(
+        "hyperbola", s_min, critical, critical / 1.2, critical * 1.2, 0.2 * critical, critical, 4 * critical,
+        parameters={"s_min": s_min, "b_c": critical}, rms_log_error=seeds_differ_by)  # fmt: skip
+    good = Curve("tuned", "train", points, s_min, critical, critical / 1.2, critical * 1.2, target=0.3, fit=fit)
     other = Curve("constant", "train", points, 2 * s_min, 2 * critical, critical, 3 * critical, target=0.3)
     unfitted = Curve("tuned", "test", (), None, None, None, None)
     return Convergence((unfitted, other, good))
 
 
 TABLE = {
-    # name: (capacity, noise, steps) -> (limit, best batch, what the text must say)
-    "noise": ((capacity(), noise(40)), ("noise", 32, "Gradient noise sets the limit")),
-    "hardware": ((capacity(), noise(12_000)), ("hardware", 512, "The device sets the limit")),
-    "balanced": ((capacity(), noise(380)), ("balanced", 128, "balanced")),
-    "memory": ((capacity(max_batch=50), noise(12_000)), ("hardware", 48, "largest batch that fits 50")),
-    "data set": ((capacity(examples=100), noise(12_000)), ("hardware", 100, "Use batch 100 ")),
-    "no noise at all": ((capacity(), noise(0.0, 0.0, 3.0)), ("noise", 1, "Use batch 1 ")),
+    # name: (capacity, noise, steps) -> (limit, what the best batch is within, what the text must say)
+    "noise": ((capacity(), noise(4)), ("noise", (10, 16), "Gradient noise sets the limit")),
+    "hardware": ((capacity(), noise(12_000)), ("hardware", (512, 1024), "The device sets the limit")),
+    "balanced": ((capacity(), noise(40)), ("balanced", (32, 48), "the least product of steps and step time")),
+    "memory": ((capacity(max_batch=50), noise(12_000)), ("hardware", (48, 48), "Memory ends at batch 50")),
+    "data set": ((capacity(examples=100), noise(12_000)), ("hardware", (100, 100), "Use batch 100,")),
+    "no noise at all": ((capacity(), noise(0.0, 0.0, 3.0)), ("noise", (1, 4), "around batch 0 (0 to 12,")),
     "lower bound above": (
         (capacity(), noise(None, 900, status="lower_bound")),
         ("hardware", None, "above what the device can use"),
     ),
-    "lower bound below": ((capacity(), noise(None, 90, status="lower_bound")), ("unresolved", None, "or larger")),
+    "lower bound below": ((capacity(), noise(None, 30, status="lower_bound")), ("unresolved", None, "or larger")),
     "unresolved": (
         (capacity(), noise(None, status="unresolved")),
-        ("unresolved", None, "No batch can be advised yet: |G|^2 is not separated"),
+        ("unresolved", None, "No batch can be advised yet. The critical batch is not known: |G|^2 is not separated"),
     ),
     "capacity alone": ((capacity(), None), ("unresolved", None, "Measure the noise scale as well")),
     "noise alone": ((None, noise(40)), ("unresolved", None, "Capacity was not measured")),
     "lower bound alone": ((None, noise(None, 90, status="lower_bound")), ("unresolved", None, "at least 90")),
-    "nothing": ((None, None), ("unresolved", None, "no batch can be advised")),
-    "sweep": ((capacity(), noise(12_000), sweep()), ("noise", 64, "fitted to steps")),
-    "floor": ((capacity(throughput(alpha=1e-4, floor=0.008)), noise(40)), ("noise", 32, "Use batch 32")),
+    "nothing": ((None, None), ("unresolved", None, "No batch can be advised")),
+    "sweep": ((capacity(), None, sweep()), ("hardware", (80, 96), "by measured steps")),
+    "disagreement": (
+        (capacity(), noise(12_000), sweep()),
+        ("hardware", (80, 96), "disagrees on the critical batch: the "),
+    ),
+    "floor": ((capacity(throughput(alpha=1e-4, floor=0.008)), noise(40)), ("balanced", (32, 48), "Use batch 40,")),
     "disturbed": (
         (capacity(dataclasses.replace(throughput(), rms_log_error=0.52)), noise(None, 90, status="lower_bound")),
-        ("unresolved", None, "by 52 %"),
+        ("hardware", None, "by 52 %"),
     ),
     "three batches": (
         (Capacity(None, None, None, None, None, None, None, None, None, None), noise(40)),
@@ -70,16 +79,16 @@ def case(request):
 def test_advice(case):
     verdict, (limit, best, says) = case
     assert verdict.limit == limit
-    assert verdict.best_batch == best
     assert says in verdict.text
-    assert verdict.text.count(". ") <= 5
+    assert verdict.text.startswith((verdict.answer, "Measure again"))
+    assert verdict.because in verdict.text
+    assert verdict.text.count(". ") <= 6
+    assert (verdict.best_batch is None) == (best is None) == (verdict.confidence is None)
     if best is not None:
-        inputs = verdict.why("best_batch").inputs
-        assert verdict.best_low <= inputs["optimum"] <= verdict.best_high
-        assert (verdict.best_low, verdict.best_high) == (
-            max(1, math.floor(inputs["optimum_low"])),
-            math.ceil(inputs["optimum_high"]),
-        )
+        assert best[0] <= verdict.best_batch <= best[1]
+        assert verdict.best_low <= verdict.best_batch <= verdict.best_high
+        assert verdict.useful_devices_low <= verdict.useful_devices <= verdict.useful_devices_high
+        assert f"Confidence: {verdict.confidence.level} (" in verdict.answer
 
 
 def test_every_missing_figure_has_a_note_and_every_given_one_a_reason(case):
@@ -105,8 +114,9 @@ def test_an_unaccounted_number_would_be_caught():
 def test_why():
     verdict = advise(capacity(), noise(40))
     reason = verdict.why("best_batch")
-    assert reason.inputs["optimum"] == pytest.approx(math.sqrt(40 * 40))
+    assert reason.inputs["optimum"] == pytest.approx(math.sqrt(40 * 40), rel=0.1)
     assert verdict.why("critical_batch").evidence == "modelled"  # B_simple is measured; that it is critical, is not
+    assert "steps to a target were not measured" in verdict.why("time_to_target").text
     with pytest.raises(UsageError, match="no figure 'colour'"):
         verdict.why("colour")
 
@@ -119,14 +129,14 @@ FITS = {"affine": throughput(), "floor": throughput(alpha=0.002, floor=0.008), "
 @pytest.mark.parametrize("most", [math.inf, 64.0])
 def test_optimum_is_the_least_time(name, critical, most):
     """Against 20 000 batches tried one by one."""
-    model = TimeModel(FITS[name], critical, most)
+    model = exact(FITS[name], critical, most)
     grid = np.geomspace(1, min(most, 1e6), 20_000)
     time = [(1 + critical / b) * FITS[name].step_s(b) for b in grid]
-    assert model.time(model.optimum()) <= min(time) * (1 + 1e-9)
+    assert model.time(model.optimum()) <= min(time) * (1 + 1.5e-3)  # the grid's step, at a knee
     assert model.optimum() == pytest.approx(grid[np.argmin(time)], rel=2e-3)
 
 
-@pytest.mark.parametrize("critical", [40.0, 5e3, 1e5])
+@pytest.mark.parametrize("critical", [40.0, 5e3, 9e4])
 def test_useful_devices_by_brute_force(critical):
     """T(1) / (K T(K)) with every batch tried, and against the closed form for the affine model."""
     fit = throughput()
@@ -135,7 +145,8 @@ def test_useful_devices_by_brute_force(critical):
     def least(k):
         return np.min((1 + critical / grid) * (fit.alpha_s + fit.beta_s * grid / k))
 
-    found = TimeModel(fit, critical).useful_devices()
+    found, low, high = exact(fit, critical).useful_devices()
+    assert found / 1.1 <= low <= found == high  # nothing is unknown, but ends are looked at in steps of 10 %
     assert least(1) / (found * least(found)) >= EFFICIENCY * (1 - 1e-6)
     assert least(1) / ((found + 1) * least(found + 1)) < EFFICIENCY
     ratio = math.sqrt(critical / fit.half_batch)
@@ -144,61 +155,54 @@ def test_useful_devices_by_brute_force(critical):
 
 def test_more_devices_are_worth_it_where_memory_binds():
     """One device of little memory is slow; each further one brings memory as well."""
-    assert TimeModel(throughput(), 5e3, 16.0).useful_devices() > TimeModel(throughput(), 5e3).useful_devices()
+    assert exact(throughput(), 5e3, 16.0).useful_devices() > exact(throughput(), 5e3).useful_devices()
 
 
 def test_cost_of_going_further_is_the_ratio_of_times():
-    verdict = advise(capacity(), noise(40))
-    inputs, fit = verdict.why("limit").inputs, throughput()
-    examples = (1 + 380 / 40) / (1 + 32 / 40)
-    speed = 380 / fit.step_s(380) / (32 / fit.step_s(32))
-    assert inputs["examples_factor"] == pytest.approx(examples)
-    assert inputs["throughput_factor"] == pytest.approx(speed)
-    assert inputs["time_factor"] == pytest.approx(examples / speed)
+    """With steps measured at every batch size the ensemble is as good as the truth."""
+    verdict = advise(capacity(), None, sweep())
+    inputs, fit, best = verdict.why("limit").inputs, throughput(), verdict.best_batch
+    examples = (380 + 200) / (best + 200)
+    speed = 380 / fit.step_s(380) / (best / fit.step_s(best))
+    assert inputs["examples_factor"] == pytest.approx(examples, rel=0.02)
+    assert inputs["throughput_factor"] == pytest.approx(speed, rel=0.02)
+    assert inputs["time_factor"] == pytest.approx(examples / speed, rel=0.02)
+    assert inputs["time_factor_low"] < inputs["time_factor"] < inputs["time_factor_high"]
 
 
-def test_interval_holds_the_best_batch_of_a_planted_problem():
-    """Critical batch and step times drawn with their errors: the interval of B* covers the true optimum."""
-    rng, held, true = np.random.default_rng(11), 0, math.sqrt(300 * 40)
-    for seed in range(100):
-        drawn = 300 * math.exp(0.1 * rng.standard_normal())
-        seconds = throughput().alpha_s + throughput().beta_s * np.array(BATCHES)
-        fit = fit_throughput(
-            BATCHES, seconds * np.exp(0.03 * rng.standard_normal(len(BATCHES))), seed=seed, resamples=100
-        )
-        found = advise(capacity(fit), noise(drawn, drawn * math.exp(-0.196), drawn * math.exp(0.196)))
-        inputs = found.why("best_batch").inputs
-        held += inputs["optimum_low"] <= true <= inputs["optimum_high"]
-    assert held >= 90
+@pytest.mark.parametrize("where", ["S", "t"])
+def test_members_agree_where_it_was_measured_and_part_elsewhere(where):
+    found = ensemble(capacity(batches=BATCHES[::3]), None, sweep(seeds_differ_by=0.01))
+    curve = found.step_s if where == "t" else found.steps
+    at, between = (np.log(curve(b, members=True)).std() for b in (64, 180))
+    beyond = np.log(curve(1e6, members=True)).std()
+    assert at < 0.015
+    assert between > (1.3 * at if where == "t" else 0)
+    assert beyond > 2 * at
+    truth = throughput().step_s(180) if where == "t" else 500 * (1 + 200 / 180)
+    assert curve(180) == pytest.approx(truth, rel=0.02)
 
 
-def test_measured_times_overrule_a_model_that_misses_them():
-    """A cache cliff at 64 that no affine fit can follow: the batch below it is faster to the loss."""
+def test_a_step_time_that_was_measured_overrules_a_model_that_misses_it():
+    """A cache cliff at 64 that no affine fit can follow: a batch below it is faster to the loss."""
     times = [1e3 * throughput().step_s(b) * (2.0 if b >= 64 else 1.0) for b in BATCHES]
-    verdict = advise(capacity(times=times), noise(100))
-    assert verdict.best_batch == 32
-    assert verdict.why("best_batch").evidence == "measured"
-    assert "Use batch 32 (by the measured step times, which the throughput model misses; its optimum " in verdict.text
-    usual = advise(capacity(), noise(100))
-    assert usual.best_batch == 64
-    assert "by the measured step times" not in usual.text
+    assert advise(capacity(), None, sweep()).best_batch >= 64
+    cliff = advise(capacity(fit_throughput(BATCHES, [t / 1e3 for t in times]), times=times), None, sweep())
+    assert 32 <= cliff.best_batch < 64
+    assert cliff.best_low <= 32
 
 
-@pytest.mark.parametrize(("faster", "best"), [(1.03, 64), (1.07, 32)])
-def test_a_batch_surely_measured_a_few_percent_faster_is_taken(faster, best):
-    """Each time is known to 1 %: 7 % lies beyond the error of both and the drift between runs, 3 % does not."""
-    fit = throughput()
-    least, own = (fit.step_s(b) * (1 + 100 / b) for b in (32, 64))
-    times = [1e3 * fit.step_s(b) * (faster * least / own if b == 64 else 1.0) for b in BATCHES]
-    assert advise(capacity(times=times), noise(100)).best_batch == best
-
-
-def test_a_noisy_time_overrules_nothing():
-    """Of many batches timed with 15 % error some looks faster by chance: the least of them is no evidence."""
-    rng = np.random.default_rng(5)
-    for _ in range(50):
+def test_a_noisy_time_moves_the_advice_little():
+    """Of many batches timed with 15 % error some looks faster by chance: that is no evidence."""
+    rng, found = np.random.default_rng(5), []
+    for _ in range(25):
         drawn = [1e3 * throughput().step_s(b) * math.exp(0.15 * rng.standard_normal()) for b in BATCHES]
-        assert advise(capacity(times=drawn, error=0.3), noise(100)).best_batch == 64
+        fit = fit_throughput(BATCHES, [t / 1e3 for t in drawn], resamples=20)
+        found.append(advise(capacity(fit, times=drawn, error=0.3), None, sweep()).best_batch)
+    truth = math.sqrt(200 * 40)
+    assert np.mean(np.abs(np.log2(np.array(found) / truth))) < 0.6
+    regret = [(1 + 200 / b) * throughput().step_s(b) / ((1 + 200 / truth) * throughput().step_s(truth)) for b in found]
+    assert np.mean(regret) < 1.05
 
 
 def test_a_bound_is_used_up_and_never_said_to_be_worse():
@@ -219,37 +223,29 @@ def test_a_smaller_data_set_never_makes_more_devices_worth_it():
     assert found[-1] <= free
 
 
-def test_at_the_end_of_a_floor_the_reason_and_the_error_are_the_floors():
-    verdict = advise(capacity(throughput(alpha=1e-4, beta=1e-5, floor=4e-3)), noise(1000))
-    reason = verdict.why("best_batch")
-    assert reason.inputs["optimum"] == pytest.approx(390)
-    assert "the end of the floor" in reason.text
-    assert reason.inputs["optimum_low"] == pytest.approx(390 / 1.05)
-    assert reason.inputs["optimum_high"] == pytest.approx(390 * 1.05, rel=0.01)
-
-
 def test_an_open_interval_of_the_device_opens_the_optimums():
     fit = dataclasses.replace(throughput(), ceiling_high=None, half_high=None, saturation_high=None, half_low=0.0)
     verdict = advise(capacity(fit, max_batch=None), noise(1000))
-    assert (verdict.best_low, verdict.best_high) == (1, None)
-    assert "95 % interval 1 upwards" in verdict.text
+    assert verdict.best_high is None
+    assert " or more. " in verdict.answer
     assert verdict.limit == "balanced"
 
 
-def test_odd_batches_measured_are_kept():
-    verdict = advise(capacity(batches=(10, 30, 60, 150)), noise(100))
-    assert verdict.best_batch == 60
+def test_odd_batches_measured_are_candidates():
+    batches = (1, 10, 30, 87, 150, 400)
+    assert advise(capacity(batches=batches), None, sweep()).best_batch == 87
     verdict = advise(capacity(batches=(1, 2, 4)), noise(100))
-    assert verdict.best_batch == 64  # none near: a power of two
-    assert "by extrapolation past the largest batch timed" in verdict.text
+    assert verdict.best_batch >= 48
+    assert "past the largest timed" in verdict.answer
 
 
 def test_time_to_target_needs_steps():
     assert advise(capacity(), noise(200)).time_to_target is None
-    verdict = advise(capacity(), noise(12_000), sweep(200.0, 500.0))
+    verdict = advise(capacity(), noise(300), sweep(200.0, 500.0))
     steps = 500 * (1 + 200 / verdict.best_batch)
-    assert verdict.time_to_target == pytest.approx(steps * throughput().step_s(verdict.best_batch))
-    assert (verdict.critical_source, verdict.critical_batch) == ("sweep", 200.0)
+    assert verdict.time_to_target == pytest.approx(steps * throughput().step_s(verdict.best_batch), rel=0.02)
+    assert verdict.critical_source == "sweep"
+    assert verdict.critical_batch == pytest.approx(205, abs=5)  # a noise scale moves a measured one little
 
 
 def test_misfit_is_told():
@@ -257,14 +253,16 @@ def test_misfit_is_told():
     verdict = advise(capacity(poor), noise(40))
     assert any("17 % (rms)" in n.text for n in verdict.notes)
     assert verdict.text.startswith("Use batch")
-    for found in (noise(40), None):
-        useless = advise(capacity(dataclasses.replace(poor, rms_log_error=1.3)), found)
-        assert useless.text.startswith("Measure again before trusting this: step times miss any smooth curve by 130 %")
+    assert verdict.confidence.level != "high"
+    useless = advise(capacity(dataclasses.replace(poor, rms_log_error=1.3)), noise(40))
+    assert "Confidence: low (measure again: step times miss any smooth curve by 130 %" in useless.answer
+    useless = advise(capacity(dataclasses.replace(poor, rms_log_error=1.3)), None)
+    assert useless.text.startswith("Measure again before trusting this: step times miss any smooth curve by 130 %")
 
 
 def test_extrapolation_is_told():
-    assert "380 by extrapolation" in advise(capacity(batches=(1, 4, 16, 64)), noise(40)).text
-    assert "extrapolat" not in advise(capacity(), noise(40)).text
+    assert "saturation batch by extrapolation" in advise(capacity(batches=(1, 4, 16, 64)), noise(4)).text
+    assert "extrapolat" not in advise(capacity(), noise(4)).text
 
 
 def test_an_open_end_of_the_critical_batch_opens_the_optimums():
@@ -273,18 +271,16 @@ def test_an_open_end_of_the_critical_batch_opens_the_optimums():
         curve = dataclasses.replace(sweep().curves[-1], low=low, high=high)
         found = advise(capacity(), None, Convergence((curve,)))
         assert found.critical_batch == 200.0
+        assert found.best_low < found.best_batch
         if low is None:
             assert found.best_low == 1
-        else:
-            assert found.best_low == pytest.approx(math.sqrt(low * 40), rel=0.06)
         if high is None:
             assert found.best_high == 100_000  # the largest that fits
         else:
-            assert found.best_high == pytest.approx(math.sqrt(high * 40), rel=0.06)
-        # 200 itself lies below the saturation batch of 380; an end that is not known may not.
-        assert found.limit == ("noise" if high is not None else "unresolved")
+            assert found.best_high < 200
+        assert found.limit == ("hardware" if low is not None else "unresolved")
         assert unaccounted(found) == set()
-    assert "200 (interval not known, fitted to steps)" in found.text
+    assert "200 (interval not known, by measured steps)" in found.text
 
 
 def test_a_bound_of_the_tuned_rates_goes_before_the_value_of_a_fixed_rule():
@@ -296,3 +292,69 @@ def test_a_bound_of_the_tuned_rates_goes_before_the_value_of_a_fixed_rule():
     test = dataclasses.replace(sweep().curves[-1], split="test")
     assert advise(capacity(), None, Convergence((other, tuned, test))).critical_batch == 200.0
     assert advise(capacity(), None, Convergence((other,))).critical_batch == 200.0
+
+
+@pytest.mark.parametrize(
+    ("times", "says", "low", "high"),
+    [
+        (
+            [10.0] * len(BATCHES),
+            "Use batch 4,096 or larger. That is because step times do not rise with it",
+            4096,
+            None,
+        ),
+        ([1.0 * b for b in BATCHES], "Use batch 1. That is because step time is proportional to it", None, 1),
+    ],
+)
+def test_times_without_a_half_batch_bound_the_best_batch(times, says, low, high):
+    """No figure of the fit's search reaches the advice: what was timed bounds it."""
+    measured = capacity(fit_throughput(BATCHES, [t / 1e3 for t in times]), times=times)
+    verdict = advise(measured, noise(200))
+    assert verdict.text.startswith(says)
+    assert "200 (50 to 803, by gradient noise)" in verdict.text
+    assert (verdict.best_batch, verdict.best_low, verdict.best_high) == (None, low, high)
+    assert verdict.saturation_batch is None
+    assert unaccounted(verdict) == set()
+
+
+def test_a_disturbed_machine_is_believed_less():
+    """Wider, not the same advice with a note."""
+    quiet = advise(capacity(), None, sweep())
+    scatter = np.exp(0.1 * np.random.default_rng(3).standard_normal(len(BATCHES)))
+    times = [float(1e3 * throughput().step_s(b) * e) for b, e in zip(BATCHES, scatter, strict=True)]
+    fit = fit_throughput(BATCHES, [t / 1e3 for t in times], resamples=50)
+    disturbed = dataclasses.replace(capacity(fit, times=times), disturbed=("other processes kept 1.9 of 2 cores busy",))
+    found = advise(disturbed, None, sweep())
+    assert quiet.confidence.level == "high"
+    assert found.confidence.level == "low"
+    assert "machine disturbed: other processes kept 1.9 of 2 cores busy" in found.answer
+    assert found.best_high / found.best_low > 1.3 * quiet.best_high / quiet.best_low
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((Capacity,), "capacity is the class Capacity. Give a Capacity, such as a run's .capacity"),
+        ((None, capacity()), "noise is Capacity. Give a NoiseScale"),
+        ((None, None, 3.5), "steps is float. Give a Convergence, such as a run's .convergence"),
+    ],
+)
+def test_what_is_no_record_is_refused(given, says):
+    with pytest.raises(UsageError, match=re.escape(says)):
+        advise(*given)
+
+
+def test_the_learning_rate_there():
+    """Tuned where it was; else by the optimizer's rule from the nearest known one, and said to be a rule."""
+    swept = advise(capacity(), None, sweep())
+    nearest = min(BATCHES, key=lambda b: abs(math.log(b / swept.best_batch)))
+    assert swept.learning_rate == pytest.approx(0.1 * math.sqrt(swept.best_batch / nearest))
+    at = dataclasses.replace(sweep(), optimizer="sgd")
+    assert advise(capacity(), None, at).learning_rate == pytest.approx(0.1 * swept.best_batch / nearest)
+    known = capacity()
+    work = dataclasses.replace(known.workload, learning_rate=0.01, reference_batch=32)
+    found = advise(dataclasses.replace(known, workload=work), noise(400))
+    assert found.learning_rate == pytest.approx(0.01 * math.sqrt(found.best_batch / 32))
+    assert "a rule of thumb for adamw, not measured" in found.why("learning_rate").text
+    assert advise(capacity(), noise(40)).learning_rate is None
+    assert "no rate is known" in advise(capacity(), noise(40)).why("learning_rate").text

@@ -1,7 +1,7 @@
 """The verdict for every combination of evidence: what limits, the best batch by the closed form, what the notes owe.
 
-What is expected is worked out here from the rules alone: a sweep goes before branches, branches before the noise
-scale; B* = sqrt(critical batch x half batch) within memory; two sides compare beyond the error of both.
+What is expected is worked out here from the rules alone: readings weighed on the log scale with the factor each stands
+for; B* = sqrt(critical batch x half batch) within memory; two sides compare beyond the error of both.
 """
 
 import dataclasses
@@ -13,16 +13,15 @@ import pytest
 from cases.verdicts import BATCHES, BRANCHES, MODELS, SWEEP, capacity, curve, noise, swept_by, throughput, unaccounted
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from pybatch.answer.critical import shaped
-from pybatch.answer.time_model import TimeModel
-from pybatch.answer.verdict import advise, time_model
+from pybatch.answer.verdict import advise, ensemble
 from pybatch.fits.steps_model import predicted
 from pybatch.records import (
     BatchPoint,
     Capacity,
     Convergence,
-    StepsFit,
 )
 
 HALF = 40.0  # throughput(): 8 ms + 0.2 ms an example
@@ -53,24 +52,52 @@ CAPACITY = {
 CASES = list(itertools.product(NOISE, CAPACITY, SWEEP, BRANCHES))
 
 
-def expected_limit(known, wall):
-    if wall is None or known is None:
+def expected_critical(swept, branched, scale):
+    """The rules by themselves: (value, low, high) and the source, of what each piece says or None."""
+    factors = {"sweep": 1.0, "branch": 8.0, "noise": 4.0}
+    pieces = {k: v for k, v in (("sweep", swept), ("branch", branched), ("noise", scale)) if v is not None and v[0]}
+    bound = swept if swept is not None and swept[0] is None else None
+
+    def error(name):
+        value, low, high = pieces[name]
+        return np.mean([math.hypot(math.log(end / value), math.log(factors[name])) for end in (low, high)]) / 1.96
+
+    def clash(one, other):
+        ratio = abs(math.log(pieces[one][0] / pieces[other][0]))
+        return ratio > 1.96 * math.hypot(error(one), error(other))
+
+    if "sweep" in pieces:
+        pieces = {name: piece for name, piece in pieces.items() if not clash("sweep", name)}
+    if not pieces:
+        return (bound, "sweep") if bound else ((scale, "noise") if scale else (None, None))
+    weights = {name: error(name) ** -2 for name in pieces}
+    log = sum(w * math.log(pieces[name][0]) for name, w in weights.items()) / sum(weights.values())
+    spread = sum(weights.values()) ** -0.5
+    if "sweep" not in pieces and len(pieces) == 2 and clash(*pieces):
+        chi = sum(w * (math.log(pieces[name][0]) - log) ** 2 for name, w in weights.items())
+        spread *= math.sqrt(chi)
+    source = next(iter(pieces))
+    if bound is None:
+        return (math.exp(log), math.exp(log - 1.96 * spread), math.exp(log + 1.96 * spread)), source
+    ends = [norm.cdf((math.log(end) - log) / spread) if end else None for end in bound[1:]]
+    low, high = ends[0] or 0.0, 1.0 if ends[1] is None else ends[1]
+    if high - low < 0.05:
+        return bound, "sweep"
+    value = (math.exp(log + spread * norm.ppf(low + q * (high - low))) for q in (0.5, 0.025, 0.975))
+    return tuple(value), source
+
+
+def expected_limit(known, most):
+    """Against the half batch, or the largest that fits where that is smaller."""
+    if known is None or most is None:
         return "unresolved"
     value, low, high = known
-    if low is not None and low > wall[2]:
+    ends = (HALF / SPREAD, HALF * SPREAD) if most > HALF / SPREAD else (most, most)
+    if low is not None and low > ends[1]:
         return "hardware"
-    if high is not None and high < wall[1]:
+    if high is not None and high < ends[0]:
         return "noise"
     return "unresolved" if value is None else "balanced"
-
-
-def expected_best(critical, most):
-    """The closed form, rounded to a power of two, or down to a multiple of 8 where memory binds."""
-    optimum = math.sqrt(critical * HALF)
-    if optimum >= most:
-        return most // 8 * 8
-    nearest = 2 ** round(math.log2(optimum))
-    return nearest if nearest <= most else 2 ** math.floor(math.log2(most))
 
 
 @pytest.mark.parametrize(("noises", "device", "sweep", "branch"), CASES)
@@ -80,24 +107,30 @@ def test_every_combination(noises, device, sweep, branch):
     steps = Convergence((swept,), branches=(branched,) if branched else ())
     verdict = advise(measured, scale, steps)
 
-    known = by_sweep or by_branch or by_noise
-    source = "sweep" if by_sweep else "branch" if by_branch else "noise" if by_noise else None
+    known, source = expected_critical(by_sweep, by_branch, by_noise)
     value, low, high = known or (None, None, None)
     assert verdict.critical_source == source
-    assert (verdict.critical_batch, verdict.critical_low, verdict.critical_high) == (value, low, high)
-    assert verdict.limit == expected_limit(known, wall)
+    for found, wanted in ((verdict.critical_batch, value), (verdict.critical_low, low), (verdict.critical_high, high)):
+        assert found == (None if wanted is None else pytest.approx(wanted, rel=0.02))
+    assert verdict.limit == expected_limit(known, most)
 
-    best = expected_best(value, most) if value is not None and wall is not None else None
-    assert verdict.best_batch == best
+    advised = value is not None and wall is not None
+    if advised:
+        optimum = min(math.sqrt(value * HALF), most)
+        assert abs(math.log2(verdict.best_batch / optimum)) < 0.6
+        assert verdict.best_low <= verdict.best_batch <= verdict.best_high <= most
+    else:
+        assert verdict.best_batch is None
     if value is None and wall is not None:  # bounds alone
         assert verdict.best_low == (None if low is None else math.floor(min(math.sqrt(low * HALF), most)))
         assert verdict.best_high == (None if high is None else math.ceil(math.sqrt(high * HALF)))
-    timed = source == "sweep" and best is not None
+    timed = source == "sweep" and advised
     if timed:
-        swept_steps = 500 * (1 + 200 / best)
-        assert verdict.time_to_target == pytest.approx(swept_steps * throughput().step_s(best), rel=0.02)
-    owed = {"critical_batch": value, "best_batch": best, "useful_devices": best, "time_to_target": timed or None}
-    owed["saturation_batch"] = wall
+        swept_steps = 500 * (1 + 200 / verdict.best_batch)
+        step = throughput().step_s(verdict.best_batch)
+        assert verdict.time_to_target == pytest.approx(swept_steps * step, rel=0.1)
+    owed = {"critical_batch": value, "best_batch": advised or None, "useful_devices": advised or None}
+    owed |= {"time_to_target": timed or None, "saturation_batch": wall}
     notes = {note.figure for note in verdict.notes}
     for figure, known_figure in owed.items():
         assert (f"verdict.{figure}" in notes) == (known_figure is None), figure
@@ -108,8 +141,8 @@ def test_every_combination(noises, device, sweep, branch):
 @pytest.mark.parametrize(
     ("sweep", "says"),
     [
-        ("lower bound", "at least 4,100 (fitted to steps), above what the device can use"),
-        ("upper bound", "Use batch 13 or smaller: the critical batch is at most 4 (fitted to steps), below what the"),
+        ("lower bound", "at least 4,100 (by measured steps), above what the device can use"),
+        ("upper bound", "Use batch 13 or smaller. The critical batch is at most 4 (by measured steps), below what the"),
     ],
 )
 def test_a_bound_is_said_as_one(sweep, says):
@@ -123,46 +156,39 @@ def test_the_best_batch_is_that_of_the_fitted_curve(model, most):
     fit = MODELS[model]
     grid = np.geomspace(1, min(most, 1e5), 40_000)
     time = np.array([predicted(model, fit.parameters, b) for b in grid]) * (0.008 + 2e-4 * grid)
-    found = TimeModel(throughput(), fit.critical_batch, most, shape=fit)
-    assert found.optimum() == pytest.approx(grid[np.argmin(time)], rel=5e-3)
-    assert found.time(found.optimum()) * fit.s_min == pytest.approx(time.min(), rel=1e-4)
+    found = ensemble(capacity(max_batch=None if most == math.inf else int(most)), None, swept_by(fit))
+    assert found.optimum() == pytest.approx(grid[np.argmin(time)], rel=0.05)
+    assert found.time(found.optimum()) == pytest.approx(time.min(), rel=0.01)
+    assert np.quantile(found.optima, 0.025) <= grid[np.argmin(time)] * 1.03
+    assert np.quantile(found.optima, 0.975) >= grid[np.argmin(time)] / 1.03
     if most == math.inf:
-        hyperbola = TimeModel(throughput(), fit.critical_batch)
-        assert abs(math.log(found.optimum() / hyperbola.optimum())) > 0.02  # four times what is allowed above
+        hyperbola = math.sqrt(fit.critical_batch * HALF)
+        assert abs(math.log(grid[np.argmin(time)] / hyperbola)) > 0.02
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_time_doubling_and_frontier_follow_the_fitted_curve(model):
     fit = MODELS[model]
-    verdict = advise(capacity(), noise(40), swept_by(fit))
+    verdict = advise(capacity(), None, swept_by(fit))
     best, step = verdict.best_batch, throughput().step_s
 
     def steps(batch):
         return predicted(model, fit.parameters, batch)
 
-    assert verdict.time_to_target == pytest.approx(steps(best) * step(best), rel=1e-6)
+    assert verdict.time_to_target == pytest.approx(steps(best) * step(best), rel=0.02)
     twice = verdict.why("doubling").inputs
-    assert twice["steps_factor"] == pytest.approx(steps(2 * best) / steps(best))
-    assert twice["time_factor"] == pytest.approx(steps(2 * best) * step(2 * best) / (steps(best) * step(best)))
+    assert twice["steps_factor"] == pytest.approx(steps(2 * best) / steps(best), rel=0.02)
+    factor = steps(2 * best) * step(2 * best) / (steps(best) * step(best))
+    assert twice["time_factor"] == pytest.approx(factor, rel=0.02)
+    assert twice["time_factor_low"] < factor < twice["time_factor_high"]
     grid = np.geomspace(1, 1e5, 20_000)
     curve = np.array([steps(b) for b in grid])
     alone = (curve * (0.008 + 2e-4 * grid)).min()
-    for point in verdict.frontier:
+    for point in verdict.frontier[:4]:  # at batch sizes that were run
         wanted = (curve * (0.008 + 2e-4 * grid / point.devices)).min()
-        assert point.time_factor == pytest.approx(wanted / alone, rel=1e-3)
-    assert model in verdict.why("best_batch").text
+        assert point.time_factor == pytest.approx(wanted / alone, rel=0.03)
     assert verdict.why("critical_batch").inputs["model"] == model
     assert unaccounted(verdict) == set()
-
-
-def test_an_end_of_the_interval_moves_the_curve_along_the_batch_axis():
-    """On a hyperbola that is the same as another critical batch."""
-    fit = StepsFit("power", 300.0, 150.0, 100.0, 220.0, None, None, None, parameters={
-        "s_min": 300.0, "b_c": 150.0, "alpha": 1.0})  # fmt: skip
-    for critical in (100.0, 150.0, 220.0):
-        moved = TimeModel(throughput(), critical, shape=fit)
-        assert moved.steps(64.0) == pytest.approx(1 + critical / 64)
-        assert moved.optimum() == pytest.approx(math.sqrt(critical * HALF), rel=2e-3)
 
 
 @given(
@@ -174,9 +200,9 @@ def test_an_end_of_the_interval_moves_the_curve_along_the_batch_axis():
     examples=st.one_of(st.none(), st.integers(1, 10**6)),
     source=st.sampled_from(["noise", "lower bound", "sweep", "bound", *MODELS]),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_every_number_said_is_in_the_record(alpha, half, critical, width, most, examples, source):
-    """Whatever was measured: no sentence has a number of its own, and the interval holds the optimum."""
+    """Whatever was measured: no sentence has a number of its own, and none contradicts a figure beside it."""
     device = capacity(throughput(alpha=alpha, beta=alpha / half), max_batch=most, examples=examples)
     scale = noise(critical, critical / width, critical * width)
     steps = None
@@ -191,17 +217,44 @@ def test_every_number_said_is_in_the_record(alpha, half, critical, width, most, 
     verdict = advise(device, scale, steps)
     assert unaccounted(verdict) == set()
     if verdict.best_batch is not None:
-        assert verdict.best_batch <= min(most or math.inf, examples or math.inf)
-        optimum = verdict.why("best_batch").inputs["optimum"]
-        assert verdict.best_low <= optimum
-        assert verdict.best_high is None or optimum <= verdict.best_high
+        consistent(verdict, device)
+
+
+def consistent(verdict, device):
+    """What the sentences say of each other: the advice, its interval, the sides, the factors."""
+    best, wall = verdict.best_batch, min(device.max_batch or math.inf, device.workload.examples or math.inf)
+    assert best <= wall
+    assert verdict.best_low <= best
+    assert verdict.best_high is None or best <= verdict.best_high <= wall
+    [limit] = [r.inputs for r in verdict.reasons if r.figure == "limit"]
+    sides = {"noise": "Gradient noise sets the limit", "hardware": "The device sets the limit"}
+    for side, words in sides.items():
+        assert words not in verdict.text or verdict.limit == side
+    half = min(device.model.half_batch, wall)
+    if "Gradient noise sets" in verdict.text:
+        assert verdict.critical_batch < half
+    if "The device sets" in verdict.text:
+        assert verdict.critical_batch > half
+    if "ends at batch" in verdict.because:
+        assert best > 0.7 * wall or wall < 16
+    if "time_factor" in limit:  # going on is told where it costs time, never where it saves some
+        assert limit["time_factor"] >= 1
+        assert limit["examples_factor"] / limit["throughput_factor"] == pytest.approx(limit["time_factor"], rel=0.1)
+    for reason in (r for r in verdict.reasons if r.figure == "doubling"):  # it would have been advised
+        assert reason.inputs["time_factor"] > 0.99
+        assert reason.inputs["time_factor_low"] <= reason.inputs["time_factor"] <= reason.inputs["time_factor_high"]
+    if verdict.useful_devices == 1 and len(verdict.frontier) > 1:
+        assert 1 / (2 * verdict.frontier[1].time_factor) < 0.8 + 1e-3
+    level, reasons = verdict.confidence.level, verdict.confidence.reasons
+    assert f"Confidence: {level}" in verdict.answer
+    assert level != "high" or verdict.critical_source == "sweep"
+    assert level == "high" or reasons
 
 
 def test_only_a_curve_that_is_known_has_a_shape():
     assert shaped(None) is None
-    assert shaped(dataclasses.replace(MODELS["power"], model="hyperbola")) is None
+    assert shaped(dataclasses.replace(MODELS["power"], model=None)) is None
     assert shaped(dataclasses.replace(MODELS["power"], parameters={})) is None
     assert shaped(dataclasses.replace(MODELS["power"], critical_batch=None)) is None
     assert shaped(MODELS["power"]) is MODELS["power"]
-    assert time_model(capacity(), None, None) is None
-    assert time_model(capacity(), None, swept_by(MODELS["power"])).shape is MODELS["power"]
+    assert ensemble(capacity(), None, None) is None

@@ -3,6 +3,9 @@
 import math
 import re
 
+import numpy as np
+
+from pybatch.answer.ensemble import Ensemble
 from pybatch.base import numerals
 from pybatch.fits.steps_model import predicted
 from pybatch.records import (
@@ -67,6 +70,16 @@ def capacity(fit=None, max_batch=100_000, examples=None, batches=BATCHES, times=
     )
 
 
+def exact(fit, critical, most=math.inf, most_global=math.inf, shape=None, communication=None):
+    """Times to the loss of which nothing is unknown: one member, on a fine grid."""
+    size = np.unique(np.append(np.geomspace(1, 1e8, 12_000), [m for m in (most, most_global) if math.isfinite(m)]))
+    steps = 1 + critical / size
+    if shape is not None:
+        steps = np.array([predicted(shape.model, shape.parameters, b) for b in size])
+    times = np.array([fit.step_s(b) for b in size])
+    return Ensemble(size, np.log(steps)[None], np.log(times)[None], most, most_global, communication)
+
+
 def noise(value, low=None, high=None, status="resolved"):
     if status == "resolved" and low is None:
         low, high = value / 1.1, value * 1.1
@@ -82,6 +95,7 @@ def unaccounted(verdict):
     """Numbers in the text that stand in no field and in no reason's inputs."""
     known = [getattr(verdict, f) for f in verdict.__dataclass_fields__]
     known += [value for reason in verdict.reasons for value in reason.inputs.values()]
+    known += [value for reading in verdict.evidence for value in (reading.value, reading.factor)]
     values = [float(v) for v in known if isinstance(v, int | float)]
     shown = {form for v in values for form in (numerals.count(v), numerals.count(math.ceil(v)))}
     shown |= {numerals.number(v, digits) for v in values for digits in (1, 2, 3)}

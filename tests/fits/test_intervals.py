@@ -150,7 +150,7 @@ def test_the_hyperbola_stands_against_a_model_that_is_about_as_good(monkeypatch)
         for table in tables:
             fit = fit_steps(BATCHES, table, resamples=20)
             errors[support].append(math.log(fit.critical_batch / 100))
-            named |= any("is about as good (AICc lower by" in note.text for note in fit.notes)
+            named |= any("is about as good as the hyperbola (AICc lower by" in note.text for note in fit.notes)
     without, with_ = (float(np.std(values)) for values in errors.values())
     assert with_ < 0.95 * without
     assert named

@@ -99,13 +99,13 @@ def test_the_interval_holds_the_planted_critical_batch(model, parameters):
     rng, held, narrow, cut = np.random.default_rng(1), 0, 0, 0
     log = np.log(np.array([parameters], dtype=float))
     curve = np.exp(steps_model.log_steps(model, log, BATCHES)[0][0])
-    truth = steps_model.figures(model, log, BATCHES.min())[0][2]
+    truth = steps_model.figures(model, log, BATCHES.min(), BATCHES.max())[0][2]
     cap = curve[0]
     for seed in range(100):
         steps = noisy(curve, rng)
         cut += int((steps > cap).sum())
         steps = np.where(steps > cap, INF, steps)
-        steps = np.where(rng.random(steps.shape) < 0.05, NAN, steps)
+        steps = np.where(rng.random(steps.shape) < 0.05, -INF, steps)
         fit = fit_steps(BATCHES, steps, cap=cap, seed=seed, resamples=100)
         held += (fit.low or 0) <= truth <= (fit.high or INF)
         narrow += fit.low is not None and fit.high is not None and fit.high < 8 * fit.low
@@ -142,11 +142,11 @@ def test_one_strange_batch_does_not_bend_the_fit():
 def test_diverged_runs_are_a_label_and_never_a_value():
     steps = noisy(hyperbola(BATCHES), np.random.default_rng(5))
     without = fit_steps(BATCHES, steps, model="hyperbola")
-    steps[-1, 0] = NAN
+    steps[-1, 0] = -INF
     one = fit_steps(BATCHES, steps, model="hyperbola")
     assert one.critical_batch == pytest.approx(without.critical_batch, rel=0.05)
     assert any("1 of 3 at batch 2048" in note.text for note in one.notes)
-    steps[-1] = NAN
+    steps[-1] = -INF
     assert fit_steps(BATCHES, steps).batches == len(BATCHES) - 1
 
 
@@ -234,7 +234,8 @@ def test_half_of_the_seeds_must_reach():
     ("steps", "says"),
     [
         ([INF, INF, INF, INF], "no batch size reached the target. Raise the cap"),
-        ([NAN, NAN, NAN, NAN], "every run diverged. Lower the learning rates"),
+        ([NAN, NAN, NAN, NAN], "no run was made"),
+        ([-INF, -INF, -INF, NAN], "every run diverged. Lower the learning rates"),
         ([100, 90, INF, INF], "2 of 4 batch sizes reached the target .* a fit needs 3. Raise the cap"),
     ],
 )
@@ -270,7 +271,7 @@ def test_the_order_of_batches_is_free_and_the_seed_decides_everything():
         ([8, 8, 16], [100, 90, 80], {}, "batch 8 is given twice"),
         ([0, 8, 16], [100, 90, 80], {}, "batch 0 is not a batch size"),
         ([4, 8, 16], [100, 0, 80], {}, "steps 0 cannot be: the target was met before training"),
-        ([4, 8, 16], [100, -INF, 80], {}, "steps -inf cannot be"),
+        ([4, 8, 16], [100, -7, 80], {}, "steps -7 cannot be"),
         ([4, 8, 16], [[100, 2], [1], [80, 3]], {}, "not a table of numbers"),
         ([4, 8, 16], [100, 90, 80], {"model": "hyperbel"}, "Did you mean 'hyperbola'"),
         ([4, 8, 16], [100, 90, 80], {"cap": 95}, "steps 100 at batch 4 are above the cap of 95"),
@@ -338,7 +339,7 @@ def test_steps_that_fall_to_the_largest_batch_are_not_said_to_rise_past_it():
 
 
 def test_a_flat_fit_says_no_less_than_its_interval():
-    fit = fit_steps([8, 32, 128], [[28, 48], [19, 18], [22, 27]])
+    fit = fit_steps([8, 32, 128, 512], [[28, 48], [19, 18], [22, 27], [20, 25]])
     [text] = [note.text for note in fit.notes if note.figure == "critical_batch"]
     assert fit.model == "flat"
     assert fit.high > 8

@@ -124,10 +124,14 @@ def test_closed_form_and_state():
             (regression_loss(model, 8) / 4).backward()
         optimizer.step()
         optimizer.zero_grad()
-    noise = handle.noise
+    noise = handle.whole
     assert (noise.status, noise.steps, noise.small_batch, noise.large_batch) == ("resolved", 400, 8, 32)
     assert noise.low <= 64 <= noise.high
     assert noise.high / noise.low < 1.6
+    newest = handle.noise
+    assert (newest.status, newest.first_step, newest.last_step, newest.steps) == ("resolved", 301, 400, 100)
+    assert newest.low <= 64 <= newest.high
+    assert sum(point.steps for point in newest.trajectory) == 400
     assert (model.weight == before).all()
     with pytest.raises(UsageError, match=r"source 'ddp' for a handle of source 'micro-batches'"):
         handle.load_state_dict({**saved, "source": "ddp"})
@@ -170,7 +174,7 @@ def test_bad_steps_have_a_status_and_a_reason():
         "equal within rounding": lambda: equal(model),
     }
     for says, losses in cases.items():
-        handle = pybatch.noise.attach(model, optimizer)
+        handle = pybatch.noise.attach(model, optimizer, "micro-batches")
         for _ in range(3 if says == "too few" else 20):
             step(optimizer, losses())
         noise = handle.noise
@@ -367,8 +371,9 @@ def test_moments_against_a_closed_form_stream(kind):
             model(0.2 + 2.0 * torch.randn(1, 25) / 4).backward()
             optimizer.step()
             optimizer.zero_grad()
-        noise = handle.noise
+        noise = handle.whole
         assert (noise.status, noise.steps) == ("resolved", 80)
+        assert (handle.noise.first_step, handle.noise.last_step) == (801, 1600)  # training steps, 20 a pair
         covered.append(noise.low <= 100 <= noise.high)
         means.append((noise.grad_sq, noise.trace))
     assert sum(covered) >= len(covered) - 1

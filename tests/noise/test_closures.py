@@ -241,3 +241,97 @@ def test_fsdp_takes_the_first_evaluation(processes):
     same(found, want)
     assert found["steps"] == want["steps"]
     assert any("3 steps of the optimizer evaluated the model again" in text for text in found["notes"])
+
+
+def means_of(model, batches):
+    return expected([example_gradients(model, *batch)[0] for batch in batches])
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_closure_that_runs_the_last_micro_batch_completes_the_step(k, to_none):
+    """As Lightning's automatic optimization: all but the last pass before step(closure), the last one in it."""
+    make, draw = mlp, images
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    handle, truth = pybatch.noise.attach(model, optimizer), []
+    for _ in range(3):
+        batches = [draw(4) for _ in range(k)]
+        truth.append(means_of(model, batches))
+        for x, y in batches[:-1]:
+            (loss_of(model(x), y) / k).backward()
+
+        def closure(model=model, last=batches[-1]):
+            loss = loss_of(model(last[0]), last[1]) / k
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        optimizer.zero_grad(set_to_none=to_none)
+    noise = handle.noise
+    assert (noise.steps, noise.large_batch) == (3, 4 * k)
+    assert noise.grad_sq == pytest.approx(float(sum(t[0].sum() for t in truth)) / 3, rel=1e-4)
+    assert noise.trace == pytest.approx(float(sum(t[1].sum() for t in truth)) / 3, rel=1e-4)
+    assert not any("again over the same examples" in note.text for note in noise.notes)
+
+
+class Ascent(torch.optim.SGD):
+    """Sharpness-aware steps as they are often written: the gradient is there, the closure evaluates uphill of it."""
+
+    def step(self, closure):
+        params = [p for group in self.param_groups for p in group["params"]]
+        moved = [0.2 * p.grad / p.grad.norm() for p in params]
+        with torch.no_grad():
+            for p, by in zip(params, moved, strict=True):
+                p.add_(by)
+        self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        with torch.no_grad():
+            for p, by in zip(params, moved, strict=True):
+                p.sub_(by)
+        super().step()
+
+
+@pytest.mark.parametrize("kind", [Ascent, torch.optim.LBFGS])
+def test_a_closure_that_begins_anew_leaves_the_passes_before_it_as_the_step(kind):
+    make, draw = mlp, images
+    model = make()
+    optimizer = kind(model.parameters(), lr=0.1)
+    handle = pybatch.noise.attach(model, optimizer)
+    batches = [draw(4), draw(4)]
+    grad_sq, trace = means_of(model, batches)
+
+    def passes():
+        for x, y in batches:
+            (loss_of(model(x), y) / 2).backward()
+
+    def closure():
+        optimizer.zero_grad()
+        passes()
+        return torch.tensor(1.0)
+
+    passes()
+    optimizer.step(closure)
+    noise = handle.noise
+    assert noise.steps == 1
+    assert noise.grad_sq == pytest.approx(float(grad_sq.sum()), rel=1e-4)
+    assert noise.trace == pytest.approx(float(trace.sum()), rel=1e-4)
+    assert any("again over the same examples" in note.text for note in noise.notes)
+
+
+def test_a_closure_that_is_never_called_loses_no_step():
+    class Deaf(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step()
+
+    make, draw = mlp, images
+    model = make()
+    optimizer = Deaf(model.parameters(), lr=0.1)
+    handle = pybatch.noise.attach(model, optimizer)
+    for _ in range(2):
+        for x, y in (draw(4), draw(4)):
+            (loss_of(model(x), y) / 2).backward()
+        optimizer.step(lambda: None)
+        optimizer.zero_grad()
+    assert (handle.noise.steps, handle.noise.skipped) == (2, 0)

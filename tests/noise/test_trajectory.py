@@ -25,7 +25,7 @@ class Run:
 
     @property
     def noise(self):
-        return self.accumulator.estimate()
+        return self.accumulator.newest()
 
     def scale(self, step):
         return 10.0 + 30.0 * step / self.steps
@@ -46,7 +46,7 @@ class Run:
 def test_points_follow_the_run_and_hold_their_truth():
     """Where the cumulative figure is an average of the past, each point is about its own steps."""
     run = Run(4000)
-    path = Trajectory(run)
+    path = Trajectory(run, every=10)
     run.train(path, 1, 4000)
     points = path.record.points
     assert 16 <= len(points) <= 32
@@ -54,7 +54,7 @@ def test_points_follow_the_run_and_hold_their_truth():
     assert all(a.last_step < b.first_step for a, b in itertools.pairwise(points))
     held = [p.low <= run.scale((p.first_step + p.last_step) / 2) <= p.high for p in points]
     assert np.mean(held) > 0.85
-    assert run.noise.high < points[-1].low  # what one number for the whole run would hide
+    assert run.accumulator.estimate().high < points[-1].low  # what one number for the whole run would hide
     assert sum(p.steps for p in points) == 3991
     assert path.record.source == "micro-batches"
 
@@ -68,7 +68,7 @@ def test_memory_is_constant_and_nothing_is_lost(monkeypatch):
         path.update(step, loss=1.0 / step)
         assert len(path._rows) <= 64
     record = path.record
-    noise = run.noise
+    noise = run.accumulator.estimate()
     assert sum(p.steps for p in record.points) == 5000
     total = sum(p.trace * p.steps for p in record.points)
     assert total == pytest.approx(noise.trace * 5000, rel=1e-9)
@@ -85,16 +85,28 @@ def test_reads_only_every_so_many_steps():
     assert "4 readings" in run.seen[-1].reason
 
 
+def test_there_is_an_early_point_and_few_readings_later():
+    run = Run(2000)
+    path = Trajectory(run)
+    run.train(path, 1, 2000)
+    first = next(p for p in run.seen if p.status == "resolved")
+    assert first.last_step == 8
+    assert first.low <= run.scale(8) <= first.high
+    assert len(run.seen) < 300
+    assert all(a.last_step + 10 >= b.last_step for a, b in itertools.pairwise(run.seen))
+    assert path.record.points[0].last_step < 30
+
+
 def test_a_run_stopped_while_writing_goes_on(tmp_path):
     """A torn last line is cut off; the file read back is the trajectory that was never stopped."""
     file = tmp_path / "runs" / "noise.jsonl"
     whole, run = Run(1000), Run(1000)
-    first = Trajectory(whole)
+    first = Trajectory(whole, every=10)
     whole.train(first, 1, 1000)
-    run.train(Trajectory(run, file), 1, 501)
+    run.train(Trajectory(run, file, every=10), 1, 501)
     with file.open("a") as f:
         f.write('{"first_step": 502, "last')
-    second = Trajectory(run, file)
+    second = Trajectory(run, file, every=10)
     run.train(second, 502, 1000)
     assert second.record == first.record
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -146,7 +158,7 @@ class Scalars:
 
 def test_tensorboard(monkeypatch, tmp_path):
     run, writer = Run(200), Scalars()
-    run.train(Trajectory(run, tensorboard=writer), 1, 200)
+    run.train(Trajectory(run, tensorboard=writer, every=10), 1, 200)
     last = [(tag, step) for tag, _, step in writer.kept][-5:]
     assert last == [(f"noise/{name}", 191) for name in ("b_simple", "low", "high", "grad_sq", "trace")]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

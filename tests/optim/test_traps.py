@@ -107,7 +107,7 @@ def test_noise_of_single_parameters_has_their_names_and_scales():
     named = [("bias", torch.nn.Parameter(torch.zeros(300))), ("weight", torch.nn.Parameter(torch.zeros(20, 30)))]
     opt = optim.SGD(named, lr=0.0, noise=True)
     train_named(opt, 100)
-    noise = opt.noise
+    noise = opt.whole_noise
     assert [layer.name for layer in noise.layers] == ["bias", "weight"]
     np.testing.assert_allclose([layer.b_simple for layer in noise.layers], [4.0, 9.0], rtol=0.1)
     assert [(layer.status, layer.steps) for layer in noise.layers] == [("resolved", 100)] * 2

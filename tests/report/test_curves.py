@@ -14,11 +14,13 @@ from pybatch.records import (
     Convergence,
     Curve,
     NoisePoint,
+    NoiseScale,
     NoiseTrajectory,
     Note,
     Run,
     StepsFit,
 )
+from pybatch.report import noise as noise_report
 from pybatch.report.formats.text import FORMATS, render
 
 
@@ -118,3 +120,19 @@ def test_a_trajectory_has_a_row_a_stretch():
     stretch = NoisePoint(0, 99, 40.0, 30.0, 50.0, 1.0, 40.0, "resolved", 100)
     text = render(Run("", None, trajectory=NoiseTrajectory((stretch, stretch), "ddp")), "csv")
     assert [row["b_simple"] for row in csv.DictReader(io.StringIO(text))] == ["40.0", "40.0"]
+
+
+def test_a_watched_run_says_of_which_steps_its_scale_is_and_draws_the_run():
+    stretches = tuple(
+        NoisePoint(400 * i + 1, 400 * (i + 1), 100.0 * (i + 1), 80.0, 120.0, 1.0, 100.0, "resolved", 400)
+        for i in range(2)
+    )
+    noise = NoiseScale(
+        200.0, 150.0, 280.0, 1.0, 200.0, "resolved", "ddp", 400, first_step=401, last_step=800, trajectory=stretches
+    )
+    assert "over steps 401 to 800" in render(Run("", None, noise=noise), "table")
+    [along] = noise_report.plots(noise, None, "images")
+    assert [100.0, 200.0] in [trace["y"] for trace in along.traces]
+    text = render(Run("", None, trajectory=NoiseTrajectory(stretches, "ddp")), "table")
+    assert "newest" in text
+    assert "over steps 401 to 800" in text

@@ -61,7 +61,7 @@ def test_the_picture_shows_what_the_record_says(judged):
     assert measured["x"] == [1, 8, 64, 512]
     assert measured["y"] == [p.samples_per_s for p in judged.capacity.batches if p.samples_per_s]
     lines = {t["name"].split()[0]: t["x"][0] for t in throughput.traces if t.get("hoverinfo") == "name"}
-    assert lines == {"critical": 40.0, "saturation": 190.0}
+    assert lines == {"critical": 40.0, "saturation": 190.0, "best": judged.verdict.best_batch}
     goodput = device_plots(judged)[1]
     peak = next(t for t in goodput.traces if t["name"] == "goodput, of its peak")
     at = peak["x"][peak["y"].index(max(peak["y"]))]
@@ -95,7 +95,7 @@ def test_goodput_peaks_where_the_fitted_curve_says(run):
     at = peak["x"][peak["y"].index(max(peak["y"]))]
     assert at == pytest.approx(judged.verdict.why("best_batch").inputs["optimum"], rel=0.05)
     assert max(max(t["y"]) for t in goodput.traces if t["name"].startswith("progress")) == pytest.approx(1.0)
-    assert "power fit" in goodput.caption
+    assert "by measured steps" in goodput.caption
 
 
 def test_seeds_that_a_race_left_out_are_no_failures():
@@ -158,7 +158,9 @@ def test_ticks_are_powers_of_two_and_few():
 
 def test_text_stands_without_scripts(judged):
     text = re.sub(r"<script.*?</script>", "", page([judged]), flags=re.S)
-    for expected in (judged.verdict.text, "Provenance", "pybatch bench", "Table", "How each figure came about"):
+    large, _, reasons = judged.verdict.answer.partition(" (")
+    words = (large, reasons.removesuffix(").").partition(";")[0], judged.verdict.because)
+    for expected in (*words, "Provenance", "pybatch bench", "Table", "How each figure came about"):
         assert expected in text
     for point in judged.capacity.batches:
         assert f"{point.batch:,}" in text
@@ -203,7 +205,7 @@ def test_several_runs_have_distinct_plots(judged):
 def test_loose_results_are_one_run(judged, tmp_path):
     write_report([judged.capacity, judged.noise, judged.verdict], tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text()
-    assert judged.verdict.text in text
+    assert judged.verdict.because in text
     assert "Provenance" not in text
 
 

@@ -117,7 +117,7 @@ def test_a_figure_is_said_once_and_stands_in_every_format(run, monkeypatch):
     figure.hidden.cache_clear()
     try:
         shown = dataclasses.replace(run, capacity=capacity)
-        for text in (render(shown, "table"), render(shown, "md"), page([shown]), shown._repr_html_()):
+        for text in (render(shown, "table", True), render(shown, "md", True), page([shown]), shown._repr_html_()):
             assert "SM clock MHz" in text
             assert text.count("1,410") >= 5  # the page has it behind a plot too
             assert "seen at the end" in text
@@ -183,7 +183,11 @@ def test_an_unresolved_noise_scale_prints_no_number_for_it(run, status):
 def test_the_reason_of_a_null_is_in_the_record_and_not_on_a_page_without_the_figure(run):
     assert "streaming multiprocessors" not in render(run, "table")
     assert "streaming multiprocessors" in render(run, "json")
-    assert "steps to target were not measured" in " ".join(render(run, "table").split())
+    said = "steps to target were not measured"
+    assert said in " ".join(render(run, "table", verbose=True).split())
+    brief = " ".join(render(run, "table").split())
+    assert said not in brief
+    assert "more notes: --verbose" in brief
 
 
 def test_a_narrow_or_wide_console_loses_no_column(run):

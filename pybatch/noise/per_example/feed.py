@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class ExampleFeed:
         self._small: list[Tensor] = []  # per micro-batch: sum of |g_i|^2 of each parameter, by squared weight
         self._squared, self._shares = 0.0, Shares()
 
-    def micro_batch(self, backward: Backward, n: int, weights: Tensor | None = None) -> Tensor:
+    def micro_batch(self, backward: Backward, n: int, weights: Tensor | None = None, batch: Any = None) -> Tensor:
         """As Feed.micro_batch: under watch."""
         scale = self._shares.add(counted(n, weights))
         with self.recorder.record(n, weights=weights) as norms:

@@ -138,8 +138,7 @@ class ExampleRecorder:
                 f"weights of shape {tuple(weights.shape)} with reduction {reduction!r}: give one weight for each of "
                 f"the {n} examples, with reduction 'mean'."
             )
-        settled = bool(self._sizes - {n}) or n == 1
-        watch = Pass(self.model, n, self.products, self.route, self._unbatched, settled, self._probing)
+        watch = self.watch(n)
         norms = ExampleNorms({}, {}, torch.ones(n, dtype=torch.float64))
         try:
             with watch:
@@ -150,14 +149,30 @@ class ExampleRecorder:
             raise UsageError(
                 "per-example norms: no gradient arrived inside the block. Run forward and backward pass in it."
             )
-        device = next(iter(watch.squares.values())).device
-        share = torch.ones(n, dtype=torch.float64, device=device) if weights is None else weights.to(device).double()
-        factor = torch.where(share > 0, share.sum() / share, 0.0) if reduction == "mean" else share
-        # Stacked, so that as many operations serve all parameters as one: of those without a part in this loss zeros.
-        zero, divisor = share.new_zeros(n), n**2 if reduction == "sum" else 1
-        squares = torch.stack([watch.squares.get(name, zero).to(device) for name in watch.names]) * factor.square()
-        means = torch.stack([watch.means.get(name, zero[0]).to(device) for name in watch.names]) / divisor
-        norms.by_parameter = dict(zip(watch.names, squares.unbind(), strict=True))
-        norms.mean_sq = dict(zip(watch.names, means.unbind(), strict=True))
-        norms.weights = share
+        fill(norms, watch, n, reduction, weights)
+        self.seen(n)
+
+    def watch(self, n: int, kind: type[Pass] = Pass) -> Pass:
+        """The watch over one pass of n examples, to be entered for its forward and closed after its backward pass."""
+        settled = bool(self._sizes - {n}) or n == 1
+        return kind(self.model, n, self.products, self.route, self._unbatched, settled, self._probing)
+
+    def seen(self, n: int) -> None:
+        """A pass of n examples was measured."""
         self._sizes.add(n)
+
+
+def fill(
+    norms: ExampleNorms, watch: Pass, n: int, reduction: Reduction = "mean", weights: Tensor | None = None
+) -> None:
+    """What a pass found, once it is closed."""
+    device = next(iter(watch.squares.values())).device
+    share = torch.ones(n, dtype=torch.float64, device=device) if weights is None else weights.to(device).double()
+    factor = torch.where(share > 0, share.sum() / share, 0.0) if reduction == "mean" else share
+    # Stacked, so that as many operations serve all parameters as one: of those without a part in this loss zeros.
+    zero, divisor = share.new_zeros(n), n**2 if reduction == "sum" else 1
+    squares = torch.stack([watch.squares.get(name, zero).to(device) for name in watch.names]) * factor.square()
+    means = torch.stack([watch.means.get(name, zero[0]).to(device) for name in watch.names]) / divisor
+    norms.by_parameter = dict(zip(watch.names, squares.unbind(), strict=True))
+    norms.mean_sq = dict(zip(watch.names, means.unbind(), strict=True))
+    norms.weights = share

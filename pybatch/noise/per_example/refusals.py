@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -11,8 +13,17 @@ from pybatch.noise.per_example.layers import MICRO_BATCHES, batch_norm_refusal
 
 def refuse_modules(model: nn.Module) -> None:
     """Raise UsageError naming the first module, or parameter, that can't be measured, with the reason and a remedy."""
+    _refuse(model, _why_not)
+
+
+def refuse_undefined(model: nn.Module) -> None:
+    """The same, of those alone whose per-example gradients are not defined, however they are formed."""
+    _refuse(model, _undefined)
+
+
+def _refuse(model: nn.Module, why_not: Callable[[nn.Module], str | None]) -> None:
     for name, module in model.named_modules():
-        why = _why_not(module)
+        why = why_not(module)
         if why is not None:
             raise UsageError(f"per-example norms: module {name or 'model'!r} ({type(module).__name__}): {why}")
     for name, parameter in model.named_parameters():
@@ -28,11 +39,15 @@ def refuse_modules(model: nn.Module) -> None:
         raise UsageError("per-example norms: the model has no parameter that requires a gradient.")
 
 
+def _undefined(module: nn.Module) -> str | None:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        return batch_norm_refusal("training")
+    return None
+
+
 def _why_not(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        if module.training or module.running_mean is None:
-            return batch_norm_refusal("training")
-        return None
+        return _undefined(module)
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
         return "it is compiled, and its operations can't be seen. Give the model before torch.compile."
     if not any(parameter.requires_grad for parameter in module.parameters()):

@@ -93,6 +93,7 @@ class MomentsNoise(Collector):
             unit=unit,
             missing=MISSING,
             notes=(LAG, *((CLIPPED,) if clips else ()), *((ALIKE,) if self._members > 1 else ()), *notes),
+            every=self._every,
         )
         self._optimizer, self._accumulation = optimizer, accumulation
         self._given = examples == "count"

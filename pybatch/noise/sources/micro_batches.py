@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,7 +12,7 @@ from pybatch.base.errors import UsageError
 from pybatch.base.numerals import counted
 from pybatch.noise.closures import Evaluations
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, combine, trainable
-from pybatch.noise.norms import Places, squares
+from pybatch.noise.norms import SMALL, Places, squares
 from pybatch.noise.preconditioner import Preconditioner
 from pybatch.records import Note
 
@@ -59,17 +60,27 @@ class MicroBatchNoise(Collector):
         )
         self._precondition = Preconditioner(optimizer) if preconditioned else None
         self._accumulation, self._scaler = accumulation, scaler
+        # Of a small model on the CPU norms are taken as numbers: nothing is waited for, and a dozen operations saved.
+        self._light = (
+            not preconditioned
+            and scaler is None
+            and self._device.type == "cpu"
+            and sum(p.numel() for p in self._params) <= SMALL
+            and {p.layout for p in self._params} == {torch.strided}
+        )
         self._places = Places(self._device)
         self._counter = Count(model, examples, started=self._recover)
-        self._evaluations = Evaluations(optimizer, self.close, self._drop)
+        self._evaluations = Evaluations(optimizer, self.close, self._drop, self._hold)
         self._held: list[tuple[int, torch.Tensor]] = []
         self._held_bytes = 0
         self._in_backward = False
+        self.pairs = self.singles = 0  # steps of two or more backward passes, and of one
         self._several = 0  # backward passes after more than one counted forward pass
         self._fresh: set[int] = set()  # parameters whose `.grad` was None before this backward pass
         self._left: list[tuple[int, tuple[int, int]]] = []  # parameters and what `_mark` said after the last pass
         self._altered = torch.zeros((), dtype=torch.float64, device=self._device)  # steps left out for it
-        self._own = self._zeros()  # [2, parameters] of this backward pass: plain and preconditioned
+        # Of this backward pass: [2, parameters], plain and preconditioned; of a small model [1 + layers].
+        self._own = self._zeros()
         self.forget()
         self._removals = [
             *(p.register_hook(self._watch(i)).remove for i, p in enumerate(self._params)),  # type: ignore[no-untyped-call]
@@ -77,7 +88,9 @@ class MicroBatchNoise(Collector):
             self._counter.remove,
         ]
 
-    def _zeros(self) -> torch.Tensor:
+    def _zeros(self) -> Any:
+        if self._light:
+            return np.zeros(1 + len(self._accumulator.layers))
         return torch.zeros((2, len(self._params)), dtype=torch.float64, device=self._device)
 
     def forget(self) -> None:
@@ -85,6 +98,22 @@ class MicroBatchNoise(Collector):
         self._members, self._inverse, self._examples = 0, 0.0, 0.0
         self._squares, self._large = self._zeros(), self._zeros()
         self._doubt: torch.Tensor | None = None  # NaN where the step began with gradients of unknown origin
+        self._before: tuple[Any, ...] | None = None  # the passes before a closure, until they are known to go on in it
+        self._cleared = False  # whether the closure cleared their gradients
+
+    def _hold(self) -> bool:
+        """A step with a closure begins; passes before it are complete only if its first evaluation clears them."""
+        if self._members:
+            self._before = (self._members, self._inverse, self._examples, self._squares, self._large, self._doubt)
+        return False
+
+    def _take_back(self) -> None:
+        """The closure began anew, at other parameters or over the same examples: the passes before it are the step."""
+        before = self._before
+        self._drop()
+        assert before is not None
+        self._members, self._inverse, self._examples, self._squares, self._large, self._doubt = before
+        self._evaluations.again()
 
     def _drop(self) -> bool:
         self.forget()
@@ -113,27 +142,39 @@ class MicroBatchNoise(Collector):
 
         return see
 
-    @torch.no_grad()
     def _begin(self) -> None:
         """The first gradient of a backward pass is there; none was added to `.grad` yet."""
         self._in_backward = True
         self._own, self._fresh = self._zeros(), set()
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
         grads = [grad for p in self._params if (grad := p.grad) is not None]
+        if not grads:
+            return
         changed = any(_mark(self._params[i]) not in (None, mark) for i, mark in self._left)
         if changed if self._members else grads:
             # Zeros begin a step; gradients of the step before, or clipped ones, are no sum of this step's passes.
             if self._members:
                 self._abandon()
-            left = squares(grads).sum()
+            with torch.no_grad():
+                left = squares(grads).sum()
             self._altered = self._altered + (left != 0.0)
             self._doubt = torch.where(left == 0.0, 1.0, torch.nan).double()
 
     def _flush(self) -> None:
         if self._held:
-            index = [i for i, _ in self._held]
-            self._own[:, self._places(index)] += self._norms(index, [grad for _, grad in self._held])
+            self._add(self._own, [i for i, _ in self._held], [grad for _, grad in self._held])
             self._held, self._held_bytes = [], 0
+
+    def _add(self, sums: Any, index: list[int], grads: list[torch.Tensor]) -> None:
+        """Add the squared norms of the gradients of these parameters."""
+        if not self._light:
+            sums[:, self._places(index)] += self._norms(index, grads)
+            return
+        flat = torch._utils._flatten_dense_tensors(grads).numpy(force=True).astype(np.float64)
+        sums[0] += flat.dot(flat)
+        if len(sums) > 1:
+            starts = np.cumsum([0, *(grad.numel() for grad in grads[:-1])])
+            sums[1 + np.array(index)] += np.add.reduceat(flat * flat, starts)
 
     def _norms(self, index: list[int], grads: list[torch.Tensor]) -> torch.Tensor:
         """[2, len(index)]: squared norms, plain and preconditioned; NaN where there is no preconditioner yet."""
@@ -145,12 +186,19 @@ class MicroBatchNoise(Collector):
             [plain, torch.stack([self._precondition(self._params[i], g, self._scaled) for i, g in given])]
         )
 
-    @torch.no_grad()
     def _end(self) -> None:
         """The backward pass is over: close the micro-batch."""
+        if torch.is_grad_enabled():  # one that makes a graph; entering no_grad takes as long as the rest of this
+            with torch.no_grad():
+                self._close_pass()
+        else:
+            self._close_pass()
+
+    def _close_pass(self) -> None:
         self._in_backward = False
         self._flush()
         present = [i for i, p in enumerate(self._params) if p.grad is not None]
+        grads = [g for p in self._params if (g := p.grad) is not None]
         marks = [(i, mark) for i in present if (mark := _mark(self._params[i])) is not None]
         if not present or (self._members and marks == self._left):
             return  # torch.autograd.grad(): nothing was accumulated
@@ -163,13 +211,13 @@ class MicroBatchNoise(Collector):
                 "Attach to the model that is called (the compiled one, say), or with examples='count' and call "
                 "handle.count(n) before each backward()."
             )
-        grads = [g for i in present if (g := self._params[i].grad) is not None]
         self._large = self._zeros()
-        self._large[:, self._places(present)] = self._norms(present, grads)
+        self._add(self._large, present, grads)
         fresh = [i for i in present if i in self._fresh]
-        if fresh:
-            places = self._places(fresh)
-            self._own[:, places] += self._large[:, places]
+        if len(fresh) == len(present):
+            self._own = self._own + self._large
+        elif fresh:
+            self._add(self._own, fresh, [g for i in fresh if (g := self._params[i].grad) is not None])
         size = sizes[-1]
         self._several += len(sizes) > 1
         self._squares += self._own / size if self._accumulation == "weighted" else self._own
@@ -180,9 +228,11 @@ class MicroBatchNoise(Collector):
 
     def _abandon(self) -> None:
         """Gradients were cleared without a step; under a scaler because they were not finite."""
-        if self._scaler is not None:
+        before = self._before
+        if self._scaler is not None and before is None:
             self._skip()
         self.forget()
+        self._before, self._cleared = before, before is not None
 
     def close(self, scale: float = 1.0) -> bool:
         """The passes of a step are complete: keep their pair; returns whether there were any.
@@ -190,8 +240,12 @@ class MicroBatchNoise(Collector):
         Args:
             scale: the gradients are so many times those of the step.
         """
+        if self._before is not None and self._cleared:
+            self._take_back()
         k = self._members
         if k:
+            self.pairs += k > 1
+            self.singles += k == 1
             weighted = self._accumulation == "weighted"
             sums = self._squares if self._accumulation == "sum" else self._squares * (k * k)
             large = self._large / (k * k) if self._accumulation == "sum" else self._large
@@ -201,13 +255,15 @@ class MicroBatchNoise(Collector):
                 factor = self._scaler.scale(torch.ones((), device=self._device)).double() ** -2
                 small, large = small * factor, large * factor
             if self._doubt is not None:
-                small = small * self._doubt
+                small = small * (float(self._doubt) if self._light else self._doubt)
             self._row(n_small, n_large, self._arrange(small), self._arrange(large))
         self.forget()
         return k > 0
 
-    def _arrange(self, norms: torch.Tensor) -> torch.Tensor:
+    def _arrange(self, norms: Any) -> Any:
         """[2, parameters] to [series]."""
+        if self._light:
+            return norms
         totals = norms.sum(dim=1)
         layers = norms[0] if self._accumulator.layers else norms[0, :0]
         return torch.cat([totals[: 2 if self._precondition else 1], layers])

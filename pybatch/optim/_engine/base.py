@@ -188,19 +188,29 @@ class FusedOptimizer(SavedOptimizer):
 
     @property
     def noise(self) -> NoiseScale:
-        """The gradient noise scale of all steps so far with two or more micro-batches. Reading it waits for the device.
+        """The gradient noise scale of the newest stretch that gives an interval, with the whole run as trajectory.
 
-        Its `layers` are the scales of the single parameters, under their names where the optimizer was given
-        `named_parameters()`, else under their index over all groups.
+        Steps with two or more micro-batches count. Reading it waits for the device. Its `layers` are the scales of the
+        single parameters, under their names where the optimizer was given `named_parameters()`, else under their index
+        over all groups.
 
         Raises:
             UsageError: the optimizer was not made with noise=True.
         """
         if not self._options.noise:
             raise UsageError(f"{type(self).__name__} was made without noise=True, so no statistics were kept. Set it.")
-        return statistics.noise(self._ledger, self._layers(), statistics.names(self.param_groups), self._single_steps)
+        return self._noise()
+
+    @property
+    def whole_noise(self) -> NoiseScale:
+        """As `noise`, of all steps as one: where they are known to be alike."""
+        return self._noise(whole=True)
 
     # Inside.
+
+    def _noise(self, whole: bool = False) -> NoiseScale:
+        names = statistics.names(self.param_groups)
+        return statistics.noise(self._ledger, self._layers(), names, self._single_steps, whole=whole)
 
     def _reset(self, ledger: ops.Ledger | None = None, single_steps: int = 0, seed: int | None = None) -> None:
         self._tables = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from pybatch import ops
 from pybatch.fits import noise as estimator
+from pybatch.fits import stretch
 from pybatch.optim._engine.hyper import Groups
 from pybatch.records import LayerNoise, NoiseScale
 
@@ -24,7 +26,9 @@ def names(groups: Groups) -> list[str]:
     return [str(i) if name is None else name for i, name in enumerate(given)]
 
 
-def noise(ledger: ops.Ledger | None, layers: Layers, named: list[str], single: int) -> NoiseScale:
+def noise(
+    ledger: ops.Ledger | None, layers: Layers, named: list[str], single: int, *, whole: bool = False
+) -> NoiseScale:
     """The noise scale in total and by parameter; waits for the device.
 
     Args:
@@ -32,29 +36,45 @@ def noise(ledger: ops.Ledger | None, layers: Layers, named: list[str], single: i
         layers: float64 [ops.LAYER_SIZE] by index of parameter.
         named: names of all parameters.
         single: steps of one micro-batch, which give no pair of norms.
+        whole: of all steps as one; else of the newest stretch that gives an interval, with the run as trajectory.
     """
     if ledger is None:
         return estimator.estimate(np.zeros((0, 3)), source=SOURCE, single=single)
-    pairs = float(ledger["pairs"])
+    pairs, length = float(ledger["pairs"]), round(float(ledger["ring_length"]))
+    steps = round(float(ledger["ring_steps"]))
+    rows = ledger.ring[: -(-steps // length)].cpu().numpy()
+    small = float(ledger["small_sum"]) / pairs if pairs else None
+    first = 0 if whole else stretch.newest(rows, small)
+    start = first * length + 1
     total = estimator.estimate(
-        ledger.ring.cpu().numpy(),
+        rows[first:],
         source=SOURCE,
-        small_batch=float(ledger["small_sum"]) / pairs if pairs else None,
+        small_batch=small,
         large_batch=float(ledger["large_sum"]) / pairs if pairs else None,
         skipped=int(ledger["skipped"]),
         single=single,
+        notes=() if whole else stretch.drift_note(rows[first:], start, steps),
     )
-    return dataclasses.replace(total, layers=_entries(layers, named, total.small_batch))
+    total = dataclasses.replace(
+        total, layers=_entries(layers, named, small, first / len(ledger.ring), len(rows) / len(ledger.ring))
+    )
+    if whole or not steps:
+        return total
+    run = stretch.trajectory(rows, length, steps)
+    return dataclasses.replace(total, first_step=start, last_step=steps, trajectory=run)
 
 
-def _entries(layers: Layers, named: list[str], small_batch: float | None) -> tuple[LayerNoise, ...]:
-    """One entry for each parameter that has had a pair of norms."""
+def _entries(
+    layers: Layers, named: list[str], small_batch: float | None, first: float, used: float
+) -> tuple[LayerNoise, ...]:
+    """One entry for each parameter that has had a pair of norms; both shares are of a full ring."""
     if not layers:
         return ()
     rings = torch.stack([layers[index][ops.LAYER_SUMS :] for index in sorted(layers)]).cpu().numpy()
-    found = estimator.estimate_layers(
-        [named[index] for index in sorted(layers)], rings.reshape(len(rings), -1, 3), small_batch
-    )
+    blocks = rings.reshape(len(rings), -1, 3)
+    own = math.ceil(used * blocks.shape[1])
+    start = stretch.coarse(int(first * blocks.shape[1]), own)
+    found = estimator.estimate_layers([named[index] for index in sorted(layers)], blocks[:, start:own], small_batch)
     return tuple(layer for layer in found if layer.grad_sq is not None)
 
 

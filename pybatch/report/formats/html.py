@@ -24,8 +24,8 @@ from pybatch.report import factors
 from pybatch.report.layout import Section, Table
 from pybatch.report.output import Output
 from pybatch.report.plot import SHADES, Plot
-from pybatch.report.run import plots, sections, title
-from pybatch.report.verdict import first_figures
+from pybatch.report.run import answer_of, plots, sections, title
+from pybatch.report.verdict import first_figures, rest_of
 
 
 def write_report(records: Sequence[object] | object, path: str | Path) -> None:
@@ -144,12 +144,12 @@ def _text(value: object) -> str:
 
 def _run(run: Run, drawn: Sequence[Plot], number: int, titled: bool) -> str:
     found = sections(run)
-    when = f'<p class="soft">{_text(run.created)}</p>\n' if run.created else ""
+    when = f'<p class="soft">{_text(n.when(run.created))}</p>\n' if run.created else ""
     incomplete = "" if run.complete else "<p><strong>Incomplete:</strong> the notes below say what is missing.</p>\n"
     heading = f"<h2>{_text(title(run))}</h2>\n" if titled else ""
     parts = [f'<section id="run-{number}">\n{heading}{when}{incomplete}']
-    if run.verdict is not None:
-        parts.append(_answer(run.verdict))
+    if (answer := answer_of(run)) is not None:
+        parts.append(_answer(answer))
     parts += [_plot(plot) for plot in drawn]
     parts += [section_html(section) for section in found]
     if run.environment is not None:
@@ -165,8 +165,15 @@ def _answer(verdict: Verdict) -> str:
         for name, value, band in first_figures(verdict)
     )
     whys = "".join(_why(reason) for reason in verdict.reasons)
+    large, bracket, reasons = verdict.answer.partition(" (")
+    small = f"Why {verdict.confidence.level}: {reasons.removesuffix(').')}." if verdict.confidence and bracket else ""
+    large = f"{large}." if bracket else large
     return (
-        f'<div class="answer">\n<p class="said">{_text(verdict.text)}</p>\n<div class="figures">{cells}</div>\n'
+        f'<div class="answer">\n<p class="said">{_text(large or verdict.text)}</p>\n'
+        f"{f'<p>{_text(small)}</p>' if small else ''}\n"
+        f"<p>{_text(verdict.because)}</p>\n"
+        f'<div class="figures">{cells}</div>\n'
+        f"{''.join(f'<p class=soft>{_text(line)}</p>' for line in [rest_of(verdict)] if line)}\n"
         f"{_details('How each figure came about', whys) if whys else ''}</div>\n"
     )
 
@@ -206,12 +213,15 @@ def _table(table: Table) -> str:
 
 def run_text(run: Run) -> str:
     """A run's words and tables, without figures: escaped HTML."""
-    answer = _answer(run.verdict) if run.verdict is not None else ""
+    first = answer_of(run)
+    answer = _answer(first) if first is not None else ""
     return "".join([f"<h1>{_text(title(run))}</h1>\n", answer, *map(section_html, sections(run))])
 
 
 def section_html(section: Section) -> str:
     """A section as escaped HTML."""
+    if not (section.table or section.lines or section.text or section.notes or section.details):
+        return ""
     parts = [f"<h2>{_text(section.title)}</h2>\n"]
     if section.text and section.title != "Verdict":  # the verdict's words stand at the top
         parts.append(f"<p>{_text(section.text)}</p>\n")
@@ -219,8 +229,14 @@ def section_html(section: Section) -> str:
         parts.append(_table(section.table))
     parts.append(_pairs(section.lines))
     if section.notes:
-        parts.append('<ul class="notes">' + "".join(f"<li>{_text(note)}</li>" for note in section.notes) + "</ul>\n")
+        parts.append(_notes(section.notes))
+    if section.details:
+        parts.append(_details(f"Details: {n.counted(len(section.details), 'note')}", _notes(section.details)))
     return "".join(parts)
+
+
+def _notes(notes: Sequence[str]) -> str:
+    return '<ul class="notes">' + "".join(f"<li>{_text(note)}</li>" for note in notes) + "</ul>\n"
 
 
 def _pairs(rows: Sequence[tuple[str, str]]) -> str:
@@ -246,4 +262,4 @@ def _provenance(environment: Environment, measured: Capacity | Convergence | Non
             if value not in (None, "", {}):
                 figure = figure_of(type(record), field.name)
                 rows.append((prefix + figure.label, figure.form(value)))
-    return f"<h2>Provenance</h2>\n{_pairs(rows)}"
+    return _details("Provenance", _pairs(rows))

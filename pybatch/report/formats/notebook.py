@@ -7,7 +7,7 @@ from dataclasses import fields
 from pybatch.records import Run, StepsFit, ThroughputFit, Verdict
 from pybatch.records.figure import figure_of
 from pybatch.report.formats.html import as_runs, resource, run_text, section_html
-from pybatch.report.layout import Section, notes_of
+from pybatch.report.layout import Section, details_of, notes_of
 from pybatch.report.run import sections
 
 _NAMES = {"StepsFit": "Steps to target against batch size", "ThroughputFit": "Step time against batch size"}
@@ -37,4 +37,5 @@ def _fit(fit: StepsFit | ThroughputFit) -> Section:
         figure, value = figure_of(type(fit), field.name), getattr(fit, field.name)
         if field.name != "notes" and value not in (None, {}, ()):
             lines.append((figure.label, figure.form(value)))
-    return Section(_NAMES[type(fit).__name__], lines=tuple(lines), notes=notes_of(getattr(fit, "notes", ())))
+    told = getattr(fit, "notes", ())
+    return Section(_NAMES[type(fit).__name__], lines=tuple(lines), notes=notes_of(told), details=details_of(told))

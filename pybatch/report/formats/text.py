@@ -16,12 +16,13 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from pybatch.base import numerals as n
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import visible
-from pybatch.records import Branching, Convergence, ConvergencePoint, Run, to_dict
+from pybatch.records import Branching, Convergence, ConvergencePoint, Run, Verdict, to_dict
 from pybatch.report import factors
 from pybatch.report.layout import Section, Table
-from pybatch.report.run import sections, title
+from pybatch.report.run import answer_of, sections, title
 
 SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".txt": "table"}
 
@@ -37,33 +38,43 @@ def format_of(path: Path) -> str:
         ) from None
 
 
-def render(run: Run, format_: str) -> str:
-    """The run as text in one of `FORMATS`, ending in a newline."""
-    return FORMATS[format_](run)
+def render(run: Run, format_: str, verbose: bool = False) -> str:
+    """The run as text in one of `FORMATS`, ending in a newline; with every note where a table is to be verbose."""
+    return FORMATS[format_](run, verbose)
 
 
-def render_all(runs: Sequence[Run], format_: str) -> str:
+def render_all(runs: Sequence[Run], format_: str, verbose: bool = False) -> str:
     """Several runs one after another; raises UsageError for JSON, which holds one."""
     if format_ == "csv":
         return _csv_of([row for run in runs for row in _rows(run)])
     if format_ == "json" and len(runs) > 1:
         raise UsageError(f"a .json file holds one run, and these are {len(runs)}. Use .jsonl, or give one of them.")
     between = "" if format_ == "jsonl" else "\n"
-    parts = [render(run, format_) for run in runs]
+    parts = [render(run, format_, verbose) for run in runs]
     if format_ in _OF_ALL:
         parts += [_OF_ALL[format_](section) for section in factors.sections(runs)]
     return between.join(parts)
 
 
-def print_run(run: Run, console: Console) -> None:
-    """The table format of a run, with the colours and the width of the console it goes to."""
+def print_run(run: Run, console: Console, verbose: bool = False) -> None:
+    """The table format of a run, the answer first, with the colours and the width of the console it goes to."""
     console.print(Text(visible(title(run)), style="bold"))
     console.print()
-    print_sections(sections(run), console)
+    answer = answer_of(run)
+    if answer is not None and answer.answer:
+        console.print(Padding(Text(visible(answer.answer), style="bold"), (0, 0, 0, 2)))
+        console.print(Padding(Text(visible(answer.because)), (0, 0, 0, 2)))
+        console.print()
+    parts = sections(run)
+    print_sections(parts, console, verbose)
+    if more := 0 if verbose else sum(len(part.details) for part in parts):
+        console.print()
+        console.print(Text(f"{n.counted(more, 'more note')}: --verbose, or the page (--html)", style="dim"))
 
 
-def print_sections(parts: Sequence[Section], console: Console) -> None:
-    """Titles, tables, lines and notes, a blank line between sections."""
+def print_sections(parts: Sequence[Section], console: Console, verbose: bool = False) -> None:
+    """Titles, tables, lines and notes, a blank line between sections; details where they are asked for."""
+    parts = [part for part in parts if part.table or part.lines or part.text or part.notes or verbose]
     for number, section in enumerate(parts):
         if number:
             console.print()
@@ -77,8 +88,8 @@ def print_sections(parts: Sequence[Section], console: Console) -> None:
             console.print(Padding(grid, (0, 0, 0, 2)))
         if section.text:
             console.print()
-            console.print(Padding(Text(visible(section.text, lines=True), style="bold"), (0, 0, 0, 2)))
-        for note in section.notes:
+            console.print(Padding(Text(visible(section.text, lines=True)), (0, 0, 0, 2)))
+        for note in (*section.notes, *(section.details if verbose else ())):
             console.print(Padding(Text(f"· {visible(note)}", style="dim"), (0, 0, 0, 2)))
 
 
@@ -121,8 +132,8 @@ def _rich_table(table: Table, width: int) -> RichTable:
     return rich
 
 
-def _plain(run: Run) -> str:
-    return _printed(lambda console: print_run(run, console))
+def _plain(run: Run, verbose: bool) -> str:
+    return _printed(lambda console: print_run(run, console, verbose))
 
 
 def _printed(work: Callable[[Console], None]) -> str:
@@ -131,16 +142,18 @@ def _printed(work: Callable[[Console], None]) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
-def _markdown(run: Run) -> str:
-    return markdown(title(run), sections(run))
+def _markdown(run: Run, verbose: bool) -> str:
+    return markdown(title(run), sections(run), answer_of(run), verbose)
 
 
-def markdown(heading: str, parts: Sequence[Section]) -> str:
-    """Sections under a heading, ending in a newline."""
-    return "\n\n".join([f"# {_escape(heading)}", *(_markdown_section(section) for section in parts)]) + "\n"
+def markdown(heading: str, parts: Sequence[Section], answer: Verdict | None = None, verbose: bool = False) -> str:
+    """Sections under a heading, the answer first, ending in a newline."""
+    first = [f"**{_escape(answer.answer)}** {_escape(answer.because)}"] if answer is not None and answer.answer else []
+    parts = [part for part in parts if part.table or part.lines or part.text or part.notes or verbose]
+    return "\n\n".join([f"# {_escape(heading)}", *first, *(_markdown_section(part, verbose) for part in parts)]) + "\n"
 
 
-def _markdown_section(section: Section) -> str:
+def _markdown_section(section: Section, verbose: bool = False) -> str:
     parts = [f"## {_escape(section.title)}"]
     if section.text:
         parts.append(_escape(section.text))
@@ -149,8 +162,8 @@ def _markdown_section(section: Section) -> str:
         parts.append("\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines))
     if section.lines:
         parts.append("\n".join(f"- **{_escape(label)}**: {_escape(value.strip())}" for label, value in section.lines))
-    if section.notes:
-        parts.append("\n".join(f"- {_escape(note)}" for note in section.notes))
+    if notes := (*section.notes, *(section.details if verbose else ())):
+        parts.append("\n".join(f"- {_escape(note)}" for note in notes))
     return "\n\n".join(parts)
 
 
@@ -245,10 +258,10 @@ _OF_ALL: dict[str, Callable[[Section], str]] = {
     "md": lambda section: _markdown_section(section) + "\n",
 }
 
-FORMATS: dict[str, Callable[[Run], str]] = {
+FORMATS: dict[str, Callable[[Run, bool], str]] = {
     "table": _plain,
     "md": _markdown,
-    "json": lambda run: run.to_json() + "\n",
-    "jsonl": _jsonl,
-    "csv": _csv,
+    "json": lambda run, _: run.to_json() + "\n",
+    "jsonl": lambda run, _: _jsonl(run),
+    "csv": lambda run, _: _csv(run),
 }

@@ -125,6 +125,7 @@ class Session:
             model=work.model_name,
             examples=work.examples,
             learning_rate=work.learning_rate,
+            reference_batch=work.reference_batch,
             target=dict(work.target),
             options=dict(work.options),
             file_sha256=file_digest(type(work)),
@@ -208,6 +209,10 @@ class Session:
         if not torch.isfinite(loss):
             raise self._error("loss", f"returned {value} {where}")
         return value
+
+    def loss_of(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        """The loss of a batch as this model has it, under autocast where the dtype asks for it."""
+        return self._loss(model, batch)
 
     def _loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         with torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):

@@ -1,0 +1,246 @@
+"""The verdict on planted truths: how often its interval holds the best batch, and what following it costs.
+
+    python bench/planted_verdict.py [--draws 2000] [--levels noise,branch,sweep] [--seed 1] [--output FILE]
+
+A truth is a curve of steps S(B) and a curve of step times t(B), of families drawn with random parameters; the best
+batch is the argmin of S(B) t(B) over every whole batch size that fits. What pybatch would see of it is drawn: a sweep
+of three seeds, branches, or a noise scale; step times with drift and samples. `advise` answers, and
+
+    coverage   its interval of the best batch holds the true one
+    regret     true time at the batch it advises over the least there is
+
+Known to the draws alone, and stated by level: a noise scale is the critical batch (the bend of S) within a factor
+of 4 both ways in 95 % of cases; branches from tuned rates within a factor of 2. No device is measured: load does not
+matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pybatch.answer.verdict import advise
+from pybatch.fits.steps import fit_steps
+from pybatch.fits.throughput import fit_throughput
+from pybatch.records import (
+    BatchPoint,
+    Branching,
+    Capacity,
+    Convergence,
+    ConvergencePoint,
+    Curve,
+    NoiseScale,
+    RateSteps,
+    StepsFit,
+)
+
+LEVELS = ("noise", "branch", "sweep")
+GOALS = {"noise": (1.06, 1.20), "branch": (1.06, 1.20), "sweep": (1.03, 1.10)}  # mean and 95 % of regret
+FACTOR = {"noise": 4.0, "branch": 2.0}  # 95 % of the evidence's own error, as a factor
+SEEDS = 3
+MOST = 16_384  # examples: the data set, where memory allows more
+
+Array = np.ndarray
+Curves = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Truth:
+    steps: str
+    times: str
+    s: Curves
+    t: Curves
+    most: int
+    noise: float  # of log steps, between seeds
+    drift: float  # of log step time, from batch size to batch size
+    critical: float  # the bend of S, B_c
+
+    @property
+    def time(self) -> Array:
+        """Time to the target at 1, 2, ..., most."""
+        batch = np.arange(1, self.most + 1, dtype=float)
+        return self.s(batch) * self.t(batch)
+
+
+def _steps(bend: float, rng: np.random.Generator) -> dict[str, Curves]:
+    floor = rng.uniform(30, 300)
+    low, high, sharp = rng.uniform(0.7, 0.9), rng.uniform(1.1, 1.5), rng.uniform(1.6, 4.0)
+    turn = bend * rng.uniform(15, 60)
+    return {
+        "hyperbola": lambda b: floor * (1 + bend / b),
+        "power below 1": lambda b: floor * (1 + (bend / b) ** low),
+        "power above 1": lambda b: floor * (1 + (bend / b) ** high),
+        "knee": lambda b: floor * (1 + (bend / b) ** sharp) ** (1 / sharp),
+        "u-turn": lambda b: floor * (1 + bend / b + b / turn),
+    }
+
+
+def _times(rng: np.random.Generator) -> dict[str, Curves]:
+    half, base = math.exp(rng.uniform(math.log(10), math.log(600))), 10 ** rng.uniform(-4, -2)
+    flat, wave = rng.uniform(0.1, 0.6), min(int(rng.integers(12, 97)), int(2 * half))
+    cliff, worse, power = half * rng.uniform(0.3, 4), rng.uniform(1.2, 2.0), rng.uniform(0.7, 0.95)
+    return {
+        "affine": lambda b: base * (1 + b / half),
+        "floor": lambda b: base * np.maximum(1, flat + b / half),
+        "waves": lambda b: base * (half / wave + np.ceil(b / wave)),
+        "cliff": lambda b: base * (1 + b / half * np.where(b > cliff, worse, 1.0)),
+        "memory": lambda b: base * (1 + b / half),
+        "sublinear": lambda b: base * (1 + (b / half) ** power),
+    }
+
+
+def truths(rng: np.random.Generator) -> Iterator[Truth]:
+    """One of each pair of families, with parameters of its own."""
+    for steps in _steps(1.0, rng):
+        for times in _times(rng):
+            bend = math.exp(rng.uniform(math.log(20), math.log(800)))
+            most = int(math.exp(rng.uniform(math.log(24), math.log(600)))) if times == "memory" else MOST
+            noise, drift = rng.uniform(0.03, 0.12), rng.uniform(0.003, 0.03)
+            yield Truth(steps, times, _steps(bend, rng)[steps], _times(rng)[times], most, noise, drift, bend)
+
+
+def timed(truth: Truth, rng: np.random.Generator) -> Capacity:
+    """What a capacity measurement may record: powers of two, to 4,096 or to what fits."""
+    size = 2 ** np.arange(0, 13)
+    size = size[size <= truth.most]
+    if truth.most < MOST and size[-1] < truth.most:
+        size = np.append(size, truth.most)
+    seen = truth.t(size.astype(float)) * np.exp(truth.drift * rng.standard_normal(len(size)))
+    samples = seen[:, None] * np.exp(0.01 * rng.standard_normal((len(size), 10)))
+    middle = np.median(samples, axis=1)
+    error = 1.96 * 1.25 * 0.01 / math.sqrt(10)
+    fit = fit_throughput(size, samples, resamples=200)
+    points = tuple(
+        BatchPoint(int(b), "ok", 1e3 * t, 1e3 * t * (1 - error), 1e3 * t * (1 + error), float(b / t), samples=10)
+        for b, t in zip(size, middle, strict=True)
+    )
+    return Capacity(
+        t0_ms=1e3 * fit.t0_s,
+        ceiling_samples_per_s=fit.ceiling,
+        half_batch=fit.half_batch,
+        saturation_batch=fit.saturation_batch,
+        saturation_low=fit.saturation_low,
+        saturation_high=fit.saturation_high,
+        saturation_measured=None,
+        max_batch=truth.most if truth.most < MOST else 10 * MOST,
+        max_batch_verified=True,
+        model=fit,
+        batches=points,
+    )
+
+
+def swept(truth: Truth, rng: np.random.Generator) -> Convergence:
+    """What a sweep of SEEDS seeds may record, at powers of two from 4 to 1,024."""
+    size = 2 ** np.arange(2, 11)
+    steps = truth.s(size.astype(float))[:, None] * np.exp(truth.noise * rng.standard_normal((len(size), SEEDS)))
+    table = np.maximum(1, np.round(steps))
+    found = fit_steps(size, table, cap=1e7, resamples=200)
+    points = tuple(
+        ConvergencePoint(
+            int(b),
+            float(np.median(row)),
+            "reached",
+            SEEDS,
+            0.1,
+            reached=SEEDS,
+            rates=(RateSteps(0.1, tuple(map(float, row)), ("reached",) * SEEDS),),
+        )
+        for b, row in zip(size, table, strict=True)
+    )
+    curve = Curve("tuned", "train", points, found.s_min, found.critical_batch, found.low, found.high, 0.1, fit=found)
+    return Convergence((curve,), seeds=SEEDS)
+
+
+def scaled(truth: Truth, factor: float, error: float, rng: np.random.Generator) -> tuple[float, float, float]:
+    """A reading of the critical batch, off by the evidence's own factor and by its stated error; with its interval."""
+    value = truth.critical * math.exp(rng.standard_normal() * math.log(factor) / 1.96 + error * rng.standard_normal())
+    return value, value * math.exp(-1.96 * error), value * math.exp(1.96 * error)
+
+
+def noisy(truth: Truth, rng: np.random.Generator) -> NoiseScale:
+    value, low, high = scaled(truth, FACTOR["noise"], rng.uniform(0.03, 0.25), rng)
+    return NoiseScale(value, low, high, 1.0, value, "resolved", "per-example", 50)
+
+
+def branched(truth: Truth, rng: np.random.Generator) -> Convergence:
+    value, low, high = scaled(truth, FACTOR["branch"], rng.uniform(0.1, 0.3), rng)
+    fit = StepsFit(
+        "hyperbola", 1.0, value, low, high, 0.2 * value, value, 4 * value, parameters={"s_min": 1.0, "b_c": value}
+    )
+    return Convergence((), branches=(Branching(100, 0.5, 32, 1000, 0.4, 0.01, (), None, None, None, fit),))
+
+
+def seen(truth: Truth, level: str, rng: np.random.Generator) -> tuple[Capacity, NoiseScale | None, Convergence | None]:
+    """The records that a run of this level leaves; higher levels have the lower ones too."""
+    noise = noisy(truth, rng)
+    steps = {"noise": lambda: None, "branch": lambda: branched(truth, rng), "sweep": lambda: swept(truth, rng)}
+    return timed(truth, rng), noise, steps[level]()
+
+
+def judged(truth: Truth, records: tuple[Capacity, NoiseScale | None, Convergence | None]) -> dict[str, float | bool]:
+    """What the advice on these records is worth."""
+    verdict, time = advise(*records), truth.time
+    best = int(np.argmin(time)) + 1
+    low, high = verdict.best_low or 1, verdict.best_high if verdict.best_high is not None else math.inf
+    batch = verdict.best_batch
+    return {
+        "holds": low <= best <= high,
+        "width": math.log2(high / low) if math.isfinite(high) else math.nan,
+        "regret": float(time[min(batch, truth.most) - 1] / time.min()) if batch is not None else math.nan,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=2000, help="truths at each level")
+    parser.add_argument("--levels", default=",".join(LEVELS))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    result = {}
+    for level in given.levels.split(","):
+        rng = np.random.default_rng(given.seed)
+        drawn: list[tuple[Truth, dict[str, float | bool]]] = []
+        while len(drawn) < given.draws:
+            drawn += [(truth, judged(truth, seen(truth, level, rng))) for truth in truths(rng)]
+        result[level] = report(level, drawn)
+    if given.output is not None:
+        given.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def report(level: str, drawn: list[tuple[Truth, dict[str, float | bool]]]) -> dict[str, dict[str, float]]:
+    """Prints a row a family, and all of them together."""
+    print(f"\n{level}: {len(drawn)} truths{'':12} coverage  width  regret mean    95 %  advised")
+    families = sorted({truth.steps for truth, _ in drawn}) + sorted({truth.times for truth, _ in drawn})
+    rows = {}
+    for family in [*families, "all"]:
+        own = [row for truth, row in drawn if family in (truth.steps, truth.times) or family == "all"]
+        regret = np.array([row["regret"] for row in own], dtype=float)
+        known = regret[np.isfinite(regret)]
+        rows[family] = {
+            "truths": len(own),
+            "coverage": float(np.mean([row["holds"] for row in own])),
+            "width_doublings": float(np.nanmedian([row["width"] for row in own])),
+            "regret_mean": float(known.mean()),
+            "regret_p95": float(np.quantile(known, 0.95)),
+            "advised": len(known) / len(own),
+        }
+        found = rows[family]
+        held, width = 100 * found["coverage"], found["width_doublings"]
+        print(
+            f"  {family:30} {held:6.1f} % {width:6.2f} {found['regret_mean']:12.3f} {found['regret_p95']:7.3f}"
+            f" {found['advised']:8.2f}"
+        )
+    mean, p95 = GOALS[level]
+    print(f"  goals: coverage 93 to 97 %, no family under 88 %; regret {mean} and {p95}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The learning rate at the advised batch: the one tuned there, or by the optimizer's rule from a rate in use."""
+
+from __future__ import annotations
+
+import math
+
+from pybatch.base.numerals import number
+from pybatch.records import Capacity, Convergence, Inputs, Reason
+from pybatch.scaling import SEARCHED, Base, scale
+
+# Rules by optimizer: linear for plain gradients while batches are below the critical one (Goyal et al. 2017), square
+# root for those that divide by the gradient's own size (Malladi et al. 2022).
+_LINEAR = ("sgd",)
+
+
+def rate_of(
+    batch: int, critical: float, capacity: Capacity | None, steps: Convergence | None
+) -> tuple[float | None, Reason | None]:
+    """The rate, and how it came about; None where no rate is known at any batch."""
+    tuned = _tuned(steps)
+    work = (capacity.workload if capacity is not None else None) or (steps.workload if steps is not None else None)
+    if tuned:
+        base = min(tuned, key=lambda b: abs(math.log(b / batch)))
+        rate, origin = tuned[base], f"tuned at batch {base}"
+    elif work is not None and work.learning_rate and work.reference_batch:
+        base, rate, origin = work.reference_batch, work.learning_rate, f"in use at batch {work.reference_batch}"
+    else:
+        return None, None
+    inputs: Inputs = {"base_rate": rate, "base_batch": float(base)}
+    if base == batch:
+        return rate, Reason("learning_rate", f"the rate {origin}", "measured" if tuned else "assumed", inputs)
+    optimizer = (steps.optimizer if steps is not None else None) or "adamw"
+    rule = "linear" if optimizer in _LINEAR and max(batch, base) <= critical else "sqrt"
+    found = float(scale(rule, {"lr": rate}, batch, Base(base)).group["lr"])
+    factor = "batch ratio" if rule == "linear" else "sqrt(batch ratio)"
+    text = f"{number(rate)} {origin}, times the {factor}: a rule of thumb for {optimizer}, not measured; tune around it"
+    return found, Reason("learning_rate", text, "assumed", inputs | {"rule": rule})
+
+
+def _tuned(steps: Convergence | None) -> dict[int, float]:
+    """Rates that a search found best, by batch size, on the training loss if there is a choice."""
+    curves = [c for c in steps.curves if c.rule == SEARCHED] if steps is not None else []
+    curve = min(curves, key=lambda c: c.split != "train", default=None)
+    points = curve.points if curve is not None else ()
+    return {p.batch: p.learning_rate for p in points if p.status == "reached" and p.learning_rate}

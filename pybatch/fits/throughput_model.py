@@ -1,0 +1,94 @@
+"""Step time against batch size, affine or with a floor: the curve, what follows from it, and its best fit."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from pybatch.fits.solver import Array, minimize
+
+Model = Literal["affine", "floor", "wave"]
+
+SOFT = 0.05  # log time: residuals past 5 % count linearly; repeats of a steady step agree within that
+RESOLUTION = 1e-5  # log time: smaller residuals are rounding, and a perfect fit must not drive AICc to minus infinity
+REACH = 1e3  # half batch is sought within this factor of the batches measured; beyond, they say nothing about it
+
+
+# Parameters, last axis: ln beta, ln(alpha / beta), and ln floor for the floor model.
+
+
+def log_time(p: Array, size: Array) -> tuple[Array, Array]:
+    """ln t [..., n] and its Jacobian [..., n, P] at parameters [..., P]."""
+    half = np.exp(p[..., 1:2])
+    value = p[..., 0:1] + np.log(half + size)
+    columns = [np.ones_like(value), half / (half + size)]
+    if p.shape[-1] == 3:
+        flat = p[..., 2:3] > value
+        value = np.where(flat, p[..., 2:3], value)
+        columns = [np.where(flat, 0.0, c) for c in columns] + [np.where(flat, 1.0, 0.0)]
+    return value, np.stack(columns, axis=-1)
+
+
+def figures(p: Array, gain: float) -> Array:
+    """Ceiling, half batch and saturation batch [..., 3].
+
+    Half batch solves t(B) = 2 beta B; saturation solves 2 t(B) = (1 + gain) t(2B). With t the larger of two pieces,
+    each is the larger of the two pieces' solutions.
+    """
+    beta, half = np.exp(p[..., 0]), np.exp(p[..., 1])
+    saturation = half * (1 - gain) / (2 * gain)
+    if p.shape[-1] == 3:
+        knee = np.exp(p[..., 2]) / beta  # examples the floor would pay for
+        saturation = np.maximum(saturation, (2 * knee / (1 + gain) - half) / 2)
+        half = np.maximum(half, knee / 2)
+    figures: Array = np.stack([1 / beta, half, saturation], axis=-1)
+    return figures
+
+
+def limits(size: Array) -> tuple[float, float]:
+    return float(np.log(size.min() / REACH)), float(np.log(size.max() * REACH))
+
+
+def starts(model: Model, size: Array, data: Array) -> Array:
+    """Starting points [S, P]: half batches over all decades; for a floor also each number of batch sizes on it."""
+    grid = np.linspace(*limits(size), 40)
+    order = np.argsort(size)
+    starts = []
+    for flat in range(1) if model == "affine" else range(1, len(size) - 1):
+        rest = order[flat:]
+        level = [] if model == "affine" else [np.full_like(grid, data[order[:flat]].mean())]
+        beta = np.median(data[rest] - np.log(np.exp(grid)[:, None] + size[rest]), axis=-1)
+        starts.append(np.stack([beta, grid, *level], axis=-1))
+    return np.concatenate(starts)
+
+
+def cost(residual: Array) -> Array:
+    """Soft-L1: squares below SOFT, absolute values above; RESOLUTION keeps it from vanishing."""
+    scaled = (residual / SOFT) ** 2
+    total: Array = np.sum(2 * (np.sqrt(1 + scaled) - 1), axis=-1)
+    total *= SOFT**2
+    total += residual.shape[-1] * RESOLUTION**2
+    return total
+
+
+def solve(starts: Array, size: Array, data: Array) -> tuple[Array, float]:
+    """The best of all polished starts [P], and its cost."""
+    p, cost = polish(starts, size, np.broadcast_to(data, (len(starts), len(data))))
+    best = int(np.argmin(cost))
+    return p[best], float(cost[best])
+
+
+def polish(p: Array, size: Array, data: Array) -> tuple[Array, Array]:
+    """All rows at once: parameters [R, P], ln seconds [R, n] -> parameters, cost [R]."""
+
+    def evaluate(trial: Array) -> tuple[Array, Array, Array]:
+        value, slope = log_time(trial, size)
+        residual = data - value
+        scaled = slope / np.sqrt(1 + (residual / SOFT) ** 2)[..., None]
+        normal = np.swapaxes(scaled, -1, -2) @ slope
+        return cost(residual), np.sum(scaled * residual[..., None], axis=-2), normal
+
+    low, high = (np.full(p.shape[-1], end) for end in (-np.inf, np.inf))
+    low[1], high[1] = limits(size)
+    return minimize(p, evaluate, low, high)

@@ -1,0 +1,170 @@
+"""Loops with one backward pass a step: exact per-example norms in `attach`, and what takes over by itself."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from cases.noise_models import MODELS, Transformer, example_gradients, images, loss_of, mlp
+from torch import nn
+
+import pybatch.noise
+from pybatch.base.errors import UsageError
+from pybatch.fits.noise import pair
+from pybatch.noise.ordinary import SINGLE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def step(model, optimizer, *batches, factor=None):
+    for x, y in batches:
+        (loss_of(model(x), y) * (1 / len(batches) if factor is None else factor(len(y)))).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("accumulation", ["mean", "sum", "weighted"])
+def test_per_example_norms_are_the_loop_over_examples(name, accumulation):
+    make, draw = MODELS[name]
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = pybatch.noise.attach(model, optimizer, "per-example", layers=True, every=2, accumulation=accumulation)
+    truth = []
+    for i, sizes in enumerate(((6,), (3,), (6, 4), (5, 5))):
+        batches = [draw(n) for n in sizes]
+        if i % 2 == 0:
+            found = [example_gradients(model, *batch)[0] for batch in batches]
+            small = sum(float(f.square().sum(1).mean()) for f in found) / len(found)
+            large = sum(float(f.mean(0).square().sum()) for f in found) / len(found)
+            truth.append(pair(small, large, 1.0, len(found) / sum(1 / n for n in sizes)))
+        total = sum(sizes)
+        factor = {"mean": None, "sum": lambda n: 1.0, "weighted": lambda n, total=total: n / total}[accumulation]
+        step(model, optimizer, *batches, factor=factor)
+    noise = handle.noise
+    assert (noise.source, noise.steps, noise.small_batch, noise.last_step) == ("per-example", 2, 1, 4)
+    assert noise.grad_sq == pytest.approx(sum(t[0] for t in truth) / 2, rel=1e-4)
+    assert noise.trace == pytest.approx(sum(t[1] for t in truth) / 2, rel=1e-4)
+    assert len(noise.layers) == len(list(model.parameters()))
+    assert sum(layer.trace for layer in noise.layers) == pytest.approx(noise.trace, rel=1e-4)
+
+
+def test_a_watched_training_is_the_training():
+    """The same parameters after some steps, to the last bits, with and without the watch."""
+    ids = torch.randint(0, 11, (3, 5, 6))
+    found = []
+    for watched in (False, True):
+        torch.manual_seed(1)
+        model = Transformer()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if watched:
+            handle = pybatch.noise.attach(model, optimizer, "per-example", every=1)
+        for own in ids:
+            nn.functional.cross_entropy(model(own).flatten(0, 1), own.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    assert handle.noise.steps == 3
+
+
+def regression(optimizer_of):
+    """x ~ N(0, I_63) without label noise: B_simple is 64, always."""
+    model = nn.Linear(63, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = optimizer_of(model.parameters())
+    return model, optimizer, pybatch.noise.attach(model, optimizer)
+
+
+def test_an_ordinary_loop_is_resolved():
+    model, optimizer, handle = regression(lambda p: torch.optim.SGD(p, lr=0.0))
+    for _ in range(300):
+        x = torch.randn(32, 63)
+        (0.5 * (model(x)[:, 0] - 0.5 * x.sum(1)).square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    noise = handle.noise
+    assert (noise.source, noise.status) == ("per-example", "resolved")
+    assert noise.low <= 64 <= noise.high
+    assert noise.high < 2 * noise.low
+    again = pybatch.noise.attach(model, optimizer)
+    again.load_state_dict(handle.state_dict())
+    assert again.noise.b_simple == noise.b_simple
+
+
+def test_micro_batches_stay_where_steps_have_several():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = pybatch.noise.attach(model, optimizer)
+    for _ in range(2 * SINGLE):
+        step(model, optimizer, images(4), images(4))
+    step(model, optimizer, images(4))
+    assert (handle.source, handle.noise.steps) == ("micro-batches", 2 * SINGLE)
+
+
+class Opaque(nn.Module):
+    """Its parameter meets an operation whose per-example gradients are not known."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 36))
+
+    def forward(self, x):
+        return torch.einsum("ni,oi->no", x.flatten(1), self.weight)
+
+
+@pytest.mark.parametrize("model", [MODELS["lstm"], (Opaque, images)])
+def test_adams_moments_take_over_where_a_layer_is_not_known(model):
+    make, draw = model
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    handle, plain = pybatch.noise.attach(model, optimizer), copy.deepcopy(model)
+    own = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    for _ in range(40):
+        batch = draw(4)
+        step(model, optimizer, batch)
+        step(plain, own, batch)
+    assert handle.source == "adam-moments"
+    assert handle.noise.steps >= 1
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (p == q).all()
+
+
+def test_where_nothing_can_take_over_the_first_steps_name_the_remedies():
+    make, draw = MODELS["lstm"]
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = pybatch.noise.attach(model, optimizer)
+    for _ in range(SINGLE):
+        step(model, optimizer, draw(4))
+    with pytest.warns(UserWarning, match="one backward pass") as caught:
+        step(model, optimizer, draw(4))
+    said = str(caught[0].message)
+    for remedy in ("two or more backward passes", "source='adam-moments'", "measure_noise", "LSTM"):
+        assert remedy in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, optimizer, draw(4))
+    step(model, optimizer, draw(4), draw(4))
+    assert handle.noise.steps == 1
+
+
+def test_an_unknown_layer_is_refused_where_the_source_was_asked_for():
+    model = MODELS["lstm"][0]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UsageError, match="LSTM"):
+        pybatch.noise.attach(model, optimizer, "per-example")
+    model = Opaque()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UsageError, match="'count'"):
+        pybatch.noise.attach(model, optimizer, "per-example", examples="count")
+    with pytest.raises(UsageError, match="every 0"):
+        pybatch.noise.attach(model, optimizer, "per-example", every=0)
+    pybatch.noise.attach(model, optimizer, "per-example")
+    with pytest.raises(UsageError, match="'weight'"):
+        model(images(4)[0])
