@@ -3,8 +3,8 @@
     python bench/planted_regret.py [--repeats 40] [--noise 0.05] [--output FILE]
 
 A truth is a curve of steps and a curve of step times. A sweep of three seeds and a timing of every batch size are
-drawn from it, `compare` advises a batch, and regret is the true time to the target there over the least of
-all batch sizes, swept or not. Each truth is drawn many times: `moved` is how many doublings apart two draws' advice lies, on average.
+drawn from it, `advise` names a batch, and regret is the true time to the target there over the least of all sizes,
+swept or not. Each truth is drawn many times: `moved` is how many doublings apart two draws' advice lies, on average.
 No device is measured, so load doesn't matter.
 """
 
