@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +29,7 @@ from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.batches import Reused
 from pybatch.workloads.running.session import Session
 
+_INTERFACE = "GLOO_SOCKET_IFNAME"
 _VISITS = 3  # of each batch and device count, in random order
 _LEAST_STEPS = 3  # of a visit
 _REDUCE_BYTES = (1 << 12, 1 << 20)  # beside the gradient's own size, to tell latency from bandwidth
@@ -50,11 +52,35 @@ def process_group(device: torch.device) -> Iterator[int]:
     """Joins the processes for a while, each with its device; gives this one's rank."""
     if device.type == "cuda":  # objects and barriers go over the current device, which is GPU 0 in every process
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    with _on_loopback():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        try:
+            yield dist.get_rank()
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Where all processes are on this machine, gloo listens there alone, unless its variable says otherwise."""
+    loopback = _loopback()
+    local = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if not local or _INTERFACE in os.environ or loopback is None:
+        yield
+        return
+    os.environ[_INTERFACE] = loopback
     try:
-        yield dist.get_rank()
+        yield
     finally:
-        dist.destroy_process_group()
+        del os.environ[_INTERFACE]
+
+
+def _loopback() -> str | None:
+    """The name of the interface that only this machine reaches."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == "127.0.0.1" for address in addresses):
+            return name
+    return None
 
 
 def measure_distributed(

@@ -21,6 +21,7 @@ from pybatch.training.trial import Outcome, Task
 from pybatch.workloads.base import Workload
 from pybatch.workloads.running.packing import Packed, pack
 
+_LOOPBACK = "127.0.0.1"
 ANSWER = 5.0  # s in which a machine of the cluster accepts a connection
 
 
@@ -126,7 +127,7 @@ class Cluster(Workers):
                 try:
                     self._ray.init(address="auto", **quiet)
                 except ConnectionError:  # no cluster here: one of this machine's cores
-                    self._ray.init(include_dashboard=False, **quiet)
+                    self._ray.init(include_dashboard=False, _node_ip_address=_LOOPBACK, **quiet)  # nobody else joins
             else:
                 self._ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:

@@ -69,7 +69,7 @@ def test_branch_on_a_dialled_workload_in_json(typed: Typed) -> None:
         (("--time-budget", "0"), "time budget 0 s is out of range"),
         (("--option", "depth=3"), "option 'depth' is not known"),
         (("--cpu", "--gpu", "0"), "exclude each other"),
-        (("--seeds", "0"), "seeds 0 leaves nothing to run"),
+        (("--seeds", "0"), "seeds 0 is out of range"),
         (("--optimizer", "adma"), "Did you mean"),
     ],
 )

@@ -109,10 +109,11 @@ def test_a_bench_that_is_ended_keeps_its_figures(run_with, end):
 
 
 def test_a_fault_of_pybatch_keeps_the_record_too(run_with, monkeypatch):
-    def fail(*_, **__):
+    def fail(*_, on_partial, **__):
+        on_partial(hostile.record().capacity)
         raise KeyError("a fault")
 
-    monkeypatch.setattr("pybatch.jobs.bench.measure_noise", fail)
+    monkeypatch.setattr("pybatch.jobs.bench.measure_capacity", fail)
     status, run, err = run_with("bench", 10**9, "pass")
     assert (status, run.complete) == (70, False)
     assert "what was measured is kept" in err

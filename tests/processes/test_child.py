@@ -2,6 +2,8 @@
 
 import os
 import queue
+import subprocess
+import sys
 import time
 
 import psutil
@@ -125,6 +127,55 @@ def test_a_child_ends_with_a_parent_that_was_killed(child):
     while psutil.pid_exists(pid) and time.monotonic() < gone:
         time.sleep(0.05)
     assert not psutil.pid_exists(pid)
+
+
+SLOW = "import time\nprint('importing', flush=True)\ntime.sleep(60)\ndef work(channel): pass\n"
+DRIVER = """
+import sys, time
+sys.path[:0] = {paths!r}
+from pybatch.processes.child import Child
+if {importing}:
+    import types
+    slow = types.ModuleType("slow")
+    def work(channel): pass
+    work.__module__, work.__qualname__, slow.work = "slow", "work", work
+    sys.modules["slow"] = slow  # this process has it; the child imports the one that takes long
+else:
+    from test_child import silent as work
+children = [Child(work) for _ in range(3)]
+print(*(child.process.pid for child in children), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("importing", [False, True], ids=["stuck", "importing"])
+def test_workers_of_a_driver_that_was_killed_are_gone_within_5_s(tmp_path, importing):
+    (tmp_path / "slow.py").write_text(SLOW)
+    paths = [str(tmp_path), os.path.dirname(__file__)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    code = DRIVER.format(paths=paths, importing=importing)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as driver:
+        pids = [int(pid) for pid in driver.stdout.readline().split()]
+        time.sleep(1.5 if importing else 0.5)  # in the middle of it
+        assert all(map(psutil.pid_exists, pids))
+        driver.kill()
+    gone = time.monotonic() + 5
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < gone:
+        time.sleep(0.05)
+    assert not any(map(psutil.pid_exists, pids))
+
+
+@pytest.mark.parametrize("after", [0.0, 0.02, 0.1])
+def test_workers_that_have_hardly_begun_are_gone_too(tmp_path, after):
+    code = DRIVER.format(paths=[os.path.dirname(__file__)], importing=False)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as driver:
+        pids = [int(pid) for pid in driver.stdout.readline().split()]
+        time.sleep(after)
+        driver.kill()
+    gone = time.monotonic() + 5
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < gone:
+        time.sleep(0.05)
+    assert not any(map(psutil.pid_exists, pids))
 
 
 def test_a_probe_that_does_not_read_is_stopped_in_time(monkeypatch):

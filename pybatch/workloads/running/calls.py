@@ -26,7 +26,7 @@ class Call:
     """One call on its way."""
 
     name: str  # "Mine.batch()"
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=time.perf_counter)
     thread: int = field(default_factory=threading.get_ident)
     told: bool = False
     ended: str | None = None  # why it was ended, in words that follow the name
@@ -57,13 +57,13 @@ def watched(say: Callable[[str], None], budget: float | None = None) -> Iterator
             becomes an error of the workload. None: none is.
     """
     over = threading.Event()
-    begun = time.monotonic()
+    begun = time.perf_counter()
 
     def look() -> None:
         while not over.wait(_LOOK):
             if (call := _now) is None:
                 continue
-            now = time.monotonic()
+            now = time.perf_counter()
             if now - call.since >= TOLD and not call.told:
                 call.told = True
                 say(f"{call.name} has not returned for {TOLD:.0f} s; it stands {where(call.thread)}")

@@ -55,14 +55,14 @@ class Lookout:
     def before(self, method: str) -> State | None:
         """The state, where this call is to be looked at."""
         calls = self._calls.get(method, 0)
-        if calls >= _FIRST and time.monotonic() < self._next:
+        if calls >= _FIRST and time.perf_counter() < self._next:
             return None
         self._calls[method] = calls + 1
         return state()
 
     def changed(self, before: State, method: str) -> str | None:
         """What the call has changed, in words; it is put back."""
-        self._next = time.monotonic() + _LATER
+        self._next = time.perf_counter() + _LATER
         free = ("seed of torch's generator",) if method == "model" else ()  # it is drawn beside the generator
         return changes(before, free)
 
