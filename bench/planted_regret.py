@@ -3,8 +3,8 @@
     python bench/planted_regret.py [--repeats 40] [--noise 0.05] [--output FILE]
 
 A truth is a curve of steps and a curve of step times. A sweep of three seeds and a timing of every batch size are
-drawn from it, `compare` advises a batch, and regret is the true time to the target there over the least among the
-sizes swept. Each truth is drawn many times: `moved` is how many doublings apart two draws' advice lies, on average.
+drawn from it, `compare` advises a batch, and regret is the true time to the target there over the least of
+all batch sizes, swept or not. Each truth is drawn many times: `moved` is how many doublings apart two draws' advice lies, on average.
 No device is measured, so load doesn't matter.
 """
 
@@ -25,6 +25,7 @@ from pybatch.records import BatchPoint, Capacity, Convergence, ConvergencePoint,
 
 SWEPT = 2 ** np.arange(2, 11)  # 4 to 1024
 TIMED = 2 ** np.arange(0, 13)  # 1 to 4096
+EVERY = np.unique(np.round(np.geomspace(1, 1e5, 20_000)))  # all that may be advised, 1 % apart at most
 SEEDS, RESAMPLES = 3, 20  # resamples set intervals alone, which regret does not see
 GOAL = 1.05
 WITHIN = 0.01  # relative error that the interval of a step time knows of; drift between batch sizes comes on top
@@ -95,7 +96,7 @@ def regrets(repeats: int, noise: float) -> list[dict[str, float | str]]:
     for (name, steps), (shape, times) in itertools.product(STEPS.items(), TIMES.items()):
         found = [advise(c, None, s).best_batch for c, s in zip(capacities[shape], sweeps[name], strict=True)]
         batch = np.array([b for b in found if b is not None], dtype=float)  # a curve may bend too little for a value
-        paid = steps(batch) * times(batch) / np.min(steps(SWEPT) * times(SWEPT))
+        paid = steps(batch) * times(batch) / np.min(steps(EVERY) * times(EVERY))
         apart = np.abs(np.log2(batch)[:, None] - np.log2(batch)[None, :])
         rows.append(
             {

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from pybatch.answer.evidence import FACTORS, LEAST, NORMAL, Weighed, combined
-from pybatch.base.numerals import batch_size
+from pybatch.answer.evidence import FACTORS, LEAST, LOSS_POWER, NORMAL, Weighed, combined
+from pybatch.base.numerals import batch_size, number
 from pybatch.fits.solver import Array
 from pybatch.records import Branching, Convergence, Curve, Inputs, Kind, NoiseScale, Note, Reading, Reason, StepsFit
 from pybatch.scaling import SEARCHED
+
+_PAST = 0.8  # of the target: a train loss below it is past the target
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,18 @@ class Critical:
         return _truncated(self.weighed, self.within, normal)
 
 
-def critical_of(noise: NoiseScale | None, steps: Convergence | None) -> Critical:
+def critical_of(noise: NoiseScale | None, steps: Convergence | None, target: float | None = None) -> Critical:
     """The critical batch by all evidence there is, weighed by what each piece stands for.
 
     A value stands within the bounds that a sweep measured; bounds alone give none.
+
+    Args:
+        noise, steps: the evidence.
+        target: train loss that the run is to reach, where it is known.
     """
     curve, branch = _curve_of(steps), _branch_of(steps)
     bound = curve if curve is not None and curve.critical_batch is None else None
-    weighed = combined([r for r in (_by_curve(curve), _by_branch(branch), _by_noise(noise)) if r is not None])
+    weighed = combined([r for r in (_by_curve(curve), _by_branch(branch), _by_noise(noise, target)) if r is not None])
     if bound is not None:
         within = (bound.low or 0.0, bound.high if bound.high is not None else math.inf)
         if weighed is None or _mass(weighed, within) < 0.05:
@@ -76,7 +82,7 @@ def _valued(
     reason = {
         "sweep": lambda: _reason_of_curve(curve),
         "branch": lambda: _reason_of_branch(branch),
-        "noise": lambda: _reason_of_noise(noise),
+        "noise": lambda: _reason_of_noise(noise, used[-1]),
     }[source]()
     if len(used) > 1 or weighed.aside:
         others = [r for r in (*used, *weighed.aside) if r.source != source]
@@ -176,10 +182,15 @@ def _by_branch(branch: Branching | None) -> Reading | None:
     return Reading("branch", kind, fit.critical_batch, fit.low, fit.high, FACTORS[kind])
 
 
-def _by_noise(noise: NoiseScale | None) -> Reading | None:
+def _by_noise(noise: NoiseScale | None, target: float | None) -> Reading | None:
     if noise is None or noise.unit is not None or noise.status != "resolved" or noise.b_simple is None:
         return None
-    return Reading("noise", "noise", noise.b_simple, noise.low, noise.high, FACTORS["noise"])
+    kind: Kind = "noise"
+    back = 1.0
+    if target is not None and noise.loss is not None and 0 < noise.loss < _PAST * target:
+        kind, back = "noise past target", (noise.loss / target) ** LOSS_POWER
+    low, high = (end * back if end is not None else None for end in (noise.low, noise.high))
+    return Reading("noise", kind, noise.b_simple * back, low, high, FACTORS[kind])
 
 
 def _reason_of_curve(curve: Curve | None) -> Reason:
@@ -209,13 +220,15 @@ def _inputs_of_noise(noise: NoiseScale) -> Inputs:
     return inputs
 
 
-def _reason_of_noise(noise: NoiseScale | None) -> Reason:
+def _reason_of_noise(noise: NoiseScale | None, reading: Reading) -> Reason:
     assert noise is not None
     text = (
         "the gradient noise scale tr(Sigma) / |G|^2, taken for the critical batch, from which it was off by up to "
         f"{FACTORS['noise']:g} times either way on most published tasks"
     )
-    inputs = _inputs_of_noise(noise) | {"b_simple": noise.b_simple, "factor": FACTORS["noise"]}
+    if reading.kind == "noise past target":
+        text = f"{text}; it was read at train loss {number(noise.loss)}, past the target, and is taken back to it"
+    inputs = _inputs_of_noise(noise) | {"b_simple": noise.b_simple, "loss": noise.loss, "factor": reading.factor}
     return Reason("critical_batch", text, "modelled", inputs)
 
 

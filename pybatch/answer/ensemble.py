@@ -25,10 +25,10 @@ from pybatch.records import BatchPoint, Capacity, CommunicationFit, Curve, Steps
 
 EFFICIENCY = 0.8  # parallel efficiency below which a further device is not called worth it
 MAX_DEVICES = 65_536  # the search for devices ends here
-MEMBERS = 800  # ends of a 95 % interval are then those of 20 members
+MEMBERS = 500  # ends of a 95 % interval are then those of 12 members
 NORMAL = 1.959964
 
-_STEP = 1.04  # from one batch size of the grid to the next
+_STEP = 1.06  # from one batch size of the grid to the next
 _TOP = 64.0  # the grid ends at so many times the largest batch that anything is known of
 _FEW = 8  # of so many members one, where each number of devices is asked
 _SEED = 20181126  # the same records give the same answer

@@ -14,13 +14,23 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from pybatch.base.numerals import batch_size
-from pybatch.records import Reading
+from pybatch.records import Kind, Reading
 
 NORMAL = 1.959964  # 97.5 % point of the normal distribution
 # 95 % of the ratios of such evidence to the critical batch of the run lie within this factor, both ways. B_simple over
 # the critical batch runs from 0.05 to 8 over the tasks of McCandlish et al. 2018, mostly within 4; branches from a rate
-# that nobody tuned were off by 6 to 16 on `digits`.
-FACTORS = {"sweep": 1.0, "rule": 2.0, "tuned branch": 2.0, "branch": 8.0, "noise": 4.0}
+# that nobody tuned were off by 6 to 16 on `digits`. A noise scale grows as the loss falls: one that was read past the
+# target is taken back to it by LOSS_POWER, as critical batches of `digits` go (15 at loss 0.5, 55 at 0.05), and stands
+# for less.
+FACTORS: dict[Kind, float] = {
+    "sweep": 1.0,
+    "rule": 2.0,
+    "tuned branch": 2.0,
+    "branch": 8.0,
+    "noise": 4.0,
+    "noise past target": 8.0,
+}
+LOSS_POWER = 0.5
 _OPEN = math.log(16.0)  # the error of a side whose end is open
 LEAST = 1 / 16  # examples: a critical batch below it is one that no batch can show
 

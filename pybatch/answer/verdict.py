@@ -56,7 +56,7 @@ def advise(
     Any of them may be None or unresolved: what then cannot be said is None, and the text and the notes say why.
     """
     _check(capacity, noise, steps, distributed)
-    critical = critical_of(noise, steps)
+    critical = critical_of(noise, steps, _target(capacity))
     fit = capacity.model if capacity is not None else None
     best = None
     if critical.value is not None and capacity is not None and fit is not None and fit.half_batch is not None:
@@ -142,10 +142,16 @@ def ensemble(
     capacity: Capacity, noise: NoiseScale | None, steps: Convergence | None, distributed: Distributed | None = None
 ) -> Ensemble | None:
     """The times to the loss that `advise` weighs; None where a side of them is not known."""
-    critical = critical_of(noise, steps)
+    critical = critical_of(noise, steps, _target(capacity))
     if critical.value is None or capacity.model is None or capacity.model.half_batch is None:
         return None
     return ensemble_between(critical, capacity, distributed)
+
+
+def _target(capacity: Capacity | None) -> float | None:
+    """The train loss that the workload is to reach."""
+    work = capacity.workload if capacity is not None else None
+    return work.target.get("train") if work is not None else None
 
 
 _KINDS = {"capacity": Capacity, "noise": NoiseScale, "steps": Convergence, "distributed": Distributed}

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from pybatch.base.errors import Interrupted, PybatchError, UsageError, carry
-from pybatch.branch.run import BranchedRun, BranchPlan
+from pybatch.branch.run import BranchedRun, BranchPlan, rated
 from pybatch.branch.summary import WINDOW
 from pybatch.device.identity import resolve
 from pybatch.records import Convergence, Note
-from pybatch.scaling import SEARCHED, Base, scale
-from pybatch.training.updates import arguments, optimizer_class
+from pybatch.scaling import SEARCHED
+from pybatch.training.updates import optimizer_class
 from pybatch.workloads.base import Progress, Workload
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)  # below 1 too: the critical batch may lie below the base batch
@@ -43,6 +43,7 @@ def measure_branches(
     optimizer: str = "adamw",
     lr: float | None = None,
     rule: str | None = None,
+    tune: bool | None = None,
     seeds: int = 3,
     tolerance: float = TOLERANCE,
     seed: int = 0,
@@ -64,6 +65,9 @@ def measure_branches(
             up so that every batch size makes whole steps.
         optimizer: one of pybatch's, by name.
         lr: rate at the base batch; None: the workload's.
+        tune: whether the branches' rate at the base batch is searched at each checkpoint, by branches of half the
+            window at rates a factor of 2 apart around `lr`; the base run keeps its own. None: where `lr` is not given.
+            A critical batch at a rate that nobody tuned is mostly too small, by as much as 10.
         rule: how the rate follows the batch; None: sqrt for adaptive optimizers, linear for the others.
         seeds: repeats of every branch, each with batches of its own.
         tolerance: for the paper's criterion, as a share of the base branch's last loss.
@@ -90,14 +94,15 @@ def measure_branches(
         raise UsageError(
             f"rule {rule!r} needs more than a rate at the base batch. Take constant, linear, sqrt or adam-sde."
         )
-    group = {"lr": workload.learning_rate if lr is None else lr}
-    scaled = {batch: scale(rule, arguments(optimizer, group), batch, Base(base)) for batch in batches}
+    rate = workload.learning_rate if lr is None else lr
+    scaled = rated(optimizer, rule, rate, base, batches)
     place = resolve(device)
     unit = WINDOW * math.lcm(*batches)  # every branch takes whole steps between looks
     examples = unit * math.ceil((window or unit) / unit)
     deadline = time.monotonic() + time_budget
     shrinks = factors is FACTORS and window is None
-    plan = BranchPlan(base, examples, optimizer.lower(), rule, scaled, seeds, tolerance, deadline, shrinks)
+    tunes = lr is None if tune is None else tune
+    plan = BranchPlan(base, examples, optimizer.lower(), rule, scaled, seeds, tolerance, deadline, shrinks, tunes)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
         run = BranchedRun(workload, place, dtype, seed, plan, folder, progress)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from pybatch.device.identity import describe
 from pybatch.fits.solver import Array
 from pybatch.optim import FusedOptimizer
 from pybatch.records import Branching, Convergence, Note
-from pybatch.scaling import Scaled
+from pybatch.scaling import Base, Scaled, scale
 from pybatch.training.fingerprint import fingerprint
-from pybatch.training.updates import optimizer_class
+from pybatch.training.updates import arguments, optimizer_class
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.session import Session, fixed_batches
 
 _LOOK = 25  # steps of the base run between looks at the loss and the clock
 _FEWEST = 5  # batch sizes kept: fewer bend no curve
+_FURTHEST = 5  # doublings of the rate in use that a search goes to
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class BranchPlan:
     tolerance: float
     deadline: float
     shrinks: bool  # whether large batches may be left out to keep the deadline
+    tunes: bool = False  # whether the base batch's rate is searched at each checkpoint
+
+
+def rated(optimizer: str, rule: str, rate: float, base: int, batches: Sequence[int]) -> dict[int, Scaled]:
+    """What each batch size trains with, by this rate at the base batch."""
+    return {batch: scale(rule, arguments(optimizer, {"lr": rate}), batch, Base(base)) for batch in batches}
 
 
 @dataclass
@@ -197,40 +204,73 @@ class BranchedRun:
                 "Lower the learning rate, or branch later"
             )
             self.notes.append(Note("branches", text))
+        scaled, tuned = self._tuned(step, initial, begin) if plan.tunes else (plan.scaled, False)
         late = False
         for repeat in range(plan.seeds):
             for i, batch in enumerate(self.batches):
                 done = (repeat * len(self.batches) + i) / count
                 self._say(f"branches at step {step}: batch {batch}, repeat {repeat + 1}", begin + share * done)
-                found = self._one(batch, repeat, initial) if not late else None
+                found = self._one(batch, repeat, initial, scaled[batch]) if not late else None
                 if late := found is None:
                     break
                 losses[batch].append(found)
                 self.trials += 1
-        rates = {batch: scaled.lr(10**9) for batch, scaled in plan.scaled.items()}
+        rates = {batch: own.lr(10**9) for batch, own in scaled.items()}
         summary = branch_summary.summarize(step, plan.base, self.examples, rates, losses, plan.tolerance)
-        self.found.append(summary)
+        self.found.append(replace(summary, tuned=tuned))
         if late:
             repeats = min(len(rows) for rows in losses.values())
             text = f"{repeats} of {plan.seeds} repeats of all batches at step {step} within the time budget. Raise it"
             self.notes.append(Note("branches", text))
 
-    def _one(self, batch: int, repeat: int, initial: float) -> Array | None:
-        """Losses [WINDOW + 1] of one branch, at equal numbers of examples; nan from where it diverged.
+    def _tuned(self, step: int, initial: float, share: float) -> tuple[dict[int, Scaled], bool]:
+        """What the batch sizes train with at the rate that lowers the base batch's loss most in half a window.
+
+        Rates a factor of 2 apart around the one in use; where the best is the last one tried, further ones. Whether
+        the search came to its end before the deadline.
+        """
+        plan, losses = self.plan, dict[int, float]()
+        usual = plan.scaled[plan.base].lr(10**9)
+
+        def loss(power: int) -> float | None:
+            self._say(f"rates at step {step}: {usual * 2.0**power:g}", share)
+            own = rated(plan.optimizer, plan.rule, usual * 2.0**power, plan.base, [plan.base])[plan.base]
+            found = self._one(plan.base, 0, initial, own, WINDOW // 2)
+            return None if found is None else float(np.nan_to_num(np.median(found[-3:]), nan=np.inf))
+
+        wanted = [0, 1, -1, 2, -2]
+        while wanted:
+            power = wanted.pop(0)
+            if (found := loss(power)) is None:
+                text = f"the time budget ended before a rate was found at step {step}: branches at the rate in use"
+                self.asides.append(Note("branches.learning_rate", text))
+                return plan.scaled, False
+            losses[power] = found
+            best = min(losses, key=losses.__getitem__)
+            if not wanted and abs(best) == max(abs(p) for p in losses if p * best >= 0) and abs(best) < _FURTHEST:
+                wanted.append(best + (1 if best > 0 else -1))
+        best = min(losses, key=losses.__getitem__)
+        if abs(best) == _FURTHEST:
+            text = f"the best rate at step {step} is the last one tried, {usual * 2.0**best:g}: give --lr near it"
+            self.asides.append(Note("branches.learning_rate", text))
+        return rated(plan.optimizer, plan.rule, usual * 2.0**best, plan.base, list(plan.scaled)), abs(best) < _FURTHEST
+
+    def _one(self, batch: int, repeat: int, initial: float, scaled: Scaled, looks: int = WINDOW) -> Array | None:
+        """Losses [looks + 1] of one branch, at equal numbers of examples; nan from where it diverged.
 
         None where the deadline came first.
         """
-        found = np.full(WINDOW + 1, np.nan)
+        found = np.full(looks + 1, np.nan)
         found[0] = initial
         seed = self.seed + 1 + repeat
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)  # dropout: the base run's own goes on as if it had not branched
-            trained = self._trained(seed, self.plan.scaled[batch])
+            trained = self._trained(seed, scaled)
             self._restore(trained)
-            for look in range(1, WINDOW + 1):
+            for look in range(1, looks + 1):
                 if time.monotonic() >= self.plan.deadline:
                     return None
-                trained.advance(batch, self.plan.scaled[batch].lr, self.examples // (WINDOW * batch))
+                trained.advance(batch, scaled.lr, self.examples // (WINDOW * batch))
                 loss = trained.evaluate(self.held_out)
                 if not math.isfinite(loss):
                     break
@@ -245,7 +285,11 @@ class BranchedRun:
         """The record so far."""
         plan = self.plan
         lr = plan.scaled[plan.base].lr(10**9)
-        text = f"base rate {lr:g}, other batches by the rule '{plan.rule}'"
+        own = {p.learning_rate for at in self.found if at.tuned for p in at.points if p.batch == plan.base}
+        tuned = (
+            f"; branches at {', '.join(f'{rate:g}' for rate in sorted(own))}, tuned at the checkpoint" if own else ""
+        )
+        text = f"base rate {lr:g}{tuned}, other batches by the rule '{plan.rule}'"
         return Convergence(
             curves=(),
             notes=(*self.notes, *self.asides, Note("branches.learning_rate", text)),

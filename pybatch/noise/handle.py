@@ -310,10 +310,13 @@ class Collector(Handle):
     def _row(self, n_small: Any, n_large: Any, small: Any, large: Any) -> None:
         """One step: counts, and [series] squared norms each: total, preconditioned if kept, layers.
 
-        Tensors on the device, or arrays where the norms were taken on the host.
+        Tensors on the device, or numbers where the norms were taken on the host.
         """
+        if isinstance(small, float):
+            self._readback.put((n_small, n_large, small, large))
+            return
         if isinstance(small, np.ndarray):
-            self._readback.put(np.concatenate([[n_small, n_large], small, large]))
+            self._readback.put((n_small, n_large, *small.tolist(), *large.tolist()))
             return
         sizes = torch.empty(2, dtype=torch.float64, device=self._device)
         sizes[0], sizes[1] = n_small, n_large  # numbers are filled in; making a tensor of them would wait
@@ -324,6 +327,15 @@ class Collector(Handle):
 
     def _take(self, rows: NDArray[np.float64]) -> None:
         before = 1 + self._accumulator.preconditioned
+        if self._series == 1:  # the same, of numbers
+            for n_small, n_large, small, large in rows.tolist():
+                if not all(map(math.isfinite, (n_small, n_large, small, large))):
+                    self._accumulator.skip()
+                elif not n_small < n_large:
+                    self._single += 1
+                else:
+                    self._accumulator.update(small, large, n_small, n_large)
+            return
         for row in rows:
             pairs = row[2:].reshape(2, -1).T
             if not np.isfinite(row[:2]).all() or not np.isfinite(pairs[0]).all():

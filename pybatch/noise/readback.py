@@ -26,7 +26,7 @@ class Readback:
     def __init__(self, columns: int, device: torch.device, take: Callable[[NDArray[np.float64]], None]) -> None:
         self._rows = torch.zeros((ROWS, columns), dtype=torch.float64, device=device)
         self._take, self._used = take, 0
-        self._host: list[NDArray[np.float64]] = []
+        self._host: list[tuple[float, ...]] = []
         self._flying: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     def append(self, row: torch.Tensor) -> None:
@@ -36,7 +36,7 @@ class Readback:
         if self._used == ROWS:
             self._send()
 
-    def put(self, row: NDArray[np.float64]) -> None:
+    def put(self, row: tuple[float, ...]) -> None:
         """Keep a row that is on the host already."""
         self._host.append(row)
         if len(self._host) == ROWS:
@@ -44,7 +44,7 @@ class Readback:
 
     def _hand_on(self) -> None:
         if self._host:
-            rows, self._host = np.stack(self._host), []
+            rows, self._host = np.array(self._host), []
             self._take(rows)
 
     def drain(self) -> None:

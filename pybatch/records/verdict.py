@@ -15,7 +15,7 @@ from pybatch.records.subject import Note
 
 Limit = Literal["noise", "hardware", "balanced", "unresolved"]
 Evidence = Literal["measured", "modelled", "assumed"]
-Kind = Literal["sweep", "rule", "tuned branch", "branch", "noise"]
+Kind = Literal["sweep", "rule", "tuned branch", "branch", "noise", "noise past target"]
 Level = Literal["high", "medium", "low"]
 Inputs = dict[str, float | str | None]  # figures behind one figure
 _WORDS = {
@@ -24,6 +24,7 @@ _WORDS = {
     "tuned branch": "branches",
     "branch": "branches at an untuned rate",
     "noise": "the noise scale",
+    "noise past target": "the noise scale, read past the target loss,",
 }
 
 

@@ -24,7 +24,7 @@ from pybatch.sweep.contents import GIVEN, LONGER, NOISE, WHOLE, Contents, Row
 from pybatch.sweep.experiment import Experiment, changed, experiments
 from pybatch.sweep.options import SweepOptions
 from pybatch.sweep.search import best_rate
-from pybatch.sweep.summary import bare_reason, curve, nearest, point, unanswered
+from pybatch.sweep.summary import bare_reason, beyond, curve, nearest, point, unanswered
 from pybatch.training.trajectory import Split
 from pybatch.training.trial import Outcome, Study, Trial
 
@@ -149,9 +149,12 @@ class _Assembly:
             caps[batch] = study.limit(split)
             near += outcomes
         notes = unanswered(failed)
+        rates = None
         if points and all(p.steps is None for p in points) and (text := nearest(split, near)) is not None:
             notes.append(Note("points", text))
-        return curve(rule, split, self.experiment.targets[split], points, caps, self.experiment.noise, notes)
+            rates = beyond(split, near) if rule == SEARCHED else None
+        target = self.experiment.targets[split]
+        return curve(rule, split, target, points, caps, self.experiment.noise, notes, rates)
 
     def _trials(self, rule: str, split: Split, batch: int) -> list[str] | None:
         """Keys of the trials that a point stands on; None where they are not known yet.

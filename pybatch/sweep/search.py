@@ -11,9 +11,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 from pybatch.base.errors import UsageError, unknown
+from pybatch.training.trajectory import lowest
 from pybatch.training.trial import Study, rounded
 
 RATES = 12  # of the first grid, a factor of 2 apart: 2000-fold from the lowest to the highest
@@ -60,6 +62,24 @@ def best_rate(study: Study, split: str, rates: Sequence[float]) -> float | None:
     return best if best is not None and math.isfinite(study.median(split, best)) else None
 
 
+def nearest_rate(study: Study, split: str, rates: Sequence[float]) -> float | None:
+    """The best rate; where none reached the target, the one whose loss came lowest, by the median of the seeds that ran
+    it: the middle one of equals, and the lowest where every one diverged. None where none has run."""
+    best = best_rate(study, split, rates)
+    if best is not None:
+        return best
+    lows: dict[float, list[float]] = {}
+    for (lr, seed), outcome in study.ended.items():
+        if lr in rates and seed in study.seeds:
+            loss = math.inf if outcome.end == "diverged" else lowest(outcome.trajectory, split)[0]
+            lows.setdefault(lr, []).append(loss if math.isfinite(loss) else math.inf)
+    least = {lr: median(found) for lr, found in lows.items()}
+    equals = sorted(lr for lr, loss in least.items() if loss == min(least.values()))
+    if not equals or math.isinf(least[equals[0]]):
+        return min(equals, default=None)
+    return equals[len(equals) // 2]
+
+
 def at_edge(study: Study, split: str, rates: Sequence[float]) -> bool:
     """Whether the best rate is the lowest or the highest one tried."""
     best = best_rate(study, split, rates)
@@ -67,7 +87,11 @@ def at_edge(study: Study, split: str, rates: Sequence[float]) -> bool:
 
 
 class Grid(Search):
-    """A log grid; two rates more past an edge where the best lies there, then two rates halfway beside the best."""
+    """A log grid; two rates more past an edge where the best lies there, then two rates halfway beside the best.
+
+    Where no rate reaches the target, that of the lowest loss stands for the best at first: a grid that lies too low, or
+    too high, is left, so that every batch size gets a search around its own best rate.
+    """
 
     def __init__(self, rates: Sequence[float]) -> None:
         self.exact: dict[float, float] = {}  # by a rate as it is trained, rounded: what it is reckoned with
@@ -75,7 +99,7 @@ class Grid(Search):
         first, last = self.exact[self.rates[0]], self.exact[self.rates[-1]]
         self.ratio = (last / first) ** (1 / (len(self.rates) - 1)) if len(self.rates) > 1 else 2.0
         self.tried: list[float] = []
-        self.extensions = 0
+        self.extensions = {False: 0, True: 0}  # towards a rate that reaches, and past an edge that did
         self.refined: set[str] = set()
 
     def next_rates(self, study: Study) -> list[float]:
@@ -88,12 +112,14 @@ class Grid(Search):
             return self._try(self.rates)
         wanted: list[float] = []
         for split in study.targets:
-            best = best_rate(study, split, self.tried)
-            steps = (-2, -1) if best == min(self.tried) else (1, 2) if best == max(self.tried) else ()
+            best = nearest_rate(study, split, self.tried)
+            down, up = best == min(self.tried), best == max(self.tried)
+            steps = (-1, 1) if down and up else (-2, -1) if down else (1, 2) if up else ()
             wanted += [self.exact[best] * self.ratio**step for step in steps if best is not None]
-        if not wanted or self.extensions == EXTENSIONS:
+        reached = any(best_rate(study, split, self.tried) is not None for split in study.targets)
+        if not wanted or self.extensions[reached] == EXTENSIONS:
             return []
-        self.extensions += 1
+        self.extensions[reached] += 1
         return self._try(wanted)
 
     def halfway(self, study: Study) -> list[float]:

@@ -86,6 +86,7 @@ def curve(
     caps: Mapping[int, float],
     noise: NoiseScale | None,
     notes: Sequence[Note] = (),
+    rates: str | None = None,
 ) -> Curve:
     """The points of one rule and split with their fit.
 
@@ -95,8 +96,9 @@ def curve(
         caps: steps after which a trial was given up, by batch size.
         noise: the gradient noise scale, for the ratio to it.
         notes: on batch sizes that have no point.
+        rates: "higher" or "lower", where such may reach a target that none has.
     """
-    found = [*notes, *_remarks(rule, points, caps)]
+    found = [*notes, *_remarks(rule, points, caps, rates)]
     bare = Curve(rule, split, tuple(points), None, None, None, None, target, notes=tuple(found))
     limits = {math.floor(caps[p.batch]) for p in points}
     cap = limits.pop() if len(limits) == 1 else None
@@ -105,14 +107,14 @@ def curve(
     if any(p.steps == 0 for p in points):
         text = f"the target {target:g} is met before the first step. Give a lower one"
         return dataclasses.replace(bare, cap=cap, notes=(*found, Note("critical_batch", text)))
-    table, rates = _table(points)
+    table, grid = _table(points)
     batches = [p.batch for p in points]
     ceilings = [max(caps[p.batch], *_reached(p), 1.0) for p in points]
     try:
-        if len(rates) == 1:
+        if len(grid) == 1:
             fit = fit_steps(batches, table[0], cap=ceilings)
         else:
-            fit = fit_steps(batches, table, cap=ceilings, rates=rates)
+            fit = fit_steps(batches, table, cap=ceilings, rates=grid)
     except UsageError as error:
         return dataclasses.replace(bare, cap=cap, notes=(*found, Note("critical_batch", str(error))))
     # What the remarks have said already, with its remedy, need not be said again by the fit.
@@ -146,16 +148,34 @@ def unanswered(failed: Mapping[str, Sequence[int]]) -> list[Note]:
 
 def nearest(split: str, outcomes: Sequence[Outcome]) -> str | None:
     """How near a target came that no run has reached; None where no loss was finite."""
+    found = _lowest(split, outcomes)
+    if found is None:
+        return None
+    loss, batch, lr, step = found
+    place = f"at batch {n.count(batch)}, rate {n.number(lr, 2)}, step {n.count(step)}"
+    side = {"higher": ", the highest rate tried there", "lower": ", the lowest rate tried there"}
+    return f"the lowest {split} loss was {n.number(loss)}, {place}{side.get(beyond(split, outcomes) or '', '')}"
+
+
+def beyond(split: str, outcomes: Sequence[Outcome]) -> str | None:
+    """Where rates may reach a target that none has: "higher" or "lower", where the lowest loss is at that end of the
+    rates tried at its batch size."""
+    found = _lowest(split, outcomes)
+    if found is None:
+        return None
+    tried = sorted({outcome.trial.lr for outcome in outcomes if outcome.trial.batch == found[1]})
+    ends = {tried[0]: "lower", tried[-1]: "higher"} if len(tried) > 1 else {}
+    return ends.get(found[2])
+
+
+def _lowest(split: str, outcomes: Sequence[Outcome]) -> tuple[float, int, float, int] | None:
+    """The lowest loss, its batch size, rate and step."""
     found = []
     for outcome in outcomes:
         loss, step = lowest(outcome.trajectory, split)
         if math.isfinite(loss):
             found.append((loss, outcome.trial.batch, outcome.trial.lr, step))
-    if not found:
-        return None
-    loss, batch, lr, step = min(found)
-    place = f"at batch {n.count(batch)}, rate {n.number(lr, 2)}, step {n.count(step)}"
-    return f"the lowest {split} loss was {n.number(loss)}, {place}"
+    return min(found, default=None)
 
 
 def _reached(p: ConvergencePoint) -> list[float]:
@@ -177,15 +197,16 @@ def _table(points: Sequence[ConvergencePoint]) -> tuple[np.ndarray, np.ndarray]:
     return steps, rates
 
 
-def _remarks(rule: str, points: Sequence[ConvergencePoint], caps: Mapping[int, float]) -> list[Note]:
+def _remarks(rule: str, points: Sequence[ConvergencePoint], caps: Mapping[int, float], rates: str | None) -> list[Note]:
     """What a reader must know of the points before any fit."""
     notes = []
     if points and all(p.status == "diverged" for p in points):
         notes.append(Note("points", "all trials diverged. Give lower learning rates, or a smaller base batch"))
     elif points and not any(p.status == "reached" for p in points):
         most = max(caps[p.batch] for p in points)
-        text = f"no batch size reached the target in half of its seeds within {most:g} steps. Give a higher target, or "
-        text += "more steps"
+        text = f"no batch size reached the target in half of its seeds within {most:g} steps. "
+        text += f"Try {rates} rates; or give" if rates is not None else "Give"
+        text += " a higher target, or more steps"
         notes.append(Note("points", text))
     if len(points) == 1:
         notes.append(Note("points", "one batch size shows no dependence on it. Give at least three"))

@@ -223,8 +223,8 @@ def test_what_was_not_measured_is_a_note_said_once():
     run = Run("", None, convergence=Convergence((curve("tuned", TUNED), curve("tuned", TUNED, split="test"))))
     [section] = sections(run)
     assert all("not measured" not in value for _, value in section.lines)
-    assert sum("pybatch bench" in note for note in section.notes) == 1
-    assert any(note.startswith("train below capacity, test below capacity") for note in section.notes)
+    assert sum("pybatch bench" in note for note in section.details) == 1
+    assert any(note.startswith("train below capacity, test below capacity") for note in section.details)
 
 
 def falling(test):

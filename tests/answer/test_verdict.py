@@ -358,3 +358,16 @@ def test_the_learning_rate_there():
     assert "a rule of thumb for adamw, not measured" in found.why("learning_rate").text
     assert advise(capacity(), noise(40)).learning_rate is None
     assert "no rate is known" in advise(capacity(), noise(40)).why("learning_rate").text
+
+
+def test_a_noise_scale_read_past_the_target_is_taken_back_to_it():
+    """It grows as the loss falls: at a quarter of the target's loss it is twice what it was there, about."""
+    known = capacity()
+    work = dataclasses.replace(known.workload, target={"train": 0.4})
+    known = dataclasses.replace(known, workload=work)
+    early, late = (advise(known, dataclasses.replace(noise(200), loss=loss)) for loss in (0.5, 0.1))
+    assert early.critical_batch == 200.0
+    assert late.critical_batch == pytest.approx(100.0)
+    assert late.critical_high / late.critical_low > 3 * early.critical_high / early.critical_low
+    assert late.best_batch < early.best_batch
+    assert "read at train loss 0.100, past the target" in late.why("critical_batch").text

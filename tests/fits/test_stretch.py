@@ -72,6 +72,9 @@ def test_a_drift_between_the_halves_is_said_with_both_figures():
     assert np.mean(steady) < 0.04
     grown = [stretch.drifts(rows(np.repeat([30.0, 160.0], 32), seed)[0]) for seed in range(50)]
     assert np.mean(grown) > 0.9
+    fallen = np.repeat([1.0, 0.2], 32)  # the gradient and its noise alike
+    alike = [stretch.drifts(rows(np.full(64, 30.0), seed, grad_sq=fallen)[0]) for seed in range(50)]
+    assert np.mean(alike) < 0.1
     accumulator = fed(np.repeat([20.0, 20.0, 20.0, 600.0], 64))
     [note] = [note for note in accumulator.newest().notes if "drifts" in note.text]
     assert "steps 1 to 256: 19.2 [17.9 to 20.6] over its first half, at least 186" in note.text

@@ -12,6 +12,7 @@ from torch import nn
 import pybatch.noise
 from pybatch.base.errors import UsageError
 from pybatch.noise.norms import SMALL, square, squares
+from pybatch.noise.sources import micro_batches as source_module
 from pybatch.optim import AdamW
 
 
@@ -45,12 +46,15 @@ def accumulate(model, batches, accumulation):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("accumulation", ["mean", "sum", "weighted"])
-def test_micro_batches_are_the_loop_over_examples(name, accumulation):
+@pytest.mark.parametrize("layers", ["layers", "total", "layers on the device"])
+def test_micro_batches_are_the_loop_over_examples(monkeypatch, name, accumulation, layers):
     """Every model, unequal micro-batches, total and each parameter; clipping afterwards changes nothing."""
+    if layers == "layers on the device":  # as of a larger model, or one on a GPU
+        monkeypatch.setattr(source_module, "SMALL", 0)
     make, draw = MODELS[name]
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    handle = pybatch.noise.attach(model, optimizer, layers=True, accumulation=accumulation)
+    handle = pybatch.noise.attach(model, optimizer, layers=layers != "total", accumulation=accumulation)
     truth = []
     for sizes in ((3, 5, 2), (4, 4)):
         batches = micro_batches(draw, sizes)
@@ -66,8 +70,9 @@ def test_micro_batches_are_the_loop_over_examples(name, accumulation):
     assert (noise.source, noise.steps, noise.skipped) == ("micro-batches", 2, 0)
     assert noise.grad_sq == pytest.approx(float(grad_sq.sum()), rel=1e-4, abs=1e-6)
     assert noise.trace == pytest.approx(float(trace.sum()), rel=1e-4)
-    assert [layer.name for layer in noise.layers] == [n for n, _ in model.named_parameters()]
-    for layer, g, t in zip(noise.layers, grad_sq.split(widths), trace.split(widths), strict=True):
+    named = [n for n, _ in model.named_parameters()] if layers != "total" else []
+    assert [layer.name for layer in noise.layers] == named
+    for layer, g, t in zip(noise.layers, grad_sq.split(widths), trace.split(widths), strict=bool(named)):
         assert layer.grad_sq == pytest.approx(float(g.sum()), rel=1e-3, abs=1e-6)
         assert layer.trace == pytest.approx(float(t.sum()), rel=1e-3, abs=1e-6)
     if accumulation == "weighted":

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pybatch.scaling import Scaled
-from pybatch.sweep.search import SURE, Grid, Racing, best_rate
-from pybatch.sweep.summary import curve, point
+from pybatch.sweep.search import EXTENSIONS, SURE, Grid, Racing, best_rate, nearest_rate
+from pybatch.sweep.summary import beyond, curve, nearest, point
 from pybatch.training.trajectory import Trajectory
 from pybatch.training.trial import Outcome, Study, Trial
 
@@ -156,7 +156,8 @@ def test_rates_that_only_the_other_seeds_reach_are_found_where_the_first_came_ne
 def test_all_diverged_is_said_of_the_runs_that_were_made():
     found, ended, _ = raced(lambda lr, seed: math.nan)
     assert found.status == "diverged"
-    assert found.diverged == len(ended) == len(RATES)
+    assert found.diverged == len(ended) == len(RATES) + 2 * EXTENSIONS  # lower ones were tried
+    assert min(rate for rate, _ in ended) < min(RATES)
 
 
 @pytest.mark.parametrize("optimum", [0.001, 100.0])
@@ -203,3 +204,60 @@ def test_of_two_seeds_a_rate_that_one_alone_reaches_puts_no_other_out():
     found, _, _ = raced(steps, 300, (0, 1))
     for each in (whole, found):
         assert (each.learning_rate, each.steps, each.reached) == (0.5, 100, 2)
+
+
+def losing(grid, loss, seeds=(0,), cap=100, target=0.1):
+    """Play a grid over final losses(lr); a run at or below the target reaches it at its last step."""
+    ended = {}
+    search = Racing(Grid(grid))
+    while True:
+        study = Study({"train": target}, seeds, cap)
+        for each in ended.values():
+            study.take(each)
+        proposal = search.propose(study)
+        if proposal is None:
+            return study, ended
+        for lr, seed in proposal.runs:
+            trial = Trial("planted", "sgd", Scaled({"lr": lr}), 8, seed, "fp32", "cpu")
+            last = loss(lr)
+            end = "diverged" if math.isnan(last) else "met" if last <= target else "capped"
+            ended[lr, seed] = Outcome(
+                trial,
+                end,
+                made([0, cap - 2, cap - 1, cap], [1.0, 1.0, 1.0, -1e6] if last <= target else [last] * 4),
+                0.0,
+            )
+
+
+@pytest.mark.parametrize("grid", [[0.008], [0.004, 0.008], [100.0], [200.0, 400.0]])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_a_grid_that_lies_elsewhere_moves_by_the_lowest_loss(grid, seeds):
+    """Rates reach the target within an octave of 0.5; too high ones diverge."""
+
+    def loss(lr):
+        away = abs(math.log2(lr / 0.5))
+        return math.nan if lr > 60 else 0.09 if away < 1 else 0.1 + 0.05 * away
+
+    study, ended = losing(grid, loss, seeds)
+    best = best_rate(study, "train", [lr for lr, _ in ended])
+    assert best is not None
+    assert abs(math.log2(best / 0.5)) < 1
+
+
+@pytest.mark.parametrize(("slope", "says"), [(-1, "higher"), (1, "lower")])
+def test_where_no_rate_reaches_it_says_where_to_go_on(slope, says):
+    study, ended = losing([0.001, 0.002], lambda lr: 1 + 0.01 * slope * math.log2(lr))
+    outcomes = list(ended.values())
+    assert len(ended) == 2 + 2 * EXTENSIONS
+    assert beyond("train", outcomes) == says
+    end = max(ended)[0] if says == "higher" else min(ended)[0]
+    assert nearest_rate(study, "train", [lr for lr, _ in ended]) == end
+    assert f"the {'highest' if says == 'higher' else 'lowest'} rate tried there" in nearest("train", outcomes)
+    found = curve("tuned", "train", 0.1, [point(8, "train", study, outcomes)], {8: 100.0}, None, (), says)
+    assert any(f"Try {says} rates; or give a higher target, or more steps" in note.text for note in found.notes)
+
+
+def test_a_loss_that_is_lowest_within_the_grid_asks_for_no_other_rates():
+    _, ended = losing([0.1, 0.2, 0.4, 0.8], lambda lr: 0.3 + abs(math.log2(lr / 0.3)))
+    assert len(ended) == 4
+    assert beyond("train", list(ended.values())) is None

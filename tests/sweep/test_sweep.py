@@ -321,7 +321,10 @@ def test_fixed_rules_without_a_base_are_said():
 
 
 def test_all_trials_diverged_is_said():
-    found = measure(batches=[4, 8], rates=[50.0, 100.0])
+    assert {p.status for p in measure(batches=[4, 8], rates=[50.0, 100.0]).curves[0].points} == {
+        "reached"
+    }  # lower ones
+    found = measure(batches=[4, 8], rates=[5e4, 1e5])
     [curve] = found.curves
     assert {p.status for p in curve.points} == {"diverged"}
     assert any("all trials diverged. Give lower learning rates" in note.text for note in curve.notes)
@@ -545,7 +548,8 @@ def test_an_unreachable_target_is_tried_at_both_ends_only_and_its_distance_is_sa
     assert len(near) == 1
     assert any("the lowest train loss was" in line for line in said)
     assert not any("diverged" in note.text for note in curve.notes)  # a seed that was not run is no failure
-    assert all(p.runs == 5 for p in curve.points)  # the first seed at three rates, the others at the nearest
+    # The first seed at three rates, and two more past an edge where the loss came lowest; the others at the nearest.
+    assert all(p.runs in (5, 7, 9, 11, 13) for p in curve.points)
 
 
 def test_a_target_that_only_large_batches_reach_is_sought_at_all():

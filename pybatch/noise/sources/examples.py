@@ -131,9 +131,9 @@ class ExampleNoise(Collector):
         if self._counter.pending == self._counted:
             return  # evaluation, or no gradients
         self._counted = self._counter.pending
-        self._refuse_changed(frozen=True)
-        if self._evaluations.later or self._steps % self._every or self.refused is not None:
+        if self._steps % self._every or self._evaluations.later or self.refused is not None:
             return
+        self._refuse_changed(frozen=True)
         if self._watch is not None:
             self._watch.close()  # a forward pass without a backward pass
         n = round(self._counter.sizes[-1])

@@ -66,7 +66,8 @@ class MicroBatchNoise(Collector):
             and scaler is None
             and self._device.type == "cpu"
             and sum(p.numel() for p in self._params) <= SMALL
-            and {p.layout for p in self._params} == {torch.strided}
+            and {p.dtype for p in self._params}
+            in ({torch.float32}, {torch.float64})  # others NumPy lacks, or squares overflow
         )
         self._places = Places(self._device)
         self._counter = Count(model, examples, started=self._recover)
@@ -79,7 +80,7 @@ class MicroBatchNoise(Collector):
         self._fresh: set[int] = set()  # parameters whose `.grad` was None before this backward pass
         self._left: list[tuple[int, tuple[int, int]]] = []  # parameters and what `_mark` said after the last pass
         self._altered = torch.zeros((), dtype=torch.float64, device=self._device)  # steps left out for it
-        # Of this backward pass: [2, parameters], plain and preconditioned; of a small model [1 + layers].
+        # Of this backward pass: [2, parameters], plain and preconditioned; of a small model [1 + layers], or a number.
         self._own = self._zeros()
         self.forget()
         self._removals = [
@@ -90,7 +91,8 @@ class MicroBatchNoise(Collector):
 
     def _zeros(self) -> Any:
         if self._light:
-            return np.zeros(1 + len(self._accumulator.layers))
+            layers = self._accumulator.layers
+            return np.zeros(1 + len(layers)) if layers else 0.0
         return torch.zeros((2, len(self._params)), dtype=torch.float64, device=self._device)
 
     def forget(self) -> None:
@@ -127,12 +129,14 @@ class MicroBatchNoise(Collector):
             self._held, self._held_bytes = [], 0
 
     def _watch(self, index: int) -> Any:
+        param = self._params[index]
+
         def see(grad: torch.Tensor) -> None:
             if self._evaluations.later:
                 return
             if not self._in_backward:
                 self._begin()
-            if self._params[index].grad is None:
+            if param.grad is None:
                 self._fresh.add(index)  # becomes `.grad` itself: holding it would force a copy
                 return
             self._held.append((index, grad))
@@ -162,19 +166,22 @@ class MicroBatchNoise(Collector):
 
     def _flush(self) -> None:
         if self._held:
-            self._add(self._own, [i for i, _ in self._held], [grad for _, grad in self._held])
+            self._own = self._add(self._own, [i for i, _ in self._held], [grad for _, grad in self._held])
             self._held, self._held_bytes = [], 0
 
-    def _add(self, sums: Any, index: list[int], grads: list[torch.Tensor]) -> None:
-        """Add the squared norms of the gradients of these parameters."""
+    def _add(self, sums: Any, index: list[int], grads: list[torch.Tensor]) -> Any:
+        """The sums with the squared norms of the gradients of these parameters added to them."""
         if not self._light:
             sums[:, self._places(index)] += self._norms(index, grads)
-            return
-        flat = torch._utils._flatten_dense_tensors(grads).numpy(force=True).astype(np.float64)
-        sums[0] += flat.dot(flat)
-        if len(sums) > 1:
-            starts = np.cumsum([0, *(grad.numel() for grad in grads[:-1])])
-            sums[1 + np.array(index)] += np.add.reduceat(flat * flat, starts)
+            return sums
+        flat = torch._utils._flatten_dense_tensors(grads)  # type: ignore[no-untyped-call]
+        wide = flat.numpy(force=True).astype(np.float64)
+        if not self._accumulator.layers:
+            return sums + float(wide.dot(wide))
+        found = np.zeros(len(sums))
+        found[0] = wide.dot(wide)
+        found[1 + np.array(index)] = np.add.reduceat(wide * wide, np.cumsum([0, *(g.numel() for g in grads[:-1])]))
+        return sums + found
 
     def _norms(self, index: list[int], grads: list[torch.Tensor]) -> torch.Tensor:
         """[2, len(index)]: squared norms, plain and preconditioned; NaN where there is no preconditioner yet."""
@@ -211,16 +218,16 @@ class MicroBatchNoise(Collector):
                 "Attach to the model that is called (the compiled one, say), or with examples='count' and call "
                 "handle.count(n) before each backward()."
             )
-        self._large = self._zeros()
-        self._add(self._large, present, grads)
+        self._large = self._add(self._zeros(), present, grads)
         fresh = [i for i in present if i in self._fresh]
         if len(fresh) == len(present):
             self._own = self._own + self._large
         elif fresh:
-            self._add(self._own, fresh, [g for i in fresh if (g := self._params[i].grad) is not None])
+            own = [g for i in fresh if (g := self._params[i].grad) is not None]
+            self._own = self._add(self._own, fresh, own)
         size = sizes[-1]
         self._several += len(sizes) > 1
-        self._squares += self._own / size if self._accumulation == "weighted" else self._own
+        self._squares = self._squares + (self._own / size if self._accumulation == "weighted" else self._own)
         self._members += 1
         self._inverse += 1.0 / size
         self._examples += size
@@ -249,7 +256,8 @@ class MicroBatchNoise(Collector):
             weighted = self._accumulation == "weighted"
             sums = self._squares if self._accumulation == "sum" else self._squares * (k * k)
             large = self._large / (k * k) if self._accumulation == "sum" else self._large
-            sums, large = sums / scale**2, large / scale**2
+            if scale != 1.0:
+                sums, large = sums / scale**2, large / scale**2
             small, n_small, n_large = combine(weighted, k, sums, self._examples if weighted else self._inverse)
             if self._scaler is not None:
                 factor = self._scaler.scale(torch.ones((), device=self._device)).double() ** -2
