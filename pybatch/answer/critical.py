@@ -145,7 +145,7 @@ def _standard(weighed: Weighed, end: float) -> float:
 
 def shaped(fit: StepsFit | None) -> StepsFit | None:
     """The fit, where it has a curve with a critical batch."""
-    if fit is None or fit.model is None or not (fit.parameters and fit.critical_batch and fit.s_min):
+    if fit is None or fit.model is None or not (fit.parameters and fit.critical_batch):
         return None
     return fit
 

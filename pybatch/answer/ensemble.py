@@ -41,6 +41,7 @@ _DISTURBED_SHARE = 0.2  # likewise: what a disturbed machine scatters is hardly 
 # Where nothing measured the bend's shape: ln(alpha) of the power model, and ln(p) of the smooth one.
 _TILT = 0.25
 _SHARPER, _SHARP = 0.3, 0.5
+_EXPONENTS = {"power": steps_model.EXPONENTS, "smooth": steps_model.SHARPNESS, "power-law": steps_model.SLOPES}
 _TINY = 1e-6  # examples: a half batch below it is none
 
 
@@ -251,14 +252,14 @@ def _measured_steps(
     if shape.model == "hyperbola":
         prior[2] = _TILT
     start = middle.copy()
-    if critical.prediction is not None and shape.critical_batch and len(prior) > 1:
+    if critical.prediction is not None and shape.critical_batch and "b_c" in names:
         # Of what only predicts the critical batch: moving the bend moves the critical batch by the same factor.
         value, error = critical.prediction
         start[1] += math.log(value / shape.critical_batch)
         prior[1] = error
     low, high = np.full(len(middle), -np.inf), np.full(len(middle), np.inf)
-    if model in ("power", "smooth"):
-        low[2], high[2] = np.log(steps_model.EXPONENTS)
+    if model in _EXPONENTS:
+        low[-1], high[-1] = np.log(_EXPONENTS[model])
 
     def curve(p: Array) -> Array:
         return steps_model.log_steps(model, np.clip(p, low, high), size)[0]

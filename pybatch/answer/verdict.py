@@ -218,9 +218,9 @@ def _time_to_target(
     critical: Critical, best: Best | None, capacity: Capacity | None
 ) -> tuple[float | None, Reason | None]:
     curve = critical.curve
-    if curve is None or curve.s_min is None or best is None or capacity is None:
+    if curve is None or best is None or capacity is None or not (best.ensemble.absolute or curve.s_min):
         return None, None
-    found = best.ensemble.steps(best.batch, members=True) * (1.0 if best.ensemble.absolute else curve.s_min)
+    found = best.ensemble.steps(best.batch, members=True) * (1.0 if best.ensemble.absolute else curve.s_min or math.nan)
     steps = float(np.exp(np.log(found).mean()))
     timed = next((p.step_ms for p in capacity.batches if p.batch == best.batch and p.step_ms), None)
     step_s = timed / 1e3 if timed else float(best.ensemble.step_s(best.batch))

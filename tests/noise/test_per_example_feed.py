@@ -120,11 +120,13 @@ def test_shipped_workloads_can_be_measured(name, model):
 
 
 def test_what_cannot_be_measured_is_refused_first():
+    class Normed(Regression):
+        def model(self):
+            return nn.Sequential(nn.Linear(63, 4), nn.BatchNorm1d(4))
+
     steps = []
-    with pytest.raises(UsageError, match=r"'recurrent' \(LSTM\)"):
-        measure_noise(
-            type(find("text"))("lstm"), device="cpu", source="per-example", progress=lambda *a: steps.append(a)
-        )
+    with pytest.raises(UsageError, match=r"'1' \(BatchNorm1d\)"):
+        measure_noise(Normed(), device="cpu", source="per-example", progress=lambda *a: steps.append(a))
     assert steps == []
     with pytest.raises(UsageError, match=r"source 'example' is not known\. Did you mean 'per-example'"):
         measure_noise(Regression(), device="cpu", source="example")
