@@ -132,8 +132,7 @@ def measure(name: str, batches: list[int], seeds: int, folder: Path | None, jobs
         "best_measured": best,
         "best_at_edge": best in (min(measured), max(measured)),
         "verdicts": {
-            level: regret(verdict, measured, drawn)
-            | {"source": verdict.critical_source if verdict is not None else None}
+            level: regret(verdict, measured, drawn) | {"source": verdict.critical_source if verdict else None}
             for level, verdict in verdicts.items()
         },
     }
