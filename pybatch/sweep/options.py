@@ -152,6 +152,13 @@ class SweepOptions:
 
     def _normalize(self) -> None:
         """One form for options that ask for the same."""
+        given: object = self.optimizer
+        if not isinstance(given, str):
+            what = given.__name__ if isinstance(given, type) else type(given).__name__
+            raise UsageError(f"optimizer {what} is no name. Give a name of pybatch.optim, such as 'adamw'.")
+        for name, one in (("batches", "[8, 16]"), ("rules", "['tuned']")):
+            if isinstance(getattr(self, name), str):
+                raise UsageError(f"{name} {said(getattr(self, name))} is text. Give a list: {one}.")
         plain: dict[str, Any] = {
             "batches": tuple(sorted({operator.index(batch) for batch in self.batches})),
             "rules": tuple(dict.fromkeys(self.rules)),
