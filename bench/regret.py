@@ -5,7 +5,8 @@
 The judge is an exhaustive sweep with the optimizer that `pybatch bench` trains with, its rate tuned at every batch
 size, and step times measured at the same batches: T(B) = S(B) t(B). Against it stand the batches recommended on the
 noise scale alone, on branched runs, and on a sweep of other seeds: nothing is judged on the runs it was advised from.
-Between batches measured, ln S and ln t are interpolated in ln B. The interval is 95 % over the judge's seeds, drawn anew.
+Between batches measured, ln S and ln t are interpolated in ln B. The interval is 95 % over the judge's seeds, drawn
+anew.
 Goals: 1.25, 1.10 and 1.05.
 """
 
