@@ -117,7 +117,7 @@ def hold(curve: Curve, curves: Sequence[Curve], base: int | None) -> Hold:
         if _reaches(p) and (best is None or (ratio is not None and ratio.high <= BROKEN)):
             held = p if not texts else held
         elif not texts:  # the first batch size at which it is not known
-            texts.append(f"open at {at}: {_words(ratio) if ratio and _reaches(p) else _reach(p, best)}")
+            texts.append(f"open at {at}: {_open(p, best, ratio)}")
     at_hold = _ratio(held, tuned.get(held.batch)) if held is not None else None
     if held is not None:
         against = f" ({_words(at_hold)})" if at_hold is not None else ""
@@ -216,6 +216,12 @@ def _words(ratio: Estimate) -> str:
     if ratio.value == 1 and ratio.seeds > 1:
         return f"as many steps as tuned {ratio.span}"
     return f"{ratio.words()} times the tuned steps"
+
+
+def _open(p: ConvergencePoint, tuned: ConvergencePoint | None, ratio: Estimate | None) -> str:
+    if not _reaches(p):
+        return _reach(p, tuned)
+    return _words(ratio) if ratio is not None else "no seed has steps to compare"
 
 
 def _reach(p: ConvergencePoint, tuned: ConvergencePoint | None) -> str:

@@ -107,6 +107,13 @@ def test_a_rise_past_the_cheapest_batch_is_not_hidden_by_the_fall_before_it():
     assert "each doubling from 64 to 512 takes 2 [" in found.text
 
 
+def test_the_batch_that_costs_are_counted_from_is_chosen_by_the_other_seeds():
+    costs = {8: (4e4, 1e4), 16: (1e4, 4e4), 32: (3e4, 3e4)}  # the first seed is cheapest at 16, the second at 8
+    found = claims(curve("tuned", [point(b, [c / b for c in own]) for b, own in costs.items()]))["train cost rises"]
+    first = np.polyfit([3, 4, 5], np.log([4e4, 1e4, 3e4]), 1)[0]  # from 8, by the second
+    assert found.value == pytest.approx(math.exp((first + math.log(3 / 4)) / 2))
+
+
 def test_no_cost_falls_by_leaving_out_the_seeds_that_did_not_reach():
     def falling(last):
         return claims(curve("tuned", [point(8, [100.0] * 4), point(16, [45.0] * 4), point(32, last)]))
