@@ -22,6 +22,7 @@ _SIGNED = frozenset(
     (
         "loss", "losses", "level", "target", "trace", "grad_sq", "drift", "alpha_s", "candidates", "inputs",
         "options", "launch_overhead_ms", "other_losses", "test_losses_at_epochs", "test_losses_at_steps",
+        "train_losses_at_epochs", "train_losses_at_steps",
     )
 )
 _FROM_ONE = frozenset(
