@@ -2,10 +2,12 @@
 
     python bench/regret.py [--workloads digits,scenes,text] [--batch 4-1024*2] [--seeds 3] [--store DIR] [--output FILE]
 
-Truth is an exhaustive sweep with the optimizer that `pybatch bench` trains with, its rate tuned at every batch size,
-and step times measured at the same batches: T(B) = S(B) t(B). Against it stand the batches recommended on the noise
-scale alone, on branched runs, and on the sweep itself. Between batches measured, ln S and ln t are interpolated in
-ln B. Goals: 1.25, 1.10 and 1.05.
+The judge is an exhaustive sweep with the optimizer that `pybatch bench` trains with, its rate tuned at every batch
+size, and step times measured at the same batches: T(B) = S(B) t(B). Against it stand the batches recommended on the
+noise scale alone, on branched runs, and on a sweep of other seeds: nothing is judged on the runs it was advised from.
+Between batches measured, ln S and ln t are interpolated in ln B. The interval is 95 % over the judge's seeds, drawn
+anew.
+Goals: 1.25, 1.10 and 1.05.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from pybatch.workloads.running.finding import find
 
 GOALS = {"noise": 1.25, "branch": 1.10, "sweep": 1.05}
 OPTIMIZER = "adamw"  # of `bench`'s own training
+JUDGE = 1000  # first seed of the runs that judge; those that advise count from 0
+RESAMPLES = 400
 
 
 def times(capacity: Capacity, steps: Convergence) -> dict[int, float]:
@@ -42,6 +46,22 @@ def times(capacity: Capacity, steps: Convergence) -> dict[int, float]:
     return {n: reached[n] * step[n] for n in sorted(reached.keys() & step.keys())}
 
 
+def resampled(capacity: Capacity, steps: Convergence) -> list[dict[int, float]]:
+    """`times` as other seeds could have given them: at each batch size its seeds drawn anew."""
+    [curve] = [c for c in steps.curves if c.split == "train"]
+    step = {p.batch: p.step_ms / 1e3 for p in capacity.batches if p.step_ms is not None}
+    rng, drawn = np.random.default_rng(0), []
+    runs = {}
+    for p in curve.points:
+        own = next((r.steps for r in p.rates if r.learning_rate == p.learning_rate), ())
+        if p.status == "reached" and p.batch in step and own:
+            runs[p.batch] = np.array([math.inf if s is None else s for s in own])
+    for _ in range(RESAMPLES):
+        medians = {n: float(np.median(rng.choice(own, len(own)))) * step[n] for n, own in runs.items()}
+        drawn.append({n: seconds for n, seconds in medians.items() if math.isfinite(seconds)})
+    return [table for table in drawn if len(table) > 1]
+
+
 def at(batch: float, measured: dict[int, float]) -> float | None:
     """Time at this batch; None beyond those measured, where nothing is known."""
     sizes = np.array(list(measured))
@@ -50,7 +70,7 @@ def at(batch: float, measured: dict[int, float]) -> float | None:
     return math.exp(np.interp(math.log(batch), np.log(sizes), np.log(list(measured.values()))))
 
 
-def regret(verdict: Verdict | None, measured: dict[int, float]) -> dict[str, Any]:
+def regret(verdict: Verdict | None, measured: dict[int, float], drawn: list[dict[int, float]]) -> dict[str, Any]:
     """What following this verdict costs, and why there is no figure where there is none."""
     batch = verdict.best_batch if verdict is not None else None
     found = at(batch, measured) if batch is not None else None
@@ -60,6 +80,9 @@ def regret(verdict: Verdict | None, measured: dict[int, float]) -> dict[str, Any
         "seconds_to_target": found,
         "regret": found / min(measured.values()) if found is not None else None,
     }
+    again = [seconds / min(table.values()) for table in drawn if batch and (seconds := at(batch, table)) is not None]
+    if found is not None and again:
+        row["regret_low"], row["regret_high"] = np.quantile(again, [0.025, 0.975]).tolist()
     if batch is None:
         row["reason"] = "no batch was recommended"
     elif found is None:
@@ -71,22 +94,27 @@ def measure(name: str, batches: list[int], seeds: int, folder: Path | None, jobs
     """Regret of one workload at the three levels of evidence."""
     begin, workload = time.perf_counter(), find(name)
     target = {"train": workload.target["train"]}
-    steps = measure_convergence(
-        workload,
-        batches,
-        ["tuned"],
-        seeds,
-        target=target,
-        optimizer=OPTIMIZER,
-        device="cpu",
-        jobs=jobs,
-        store=folder / f"{name}.db" if folder is not None else None,
-        resume=folder is not None,
-        found=lambda line: print(f"{name} {line}", file=sys.stderr, flush=True),
-    )
+
+    def sweep(first: int) -> Convergence:
+        return measure_convergence(
+            workload,
+            batches,
+            ["tuned"],
+            seeds,
+            seed=first,
+            target=target,
+            optimizer=OPTIMIZER,
+            device="cpu",
+            jobs=jobs,
+            store=folder / f"{name}-{first}.db" if folder is not None else None,
+            resume=folder is not None,
+            found=lambda line: print(f"{name} {line}", file=sys.stderr, flush=True),
+        )
+
+    steps, own = sweep(JUDGE), sweep(0)
     swept = time.perf_counter() - begin
     capacity = measure_capacity(workload, device="cpu", batches=batches, time_budget=60, find_max_batch=False)
-    measured = times(capacity, steps)
+    measured, drawn = times(capacity, steps), resampled(capacity, steps)
     if len(measured) < 2:
         return {"workload": name, "reason": f"{len(measured)} batch sizes reached the target", "sweep_s": swept}
     plain = run_bench(find(name), BenchOptions(time_budget=70), device="cpu")
@@ -94,7 +122,7 @@ def measure(name: str, batches: list[int], seeds: int, folder: Path | None, jobs
     verdicts = {
         "noise": plain.verdict,
         "branch": thorough.verdict,
-        "sweep": advise(plain.capacity, plain.noise, steps),
+        "sweep": advise(plain.capacity, plain.noise, own),
     }
     best = min(measured, key=measured.__getitem__)
     return {
@@ -105,7 +133,7 @@ def measure(name: str, batches: list[int], seeds: int, folder: Path | None, jobs
         "best_measured": best,
         "best_at_edge": best in (min(measured), max(measured)),
         "verdicts": {
-            level: regret(verdict, measured) | {"source": verdict.critical_source if verdict is not None else None}
+            level: regret(verdict, measured, drawn) | {"source": verdict.critical_source if verdict else None}
             for level, verdict in verdicts.items()
         },
     }
@@ -128,6 +156,8 @@ def main() -> None:
         result["workloads"].append(row)
         for level, found in row.get("verdicts", {}).items():
             value = f"{found['regret']:.2f}" if found["regret"] is not None else found["reason"]
+            if "regret_low" in found:
+                value += f" [{found['regret_low']:.2f}, {found['regret_high']:.2f}]"
             print(f"{name:10} {level:7} batch {found['best_batch']}: regret {value} (goal {GOALS[level]})", flush=True)
         if "reason" in row:
             print(f"{name}: {row['reason']}")

@@ -70,10 +70,18 @@ def compare(old: Run, new: Run) -> Comparison:
     Raises:
         UsageError: the runs have no figure in common.
     """
+    for which, run in (("old", old), ("new", new)):
+        _check(which, run)
     found = [change for name, compared in FIGURES.items() if (change := compared.change(name, old, new)) is not None]
     if not found:
         raise UsageError("the two runs have no figure in common. Give two runs that measured the same kind of thing.")
     return Comparison(tuple(found), tuple(_batches("throughput", _speed, old, new)), _differences(old, new))
+
+
+def _check(which: str, run: object) -> None:
+    if not isinstance(run, Run):
+        what = f"the class {run.__name__}" if isinstance(run, type) else f"{type(run).__name__} {str(run)[:40]!r}"
+        raise UsageError(f"compare(): {which} is {what}. Give a Run: pybatch.Run.from_json(text).")
 
 
 def parse_condition(text: str) -> Condition:

@@ -24,7 +24,7 @@ from pybatch.device.identity import resolve
 from pybatch.records import Convergence, Note
 from pybatch.scaling import SEARCHED
 from pybatch.training.updates import optimizer_class
-from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.base import Progress, Workload, checked
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)  # below 1 too: the critical batch may lie below the base batch
 CHECKPOINTS = (200,)  # steps: as long as the noise scale's warm-up
@@ -86,6 +86,7 @@ def measure_branches(
             later the record says so.
         Interrupted: on Ctrl-C, `partial` holding the record so far.
     """
+    checked(workload)
     base = workload.reference_batch if base_batch is None else base_batch
     batches = _batches(base, factors)
     _check(batches, checkpoints, seeds, tolerance, window, time_budget)

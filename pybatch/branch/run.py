@@ -29,6 +29,7 @@ from pybatch.workloads.running.session import Session, fixed_batches
 
 _LOOK = 25  # steps of the base run between looks at the loss and the clock
 _FEWEST = 5  # batch sizes kept: fewer bend no curve
+_SEARCH = 3.5  # branches of the base batch that a search of rates takes, about: 7 of half a window
 _FURTHEST = 5  # doublings of the rate in use that a search goes to
 
 
@@ -167,8 +168,9 @@ class BranchedRun:
         left, base = self.plan.deadline - time.monotonic(), self.plan.base
 
         def seconds() -> float:
-            steps = sum(self.examples / batch * max(1.0, batch / base) for batch in self.batches)
-            return 2 * steps * self.step_seconds
+            steps = 2 * sum(self.examples / batch * max(1.0, batch / base) for batch in self.batches)
+            steps += _SEARCH * self.examples / base if self.plan.tunes else 0.0
+            return steps * self.step_seconds
 
         kept = len(self.batches)
         while len(self.batches) > _FEWEST and seconds() > left:

@@ -79,7 +79,7 @@ def _loopback() -> str | None:
     """The name of the interface that only this machine reaches."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == "127.0.0.1" for address in addresses):
-            return name
+            return str(name)
     return None
 
 

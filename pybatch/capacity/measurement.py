@@ -27,7 +27,7 @@ from pybatch.device.disturbance import Disturbance
 from pybatch.device.identity import resolve
 from pybatch.device.memory import PeakMemory
 from pybatch.records import BatchPoint, Capacity, Note
-from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.base import Progress, Workload, checked
 from pybatch.workloads.running.session import Session
 
 _CEILINGS = 0.07  # of the time budget
@@ -82,6 +82,9 @@ def measure_capacity(
         WorkloadError: a method of the workload failed at every small batch; names the method.
         Interrupted: Ctrl-C; `partial` is the Capacity measured so far.
     """
+    checked(workload)
+    if isinstance(batches, str):
+        raise UsageError(f"batches {batches!r} is text. Give whole numbers, such as [8, 16].")
     if batches is not None and (not batches or any(n < 1 for n in batches)):
         raise UsageError(f"batches {list(batches)!r}: give at least one, each 1 or more.")
     if not time_budget > 0:

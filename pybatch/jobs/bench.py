@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import torch
 
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import Interrupted, PybatchError, carry
+from pybatch.base.numerals import count
 from pybatch.branch.measurement import measure_branches
 from pybatch.capacity.exploration import first_line
 from pybatch.capacity.measurement import measure_capacity
@@ -25,7 +26,8 @@ from pybatch.records import Capacity, Convergence, Environment, NoiseScale, Note
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.session import Session, is_out_of_memory
 
-_SHARES = (0.75, 0.25)  # of the time budget: capacity, noise
+_SHARES = (0.7, 0.2)  # of the time budget: capacity, noise; a closer look gets what is left
+_LOOK, _LEAST_LOOK = 0.05, 1.0  # share of the time budget, and seconds, below which no closer look is begun
 _THOROUGH_SHARES = (0.4, 0.15)  # the branches get what is left
 _STEPS = 2  # of the noise scale, at least: a step of its training before, and a micro-batch
 INTERRUPTED = "interrupted by Ctrl-C: what was measured until then is kept"
@@ -152,7 +154,64 @@ def _measure(
             time_budget=left(),
             progress=_staged(progress, "branches", branches_from, 1.0),
         )
+    elif left() >= max(_LEAST_LOOK, _LOOK * options.time_budget):
+        found.capacity = _closer(
+            workload, place, options, found, left(), _staged(progress, "advised batch", branches_from, 1.0)
+        )
     return ()
+
+
+def _closer(
+    workload: Workload,
+    place: torch.device,
+    options: BenchOptions,
+    found: _Found,
+    seconds: float,
+    progress: Progress | None,
+) -> Capacity:
+    """The capacity with the advised batch timed, where it was not; on a disturbed machine its neighbours again, too.
+
+    The fit stays that of the batch sizes it was made of; the verdict asks all that were timed.
+    """
+    capacity = found.capacity
+    assert capacity is not None
+    batch = advise(capacity, found.noise, found.steps).best_batch
+    timed = {p.batch: p for p in capacity.batches if p.status == "ok"}
+    if batch is None or options.batches is not None or (batch in timed and not capacity.disturbed):
+        return capacity
+    near = [n for n in timed if 0.5 <= n / batch <= 2.0] if capacity.disturbed else []
+    try:
+        again = measure_capacity(
+            workload,
+            device=place,
+            dtype=options.dtype,
+            batches=sorted({batch, *near}),
+            time_budget=seconds,
+            seed=options.seed,
+            find_max_batch=False,
+            compile=options.compile,
+            graph=options.graph,
+            progress=progress,
+            earlier=replace(capacity, batches=(), complete=False, max_batch_verified=None),
+        )
+    except Interrupted:  # what was measured before stands
+        raise KeyboardInterrupt from None
+    except PybatchError as error:
+        note = Note("batches", f"batch {batch}, which the first verdict advised, was not timed: {error}")
+        return replace(capacity, notes=(*capacity.notes, note))
+    longer = {p.batch: p for p in again.batches if p.status == "ok"}
+    kept = {n: p for n, p in longer.items() if n not in timed or p.samples >= timed[n].samples}
+    if not kept:
+        return capacity
+    sizes = ", ".join(map(count, sorted(kept)))
+    note = Note("batches", f"batch {sizes} timed after the first verdict, which advised {count(batch)}")
+    points = timed | kept | {p.batch: p for p in capacity.batches if p.status != "ok"}
+    return replace(
+        capacity,
+        batches=tuple(points[n] for n in sorted(points)),
+        disturbed=tuple(dict.fromkeys((*capacity.disturbed, *again.disturbed))),
+        notes=(*capacity.notes, note),
+    )
 
 
 @dataclass

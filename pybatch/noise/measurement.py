@@ -28,7 +28,7 @@ from pybatch.noise.groups import MicroBatchGroups
 from pybatch.noise.hessian import HessianNoise
 from pybatch.optim import AdamW
 from pybatch.records import NoiseScale, Note, WeightedNoise
-from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.base import Progress, Workload, checked
 from pybatch.workloads.running.session import Session
 
 NoiseSource = Literal["micro-batches", "per-example"]
@@ -98,6 +98,7 @@ def measure_noise(
         UsageError: an argument out of range. WorkloadError: the workload fails, or its loss is not finite.
         Interrupted: on Ctrl-C, `partial` holding the NoiseScale so far, or None.
     """
+    checked(workload)
     if not (time_budget > 0 and math.isfinite(time_budget)):
         raise UsageError(f"time_budget {time_budget} leaves no time to measure the noise scale. Give seconds above 0.")
     if warmup_steps is not None and warmup_steps < 0:

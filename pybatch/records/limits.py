@@ -27,8 +27,8 @@ _SIGNED = frozenset(
 _FROM_ONE = frozenset(
     (
         "accumulation", "base_batch", "batch", "best_batch", "cores", "devices", "examples", "global_batch",
-        "largest", "max_batch", "micro_batch", "saturation_measured", "threads", "useful_devices", "wave",
-        "window",
+        "largest", "max_batch", "micro_batch", "reference_batch", "saturation_measured", "threads",
+        "useful_devices", "wave", "window",
     )
 )
 _ABOVE_ZERO = frozenset(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from pybatch.base import numerals as n
-from pybatch.records import BatchPoint, Capacity, Ceilings, Verdict
+from pybatch.records import BatchPoint, Capacity, Ceilings, CountedNoise, Verdict
 from pybatch.report.layout import Section, details_of, examples_of, lines, notes_of, table
 from pybatch.report.plot import Plot, axis, band, batch_axis, line, mark, points, spread
 
 _TIMED = ("batch", "step_ms", "step_ms_low", "step_ms_high", "samples_per_s", "samples")
 
 
-def section(capacity: Capacity) -> Section:
-    """A row a batch size, then the limits of the device."""
+def section(capacity: Capacity, counted: CountedNoise | None = None) -> Section:
+    """A row a batch size, then the limits of the device; the ceiling in parts of examples where they were counted."""
     unit, fit = examples_of(capacity), capacity.model
     gain = n.share(fit.gain) if fit else "5 %"
     nearest = capacity.saturation_measured
@@ -26,6 +26,10 @@ def section(capacity: Capacity) -> Section:
         "max_batch": lambda text: f"{text} ({how})",
     }
     said = [*lines(capacity, words, unit), *_modes(capacity)]
+    if counted is not None and capacity.ceiling_samples_per_s is not None:
+        parts = n.count(capacity.ceiling_samples_per_s * counted.per_example)
+        text = f"{parts} {counted.unit}/s, at {n.number(counted.per_example)} {counted.unit} per example"
+        said.insert(1, ("the same", text))
     if capacity.ceilings is not None:
         said.append(("roofs", _roofs(capacity.ceilings)))
     timed = table(BatchPoint, capacity.batches, capacity, unit)

@@ -41,7 +41,7 @@ def sections(run: Run) -> list[Section]:
     """The sections of a run that were measured, the verdict last."""
     unit, swept, found = unit_of(run), run.convergence, []
     if run.capacity is not None:
-        found.append(capacity.section(run.capacity))
+        found.append(capacity.section(run.capacity, run.noise.counted if run.noise is not None else None))
     if run.noise is not None:
         found.append(noise.section(run.noise, unit))
     if run.trajectory is not None:

@@ -22,7 +22,7 @@ from pybatch.sweep.driver import Found, Sweep
 from pybatch.sweep.options import SweepKeywords, SweepOptions
 from pybatch.sweep.progress import SweepProgress
 from pybatch.sweep.store import Store
-from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.base import Progress, Workload, checked
 
 Noise = NoiseScale | Callable[[], NoiseScale | None] | None
 
@@ -108,6 +108,7 @@ def measure_sweep(
 
     A sweep reads its own store, in memory where none was named: there is one way to the record.
     """
+    checked(workload)
     place, options = resolve(device), settled(options, workload)
     if jobs < 1:
         raise UsageError(f"jobs {jobs} is below 1. Give the number of processes that train at the same time.")

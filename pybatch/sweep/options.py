@@ -170,6 +170,13 @@ class SweepOptions:
             object.__setattr__(self, name, value)
 
     def _check(self) -> None:
+        given: object = self.optimizer
+        if not isinstance(given, str):
+            what = given.__name__ if isinstance(given, type) else type(given).__name__
+            raise UsageError(f"optimizer {what} is no name. Give a name of pybatch.optim, such as 'adamw'.")
+        for name, one in (("batches", "[8, 16]"), ("rules", "['tuned']")):
+            if isinstance(getattr(self, name), str):
+                raise UsageError(f"{name} {said(getattr(self, name))} is text. Give a list: {one}.")
         whole = all(hasattr(batch, "__index__") for batch in self.batches)
         if not whole or not self.batches or min(self.batches) < 1:
             raise UsageError(f"batches {list(self.batches)}: give at least one batch size, each a whole number from 1.")

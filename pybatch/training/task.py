@@ -125,10 +125,11 @@ class _Training:
             say(step, sum(self.alive), self._nearest())
             then = min(next_evaluation(step), self.cap)
             held = [row for row in self.rows if self.alive[row]]
-            before = state()
+            before = state() if self.how == "stacked" and step == 0 else None
             with self._told_apart():
                 self.replicas.advance(then - step)
-            self._look_for_changes(before)
+            if before is not None:
+                self._look_for_changes(before)
             self._evaluate(then)
             for row in held:
                 self.seconds[row] += (time.perf_counter() - start) / len(held)

@@ -16,9 +16,12 @@ from pybatch.device.memory import upload
 from pybatch.optim import FusedOptimizer
 
 
-def optimizer_class(name: str) -> Any:
+def optimizer_class(name: object) -> Any:
     """A pybatch optimizer by its name in any case; raises UsageError for another."""
     known = {entry.lower(): entry for entry in optim.__all__ if entry != "FusedOptimizer"}
+    if not isinstance(name, str):
+        what = name.__name__ if isinstance(name, type) else type(name).__name__
+        raise UsageError(f"optimizer {what} is no name. Give one of: {', '.join(known)}.")
     if name.lower() not in known:
         raise unknown("optimizer", name, known)
     return getattr(optim, known[name.lower()])

@@ -107,3 +107,16 @@ def registered() -> dict[str, type[Workload]]:
 
 
 Progress = Callable[[str, float], None]  # what is being done, share done in 0..1
+
+
+def checked(workload: object) -> None:
+    """UsageError for what is no workload: a class, a name, a module."""
+    if isinstance(workload, Workload):
+        return
+    own = "subclass pybatch.Workload with model, batch and loss, and give an instance of it"
+    if isinstance(workload, type) and issubclass(workload, Workload):
+        raise UsageError(f"workload {workload.__name__} is a class. Give an instance: {workload.__name__}().")
+    if isinstance(workload, str):
+        raise UsageError(f"workload {workload!r} is a name, as the command line takes it. Give the object, or {own}.")
+    what = "torch module" if isinstance(workload, torch.nn.Module) else type(workload).__name__
+    raise UsageError(f"workload is a {what}, not a Workload: {own}.")

@@ -168,7 +168,7 @@ def test_branches_of_the_quadratic_take_the_steps_of_the_closed_form() -> None:
 
 
 def short(**options: Any) -> Any:
-    given = {"device": "cpu", "checkpoints": [10], "factors": [0.5, 1, 2, 4], "seeds": 2, **options}
+    given = {"device": "cpu", "checkpoints": [10], "factors": [0.5, 1, 2, 4], "seeds": 2, "tune": False, **options}
     return measure_branches(Digits(), **given)
 
 
@@ -354,7 +354,8 @@ def test_default_factors_are_cut_to_what_the_budget_affords(monkeypatch: pytest.
     """By a clock that gives each look at it 0.1 s: with 25 steps between two of them, 4 ms a step."""
     ticks = iter(range(10**6))
     monkeypatch.setattr("pybatch.branch.run.time.monotonic", lambda: 0.1 * next(ticks))
-    found = measure_branches(Quadratic(d=5), device="cpu", checkpoints=[50], seeds=1, time_budget=10.0)
+    given: dict[str, Any] = {"device": "cpu", "checkpoints": [50], "seeds": 1, "time_budget": 10.0}
+    found = measure_branches(Quadratic(d=5), tune=False, **given)
     batches = [p.batch for p in found.branches[0].points]
     assert batches == [4, 8, 16, 32, 64]
     assert found.branches[0].window == WINDOW * 64
@@ -389,3 +390,27 @@ def test_branches_are_saved_in_the_record_and_reach_the_verdict(run: Run) -> Non
     assert "branched runs" in verdict.text or verdict.critical_batch is None
     assert verdict.why("critical_batch").evidence == "measured"
     assert advise(run.capacity, run.noise, None).critical_source == "noise"
+
+
+@pytest.mark.parametrize("off", [1 / 4, 1.0, 8.0])
+def test_a_rate_that_nobody_tuned_is_searched_at_the_checkpoint(off: float) -> None:
+    """From far below and far above a rate near the best of half a window is found."""
+    work = Quadratic(d=10, noise=0.05)
+    given: dict[str, Any] = {
+        "device": "cpu",
+        "checkpoints": [5],
+        "factors": [1, 2],
+        "base_batch": 8,
+        "optimizer": "sgd",
+    }
+    usual = 0.2 * off
+    found = measure_branches(work, lr=usual, tune=True, rule="constant", seeds=1, window=512, **given)
+    [at] = found.branches
+    rate = at.points[0].learning_rate
+    assert at.tuned
+    assert 0.2 <= rate <= 1.7  # the loss of 32 steps is least at about 0.8
+    assert rate / usual == 2.0 ** round(math.log2(rate / usual))
+    assert f"branches at {rate:g}, tuned at the checkpoint" in found.notes[-1].text
+    fixed = measure_branches(work, lr=usual, rule="constant", seeds=1, window=512, **given)
+    assert not fixed.branches[0].tuned
+    assert fixed.branches[0].points[0].learning_rate == usual

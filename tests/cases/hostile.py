@@ -72,7 +72,17 @@ def record():
         capacity(),
         device=Device("cpu", 0, "Example CPU", 2**34, cores=2),
         ceilings=Ceilings(1e11, 2e10),
-        workload=WorkloadInfo("planted", "images", 1000, "fp32", "mlp", 5000, 0.1, {"train": 0.1}, {"dial": 3}),
+        workload=WorkloadInfo(
+            "planted",
+            "images",
+            1000,
+            "fp32",
+            model="mlp",
+            examples=5000,
+            learning_rate=0.1,
+            target={"train": 0.1},
+            options={"dial": 3},
+        ),
         anchor=Anchor(64, (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6), (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)),
         notes=(Note("batches", "doubled"),),
     )

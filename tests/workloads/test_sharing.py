@@ -172,6 +172,22 @@ def test_a_change_that_comes_late_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(calls) == 20
 
 
+def test_a_change_between_two_looks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def second() -> None:
+        calls.append(1)
+        if len(calls) == 2:  # the first is looked at, and then those of half a second later
+            os.chdir("/")
+        if len(calls) == 4:
+            monkeypatch.setattr(session._lookout, "_next", 0.0)
+
+    session, before = Session(Planted("loss", second), CPU), os.getcwd()
+    with pytest.raises(WorkloadError, match="the folder"):
+        step(session.workload, session, 30)
+    assert (len(calls), os.getcwd()) == (4, before)  # found in the batch() that follows
+
+
 @pytest.mark.parametrize(
     ("attribute", "value"),
     [

@@ -23,7 +23,8 @@ from pybatch.device.environment import VARIABLES
 from pybatch.device.settings import numerical
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that pybatch listens to
-_FIRST = 3  # calls of a method that are looked at
+_FIRST = 1  # calls of a method that are looked at
+_STEADY = ("folder", "sys.argv", "torch.num_threads", "torch.default_dtype", "torch.default_device")
 _LATER = 0.5  # s between looks after them
 
 State = Mapping[Any, Any]
@@ -51,6 +52,7 @@ class Lookout:
     def __init__(self) -> None:
         self._calls: dict[str, int] = {}
         self._next = 0.0
+        self._seen: State = {}  # at the last look, of what pybatch itself leaves alone
 
     def before(self, method: str) -> State | None:
         """The state, where this call is to be looked at."""
@@ -58,13 +60,15 @@ class Lookout:
         if calls >= _FIRST and time.perf_counter() < self._next:
             return None
         self._calls[method] = calls + 1
-        return state()
+        return {**state(), **self._seen}  # so that a change since the last look, in a call between, is found
 
     def changed(self, before: State, method: str) -> str | None:
         """What the call has changed, in words; it is put back."""
         self._next = time.perf_counter() + _LATER
         free = ("seed of torch's generator",) if method == "model" else ()  # it is drawn beside the generator
-        return changes(before, free)
+        found, now = changes(before, free), state()
+        self._seen = {name: now[name] for name in _STEADY}
+        return found
 
 
 def changes(before: State, free: tuple[str, ...] = ()) -> str | None:
