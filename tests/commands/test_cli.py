@@ -292,7 +292,7 @@ def test_a_model_that_does_not_fit_on_the_device_is_said_before_anything_is_writ
     assert "Take a smaller model" in err
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=16)
 def test_a_user_workload_runs_end_to_end(pybatch, user_file, tmp_path):
     path = tmp_path / "run.json"
     status, out, _ = pybatch(
@@ -374,7 +374,7 @@ def test_memory_that_is_not_linear_gives_what_was_measured_and_a_batch_that_ran_
 @pytest.mark.usefixtures("planted_times")
 def test_a_batch_the_workload_refuses_is_never_advised(pybatch, user_file, tmp_path):
     path = tmp_path / "run.json"
-    command = ("bench", "--cpu", "--workload", f"{user_file}:Above64", "--time-budget", "20")
+    command = ("bench", "--cpu", "--verbose", "--workload", f"{user_file}:Above64", "--time-budget", "20")
     status, out, _ = pybatch(*command, "-o", path)
     data = json.loads(path.read_text())
     assert status == 3
@@ -506,7 +506,7 @@ def test_ctrl_c_while_the_command_line_is_imported_shows_no_trace(tmp_path):
     assert done.stderr == "pybatch: interrupted before anything was measured; nothing was written\n"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=13)
 def test_ctrl_c_writes_what_was_measured(user_file, tmp_path):
     """The real thing: a process, a signal, a file."""
     path = tmp_path / "run.json"
