@@ -101,7 +101,7 @@ def test_units_of_batch_and_step_carry_over(
     same(fitted(batches, steps), fitted(per_batch * batches, per_step * steps), per_batch, per_step)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=15)
 @SOME
 @given(CURVES, st.randoms(use_true_random=False))
 def test_the_order_of_batches_seeds_and_rates_is_free(data: tuple[np.ndarray, np.ndarray], random: object) -> None:
@@ -130,6 +130,7 @@ def test_steps_that_never_fall_have_no_critical_batch_above_the_smallest(data: t
     assert fit.low is None or fit.low <= batches[0]
 
 
+@pytest.mark.slow
 @SOME
 @given(CURVES)
 def test_steps_that_fall_as_one_over_the_batch_have_none_below_the_largest(data: tuple[np.ndarray, np.ndarray]) -> None:

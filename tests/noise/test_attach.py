@@ -366,8 +366,8 @@ class Stream(nn.Module):
 def fed(model, optimizer, gradients):
     """A step of each of these gradients, which a `Stream`'s backward pass would only hand on, in half of the time."""
     for gradient in gradients:
-        model(gradient[None])  # is counted
-        model.weight.grad = gradient
+        model(gradient)  # is counted
+        model.weight.grad = gradient[0]
         optimizer.step()
 
 
@@ -381,7 +381,7 @@ def test_moments_against_a_closed_form_stream(kind):
         model = Stream(25)
         optimizer = kind(model.parameters(), lr=0.0, weight_decay=0.0)
         handle = pybatch.noise.attach(model, optimizer, "adam-moments", examples=16, every=20)
-        fed(model, optimizer, 0.2 + 2.0 * torch.randn(1600, 25) / 4)
+        fed(model, optimizer, (0.2 + 2.0 * torch.randn(1, 25) / 4 for _ in range(1600)))
         noise = handle.whole
         assert (noise.status, noise.steps) == ("resolved", 80)
         assert (handle.noise.first_step, handle.noise.last_step) == (801, 1600)  # training steps, 20 a pair
@@ -398,10 +398,10 @@ def test_moments_window_forgets_what_v_remembers():
     torch.manual_seed(0)
     model = Stream(25)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-    fed(model, optimizer, 20.0 + torch.randn(100, 25))
-    fed(model, optimizer, 0.2 + 0.5 * torch.randn(200, 25))  # m has forgotten after these
+    fed(model, optimizer, (20.0 + torch.randn(1, 25) for _ in range(100)))
+    fed(model, optimizer, (0.2 + 0.5 * torch.randn(1, 25) for _ in range(200)))  # m has forgotten after these
     handle = pybatch.noise.attach(model, optimizer, "adam-moments", examples=16)
-    fed(model, optimizer, 0.2 + 0.5 * torch.randn(3000, 25))
+    fed(model, optimizer, (0.2 + 0.5 * torch.randn(1, 25) for _ in range(3000)))
     noise = handle.noise
     assert noise.low <= 100 <= noise.high
     v = optimizer.state[model.weight]["exp_avg_sq"]
