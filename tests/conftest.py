@@ -19,20 +19,48 @@ from pybatch import records as r
 
 CORES = len(os.sched_getaffinity(0))
 MOST_WORKERS = 8  # each imports torch: half a gigabyte
+TOGETHER = {"tests/noise/test_closures.py": "tests/noise/test_distributed.py"}  # they ask the same processes
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Spread the tests over the cores where pytest-xdist is there, unless -n says otherwise; one file runs as it is.
-
-    Neighbours stay together, so that what a module shares is made once; a worker without work takes of another's.
-    """
+    """Spread the tests over the cores where pytest-xdist is there, unless -n says otherwise; one file runs as it is."""
     option = config.option
     alone = len(config.args) == 1 and ".py" in config.args[0]
     if hasattr(config, "workerinput") or alone or getattr(option, "usepdb", False) or CORES == 1:
         return
     if getattr(option, "numprocesses", 0) is None and option.dist == "no":
-        option.numprocesses, option.dist = min(CORES, MOST_WORKERS), "worksteal"
+        option.numprocesses, option.dist = min(CORES, MOST_WORKERS), "loadfile"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files stay whole, so that what a file's tests share is made once; so do files that share processes."""
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(file, file)
+
+    config.option.loadscopereorder = False  # pytest_collection_modifyitems has ordered them
+    return Files(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """The longest files come first, so that no core is left alone with one of them at the end."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    seconds = {}
+    for item in items:
+        file = item.location[0]
+        unit = TOGETHER.get(file, file)
+        slow = item.get_closest_marker("slow")
+        seconds[unit] = seconds.get(unit, 0.0) + (slow.kwargs.get("seconds", 5.0) if slow else 0.2)
+    items.sort(key=lambda item: -seconds[TOGETHER.get(item.location[0], item.location[0])])
 
 
 def pytest_addoption(parser):

@@ -12,7 +12,7 @@ CXX = sorted(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize(
     "command",
     [

@@ -1,22 +1,50 @@
 """Triton's interpreter in a process of its own, since it must be chosen before Triton is imported."""
 
+import json
 import os
 import subprocess
 import sys
 
 from cases.paths import TESTS
 
-HEAD = "from cases import interpreter\ninterpreter.hasten()\n"
+CODE = """
+import json, sys, traceback
+from cases import interpreter
+interpreter.hasten()
+found = {}
+for name, program in json.load(sys.stdin).items():
+    try:
+        exec(program, {"__name__": "__main__"})
+        found[name] = ""
+    except BaseException:
+        found[name] = traceback.format_exc()
+print(json.dumps(found))
+"""
 
 
-def run(*programs):
-    """Run these programs one after the other; fails with what they printed."""
+def run(programs):
+    """Run programs in one process, which imports torch and Triton once, each in names of its own.
+
+    Args:
+        programs: name -> source text.
+
+    Returns:
+        name -> the traceback of what failed, or "".
+    """
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
-    code = "\n".join((HEAD, *programs))
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-c", CODE],
+        input=json.dumps(programs),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == programs.keys()
+    return found
 
 
 def hasten():

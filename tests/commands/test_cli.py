@@ -10,10 +10,14 @@ import time
 
 import pytest
 import torch
+from cases.planted import PlantedClock
 
 from pybatch import cli
 from pybatch.base.errors import Interrupted, WorkloadError
-from pybatch.records import Run
+from pybatch.capacity import measurement
+from pybatch.capacity.probe import Outcome
+from pybatch.capacity.step import TrainingStep
+from pybatch.records import Ceilings, NoiseScale, Run
 
 USER_WORKLOADS = """
 import torch
@@ -94,6 +98,34 @@ class Huge(Good):
 class NotAWorkload:
     pass
 """
+
+
+@pytest.fixture
+def planted_times(monkeypatch):
+    """Steps of 2 ms and 10 us an example on a clock of their own, for what is not about time: none is waited for."""
+    loaded, load = [1], TrainingStep.load
+
+    def keep(self, n):
+        loaded[0] = n
+        return load(self, n)
+
+    def clock_for(device):
+        clock = PlantedClock(2e-3, 1e-5)
+        clock.batch = lambda: loaded[0]
+        return clock
+
+    monkeypatch.setattr(TrainingStep, "load", keep)
+    monkeypatch.setattr(measurement, "clock_for", clock_for)
+    monkeypatch.setattr(measurement, "measure_ceilings", lambda *arguments: Ceilings(1e11, 1e10))
+    monkeypatch.setattr(measurement.Disturbance, "told", lambda self: ())
+    monkeypatch.setattr("pybatch.capacity.largest.run_probe", lambda *arguments: Outcome("ok", 3, 1))
+
+
+@pytest.fixture
+def planted_noise(monkeypatch):
+    """The noise scale, for what is about the capacity alone."""
+    found = NoiseScale(40.0, 31.0, 52.0, 0.5, 20.0, "resolved", "planted", 512)
+    monkeypatch.setattr("pybatch.jobs.bench.measure_noise", lambda *arguments, **options: found)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +292,7 @@ def test_a_model_that_does_not_fit_on_the_device_is_said_before_anything_is_writ
     assert "Take a smaller model" in err
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=16)
 def test_a_user_workload_runs_end_to_end(pybatch, user_file, tmp_path):
     path = tmp_path / "run.json"
     status, out, _ = pybatch(
@@ -299,7 +331,7 @@ def test_a_budget_too_short_is_incomplete_and_says_so(pybatch, user_file):
     assert any("the time budget of 2 s did not suffice; raise --time-budget" in note["text"] for note in data["notes"])
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("planted_times", "planted_noise")
 def test_a_model_that_runs_only_at_some_batch_sizes_gives_those_and_is_incomplete(pybatch, user_file):
     command = ("bench", "--cpu", "--workload", f"{user_file}:Even", "--batch", "2,3,4,8", "--time-budget", "15")
     status, out, _ = pybatch(*command, "--format", "json")
@@ -311,7 +343,7 @@ def test_a_model_that_runs_only_at_some_batch_sizes_gives_those_and_is_incomplet
     assert [note["text"] for note in data["notes"]] == ["the workload refuses batch 3; each one's reason says how"]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("planted_times", "planted_noise")
 def test_memory_that_is_not_linear_gives_what_was_measured_and_a_batch_that_ran_or_the_reason(
     pybatch, user_file, monkeypatch
 ):
@@ -339,9 +371,10 @@ def test_memory_that_is_not_linear_gives_what_was_measured_and_a_batch_that_ran_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("planted_times")
 def test_a_batch_the_workload_refuses_is_never_advised(pybatch, user_file, tmp_path):
     path = tmp_path / "run.json"
-    command = ("bench", "--cpu", "--workload", f"{user_file}:Above64", "--time-budget", "20")
+    command = ("bench", "--cpu", "--verbose", "--workload", f"{user_file}:Above64", "--time-budget", "20")
     status, out, _ = pybatch(*command, "-o", path)
     data = json.loads(path.read_text())
     assert status == 3
@@ -473,7 +506,7 @@ def test_ctrl_c_while_the_command_line_is_imported_shows_no_trace(tmp_path):
     assert done.stderr == "pybatch: interrupted before anything was measured; nothing was written\n"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=13)
 def test_ctrl_c_writes_what_was_measured(user_file, tmp_path):
     """The real thing: a process, a signal, a file."""
     path = tmp_path / "run.json"
@@ -530,7 +563,7 @@ def test_threads_spin_shortly_unless_the_user_says_otherwise(pybatch, monkeypatc
     assert kept.items() <= capture(seed=0).variables.items()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("planted_times", "planted_noise")
 def test_a_batch_above_the_data_set_says_how_it_is_drawn(pybatch):
     _, out, _ = pybatch("bench", "--cpu", "--batch", "512,1024,2048", "--time-budget", "20", "--format", "json")
     notes = {note["figure"]: note["text"] for note in json.loads(out)["capacity"]["notes"]}

@@ -9,7 +9,7 @@ import pytest
 
 from pybatch import advise, fit_steps
 from pybatch.base.errors import UsageError
-from pybatch.fits import steps_likelihood, steps_model
+from pybatch.fits import steps, steps_likelihood, steps_model
 from pybatch.fits.solver import aicc
 from pybatch.fits.steps_data import between
 from pybatch.fits.steps_notes import REACH
@@ -42,6 +42,7 @@ def test_moments_of_steps_between_two_evaluations(share):
     assert variance == pytest.approx(np.log(u).var(), rel=2e-3, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "noise"), [(3, 0.1), (3, 0.02), (1, 0.1)])
 def test_sparse_evaluations_leave_the_critical_batch_where_it_is(seeds, noise):
     """Every 10 % of the steps of a run: unbiased, and 95 % intervals that hold what they say."""
@@ -56,6 +57,7 @@ def test_sparse_evaluations_leave_the_critical_batch_where_it_is(seeds, noise):
     assert abs(np.mean(errors)) < 3 * np.std(errors) / math.sqrt(len(errors)) + 0.005
 
 
+@pytest.mark.slow(seconds=13)
 def test_one_spacing_for_all_batches_would_bias_the_critical_batch_by_a_quarter():
     """Every 50 steps: a few per cent at the smallest batch, half of the steps at the largest."""
     rng, held, errors, naive = np.random.default_rng(6), 0, [], []
@@ -128,6 +130,7 @@ def test_a_verdict_takes_a_critical_batch_without_interval(run):
     assert verdict.critical_batch == pytest.approx(100, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_few_points_do_not_favour_the_larger_model():
     """AICc has no correction for k >= n - 1; taken as none, five points of one seed chose three unknowns."""
     assert aicc(0.0, 5, 3) == INF
@@ -139,12 +142,21 @@ def test_few_points_do_not_favour_the_larger_model():
     assert chosen.count("hyperbola") >= 36
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=12)
 def test_the_hyperbola_stands_against_a_model_that_is_about_as_good(monkeypatch):
     """Planted hyperbolas with the misfit of chosen rates: without the margin some are another model's."""
     rng, errors = np.random.default_rng(11), {0.0: [], steps_likelihood.SUPPORT: []}
     tables = [runs(rng) * np.exp(0.05 * rng.standard_normal((len(BATCHES), 1))) for _ in range(40)]
-    named = False
+    named, fitted = False, {}
+
+    def once(model, size, data):
+        """The margin chooses between the models' fits, which are the same with and without it."""
+        key = (model, data.log.tobytes())
+        if key not in fitted:
+            fitted[key] = steps_likelihood.fit_model(model, size, data)
+        return fitted[key]
+
+    monkeypatch.setattr(steps, "fit_model", once)
     for support in errors:
         monkeypatch.setattr(steps_likelihood, "SUPPORT", support)
         for table in tables:
@@ -159,6 +171,7 @@ def test_the_hyperbola_stands_against_a_model_that_is_about_as_good(monkeypatch)
     assert fit_steps(BATCHES, runs(rng, 3, 0.05, 0.05, bent), resamples=20).model == "smooth"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 5, 6])
 def test_a_bend_is_seen_by_one_seed_whatever_the_number_of_batch_sizes(count):
     """Steps with 10 % of noise that double from B_c = 32 on: one batch size more must not hide the bend."""

@@ -92,7 +92,7 @@ def test_jacobians(model):
     assert value.shape == (2, len(BATCHES))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=22)
 @pytest.mark.parametrize(("model", "parameters"), [("hyperbola", (100, 100)), ("smooth", (100, 100, 2))])
 def test_the_interval_holds_the_planted_critical_batch(model, parameters):
     """100 repeats of each model: 5 % of the runs diverge, the cap cuts off half of those at the smallest batch."""
@@ -114,6 +114,7 @@ def test_the_interval_holds_the_planted_critical_batch(model, parameters):
     assert cut > 100
 
 
+@pytest.mark.slow(seconds=15)
 def test_one_seed_has_an_interval_that_holds_too():
     rng, held = np.random.default_rng(2), 0
     for seed in range(100):

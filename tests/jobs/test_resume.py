@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases.paths import TESTS
 from torch import nn
 
 from pybatch import cli
@@ -67,6 +68,27 @@ class Own(pybatch.Workload):
     def loss(self, model, batch):
         time.sleep(0.003 + 1e-5 * len(batch))
         return (model(batch) - batch.sum(1, keepdim=True)).square().mean()
+"""
+
+TIMES = """
+from cases.planted import PlantedClock
+from pybatch.capacity import measurement, largest, probe
+from pybatch.jobs import bench
+from pybatch.records import Ceilings, NoiseScale
+last = [1]
+class Kept(Own):
+    def batch(self, n, generator, split="train"):
+        last[0] = n
+        return super().batch(n, generator, split)
+def clock_for(device):
+    clock = PlantedClock(2e-3, 1e-5)
+    clock.batch = lambda: last[0]
+    return clock
+measurement.clock_for = clock_for
+measurement.measure_ceilings = lambda *arguments: Ceilings(1e11, 1e10)
+largest.run_probe = lambda *arguments: probe.Outcome("ok", 3, 1)
+noise = NoiseScale(40.0, 31.0, 52.0, 0.5, 20.0, "resolved", "planted", 512)
+bench.measure_noise = lambda *arguments, **options: noise
 """
 
 
@@ -446,19 +468,21 @@ def test_a_full_disk_does_not_end_the_run(
     assert capsys.readouterr().err.count("could not be continued") == 1
 
 
+@pytest.mark.slow(seconds=20)
 def test_killed_in_the_middle_and_continued(tmp_path: Path) -> None:
-    """The real thing: a process, kill -9 once two batch sizes stand on disk, and the command again with --resume."""
+    """A process, kill -9 once two batch sizes stand on disk, and the command again; its figures are planted."""
     path, partial = tmp_path / "run.json", tmp_path / "run.json.partial"
-    (tmp_path / "own.py").write_text(OWN.replace("PARTIAL", repr(str(partial))))
-    command = [sys.executable, "-m", "pybatch", "bench", "--cpu", "--workload", f"{tmp_path}/own.py:Own"]
+    (tmp_path / "own.py").write_text(OWN.replace("PARTIAL", repr(str(partial))) + TIMES)
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    command = [sys.executable, "-m", "pybatch", "bench", "--cpu", "--workload", f"{tmp_path}/own.py:Kept"]
     command += ["--batch", "8-64*2", "-q", "-o", str(path), "--time-budget"]
-    killed = subprocess.run([*command, "90"], capture_output=True, check=False, env=os.environ | {"SUICIDE": "1"})
+    killed = subprocess.run([*command, "90"], capture_output=True, check=False, env=environment | {"SUICIDE": "1"})
     assert killed.returncode == -signal.SIGKILL
     assert not path.exists()
     left = Run.from_json(partial.read_text())
     kept = capacity(left).standing
     assert 2 <= len(kept) < 4
-    done = subprocess.run([*command, "10", "--resume"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "10", "--resume"], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode in (0, 3), done.stderr  # 3: other programs took the time
     run = Run.from_json(path.read_text())
     assert [measured(point(run, p.batch)) for p in kept] == [measured(p) for p in kept]

@@ -142,14 +142,24 @@ for case, dtype in ((adamw, torch.bfloat16), (sgd, torch.float32)):
 """
 
 
+PROGRAMS = {
+    "rules": RULES,
+    "zeroed": ZEROED,
+    "storages": STORAGES,
+    "accumulate": ACCUMULATE,
+    "same as cpp": SAME_AS_CPP,
+}
+
+
+@pytest.fixture(scope="module")
+def failures():
+    return interpreter.run({name: LISTS + program for name, program in PROGRAMS.items()})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "programs",
-    [(RULES, ZEROED, STORAGES), (ACCUMULATE, SAME_AS_CPP)],
-    ids=["rules and storages", "accumulate and optimizers"],
-)
-def test_in_the_interpreter(programs):
-    interpreter.run(LISTS, *programs)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_in_the_interpreter(failures, name):
+    assert not failures[name]
 
 
 COMPILE = """
@@ -191,7 +201,7 @@ assert sum("barrier" in line for line in level) == 2, level
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=15)
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
     """The interpreter accepts programs the compiler does not, such as variables that change their type in a branch."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}

@@ -363,6 +363,15 @@ class Stream(nn.Module):
         return (self.weight * gradient.mean(0)).sum()
 
 
+def fed(model, optimizer, gradients):
+    """A step of each of these gradients, which a `Stream`'s backward pass would only hand on, in half of the time."""
+    for gradient in gradients:
+        model(gradient)  # is counted
+        model.weight.grad = gradient[0]
+        optimizer.step()
+
+
+@pytest.mark.slow(seconds=6)
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, AdamW])
 def test_moments_against_a_closed_form_stream(kind):
     """A constant gradient with independent noise: |G|^2 = 25 * 0.04, tr(Sigma) = 25 * 4, so B_simple = 100."""
@@ -372,10 +381,7 @@ def test_moments_against_a_closed_form_stream(kind):
         model = Stream(25)
         optimizer = kind(model.parameters(), lr=0.0, weight_decay=0.0)
         handle = pybatch.noise.attach(model, optimizer, "adam-moments", examples=16, every=20)
-        for _ in range(1600):
-            model(0.2 + 2.0 * torch.randn(1, 25) / 4).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        fed(model, optimizer, (0.2 + 2.0 * torch.randn(1, 25) / 4 for _ in range(1600)))
         noise = handle.whole
         assert (noise.status, noise.steps) == ("resolved", 80)
         assert (handle.noise.first_step, handle.noise.last_step) == (801, 1600)  # training steps, 20 a pair
@@ -386,24 +392,16 @@ def test_moments_against_a_closed_form_stream(kind):
     assert any("averages over windows" in n.text for n in noise.notes)
 
 
+@pytest.mark.slow
 def test_moments_window_forgets_what_v_remembers():
     """v alone remembers a large early gradient for 1000 steps and calls it noise; the window does not."""
     torch.manual_seed(0)
     model = Stream(25)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-    for _ in range(100):
-        model(20.0 + torch.randn(1, 25)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for _ in range(200):  # m has forgotten after these
-        model(0.2 + 0.5 * torch.randn(1, 25)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    fed(model, optimizer, (20.0 + torch.randn(1, 25) for _ in range(100)))
+    fed(model, optimizer, (0.2 + 0.5 * torch.randn(1, 25) for _ in range(200)))  # m has forgotten after these
     handle = pybatch.noise.attach(model, optimizer, "adam-moments", examples=16)
-    for _ in range(3000):
-        model(0.2 + 0.5 * torch.randn(1, 25)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    fed(model, optimizer, (0.2 + 0.5 * torch.randn(1, 25) for _ in range(3000)))
     noise = handle.noise
     assert noise.low <= 100 <= noise.high
     v = optimizer.state[model.weight]["exp_avg_sq"]

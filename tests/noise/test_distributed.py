@@ -3,7 +3,7 @@
 import pytest
 from cases.noise_models import same
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=2)
 
 
 def test_ddp_equals_one_process(ranks):

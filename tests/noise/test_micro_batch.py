@@ -221,13 +221,19 @@ def test_bad_arguments(option, says):
         measure_noise(Regression(), device="cpu", **option)
 
 
-@pytest.mark.slow
+class Smaller(Regression):
+    """B_simple = 32, which groups half as large resolve."""
+
+    d = 31
+
+
+@pytest.mark.slow(seconds=12)
 @pytest.mark.parametrize(
     "options", [{"layers": True, "preconditioned": True, "mode": "both"}, {"preconditioned": True, "hessian": True}]
 )
 def test_hooks_of_one_part_do_not_see_the_next(options):
     """Several rounds, both modes and curvature: each takes its own passes alone. It ends when resolved, not by time."""
-    found = measure_noise(Regression(), device="cpu", warmup_steps=2, micro_batch=2, time_budget=60.0, **options)
+    found = measure_noise(Smaller(), device="cpu", warmup_steps=2, micro_batch=2, time_budget=60.0, **options)
     assert found.status == "resolved"
     assert found.large_batch > 2 * micro_batch.FIRST_GROUP  # more than one round
     if "layers" in options:

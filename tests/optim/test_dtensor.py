@@ -12,7 +12,7 @@ from cases.paths import TESTS
 
 from pybatch import optim
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=1)
 
 
 @pytest.fixture(scope="module")

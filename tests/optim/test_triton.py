@@ -48,7 +48,15 @@ for case in OPTIMIZERS:
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("program", [REFERENCE, SAME_AS_CPP], ids=["reference", "same as cpp"])
-def test_in_the_interpreter(program):
-    interpreter.run(program)
+PROGRAMS = {"reference": REFERENCE, "same as cpp": SAME_AS_CPP}
+
+
+@pytest.fixture(scope="module")
+def failures():
+    return interpreter.run(PROGRAMS)
+
+
+@pytest.mark.slow(seconds=45)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_in_the_interpreter(failures, name):
+    assert not failures[name]

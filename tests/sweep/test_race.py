@@ -1,10 +1,12 @@
 """The race of rates: which seeds it leaves out, and that the curves it leaves are those of the whole grid."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 
+from pybatch.fits.steps import fit_steps
 from pybatch.scaling import Scaled
 from pybatch.sweep.search import EXTENSIONS, SURE, Grid, Racing, best_rate, nearest_rate
 from pybatch.sweep.summary import beyond, curve, nearest, point
@@ -82,8 +84,10 @@ def fitted(kind, steps):
     return curve("tuned", "train", 0.1, points, caps, None), ran, best
 
 
-def test_the_interval_of_a_race_holds_the_planted_critical_batch_as_often_as_the_grids():
+@pytest.mark.slow(seconds=30)
+def test_the_interval_of_a_race_holds_the_planted_critical_batch_as_often_as_the_grids(monkeypatch):
     """Coverage and bias of both, one rate for both nearly always, and under three quarters of the grid's steps."""
+    monkeypatch.setattr("pybatch.sweep.summary.fit_steps", partial(fit_steps, resamples=100))  # as the fit's own tests
     rng, held, widths, agree, cost, logs = np.random.default_rng(0), {}, {}, 0, {}, {}
     for _ in range(REPEATS):
         steps = planted_curves(rng)
