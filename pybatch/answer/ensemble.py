@@ -39,8 +39,8 @@ _STEPS_LENGTH, _STEPS_LEAST, _STEPS_SHARE = 1.0, 0.02, 0.5
 _TIMES_LENGTH, _TIMES_LEAST, _TIMES_SHARE = 0.7, 0.01, 0.5
 _DISTURBED_SHARE = 0.2  # likewise: what a disturbed machine scatters is hardly the curve's
 # Where nothing measured the bend's shape: ln(alpha) of the power model, and ln(p) of the smooth one.
-_TILT = 0.12
-_SHARPER, _SHARP = 0.3, 0.25
+_TILT = 0.18
+_SHARPER, _SHARP = 0.3, 0.35
 _EXPONENTS = {"power": steps_model.EXPONENTS, "smooth": steps_model.SHARPNESS, "power-law": steps_model.SLOPES}
 _TINY = 1e-6  # examples: a half batch below it is none
 

@@ -27,7 +27,7 @@ def fit(
     model: Annotated[
         str | None,
         typer.Option(
-            help="hyperbola, power, power-law, smooth, u-turn, ... Default: by AICc, the simpler one where that is close."
+            help="hyperbola, power, power-law, smooth, u-turn, ... Default: by AICc, the simpler where that is close."
         ),
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report here as well: one HTML page.")] = None,

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from cases.verdicts import BATCHES, capacity, exact, noise, numbers_in, throughput, unaccounted
+from cases.verdicts import BATCHES, BRANCHES, capacity, exact, noise, numbers_in, throughput, unaccounted
 
 from pybatch.answer.ensemble import EFFICIENCY
 from pybatch.answer.verdict import advise, ensemble
@@ -36,10 +36,10 @@ TABLE = {
     # name: (capacity, noise, steps) -> (limit, what the best batch is within, what the text must say)
     "noise": ((capacity(), noise(4)), ("noise", (10, 16), "Gradient noise sets the limit")),
     "hardware": ((capacity(), noise(12_000)), ("hardware", (512, 1024), "The device sets the limit")),
-    "balanced": ((capacity(), noise(40)), ("balanced", (32, 48), "the least product of steps and step time")),
+    "balanced": ((capacity(), noise(40)), ("balanced", (32, 48), "Time is steps times step time")),
     "memory": ((capacity(max_batch=50), noise(12_000)), ("hardware", (48, 48), "Memory ends at batch 50")),
     "data set": ((capacity(examples=100), noise(12_000)), ("hardware", (100, 100), "Use batch 100,")),
-    "no noise at all": ((capacity(), noise(0.0, 0.0, 3.0)), ("noise", (1, 4), "around batch 0 (0 to 12,")),
+    "no noise at all": ((capacity(), noise(0.0, 0.0, 3.0)), ("noise", (1, 4), "at batch 0 (0 to 12,")),
     "lower bound above": (
         (capacity(), noise(None, 900, status="lower_bound")),
         ("hardware", None, "above what the device can use"),
@@ -275,7 +275,8 @@ def test_an_open_end_of_the_critical_batch_opens_the_optimums():
         if low is None:
             assert found.best_low == 1
         if high is None:
-            assert found.best_high == 100_000  # the largest that fits
+            assert found.best_high is None
+            assert f"{found.best_low} or more. " in found.answer
         else:
             assert found.best_high < 200
         assert found.limit == ("hardware" if low is not None else "unresolved")
@@ -371,3 +372,55 @@ def test_a_noise_scale_read_past_the_target_is_taken_back_to_it():
     assert late.critical_high / late.critical_low > 3 * early.critical_high / early.critical_low
     assert late.best_batch < early.best_batch
     assert "read at train loss 0.100, past the target" in late.why("critical_batch").text
+
+
+def test_a_bound_of_a_fixed_rule_overrules_nothing():
+    """At a rate that fails steps do not fall with the batch: that is no evidence against a noise scale."""
+    failed = Curve("constant", "train", (), None, None, None, 4.0, target=0.3)
+    assert advise(capacity(), noise(1000), Convergence((failed,))).critical_batch == 1000.0
+    assert advise(capacity(), None, Convergence((failed,))).critical_high == 4.0
+    tuned = dataclasses.replace(failed, rule="tuned", low=4096.0, high=None)
+    found = advise(capacity(), noise(200), Convergence((tuned,)))
+    assert found.critical_low == 4096.0
+    assert "the sweep at least 4,100 and the noise scale 200; the sweep stands" in found.text
+    assert [reading.kind for reading in found.evidence] == ["noise"]
+
+
+def test_branches_are_no_curve_of_a_sweep():
+    """Steps to a bound's target and steps of a branch's window are of different levels."""
+    branch = dataclasses.replace(BRANCHES["fitted"][0], tuned=True)
+    fit = dataclasses.replace(branch.fit, parameters={"s_min": 100.0, "b_c": 600.0})
+    branch = dataclasses.replace(branch, fit=fit)
+    points = tuple(ConvergencePoint(b, 5e5 / b, "reached", 3, 0.1, reached=3) for b in BATCHES if b <= 512)
+    bound = Curve("tuned", "train", points, None, None, 512.0, None, target=0.3)
+    alone, both = (advise(capacity(), None, Convergence(c, branches=(branch,))) for c in ((), (bound,)))
+    assert both.best_batch == pytest.approx(alone.best_batch, rel=0.3)
+    assert both.best_high / both.best_low < 1.2 * alone.best_high / alone.best_low
+    assert both.time_to_target is None
+
+
+@pytest.mark.parametrize("least", [1, 256])
+def test_advice_below_the_smallest_timed_is_said(least):
+    batches = tuple(b for b in BATCHES if b >= least)
+    found = advise(capacity(batches=batches), None, sweep(critical=1.0))
+    assert ("below the smallest timed" in found.answer) == (least == 256)
+    assert (found.confidence.level == "high") == (least == 1)
+
+
+def test_scattered_times_without_a_trend_advise_nothing():
+    """No trend is seen for the scatter: that is no proof that larger batches take no longer."""
+    times = [1.34, 4.43, 7.74, 5.84, 6.14, 6.37, 5.27, 5.35, 5.61, 6.70]
+    fit = fit_throughput(BATCHES[:10], [t / 1e3 for t in times])
+    found = advise(capacity(fit, batches=BATCHES[:10], times=times), noise(200))
+    if fit.half_batch is None:
+        assert "Step times scatter by 47 % and show no trend" in found.text
+    assert found.best_batch is None or found.confidence.level == "low"
+
+
+def test_remedies_can_be_followed():
+    """No batch is to be tried that the data set or memory does not allow."""
+    assert "half batch 50" in advise(capacity(examples=50), noise(2000)).text
+    assert "Before a long run" not in advise(capacity(examples=1), noise(2000)).text
+    flat = dataclasses.replace(throughput(), half_batch=None, saturation_batch=None, alpha_s=0.0, t0_s=0.0)
+    small = capacity(flat, max_batch=1, batches=(8, 16, 32, 64), times=[8.0, 16.0, 32.0, 64.0])
+    assert advise(small, noise(200)).text.startswith("Use batch 1.")
