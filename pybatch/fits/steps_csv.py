@@ -92,7 +92,9 @@ def read_runs(path: str | PathLike[str]) -> LoggedRuns:
         seeds=_seeds(cells, rates),
         steps=[cell.steps() for cell in cells],
         rates=rates,
-        caps=[cell.cap() for cell in cells] if "cap" in columns or any(cell.went for cell in cells) else None,
+        caps=[cell.cap() for cell in cells]
+        if "cap" in columns or any(cell.went or cell.steps() == math.inf for cell in cells)
+        else None,
         before=[cell.before() for cell in cells] if "before" in columns else None,
     )
     first: dict[tuple[float, str, float], int] = {}
@@ -215,7 +217,11 @@ def _columns(path: str | PathLike[str], head: list[str]) -> dict[str, int]:
             found[name] = place
     for text in own:
         near = difflib.get_close_matches(text, names, 1, cutoff=0.7) if text not in names else []
-        if near and names[near[0]] not in found:
+        # Other columns are left alone, but for what can only be a slip.
+        slip = near and (
+            names[near[0]] in ("batch", "steps") or sorted(text) == sorted(near[0]) or text[:-1] == near[0]
+        )
+        if slip and names[near[0]] not in found:
             asked = f"column {_cut(text)!r}: is it {near[0]!r}? Name it so, or remove it."
             raise UsageError(f"{_named(path)}, line 1: {asked}")
     for name in ("batch", "steps"):

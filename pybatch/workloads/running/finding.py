@@ -80,7 +80,9 @@ def load_file(path: Path, name: str | None = None) -> ModuleType:
     try:
         with put_back():
             description.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # `sys.exit()` too is no answer
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # `sys.exit()` too is no answer
         sys.modules.pop(name, None)
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise UsageError(f"workload file '{path}' cannot be loaded: {type(error).__name__}: {error}{line}.") from error
@@ -151,9 +153,9 @@ def _construct(
     try:
         with put_back():
             return cls(**{**usual, **given})
-    except (UsageError, WorkloadError):
+    except (UsageError, WorkloadError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise WorkloadError(f"{cls.__name__}() of workload '{spec}' raised {type(error).__name__}: {error}.") from error
 
 

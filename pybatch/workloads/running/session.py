@@ -194,9 +194,9 @@ class Session:
         loss = self.loss(batch)
         try:
             (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
-        except (torch.OutOfMemoryError, MemoryError):
+        except (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:  # hooks and functions of the user's own run in it
+        except BaseException as error:  # hooks and functions of the user's own run in it
             if is_out_of_memory(error):
                 raise
             cause = f"{error}" if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
@@ -237,7 +237,7 @@ class Session:
                 if call.ended is None:
                     raise
                 raise self._error(method, call.ended) from None
-            except (Exception, SystemExit) as error:
+            except BaseException as error:  # `sys.exit()`, GeneratorExit and cancelled tasks too are no answer
                 if is_out_of_memory(error):
                     raise
                 failure = self._error(method, f"raised {type(error).__name__}: {error}")
