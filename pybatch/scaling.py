@@ -55,6 +55,7 @@ RateRule = Callable[[Mapping[str, Any], int, Base], Scaled]
 
 _rules: dict[str, RateRule] = {}
 SEARCHED = "tuned"  # the rule whose rate is sought at every batch size
+LOGGED = "as logged"  # of runs that a user made, at whatever rates
 
 
 def register(name: str) -> Callable[[RateRule], RateRule]:

@@ -31,7 +31,7 @@ class Best:
     optimum: float
     low: int
     high: int | None  # None: open
-    extrapolated: bool  # past the largest batch timed
+    extrapolated: str | None  # where it lies past the batches timed
     ensemble: Ensemble
     reason: Reason
     regret: tuple[float, float]  # of this batch: mean over the ensemble, and the 95 % point
@@ -75,7 +75,10 @@ def best_of(critical: Critical, capacity: Capacity, distributed: Distributed | N
     evidence: Evidence = "measured" if ensemble.absolute and timed else "modelled"
     reason = Reason("best_batch", text, evidence, inputs)
     upper = math.ceil(high) if math.isfinite(high) else None
-    return Best(batch, optimum, max(1, math.floor(low)), upper, batch > (largest or 0), ensemble, reason, (mean, tail))
+    past = "past the largest timed" if batch > (largest or 0) else None
+    if measured and batch < min(measured):
+        past = "below the smallest timed"
+    return Best(batch, optimum, max(1, math.floor(low)), upper, past, ensemble, reason, (mean, tail))
 
 
 def _round(most: int) -> list[int]:
@@ -90,10 +93,10 @@ def _ends(ensemble: Ensemble, critical: Critical, half_high: float | None, bound
     optima = ensemble.optima
     low, high = (float(v) for v in np.quantile(optima, [0.025, 0.975], method="nearest"))
     if (half_high is None or critical.high is None) and high < bound.value:
-        high = bound.value
+        high = math.inf
     if critical.low is None:
         low = 1.0
-    return low, min(high, bound.value)
+    return low, high
 
 
 def ensemble_between(critical: Critical, capacity: Capacity, distributed: Distributed | None) -> Ensemble:

@@ -27,15 +27,15 @@ def confidence_of(critical: Critical, best: Best | None, capacity: Capacity | No
     if capacity.model.rms_log_error > DISTURBED:
         missed = number(100 * capacity.model.rms_log_error, 2)
         found.append((2, f"measure again: step times miss any smooth curve by {missed} %"))
-    elif capacity.disturbed:
+    if capacity.disturbed:
         found.append((2, f"machine disturbed: {capacity.disturbed[0]}"))
     if critical.source != "sweep":
         found.append((1, _STANDS[critical.source or "noise"]))
     if best.extrapolated:
-        found.append((1, "past the largest batch timed"))
+        found.append((1, best.extrapolated))
     tail = best.regret[1]
     if tail > SURE:
-        text = f"it may take up to {number(tail, 3)} times the least time"
+        text = f"the batch advised may take up to {number(tail, 3)} times the least time"
         found.append((2 if tail > FAIR else 1, text))
     found.sort(key=lambda pair: -pair[0])
     level = max((worth for worth, _ in found), default=0)

@@ -14,8 +14,9 @@ from pybatch.answer.evidence import FACTORS, LEAST, LOSS_POWER, NORMAL, Weighed,
 from pybatch.base.numerals import batch_size, number
 from pybatch.fits.solver import Array
 from pybatch.records import Branching, Convergence, Curve, Inputs, Kind, NoiseScale, Note, Reading, Reason, StepsFit
-from pybatch.scaling import SEARCHED
+from pybatch.scaling import LOGGED, SEARCHED
 
+_FURTHEST = 0.01  # of the target: the law is not followed further back
 _PAST = 0.8  # of the target: a train loss below it is past the target
 
 
@@ -57,10 +58,15 @@ def critical_of(noise: NoiseScale | None, steps: Convergence | None, target: flo
     curve, branch = _curve_of(steps), _branch_of(steps)
     bound = curve if curve is not None and curve.critical_batch is None else None
     weighed = combined([r for r in (_by_curve(curve), _by_branch(branch), _by_noise(noise, target)) if r is not None])
-    if bound is not None:
+    if bound is not None and (weighed is None or bound.rule == SEARCHED):
         within = (bound.low or 0.0, bound.high if bound.high is not None else math.inf)
-        if weighed is None or _mass(weighed, within) < 0.05:
+        if weighed is None:
             return Critical(None, bound.low, bound.high, "sweep", _reason_of_curve(bound), bound, within=within)
+        if _mass(weighed, within) < 0.05:
+            against = _against(weighed, within)
+            reason = _reason_of_curve(bound)
+            reason = dataclasses.replace(reason, inputs=reason.inputs | {r.words: r.value for r in weighed.readings})
+            return Critical(None, bound.low, bound.high, "sweep", reason, bound, weighed=against, within=within)
         return _valued(weighed, noise, bound, branch, within)
     if weighed is not None:
         return _valued(weighed, noise, curve, branch)
@@ -98,8 +104,6 @@ def _valued(
     if within != (0.0, math.inf):
         low, value, high = (float(v) for v in np.exp(_truncated(weighed, within, np.array([-NORMAL, 0.0, NORMAL]))))
     shape = shaped(curve.fit if curve is not None else None) if source == "sweep" else None
-    if source == "branch" and branch is not None:
-        shape = shaped(branch.fit)
     rest = combined([r for r in used if r.source != "sweep"]) if source == "sweep" else None
     prediction = (max(rest.value, LEAST), (rest.down + rest.up) / 2) if rest is not None else None
     return Critical(value, low, high, source, reason, curve, shape, weighed, prediction, within)
@@ -112,8 +116,19 @@ def _interval(weighed: Weighed) -> tuple[float | None, float | None]:
         return first.low, first.high
     if weighed.value <= LEAST:  # no noise to speak of
         return 0.0, max(LEAST, first.high or 0.0) * first.factor
+    if not more and (first.low is None or first.high is None):
+        ends = (first.low and first.low / first.factor, first.high and first.high * first.factor)
+        return ends[0], ends[1]
     value = weighed.value
     return value * math.exp(-NORMAL * weighed.down), value * math.exp(NORMAL * weighed.up)
+
+
+def _against(weighed: Weighed, within: tuple[float, float]) -> Weighed:
+    """Readings that a sweep's bound leaves no room for: set aside, and told."""
+    figures = " and ".join(f"{r.words} {batch_size(r.value)}" for r in weighed.readings)
+    ends = " and ".join(f"{side} {batch_size(end)}" for side, end in _ends(within))
+    text = f"The evidence disagrees on the critical batch: the sweep {ends} and {figures}; the sweep stands."
+    return dataclasses.replace(weighed, readings=(), aside=weighed.readings, disagreement=text)
 
 
 def _ends(within: tuple[float, float]) -> list[tuple[str, float]]:
@@ -170,7 +185,7 @@ def _branch_of(steps: Convergence | None) -> Branching | None:
 def _by_curve(curve: Curve | None) -> Reading | None:
     if curve is None or curve.critical_batch is None:
         return None
-    kind: Kind = "sweep" if curve.rule == SEARCHED else "rule"
+    kind: Kind = "sweep" if curve.rule in (SEARCHED, LOGGED) else "rule"
     return Reading("sweep", kind, curve.critical_batch, curve.low, curve.high, FACTORS[kind])
 
 
@@ -187,8 +202,8 @@ def _by_noise(noise: NoiseScale | None, target: float | None) -> Reading | None:
         return None
     kind: Kind = "noise"
     back = 1.0
-    if target is not None and noise.loss is not None and 0 < noise.loss < _PAST * target:
-        kind, back = "noise past target", (noise.loss / target) ** LOSS_POWER
+    if target is not None and noise.loss is not None and 0 <= noise.loss < _PAST * target:
+        kind, back = "noise past target", max(noise.loss / target, _FURTHEST) ** LOSS_POWER
     low, high = (end * back if end is not None else None for end in (noise.low, noise.high))
     return Reading("noise", kind, noise.b_simple * back, low, high, FACTORS[kind])
 

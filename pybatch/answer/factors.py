@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pybatch.records import Curve, Run
 from pybatch.scaling import SEARCHED
@@ -30,6 +30,7 @@ class Effect:
     low: float | None  # 95 %; None: open, as an end of a sweep's own interval is
     high: float | None
     pairs: int  # of sweeps that differ in this dial alone
+    alike: tuple[object, ...] = field(default=(), repr=False)  # what else is the same in all of them
 
     @property
     def determined(self) -> bool:
@@ -38,7 +39,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Cell:
     """The critical batch of one sweep at one target, with the logarithmic distances of its interval's ends."""
 
     split: str
@@ -56,25 +57,36 @@ def effects(runs: Sequence[Run]) -> tuple[Effect, ...]:
     Args:
         runs: records with tuned sweeps; others are passed over. Of two with the same dials the later one counts.
     """
-    named = {
-        (cell.split, cell.target, cell.alike, tuple(sorted(cell.dials.items()))): cell
-        for run in runs
-        for cell in _cells(run)
-    }
-    cells = list(named.values())
-    found: dict[_Key, list[tuple[_Cell, _Cell]]] = {}
+    cells = cells_of(runs)
+    found: dict[_Key, list[tuple[Cell, Cell]]] = {}
     for i, one in enumerate(cells):
         for other in cells[i + 1 :]:
             dial = _only_difference(one, other)
             if dial is None:
                 continue
-            a, b = (one, other) if _order(one.dials[dial]) <= _order(other.dials[dial]) else (other, one)
+            a, b = (one, other) if ordered(one.dials[dial]) <= ordered(other.dials[dial]) else (other, one)
             key = (dial, a.dials[dial], b.dials[dial], a.split, a.target, a.alike)
             found.setdefault(key, []).append((a, b))
     return tuple(_effect(dial, pairs) for (dial, *_), pairs in found.items())
 
 
-def _cells(run: Run) -> Iterator[_Cell]:
+def cells_of(runs: Sequence[Run]) -> list[Cell]:
+    """The critical batch of every sweep at each target; of two with the same dials the later one."""
+    named = {
+        (cell.split, cell.target, cell.alike, tuple(sorted(cell.dials.items()))): cell
+        for run in runs
+        for cell in _cells(run)
+    }
+    return list(named.values())
+
+
+def without_value(runs: Sequence[Run]) -> int:
+    """Tuned sweeps at a target of which no critical batch is known, or a bound alone."""
+    curves = [curve for run in runs if run.convergence is not None for curve in run.convergence.curves]
+    return sum(c.rule == SEARCHED and c.target is not None and not c.critical_batch for c in curves)
+
+
+def _cells(run: Run) -> Iterator[Cell]:
     steps = run.convergence
     if steps is None or steps.workload is None:
         return
@@ -85,7 +97,7 @@ def _cells(run: Run) -> Iterator[_Cell]:
     alike = (info.name, steps.optimizer, info.dtype, info.file_sha256)
     for curve in steps.curves:
         if curve.rule == SEARCHED and curve.critical_batch and curve.target is not None:
-            yield _Cell(curve.split, curve.target, alike, dials, curve.critical_batch, *_distances(curve))
+            yield Cell(curve.split, curve.target, alike, dials, curve.critical_batch, *_distances(curve))
 
 
 def _distances(curve: Curve) -> tuple[float, float]:
@@ -94,7 +106,7 @@ def _distances(curve: Curve) -> tuple[float, float]:
     return below, math.log(curve.high / curve.critical_batch) if curve.high else math.inf
 
 
-def _only_difference(one: _Cell, other: _Cell) -> str | None:
+def _only_difference(one: Cell, other: Cell) -> str | None:
     """The dial in which two sweeps differ, where they are the same in everything else."""
     if (one.split, one.target, one.alike) != (other.split, other.target, other.alike):
         return None
@@ -104,12 +116,12 @@ def _only_difference(one: _Cell, other: _Cell) -> str | None:
     return differing[0] if len(differing) == 1 else None
 
 
-def _order(level: Level) -> tuple[bool, float, str]:
+def ordered(level: Level) -> tuple[bool, float, str]:
     """Numbers ascending, then words."""
     return (True, 0.0, level) if isinstance(level, str) else (False, float(level), "")
 
 
-def _effect(dial: str, pairs: Sequence[tuple[_Cell, _Cell]]) -> Effect:
+def _effect(dial: str, pairs: Sequence[tuple[Cell, Cell]]) -> Effect:
     first, second = pairs[0]
     mean = sum(math.log(b.value / a.value) for a, b in pairs) / len(pairs)
     below = math.hypot(*(d for a, b in pairs for d in (b.below, a.above))) / len(pairs)
@@ -124,4 +136,5 @@ def _effect(dial: str, pairs: Sequence[tuple[_Cell, _Cell]]) -> Effect:
         math.exp(mean - below) if math.isfinite(below) else None,
         math.exp(mean + above) if math.isfinite(above) else None,
         len(pairs),
+        first.alike,
     )

@@ -11,7 +11,7 @@ from pybatch.answer.limit import Wall
 from pybatch.base.numerals import batch_size, count, number
 from pybatch.records import Capacity, Confidence, Inputs, Limit, ThroughputFit
 
-_SOURCES = {"sweep": "by measured steps", "branch": "by branched runs", "noise": "by gradient noise"}
+_SOURCES: dict[str, str] = {"sweep": "measured steps", "branch": "branched runs", "noise": "gradient noise"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def advice(
         wall, further: what the device can take, and what going on to it costs as factors; where it is worth telling.
         second: what a second device buys, as factors.
     """
-    beyond = ", past the largest timed" if best.extrapolated else ""
+    beyond = f", {best.extrapolated}" if best.extrapolated else ""
     reasons = "; ".join(confidence.reasons)
     answer = f"Use batch {count(best.batch)}{beyond}, {_between(best)}. Confidence: {confidence.level} ({reasons})."
     rest = [] if critical.disagreement is None else [critical.disagreement]
@@ -61,8 +61,9 @@ def advice(
             f"examples per second, {_times(further['examples_factor'])} the examples."
         )
     rest.append(_devices(best, devices, second))
-    if critical.source == "noise":
-        rest.append(f"Before a long run, train briefly at half and at double batch {count(best.batch)} as well.")
+    if critical.source == "noise" and best.batch > 1:
+        sides = "half and at double" if 2 * best.batch <= bound.value else "half"
+        rest.append(f"Before a long run, train briefly at {sides} batch {count(best.batch)} as well.")
     return Answer(answer, _because(critical, capacity, limit, best, bound), tuple(rest))
 
 
@@ -78,15 +79,15 @@ def _because(critical: Critical, capacity: Capacity, limit: Limit, best: Best, b
     """One sentence why."""
     fit = capacity.model
     assert fit is not None
-    noise = f"steps stop falling around batch {_said(critical)}"
+    noise = f"twice the fewest examples are needed at batch {_said(critical)}"
     device = f"the device is at half its ceiling at batch {batch_size(fit.half_batch)}"
     if best.optimum > 0.9 * bound.value and bound.name is not None:
         return f"{bound.name.capitalize()} ends at batch {count(bound.value)}, below what would be fastest: {noise}."
     return {
-        "noise": f"Gradient noise sets the limit, not the device: {noise}, {device}.",
-        "hardware": f"The device sets the limit, not gradient noise: {device}, {noise}.",
-        "balanced": f"It is the least product of steps and step time: {noise}, {device}.",
-        "unresolved": f"It is the least product of steps and step time: {noise}, {device}.",
+        "noise": f"Gradient noise sets the limit, not the device: {noise}, {device}; between them time is least.",
+        "hardware": f"The device sets the limit, not gradient noise: {device}, {noise}; between them time is least.",
+        "balanced": f"Time is steps times step time: {noise}, {device}.",
+        "unresolved": f"Time is steps times step time: {noise}, {device}.",
     }[limit]
 
 
@@ -97,12 +98,15 @@ def _devices(best: Best, devices: tuple[int, int, int], second: Inputs) -> str:
     if counted is not None:
         how = f"modelled with the communication measured on {counted.devices} devices"
     span = f" ({count(low)} to {count(high)})" if (low, high) != (number_of, number_of) else ""
+    if number_of > 1 and low == 1:
+        return f"How many devices are worth it is not known: {count(number_of)}{span}, {how}."
     if number_of > 1:
         return (
             f"Up to {count(number_of)} devices{span} work at {number(EFFICIENCY, 1)} of their worth or better, {how}."
         )
     if not second:
-        return f"A second device works at less than {number(EFFICIENCY, 1)} of its worth{span}, {how}."
+        worth = "may work" if high > 1 else "works"
+        return f"A second device {worth} at less than {number(EFFICIENCY, 1)} of its worth, {how}."
     return (
         f"A second device would bring {_times(second['time_factor'])} the time at "
         f"{_times(second['cost_factor'])} the device-seconds, {how}."
@@ -128,29 +132,35 @@ def bounds(
     known = _said(critical)
     if fit is not None and fit.half_batch is None and span != (None, None):
         why = "step times do not rise with it" if fit.ceiling is None else "step time is proportional to it"
-        also = (f"The critical batch is {known}.",) if critical.source is not None else ()
-        return Answer(
-            f"{_distrust(fit)}Use batch {_range(span, bound)}.", f"That is because {why}: {_open(fit)}.", also
-        )
+        because = f"That is because {why}: {_open(fit)}."
+        return Answer(f"{_distrust(fit)}Use batch {_range(span, bound)}.", because, _known(critical))
     if fit is None:
         lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"
         if critical.value is None and critical.low is None and critical.high is None:
             return Answer("No batch can be advised.", f"{lack}, and the critical batch is not known: {_why(critical)}.")
-        far = "far below it more examples per step save almost as many steps, far above it almost none"
-        return Answer(
-            f"The critical batch is {known}.", f"{far[0].upper()}{far[1:]}.", (f"{lack}: no batch is advised.",)
-        )
+        far = "Far below it more examples per step save almost as many steps, far above it almost none."
+        if critical.shape is not None and critical.shape.model == "power-law":
+            far = "At it twice the fewest examples are needed; steps fall on and on as a power of the batch."
+        return Answer(f"The critical batch is {known}.", far, (f"{lack}: no batch is advised.",))
     if fit.half_batch is None:
-        return Answer("No batch can be advised yet.", f"The critical batch is not known: {_why(critical)}.")
+        scatter = number(100 * fit.rms_log_error, 2)
+        because = f"Step times scatter by {scatter} % and show no trend: measure again on a quiet machine."
+        return Answer("No batch can be advised yet.", because, _known(critical))
     device = f"The device is at half its ceiling at batch {batch_size(fit.half_batch)}"
     if wall is not None:
         device += f", and its {wall.name} is {batch_size(wall.value)}"
     if span != (None, None):
         beside = {"hardware": ", above what the device can use", "noise": ", below what the device can use"}
         because = f"The critical batch is {known}{beside.get(limit, '')}."
-        return Answer(f"{_distrust(fit)}Use batch {_range(span, bound)}.", because, (f"{device}.", _more(critical)))
+        told = () if critical.disagreement is None else (critical.disagreement,)
+        rest = (*told, f"{device}.", _more(critical))
+        return Answer(f"{_distrust(fit)}Use batch {_range(span, bound)}.", because, rest)
     because = f"The critical batch is not known: {_why(critical)}."
     return Answer(f"{_distrust(fit)}No batch can be advised yet.", because, (f"{device}.", _more(critical)))
+
+
+def _known(critical: Critical) -> tuple[str, ...]:
+    return (f"The critical batch is {_said(critical)}.",) if critical.source is not None else ()
 
 
 def _why(critical: Critical) -> str:
@@ -185,7 +195,9 @@ def _distrust(fit: ThroughputFit | None) -> str:
 
 def _said(critical: Critical) -> str:
     """The critical batch in words, with its interval and its source."""
-    source = _SOURCES.get(critical.source or "", "")
+    weighed = critical.weighed.readings if critical.weighed is not None else ()
+    several: list[str | None] = list(dict.fromkeys(r.source for r in weighed)) or [critical.source]
+    source = "by " + " and ".join(_SOURCES[name] for name in several if name)
     if critical.value is None:
         ends = (("at least", critical.low), ("at most", critical.high))
         return " and ".join(f"{side} {batch_size(end)}" for side, end in ends if end is not None) + f" ({source})"

@@ -175,9 +175,11 @@ def _bounded(
     if capacity is None or fit is None:
         return None, None, None, []
     timed = [p.batch for p in capacity.batches if p.status == "ok"]
+    if fit.half_batch is None and fit.rms_log_error > MISFIT:  # no trend is seen for the scatter
+        return None, None, None, []
     if fit.half_batch is None and fit.ceiling is not None:
         text = "step time is proportional to the batch: no batch takes less time than the smallest timed"
-        least = min(timed)
+        least = int(min(*timed, bound_of(capacity).value))
         return None, least, None, [Reason("best_high", text, "measured", {"smallest_measured": least})]
     if fit.half_batch is None:
         text = "step times do not rise with the batch: none takes less time than the largest timed, within what fits"

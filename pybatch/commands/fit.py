@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pybatch.commands import flags
-from pybatch.commands.measuring import Delivery
+from pybatch.commands.measuring import Delivery, check_seed
 from pybatch.jobs.fit import run_fit
 from pybatch.report.output import Output
 
@@ -25,15 +25,20 @@ def fit(
         ),
     ],
     model: Annotated[
-        str | None, typer.Option(help="hyperbola, power, power-law, smooth, u-turn, ... Default: the best by AICc.")
+        str | None,
+        typer.Option(
+            help="hyperbola, power, power-law, smooth, u-turn, ... Default: by AICc, the simpler one where that is close."
+        ),
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report here as well: one HTML page.")] = None,
     seed: flags.Seed = 0,
     format_: flags.Format = None,
     output: flags.Output = None,
+    verbose: flags.Verbose = False,
 ) -> None:
     """The critical batch from your own logs: steps to a target at several batch sizes, from a CSV file."""
-    with Delivery(format_, output, True) as delivery, Output(html) if html is not None else nullcontext():
+    check_seed(seed)
+    with Delivery(format_, output, True, verbose) as delivery, Output(html) if html is not None else nullcontext():
         delivery.run = run_fit(file, model=model, seed=seed)
         status = delivery.deliver()
         if html is not None:

@@ -31,8 +31,8 @@ ROUNDING = 1e-5  # of the small batch: norms of bf16 means over equal gradients 
 INTERRUPTED = "interrupted before the interval was narrow"
 MISSING = "no pair of norms: a step needs two or more micro-batches, each followed by accumulate(n)"
 NEGATIVE = (
-    "|G|^2 or tr(Sigma) is negative beyond its error: the examples of a step are not independent draws, or the counts "
-    "of examples are wrong"
+    "|G|^2 or tr(Sigma) is negative beyond its error: the model has not left its first loss (warm up longer, or raise "
+    "learning_rate), the examples of a step are not independent draws, or the counts of examples are wrong"
 )
 
 

@@ -8,11 +8,11 @@ from os import PathLike
 
 import numpy as np
 
+from pybatch.base.errors import UsageError
 from pybatch.fits.steps_csv import LoggedRuns, fit_logged, read_runs
 from pybatch.fits.steps_data import best_rate
 from pybatch.records import Convergence, ConvergencePoint, Curve, PointStatus, RateSteps, Run
-
-ONE_RATE = "as logged"  # what the rule of a file without several rates is called
+from pybatch.scaling import LOGGED
 
 
 def run_fit(path: str | PathLike[str], *, model: str | None = None, seed: int = 0) -> Run:
@@ -26,7 +26,7 @@ def run_fit(path: str | PathLike[str], *, model: str | None = None, seed: int = 
     points = tuple(_point(logged, batch) for batch in sorted(set(logged.batches)))
     several = any(len(point.rates) > 1 for point in points)
     curve = Curve(
-        "tuned" if several else ONE_RATE,
+        "tuned" if several else LOGGED,
         "train",
         points,
         fit.s_min,
@@ -51,6 +51,10 @@ def _point(logged: LoggedRuns, batch: float) -> ConvergencePoint:
     rate = [math.nan if logged.rates is None else logged.rates[k] for k in own]
     grid = sorted(set(rate)) if logged.rates is not None else [math.nan]
     seeds = list(dict.fromkeys(logged.seeds[k] for k in own))
+    if batch != round(batch) or batch < 1:
+        raise UsageError(
+            f"batch {batch:g} is no whole number of examples, which a record has. Use pybatch.fit_steps_csv."
+        )
     table = np.full((len(grid), len(seeds)), np.nan)
     for k, lr in zip(own, rate, strict=True):
         table[grid.index(lr) if logged.rates is not None else 0, seeds.index(logged.seeds[k])] = logged.steps[k]
@@ -64,7 +68,7 @@ def _point(logged: LoggedRuns, batch: float) -> ConvergencePoint:
         batch=round(batch),
         steps=found if met else None,
         status="reached" if met else lost,
-        seeds=len(runs),
+        seeds=len(seeds) if rates else len(runs),
         learning_rate=grid[best] if logged.rates is not None else None,
         reached=int(np.isfinite(runs).sum()),
         diverged=int(np.isneginf(runs).sum()),

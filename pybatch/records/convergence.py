@@ -61,6 +61,8 @@ class ConvergencePoint:
     other_losses: tuple[float | None, ...] = ()  # by seed: the other split's smoothed loss where the target was met
     test_losses_at_epochs: tuple[float | None, ...] = ()  # by seed: smoothed, after the sweep's gap_epochs
     test_losses_at_steps: tuple[float | None, ...] = ()  # by seed: smoothed, after the sweep's gap_steps
+    train_losses_at_epochs: tuple[float | None, ...] = ()  # likewise: beside a test loss, how far the run was trained
+    train_losses_at_steps: tuple[float | None, ...] = ()
 
     @property
     def runs(self) -> int:

@@ -22,6 +22,7 @@ _SIGNED = frozenset(
     (
         "loss", "losses", "level", "target", "trace", "grad_sq", "drift", "alpha_s", "candidates", "inputs",
         "options", "launch_overhead_ms", "other_losses", "test_losses_at_epochs", "test_losses_at_steps",
+        "train_losses_at_epochs", "train_losses_at_steps",
     )
 )
 _FROM_ONE = frozenset(
@@ -33,7 +34,7 @@ _FROM_ONE = frozenset(
 )
 _ABOVE_ZERO = frozenset(
     (
-        "base_rate", "beta_s", "blocks_ms", "ceiling", "ceiling_high", "ceiling_low",
+        "base_rate", "blocks_ms", "ceiling", "ceiling_high", "ceiling_low",
         "ceiling_samples_per_s", "compute_ms", "cost_factor", "end_ms", "gain", "gamma", "learning_rate",
         "per_example", "samples_per_s", "start_ms", "step_ms", "step_ms_high", "step_ms_low",
         "step_ms_quantiles", "time_factor", "tolerance",
@@ -102,9 +103,10 @@ def _rate_steps(rate: RateSteps) -> str | None:
 
 
 def _convergence_point(point: ConvergencePoint) -> str | None:
+    seeds = max([point.seeds, *(len(rate.steps) for rate in point.rates[:1])])  # those that did not run among them
     for i, rate in enumerate(point.rates):
-        if len(rate.steps) != point.seeds:
-            return f".rates[{i}].steps has {len(rate.steps)} entries: it must have one for each of {point.seeds} seeds"
+        if len(rate.steps) != seeds:
+            return f".rates[{i}].steps has {len(rate.steps)} entries: it must have one for each of {seeds} seeds"
     if point.reached > point.runs:
         return f".reached is {point.reached}: it must be at most the {point.runs} runs"
     if (point.steps is None) == (point.status == "reached"):

@@ -48,7 +48,10 @@ class Run(Shown):
         try:
             data = parse(text)
         except ValueError as error:
-            raise UsageError(f"not a pybatch record: {error}. Give a file written by 'pybatch bench -o'.") from None
+            raise UsageError(
+                f"not a pybatch record: {error}. Give a file that bench, sweep or fit wrote by -o; "
+                "of logs as CSV, use 'pybatch fit'."
+            ) from None
         found = data.get("schema") if isinstance(data, dict) else None
         if found != SCHEMA:
             raise UsageError(

@@ -57,7 +57,7 @@ def sections(run: Run) -> list[Section]:
     if run.verdict is not None:
         found.append(verdict.section(run.verdict, run.capacity, run.price))
     if run.notes:
-        found.append(Section("Run", notes=notes_of(run.notes), details=details_of(run.notes)))
+        found.append(Section("Run", notes=(*notes_of(run.notes), *details_of(run.notes))))
     return found
 
 

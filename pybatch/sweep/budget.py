@@ -79,7 +79,7 @@ def checked_budget(epochs: float | None, examples: int | None, batches: Sequence
 def with_losses(
     point: ConvergencePoint, outcomes: Sequence[Outcome], seeds: Sequence[int], budget: Budget | None
 ) -> ConvergencePoint:
-    """A point with the test losses of its runs after the budget's epochs and steps.
+    """A point with the losses of its runs after the budget's epochs and steps, of both splits.
 
     Args:
         point: one batch size of a curve.
@@ -91,9 +91,14 @@ def with_losses(
         return point
     runs = {outcome.trial.seed: outcome.trajectory for outcome in outcomes if outcome.trial.lr == point.learning_rate}
 
-    def after(steps: int) -> tuple[float | None, ...]:
-        return tuple(loss_at(runs[seed], TESTED, steps) if seed in runs else None for seed in seeds)
+    def after(split: str, steps: int) -> tuple[float | None, ...]:
+        return tuple(loss_at(runs[seed], split, steps) if seed in runs else None for seed in seeds)
 
+    epochs = budget.steps_at(point.batch)
     return dataclasses.replace(
-        point, test_losses_at_epochs=after(budget.steps_at(point.batch)), test_losses_at_steps=after(budget.steps)
+        point,
+        test_losses_at_epochs=after(TESTED, epochs),
+        test_losses_at_steps=after(TESTED, budget.steps),
+        train_losses_at_epochs=after("train", epochs),
+        train_losses_at_steps=after("train", budget.steps),
     )

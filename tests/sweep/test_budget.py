@@ -318,14 +318,28 @@ def test_losses_are_read_by_seed_at_the_chosen_rate():
     found = with_losses(ConvergencePoint(8, 70.0, "reached", 3, 0.5), outcomes, (0, 1, 2), budget)
     assert found.test_losses_at_epochs == (1.0, None, None)
     assert found.test_losses_at_steps == (1.0, None, 3.0)
+    assert found.train_losses_at_epochs == (-1.0, None, None)
+    assert found.train_losses_at_steps == (-1.0, None, -3.0)
 
 
-def planted(epochs, steps):
-    """Curves whose points have these losses, seed by seed, at batches 8, 64, ..."""
-    points = [
-        ConvergencePoint(8**k, None, "not_reached", 3, 0.5, test_losses_at_epochs=e, test_losses_at_steps=s)
-        for k, (e, s) in enumerate(zip(epochs, steps, strict=True), 1)
-    ]
+def planted(epochs, steps, train=0.5, later=0.0):
+    """Curves whose points have these test losses, seed by seed, at batches 8, 64, ...
+
+    Args:
+        epochs, steps: test losses after the epochs and after the steps.
+        train: the train loss of all; None: the record is of old and has none.
+        later: what each batch size adds to both losses, as of runs that are trained less far.
+    """
+
+    def lift(losses, by):
+        return tuple(loss + by if loss is not None else None for loss in losses)
+
+    points = []
+    for k, (e, s) in enumerate(zip(epochs, steps, strict=True), 1):
+        more = {"test_losses_at_epochs": lift(e, later * k), "test_losses_at_steps": lift(s, later * k)}
+        if train is not None:
+            more["train_losses_at_epochs"] = more["train_losses_at_steps"] = (train + later * k,) * 3
+        points.append(ConvergencePoint(8**k, None, "not_reached", 3, 0.5, **more))
     run = Run("", None, convergence=Convergence((curve("sqrt", points),), gap_epochs=30.0, gap_steps=44))
     return {claim.name: claim for claim in check_claims(run)}
 
@@ -335,17 +349,39 @@ LOW, HIGH, NONE = (1.0, 1.1, 0.9), (1.21, 1.3, 1.1), (None, None, None)
 
 def test_claims_speak_of_both_budgets():
     found = planted([LOW, NONE, HIGH], [HIGH, LOW, LOW])
-    epochs, steps = found["sqrt: test loss, 30 epochs"], found["sqrt: test loss, 44 steps"]
+    epochs, steps = found["sqrt: gap, 30 epochs"], found["sqrt: gap, 44 steps"]
     assert (epochs.finding, steps.finding) == ("yes", "no")
-    assert epochs.text.startswith("after 30 epochs 1.20 with batch 512, 1 with 8: +0.203 [0.189 to 0.218]")
-    assert steps.text.startswith("after 44 steps 1 with batch 512, 1.20 with 8: -0.203")
-    assert not any("train target" in claim.text for claim in found.values() if "epochs" in claim.name)
+    # +0.203 [0.189 to 0.218] over six doublings
+    assert epochs.text.startswith("after 30 epochs, each doubling from 8 to 512 adds +0.0339 [0.0315 to 0.0363] to the")
+    assert "test 1, train 0.500 with 8; test 1.20, train 0.500 with 512" in epochs.text
+    assert steps.text.startswith("after 44 steps, each doubling from 8 to 512 adds -0.0339")
+    assert not any("train loss 0.1" in claim.text for claim in found.values() if "epochs" in claim.name)
+
+
+def test_runs_that_are_merely_untrained_do_not_generalize_worse():
+    """Test losses rise with the batch, and so do the train losses: the gap is the same, or smaller."""
+    same = planted([LOW, LOW, LOW], [LOW, LOW, LOW], later=0.5)["sqrt: gap, 30 epochs"]
+    assert same.finding == "undetermined"
+    less = planted([HIGH, LOW, LOW], [LOW, LOW, LOW], later=0.5)["sqrt: gap, 30 epochs"]
+    assert less.finding == "undetermined"  # nor better, for a gap opens as a run is trained
+    assert less.text.endswith("trained less with larger batches")
+    further = planted([LOW, HIGH, HIGH], [LOW, LOW, LOW], later=-0.5)["sqrt: gap, 30 epochs"]
+    assert further.finding == "undetermined"
+    assert further.text.endswith("trained further with larger batches")
+
+
+def test_without_train_losses_no_test_loss_is_judged():
+    found = planted([LOW, NONE, HIGH], [HIGH, LOW, LOW], train=None)["sqrt: gap, 30 epochs"]
+    assert found.finding == "not measured"
+    assert "no train losses after 30 epochs" in found.text
 
 
 def test_claims_name_the_seeds_that_are_missing_and_what_diverged():
     found = planted([LOW, (1.2, None, 1.3), NONE], [LOW, NONE, NONE])
-    assert found["sqrt: test loss, 30 epochs"].text.endswith("; 2 of 3 seeds")
-    assert found["sqrt: test loss, 44 steps"].finding == "not measured"
+    assert found["sqrt: gap, 30 epochs"].text.endswith("; 2 of 3 seeds")
+    assert found["sqrt: gap, 44 steps"].finding == "not measured"
+    fewer = planted([HIGH, (1.0, None, 0.9), NONE], [LOW, NONE, NONE])["sqrt: gap, 30 epochs"]
+    assert fewer.finding == "undetermined"  # the lost seed may have been the worst
 
 
 def test_without_a_budget_the_report_says_how_to_get_one():

@@ -22,7 +22,7 @@ from pybatch.noise.per_example.uses import Dense, Outer, Picked, Use, wide
 
 Parts = dict[str, Callable[[Tensor], Use]]
 
-MICRO_BATCHES = "Use source='micro-batches', which holds for any model"
+MICRO_BATCHES = "Use source='micro-batches', with two or more backward passes a step, or 'adam-moments'"
 
 
 @dataclass(frozen=True)
