@@ -410,6 +410,7 @@ def test_a_file_that_fails_at_the_end_loses_nothing(pybatch, measured, run):
     assert "'/dev/full' cannot be written: No space left on device. The result follows on stdout." in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format_", "first"), [("json", "{"), ("table", "digits (mlp, 4,810 parameters, fp32) on ")])
 def test_a_reader_that_leaves_early_is_no_failure(run, tmp_path, format_, first):
     (tmp_path / "record.json").write_text(run.to_json())
