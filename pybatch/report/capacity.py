@@ -37,8 +37,8 @@ def section(capacity: Capacity, counted: CountedNoise | None = None) -> Section:
         "Capacity",
         timed,
         tuple(said),
-        notes=notes_of(capacity.notes),
-        details=(*_left_out(capacity), *details_of(capacity.notes)),
+        notes=(*_left_out(capacity), *notes_of(capacity.notes)),
+        details=details_of(capacity.notes),
     )
 
 

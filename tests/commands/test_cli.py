@@ -374,7 +374,7 @@ def test_memory_that_is_not_linear_gives_what_was_measured_and_a_batch_that_ran_
 @pytest.mark.usefixtures("planted_times")
 def test_a_batch_the_workload_refuses_is_never_advised(pybatch, user_file, tmp_path):
     path = tmp_path / "run.json"
-    command = ("bench", "--cpu", "--verbose", "--workload", f"{user_file}:Above64", "--time-budget", "20")
+    command = ("bench", "--cpu", "--workload", f"{user_file}:Above64", "--time-budget", "20")
     status, out, _ = pybatch(*command, "-o", path)
     data = json.loads(path.read_text())
     assert status == 3
