@@ -74,6 +74,7 @@ def counted(work: Workload, n: int) -> tuple[int | None, int, TrainingStep]:
     step = TrainingStep(Session(work, CPU))
     step.load(n)
     step()
+    step.check()  # it knows now that nothing changes the batch, which is copied until then
     with Traffic() as traffic:
         flops, reason = count_flops(step)
     assert reason is None

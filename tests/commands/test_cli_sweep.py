@@ -152,7 +152,7 @@ def test_rates_in_any_usual_spelling(pybatch, swept, rates):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("--batch 16,32,64 --rates 1e5,1e6 --max-steps 40", "all trials diverged. Give lower learning rates"),
+        ("--batch 16,32,64 --rates 5e5,1e6 --max-steps 40", "all trials diverged. Give lower learning rates"),
         (
             "--batch 16,32,64 --rates 1e-6 --max-steps 20",
             "no batch size reached the target .* Try higher rates; or give a higher target",
@@ -162,7 +162,7 @@ def test_rates_in_any_usual_spelling(pybatch, swept, rates):
     ],
 )
 def test_what_cannot_give_a_critical_batch_is_said_once_with_what_to_change(pybatch, flags, says):
-    status, out, _ = pybatch(f"sweep --cpu -q --noise-budget 0 --seeds 1 --target train=0.9 {flags}")
+    status, out, _ = pybatch(f"sweep --cpu -q --noise-budget 0 --seeds 1 --target train=0.9 --verbose {flags}")
     assert status == (3 if "not run" in out else 0)  # batches between two that fail are left out
     notes = [" ".join(note.split()) for note in out.split("·")[1:]]
     assert sum(bool(re.search(says, note)) for note in notes) == 1

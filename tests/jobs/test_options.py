@@ -52,7 +52,7 @@ def test_every_option_of_bench_reaches_its_part(asked: dict[str, dict[str, Any]]
 def test_what_was_not_asked_for_is_not_measured(asked: dict[str, dict[str, Any]]) -> None:
     bench.run_bench(find("digits"), dataclasses.replace(OPTIONS, thorough=False), device="cpu")
     assert list(asked) == ["measure_capacity", "measure_noise"]
-    assert asked["measure_capacity"]["time_budget"] == 75.0
+    assert asked["measure_capacity"]["time_budget"] == 70.0
 
 
 def test_options_of_branch_are_arguments_and_none_is_left_to_the_measurement(asked: dict[str, dict[str, Any]]) -> None:

@@ -252,7 +252,10 @@ def test_the_verdict_is_in_examples():
     refused, advised = advise(None, TOKENS), advise(None, TOKENS.in_examples(8.0))
     assert refused.critical_batch is None
     assert any("noise.in_examples(" in note.text for note in refused.notes)
-    assert (advised.critical_batch, advised.critical_low) == (100.0, pytest.approx(50))
+    assert (advised.critical_batch, advised.critical_low) == (
+        100.0,
+        pytest.approx(21.2, rel=0.01),
+    )  # 2 and 4 times either way
     assert advised.why("critical_batch").inputs["tokens per example"] == 8.0
 
 
@@ -283,6 +286,6 @@ def test_tally():
 )
 def test_bad_weights_name_the_method(weights, says):
     work = Ragged()
-    work.example_weights = lambda batch: weights
+    work.example_weights = lambda batch: weights[: len(batch[0])] if isinstance(weights, torch.Tensor) else weights
     with pytest.raises(WorkloadError, match=r"Ragged\.example_weights\(\).*" + says):
         measure_noise(work, device="cpu", warmup_steps=0)

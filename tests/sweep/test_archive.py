@@ -120,13 +120,13 @@ def test_a_seed_that_has_not_run_is_missing(copy):
     ("statement", "cause"),
     [
         ("PRAGMA application_id = 7", "another program"),
-        ("PRAGMA user_version = 9", r"^store '[^']*' has schema 9, this pybatch reads 2\. A later pybatch [^.]*\.$"),
+        ("PRAGMA user_version = 9", r"^store '[^']*' has schema 9, this pybatch reads 3\. A later pybatch [^.]*\.$"),
         ("UPDATE trial SET steps = x'00'", "cannot be read"),
         ("UPDATE trial SET spec = '{}'", "is damaged"),
         ("UPDATE sweep SET json = '[]'", "is damaged"),
-        ("UPDATE sweep SET json = '{\"subject\": {}}'", "is damaged: subject is incomplete"),
+        ("UPDATE sweep SET json = '{\"subject\": {}}'", "is damaged: sweep 1: subject is incomplete"),
         ("UPDATE sweep SET json = json_set(json, '$.options.dummy', 1)", "is damaged: .*dummy"),
-        ("UPDATE sweep SET noise = '{}'", "is damaged: noise is incomplete"),
+        ("UPDATE sweep SET noise = '{}'", "is damaged: sweep 1: noise is incomplete"),
         ("DELETE FROM store", "is damaged"),
         ("DROP TABLE trial", "cannot be read: no such table"),
         ("DELETE FROM trial", None),
@@ -230,7 +230,7 @@ def test_batches_that_more_seeds_have_not_run_keep_their_median(copy):
     assert [(p.batch, p.seeds, p.reached) for p in tuned.points] == [(8, 5, 5), (32, 5, 5), (128, 3, 3), (512, 3, 3)]
     assert [p.steps for p in tuned.points[2:]] == [p.steps for p in own.points[2:]]
     assert tuned.low <= planted.CRITICAL <= tuned.high
-    assert any("are missing" in note.text for note in tuned.notes)
+    assert any("are missing" in note.text for note in run.convergence.notes)
     assert not any("diverged are" in note.text for note in tuned.notes)
 
 

@@ -19,7 +19,6 @@ from pybatch.base.errors import StoreError, UsageError
 from pybatch.records import Environment
 from pybatch.scaling import Scaled
 from pybatch.sweep import store as store_module
-from pybatch.sweep.schema import APPLICATION
 from pybatch.sweep.store import Store
 from pybatch.training.trajectory import Trajectory
 from pybatch.training.trial import Outcome, Trial
@@ -265,15 +264,6 @@ def test_a_folder_or_a_missing_one_is_refused(tmp_path):
         Store(tmp_path, HERE)
     with pytest.raises(UsageError, match=r"there is no folder '.*missing'. Make it"):
         Store(tmp_path / "missing" / "runs.db", HERE)
-
-
-def test_an_empty_file_becomes_a_store(path):
-    path.touch()
-    with Store(path, HERE) as store:
-        assert len(store) == 0
-    db = sqlite3.connect(path)
-    assert db.execute("PRAGMA application_id").fetchone() == (APPLICATION,)
-    db.close()
 
 
 def test_in_memory_without_a_path():

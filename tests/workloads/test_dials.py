@@ -48,7 +48,7 @@ def test_options_reach_the_constructor_with_their_types_and_stand_in_the_record(
         (["model=cnn"], "Write --model cnn"),
         (["subset=0"], "subset=0 is out of range. Give a share above 0"),
         (["label_noise=1.5"], "label_noise=1.5 is out of range"),
-        (["label_noise=nan"], "label_noise=nan is out of range"),
+        (["label_noise=nan"], "label_noise is a number. Write label_noise=NUMBER"),
         (["resolution=4"], "resolution=4 is out of range"),
         (["width=1"], "width=1 is out of range"),
     ],
