@@ -200,11 +200,17 @@ def _closer(
         note = Note("batches", f"batch {batch}, which the first verdict advised, was not timed: {error}")
         return replace(capacity, notes=(*capacity.notes, note))
     longer = {p.batch: p for p in again.batches if p.status == "ok"}
-    kept = {n: p for n, p in longer.items() if n not in timed or p.samples >= timed[n].samples}
+    # What a step takes of memory shows in a process's first steps only: an earlier figure stands.
+    kept = {
+        n: replace(p, memory_bytes=timed[n].memory_bytes if n in timed else None)
+        for n, p in longer.items()
+        if n not in timed or p.samples >= timed[n].samples
+    }
     if not kept:
         return capacity
     sizes = ", ".join(map(count, sorted(kept)))
-    note = Note("batches", f"batch {sizes} timed after the first verdict, which advised {count(batch)}")
+    text = f"batch {sizes} timed after the first verdict, which advised {count(batch)}; memory is not measured then"
+    note = Note("batches", text)
     points = timed | kept | {p.batch: p for p in capacity.batches if p.status != "ok"}
     return replace(
         capacity,
