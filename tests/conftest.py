@@ -13,6 +13,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # for torch and what tests start;
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
 
+import sys
+
 import pytest
 
 from pybatch import records as r
@@ -65,6 +67,17 @@ def pytest_collection_modifyitems(items):
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write tests/report/golden anew")
+
+
+@pytest.fixture(autouse=True)
+def _no_watch_is_left():
+    """A watched pass that was cut in the middle must not watch the next test's."""
+    yield
+    overrides = sys.modules.get("torch.overrides")
+    while overrides is not None and (stack := overrides._get_current_function_mode_stack()):
+        if not type(stack[-1]).__module__.startswith("pybatch."):
+            break
+        stack[-1].__exit__(None, None, None)
 
 
 @pytest.fixture(autouse=True, scope="session")
