@@ -168,3 +168,26 @@ def test_an_unknown_layer_is_refused_where_the_source_was_asked_for():
     pybatch.noise.attach(model, optimizer, "per-example")
     with pytest.raises(UsageError, match="'weight'"):
         model(images(4)[0])
+
+
+def test_a_forward_pass_that_is_interrupted_is_watched_no_longer_than_to_the_next() -> None:
+    """Ctrl-C skips torch's hooks at the end of forward()."""
+    from torch.overrides import _get_current_function_mode_stack
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    handle = pybatch.noise.attach(model, optimizer, source="per-example", every=1)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = model[1].register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(8, 3))
+    hook.remove()
+    for _ in range(2):
+        model(torch.randn(8, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert _get_current_function_mode_stack() == []
+    assert handle.noise.steps == 2

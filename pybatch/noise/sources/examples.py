@@ -35,6 +35,8 @@ class _Yielding(Pass):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not self.open:  # what the training itself refuses is not run twice
+            return func(*args, **(kwargs or {}))
         try:
             return super().__torch_function__(func, types, args, kwargs)
         except UsageError as error:
@@ -134,8 +136,9 @@ class ExampleNoise(Collector):
         if self._steps % self._every or self._evaluations.later or self.refused is not None:
             return
         self._refuse_changed(frozen=True)
-        if self._watch is not None:
-            self._watch.close()  # a forward pass without a backward pass
+        if (stale := self._watch) is not None:
+            self._leave()  # Ctrl-C in a forward pass skips torch's hooks at its end
+            stale.close()  # a forward pass without a backward pass
         n = round(self._counter.sizes[-1])
         self._watch = watch = self._recorder.watch(n, _Yielding)
         assert isinstance(watch, _Yielding)
