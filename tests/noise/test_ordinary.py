@@ -1,6 +1,7 @@
 """Loops with one backward pass a step: exact per-example norms in `attach`, and what takes over by itself."""
 
 import copy
+import io
 import warnings
 
 import pytest
@@ -191,3 +192,39 @@ def test_a_forward_pass_that_is_interrupted_is_watched_no_longer_than_to_the_nex
         optimizer.zero_grad()
         assert _get_current_function_mode_stack() == []
     assert handle.noise.steps == 2
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
+@pytest.mark.parametrize("source", [None, "micro-batches", "per-example"])
+def test_a_copy_of_the_model_is_not_watched(source, copied):
+    """An average of weights that is run in training mode, between the forward passes of a step and after a copied
+    watch was cut, adds nothing and leaves the training's own watch where it is."""
+    found = []
+    for copies in (False, True):
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kept = {"every": 1} if source == "per-example" else {}
+        handle = pybatch.noise.attach(model, optimizer, source, **kept)
+        data = [[images(6), images(6)] for _ in range(4)] + [[images(6)] for _ in range(SINGLE + 3)]
+        if source is None:
+            data = data[4:]
+        for batches in data:
+            for x, y in batches:
+                loss = loss_of(model(x), y)
+                if copies:
+                    loss_of(copied(model)(x), y)
+                (loss / len(batches)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(handle.noise)
+    assert found[0] == found[1]
+    assert found[0].steps > 0
+    assert not torch.overrides._get_current_function_mode_stack()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pybatch.base.errors import UsageError
 from pybatch.noise.closures import Evaluations
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples
+from pybatch.noise.hooks import Hook
 from pybatch.noise.per_example.one_pass import Pass
 from pybatch.noise.per_example.recorder import ExampleNorms, ExampleRecorder, fill
 from pybatch.records import Note
@@ -31,11 +32,19 @@ class _Yielding(Pass):
 
     refused: UsageError | None = None
     began: Callable[[], None] = staticmethod(lambda: None)
+    left = False
+
+    def leave(self) -> None:
+        """The forward pass is over. Torch would pop whichever mode is on top: only its own."""
+        self.left = True
+        stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        if stack and stack[-1] is self:
+            self.__exit__(None, None, None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not self.open:  # what the training itself refuses is not run twice
+        if not self.open or self.left:  # what the training itself refuses is not run twice
             return func(*args, **(kwargs or {}))
         try:
             return super().__torch_function__(func, types, args, kwargs)
@@ -114,12 +123,12 @@ class ExampleNoise(Collector):
         self._counter = Count(model, examples)
         self._counted = 0  # forward passes of this step that were counted
         self._steps = 0
-        self._watch: Pass | None = None
+        self._watch: _Yielding | None = None
         self._found: list[tuple[int, Tensor, Tensor]] = []  # per pass of this step: examples, sums, squared means
         self._evaluations = Evaluations(optimizer, self._close, self._drop)
         self._removals = [
-            model.register_forward_pre_hook(self._enter).remove,
-            model.register_forward_hook(self._leave, always_call=True).remove,
+            model.register_forward_pre_hook(Hook(self._enter)).remove,
+            model.register_forward_hook(Hook(self._leave), always_call=True).remove,
             self._evaluations.remove,
             self._counter.remove,
         ]
@@ -140,8 +149,9 @@ class ExampleNoise(Collector):
             self._leave()  # Ctrl-C in a forward pass skips torch's hooks at its end
             stale.close()  # a forward pass without a backward pass
         n = round(self._counter.sizes[-1])
-        self._watch = watch = self._recorder.watch(n, _Yielding)
+        watch = self._recorder.watch(n, _Yielding)
         assert isinstance(watch, _Yielding)
+        self._watch = watch
         began = False
 
         def begin() -> None:
@@ -160,13 +170,12 @@ class ExampleNoise(Collector):
     def _leave(self, *_: Any) -> None:
         """The forward pass is over, or failed."""
         watch = self._watch
-        if watch is not None and not getattr(watch, "left", False):
-            watch.left = True  # type: ignore[attr-defined]
-            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if watch is not None and not watch.left:
+            watch.leave()
             self._check(watch)
 
-    def _check(self, watch: Pass) -> bool:
-        error = watch.refused if isinstance(watch, _Yielding) else None
+    def _check(self, watch: _Yielding) -> bool:
+        error = watch.refused
         if error is None:
             return True
         self.refused, self._watch = error, None
@@ -175,7 +184,7 @@ class ExampleNoise(Collector):
         return False
 
     @torch.no_grad()
-    def _take_pass(self, watch: Pass, n: int) -> None:
+    def _take_pass(self, watch: _Yielding, n: int) -> None:
         """The backward pass is over."""
         if self._watch is not watch or not self._check(watch):
             return
