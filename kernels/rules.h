@@ -7,6 +7,7 @@
 #include "lars.h"
 #include "lion.h"
 #include "muon.h"
+#include "nadam.h"
 #include "sgd.h"
 #include "table.h"
 
@@ -21,7 +22,8 @@
     X(7, Lars)              \
     X(8, Lamb)              \
     X(9, MuonMomentum)      \
-    X(10, MuonMove)
+    X(10, MuonMove)         \
+    X(11, NAdam)
 
 namespace pybatch::PB_ISA {
 

@@ -7,6 +7,7 @@ from pybatch.optim.lamb import LAMB
 from pybatch.optim.lars import LARS
 from pybatch.optim.lion import Lion
 from pybatch.optim.muon import Muon
+from pybatch.optim.nadam import NAdam
 from pybatch.optim.sgd import SGD
 
-__all__ = ["LAMB", "LARS", "SGD", "Adam", "AdamW", "FusedOptimizer", "Lion", "Muon"]
+__all__ = ["LAMB", "LARS", "SGD", "Adam", "AdamW", "FusedOptimizer", "Lion", "Muon", "NAdam"]
