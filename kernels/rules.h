@@ -3,6 +3,7 @@
 
 #include "adam.h"
 #include "adamw.h"
+#include "adan.h"
 #include "lamb.h"
 #include "lars.h"
 #include "lion.h"
@@ -23,7 +24,8 @@
     X(8, Lamb)              \
     X(9, MuonMomentum)      \
     X(10, MuonMove)         \
-    X(11, NAdam)
+    X(11, NAdam)            \
+    X(12, Adan)
 
 namespace pybatch::PB_ISA {
 
