@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, kResident) accumulate_kernel(const T
     if (threadIdx.x == 0) {
         t.ledger[kSumSq] = total.second;
         t.ledger[kMicroSq] += call.examples * total.first;
-        if (isnan(total.first) || isnan(total.second)) t.ledger[kBad] = 1.0;
+        if (!isfinite(total.first) || !isfinite(total.second)) t.ledger[kBad] = 1.0;
     }
     for_each_row(t, [&](int64_t row, const Pair& sums) {
         const double large = t.share[row] * sums.second;

@@ -1,4 +1,4 @@
-// What the CUDA passes share: finding a block's chunk, vector access, squares that remember a non-finite element.
+// What the CUDA passes share: finding a block's chunk, vector access, sums of squares.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -76,16 +76,23 @@ __device__ inline void for_each(int size, bool vectors, const Work& work) {
     for (int i = whole + threadIdx.x; i < size; i += kThreads) work(Width<1>(), i);
 }
 
-// Sum of squares in fp32. A finite sum may overflow, so the verdict comes from x * 0, which is NaN only for NaN and
-// inf.
+// Sum of squares in fp32, of any fp32 elements: squares of large and of small ones leave its range, so that they are
+// summed scaled as well (Blue 1978). Squares of the largest scaled by 2^-80 are below 2^96: that sum is infinite or NaN
+// where an element is, and nowhere else.
 struct Squares {
-    float sum = 0.0f, bad = 0.0f;
+    float middle = 0.0f, large = 0.0f, small = 0.0f;
 
     __device__ void add(float x) {
-        sum = fmaf(x, x, sum);
-        bad = fmaf(x, 0.0f, bad);
+        const float down = x * 0x1p-80f, up = x * 0x1p100f;
+        middle = fmaf(x, x, middle);
+        large = fmaf(down, down, large);
+        small = fmaf(up, up, small);
     }
-    __device__ double value() const { return double(sum) + double(bad); }  // NaN where an element was not finite
+    __device__ double value() const {
+        if (!isfinite(large)) return double(large);
+        if (!(middle < 0x1p120f)) return double(large) * 0x1p160;
+        return middle < 0x1p-90f ? double(small) * 0x1p-200 : double(middle);
+    }
 };
 
 template <class T>
