@@ -131,7 +131,7 @@ def test_random_bits_are_those_of_the_cpu(library):
     for storage in [name for name in STORAGES if name.endswith("_stochastic")]:
         own, twin = both(library, "MuonMove", storage=storage)
         for setup in (own, twin):
-            setup.list.set_hyper([[torch.finfo(setup.params[0].dtype).eps / 4, 0.0, 0.0, 1.0]])
+            setup.set_hyper(torch.finfo(setup.params[0].dtype).eps / 4, weight_decay=0.0, adjustment=1.0)
             for p in setup.params:
                 p.fill_(1.0)
             setup.step([torch.ones(n) for n in COUNTS])
