@@ -11,7 +11,8 @@
 
 namespace pybatch::PB_ISA {
 
-constexpr int kWidth = 4;  // elements per vector access: 16 bytes of fp32
+constexpr int kVector = 16;          // bytes of the widest access
+constexpr int kWidth = kVector / 4;  // elements per access where fp32 is among them
 
 struct Chunk {
     const int64_t* row;
@@ -44,9 +45,9 @@ struct alignas(sizeof(T) * N) Pack {
     T item[N];
 };
 
-template <class T>
+template <int N = kWidth, class T>
 __device__ inline bool aligned(const T* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % (kWidth * sizeof(T)) == 0;
+    return reinterpret_cast<uintptr_t>(pointer) % (N * sizeof(T)) == 0;
 }
 
 template <int N, class T>
@@ -68,11 +69,11 @@ __device__ inline void write(T* to, const Pack<T, N>& pack) {
 template <int N>
 using Width = std::integral_constant<int, N>;
 
-// Calls work(width, i) for elements i to i + width: whole vectors first where `vectors`, then one by one.
-template <class Work>
+// Calls work(width, i) for elements i to i + width: whole vectors of N first where `vectors`, then one by one.
+template <int N = kWidth, class Work>
 __device__ inline void for_each(int size, bool vectors, const Work& work) {
-    const int whole = vectors ? size - size % kWidth : 0;
-    for (int i = kWidth * threadIdx.x; i < whole; i += kWidth * kThreads) work(Width<kWidth>(), i);
+    const int whole = vectors ? size - size % N : 0;
+    for (int i = N * threadIdx.x; i < whole; i += N * kThreads) work(Width<N>(), i);
     for (int i = whole + threadIdx.x; i < size; i += kThreads) work(Width<1>(), i);
 }
 
@@ -97,8 +98,9 @@ struct Squares {
 
 template <class T>
 __device__ inline Squares squares(const T* data, int size) {
+    constexpr int N = kVector / sizeof(T);
     Squares total;
-    for_each(size, aligned(data), [&](auto width, int i) {
+    for_each<N>(size, aligned<N>(data), [&](auto width, int i) {
         const auto pack = fetch<decltype(width)::value>(data + i, true);
         for (const T& item : pack.item) total.add(load(item));
     });

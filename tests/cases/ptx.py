@@ -41,11 +41,10 @@ def compile_kernels(folder, patches=(), kernels=KERNELS):
         assert old in text, f"{name} has no {old!r}"
         (source / name).write_text(text.replace(old, new))
     options = ["-std=c++17", f"-arch={ARCHITECTURE}", "-ptx", "--expt-relaxed-constexpr"]
+    includes = [f"-I{source}", f"-I{ROOT / 'csrc'}"]
     running = [
-        subprocess.Popen(
-            [nvcc(), *options, f"-I{source}", f"-I{ROOT / 'csrc'}", source / f"{k}.cu", "-o", folder / f"{k}.ptx"]
-        )
-        for k in kernels
+        subprocess.Popen([nvcc(), *options, *includes, source / f"{name}.cu", "-o", folder / f"{name}.ptx"])
+        for name in kernels
     ]
     assert [process.wait(300) for process in running] == [0] * len(kernels)
     return {name: (folder / f"{name}.ptx").read_text() for name in kernels}
@@ -142,8 +141,7 @@ class PtxCuda(ops.CudaBackend):
 
 def memory_of(tensors, setup):
     """All memory of a pass over a `TensorList` made by a `lists.Setup`: name -> tensor."""
-    own = ("rows", "chunks", "starts", "hyper", "steps", "share", "norms", "carried", "layers", "partials", "ticket")
-    found = {name: tensor for name in own if (tensor := getattr(tensors, name)) is not None}
+    found = {name: tensor for name, tensor in vars(tensors).items() if isinstance(tensor, torch.Tensor)}
     found |= {"ledger": tensors.ledger.values, "ring": tensors.ledger.ring}
     several = {"param": setup.params, "grad": setup.grads, "sum": setup.sums, "master": setup.masters}
     several |= {f"state {k}": of for k, of in enumerate(zip(*setup.states, strict=True))}
