@@ -20,8 +20,8 @@ struct AdamMoments {
         return {float(1.0 - beta1),
                 float(beta2),
                 float(1.0 - beta2),
-                float(lr / (1.0 - pow(beta1, at.step))),
-                float(1.0 / sqrt(1.0 - pow(beta2, at.step))),
+                float(lr / (1.0 - power(beta1, at.step))),
+                float(1.0 / sqrt(1.0 - power(beta2, at.step))),
                 float(at.hyper[Hyper::eps])};
     }
 
@@ -35,7 +35,7 @@ struct AdamMoments {
         s[2] = s[2] > s[1] ? s[2] : s[1];
     }
 
-    PB_HD float move(float m, float v) const { return size * m / (sqrtf(v) * correction2 + eps); }
+    PB_HD float move(float m, float v) const { return quotient(size * m, root(v) * correction2 + eps); }
 };
 
 struct Adam {

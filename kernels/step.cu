@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, kResident) norm_kernel(const Table t
         const double total = sum_chunks(t).second;
         if (threadIdx.x == 0) {
             t.ledger[kSumSq] = total;
-            t.ledger[kBad] = isnan(total) ? 1.0 : 0.0;
+            t.ledger[kBad] = isfinite(total) ? 0.0 : 1.0;
         }
     }
     if (!call.row_norms) return;

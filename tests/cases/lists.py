@@ -83,6 +83,8 @@ class Setup:
     state_type: str = "fp32"
     backend: ops.Backend = field(default_factory=ops.CppBackend)
     ledger: ops.Ledger = field(init=False)
+    grads: list = field(init=False, default_factory=list)  # of the last call
+    sums: list = field(init=False, default_factory=list)
 
     def __post_init__(self):
         count = ops.RULES[self.rule].states
@@ -115,6 +117,7 @@ class Setup:
 
     def call(self, grads, **scalars):
         """The call of one step on these gradients (None: no gradient)."""
+        self.grads = grads
         self.list.set("grad", [0 if g is None else g.data_ptr() or 1 for g in grads])
         self.list.set("grad_type", [0 if g is None else ops.DTYPES[g.dtype] for g in grads])
         call = ops.Call()
