@@ -11,6 +11,7 @@ from cases.problem import same_bits, train
 
 from pybatch import ops, optim
 from pybatch.base.errors import UsageError
+from pybatch.workloads.running.finding import find
 
 pytestmark = pytest.mark.isa
 
@@ -230,3 +231,26 @@ def test_a_block_with_an_infinity_is_no_number(bad):
     p.grad[300] = bad
     opt.step()
     assert kept(opt, p, "momentum_buffer").isnan().equal((torch.arange(600) // 256) == 1)
+
+
+@pytest.mark.slow(seconds=3)
+def test_training_ends_where_fp32_states_end():
+    """On digits, from the same weights and batches: far within what two seeds differ by."""
+    workload = find("digits")
+
+    def final(kind, seed):
+        torch.manual_seed(seed)
+        model, generator = workload.model(), torch.Generator().manual_seed(seed)
+        opt = optim.AdamW(model.parameters(), lr=3e-3, max_grad_norm=1.0, state_dtype=kind)
+        for _ in range(60):
+            workload.loss(model, workload.batch(32, generator)).backward()
+            opt.step()
+            opt.zero_grad()
+        with torch.no_grad():
+            return float(workload.loss(model, workload.batch(256, torch.Generator().manual_seed(0), "test")))
+
+    losses = {kind: np.array([final(kind, seed) for seed in range(4)]) for kind in ops.STATE_TYPES}
+    spread = losses["fp32"].std(ddof=1)
+    for kind in ("bf16", "8bit"):
+        assert np.abs(losses[kind] - losses["fp32"]).max() < 0.3 * spread
+        assert (losses[kind] != losses["fp32"]).any()
