@@ -144,11 +144,14 @@ def test_a_gradient_that_moved_is_sent(counted):
     opt._params()[3].grad = torch.full((2,), 3.0)
     opt.step()
     assert counted() == (1, 1)
-    row = opt._tables.first.rows[3]
-    assert int(row[tensors.core.columns["grad"]]) == opt._params()[3].grad.data_ptr()
+    listed = opt._tables.first
+    assert listed.table.rows == listed.rows.data_ptr()
+    assert int(listed.rows[3][tensors.core.columns["grad"]]) == opt._params()[3].grad.data_ptr()
     give()
     opt.step()  # back in the place of before: the table of then is there still
     assert counted() == (0, 1)
+    assert listed.table.rows == listed.rows.data_ptr()
+    assert int(listed.rows[3][tensors.core.columns["grad"]]) == opt._params()[3].grad.data_ptr()
 
 
 def test_no_more_tables_are_kept_than_said(counted):
