@@ -78,7 +78,7 @@ void select(const Instruction& i, uint64_t* r) {
 }
 
 // Conversions. To an integer the value is rounded, then bound to what the type holds; NaN becomes 0.
-enum class Round { none, nearest, zero, down, up };
+enum class Round { none, nearest, zero };
 
 template <Round mode>
 double rounded(double x) {
@@ -87,10 +87,6 @@ double rounded(double x) {
             return std::nearbyint(x);
         case Round::zero:
             return std::trunc(x);
-        case Round::down:
-            return std::floor(x);
-        case Round::up:
-            return std::ceil(x);
         default:
             return x;
     }
@@ -143,16 +139,12 @@ void add_conversion(Table& table, const std::string& to, const std::string& from
         if constexpr (std::is_same_v<To, From>) {
             table["cvt.rzi." + types] = convert<To, From, Round::zero>;
             table["cvt.rni." + types] = convert<To, From, Round::nearest>;
-            table["cvt.rmi." + types] = convert<To, From, Round::down>;
-            table["cvt.rpi." + types] = convert<To, From, Round::up>;
         }
     } else if constexpr (is_float<To>) {
         table["cvt.rn." + types] = convert<To, From, Round::none>;
     } else if constexpr (is_float<From>) {
         table["cvt.rzi." + types] = convert<To, From, Round::zero>;
         table["cvt.rni." + types] = convert<To, From, Round::nearest>;
-        table["cvt.rmi." + types] = convert<To, From, Round::down>;
-        table["cvt.rpi." + types] = convert<To, From, Round::up>;
     } else {
         table["cvt." + types] = convert<To, From, Round::none>;
     }

@@ -111,6 +111,14 @@ PTX_EXPORT int ptx_pass(Emulator* e, const char* entry, const pybatch::Table* ta
 }
 
 PTX_EXPORT const char* ptx_faults(Emulator* e) { return (e->message = e->faults.text()).c_str(); }
+// PTX lines of the program of this number whose instructions some thread ran (else: none did), separated by blanks.
+PTX_EXPORT const char* ptx_lines(Emulator* e, uint32_t program, bool ran) {
+    e->message.clear();
+    for (const auto& [name, function] : e->programs.at(program)->functions)
+        for (const auto& i : function->body)
+            if (i.line && i.ran == ran) e->message += std::to_string(i.line) + " ";
+    return e->message.c_str();
+}
 PTX_EXPORT const char* ptx_error(Emulator* e) { return e->error.c_str(); }
 PTX_EXPORT void ptx_counts(Emulator* e, uint64_t* instructions, uint64_t* launches) {
     *instructions = e->counts.instructions, *launches = e->counts.launches;

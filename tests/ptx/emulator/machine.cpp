@@ -130,6 +130,7 @@ class Machine {
             Frame& frame = thread.frames.back();
             const Instruction& i = frame.next();
             ++counts_.instructions;
+            i.ran = true;
             if (i.guard >= 0 && bool(frame.registers[i.guard] & 1) == i.negated) {
                 ++frame.at;
                 continue;
@@ -228,11 +229,15 @@ class Machine {
         thread.state = State::done;
     }
 
+    static bool fits(uint64_t address, uint64_t bytes, uint64_t size) {
+        return bytes <= size && address <= size - bytes;
+    }
+
     // Where an access of so many bytes goes; null, with a fault, where it must not. Notes it for the race detector.
     uint8_t* reach(Thread& thread, Frame& frame, const Instruction& i, uint32_t bytes, Shadow::Access access) {
         const uint64_t address = i.in[0].of(frame.registers.data()) + uint64_t(i.offset);
         if (i.space == Space::param) {
-            if (address + bytes <= frame.params.size()) return frame.params.data() + address;
+            if (fits(address, bytes, frame.params.size())) return frame.params.data() + address;
             faults_.add("out of bounds", i.line, i.text + " of parameters");
             return nullptr;
         }
@@ -246,7 +251,7 @@ class Machine {
             return nullptr;
         }
         if (i.space == Space::shared) {
-            if (address + bytes > block.shared.size()) {
+            if (!fits(address, bytes, block.shared.size())) {
                 faults_.add("out of bounds", i.line, i.text + " of shared memory" + place());
                 return nullptr;
             }

@@ -56,6 +56,7 @@ struct Instruction {
     std::vector<int> targets;  // branch: instructions of the function
     const Function* callee = nullptr;
     std::vector<int> arguments;  // call: offsets in the caller's frame of parameters; the result's last
+    mutable bool ran = false;    // by some thread so far
     int line = 0;                // of the PTX text
     std::string text;            // mnemonic, and what a warp operation does
 };
