@@ -10,7 +10,7 @@
 // Norms::direction (LAMB): two more functions. prepare(g, s) writes the states, direction(p, s) gives what the other
 // norm is taken of; update() then reads the states only, its g is 0. prepare() is called on a rule made of zero norms.
 // update() stays elementwise for all of them.
-// A rule may keep one scalar of each tensor from step to step (NAdam), and then has two more members:
+// A rule may keep one scalar of each tensor from step to step (a product of momenta), and then has two more members:
 //   scalar                     its value before the first step
 //   static double next(at)     its value after this step
 #pragma once

@@ -3,10 +3,12 @@
 
 #include "adam.h"
 #include "adamw.h"
+#include "adan.h"
 #include "lamb.h"
 #include "lars.h"
 #include "lion.h"
 #include "muon.h"
+#include "nadam.h"
 #include "sgd.h"
 #include "table.h"
 
@@ -21,7 +23,9 @@
     X(7, Lars)              \
     X(8, Lamb)              \
     X(9, MuonMomentum)      \
-    X(10, MuonMove)
+    X(10, MuonMove)         \
+    X(11, NAdam)            \
+    X(12, Adan)
 
 namespace pybatch::PB_ISA {
 

@@ -6,7 +6,7 @@ from hashlib import sha256
 from typing import Any
 
 import triton.language as tl
-from pybatch.kernels import adam, adamw, lamb, lars, lion, muon, sgd
+from pybatch.kernels import adam, adamw, adan, lamb, lars, lion, muon, nadam, sgd
 from pybatch.kernels.rule import UpdateRule
 
 from pybatch.ops.compiled import RULES as COMPILED
@@ -23,6 +23,8 @@ TWINS: tuple[UpdateRule, ...] = (
     lamb.LAMB,
     muon.MUON_MOMENTUM,
     muon.MUON_MOVE,
+    nadam.NADAM,
+    adan.ADAN,
 )
 RULES: dict[int, UpdateRule] = {COMPILED[rule.name].number: rule for rule in TWINS}
 

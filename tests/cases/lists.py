@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from cases import adam, adamw, lamb, lars, lion, sgd
+from cases.catalogue import OPTIMIZERS
 
 from pybatch import ops
 
@@ -13,43 +13,19 @@ LR = 0.05
 CPU = torch.device("cpu")
 
 
-def _momentum(p, g, state, lr, momentum, nesterov):
-    b = state["b"] = momentum * state.get("b", 0.0) + (1 - momentum) * g
-    return momentum * b + (1 - momentum) * g if nesterov else b
-
-
-def _move(p, g, state, lr, weight_decay, adjustment):
-    return p * (1 - lr * weight_decay) - lr * adjustment * g
-
-
 @dataclass(frozen=True)
 class Rule:
     """Its own hyper-parameters, and the same for the float64 reference."""
 
     hyper: dict[str, float]
-    reference: object
     options: dict[str, object]
+    reference: object
 
 
-_ADAM = {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.3}
-_ADAM_HYPER = {"beta1": 0.8, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.3}
-_SGD = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 0.1, "nesterov": True}
-_LION = {"weight_decay": 0.3}
-_LARS = {"momentum": 0.9, "weight_decay": 0.05, "trust_coefficient": 0.5, "eps": 1e-8, "nesterov": True}
-_MOMENTUM = {"momentum": 0.9, "nesterov": True}
-_MOVE = {"weight_decay": 0.1, "adjustment": 1.5}
 RULES = {
-    "Sgd": Rule(_SGD | {"momentum": 0.0, "nesterov": False}, sgd.reference, {"weight_decay": 0.1}),
-    "SgdMomentum": Rule(_SGD, sgd.reference, _SGD),
-    "AdamW": Rule(_ADAM_HYPER, adamw.reference, _ADAM),
-    "AdamWAmsgrad": Rule(_ADAM_HYPER, adamw.reference, _ADAM | {"amsgrad": True}),
-    "Adam": Rule(_ADAM_HYPER, adam.reference, _ADAM),
-    "AdamAmsgrad": Rule(_ADAM_HYPER, adam.reference, _ADAM | {"amsgrad": True}),
-    "Lion": Rule(_LION | {"beta1": 0.9, "beta2": 0.98}, lion.reference, _LION | {"betas": (0.9, 0.98)}),
-    "Lars": Rule(_LARS, lars.reference, _LARS | {"skip": False}),
-    "Lamb": Rule(_ADAM_HYPER | {"max_ratio": math.inf}, lamb.reference, _ADAM | {"skip": False}),
-    "MuonMomentum": Rule(_MOMENTUM, _momentum, _MOMENTUM),
-    "MuonMove": Rule(_MOVE, _move, _MOVE),
+    name: Rule(hyper, options, *(own or [case.reference]))
+    for case in OPTIMIZERS
+    for name, (hyper, options, *own) in case.RULES.items()
 }
 # Hyper-parameters whose term is left out where they are 0: decay, Nesterov's look-ahead, LARS's momentum.
 LEFT_OUT = ("weight_decay", "nesterov")

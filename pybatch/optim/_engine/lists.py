@@ -107,7 +107,7 @@ class PassLists:
                 master = masters.fit_master(slot, extra, own.get(extra))
                 own[extra] = placed(slot, own.get(extra), master)
                 self.masters[i] = (extra, master)
-            scalar = own.get(rule.scalar)
+            scalar = None if rule.scalar is None else own.get(rule.scalar)
             share = 1.0 if processes is None else processes.share(slot.param)
             target, name, row = slot.dense, rule.name, self.rows.row(number, rule)
             kept = self.masters[i][1] if extra else None
