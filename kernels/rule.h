@@ -38,7 +38,8 @@ namespace pybatch::PB_ISA {
 // are the same for a whole tensor.
 PB_HD float plus(float base, float coefficient, float x) { return coefficient != 0.0f ? base + coefficient * x : base; }
 
-// base to the power of a whole number: for all of a tensor's elements the first load waits for it, and pow takes longer.
+// base to the power of a whole number: for all of a tensor's elements the first load waits for it, and pow takes
+// longer.
 PB_HD double power(double base, double whole) {
     double result = 1.0;
     for (uint64_t n = uint64_t(whole); n > 0; n >>= 1, base *= base)
@@ -46,8 +47,8 @@ PB_HD double power(double base, double whole) {
     return result;
 }
 
-// Square root and quotient, on a GPU to 2 units in the last place: its correctly rounded ones branch off to a slow path,
-// with registers spilled, where an operand is 0 or subnormal, as all moments of an unused embedding are.
+// Square root and quotient, on a GPU to 2 units in the last place: its correctly rounded ones branch off to a slow
+// path, with registers spilled, where an operand is 0 or subnormal, as all moments of an unused embedding are.
 PB_HD float root(float x) {
 #ifdef __CUDA_ARCH__
     float result;

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kResident) norm_kernel(const Table t
 
 // The scalars of a tensor's rule take double powers: once per block, not per thread.
 template <class Rule>
-__device__ Rule make_rule(const Table& t, const Chunk& chunk, double param_sq, double other_sq) {
+__device__ __forceinline__ Rule make_rule(const Table& t, const Chunk& chunk, double param_sq, double other_sq) {
     __shared__ Rule rule;
     if (threadIdx.x == 0) {
         Tensor at = tensor_of(t, chunk.row, chunk.index);
@@ -108,9 +108,10 @@ __device__ void give(Pack<float, N>* packs, int j, const float* s) {
     for (int k = 0; k < Rule::states; ++k) packs[k].item[j] = s[k];
 }
 
-// Calls work(rule of that number, of no use but its type).
+// Calls work(rule of that number, of no use but its type). Inlined by force, here and below: past a dozen rules the
+// compiler would call a function, and keep table and call in local memory for it.
 template <class Work>
-__device__ void with_rule(int64_t number, const Work& work) {
+__device__ __forceinline__ void with_rule(int64_t number, const Work& work) {
     switch (number) {
 #define PB_CASE(NUMBER, RULE) \
     case NUMBER:              \
@@ -122,7 +123,7 @@ __device__ void with_rule(int64_t number, const Work& work) {
 
 // Calls work(memory): Plain where everything is fp32, which is compiled for each rule without a conversion.
 template <class Work>
-__device__ void with_memory(const Chunk& chunk, int source, uint32_t key, const Work& work) {
+__device__ __forceinline__ void with_memory(const Chunk& chunk, int source, uint32_t key, const Work& work) {
     if (chunk.storage() == kFloat32 && (source == kSum || chunk.row[kGradType] == kGradFloat32))
         work(Plain(chunk, source, key));
     else
@@ -130,7 +131,7 @@ __device__ void with_memory(const Chunk& chunk, int source, uint32_t key, const 
 }
 
 template <class Rule>
-__device__ void prepare(const Table& t, const Chunk& chunk, int64_t number, int source, double scale) {
+__device__ __forceinline__ void prepare(const Table& t, const Chunk& chunk, int64_t number, int source, double scale) {
     const Rule rule = make_rule<Rule>(t, chunk, 0.0, 0.0);
     const float factor = gradient_factor(t, chunk, scale);
     const States<Rule> states(chunk);
@@ -183,7 +184,8 @@ __global__ void __launch_bounds__(kThreads, kResident) prepare_kernel(const Tabl
 }
 
 template <class Rule>
-__device__ void update(const Table& t, const Call& call, const Chunk& chunk, int64_t number, double scale) {
+__device__ __forceinline__ void update(const Table& t, const Call& call, const Chunk& chunk, int64_t number,
+                                       double scale) {
     constexpr bool prepared = Rule::norms == Norms::direction;  // then states are final and the gradient is not needed
     constexpr bool carried = Rule::norms == Norms::gradient;
     const double* norms = t.norms + chunk.index * kRowNorms;

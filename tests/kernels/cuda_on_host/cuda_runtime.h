@@ -16,6 +16,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // one block at a time
 
