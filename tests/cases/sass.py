@@ -31,7 +31,15 @@ class Instruction:
     def bytes(self):
         """Of one access to memory."""
         widths = [int(part) // 8 for part in self.opcode.split(".") if part in ("16", "32", "64", "128")]
-        return widths[0] if widths else 1 if ".U8" in self.opcode or ".S8" in self.opcode else 2 if "16" in self.opcode else 4
+        return (
+            widths[0]
+            if widths
+            else 1
+            if ".U8" in self.opcode or ".S8" in self.opcode
+            else 2
+            if "16" in self.opcode
+            else 4
+        )
 
 
 @dataclass(frozen=True)
