@@ -1,4 +1,4 @@
-"""The PTX of the CUDA kernels on the emulator of tests/ptx: every rule in every storage and scenario, and planted faults.
+"""The CUDA kernels' PTX on the emulator of tests/ptx: every rule in every storage and scenario, and planted faults.
 
 python bench/ptx.py --output bench/results/ptx.json
 

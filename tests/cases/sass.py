@@ -30,16 +30,8 @@ class Instruction:
     @property
     def bytes(self):
         """Of one access to memory."""
-        widths = [int(part) // 8 for part in self.opcode.split(".") if part in ("16", "32", "64", "128")]
-        return (
-            widths[0]
-            if widths
-            else 1
-            if ".U8" in self.opcode or ".S8" in self.opcode
-            else 2
-            if "16" in self.opcode
-            else 4
-        )
+        widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+        return next((widths[part] for part in self.opcode.split(".") if part in widths), 4)
 
 
 @dataclass(frozen=True)

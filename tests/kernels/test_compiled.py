@@ -1,6 +1,7 @@
 """What the compiler made of the hot kernels for sm_90, read from the installed core: loads, registers, local memory.
 
-An H200 moves 4.3 TB/s at a latency of 0.8 us: by Little's law 26 KB must be under way on each of its 132 multiprocessors.
+An H200 moves 4.3 TB/s at a latency of 0.8 us: by Little's law 26 KB must be under way on each of its 132
+multiprocessors.
 """
 
 import pytest
@@ -65,7 +66,7 @@ def test_accumulate_has_twice_the_bytes_needed_under_way(kernels):
 
 
 def test_norm_reads_vectors_of_16_bytes_of_every_type(kernels):
-    """Of fp32 and of both 16-bit types, four at least in a turn: nothing is stored, so that all of a turn are under way."""
+    """Of fp32 and both 16-bit types, four at least in a turn: nothing is stored, so all of a turn are under way."""
     loops = [[i for i in loop if i.name in ("LD", "LDG")] for loop in kernels["norm"].innermost_loops()]
     wide = [loads for loads in loops if len(loads) >= 4 and all(i.bytes == 16 for i in loads)]
     assert len(wide) >= 3

@@ -114,7 +114,7 @@ EXTREMES = """
 from cases import extremes
 
 for name in extremes.NAMES:
-    found = [extremes.check(setup, name, accumulated=accumulated) for accumulated in (False, True) for setup in both("Sgd")]
+    found = [extremes.check(setup, name, accumulated=of) for of in (False, True) for setup in both("Sgd")]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(found[:1] * 4), rtol=1e-6, atol=0.0, equal_nan=True)
 """
 

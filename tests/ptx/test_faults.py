@@ -1,4 +1,4 @@
-"""That the emulator finds what is wrong: faults planted into the CUDA source, and instruction by instruction into the PTX."""
+"""That the emulator finds what is wrong: faults planted into the CUDA source, and into the PTX by the instruction."""
 
 import pytest
 from cases import planted_faults, ptx
