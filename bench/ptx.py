@@ -65,6 +65,18 @@ def verdict(library, programs, case):
     return None
 
 
+def run_source_faults(library, programs, folder):
+    """Faults planted into the CUDA source: the kinds of fault seen, by name."""
+    seen = {}
+    for i, (name, (file, old, new, kind)) in enumerate(planted_faults.SOURCE.items()):
+        place = folder / f"patched-{i}"
+        place.mkdir()
+        patched = ptx.compile_kernels(place, [(file, old, new)], ["accumulate"])
+        seen[name] = sorted(ptx.faults_of(library, programs | patched, *COVERING["accumulate"][1:]))
+        assert kind in seen[name], name
+    return seen
+
+
 def run_faults(library, programs, every):
     """Every n-th planted fault of each kernel: how many were found by what, and those that were not."""
     report = {}
@@ -101,6 +113,7 @@ def main() -> None:
             report |= run_cases(library, programs)
         if options.only != "cases":
             began = time.perf_counter()
+            report["planted_in_source"] = run_source_faults(library, programs, Path(folder))
             report["planted"] = run_faults(library, programs, options.every)
             report["planted_minutes"] = round((time.perf_counter() - began) / 60, 1)
     text = json.dumps(report, indent=1)

@@ -28,6 +28,17 @@ SOURCE = {
     "an element over the end": ("accumulate.cu", "threadIdx.x; i < size;", "threadIdx.x; i <= size;", "out of bounds"),
     "half a warp's mask": ("reduce.cuh", "kWarp = 0xffffffffu", "kWarp = 0x0000ffffu", "warp"),
 }
+# One of each sort; bench/ptx.py plants all.
+SAMPLE = (
+    "no fence before the ticket",
+    "no barrier before shared sums are read",
+    "the last block but one",
+    "a barrier that some threads miss",
+    "loads shifted by an element",
+    "loads shifted by a vector",
+    "a vector over the end",
+    "half a warp's mask",
+)
 
 
 def kernel_lines(text, kernel):

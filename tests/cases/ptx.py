@@ -210,3 +210,13 @@ def check(library, programs, rule, storage, scenario, seed=1):
     assert not twin.emulator.faults, twin.emulator.faults
     assert_same(*setups, storage)
     return twin.emulator
+
+
+def faults_of(library, programs, rule, storage, scenario):
+    """Kinds of the faults in one run of a scenario, whatever it computes."""
+    twin = PtxCuda(library, programs)
+    try:
+        SCENARIOS[scenario](setup(rule, twin, storage, layers=scenario == "layers"))
+    except AssertionError:
+        assert twin.emulator.faults
+    return {fault.split(",")[0] for fault in twin.emulator.faults}
