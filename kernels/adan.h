@@ -14,6 +14,7 @@ struct AdanHyper {
 struct Adan {
     using Hyper = AdanHyper;
     static constexpr int states = 4;  // exp_avg, exp_avg_sq, exp_avg_diff, neg_pre_grad
+    static constexpr unsigned squares = 1u << 1;
     static constexpr Norms norms = Norms::none;
     float rate1, rate2, beta2, beta3, rate3, size, size_diff, correction3, eps, before, after, known;
 

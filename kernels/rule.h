@@ -10,6 +10,7 @@
 // Norms::direction (LAMB): two more functions. prepare(g, s) writes the states, direction(p, s) gives what the other
 // norm is taken of; update() then reads the states only, its g is 0. prepare() is called on a rule made of zero norms.
 // update() stays elementwise for all of them.
+// A rule whose states are not all signed says which: bit k of `squares` is set where state k is never negative.
 // A rule may keep one scalar of each tensor from step to step (a product of momenta), and then has two more members:
 //   scalar                     its value before the first step
 //   static double next(at)     its value after this step
@@ -94,6 +95,17 @@ struct Tensor {
 // Room for the states of one element: C++ has no empty array.
 template <class Rule>
 constexpr int kRoom = Rule::states > 0 ? Rule::states : 1;
+
+template <class Rule, class = void>
+struct SquaredStates : std::integral_constant<unsigned, 0u> {};
+template <class Rule>
+struct SquaredStates<Rule, std::void_t<decltype(Rule::squares)>> : std::integral_constant<unsigned, Rule::squares> {};
+
+// Whether a state of the rule can be negative.
+template <class Rule>
+PB_HD constexpr bool has_sign(int state) {
+    return ((SquaredStates<Rule>::value >> state) & 1u) == 0u;
+}
 
 template <class Rule, class = void>
 struct KeepsScalar : std::false_type {};

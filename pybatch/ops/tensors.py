@@ -10,9 +10,10 @@ import torch
 from numpy.typing import ArrayLike
 
 from pybatch.base.errors import UsageError
-from pybatch.ops.compiled import DTYPES, HYPER_COLUMNS, LAYER_SUMS, RULES, STORAGES, core
+from pybatch.ops.compiled import DTYPES, HYPER_COLUMNS, LAYER_SUMS, RULES, STATE_TYPES, STORAGES, core
 from pybatch.ops.ledger import Ledger
 
+_STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 _FEW = 8  # norms that are made void one by one: a launch each
 
 
@@ -22,7 +23,8 @@ class Entry:
 
     Attributes:
         param: dense tensor, updated in place.
-        states: fp32 tensors of the same layout, as many as the rule has.
+        states: tensors of the same layout, as many as the rule has: fp32, bf16, or uint8 codes.
+        scales: of codes: fp32 [blocks] a state.
         rule: name in RULES.
         group: row of the hyper-parameters.
         step: updates it has had so far.
@@ -43,6 +45,7 @@ class Entry:
     salt: int = 0
     share: float = 1.0
     scalar: torch.Tensor | float | None = None
+    scales: tuple[torch.Tensor, ...] = ()
 
     @property
     def storage_name(self) -> str:
@@ -59,6 +62,7 @@ class TensorList:
         ledger: the optimizer's scalars, on that device.
         chunk: elements that a block of the backend works on at a time.
         layers: noise per tensor, float64 [tensors, LAYER_SIZE] on that device, updated in place; None: not kept.
+        state_type: of all states, a name in STATE_TYPES.
 
     `steps` and `scalars` are float32 [tensors]: an element is a tensor's step count, and what its rule keeps of it from
     step to step. States and masters are kept alive here.
@@ -73,8 +77,10 @@ class TensorList:
         ledger: Ledger,
         chunk: int,
         layers: torch.Tensor | None = None,
+        state_type: str = "fp32",
     ) -> None:
         self.states, self.ledger, self.layers = [entry.states for entry in entries], ledger, layers
+        self.scales = [entry.scales for entry in entries]
         self.masters = [entry.master for entry in entries]
         self.rules = tuple(sorted({RULES[entry.rule].number for entry in entries}))
         norms = {RULES[entry.rule].norms for entry in entries}
@@ -88,7 +94,11 @@ class TensorList:
             assert (entry.master is not None) == entry.storage_name.endswith(("_master", "_remainder"))
             row[column["param"]] = entry.param.data_ptr()
             for i, state in enumerate(entry.states):
+                assert state.dtype == _STATE_DTYPES[state_type]
                 row[column["state"] + i] = state.data_ptr()
+            assert len(entry.scales) == (rule.states if state_type == "8bit" else 0)
+            for i, scale in enumerate(entry.scales):
+                row[column["scale"] + i] = scale.data_ptr()
             row[column["numel"]] = entry.param.numel()
             row[column["code"]] = rule.number * core.storage_count + STORAGES[entry.storage_name]
             row[column["grad_type"]] = DTYPES[entry.param.dtype]
@@ -121,6 +131,7 @@ class TensorList:
         table.layers = 0 if layers is None else layers.data_ptr()
         table.partials, table.ticket = self.partials.data_ptr(), self.ticket.data_ptr()
         table.elements = sum(entry.param.numel() for entry in entries)
+        table.states = STATE_TYPES[state_type]
         self.table = table
 
     def set(self, name: str, values: ArrayLike) -> None:

@@ -18,7 +18,7 @@ from pybatch import ops
 from pybatch.base.errors import DeviceError
 
 EMULATOR = ROOT / "tests/ptx/emulator"
-KERNELS = ("step", "accumulate")
+KERNELS = tuple(sorted(path.stem for path in (ROOT / "kernels").glob("*.cu")))
 ARCHITECTURE = "compute_90"
 
 
@@ -148,7 +148,8 @@ def memory_of(tensors, setup):
     found = {name: tensor for name, tensor in vars(tensors).items() if isinstance(tensor, torch.Tensor)}
     found |= {"ledger": tensors.ledger.values, "ring": tensors.ledger.ring}
     several = {"param": setup.params, "grad": setup.grads, "sum": setup.sums, "master": setup.masters}
-    several |= {f"state {k}": of for k, of in enumerate(zip(*setup.states, strict=True))}
+    for kind in ("states", "scales"):
+        several |= {f"{kind} {k}": of for k, of in enumerate(zip(*getattr(setup, kind), strict=True))}
     for name, of in several.items():
         found |= {f"{name} of tensor {i}": tensor for i, tensor in enumerate(of) if tensor is not None}
     return found
@@ -158,11 +159,11 @@ def memory_of(tensors, setup):
 COUNTS = [PtxCuda.chunk + 37, 6, 0, PtxCuda.chunk // 4 - 1, 39, 1]
 
 
-def setup(rule, backend, storage=None, layers=False, counts=COUNTS):
+def setup(rule, backend, storage=None, layers=False, state_type="fp32", counts=COUNTS):
     """A list of tensors for a backend; an emulated one is shown its memory."""
     dtype = getattr(torch, (storage or "float32").split("_")[0])
     kept = torch.zeros(len(counts), ops.LAYER_SIZE, dtype=torch.float64) if layers else None
-    made = lists.Setup(lists.draw(counts, dtype, seed=5), rule, storage, layers=kept, backend=backend)
+    made = lists.Setup(lists.draw(counts, dtype, seed=5), rule, storage, layers=kept, backend=backend, state_type=state_type)
     backend.setup = made
     return made
 
@@ -201,10 +202,10 @@ def skip(made):
 SCENARIOS = {"clip": clip, "accumulate": accumulate, "noise": noise, "layers": noise, "skip": skip}
 
 
-def check(library, programs, rule, storage, scenario, seed=1):
+def check(library, programs, rule, storage, scenario, state_type="fp32", seed=1):
     """Run a scenario on the C++ core and on the emulator, which must agree without a fault; returns the emulator."""
     twin = PtxCuda(library, programs, seed=seed)
-    setups = [setup(rule, backend, storage, layers=scenario == "layers") for backend in (ops.CppBackend(), twin)]
+    setups = [setup(rule, backend, storage, scenario == "layers", state_type) for backend in (ops.CppBackend(), twin)]
     for made in setups:
         SCENARIOS[scenario](made)
     assert not twin.emulator.faults, twin.emulator.faults

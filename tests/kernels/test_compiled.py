@@ -22,7 +22,12 @@ def kernels():
     if sass.tool("cuobjdump") is None:
         pytest.skip("cuobjdump is neither on PATH nor in the package triton")
     found = sass.kernels(_C.__file__)
-    return {part: next(k for name, k in found.items() if f"{part}_kernel" in name) for part in PARTS}
+    return {part: next(k for name, k in found.items() if mangled(part) in name) for part in PARTS}
+
+
+def mangled(part):
+    """Of the kernel of this part, as it stands in the compiler's names."""
+    return f"{len(part) + 7}{part}_kernel"
 
 
 PARTS = ("norm", "prepare", "update", "accumulate")

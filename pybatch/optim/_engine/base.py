@@ -13,7 +13,7 @@ import torch
 
 from pybatch import ops
 from pybatch.base.errors import UsageError
-from pybatch.optim._engine import accumulation, amp, statistics
+from pybatch.optim._engine import accumulation, amp, states, statistics
 from pybatch.optim._engine.accumulation import Sums
 from pybatch.optim._engine.arguments import check_count, check_hyper
 from pybatch.optim._engine.options import Options, OwnOptions, ParamRule, signature
@@ -35,6 +35,8 @@ class FusedOptimizer(SavedOptimizer):
             "remainder": only the 16 bits that bf16 lacks are kept. fp32 parameters are not affected.
         stochastic_rounding: 16-bit parameters without a master are rounded up with a probability equal to the
             distance; an int is the seed.
+        state_dtype: "fp32"; "bf16": states are kept in 16 bits, rounded stochastically; "8bit": in 8 bits and a scale
+            for each 256 elements (Dettmers et al. 2022). Rules compute in fp32 throughout.
         backend: "cpp", "cuda", "triton"; None: the best one for the parameters' device.
         foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
         differentiable: must be False.
@@ -45,10 +47,10 @@ class FusedOptimizer(SavedOptimizer):
     optimizer without any of these behaves as torch's, which takes none. `step` and `accumulate` never wait for the
     device.
 
-    Parameters and gradients are fp32, bf16 or fp16 and on one device; states are fp32. Of DTensors the local shards
-    are updated, and norms are summed over the mesh. `state_dict` exchanges with the twin in `torch.optim`; what only
-    pybatch has travels under the key "pybatch" and as states "master" or "remainder", which the twin ignores. An
-    accumulation under way is not saved.
+    Parameters and gradients are fp32, bf16 or fp16 and on one device. Of DTensors the local shards are updated, and
+    norms are summed over the mesh. `state_dict` exchanges with the twin in `torch.optim`, with states in fp32 whatever
+    `state_dtype` is: they go back to the bits they were read from. What only pybatch has travels under the key
+    "pybatch" and as states "master" or "remainder", which the twin ignores. An accumulation under way is not saved.
 
     Master weights follow what others write to a parameter in place (`load_state_dict` of the model, `p.copy_`): where
     the parameter is no longer its master's rounding, the master takes its value. torch does not count writes through
@@ -77,11 +79,6 @@ class FusedOptimizer(SavedOptimizer):
     @abstractmethod
     def _check(cls, group: dict[str, Any]) -> None:
         """Raise UsageError where a group's own hyper-parameters are outside their range."""
-
-    @classmethod
-    @abstractmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
-        """How a parameter is updated: from its shape and the group's `rule_options`."""
 
     @classmethod
     def _rule_key(cls, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -180,6 +177,15 @@ class FusedOptimizer(SavedOptimizer):
         None before the first step; NaN after a step that took no norm (no clipping, no noise, no accumulation).
         """
         return None if self._ledger is None else self._ledger["norm"]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the optimizer keeps for its parameters, or will from the first step on: states, scales, masters.
+
+        Of DTensors those of this process. `state_bytes / sum(p.numel() for p in params)` is bytes per parameter.
+        """
+        kept = [(self._rule(group, param), param) for group in self.param_groups for param in group["params"]]
+        return sum(states.bytes_kept(param, rule, self._options) for rule, param in kept)
 
     @property
     def skipped(self) -> int:

@@ -9,8 +9,8 @@ import torch
 from torch.optim import Optimizer
 
 from pybatch import ops
-from pybatch.optim._engine import statistics
-from pybatch.optim._engine.options import Options
+from pybatch.optim._engine import states, statistics
+from pybatch.optim._engine.options import Options, ParamRule
 from pybatch.optim._engine.tables import Tables
 
 
@@ -28,12 +28,33 @@ class SavedOptimizer(Optimizer):
     def _reset(self, ledger: ops.Ledger | None = None, single_steps: int = 0, seed: int | None = None) -> None:
         """Forget tables and sums, which are made anew by the next step."""
 
+    @classmethod
+    @abstractmethod
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
+        """How a parameter is updated: from its shape and the group's `rule_options`."""
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's, readable by the twin; what only pybatch has is under the key "pybatch"."""
         state = super().state_dict()
+        if self._options.state_dtype != "fp32":
+            state["state"] |= self._wide_states(state)
         if self._ledger is not None:
             state["pybatch"] = self._own_state()
         return state
+
+    def fp32_state(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
+        """The states of a parameter of this group in fp32, as `state_dict` has them; empty before its first step."""
+        return states.in_fp32(param, self.state.get(param, {}), self._rule(group, param))
+
+    def _wide_states(self, state: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """States in fp32: the twin loads them, and an optimizer of any state_dtype; of its own, to the same bits."""
+        groups = [(group, param) for group in self.param_groups for param in group["params"]]
+        ids = [i for group in state["param_groups"] for i in group["params"]]
+        return {
+            i: states.in_fp32(param, state["state"][i], self._rule(group, param))
+            for i, (group, param) in zip(ids, groups, strict=True)
+            if i in state["state"]
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; takes the twin's dictionaries too. States keep fp32 where torch would cast them."""
@@ -73,7 +94,7 @@ class SavedOptimizer(Optimizer):
         if self._ledger is None:
             return None
         own = statistics.save(self._ledger, self._layers()) | {"single_steps": self._single_steps}
-        return own | {"seed": self._seed} if self._options.stochastic else own
+        return own | {"seed": self._seed} if self._options.random else own
 
     def _layers(self) -> dict[int, torch.Tensor]:
         return self._saved_layers | ({} if self._tables is None else self._tables.layers())
@@ -82,7 +103,7 @@ class SavedOptimizer(Optimizer):
         if saved is not None:
             self._ledger, self._saved_layers = statistics.load(saved)
             self._single_steps = saved["single_steps"]
-            if self._options.stochastic:
+            if self._options.random:
                 self._seed = saved.get("seed", self._seed)
 
     def _params(self) -> list[torch.Tensor]:

@@ -69,8 +69,11 @@ inline const uint64_t* exchange(Stop at, uint64_t own) {
 
 template <class T>
 T shuffle(T own, unsigned lane) {
-    static_assert(sizeof(T) == sizeof(uint64_t));
-    return __builtin_bit_cast(T, exchange(Stop::shuffle, __builtin_bit_cast(uint64_t, own))[lane]);
+    uint64_t bits = 0;
+    std::memcpy(&bits, &own, sizeof own);
+    bits = exchange(Stop::shuffle, bits)[lane];
+    std::memcpy(&own, &bits, sizeof own);
+    return own;
 }
 
 inline void run_fiber() {
