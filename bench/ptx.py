@@ -33,14 +33,21 @@ COVERING = {
 }
 
 
+RUNS = [*((scenario, "fp32") for scenario in ptx.SCENARIOS), ("clip", "bf16"), ("clip", "8bit")]
+
+
 def run_cases(library, programs):
     """All cases: figures, and which lines of each program no case ran."""
     began, instructions, launches, cases = time.perf_counter(), 0, 0, 0
     ran = {name: set() for name in programs}
     for rule in lists.RULES:
         for storage in ops.STORAGES:
-            for scenario in ptx.SCENARIOS:
-                emulator = ptx.check(library, programs, rule, storage, scenario)
+            for scenario, state_type in [
+                *((name, "fp32") for name in ptx.SCENARIOS),
+                ("clip", "bf16"),
+                ("clip", "8bit"),
+            ]:
+                emulator = ptx.check(library, programs, rule, storage, scenario, state_type)
                 counts = emulator.counts
                 cases, instructions, launches = cases + 1, instructions + counts[0], launches + counts[1]
                 for i, name in enumerate(programs):

@@ -31,3 +31,19 @@ def assert_same(own, twin, storage=None):
     if own.layers is not None:
         torch.testing.assert_close(twin.layers, own.layers, rtol=1e-4, atol=1e-2)
         torch.testing.assert_close(twin.ledger.ring, own.ledger.ring, rtol=1e-4, atol=1e-2)
+
+
+def assert_same_but_for_codes(own, twin):
+    """For narrow states: equal but for a few values that another order of arithmetic moves to the next code."""
+    for a, b in zip(own.values(), twin.values(), strict=True):
+        off = (a - b).abs() > 1e-4 + 2e-4 * a.abs()
+        assert off.sum() <= 2 + 0.002 * a.numel()
+        torch.testing.assert_close(b, a, rtol=0.05, atol=0.02)
+    for a, b in zip(own.wide_states(), twin.wide_states(), strict=True):
+        off = (a - b).abs() > 1e-5 + 1e-4 * a.abs()
+        assert off.sum() <= 2 + 0.002 * a.numel()
+        largest = a.abs().max() if a.numel() else 0.0
+        assert ((a - b).abs() <= 0.01 * a.abs() + 0.015 * largest).all()
+    assert torch.equal(own.list.steps, twin.list.steps)
+    assert torch.equal(own.list.scalars, twin.list.scalars)
+    assert int(twin.list.ticket) == 0

@@ -19,6 +19,9 @@ SAMPLE = [
 ]
 
 
+NARROW = {"Adan": "float32", "Lamb": "bfloat16_remainder", "Lars": "float16"}
+
+
 def test_the_sample_has_every_rule_storage_and_scenario():
     rules, storages, scenarios = map(set, zip(*SAMPLE, strict=True))
     assert (rules, storages, scenarios) == (set(ops.RULES), set(ops.STORAGES), set(ptx.SCENARIOS))
@@ -28,6 +31,15 @@ def test_the_sample_has_every_rule_storage_and_scenario():
 @pytest.mark.parametrize(("rule", "storage", "scenario"), SAMPLE)
 def test_device_code_does_what_the_core_does(library, programs, rule, storage, scenario):
     ptx.check(library, programs, rule, storage, scenario)
+
+
+@pytest.mark.slow(seconds=10)
+@pytest.mark.parametrize("state_type", ["bf16", "8bit"])
+@pytest.mark.parametrize(
+    ("rule", "storage"), [("Adan", "float32"), ("Lamb", "bfloat16_remainder"), ("Lars", "float16")]
+)
+def test_states_in_fewer_bits(library, programs, rule, storage, state_type):
+    ptx.check(library, programs, rule, storage, "clip", state_type)
 
 
 @pytest.mark.parametrize("rule", ["AdamW", "Lars", "Lamb"])  # one of each kind of norms

@@ -250,6 +250,17 @@ uint32_t extracted(uint32_t x, uint32_t position, uint32_t count) {
     return uint32_t(count > 31 ? field : field & ((uint64_t(1) << count) - 1));
 }
 
+// Byte k of the result is that of the eight in b and a which nibble k of the selector names, or its sign throughout.
+uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = uint64_t(b) << 32 | a;
+    uint32_t result = 0;
+    for (int k = 0; k < 4; ++k) {
+        const uint32_t by = selector >> 4 * k & 15, byte = uint32_t(bytes >> 8 * (by & 7)) & 255;
+        result |= (by & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * k;
+    }
+    return result;
+}
+
 Table make_table() {
     Table table;
     add_bits<uint16_t>(table, "16");
@@ -287,6 +298,7 @@ Table make_table() {
     table["clz.b32"] = unary<uint32_t, [](uint32_t a) { return std::countl_zero(a); }>;
     table["bfind.u32"] = unary<uint32_t, [](uint32_t a) { return a ? 31 - std::countl_zero(a) : ~0u; }>;
     table["bfind.shiftamt.u32"] = unary<uint32_t, [](uint32_t a) { return a ? std::countl_zero(a) : ~0u; }>;
+    table["prmt.b32"] = ternary<uint32_t, permuted>;
     table["bfe.u32"] = ternary<uint32_t, extracted>;
     for (const char* name : {"cvta.global.u64", "cvta.to.global.u64", "cvta.shared.u64", "cvta.to.shared.u64"})
         table[name] = unary<uint64_t, [](uint64_t a) { return a; }>;

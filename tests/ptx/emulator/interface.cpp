@@ -41,8 +41,8 @@ void launch(Emulator& e, const std::string& kernel, std::vector<uint8_t> params,
             params.resize(function->param_bytes);
             e.memory.translate();
             e.memory.translate(params);
-            ptx::run({function.get(), params, blocks, function->threads, program->shared_bytes + shared, e.resident,
-                      e.seed++},
+            ptx::run({program.get(), function.get(), params, blocks, function->threads, program->shared_bytes + shared,
+                      e.resident, e.seed++},
                      e.memory, e.faults, e.counts);
             return;
         }

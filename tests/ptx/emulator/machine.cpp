@@ -260,6 +260,13 @@ class Machine {
             note(block.shadow, address, bytes, thread, i, access, "shared memory");
             return block.shared.data() + address;
         }
+        if (address >= kConstants && access == Shadow::Access::read) {
+            const auto& table = launch_.program->constants;
+            if (fits(address - kConstants, bytes, table.size()))
+                return const_cast<uint8_t*>(&table[address - kConstants]);
+            faults_.add("out of bounds", i.line, i.text + " of a table" + place());
+            return nullptr;
+        }
         int64_t offset = 0;
         Allocation* a = memory_.find(address, offset);
         if (!a || offset < 0 || uint64_t(offset) + bytes > a->size) {

@@ -71,9 +71,12 @@ struct Function {
     uint32_t threads = 0;     // of a block, where the kernel says so
 };
 
+constexpr uint64_t kConstants = uint64_t(1) << 60;
+
 struct Program {
     std::map<std::string, std::unique_ptr<Function>> functions;
-    uint32_t shared_bytes = 0;  // static; dynamic shared memory comes after
+    std::vector<uint8_t> constants;  // tables in global memory, from address kConstants on
+    uint32_t shared_bytes = 0;       // static; dynamic shared memory comes after
 
     // The kernel whose mangled name holds this; throws std::invalid_argument where there is none or more than one.
     const Function& kernel(const std::string& part) const;
