@@ -46,6 +46,7 @@ struct NarrowStates {
             for (int offset = 16; offset > 0; offset /= 2)
                 largest = larger_bits(largest, __shfl_xor_sync(kWarp, largest, offset));
             scale = float_of(largest);
+            __syncwarp();  // every lane has read the old scale: shuffles order no memory
             if (lane == 0) scales[k][first / kStateBlock] = scale;
         }
 #pragma unroll

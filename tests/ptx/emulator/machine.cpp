@@ -191,6 +191,7 @@ class Machine {
                 return;
             case Kind::shuffle:
             case Kind::vote:
+            case Kind::warp_barrier:
                 thread.state = State::at_warp;
                 return;
             case Kind::call: {
@@ -387,11 +388,27 @@ class Machine {
             uint64_t* r = warp[lane].frames.back().registers.data();
             uint64_t result = votes;
             if (i.kind == Kind::shuffle) result = offered[source_lane(i, lane, r, mask)] & low_bits(4);
-            if (i.out[0] >= 0) r[i.out[0]] = result;
+            if (!i.out.empty() && i.out[0] >= 0) r[i.out[0]] = result;
             if (i.out.size() > 1 && i.out[1] >= 0) r[i.out[1]] = 1;
         }
+        if (i.kind == Kind::warp_barrier) order(warp, mask);
         for (uint32_t lane = 0; lane < kWarp; ++lane)
             if (mask >> lane & 1) go_on(warp[lane]);
+    }
+
+    // What each lane did comes before what the others do next. Shuffles and votes order no memory.
+    void order(std::span<Thread> warp, uint32_t mask) {
+        Clock all;
+        for (const Thread& thread : warp)
+            if (mask >> thread.index % kWarp & 1) {
+                all.join(thread.clock.known);
+                all.raise(thread.block, thread.index, thread.clock.time, launch_.threads);
+            }
+        for (Thread& thread : warp)
+            if (mask >> thread.index % kWarp & 1) {
+                thread.clock.known = all;
+                ++thread.clock.time;
+            }
     }
 
     uint32_t source_lane(const Instruction& i, uint32_t lane, const uint64_t* r, uint32_t mask) {

@@ -369,6 +369,9 @@ class Parser {
             if (take("|")) i.out.push_back(register_of(next()));
             expect(",");
             rest(i);
+        } else if (word == "bar.warp.sync") {
+            i.kind = Kind::warp_barrier;
+            rest(i);
         } else if (word == "vote.sync.ballot.b32") {
             i.kind = Kind::vote;
             outputs(i);

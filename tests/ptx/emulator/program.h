@@ -30,6 +30,7 @@ enum class Kind {
     barrier,
     shuffle,
     vote,
+    warp_barrier,
     call,
     ret
 };
