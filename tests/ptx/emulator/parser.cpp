@@ -421,15 +421,4 @@ class Parser {
 
 std::unique_ptr<Program> parse(const std::string& text) { return Parser(text).parse(); }
 
-const Function& Program::kernel(const std::string& part) const {
-    const Function* found = nullptr;
-    for (const auto& [name, function] : functions) {
-        if (name.find(part) == std::string::npos) continue;
-        if (found) throw std::invalid_argument("two kernels have '" + part + "' in their names");
-        found = function.get();
-    }
-    if (!found) throw std::invalid_argument("no kernel has '" + part + "' in its name");
-    return *found;
-}
-
 }  // namespace ptx

@@ -78,9 +78,6 @@ struct Program {
     std::map<std::string, std::unique_ptr<Function>> functions;
     std::vector<uint8_t> constants;  // tables in global memory, from address kConstants on
     uint32_t shared_bytes = 0;       // static; dynamic shared memory comes after
-
-    // The kernel whose mangled name holds this; throws std::invalid_argument where there is none or more than one.
-    const Function& kernel(const std::string& part) const;
 };
 
 // Throws std::invalid_argument, with the line, for what the emulator does not know.
