@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +22,11 @@ from pybatch.optim._engine.saving import SavedOptimizer
 from pybatch.optim._engine.slots import addresses, check_param
 from pybatch.optim._engine.tables import Tables
 from pybatch.records import NoiseScale
+
+UNMEASURED = (
+    "{name}(noise=True).step() without accumulate(n) before it: no noise is measured. Call accumulate(n) after each "
+    "backward(), two or more to a step; or, where a trainer calls these, pybatch.noise.attach(model, optimizer)."
+)
 
 
 class FusedOptimizer(SavedOptimizer):
@@ -70,6 +76,8 @@ class FusedOptimizer(SavedOptimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any], **own: Unpack[OwnOptions]) -> None:
         self._options = Options.given(type(self).__name__, **own)
+        self.accumulates = False  # whether `accumulate` was ever called
+        self.warns = True  # at the first step without, where it was to collect noise
         self._reset()
         super().__init__(params, defaults)
 
@@ -128,6 +136,7 @@ class FusedOptimizer(SavedOptimizer):
         if not self._add(n, partly=False):
             raise UsageError(f"accumulate({n!r}): no parameter has a gradient. Call loss.backward() before it.")
         self._sums.count(n)
+        self.accumulates = True
 
     def accumulating(self, n: SupportsFloat) -> AbstractContextManager[None]:
         """As `accumulate`, but while backward() runs: `with opt.accumulating(len(x)): loss.backward()`.
@@ -177,6 +186,11 @@ class FusedOptimizer(SavedOptimizer):
         None before the first step; NaN after a step that took no norm (no clipping, no noise, no accumulation).
         """
         return None if self._ledger is None else self._ledger["norm"]
+
+    @property
+    def measures(self) -> bool:
+        """Whether it was made with noise=True."""
+        return self._options.noise
 
     @property
     def state_bytes(self) -> int:
@@ -281,6 +295,7 @@ class FusedOptimizer(SavedOptimizer):
             raise UsageError(f"accumulating({n!r}): no parameter got a gradient. Call loss.backward() inside.")
         accumulation.close(self._sums, self._tables)
         self._sums.count(n)
+        self.accumulates = True
 
     def _discard(self) -> None:
         self._forget_sums()
@@ -311,6 +326,9 @@ class FusedOptimizer(SavedOptimizer):
         call.grad_scale, call.found_inf = addresses(self._amp)
         tables.first.set("sum" if accumulated else "grad", sources)
         tables.run(call, self._follow, sources, self._transform, self.param_groups)
+        if noise and not accumulated and not self.accumulates and self.warns:
+            self.warns = False
+            warnings.warn(UNMEASURED.format(name=type(self).__name__), stacklevel=7)
         if accumulated and noise and self._sums.micro_batches < 2:
             self._single_steps += 1
         self._forget_sums()
