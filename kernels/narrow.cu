@@ -36,7 +36,7 @@ struct NarrowStates {
 
     // Writes a block of state k, by its warp; s is 0 where there is no element.
     template <int N, int M>
-    __device__ void write(int k, int first, int size, const float (&s)[N][M]) const {
+    __device__ __forceinline__ void write(int k, int first, int size, const float (&s)[N][M]) const {
         const int lane = threadIdx.x % 32;
         float scale = 0.0f;
         if (codes) {
@@ -46,6 +46,7 @@ struct NarrowStates {
             for (int offset = 16; offset > 0; offset /= 2)
                 largest = larger_bits(largest, __shfl_xor_sync(kWarp, largest, offset));
             scale = float_of(largest);
+            __syncwarp();  // every lane has read the old scale: shuffles order no memory
             if (lane == 0) scales[k][first / kStateBlock] = scale;
         }
 #pragma unroll
@@ -64,8 +65,8 @@ struct NarrowStates {
 // Calls work(i, parameter, gradient that the rule sees or 0, states) for every element of the chunk, and keeps the
 // states where `write`. Everything is fetched before the first is used.
 template <class Rule, bool with_gradient, bool write, class Work>
-__device__ void for_each_element(const Chunk& chunk, const Stored& memory, const NarrowStates<Rule>& states,
-                                 float factor, const Work& work) {
+__device__ __forceinline__ void for_each_element(const Chunk& chunk, const Stored& memory,
+                                                 const NarrowStates<Rule>& states, float factor, const Work& work) {
     const int lane = threadIdx.x % 32;
     for (int first = int(threadIdx.x) / 32 * int(kStateBlock); first < chunk.size;
          first += kThreads / 32 * int(kStateBlock)) {

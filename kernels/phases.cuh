@@ -9,7 +9,7 @@ namespace pybatch::PB_ISA {
 
 // The scalars of a tensor's rule take double powers: once per block, not per thread.
 template <class Rule>
-__device__ Rule make_rule(const Table& t, const Chunk& chunk, double param_sq, double other_sq) {
+__device__ __forceinline__ Rule make_rule(const Table& t, const Chunk& chunk, double param_sq, double other_sq) {
     __shared__ Rule rule;
     if (threadIdx.x == 0) {
         Tensor at = tensor_of(t, chunk.row, chunk.index);
@@ -23,7 +23,7 @@ __device__ Rule make_rule(const Table& t, const Chunk& chunk, double param_sq, d
 
 // The same with the norms that the passes before have left; scale: from the stored gradient to what the rule sees.
 template <class Rule>
-__device__ Rule make_rule_with_norms(const Table& t, const Chunk& chunk, double scale) {
+__device__ __forceinline__ Rule make_rule_with_norms(const Table& t, const Chunk& chunk, double scale) {
     const double* norms = t.norms + chunk.index * kRowNorms;
     const double unit = Rule::norms == Norms::gradient ? scale * scale : 1.0;
     return make_rule<Rule>(t, chunk, norms[kParamSq], unit * norms[kDirectionSq]);
@@ -40,9 +40,10 @@ __device__ inline uint32_t chunk_key(const Table& t, const Call& call, const Chu
     return random ? random_key(call.seed, chunk.row[kSalt], double(t.steps[chunk.index]) + 1.0, chunk.begin) : 0u;
 }
 
-// Calls work(rule of that number, of no use but its type).
+// Calls work(rule of that number, of no use but its type). Inlined by force, as all that takes work: past a dozen rules
+// the compiler would call a function, and keep table and call in local memory for it.
 template <class Work>
-__device__ void with_rule(int64_t number, const Work& work) {
+__device__ __forceinline__ void with_rule(int64_t number, const Work& work) {
     switch (number) {
 #define PB_CASE(NUMBER, RULE) \
     case NUMBER:              \
@@ -54,7 +55,7 @@ __device__ void with_rule(int64_t number, const Work& work) {
 
 // Calls work(rule, chunk, its number, scale) for the block's chunk where its rule has to be prepared.
 template <class Work>
-__device__ void prepare_phase(const Table& t, const Call& call, const Work& work) {
+__device__ __forceinline__ void prepare_phase(const Table& t, const Call& call, const Work& work) {
     const Verdict verdict = judge(t.ledger, call);
     if (verdict.skip) return;
     const int source = source_of(call);
@@ -79,7 +80,7 @@ __device__ void prepare_phase(const Table& t, const Call& call, const Work& work
 
 // Calls work(rule, chunk, its number, scale) for the block's chunk.
 template <class Work>
-__device__ void update_phase(const Table& t, const Call& call, const Work& work) {
+__device__ __forceinline__ void update_phase(const Table& t, const Call& call, const Work& work) {
     __shared__ Verdict verdict;
     const int source = source_of(call);
     if (threadIdx.x == 0) verdict = judge(t.ledger, call);

@@ -90,7 +90,7 @@ __device__ void give(Pack<float, N>* packs, int j, const float* s) {
 
 // Calls work(memory): Plain where everything is fp32, which is compiled for each rule without a conversion.
 template <class Work>
-__device__ void with_memory(const Chunk& chunk, int source, uint32_t key, const Work& work) {
+__device__ __forceinline__ void with_memory(const Chunk& chunk, int source, uint32_t key, const Work& work) {
     if (chunk.storage() == kFloat32 && (source == kSum || chunk.row[kGradType] == kGradFloat32))
         work(Plain(chunk, source, key));
     else
@@ -98,7 +98,7 @@ __device__ void with_memory(const Chunk& chunk, int source, uint32_t key, const 
 }
 
 template <class Rule>
-__device__ void prepare(const Table& t, const Chunk& chunk, int64_t number, int source, double scale) {
+__device__ __forceinline__ void prepare(const Table& t, const Chunk& chunk, int64_t number, int source, double scale) {
     const Rule rule = make_rule<Rule>(t, chunk, 0.0, 0.0);
     const float factor = gradient_factor(t, chunk, scale);
     const States<Rule> states(chunk);
@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kThreads, kResident) prepare_kernel(const Tabl
 }
 
 template <class Rule>
-__device__ void update(const Table& t, const Call& call, const Chunk& chunk, int64_t number, double scale) {
+__device__ __forceinline__ void update(const Table& t, const Call& call, const Chunk& chunk, int64_t number,
+                                       double scale) {
     constexpr bool prepared = Rule::norms == Norms::direction;  // then states are final and the gradient is not needed
     constexpr bool carried = Rule::norms == Norms::gradient;
     const Rule rule = make_rule_with_norms<Rule>(t, chunk, scale);

@@ -16,6 +16,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // one block at a time
 
@@ -148,6 +149,7 @@ inline unsigned __ballot_sync(unsigned, bool own) {
     for (unsigned lane = 0; lane < host_cuda::kWarp; ++lane) bits |= unsigned(offered[lane]) << lane;
     return bits;
 }
+inline void __syncwarp() { host_cuda::exchange(host_cuda::Stop::ballot, 0); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 template <class T>
 T __ldcg(const T* from) {
