@@ -49,7 +49,8 @@ PB_DEVICE float value_of(uint8_t code, bool has_sign, float scale) { return kCod
 PB_HD uint8_t code_of(float x, bool has_sign, float scale) {
     const uint32_t bits = bits_of(x), sign = has_sign ? (bits >> 24) & kSignBit : 0u;
     const float size = float_of(bits & 0x7fffffffu);
-    float share = is_finite(scale) && scale > 0.0f ? size / scale : 0.0f;  // a block with a NaN or infinity is all NaN
+    float share =
+        is_finite(scale) && scale > 0.0f ? quotient(size, scale) : 0.0f;  // a block with a NaN or infinity is all NaN
     const uint32_t last = has_sign ? 127u : 255u, least = !has_sign && size > 0.0f ? 1u : 0u;
     const bool whole = share > 0.998f;
     uint32_t parts = has_sign ? 64u : 128u;

@@ -54,9 +54,10 @@ class FusedOptimizer(SavedOptimizer):
     device.
 
     Parameters and gradients are fp32, bf16 or fp16 and on one device. Of DTensors the local shards are updated, and
-    norms are summed over the mesh. `state_dict` exchanges with the twin in `torch.optim`, with states in fp32 whatever
-    `state_dtype` is: they go back to the bits they were read from. What only pybatch has travels under the key
-    "pybatch" and as states "master" or "remainder", which the twin ignores. An accumulation under way is not saved.
+    norms are summed over the mesh. `state_dict` exchanges with the twin in `torch.optim`, key by key, also through
+    `torch.distributed.checkpoint`, with states in fp32 whatever `state_dtype` is: they go back to the bits they were
+    read from. What only pybatch has travels as states "master", "remainder" and, of the first parameter,
+    "noise_statistics", which the twin ignores. An accumulation under way is not saved.
 
     Master weights follow what others write to a parameter in place (`load_state_dict` of the model, `p.copy_`): where
     the parameter is no longer its master's rounding, the master takes its value. torch does not count writes through
@@ -67,6 +68,7 @@ class FusedOptimizer(SavedOptimizer):
     __signature__: ClassVar[inspect.Signature]
     _step_supports_amp_scaling: ClassVar[bool] = True
     batch_rule: ClassVar[str] = "sqrt"  # how its rate follows the batch size: adaptive ones, Malladi et al. 2022
+    torch_flags: ClassVar[tuple[str, ...]] = ()  # that the twin's groups carry; without effect here
     rule_options: ClassVar[tuple[str, ...]] = ()  # names of the group options that `_rule` reads
 
     def __init_subclass__(cls) -> None:
@@ -75,6 +77,7 @@ class FusedOptimizer(SavedOptimizer):
         cls.__signature__ = signature(cls.__init__)
 
     def __init__(self, params: Any, defaults: dict[str, Any], **own: Unpack[OwnOptions]) -> None:
+        defaults |= {name: own.get(name, False if name == "differentiable" else None) for name in self.torch_flags}
         self._options = Options.given(type(self).__name__, **own)
         self.accumulates = False  # whether `accumulate` was ever called
         self.warns = True  # at the first step without, where it was to collect noise

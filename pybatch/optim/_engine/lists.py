@@ -123,15 +123,15 @@ class PassLists:
             entries.append(
                 ops.Entry(target, of_rule, name, row, step, storage, kept, slot.index, share, scalar, scales)
             )
-            counted.append((own if keeps else None, rule.scalar))
+            counted.append((own if keeps else None, rule.scalar, rule.counts or options.random))
         statistics = saved_layers(active.slots, layers, device) if options.noise else None
         self.first = ops.TensorList(entries, len(self.rows.of), self.ledger, self.backend.chunk, statistics, kind)
         self.second: ops.TensorList | None = None
         if more:
             self.second = ops.TensorList(more, len(self.more_rows.of), self.ledger, self.backend.chunk)
             self.second.set("grad_type", [ops.DTYPES[torch.bfloat16]] * len(more))
-        for step, scalar, (own_state, named) in zip(self.first.steps, self.first.scalars, counted, strict=True):
-            if own_state is not None:
+        for step, scalar, (own_state, named, counts) in zip(self.first.steps, self.first.scalars, counted, strict=True):
+            if own_state is not None and counts:
                 own_state["step"] = step
             if own_state is not None and named is not None:
                 own_state[named] = scalar

@@ -112,6 +112,7 @@ class ParamRule(NamedTuple):
         scalar: torch's name of what the rule keeps of each tensor from step to step; None: it keeps nothing.
         extra: numbers of this parameter that `_hyper` needs beside its group, such as a factor from its shape.
             Parameters of one group with equal rules share a row of hyper-parameters.
+        counts: whether torch's optimizer keeps a state "step". Where it does not, it is kept with random bits alone.
         then: name of the rule of a second pass. The first pass then writes to a bf16 staging tensor instead of the
             parameter; the optimizer's `_transform` turns that into the second pass's gradient. None: one pass.
     """
@@ -121,3 +122,4 @@ class ParamRule(NamedTuple):
     extra: tuple[float, ...] = ()
     then: str | None = None
     scalar: str | None = None
+    counts: bool = True
