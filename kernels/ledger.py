@@ -80,8 +80,10 @@ def collect_kernel(
     tl.store(ledger + SUM_SQ, large_sum)
     bad = 1.0 - (finite(small_sum) & finite(large_sum)).to(tl.float64)
     if micro:
-        tl.store(ledger + MICRO_SQ, tl.load(ledger + MICRO_SQ) + examples * small_sum)
-        bad = tl.maximum(bad, tl.load(ledger + BAD))
+        micro_sq, before = tl.load(ledger + MICRO_SQ), tl.load(ledger + BAD)
+        tl.debug_barrier()  # every warp has read them before one thread writes them back
+        tl.store(ledger + MICRO_SQ, micro_sq + examples * small_sum)
+        bad = tl.maximum(bad, before)
     tl.store(ledger + BAD, bad)
 
 
@@ -124,7 +126,9 @@ def collect_rows_kernel(
             tl.store(own + DIRECTION_SQ, part * second)
         if micro & layered:
             layer = layers + row * LAYER_SIZE
-            tl.store(layer + LAYER_MICRO_SQ, tl.load(layer + LAYER_MICRO_SQ) + examples * part * first)
+            micro_sq = tl.load(layer + LAYER_MICRO_SQ)
+            tl.debug_barrier()  # every warp has read it before one thread writes it back
+            tl.store(layer + LAYER_MICRO_SQ, micro_sq + examples * part * first)
             tl.store(layer + LAYER_SUM_SQ, part * second)
         if has_gradient & contains(carriers, rule):
             held = tl.load(carried + row)

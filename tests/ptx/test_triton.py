@@ -13,7 +13,8 @@ COUNTS = [5, 0, 1, CHUNK - 1, CHUNK, 3 * CHUNK + 33]
 
 def make(backend, storage):
     dtype = getattr(torch, storage.split("_")[0])
-    made = lists.Setup(lists.draw(COUNTS, dtype, seed=5), "AdamW", storage, backend=backend)
+    layers = torch.zeros(len(COUNTS), ops.LAYER_SIZE, dtype=torch.float64)
+    made = lists.Setup(lists.draw(COUNTS, dtype, seed=5), "AdamW", storage, layers=layers, backend=backend)
     backend.setup = made
     return made
 
@@ -25,7 +26,10 @@ def test_device_code_does_what_the_core_does(library, monkeypatch, tmp_path):
     storage = "bfloat16_remainder"
     setups = [make(backend, storage) for backend in (ops.CppBackend(), ptx_triton.TritonPtx(library))]
     for made in setups:
-        for seed in (1, 2):
-            made.step(lists.draw(COUNTS, seed=seed), norm=True, clip=True, max_norm=3.0)
+        made.step(lists.draw(COUNTS, seed=1), norm=True, clip=True, max_norm=3.0)
+        for i in range(2):
+            made.accumulate(lists.draw(COUNTS, seed=2 + i), 4.0, first=not i)
+        how = {"noise": True, "inverse": 0.5, "examples": 8.0, "micro_batches": 2.0}
+        made.step([None] * len(COUNTS), sum=True, known=True, **how)
     assert not setups[1].backend.faults
     assert_same(*setups, storage)
