@@ -329,6 +329,8 @@ class FusedOptimizer(SavedOptimizer):
         call.grad_scale, call.found_inf = addresses(self._amp)
         tables.first.set("sum" if accumulated else "grad", sources)
         tables.run(call, self._follow, sources, self._transform, self.param_groups)
+        if not accumulated:
+            amp.unscale(self._params(), *self._amp)
         if noise and not accumulated and not self.accumulates and self.warns:
             self.warns = False
             warnings.warn(UNMEASURED.format(name=type(self).__name__), stacklevel=7)

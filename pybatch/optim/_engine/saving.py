@@ -65,6 +65,8 @@ class SavedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; takes the twin's dictionaries too. States keep fp32 where torch would cast them."""
         own = [entry[statistics.STATE] for entry in state_dict["state"].values() if statistics.STATE in entry]
+        for saved in own[:1]:
+            statistics.unpacked(saved)  # what can't be loaded is refused before anything is changed
         super().load_state_dict(state_dict)
         for entry in self.state.values():
             entry.pop(statistics.STATE, None)  # torch has cast it to the parameter's dtype
