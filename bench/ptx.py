@@ -26,7 +26,7 @@ from pybatch import ops
 
 # Which case shows the faults of a kernel, and the program that holds it.
 COVERING = {
-    "accumulate": ("accumulate", "SgdMomentum", "bfloat16", "layers"),
+    "accumulate": ("accumulate", "Lars", "bfloat16", "layers"),
     "norm": ("step", "Lars", "float32", "clip"),
     "prepare": ("step", "Lamb", "float32", "clip"),
     "update": ("step", "AdamW", "float32", "layers"),
