@@ -50,3 +50,42 @@ class ProgressLine:
         """A line that stays, above the live one."""
         if not self._quiet:
             self._console.print(f"pybatch: {visible(text)}", markup=False, highlight=False, soft_wrap=True)
+
+
+class LiveLine:
+    """A line on a terminal that another program writes to as well: told anew, and written over by what that prints.
+
+    Not on a terminal it says nothing but the lines that stay.
+    """
+
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        self._console, self._quiet = console, quiet
+        self._shown = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._clear()
+
+    def __call__(self, text: str, share: float = 0.0) -> None:
+        """The state, in place of the one before."""
+        if self._console.is_terminal and not self._quiet:
+            line = visible(f"pybatch: {text}")[: max(20, self._console.width - 1)]
+            self._console.file.write(f"\r\x1b[2K{line}\r")
+            self._console.file.flush()
+            self._shown = True
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        self._clear()
+        if not self._quiet:
+            self._console.print(f"pybatch: {visible(text)}", markup=False, highlight=False, soft_wrap=True)
+
+    def _clear(self) -> None:
+        if self._shown:
+            self._console.file.write("\r\x1b[2K")
+            self._console.file.flush()
+            self._shown = False
