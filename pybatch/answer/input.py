@@ -7,7 +7,9 @@ from dataclasses import replace
 from pybatch.base.numerals import counted, share
 from pybatch.records import Inputs, Reason, Training, Verdict
 
-WAITS = 0.10  # share of the time, from which on data comes before the batch size: more than a doubled batch gains
+# Share of the time, from which on data comes before the batch size; of all that a script does between steps, where no
+# DataLoader tells what of it is waiting for data.
+WAITS, WAITS_OR_WORKS = 0.10, 0.25
 
 
 def with_input(verdict: Verdict, training: Training | None, cores: int | None = None) -> Verdict:
@@ -18,9 +20,12 @@ def with_input(verdict: Verdict, training: Training | None, cores: int | None = 
         training: where the time of its steps goes.
         cores: of the machine, for workers.
     """
-    if training is None or training.waiting is None or training.waiting < WAITS:
+    if training is None or training.waiting is None:
         return verdict
-    sentence = f"The device waits for data {share(training.waiting)} of the time: {_remedy(training, cores)}"
+    if training.waiting < (WAITS if training.workers is not None else WAITS_OR_WORKS):
+        return verdict
+    whom = "for data" if training.workers is not None else "for data, or for what else the script does between steps,"
+    sentence = f"The device waits {whom} {share(training.waiting)} of the time: {_remedy(training, cores)}"
     because = f"{sentence}; a larger batch helps nothing before that. {verdict.because}".strip()
     rest = verdict.text.removeprefix(verdict.answer).strip().removeprefix(verdict.because).strip()
     inputs: Inputs = {
@@ -43,6 +48,5 @@ def _remedy(training: Training, cores: int | None) -> str:
     if needed is None:
         return "load batches ahead, in a DataLoader with workers"
     have = "it has none" if not now else f"it has {now}"
-    if cores is not None and needed > cores:
-        return f"{counted(needed, 'worker')} would do ({have}), and there are {counted(cores, 'core')}: make examples cheaper"
-    return f"{counted(needed, 'worker')} would do ({have})"
+    scarce = f", and there are {counted(cores, 'core')}: make examples cheaper" if cores and needed > cores else ""
+    return f"{counted(needed, 'worker')} would do ({have}){scarce}"

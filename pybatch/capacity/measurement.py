@@ -96,7 +96,7 @@ def measure_capacity(
     if earlier is not None:
         run.take_over(earlier)
     try:
-        with _short_collections():
+        with short_collections():
             run.measure(find_max_batch)
     except KeyboardInterrupt:
         run.found.untimed = "interrupted before it was timed"
@@ -106,7 +106,7 @@ def measure_capacity(
 
 
 @contextmanager
-def _short_collections() -> Iterator[None]:
+def short_collections() -> Iterator[None]:
     """In this context garbage collections pass over what exists now: all of torch's modules take a third of a second.
 
     There is one before each batch size, so that what memory it takes is its own.

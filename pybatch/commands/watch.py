@@ -88,20 +88,30 @@ def _watched(program: script.Program, options: WatchOptions, out: _Out) -> int:
         waiting = AfterTorch(begin)
         ending = program.run()
         waiting.remove()
+    if ending.how != "error":  # its traceback stays the last on the screen
         script.tell(ending)
-    if not begun:
+    try:
+        return _told(begun[0] if begun else None, ending, out, console)
+    finally:
+        if ending.how == "error":
+            script.tell(ending)
+
+
+def _told(watching: Watching | None, ending: script.Ending, out: _Out, console: Console) -> int:
+    """Measure what is left, deliver the record; the exit status."""
+    if watching is None:
         out.say("the script never imported torch, so that there was no training to watch")
         return ending.status
-    watching, status = begun[0], ending.status
+    status = ending.status
     try:
-        with interrupts_heard(), ProgressLine(console, out.quiet or watching.rank > 0) as line:
-            watching.progress = line
+        with interrupts_heard(), ProgressLine(console, out.quiet or watching.rank > 0) as bar:
+            watching.progress = bar
             run = watching.finish(*_notes(ending), measure=ending.how != "error")
     except KeyboardInterrupt:
         status = INTERRUPTED
         run = watching.finish(Note("run", "interrupted before its last pass was run again"), measure=False)
     except Exception as error:
-        return faults.tell(error) if not status else status
+        return status or faults.tell(error)
     if watching.fault is not None:
         faults.tell(watching.fault, "; the script was left alone")
     if watching.rank > 0:
@@ -109,7 +119,7 @@ def _watched(program: script.Program, options: WatchOptions, out: _Out) -> int:
     if run is None:
         out.say(watching.problem)
         return status
-    failed = out.deliver(run)
+    failed = out.deliver(run, shown=ending.how != "error")
     return status or failed
 
 
@@ -141,12 +151,14 @@ class _Out:
         """A line of pybatch's own."""
         print(visible(f"pybatch: {text}"), file=sys.stderr)
 
-    def deliver(self, run: Run) -> int:
+    def deliver(self, run: Run, shown: bool = True) -> int:
         """Write and print; the status where it can't be written."""
         if self.price is not None:
             run = replace(run, price=self.price)
         status = 0
-        if self.kind == "table" or self.output is not None:
+        if not shown:
+            pass
+        elif self.kind == "table" or self.output is not None:
             print_run(run, Console(stderr=True), self.verbose)
         else:
             sys.stderr.write(render(run, self.kind, self.verbose))

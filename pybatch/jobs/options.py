@@ -1,4 +1,4 @@
-"""What `bench`, `branch` and `watch` were asked for, in one object each from the flags to every part of the job. No torch."""
+"""What `bench`, `branch` and `watch` were asked for, in one object each from the flags to the job. No torch."""
 
 from __future__ import annotations
 

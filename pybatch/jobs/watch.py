@@ -71,7 +71,7 @@ class Watching:
         self._observer.start()
         if dist.is_available():
             self._destroy = dist.destroy_process_group
-            dist.destroy_process_group = self._before_end  # type: ignore[assignment]
+            dist.destroy_process_group = self._before_end
 
     @property
     def rank(self) -> int:
@@ -137,9 +137,7 @@ class Watching:
         text = f"watching {plain_name(subject.model)} ({count(subject.trained.parameters)} parameters) with {kind}"
         if len(optimizers) > 1:
             at = next(i for i, one in enumerate(optimizers) if one is subject.optimizer)
-            others = ", ".join(
-                f"{i} {type(one).__name__}" for i, one in enumerate(optimizers) if one is not subject.optimizer
-            )
+            others = ", ".join(f"{i} {type(one).__name__}" for i, one in enumerate(optimizers) if i != at)
             text += f", optimizer {at} of {len(optimizers)}; --optimizer-index takes another: {others}"
         self._say(text)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -121,23 +121,15 @@ class Finder:
         self._depth = max(0, self._depth - 1)
 
 
-def scaler_of(optimizer: torch.optim.Optimizer) -> Any:
-    """The GradScaler that has stepped this optimizer; None where there is none."""
-    kinds = tuple(
-        kind for kind in (getattr(torch.amp, "GradScaler", None), _sharded_scaler()) if isinstance(kind, type)
-    )
-    for thing in gc.get_objects():
-        # By its type: asking some objects for their class runs their code.
-        if issubclass(type(thing), kinds) and thing.is_enabled() and id(optimizer) in thing._per_optimizer_states:
-            return thing
+def scaler_of() -> Any:
+    """The GradScaler in whose step() this is called; None where it is in none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        own = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+        if isinstance(own, torch.amp.GradScaler):
+            return own if own.is_enabled() else None
+        frame = frame.f_back  # type: ignore[assignment]
     return None
-
-
-def _sharded_scaler() -> Any:
-    import sys
-
-    module = sys.modules.get("torch.distributed.fsdp.sharded_grad_scaler")
-    return getattr(module, "ShardedGradScaler", None)
 
 
 def kinds_of(model: nn.Module) -> list[str]:

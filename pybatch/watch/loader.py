@@ -30,7 +30,7 @@ class LoaderWatch:
             return batch
 
         self._timed = timed
-        dataloader._BaseDataLoaderIter.__next__ = timed  # type: ignore[method-assign]
+        dataloader._BaseDataLoaderIter.__next__ = timed  # type: ignore[method-assign,assignment]
 
     def remove(self) -> None:
         """Time no more, unless another has wrapped it meanwhile."""

@@ -10,7 +10,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -132,7 +132,7 @@ class NoiseWatch:
             offer = self._offers.pop(0)
             try:
                 self._handle = self._make(offer)
-            except PybatchError as error:
+            except (PybatchError, RuntimeError) as error:  # the latter where a model takes no hooks, as of torch.jit
                 self.reasons.append(str(error).removesuffix("."))
 
     def _make(self, offer: str) -> Handle | None:
@@ -144,7 +144,7 @@ class NoiseWatch:
             if self._compiled:
                 raise UsageError("per-example norms: the model is compiled, and its operations can't be seen")
             kind = guarded(ExampleNoise, ("_enter", "_leave", "_take_pass", "_close", "_drop"))
-            own = {"scaler": self._scaler, "yielding": True, "every": self._every}
+            own: dict[str, Any] = {"scaler": self._scaler, "yielding": True, "every": self._every}
             return kind(model, optimizer, **self._common, **own)
         return guarded(MomentsNoise, ("_began", "_stepped"))(model, optimizer, **self._common)
 
@@ -193,7 +193,7 @@ def _shared(model: nn.Module) -> bool:
 _Kind = TypeVar("_Kind", bound=Collector)
 
 
-def guarded(kind: type[_Kind], names: Iterable[str]) -> Any:
+def guarded(kind: type[_Kind], names: Iterable[str]) -> Callable[..., Collector]:
     """The source, but what it raises in these hooks of its own ends it, and is kept in `broken`."""
 
     def safe(name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_flatten, tree_leaves
 
@@ -185,20 +186,35 @@ class Observer:
         first = next(p for group in trained.optimizer.param_groups for p in group["params"])
         model = trained.model
         marks = tuple(kinds_of(model)) if model is not None else ()
-        scaler = scaler_of(trained.optimizer)
+        scaler = scaler_of()
         subject = Subject(trained, model, first.device, scaler, marks=marks)
         self.subject, self.steps, self.noise = subject, Steps(marks_for(first.device)), None
         self.steps.count = trained.steps
         self._own = []
         if model is not None:
-            self._own = [
-                model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True).remove,
-                model.register_forward_hook(Hook(self._leave)).remove,
-            ]
+            self._own = self._hooks(model)
             self.noise = NoiseWatch(subject.model, trained.optimizer, trained.passes, scaler, compiled(model))
         self._found(subject)
         self.steps.updated()
         self.steps.count -= 1
+
+    def _hooks(self, model: nn.Module) -> list[Callable[[], None]]:
+        """Watch the passes of this model; one of torch.jit takes no hooks but the global ones."""
+        if not isinstance(model, torch.jit.ScriptModule):
+            return [
+                model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True).remove,
+                model.register_forward_hook(Hook(self._leave)).remove,
+            ]
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if module is model:
+                self._enter(module, args, {})
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if module is model:
+                self._leave(module, args, output)
+
+        return [register_module_forward_pre_hook(enter).remove, register_module_forward_hook(leave).remove]
 
     # Passes.
 
@@ -244,7 +260,7 @@ class Observer:
         found = False
         for leaf, value in enumerate(leaves):
             if isinstance(value, Tensor) and value.requires_grad:
-                value.register_hook(lambda gradient, leaf=leaf: arrived(leaf, gradient))
+                value.register_hook(lambda gradient, leaf=leaf: arrived(leaf, gradient))  # type: ignore[no-untyped-call]
                 found = True
                 if kept is None and not isinstance(output, tuple | dict):
                     break

@@ -17,6 +17,7 @@ from pybatch.capacity.bound import Place
 from pybatch.capacity.exploration import Look, failed
 from pybatch.capacity.flops import count_flops
 from pybatch.capacity.largest import Largest, memory_limit
+from pybatch.capacity.measurement import short_collections
 from pybatch.capacity.stopping import StoppingRule
 from pybatch.capacity.summary import point, summarize
 from pybatch.capacity.timing import Rounds, Series
@@ -24,7 +25,7 @@ from pybatch.device.ceilings import measure_ceilings
 from pybatch.device.clock import clock_for
 from pybatch.device.counters import Region
 from pybatch.device.disturbance import Disturbance
-from pybatch.device.identity import describe, last_level_cache_bytes
+from pybatch.device.identity import DTYPES, describe, last_level_cache_bytes
 from pybatch.device.memory import PeakMemory
 from pybatch.fits.memory import fit_memory
 from pybatch.records import Capacity, Ceilings, Note, WorkloadInfo
@@ -35,6 +36,8 @@ from pybatch.workloads.running.session import is_out_of_memory
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of the batch of a pass
 _LONGEST = 1 / 12  # of the time budget: a step that takes more leaves no room for the others
+_LOOKS = 0.5  # of the time budget, after which no further batch size is looked at
+_TIMED = 0.4  # of the time budget for timing, also where the first looks took longer than they should
 _CEILINGS = 0.07  # of the time budget
 _SIGNAL = 1 << 20  # bytes; a peak that grows by less is noise of the allocator
 _MARGIN = 0.97  # of the memory limit, so that the prediction's own error does not decide
@@ -126,14 +129,14 @@ def replay(what: Replay) -> Capacity:
     looks: dict[int, Look] = {}
     notes = [Note("batches", f"steps {REPLAYED}, forward, backward and update; all was put back")]
     ceilings: Ceilings | None = None
-    with put_back(what.kept.model, what.optimizers):
+    with short_collections(), put_back(what.kept.model, what.optimizers):
         memory = PeakMemory(device)
-        what.progress("first look", 0.0)
+        what.progress("replay: first look", 0.0)
         for n in sizes_around(own):
             known = [look for look in looks.values() if look.step_s is not None]
             predicted = max((n / look.batch * (look.step_s or 0.0) for look in known[-1:]), default=0.0)
-            if n > own and predicted > _LONGEST * budget:
-                text = f"a step would take about {predicted:.2g} s, too long for the time budget"
+            if n != own and (predicted > _LONGEST * budget or time.perf_counter() - started > _LOOKS * budget):
+                text = f"a step takes about {predicted:.2g} s: too long for what the time budget of {budget:g} s leaves"
                 looks[n] = Look(n, "skipped", text, late=True)
                 continue
             looks[n] = _look(n, step, clock.time, memory, what, own, looks, limit)
@@ -143,10 +146,11 @@ def replay(what: Replay) -> Capacity:
                 memory.rebase(step.held_bytes())
                 looks[n] = _look(n, step, clock.time, memory, what, own, {}, limit)
         step.clear()
-        what.progress("ceilings of the device", 0.1)
-        ceilings = measure_ceilings(device, what.info.dtype, min(3.0, _CEILINGS * budget))
+        what.progress("replay: ceilings of the device", 0.1)
+        if what.info.dtype in DTYPES:
+            ceilings = measure_ceilings(device, what.info.dtype, min(3.0, _CEILINGS * budget))
         working = {n: look.step_s for n, look in sorted(looks.items()) if look.step_s is not None}
-        deadline = started + budget
+        deadline = max(started + budget, clock.now() + _TIMED * budget)
         share = max(0.5, 1.5 * (deadline - clock.now()) / len(working))
         region, disturbance = Region(device), Disturbance()
         rounds = Rounds(step.load, step, step.check, clock, region, StoppingRule(max_seconds=share), 0)
@@ -154,7 +158,7 @@ def replay(what: Replay) -> Capacity:
         def visited(series: Series) -> None:
             done = sum(s.stopped is not None for s in rounds.series.values())
             share_done = (clock.now() - started) / budget
-            what.progress(f"batch {series.batch}: {done} of {len(working)} batch sizes steady", share_done)
+            what.progress(f"replay: batch {series.batch}, {done} of {len(working)} batch sizes steady", share_done)
 
         rounds.run(working, deadline, visited)
         step.clear()

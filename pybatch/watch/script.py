@@ -87,7 +87,10 @@ def find(target: str, arguments: Sequence[str], *, module: bool = False) -> Prog
         near = [p.name for p in sorted(path.parent.glob("*.py"))[:5]] if path.parent.is_dir() else []
         there = f" Here are: {', '.join(near)}." if near else ""
         raise UsageError(f"script {said(target)} is not there. Name a Python file, or -m MODULE.{there}")
-    return Program(target, target, _compiled(path, target), os.path.dirname(os.path.realpath(path)), list(arguments))
+    whole = path.absolute()  # as Python has it in __file__ and tracebacks
+    return Program(
+        target, str(whole), _compiled(whole, target), os.path.dirname(os.path.realpath(path)), list(arguments)
+    )
 
 
 def _compiled(path: Path, target: str) -> types.CodeType:

@@ -8,7 +8,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,16 @@ def put_back(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> I
     and the random generators of torch, NumPy, Python and of the modules. Rates are 0 in here, so that repeated steps
     over one batch lead nowhere, and hooks of the optimizers' own do not run.
     """
-    kept = [_Model(model), *(_Optimizer(optimizer) for optimizer in optimizers), _Random(model)]
+    kept: list[_Kept] = [_Model(model), *(_Optimizer(optimizer) for optimizer in optimizers), _Random(model)]
     try:
         yield
     finally:
         for one in reversed(kept):
             one.restore()
+
+
+class _Kept(Protocol):
+    def restore(self) -> None: ...
 
 
 class _Values:
@@ -134,10 +138,7 @@ class _Optimizer:
         optimizer = self._optimizer
         vars(optimizer).clear()
         vars(optimizer).update(self._attributes)
-        for group, held in self._groups:
-            group.clear()
-            group.update(held)
-        optimizer.param_groups[:] = [group for group, _ in self._groups]
+        self._restore_groups()
         self._values.restore()
         for param in [param for param in optimizer.state if param not in self._states]:
             del optimizer.state[param]
@@ -146,6 +147,13 @@ class _Optimizer:
             optimizer.state[param].update(state | self._plain[param])
         if self._saved is not None:
             optimizer.load_state_dict(self._saved)
+            self._restore_groups()
+
+    def _restore_groups(self) -> None:
+        for group, held in self._groups:
+            group.clear()
+            group.update(held)
+        self._optimizer.param_groups[:] = [group for group, _ in self._groups]
 
 
 def _changeable(value: Any) -> bool:

@@ -47,7 +47,6 @@ class Steps:
         self._pass: Any = None  # begin of the forward pass under way
         self._backward: Any = None
         self._update: Any = None
-        self._inside: Any = None  # the end of the last backward pass within an optimizer's step
         self.count = 0
         self.kept: deque[Step] = deque(maxlen=_KEPT)
         self.sizes: Counter[int] = Counter()  # passes by their examples
@@ -62,7 +61,8 @@ class Steps:
         self._backward = now = self._marks.mark()
         step = self._open
         if step is not None and self._pass is not None:
-            step.spans += [(0, step.last, self._pass), (1, self._pass, now)]
+            inside = self._update is not None
+            step.spans += [(4 if inside else 0, step.last, self._pass), (1, self._pass, now)]
             step.sizes.append(examples)
         self._pass = None
 
@@ -72,12 +72,14 @@ class Steps:
         if self._open is not None and self._backward is not None:
             self._open.spans.append((2, self._backward, now))
             self._open.last = now
-            self._inside = now if self._update is not None else None
         self._backward = None
 
     def updating(self) -> None:
-        """The optimizer's step begins."""
-        self._update = self._marks.mark()
+        """The optimizer's step begins, in which a closure may make passes."""
+        self._update = now = self._marks.mark()
+        if self._open is not None:
+            self._open.spans.append((3 if self._open.sizes else 0, self._open.last, now))
+            self._open.last = now
 
     def updated(self) -> None:
         """The optimizer's step is over."""
@@ -85,10 +87,7 @@ class Steps:
         step = self._open
         self.count += 1
         if step is not None and step.sizes and self._update is not None:
-            if step.last is self._inside:  # a closure's own passes are no part of the update
-                step.spans.append((4, step.last, now))
-            else:
-                step.spans += [(3, step.last, self._update), (4, self._update, now)]
+            step.spans.append((4, step.last, now))
             self._waiting.append((step, now))
         self._open, self._pass, self._backward, self._update = _Open(now, now), None, None, None
         while self._waiting and (len(self._waiting) > _BEHIND or self._marks.reached(self._waiting[0][1])):

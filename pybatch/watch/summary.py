@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ def training(name: str, subject: Subject, observer: Observer, meter: Meter | Non
         milliseconds = 1e3 * middle.value
     elif steps.count:
         notes.append(Note("training.step_ms", "no step of the usual size was timed after the first ones"))
-    shares = _shares(usual, observer.workers) if len(usual) >= _LEAST else {}
+    shares = _shares(usual, observer.workers, len(observer.optimizers)) if len(usual) >= _LEAST else {}
     uneven = len(steps.sizes) > 1
     if uneven and steps.micro_batch is not None:
         other = sum(steps.sizes.values()) - steps.sizes[steps.micro_batch]
@@ -131,14 +132,16 @@ def training(name: str, subject: Subject, observer: Observer, meter: Meter | Non
         joules_per_sample=joules,
         memory_bytes=meter.memory_bytes if meter is not None else None,
         notes=tuple(notes),
-        **shares,  # type: ignore[arg-type]
+        **shares,
     )
 
 
-def _shares(usual: list[Step], workers: int | None) -> dict[str, float | int | str | None]:
+def _shares(usual: list[Step], workers: int | None, optimizers: int) -> dict[str, Any]:
     """Where the time goes, as shares of it; by means, as few long waits take as much as many short ones."""
     whole = sum(step.seconds for step in usual)
     parts = dict(zip(PARTS, (float(x) for x in np.array([s.parts for s in usual]).sum(0) / whole), strict=True))
+    if workers is None and optimizers > 1:  # what others are trained in between is no waiting
+        return parts | {"waiting": None, "script": parts["waiting"]}
     if workers is None:
         return parts | {"input_from": "between a step, or a pass, and the next forward pass"}
     loading = min(parts["waiting"], sum(step.loading for step in usual) / whole)
@@ -154,7 +157,7 @@ def _shares(usual: list[Step], workers: int | None) -> dict[str, float | int | s
 
 
 def own_batch(training: Training, work: WorkloadInfo, device: torch.device, reason: str | None) -> Capacity:
-    """Throughput at the training's own batch alone, of its steps as they were but for waiting; and why there is no more."""
+    """Throughput at the training's own batch alone, of its steps but for waiting; and why there is no more."""
     batch, points = training.micro_batch, []
     notes = [] if reason is None else [Note("batches", f"throughput at the script's own batch alone: {reason}")]
     if batch and training.step_ms is not None:
