@@ -90,6 +90,7 @@ class Observer:
         self._pending = 0  # examples of the forward pass under way
         self._in_pass = self._in_step = self._done = False
         self._evaluations = 0  # backward passes within the optimizer's step
+        self._first: Tensor | None = None  # a parameter that is trained
         self._versions: list[tuple[Tensor, int]] = []
 
     def start(self) -> None:
@@ -183,7 +184,8 @@ class Observer:
             remove()
         if self.noise is not None:
             self.noise.detach()
-        first = next(p for group in trained.optimizer.param_groups for p in group["params"])
+        params = [p for group in trained.optimizer.param_groups for p in group["params"]]
+        first = self._first = next((p for p in params if p.grad is not None), params[0])
         model = trained.model
         marks = tuple(kinds_of(model)) if model is not None else ()
         scaler = scaler_of()
@@ -275,7 +277,7 @@ class Observer:
             return
         self._passes += 1
         self._evaluations += self._in_step
-        self.steps.backward(examples)
+        self.steps.backward(examples, self._first is None or self._first.grad is None)
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._passed(kept))
 
     @harmless

@@ -56,13 +56,20 @@ class Steps:
         """A forward pass with gradients begins."""
         self._pass = self._marks.mark()
 
-    def backward(self, examples: int) -> None:
-        """The gradient has come to the output of the last forward pass."""
+    def backward(self, examples: int, cleared: bool = False) -> None:
+        """The gradient has come to the output of the last forward pass.
+
+        Args:
+            examples: of that pass.
+            cleared: the gradients of passes before it were cleared, so that they are no part of the update.
+        """
         self._backward = now = self._marks.mark()
         step = self._open
         if step is not None and self._pass is not None:
             inside = self._update is not None
             step.spans += [(4 if inside else 0, step.last, self._pass), (1, self._pass, now)]
+            if cleared:
+                step.sizes.clear()
             step.sizes.append(examples)
         self._pass = None
 
