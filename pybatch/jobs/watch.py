@@ -25,6 +25,7 @@ from pybatch.watch.finding import plain_name
 from pybatch.watch.noise import REMEDY
 from pybatch.watch.observer import Observer, Subject
 from pybatch.watch.replay import Replay, replay
+from pybatch.watch.together import Together, together
 from pybatch.workloads.base import Progress
 
 _SAVE_EVERY = 10.0  # s between records of what there is so far, at least
@@ -186,8 +187,11 @@ class Watching:
         if subject is None or subject.model is None:
             return
         self._why_not = self._refusal(subject)
+        several = together(subject.device)
+        if several is not None and several.any(self._why_not is not None):
+            self._why_not = self._why_not or "another process can't run its pass again"
         if self._why_not is None:
-            self._replay(subject, subject.model)
+            self._replay(subject, subject.model, several)
 
     def _refusal(self, subject: Subject) -> str | None:
         """Why the pass can't be run again at other sizes."""
@@ -202,7 +206,7 @@ class Watching:
             return "no forward pass with a tensor among its arguments, and a gradient at its output, was seen"
         return None
 
-    def _replay(self, subject: Subject, model: nn.Module) -> None:
+    def _replay(self, subject: Subject, model: nn.Module, several: Together | None) -> None:
         observer = self._observer
         assert observer.kept is not None  # `_refusal` has looked
         what = Replay(
@@ -214,6 +218,7 @@ class Watching:
             self.options.time_budget,
             flops=not subject.marks,
             progress=self.progress,
+            together=several,
         )
         try:
             self._capacity = replay(what)

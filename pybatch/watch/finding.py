@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -123,12 +124,12 @@ class Finder:
 
 def scaler_of() -> Any:
     """The GradScaler in whose step() this is called; None where it is in none."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         own = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
         if isinstance(own, torch.amp.GradScaler):
             return own if own.is_enabled() else None
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

@@ -25,6 +25,7 @@ from pybatch.watch.marks import marks_for
 from pybatch.watch.noise import NoiseWatch
 from pybatch.watch.passes import Pass
 from pybatch.watch.steps import Steps
+from pybatch.watch.together import together
 
 _KEEP_EVERY = 50  # passes from one that is kept to the next
 _SETTLED = 2  # steps of an optimizer, after which all that take part have stepped as a rule
@@ -39,6 +40,7 @@ class Subject:
     device: torch.device
     scaler: Any = None
     clipped: bool = False
+    world: int = 1  # processes that train together
     closures: bool = False  # a step that evaluates the model more than once
     marks: tuple[str, ...] = ()
 
@@ -189,7 +191,9 @@ class Observer:
         model = trained.model
         marks = tuple(kinds_of(model)) if model is not None else ()
         scaler = scaler_of()
-        subject = Subject(trained, model, first.device, scaler, marks=marks)
+        several = together(first.device)
+        world = several.world if several is not None else 1
+        subject = Subject(trained, model, first.device, scaler, marks=marks, world=world)
         self.subject, self.steps, self.noise = subject, Steps(marks_for(first.device)), None
         self.steps.count = trained.steps
         self._own = []
@@ -288,7 +292,7 @@ class Observer:
         self.steps.passed()
         if kept is not None and kept.complete:
             self.kept, self._pass = kept, None
-        if self._passes <= 3:
+        if self._passes <= 3 and self.subject.world == 1:  # DDP writes gradients after this
             params = [p for group in self.subject.optimizer.param_groups for p in group["params"]]
             self._versions = [(p, p.grad._version) for p in params if p.grad is not None]
 

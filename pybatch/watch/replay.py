@@ -6,9 +6,9 @@ is the gradient that came into the outputs.
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,9 +28,10 @@ from pybatch.device.disturbance import Disturbance
 from pybatch.device.identity import DTYPES, describe, last_level_cache_bytes
 from pybatch.device.memory import PeakMemory
 from pybatch.fits.memory import fit_memory
-from pybatch.records import Capacity, Ceilings, Note, WorkloadInfo
+from pybatch.records import Capacity, Ceilings, Device, Note, WorkloadInfo
 from pybatch.watch.passes import Loaded, Pass
 from pybatch.watch.state import put_back
+from pybatch.watch.together import CommonClock, RankFailed, Together
 from pybatch.workloads.base import Progress
 from pybatch.workloads.running.session import is_out_of_memory
 
@@ -41,6 +42,7 @@ _TIMED = 0.4  # of the time budget for timing, also where the first looks took l
 _CEILINGS = 0.07  # of the time budget
 _SIGNAL = 1 << 20  # bytes; a peak that grows by less is noise of the allocator
 _MARGIN = 0.97  # of the memory limit, so that the prediction's own error does not decide
+_ENDED = 3  # exit status of a process that fails where others wait for it
 _LOOK = 2  # steps of a first look: the first one allocates
 REPLAYED = "of the script's last pass, run again with its arguments cut or repeated along the batch"
 
@@ -57,6 +59,12 @@ class Replay:
     time_budget: float
     flops: bool = True  # whether operators can be counted: not of compiled or sharded models
     progress: Progress = lambda text, share: None
+    together: Together | None = None  # the processes that run it at the same time; batch sizes are those of all
+
+    @property
+    def world(self) -> int:
+        """How many processes share a batch."""
+        return self.together.world if self.together is not None else 1
 
 
 class Step:
@@ -69,9 +77,9 @@ class Step:
     _loaded: Loaded | None
 
     def load(self, n: int) -> None:
-        """Make the arguments of n examples; those before are let go first."""
+        """Make the arguments of n examples over all processes; those before are let go first."""
         self.clear()
-        self._loaded = Loaded(self._replay.kept, n)
+        self._loaded = Loaded(self._replay.kept, n // self._replay.world)
 
     def __call__(self) -> None:
         """One step. Raises WorkloadError for what the model makes of this batch size."""
@@ -81,6 +89,9 @@ class Step:
         except (WorkloadError, KeyboardInterrupt, SystemExit):
             raise
         except Exception as error:
+            if is_out_of_memory(error) and self._replay.together is not None:
+                print(f"pybatch: this process ran out of memory in a replay: {error}", file=sys.stderr)
+                raise RankFailed(_ENDED) from error
             if is_out_of_memory(error):
                 raise
             text = " ".join(str(error).split())[:200]
@@ -110,9 +121,10 @@ class Step:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def sizes_around(n: int) -> list[int]:
-    """Batch sizes from a quarter to 16 times this one, the one itself first, then ascending."""
-    return list(dict.fromkeys([n, *sorted({max(1, round(n * factor)) for factor in FACTORS})]))
+def sizes_around(n: int, world: int = 1) -> list[int]:
+    """A quarter to 16 times this batch size, the one itself first, then ascending; each a multiple of `world`."""
+    sizes = {world * max(1, round(n / world * factor)) for factor in FACTORS}
+    return list(dict.fromkeys([n, *sorted(sizes)]))
 
 
 def replay(what: Replay) -> Capacity:
@@ -122,20 +134,22 @@ def replay(what: Replay) -> Capacity:
         WorkloadError: it does not run again at its own size.
         KeyboardInterrupt: after all was put back.
     """
-    started = time.perf_counter()
-    clock, device, budget = clock_for(what.device), what.device, what.time_budget
-    step, limit = Step(what), memory_limit(what.device)
-    own = what.kept.batching.size
+    clock, device, budget, together = clock_for(what.device), what.device, what.time_budget, what.together
+    step, limit, own = Step(what), memory_limit(what.device), what.kept.batching.size
+    if together is not None:
+        clock, own = CommonClock(clock, together), int(together.first(own)) * together.world
+        limit = -int(together.largest([-float(limit)])[0])
+    started = clock.now()
     looks: dict[int, Look] = {}
     notes = [Note("batches", f"steps {REPLAYED}, forward, backward and update; all was put back")]
     ceilings: Ceilings | None = None
     with short_collections(), put_back(what.kept.model, what.optimizers):
         memory = PeakMemory(device)
         what.progress("replay: first look", 0.0)
-        for n in sizes_around(own):
+        for n in sizes_around(own, what.world):
             known = [look for look in looks.values() if look.step_s is not None]
             predicted = max((n / look.batch * (look.step_s or 0.0) for look in known[-1:]), default=0.0)
-            if n != own and (predicted > _LONGEST * budget or time.perf_counter() - started > _LOOKS * budget):
+            if n != own and (predicted > _LONGEST * budget or clock.now() - started > _LOOKS * budget):
                 text = f"a step takes about {predicted:.2g} s: too long for what the time budget of {budget:g} s leaves"
                 looks[n] = Look(n, "skipped", text, late=True)
                 continue
@@ -167,11 +181,14 @@ def replay(what: Replay) -> Capacity:
         first = next((look.reason for look in looks.values() if look.status == "skipped" and not look.late), None)
         notes.append(Note("batches.status", f"no other batch size than {own} runs: {first}"))
     samples = {s.batch: s.blocks for s in rounds.series.values() if s.seconds}
+    if together is not None:
+        text = f"a batch is over {together.world} processes, which count as one device here; memory is of one of them"
+        notes.append(Note("batches.batch", text))
     return summarize(
         points,
         samples,
         notes,
-        device=describe(device),
+        device=_several(describe(device), what.world),
         ceilings=ceilings,
         workload=what.info,
         largest=predicted_largest(looks, limit + step.held_bytes()),
@@ -182,6 +199,10 @@ def replay(what: Replay) -> Capacity:
         place=Place("cuda" if device.type == "cuda" else "cpu", what.info.dtype, last_level_cache_bytes(device)),
         anchor=rounds.anchor,
     )
+
+
+def _several(device: Device, world: int) -> Device:
+    return device if world == 1 else replace(device, name=f"{world} processes on {device.name}")
 
 
 def _look(
@@ -208,6 +229,8 @@ def _look(
         step.clear()
         status, reason = failed(error)
         return Look(n, status, reason)
+    if what.together is not None and peak is not None:
+        peak = int(what.together.largest([float(peak)])[0])
     return Look(n, "ok", None, seconds, peak, flops)
 
 

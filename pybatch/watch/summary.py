@@ -76,14 +76,7 @@ def _batch(observer: Observer) -> int | None:
     steps = observer.steps
     if steps is None or not steps.micro_batch or not steps.accumulation:
         return None
-    return steps.micro_batch * steps.accumulation * devices()
-
-
-def devices() -> int:
-    """Processes that train together."""
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return steps.micro_batch * steps.accumulation * (observer.subject.world if observer.subject is not None else 1)
 
 
 def training(name: str, subject: Subject, observer: Observer, meter: Meter | None) -> Training:
@@ -121,7 +114,7 @@ def training(name: str, subject: Subject, observer: Observer, meter: Meter | Non
         batch=batch,
         micro_batch=steps.micro_batch or None,
         accumulation=steps.accumulation or None,
-        devices=devices(),
+        devices=subject.world,
         steps=steps.count,
         step_ms=milliseconds,
         step_ms_low=1e3 * middle.low if middle is not None and middle.low is not None else None,
@@ -158,17 +151,17 @@ def _shares(usual: list[Step], workers: int | None, optimizers: int) -> dict[str
 
 def own_batch(training: Training, work: WorkloadInfo, device: torch.device, reason: str | None) -> Capacity:
     """Throughput at the training's own batch alone, of its steps but for waiting; and why there is no more."""
-    batch, points = training.micro_batch, []
+    batch, points = training.batch, []
     notes = [] if reason is None else [Note("batches", f"throughput at the script's own batch alone: {reason}")]
     if batch and training.step_ms is not None:
         idle = (training.waiting or 0.0) + (training.script or 0.0)
         spent = 1.0 - (idle if training.workers is not None else 0.0)
         points.append(
             BatchPoint(
-                batch=batch * (training.accumulation or 1),
+                batch=batch,
                 status="ok",
                 step_ms=training.step_ms * spent,
-                samples_per_s=1e3 * batch * (training.accumulation or 1) / (training.step_ms * spent),
+                samples_per_s=1e3 * batch / (training.step_ms * spent),
                 samples=training.steps,
             )
         )
