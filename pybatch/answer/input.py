@@ -10,6 +10,7 @@ from pybatch.records import Inputs, Reason, Training, Verdict
 # Share of the time, from which on data comes before the batch size; of all that a script does between steps, where no
 # DataLoader tells what of it is waiting for data.
 WAITS, WAITS_OR_WORKS = 0.10, 0.25
+LEAST_MS = 1.0  # between steps, where no DataLoader is: less goes on calls of Python
 
 
 def with_input(verdict: Verdict, training: Training | None, cores: int | None = None) -> Verdict:
@@ -22,7 +23,11 @@ def with_input(verdict: Verdict, training: Training | None, cores: int | None = 
     """
     if training is None or training.waiting is None:
         return verdict
-    if training.waiting < (WAITS if training.workers is not None else WAITS_OR_WORKS):
+    if training.workers is not None:
+        waits = training.waiting >= WAITS
+    else:
+        waits = training.waiting >= WAITS_OR_WORKS and training.waiting * (training.step_ms or 0.0) >= LEAST_MS
+    if not waits:
         return verdict
     whom = "for data" if training.workers is not None else "for data, or for what else the script does between steps,"
     sentence = f"The device waits {whom} {share(training.waiting)} of the time: {_remedy(training, cores)}"

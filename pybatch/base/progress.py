@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import ParamSpec, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from pybatch.base.plain import visible
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _EVERY = 5.0  # s between plain lines: a log stays short, a reader sees that it lives
 
 
@@ -50,6 +55,26 @@ class ProgressLine:
         """A line that stays, above the live one."""
         if not self._quiet:
             self._console.print(f"pybatch: {visible(text)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def looked_at() -> bool:
+    """Whether somebody looks at stderr while it is written: on a terminal, or in a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell" or (sys.stderr is not None and sys.stderr.isatty())
+
+
+def told(measure: Callable[P, R]) -> Callable[P, R]:
+    """Give a measuring function a progress line where its caller gave none and somebody looks at stderr."""
+
+    @functools.wraps(measure)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs.get("progress") is not None or not looked_at():
+            return measure(*args, **kwargs)
+        with ProgressLine(Console(stderr=True)) as line:
+            kwargs["progress"] = line
+            return measure(*args, **kwargs)
+
+    return call
 
 
 class LiveLine:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch.distributed as dist
+from rich.console import Console
 from torch import nn
 
 from pybatch.answer.input import with_input
 from pybatch.answer.verdict import advise
-from pybatch.base.errors import PybatchError
+from pybatch.base.errors import PybatchError, UsageError
 from pybatch.base.numerals import count, counted, number, share
+from pybatch.base.plain import visible
+from pybatch.base.progress import ProgressLine, looked_at
 from pybatch.device.environment import capture
 from pybatch.device.identity import usable_cores
 from pybatch.jobs.options import WatchOptions
 from pybatch.records import Capacity, NoiseScale, Note, Run
+from pybatch.report.formats.html import write_report
+from pybatch.report.formats.text import format_of, print_run, render
+from pybatch.report.output import Output
 from pybatch.watch import summary
 from pybatch.watch.finding import plain_name
 from pybatch.watch.noise import REMEDY
@@ -280,3 +288,72 @@ def live(run: Run) -> str:
     if noise is not None and noise.b_simple is not None:
         parts.append(f"noise scale {number(noise.b_simple, 2)}")
     return ", ".join(parts)
+
+
+class watch:  # it reads as the verb it is: `with pybatch.watch(): train()`
+    """Watch the training in this context, as `pybatch watch` does a script's: in a notebook, or in a function.
+
+    `with pybatch.watch() as watched: train()` prints the verdict to stderr at its end, and `watched.run` is the record.
+    The training goes on afterwards as if it had not been watched.
+
+    Args:
+        output: a file to write the record to, which grows while the training runs; its ending says the format.
+        html: a file for the report as one page.
+        optimizer_index: of several optimizers, by first step, from 0. None: that with most parameters.
+        time_budget: seconds at the end for other batch sizes: the last pass, run again. 0: none.
+        quiet: print nothing.
+
+    Raises:
+        UsageError: an argument out of range, or a file that can't be written.
+    """
+
+    def __init__(
+        self,
+        output: str | Path | None = None,
+        *,
+        html: str | Path | None = None,
+        optimizer_index: int | None = None,
+        time_budget: float = 30.0,
+        quiet: bool = False,
+    ) -> None:
+        if not 0 <= time_budget < math.inf:
+            raise UsageError(f"time budget {time_budget!r} s: give 0 or more.")
+        if optimizer_index is not None and optimizer_index < 0:
+            raise UsageError(f"optimizer_index {optimizer_index}: they are counted by first step, from 0 on.")
+        self.run: Run | None = None
+        self._output, self._html, self._quiet = output, html, quiet
+        self._kind = format_of(Path(output)) if output is not None else None
+        for path in (output, html):
+            if path is not None:
+                Output(Path(path)).discard()
+        options = WatchOptions(index=optimizer_index, time_budget=time_budget, command="pybatch.watch()")
+        self._watching = Watching(options, say=self._say, on_partial=self._write if output is not None else None)
+
+    def __enter__(self) -> Self:
+        self._watching.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        notes = () if kind is None else (Note("run", f"cut: the training ended by {kind.__name__}"),)
+        measure = (kind is None or issubclass(kind, KeyboardInterrupt)) and self._watching.options.time_budget > 0
+        with ProgressLine(Console(stderr=True), self._quiet or not looked_at()) as line:
+            self._watching.progress = line
+            self.run = self._watching.finish(*notes, measure=measure)
+        if self.run is None:
+            self._say(self._watching.problem)
+            return
+        if not self._quiet and kind is None and self._watching.rank == 0:
+            print_run(self.run, Console(stderr=True))
+        if self._output is not None:
+            self._write(self.run)
+        if self._html is not None:
+            write_report([self.run], self._html)
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            print(f"pybatch: {visible(text)}", file=sys.stderr)
+
+    def _write(self, run: Run) -> None:
+        if self._watching.rank == 0:
+            with Output(Path(str(self._output))) as file:
+                file.write(render(run, self._kind or "json"))
