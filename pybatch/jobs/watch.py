@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -143,7 +144,8 @@ class Watching:
         if subject.model is None:
             self._say(f"{kind} steps, but no module with its parameters was called where it can be seen")
             return
-        text = f"watching {plain_name(subject.model)} ({count(subject.trained.parameters)} parameters) with {kind}"
+        text = f"watching {plain_name(subject.model)} ({count(subject.trained.parameters)} parameters)"
+        text += " with updates of the script's own" if self._observer.hand is subject.optimizer else f" with {kind}"
         if len(optimizers) > 1:
             at = next(i for i, one in enumerate(optimizers) if one is subject.optimizer)
             others = ", ".join(f"{i} {type(one).__name__}" for i, one in enumerate(optimizers) if i != at)
@@ -229,9 +231,14 @@ class Watching:
             together=several,
         )
         try:
-            self._capacity = replay(what)
+            found = replay(what)
         except PybatchError as error:
             self._why_not = str(error)
+            return
+        if observer.hand is subject.optimizer:
+            note = Note("batches.step_ms", "the update, which the script makes by hand, is not in these steps")
+            found = replace(found, notes=(*found.notes, note))
+        self._capacity = found
 
     def _stop(self) -> None:
         if self._noise is None and self._observer.noise is not None:

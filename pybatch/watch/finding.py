@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from pybatch.watch.batching import BatchSecond
+from pybatch.watch.by_hand import BACKWARDS
 
 
 @dataclass(eq=False)
@@ -51,9 +54,14 @@ class Finder:
     """Looks at every module's forward pass until the training is known; they cost a little in each.
 
     Compiled code is not looked into: there the hooks do nothing, so that they are compiled away.
+
+    Args:
+        by_hand: called with a model that had backward passes, but no optimizer's step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by_hand: Callable[[nn.Module], None]) -> None:
+        self._by_hand = by_hand
+        self._backwards: Counter[nn.Module] = Counter()
         self.second = BatchSecond()
         self.trained: list[Trained] = []  # in the order of their first steps
         self._depth = 0
@@ -94,7 +102,7 @@ class Finder:
             found.models[module] = found.models.get(module, 0) + times
         if found.model is not None:
             found.passes = calls.get(found.model, 0)
-        self._called, self._depth = [], 0
+        self._called = []
         return found
 
     def chosen(self, index: int | None) -> Trained | None:
@@ -120,6 +128,17 @@ class Finder:
         if torch.compiler.is_compiling():
             return
         self._depth = max(0, self._depth - 1)
+        if self._depth or self.trained or not torch.is_grad_enabled():
+            return
+        first = next((v for v in tree_leaves(output) if isinstance(v, Tensor) and v.requires_grad), None)
+        if first is not None and any(p.requires_grad for p in module.parameters()):
+            first.register_hook(lambda gradient: self._passed(module))  # type: ignore[no-untyped-call]
+
+    def _passed(self, module: nn.Module) -> None:
+        """A gradient has come to the output of an outermost module, while no optimizer has stepped yet."""
+        self._backwards[module] += 1
+        if self._backwards[module] == BACKWARDS and not self.trained:
+            self._by_hand(module)
 
 
 def scaler_of() -> Any:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pybatch.noise.hooks import Hook
 from pybatch.watch.batching import Batching, examples_in, find_batching
+from pybatch.watch.by_hand import ByHand
 from pybatch.watch.finding import Finder, Trained, compiled, kinds_of, scaler_of
 from pybatch.watch.loader import LoaderWatch
 from pybatch.watch.marks import marks_for
@@ -75,13 +76,14 @@ class Observer:
 
     def __init__(self, index: int | None, found: Callable[[Subject], None], stepped: Callable[[], None]) -> None:
         self._index, self._found, self._stepped = index, found, stepped
-        self._finder = Finder()
+        self._finder = Finder(self._adopt)
         self._pid = os.getpid()
         self.fault: Exception | None = None  # of pybatch's own, which ended the observation
         self._removals: list[Callable[[], None]] = []
         self._own: list[Callable[[], None]] = []  # hooks on the model
         self._loader: LoaderWatch | None = None
         self.subject: Subject | None = None
+        self.hand: ByHand | None = None  # in place of the optimizer that a script has not
         self.steps: Steps | None = None
         self.noise: NoiseWatch | None = None
         self.kept: Pass | None = None  # the newest whole pass of the usual size
@@ -161,6 +163,13 @@ class Observer:
         if self._done:
             self._done = False
             self._stepped()
+
+    @harmless
+    def _adopt(self, model: nn.Module) -> None:
+        """Backward passes without an optimizer's step: the script updates its parameters itself."""
+        if self.hand is None:
+            self.hand = ByHand(model)
+            self._removals.append(self.hand.remove)
 
     def _unseen(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this one came late, and is to be told apart from those that came first."""

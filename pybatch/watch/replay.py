@@ -149,9 +149,8 @@ def replay(what: Replay) -> Capacity:
         for n in sizes_around(own, what.world):
             known = [look for look in looks.values() if look.step_s is not None]
             predicted = max((n / look.batch * (look.step_s or 0.0) for look in known[-1:]), default=0.0)
-            if n != own and (predicted > _LONGEST * budget or clock.now() - started > _LOOKS * budget):
-                text = f"a step takes about {predicted:.2g} s: too long for what the time budget of {budget:g} s leaves"
-                looks[n] = Look(n, "skipped", text, late=True)
+            if n != own and (late := _late(predicted, clock.now() - started, budget)) is not None:
+                looks[n] = Look(n, "skipped", late, late=True)
                 continue
             looks[n] = _look(n, step, clock.time, memory, what, own, looks, limit)
             if n == own and looks[n].status != "ok":
@@ -199,6 +198,13 @@ def replay(what: Replay) -> Capacity:
         place=Place("cuda" if device.type == "cuda" else "cpu", what.info.dtype, last_level_cache_bytes(device)),
         anchor=rounds.anchor,
     )
+
+
+def _late(step_s: float, spent: float, budget: float) -> str | None:
+    """Why there is no time for a batch size whose step takes so long; None where there is."""
+    if step_s > _LONGEST * budget:
+        return f"a step would take about {step_s:.2g} s, too long for the time budget of {budget:g} s"
+    return f"the time budget of {budget:g} s ended before it was looked at" if spent > _LOOKS * budget else None
 
 
 def _several(device: Device, world: int) -> Device:

@@ -68,7 +68,7 @@ def info(name: str, subject: Subject, observer: Observer) -> WorkloadInfo:
         model=plain_name(model) if model is not None else None,
         learning_rate=float(rate) if rate is not None and float(rate) > 0 else None,
         reference_batch=_batch(observer),
-        optimizer=type(optimizer).__name__.lower(),
+        optimizer=type(optimizer).__name__.lower() if observer.hand is not optimizer else None,
     )
 
 
@@ -109,7 +109,7 @@ def training(name: str, subject: Subject, observer: Observer, meter: Meter | Non
     return Training(
         name=name,
         model=plain_name(subject.model) if subject.model is not None else "not seen",
-        optimizer=type(subject.optimizer).__name__,
+        optimizer=type(subject.optimizer).__name__ if observer.hand is not subject.optimizer else "by hand",
         wrapped=tuple(found),
         batch=batch,
         micro_batch=steps.micro_batch or None,

@@ -310,6 +310,29 @@ def test_torch_jit():
     assert any("ScriptModule" in note.text for note in run.notes)
 
 
+@pytest.mark.parametrize("clear", ["before", "between", "zeros"])
+def test_updates_by_hand(clear):
+    """As PyTorch's language-model example has them: p.data.add_(p.grad, alpha=-lr)."""
+    model = Net(norm=False)
+
+    def script():
+        for _ in range(60):
+            if clear != "between":
+                model.zero_grad(set_to_none=clear == "before")
+            loss = nn.functional.cross_entropy(model(batch()[0])["logits"], torch.randint(3, (16,)))
+            if clear == "between":
+                model.zero_grad()
+            loss.backward()
+            for p in model.parameters():
+                p.data.add_(p.grad, alpha=-0.01)
+
+    run, said, _ = watched(script)
+    assert said == ["watching Net (387 parameters) with updates of the script's own"]
+    assert (run.training.batch, run.training.accumulation, run.training.optimizer) == (16, 1, "by hand")
+    assert 45 <= run.training.steps <= 60
+    assert any("by hand" in note.text for note in run.capacity.notes)
+
+
 class Graph(nn.Module):
     """Of nodes and edges, whose numbers do not go together."""
 
