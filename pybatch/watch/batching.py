@@ -42,11 +42,10 @@ def find_batching(arguments: Any, seen: Sequence[int] = ()) -> Batching | None:
     if not tensors:
         return None
     first = tensors[0]
-    candidates = [size for size in seen if size in first.shape and first.shape[0] != size]
-    shared = [size for size in first.shape if all(size in t.shape for t in tensors)]
-    if len(tensors) > 1 and shared and first.shape[0] not in shared:
-        candidates.append(shared[0])
-    size = candidates[0] if candidates else first.shape[0]
+    telling = [t for t in tensors[1:] if len(set(t.shape)) > 1]  # masks and positions [length, length] may lack it
+    shared = [size for size in first.shape if telling and all(size in t.shape for t in telling)]
+    candidates = [*(size for size in seen if size in first.shape), *shared]
+    size = first.shape[0] if not candidates or first.shape[0] in candidates else candidates[0]
     place = list(first.shape).index(size)
     return Batching(size, tuple(_dimension(leaf, size, place) for leaf in leaves))
 
