@@ -37,7 +37,8 @@ def passes(size: int) -> tuple[Callable[[], object], Callable[[], object]]:
     entry = ops.Entry(param.detach(), (torch.zeros(size), torch.zeros(size)), "AdamW", 0, 0.0)
     backend = ops.CppBackend()
     tensors = ops.TensorList([entry], 1, ops.Ledger(torch.device("cpu")), backend.chunk)
-    tensors.set_hyper([(1e-3, 0.0, 0.9, 0.999, 1e-8, 1e-2)])
+    hyper = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}
+    tensors.set_hyper([ops.RULES["AdamW"].row(1e-3, hyper)])
     tensors.set("grad", [own.data_ptr()])
     call = ops.Call()
     call.inverse = 1.0

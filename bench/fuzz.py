@@ -27,6 +27,8 @@ def kinds(folder):
         "records": hostile.records,
         "trajectories": hostile.trajectories,
         "stores": lambda rng, folder: hostile.stores(rng, folder, store),
+        "resumed stores": lambda rng, folder: hostile.resumed(rng, folder, store),
+        "logs": hostile.logs,
         "command lines": hostile.commands,
         "optimizer sequences": hostile_updates.sequences,
     }

@@ -2,6 +2,7 @@
 // that stays in the first-level cache. So rules are compiled once, not once per storage.
 #pragma once
 
+#include "rules.h"
 #include "storage.h"
 
 #ifdef __F16C__

@@ -1,6 +1,8 @@
 #include "constants.h"
 
 #include <initializer_list>
+#include <sstream>
+#include <string>
 #include <utility>
 
 #include "number.h"
@@ -29,26 +31,47 @@ const char* name_of(PB_ISA::Norms norms) {
     }
 }
 
+// The columns of a struct of PB_HYPER, from its text.
+template <class Hyper>
+py::dict columns_of() {
+    py::dict result;
+    std::istringstream names{Hyper::names};
+    std::string name;
+    for (int column = PB_ISA::kHyperOwn; std::getline(names >> std::ws, name, ','); ++column)
+        result[name.c_str()] = column;
+    return result;
+}
+
+template <class Rule>
+py::object scalar_of() {
+    if constexpr (PB_ISA::KeepsScalar<Rule>::value)
+        return py::float_(Rule::scalar);
+    else
+        return py::none();
+}
+
 }  // namespace
 
 void export_constants(py::module_& m) {
     py::dict rules;
-#define PB_NUMBER(NUMBER, RULE) \
-    rules[#RULE] = py::make_tuple(NUMBER, PB_ISA::RULE::states, name_of(PB_ISA::RULE::norms));
+#define PB_NUMBER(NUMBER, RULE)                                                               \
+    rules[#RULE] = py::make_tuple(NUMBER, PB_ISA::RULE::states, name_of(PB_ISA::RULE::norms), \
+                                  columns_of<PB_ISA::RULE::Hyper>(), scalar_of<PB_ISA::RULE>());
     PB_FOR_EACH_RULE(PB_NUMBER)
 #undef PB_NUMBER
     m.attr("rules") = rules;
+    m.attr("hyper") = named({{"lr", PB_ISA::kLearningRate}, {"maximize", PB_ISA::kMaximize}});
     m.attr("columns") = named({{"param", kParam},
                                {"grad", kGrad},
                                {"sum", kSum},
-                               {"state0", kState0},
                                {"master", kMaster},
                                {"numel", kNumel},
                                {"code", kCode},
                                {"grad_type", kGradType},
                                {"group", kGroup},
                                {"fresh", kFresh},
-                               {"salt", kSalt}});
+                               {"salt", kSalt},
+                               {"state", kState}});
     m.attr("ledger") = named({{"sum_sq", kSumSq},
                               {"bad", kBad},
                               {"micro_sq", kMicroSq},
@@ -80,15 +103,14 @@ void export_constants(py::module_& m) {
                                 {"float16_stochastic", kFloat16Stochastic}
 #endif
     });
-    m.attr("column_count") = int(kColumns);
+    m.attr("column_count") = PB_ISA::kColumns;
     m.attr("ledger_size") = int(kLedgerSize);
     m.attr("ring_rows") = kRingRows;
     m.attr("layer_blocks") = kLayerBlocks;
     m.attr("layer_size") = kLayerSize;
     m.attr("row_norm_count") = int(kRowNorms);
     m.attr("storage_count") = int(kStorages);
-    m.attr("hyper_columns") = int(PB_ISA::kHyperColumns);
-    m.attr("max_states") = PB_ISA::kMaxStates;
+    m.attr("hyper_columns") = PB_ISA::kHyperColumns;
 }
 
 }  // namespace pybatch

@@ -6,11 +6,14 @@
 namespace pybatch {
 
 // Adds the attributes
-//   rules         {name: (number, states, "none" | "gradient" | "direction")}
-//   columns, ledger, layer, row_norms   {name: index}, and column_count, ledger_size, layer_size, row_norm_count
+//   rules         {name: (number, states, "none" | "gradient" | "direction", {hyper-parameter: column}, scalar)};
+//                 scalar: what the rule keeps of each tensor is at first, or None
+//   hyper         {name: column} of the hyper-parameters that all rules share, and hyper_columns
+//   columns, ledger, layer, row_norms   {name: index}, and column_count, ledger_size, layer_size, row_norm_count;
+//                 "state" is the first of the states' columns
 //   storages      {name: number}, and storage_count; without fp16 where the compiler has none
 //   dtypes        {name: number} of gradients
-//   ring_rows, layer_blocks, hyper_columns, max_states
+//   ring_rows, layer_blocks
 void export_constants(pybind11::module_& m);
 
 }  // namespace pybatch

@@ -63,6 +63,7 @@ PYBIND11_MODULE(_C, m) {
     address(table, "chunks", &Table::chunks);
     address(table, "hyper", &Table::hyper);
     address(table, "steps", &Table::steps);
+    address(table, "scalars", &Table::scalars);
     address(table, "starts", &Table::starts);
     address(table, "share", &Table::share);
     address(table, "norms", &Table::norms);

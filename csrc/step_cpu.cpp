@@ -5,6 +5,7 @@
 // depend on the number of threads. A pass is called by every thread of a parallel region and ends with a barrier.
 
 #include <cmath>
+#include <utility>
 
 #include "backend.h"
 #include "chunk.h"
@@ -81,42 +82,46 @@ void norm_pass(const Table& t, const Call& call) {
 
 // The prepare phase, of rules with Norms::direction.
 
-template <class Rule>
+// A loop over elements has one restricted pointer for each of its rule's states, so that it is vectorized. Not "omp
+// simd": GCC then gives s one array per lane and vectorizes nothing.
+
+template <class Rule, class... State>
 void prepare_block(const Rule rule, const float* __restrict p, const float* __restrict g, float factor,
-                   float* __restrict s0, float* __restrict s1, float* __restrict direction, int64_t n) {
-    static_assert(Rule::states == 2, "a rule with another number of states needs its own pointers here");
+                   float* __restrict direction, int64_t n, State* __restrict... state) {
     for (int64_t i = 0; i < n; ++i) {
-        float s[kMaxStates] = {s0[i], s1[i]};
+        float s[kRoom<Rule>] = {state[i]...};
         rule.prepare(g[i] * factor, s);
         direction[i] = rule.direction(p[i], s);
-        s0[i] = s[0];
-        s1[i] = s[1];
+        [[maybe_unused]] const float* from = s;
+        ((state[i] = *from++), ...);
     }
 }
 
-struct Scalars {
-    const double* hyper;
-    double step;   // 1, 2, ...
-    float factor;  // from the stored gradient to what update() sees
+// Calls work(pointers to element `first` of the rule's states).
+template <class Rule, class Work>
+void with_states(const Chunk& chunk, int64_t first, const Work& work) {
+    [&]<int... Number>(std::integer_sequence<int, Number...>) {
+        work(chunk.at<float>(kState + Number, first)...);
+    }(std::make_integer_sequence<int, Rule::states>());
+}
 
-    Scalars(const Table& t, const Chunk& chunk, double scale)
-        : hyper(t.hyper + chunk.row[kGroup] * kHyperColumns), step(double(t.steps[chunk.index]) + 1.0) {
-        factor = float(hyper[kMaximize] != 0.0 ? -scale : scale);
-    }
-};
+// From the stored gradient to what the rule sees.
+float gradient_factor(const Tensor& at, double scale) { return float(at.hyper[kMaximize] != 0.0 ? -scale : scale); }
 
 template <class Rule>
 void prepare_rule(const Table& t, const Call& call, const Chunk& chunk, double scale, double* squares) {
     if constexpr (Rule::norms == Norms::direction) {
-        const Scalars scalars(t, chunk, scale);
-        const Rule rule = Rule::make(scalars.hyper, scalars.step, 0.0, 0.0);
+        const Tensor at = tensor_of(t, chunk.row, chunk.index);
+        const Rule rule = Rule::make(at);
+        const float factor = gradient_factor(at, scale);
         Lanes param, direction;
         Buffers buffers;
         for_blocks(chunk, false, [&](int64_t first, int64_t n) {
             const float* p = load_param(chunk, first, n, buffers.param);
             const float* g = load_gradient(chunk, call.sum, first, n, buffers.grad);
-            prepare_block(rule, p, g, scalars.factor, chunk.at<float>(kState0, first), chunk.at<float>(kState1, first),
-                          buffers.direction, n);
+            with_states<Rule>(chunk, first, [&](auto*... state) {
+                prepare_block(rule, p, g, factor, buffers.direction, n, state...);
+            });
             param.add(p, n);
             direction.add(buffers.direction, n);
         });
@@ -153,39 +158,33 @@ void prepare_pass(const Table& t, const Call& call, const Verdict& verdict) {
 
 // The update phase.
 
-template <class Rule>
-void update_block(const Rule rule, float* __restrict p, const float* __restrict g, float factor, float* __restrict s0,
-                  float* __restrict s1, float* __restrict s2, int64_t n) {
-    // Not "omp simd": GCC then gives s one array per lane and vectorizes nothing. __restrict is enough.
+template <class Rule, class... State>
+void update_block(const Rule rule, float* __restrict p, const float* __restrict g, float factor, int64_t n,
+                  State* __restrict... state) {
     for (int64_t i = 0; i < n; ++i) {
-        float s[kMaxStates];
-        if constexpr (Rule::states > 0) s[0] = s0[i];
-        if constexpr (Rule::states > 1) s[1] = s1[i];
-        if constexpr (Rule::states > 2) s[2] = s2[i];
+        float s[kRoom<Rule>] = {state[i]...};
         float value = p[i];
         float grad = 0.0f;
         if constexpr (Rule::norms != Norms::direction) grad = g[i] * factor;
         rule.update(value, grad, s);
         p[i] = value;
         if constexpr (Rule::norms != Norms::direction) {  // else prepare() wrote them
-            if constexpr (Rule::states > 0) s0[i] = s[0];
-            if constexpr (Rule::states > 1) s1[i] = s[1];
-            if constexpr (Rule::states > 2) s2[i] = s[2];
+            [[maybe_unused]] const float* from = s;
+            ((state[i] = *from++), ...);
         }
     }
 }
 
 template <class Rule>
 void update_rule(const Table& t, const Call& call, const Chunk& chunk, double scale, double* squares) {
-    const Scalars scalars(t, chunk, scale);
+    Tensor at = tensor_of(t, chunk.row, chunk.index);
     const double* norms = t.norms + chunk.index * kRowNorms;
-    const double unit = Rule::norms == Norms::gradient ? scale * scale : 1.0;
-    const Rule rule = Rule::make(scalars.hyper, scalars.step, norms[kParamSq], unit * norms[kDirectionSq]);
+    at.param_sq = norms[kParamSq];
+    at.other_sq = (Rule::norms == Norms::gradient ? scale * scale : 1.0) * norms[kDirectionSq];
+    const Rule rule = Rule::make(at);
+    const float factor = gradient_factor(at, scale);
     const uint32_t key =
-        is_stochastic(chunk.storage()) ? random_key(call.seed, chunk.row[kSalt], scalars.step, chunk.begin) : 0u;
-    const auto state = [&](int number, int64_t first) {
-        return number < Rule::states ? chunk.at<float>(kState0 + number, first) : nullptr;
-    };
+        is_stochastic(chunk.storage()) ? random_key(call.seed, chunk.row[kSalt], at.step, chunk.begin) : 0u;
     Lanes param;
     Buffers buffers;
     const bool in_place =
@@ -194,7 +193,7 @@ void update_rule(const Table& t, const Call& call, const Chunk& chunk, double sc
         float* p = load_param(chunk, first, n, buffers.param);
         const float* g = nullptr;
         if constexpr (Rule::norms != Norms::direction) g = load_gradient(chunk, call.sum, first, n, buffers.grad);
-        update_block(rule, p, g, scalars.factor, state(0, first), state(1, first), state(2, first), n);
+        with_states<Rule>(chunk, first, [&](auto*... state) { update_block(rule, p, g, factor, n, state...); });
         store_param(chunk, first, n, p, key);
         if constexpr (Rule::norms == Norms::gradient) param.add(load_param(chunk, first, n, buffers.param), n);
     });
@@ -229,7 +228,7 @@ void finish(const Table& t, const Call& call, const Verdict& verdict) {
         const int64_t* columns = t.rows + row * kColumns;
         const bool taken = has_gradient(columns, call);
         if (taken && !verdict.skip) {
-            t.steps[row] += 1.0f;
+            advance(t, columns, row);
             if (call.row_norms && carries(columns)) t.carried[row] = row_sum(t, row, 0);
         }
         if (t.layers && !call.follow) settle_layer(t.layers + row * kLayerSize, taken, place, call, verdict);

@@ -5,24 +5,49 @@
 namespace pybatch::PB_ISA {
 namespace {
 
+constexpr int kStages = 4;  // packs whose loads are all under way before the first is stored: a store holds back loads
+
 template <class G>
-__device__ void add(const G* g, float* sum, float weight, bool fresh, int size, Squares& small, Squares& large) {
-    const bool grad_vectors = aligned(g);
-    for_each(size, aligned(sum), [&](auto width, int i) {
-        constexpr int N = decltype(width)::value;
-        const Pack<G, N> gradient = fetch<N>(g + i, grad_vectors);
-        Pack<float, N> total{};
-        if (!fresh) total = fetch<N>(sum + i, true);
+struct Adding {
+    const G* gradient;
+    float* sum;
+    float weight;
+    bool fresh, vectors;
+    Squares small, large;
+
+    // Packs of N elements at i, i + stride, ...: all loads, then the arithmetic and stores of each.
+    template <int N, int stages>
+    __device__ void packs(int i, int stride) {
+        Pack<G, N> gradients[stages];
+        Pack<float, N> totals[stages] = {};
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-            const float x = load(gradient.item[j]);
-            total.item[j] = fresh ? weight * x : fmaf(weight, x, total.item[j]);
-            small.add(x);
-            large.add(total.item[j]);
+        for (int k = 0; k < stages; ++k) {
+            gradients[k] = fetch<N>(gradient + i + k * stride, vectors);
+            if (!fresh) totals[k] = fetch<N>(sum + i + k * stride, true);
         }
-        write(sum + i, total);
-    });
-}
+#pragma unroll
+        for (int k = 0; k < stages; ++k) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                const float x = load(gradients[k].item[j]);
+                float& total = totals[k].item[j];
+                total = fresh ? weight * x : fmaf(weight, x, total);
+                small.add(x);
+                large.add(total);
+            }
+            write(sum + i + k * stride, totals[k]);
+        }
+    }
+
+    __device__ void all(int size) {
+        constexpr int stride = kWidth * kThreads;
+        const int whole = aligned(sum) ? size - size % kWidth : 0;
+        int i = kWidth * threadIdx.x;
+        for (; i + (kStages - 1) * stride < whole; i += kStages * stride) packs<kWidth, kStages>(i, stride);
+        for (; i < whole; i += stride) packs<kWidth, 1>(i, stride);
+        for (i = whole + threadIdx.x; i < size; i += kThreads) packs<1, 1>(i, kThreads);
+    }
+};
 
 __global__ void __launch_bounds__(kThreads, kResident) accumulate_kernel(const Table t, const Call call) {
     if (int64_t(blockIdx.x) < t.chunk_count) {
@@ -37,8 +62,12 @@ __global__ void __launch_bounds__(kThreads, kResident) accumulate_kernel(const T
                 small = large = squares<float>(sum, chunk.size);
             } else {
                 with_type(chunk.row[kGradType], [&](auto type) {
-                    add(chunk.at<const decltype(type)>(kGrad), sum, weight, chunk.row[kFresh] != 0, chunk.size, small,
-                        large);
+                    const auto* gradient = chunk.at<const decltype(type)>(kGrad);
+                    Adding<decltype(type)> adding{gradient,          sum, weight, chunk.row[kFresh] != 0,
+                                                  aligned(gradient), {},  {}};
+                    adding.all(chunk.size);
+                    small = adding.small;
+                    large = adding.large;
                 });
             }
         }
@@ -49,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kResident) accumulate_kernel(const T
     if (threadIdx.x == 0) {
         t.ledger[kSumSq] = total.second;
         t.ledger[kMicroSq] += call.examples * total.first;
-        if (isnan(total.first) || isnan(total.second)) t.ledger[kBad] = 1.0;
+        if (!isfinite(total.first) || !isfinite(total.second)) t.ledger[kBad] = 1.0;
     }
     for_each_row(t, [&](int64_t row, const Pair& sums) {
         const double large = t.share[row] * sums.second;

@@ -7,21 +7,22 @@
 namespace pybatch::PB_ISA {
 
 struct AdamHyper {
-    static constexpr int beta1 = kHyperOwn, beta2 = kHyperOwn + 1, eps = kHyperOwn + 2, weight_decay = kHyperOwn + 3;
+    PB_HYPER(beta1, beta2, eps, weight_decay);
 };
 
 struct AdamMoments {
     float rate1, beta2, rate2, size, correction2, eps;
 
-    // lr: what move() is scaled by.
-    PB_HD static AdamMoments make(const double* hyper, double step, double lr) {
-        const double beta1 = hyper[AdamHyper::beta1], beta2 = hyper[AdamHyper::beta2];
+    // Hyper: has beta1, beta2 and eps; lr: what move() is scaled by.
+    template <class Hyper>
+    PB_HD static AdamMoments make(const Tensor& at, double lr) {
+        const double beta1 = at.hyper[Hyper::beta1], beta2 = at.hyper[Hyper::beta2];
         return {float(1.0 - beta1),
                 float(beta2),
                 float(1.0 - beta2),
-                float(lr / (1.0 - pow(beta1, step))),
-                float(1.0 / sqrt(1.0 - pow(beta2, step))),
-                float(hyper[AdamHyper::eps])};
+                float(lr / (1.0 - power(beta1, at.step))),
+                float(1.0 / sqrt(1.0 - power(beta2, at.step))),
+                float(at.hyper[Hyper::eps])};
     }
 
     PB_HD void take(float g, float* s) const {
@@ -34,17 +35,18 @@ struct AdamMoments {
         s[2] = s[2] > s[1] ? s[2] : s[1];
     }
 
-    PB_HD float move(float m, float v) const { return size * m / (sqrtf(v) * correction2 + eps); }
+    PB_HD float move(float m, float v) const { return quotient(size * m, root(v) * correction2 + eps); }
 };
 
 struct Adam {
+    using Hyper = AdamHyper;
     static constexpr int states = 2;  // exp_avg, exp_avg_sq
     static constexpr Norms norms = Norms::none;
     AdamMoments moments;
     float decay;
 
-    PB_HD static Adam make(const double* hyper, double step, double, double) {
-        return {AdamMoments::make(hyper, step, hyper[kLearningRate]), float(hyper[AdamHyper::weight_decay])};
+    PB_HD static Adam make(const Tensor& at) {
+        return {AdamMoments::make<Hyper>(at, at.hyper[kLearningRate]), float(at.hyper[Hyper::weight_decay])};
     }
 
     PB_HD void update(float& p, float g, float* s) const {
@@ -54,13 +56,12 @@ struct Adam {
 };
 
 struct AdamAmsgrad {
+    using Hyper = AdamHyper;
     static constexpr int states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
     static constexpr Norms norms = Norms::none;
     Adam base;
 
-    PB_HD static AdamAmsgrad make(const double* hyper, double step, double, double) {
-        return {Adam::make(hyper, step, 0.0, 0.0)};
-    }
+    PB_HD static AdamAmsgrad make(const Tensor& at) { return {Adam::make(at)}; }
 
     PB_HD void update(float& p, float g, float* s) const {
         base.moments.take_with_peak(plus(g, base.decay, p), s);

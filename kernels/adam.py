@@ -3,13 +3,14 @@
 import triton
 import triton.language as tl
 from pybatch.kernels.rule import UpdateRule, plus
-from pybatch.kernels.table import HYPER_OWN, power
+from pybatch.kernels.table import LR, hyper_columns, power
+
+BETA1, BETA2, EPS, WEIGHT_DECAY = hyper_columns("Adam", "beta1", "beta2", "eps", "weight_decay")
 
 
 @triton.jit
-def make_moments(hyper, step, lr):
+def make_moments(beta1, beta2, eps, step, lr):
     """The scalars of the moments; lr: what `move` is scaled by."""
-    beta1, beta2, eps = tl.load(hyper + HYPER_OWN), tl.load(hyper + HYPER_OWN + 1), tl.load(hyper + HYPER_OWN + 2)
     return (
         (1.0 - beta1).to(tl.float32),
         beta2.to(tl.float32),
@@ -21,10 +22,10 @@ def make_moments(hyper, step, lr):
 
 
 @triton.jit
-def take(moments, g, s0, s1):
+def take(moments, g, first, second):
     """Both moments with another gradient."""
     rate1, beta2, rate2, _size, _correction2, _eps = moments
-    return s0 + rate1 * (g - s0), beta2 * s1 + rate2 * (g * g)
+    return first + rate1 * (g - first), beta2 * second + rate2 * (g * g)
 
 
 @triton.jit
@@ -35,27 +36,29 @@ def move(moments, first, second):
 
 
 @triton.jit
-def make(hyper, step, param_sq, direction_sq):
+def make(hyper, step, scalar, param_sq, other_sq):
     """(moments, decay)."""
-    return make_moments(hyper, step, tl.load(hyper)), tl.load(hyper + HYPER_OWN + 3).to(tl.float32)
+    beta1, beta2, eps = tl.load(hyper + BETA1), tl.load(hyper + BETA2), tl.load(hyper + EPS)
+    moments = make_moments(beta1, beta2, eps, step, tl.load(hyper + LR))
+    return moments, tl.load(hyper + WEIGHT_DECAY).to(tl.float32)
 
 
 @triton.jit
-def update(scalars, p, g, s0, s1, s2):
+def update(scalars, p, g, s):
     """One block of elements."""
     moments, decay = scalars
-    s0, s1 = take(moments, plus(g, decay, p), s0, s1)
-    return p - move(moments, s0, s1), s0, s1, s2
+    first, second = take(moments, plus(g, decay, p), s[0], s[1])
+    return p - move(moments, first, second), (first, second)
 
 
 @triton.jit
-def update_amsgrad(scalars, p, g, s0, s1, s2):
+def update_amsgrad(scalars, p, g, s):
     """One block of elements, with the largest second moment so far."""
     moments, decay = scalars
-    s0, s1 = take(moments, plus(g, decay, p), s0, s1)
-    s2 = tl.where(s2 > s1, s2, s1)
-    return p - move(moments, s0, s2), s0, s1, s2
+    first, second = take(moments, plus(g, decay, p), s[0], s[1])
+    peak = tl.where(s[2] > second, s[2], second)
+    return p - move(moments, first, peak), (first, second, peak)
 
 
-ADAM = UpdateRule(2, make, update)
-ADAM_AMSGRAD = UpdateRule(3, make, update_amsgrad)
+ADAM = UpdateRule("Adam", make, update)
+ADAM_AMSGRAD = UpdateRule("AdamAmsgrad", make, update_amsgrad)

@@ -1,5 +1,5 @@
 // Adam with decoupled weight decay: Loshchilov & Hutter 2019, algorithm 2, in torch.optim.AdamW's form (decay scaled by
-// the learning rate). Hyper-parameters as in AdamHyper.
+// the learning rate).
 #pragma once
 
 #include "adam.h"
@@ -7,14 +7,15 @@
 namespace pybatch::PB_ISA {
 
 struct AdamW {
+    using Hyper = AdamHyper;
     static constexpr int states = 2;  // exp_avg, exp_avg_sq
     static constexpr Norms norms = Norms::none;
     AdamMoments moments;
     float shrink;
 
-    PB_HD static AdamW make(const double* hyper, double step, double, double) {
-        const double lr = hyper[kLearningRate];
-        return {AdamMoments::make(hyper, step, lr), float(1.0 - lr * hyper[AdamHyper::weight_decay])};
+    PB_HD static AdamW make(const Tensor& at) {
+        const double lr = at.hyper[kLearningRate];
+        return {AdamMoments::make<Hyper>(at, lr), float(1.0 - lr * at.hyper[Hyper::weight_decay])};
     }
 
     PB_HD void update(float& p, float g, float* s) const {
@@ -24,13 +25,12 @@ struct AdamW {
 };
 
 struct AdamWAmsgrad {
+    using Hyper = AdamHyper;
     static constexpr int states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
     static constexpr Norms norms = Norms::none;
     AdamW base;
 
-    PB_HD static AdamWAmsgrad make(const double* hyper, double step, double, double) {
-        return {AdamW::make(hyper, step, 0.0, 0.0)};
-    }
+    PB_HD static AdamWAmsgrad make(const Tensor& at) { return {AdamW::make(at)}; }
 
     PB_HD void update(float& p, float g, float* s) const {
         base.moments.take_with_peak(g, s);

@@ -1,4 +1,4 @@
-// What the CUDA passes share: finding a block's chunk, vector access, squares that remember a non-finite element.
+// What the CUDA passes share: finding a block's chunk, vector access, sums of squares.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,8 @@
 
 namespace pybatch::PB_ISA {
 
-constexpr int kWidth = 4;  // elements per vector access: 16 bytes of fp32
+constexpr int kVector = 16;          // bytes of the widest access
+constexpr int kWidth = kVector / 4;  // elements per access where fp32 is among them
 
 struct Chunk {
     const int64_t* row;
@@ -44,9 +45,9 @@ struct alignas(sizeof(T) * N) Pack {
     T item[N];
 };
 
-template <class T>
+template <int N = kWidth, class T>
 __device__ inline bool aligned(const T* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % (kWidth * sizeof(T)) == 0;
+    return reinterpret_cast<uintptr_t>(pointer) % (N * sizeof(T)) == 0;
 }
 
 template <int N, class T>
@@ -68,30 +69,38 @@ __device__ inline void write(T* to, const Pack<T, N>& pack) {
 template <int N>
 using Width = std::integral_constant<int, N>;
 
-// Calls work(width, i) for elements i to i + width: whole vectors first where `vectors`, then one by one.
-template <class Work>
+// Calls work(width, i) for elements i to i + width: whole vectors of N first where `vectors`, then one by one.
+template <int N = kWidth, class Work>
 __device__ inline void for_each(int size, bool vectors, const Work& work) {
-    const int whole = vectors ? size - size % kWidth : 0;
-    for (int i = kWidth * threadIdx.x; i < whole; i += kWidth * kThreads) work(Width<kWidth>(), i);
+    const int whole = vectors ? size - size % N : 0;
+    for (int i = N * threadIdx.x; i < whole; i += N * kThreads) work(Width<N>(), i);
     for (int i = whole + threadIdx.x; i < size; i += kThreads) work(Width<1>(), i);
 }
 
-// Sum of squares in fp32. A finite sum may overflow, so the verdict comes from x * 0, which is NaN only for NaN and
-// inf.
+// Sum of squares in fp32, of any fp32 elements: squares of large and of small ones leave its range, so that they are
+// summed scaled as well (Blue 1978). Squares of the largest scaled by 2^-80 are below 2^96: that sum is infinite or NaN
+// where an element is, and nowhere else.
 struct Squares {
-    float sum = 0.0f, bad = 0.0f;
+    float middle = 0.0f, large = 0.0f, small = 0.0f;
 
     __device__ void add(float x) {
-        sum = fmaf(x, x, sum);
-        bad = fmaf(x, 0.0f, bad);
+        const float down = x * 0x1p-80f, up = x * 0x1p100f;
+        middle = fmaf(x, x, middle);
+        large = fmaf(down, down, large);
+        small = fmaf(up, up, small);
     }
-    __device__ double value() const { return double(sum) + double(bad); }  // NaN where an element was not finite
+    __device__ double value() const {
+        if (!isfinite(large)) return double(large);
+        if (!(middle < 0x1p120f)) return double(large) * 0x1p160;
+        return middle < 0x1p-90f ? double(small) * 0x1p-200 : double(middle);
+    }
 };
 
 template <class T>
 __device__ inline Squares squares(const T* data, int size) {
+    constexpr int N = kVector / sizeof(T);
     Squares total;
-    for_each(size, aligned(data), [&](auto width, int i) {
+    for_each<N>(size, aligned<N>(data), [&](auto width, int i) {
         const auto pack = fetch<decltype(width)::value>(data + i, true);
         for (const T& item : pack.item) total.add(load(item));
     });

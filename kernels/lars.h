@@ -7,22 +7,23 @@
 namespace pybatch::PB_ISA {
 
 struct LarsHyper {
-    static constexpr int momentum = kHyperOwn, weight_decay = kHyperOwn + 1, trust = kHyperOwn + 2, eps = kHyperOwn + 3,
-                         nesterov = kHyperOwn + 4;
+    PB_HYPER(momentum, weight_decay, trust_coefficient, eps, nesterov);
 };
 
 struct Lars {
+    using Hyper = LarsHyper;
     static constexpr int states = 1;  // momentum_buffer
     static constexpr Norms norms = Norms::gradient;
     float lr, local, decay, momentum, ahead_g, ahead_b;
 
-    PB_HD static Lars make(const double* hyper, double, double param_sq, double grad_sq) {
-        const double p = sqrt(param_sq), g = sqrt(grad_sq), decay = hyper[LarsHyper::weight_decay];
-        const double momentum = hyper[LarsHyper::momentum];
-        const bool nesterov = hyper[LarsHyper::nesterov] != 0.0;
+    PB_HD static Lars make(const Tensor& at) {
+        const double p = sqrt(at.param_sq), g = sqrt(at.other_sq), decay = at.hyper[Hyper::weight_decay];
+        const double momentum = at.hyper[Hyper::momentum];
+        const bool nesterov = at.hyper[Hyper::nesterov] != 0.0;
         const double both = decay != 0.0 ? g + decay * p : g;  // 0 times infinity would be NaN
-        const double local = p == 0.0 || g == 0.0 ? 1.0 : hyper[LarsHyper::trust] * p / (both + hyper[LarsHyper::eps]);
-        return {float(hyper[kLearningRate]),      float(local), float(decay), float(momentum), nesterov ? 1.0f : 0.0f,
+        const double local =
+            p == 0.0 || g == 0.0 ? 1.0 : at.hyper[Hyper::trust_coefficient] * p / (both + at.hyper[Hyper::eps]);
+        return {float(at.hyper[kLearningRate]),   float(local), float(decay), float(momentum), nesterov ? 1.0f : 0.0f,
                 nesterov ? float(momentum) : 1.0f};
     }
 

@@ -3,12 +3,15 @@ add up what the chunks of a pass have left."""
 
 import triton
 import triton.language as tl
+from pybatch.kernels.rules import NEXT, NUMBER
 from pybatch.kernels.table import (
     BAD,
     CLIP,
     CODE,
     COLUMNS,
     DIRECTION_SQ,
+    GROUP,
+    HYPER_COLUMNS,
     LARGE_SUM,
     LAYER_BLOCKS,
     LAYER_MICRO_SQ,
@@ -165,7 +168,9 @@ def add_pair(slot, micro_sq, sum_sq, inverse, examples, micro_batches, unscaled)
 def settle_rows_kernel(
     rows,
     starts,
+    hyper,
     steps,
+    scalars,
     carried,
     layers,
     partials,
@@ -178,6 +183,7 @@ def settle_rows_kernel(
     found_inf: tl.int64,
     source: tl.constexpr,
     carriers: tl.constexpr,
+    keepers: tl.constexpr,
     taken: tl.constexpr,
     clip: tl.constexpr,
     follow: tl.constexpr,
@@ -185,7 +191,7 @@ def settle_rows_kernel(
     layered: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One program a tensor, after its last element was written: step count, norm to carry, its own noise ring."""
+    """One program a tensor, after its last element was written: step count, what is kept of it, its noise ring."""
     row = tl.program_id(0).to(tl.int64)
     columns = rows + row * COLUMNS
     skip, _norm, _clip, unscaled = judge(ledger, inverse, max_norm, grad_scale, found_inf, taken, clip, follow)
@@ -193,6 +199,13 @@ def settle_rows_kernel(
     step = tl.load(steps + row)
     if moved:
         tl.store(steps + row, step + 1.0)
+        for i in tl.static_range(len(keepers)):
+            if tl.load(columns + CODE) // STORAGES == keepers[i][NUMBER]:
+                held = tl.load(scalars + row).to(tl.float64)
+                tl.debug_barrier()  # every warp has read it before one thread writes it back
+                group = hyper + tl.load(columns + GROUP) * HYPER_COLUMNS
+                kept = keepers[i][NEXT](group, step.to(tl.float64) + 1.0, held)
+                tl.store(scalars + row, kept.to(tl.float32))
         if contains(carriers, tl.load(columns + CODE) // STORAGES):
             first, _second = row_sums(partials, starts, row, block)
             tl.store(carried + row, first)

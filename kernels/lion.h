@@ -6,18 +6,19 @@
 namespace pybatch::PB_ISA {
 
 struct LionHyper {
-    static constexpr int beta1 = kHyperOwn, beta2 = kHyperOwn + 1, weight_decay = kHyperOwn + 2;
+    PB_HYPER(beta1, beta2, weight_decay);
 };
 
 struct Lion {
+    using Hyper = LionHyper;
     static constexpr int states = 1;  // exp_avg
     static constexpr Norms norms = Norms::none;
     float lr, shrink, rate1, rate2;
 
-    PB_HD static Lion make(const double* hyper, double, double, double) {
-        const double lr = hyper[kLearningRate];
-        return {float(lr), float(1.0 - lr * hyper[LionHyper::weight_decay]), float(1.0 - hyper[LionHyper::beta1]),
-                float(1.0 - hyper[LionHyper::beta2])};
+    PB_HD static Lion make(const Tensor& at) {
+        const double lr = at.hyper[kLearningRate];
+        return {float(lr), float(1.0 - lr * at.hyper[Hyper::weight_decay]), float(1.0 - at.hyper[Hyper::beta1]),
+                float(1.0 - at.hyper[Hyper::beta2])};
     }
 
     PB_HD void update(float& p, float g, float* s) const {

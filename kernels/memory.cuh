@@ -144,7 +144,10 @@ struct Stored {
 // the parameter are taken in the same order by every pass.
 __device__ inline bool vectors(const Chunk& chunk) {
     const int64_t* row = chunk.row;
-    const int64_t storage = chunk.storage(), states = row[kState0] | row[kState1] | row[kState2];
+    const int64_t storage = chunk.storage();
+    int64_t states = 0;
+#pragma unroll
+    for (int k = 0; k < kMaxStates; ++k) states |= row[kState + k];
     const int64_t wide = states | (storage == kFloat32 ? row[kParam] : has_master(storage) ? row[kMaster] : 0);
     const int64_t half = storage == kFloat32 ? 0 : row[kParam] | (storage == kBFloat16Remainder ? row[kMaster] : 0);
     return wide % (kWidth * 4) == 0 && half % (kWidth * 2) == 0;

@@ -6,20 +6,23 @@
 
 namespace pybatch::PB_ISA {
 
-struct MuonHyper {
-    static constexpr int momentum = kHyperOwn, nesterov = kHyperOwn + 1;        // MuonMomentum
-    static constexpr int weight_decay = kHyperOwn, adjustment = kHyperOwn + 1;  // MuonMove; of the rate, by the shape
+struct MuonMomentumHyper {
+    PB_HYPER(momentum, nesterov);
+};
+struct MuonMoveHyper {
+    PB_HYPER(weight_decay, adjustment);  // the last: of the rate, by the shape
 };
 
 // The "parameter" is a staging tensor: its old value is not used.
 struct MuonMomentum {
+    using Hyper = MuonMomentumHyper;
     static constexpr int states = 1;  // momentum_buffer
     static constexpr Norms norms = Norms::none;
     float rate, ahead_g, ahead_b;
 
-    PB_HD static MuonMomentum make(const double* hyper, double, double, double) {
-        const double momentum = hyper[MuonHyper::momentum];
-        const bool nesterov = hyper[MuonHyper::nesterov] != 0.0;
+    PB_HD static MuonMomentum make(const Tensor& at) {
+        const double momentum = at.hyper[Hyper::momentum];
+        const bool nesterov = at.hyper[Hyper::nesterov] != 0.0;
         return {float(1.0 - momentum), nesterov ? float(1.0 - momentum) : 0.0f, nesterov ? float(momentum) : 1.0f};
     }
 
@@ -30,13 +33,14 @@ struct MuonMomentum {
 };
 
 struct MuonMove {
+    using Hyper = MuonMoveHyper;
     static constexpr int states = 0;
     static constexpr Norms norms = Norms::none;
     float lr, shrink;
 
-    PB_HD static MuonMove make(const double* hyper, double, double, double) {
-        const double lr = hyper[kLearningRate];
-        return {float(lr * hyper[MuonHyper::adjustment]), float(1.0 - lr * hyper[MuonHyper::weight_decay])};
+    PB_HD static MuonMove make(const Tensor& at) {
+        const double lr = at.hyper[kLearningRate];
+        return {float(lr * at.hyper[Hyper::adjustment]), float(1.0 - lr * at.hyper[Hyper::weight_decay])};
     }
 
     PB_HD void update(float& p, float g, float*) const { p = shrink * p - lr * g; }

@@ -50,18 +50,17 @@ __device__ inline Pair block_sum(Pair sum) {
     return total;
 }
 
-// True in every thread of the block that comes here last, after all writes of the others are visible; resets the
-// ticket.
+// True in every thread of the block that comes here last, after all writes of the others are visible. Fences are
+// cumulative: one thread's between two barriers serves its block. The ticket wraps to 0 for the next launch.
 __device__ inline bool is_last_block(unsigned* ticket) {
     __shared__ bool last;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        last = atomicAdd(ticket, 1u) == gridDim.x - 1;
-        if (last) *ticket = 0;
+        __threadfence();
+        last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+        __threadfence();
     }
     __syncthreads();
-    if (last) __threadfence();
     return last;
 }
 

@@ -1,13 +1,15 @@
 """Triton twin of rule.h: the contract of an update rule.
 
-make(hyper, step, param_sq, direction_sq) -> scalars      of one tensor, in float64, from its group's row of
-                                                          hyper-parameters, its step and its squared norms
-update(scalars, p, g, s0, s1, s2) -> p, s0, s1, s2        a block of elements; states past the rule's count pass through
-prepare(scalars, g, s0, s1, s2) -> s0, s1, s2             norms "direction" only
-direction(scalars, p, s0, s1, s2) -> block                norms "direction" only
+make(hyper, step, scalar, param_sq, other_sq) -> scalars  of one tensor, in float64, from its group's row of
+                                                          hyper-parameters, its step, what is kept of it from step to
+                                                          step, and its squared norms
+update(scalars, p, g, s) -> p, s                          a block of elements; s: a tuple of the rule's states
+prepare(scalars, g, s) -> s                               norms "direction" only
+direction(scalars, p, s) -> block                         norms "direction" only
+next_scalar(hyper, step, scalar) -> scalar                rules that keep one: its value after this step
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -20,11 +22,11 @@ def plus(base, coefficient, x):
 
 
 class UpdateRule(NamedTuple):
-    """A rule's functions, each @triton.jit."""
+    """A rule's functions, each @triton.jit, under its name in rules.h."""
 
-    states: int
+    name: str
     make: Any
     update: Any
-    norms: Literal["none", "gradient", "direction"] = "none"
     prepare: Any = None
     direction: Any = None
+    next_scalar: Any = None

@@ -1,36 +1,50 @@
-"""The list of update rules: Triton's side of rules.h, with the same numbers."""
+"""The list of update rules: Triton's side of rules.h."""
 
 from collections.abc import Iterable
 from functools import cache
 from hashlib import sha256
 from typing import Any
 
-from pybatch.kernels import adam, adamw, lamb, lars, lion, muon, sgd
+import triton.language as tl
+from pybatch.kernels import adam, adamw, adan, lamb, lars, lion, muon, nadam, sgd
 from pybatch.kernels.rule import UpdateRule
 
-RULES: dict[int, UpdateRule] = {
-    0: sgd.SGD,
-    1: sgd.SGD_MOMENTUM,
-    2: adamw.ADAMW,
-    3: adamw.ADAMW_AMSGRAD,
-    4: adam.ADAM,
-    5: adam.ADAM_AMSGRAD,
-    6: lion.LION,
-    7: lars.LARS,
-    8: lamb.LAMB,
-    9: muon.MUON_MOMENTUM,
-    10: muon.MUON_MOVE,
-}
+from pybatch.ops.compiled import RULES as COMPILED
+
+TWINS: tuple[UpdateRule, ...] = (
+    sgd.SGD,
+    sgd.SGD_MOMENTUM,
+    adamw.ADAMW,
+    adamw.ADAMW_AMSGRAD,
+    adam.ADAM,
+    adam.ADAM_AMSGRAD,
+    lion.LION,
+    lars.LARS,
+    lamb.LAMB,
+    muon.MUON_MOMENTUM,
+    muon.MUON_MOVE,
+    nadam.NADAM,
+    adan.ADAN,
+)
+RULES: dict[int, UpdateRule] = {COMPILED[rule.name].number: rule for rule in TWINS}
+
+# Places in what `selection` gives of a rule.
+NUMBER, STATES, PREPARED, CARRIED, MAKE, UPDATE, PREPARE, DIRECTION, NEXT = (tl.constexpr(i) for i in range(9))
 
 
 def with_norms(norms: str, numbers: Iterable[int]) -> tuple[int, ...]:
     """Those of the rules that need these norms."""
-    return tuple(number for number in numbers if RULES[number].norms == norms)
+    return tuple(number for number in numbers if COMPILED[RULES[number].name].norms == norms)
+
+
+def with_scalar(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Those of the rules that keep a scalar of each tensor."""
+    return tuple(number for number in numbers if COMPILED[RULES[number].name].scalar is not None)
 
 
 def selection(numbers: Iterable[int]) -> tuple[tuple[Any, ...], ...]:
-    """What a kernel takes as a constant, so that it is compiled for a list's own rules only: one
-    (number, states, prepared, carried, make, update, prepare, direction, key) per rule.
+    """What a kernel takes as a constant, so that it is compiled for a list's own rules only: the places above of each
+    rule, and a key.
 
     The key changes with the functions' source: Triton's cache on disk looks no deeper than a tuple's text. Triton 3.6
     takes only numbers and functions in a tuple: the key is a number, and update stands for a function a rule lacks.
@@ -41,7 +55,7 @@ def selection(numbers: Iterable[int]) -> tuple[tuple[Any, ...], ...]:
 @cache
 def _constant(number: int) -> tuple[Any, ...]:
     rule = RULES[number]
-    functions = (rule.make, rule.update, rule.prepare or rule.update, rule.direction or rule.update)
+    compiled, functions = COMPILED[rule.name], tuple(function or rule.update for function in rule[1:])
     sources = " ".join(getattr(function, "cache_key", "") for function in functions)  # the interpreter has none
     key = int.from_bytes(sha256(sources.encode()).digest()[:7], "big")
-    return (number, rule.states, rule.norms == "direction", rule.norms == "gradient", *functions, key)
+    return (number, compiled.states, compiled.norms == "direction", compiled.norms == "gradient", *functions, key)

@@ -3,28 +3,31 @@
 import triton
 import triton.language as tl
 from pybatch.kernels.rule import UpdateRule, plus
-from pybatch.kernels.table import HYPER_OWN
+from pybatch.kernels.table import LR, hyper_columns
+
+MOMENTUM, DAMPENING = hyper_columns("SgdMomentum", "momentum", "dampening")
+WEIGHT_DECAY, NESTEROV = hyper_columns("SgdMomentum", "weight_decay", "nesterov")
 
 
 @triton.jit
-def make(hyper, step, param_sq, direction_sq):
+def make(hyper, step, scalar, param_sq, other_sq):
     """Learning rate and decay."""
-    return tl.load(hyper).to(tl.float32), tl.load(hyper + HYPER_OWN + 2).to(tl.float32)
+    return tl.load(hyper + LR).to(tl.float32), tl.load(hyper + WEIGHT_DECAY).to(tl.float32)
 
 
 @triton.jit
-def update(scalars, p, g, s0, s1, s2):
+def update(scalars, p, g, s):
     """One block of elements."""
     lr, decay = scalars
-    return p - lr * plus(g, decay, p), s0, s1, s2
+    return p - lr * plus(g, decay, p), s
 
 
 @triton.jit
-def make_with_momentum(hyper, step, param_sq, direction_sq):
+def make_with_momentum(hyper, step, scalar, param_sq, other_sq):
     """The scalars of one tensor."""
-    lr, weight_decay = tl.load(hyper), tl.load(hyper + HYPER_OWN + 2)
-    momentum, dampening = tl.load(hyper + HYPER_OWN), tl.load(hyper + HYPER_OWN + 1)
-    nesterov = tl.load(hyper + HYPER_OWN + 3)
+    lr, weight_decay = tl.load(hyper + LR), tl.load(hyper + WEIGHT_DECAY)
+    momentum, dampening = tl.load(hyper + MOMENTUM), tl.load(hyper + DAMPENING)
+    nesterov = tl.load(hyper + NESTEROV)
     keep = tl.where(step <= 1.0, 0.0, momentum)  # the first momentum is the gradient itself
     add = tl.where(step <= 1.0, 1.0, 1.0 - dampening)
     ahead_b = tl.where(nesterov != 0.0, momentum, 1.0)
@@ -39,13 +42,13 @@ def make_with_momentum(hyper, step, param_sq, direction_sq):
 
 
 @triton.jit
-def update_with_momentum(scalars, p, g, s0, s1, s2):
+def update_with_momentum(scalars, p, g, s):
     """One block of elements."""
     lr, decay, keep, add, ahead_g, ahead_b = scalars
     g = plus(g, decay, p)
-    s0 = plus(add * g, keep, s0)
-    return p - lr * plus(plus(0.0, ahead_b, s0), ahead_g, g), s0, s1, s2
+    buffer = plus(add * g, keep, s[0])
+    return p - lr * plus(plus(0.0, ahead_b, buffer), ahead_g, g), (buffer,)
 
 
-SGD = UpdateRule(0, make, update)
-SGD_MOMENTUM = UpdateRule(1, make_with_momentum, update_with_momentum)
+SGD = UpdateRule("Sgd", make, update)
+SGD_MOMENTUM = UpdateRule("SgdMomentum", make_with_momentum, update_with_momentum)

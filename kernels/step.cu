@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kResident) norm_kernel(const Table t
         const double total = sum_chunks(t).second;
         if (threadIdx.x == 0) {
             t.ledger[kSumSq] = total;
-            t.ledger[kBad] = isnan(total) ? 1.0 : 0.0;
+            t.ledger[kBad] = isfinite(total) ? 0.0 : 1.0;
         }
     }
     if (!call.row_norms) return;
@@ -59,11 +59,14 @@ __global__ void __launch_bounds__(kThreads, kResident) norm_kernel(const Table t
 
 // The scalars of a tensor's rule take double powers: once per block, not per thread.
 template <class Rule>
-__device__ Rule make_rule(const Table& t, const Chunk& chunk, double param_sq, double direction_sq) {
+__device__ Rule make_rule(const Table& t, const Chunk& chunk, double param_sq, double other_sq) {
     __shared__ Rule rule;
-    if (threadIdx.x == 0)
-        rule = Rule::make(t.hyper + chunk.row[kGroup] * kHyperColumns, double(t.steps[chunk.index]) + 1.0, param_sq,
-                          direction_sq);
+    if (threadIdx.x == 0) {
+        Tensor at = tensor_of(t, chunk.row, chunk.index);
+        at.param_sq = param_sq;
+        at.other_sq = other_sq;
+        rule = Rule::make(at);
+    }
     __syncthreads();
     return rule;
 }
@@ -75,11 +78,11 @@ __device__ float gradient_factor(const Table& t, const Chunk& chunk, double scal
 
 template <class Rule>
 struct States {
-    float* state[kMaxStates];
+    float* state[kRoom<Rule>];
 
     __device__ explicit States(const Chunk& chunk) {
 #pragma unroll
-        for (int k = 0; k < Rule::states; ++k) state[k] = chunk.at<float>(kState0 + k);
+        for (int k = 0; k < Rule::states; ++k) state[k] = chunk.at<float>(kState + k);
     }
     template <int N>
     __device__ void fetch_all(Pack<float, N>* packs, int i) const {
@@ -136,13 +139,13 @@ __device__ void prepare(const Table& t, const Chunk& chunk, int64_t number, int 
         for_each(chunk.size, vectors(chunk), [&](auto width, int i) {
             constexpr int N = decltype(width)::value;
             typename std::decay_t<decltype(memory)>::template Bits<N> bits;
-            Pack<float, N> packs[kMaxStates];
+            Pack<float, N> packs[kRoom<Rule>];
             memory.fetch_param(bits, i);
             memory.fetch_grad(bits, i);
             states.fetch_all(packs, i);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-                float s[kMaxStates];
+                float s[kRoom<Rule>];
                 take<Rule>(packs, j, s);
                 rule.prepare(memory.grad_of(bits, j) * factor, s);
                 const float p = memory.param_of(bits, j);
@@ -195,13 +198,13 @@ __device__ void update(const Table& t, const Call& call, const Chunk& chunk, int
         for_each(chunk.size, vectors(chunk), [&](auto width, int i) {
             constexpr int N = decltype(width)::value;
             typename std::decay_t<decltype(memory)>::template Bits<N> bits;
-            Pack<float, N> packs[kMaxStates], values;
+            Pack<float, N> packs[kRoom<Rule>], values;
             memory.fetch_param(bits, i);
             if constexpr (!prepared) memory.fetch_grad(bits, i);
             states.fetch_all(packs, i);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-                float s[kMaxStates], g = 0.0f;
+                float s[kRoom<Rule>], g = 0.0f;
                 take<Rule>(packs, j, s);
                 if constexpr (!prepared) g = memory.grad_of(bits, j) * factor;
                 values.item[j] = memory.param_of(bits, j);
@@ -239,8 +242,9 @@ __global__ void __launch_bounds__(kThreads, kResident) update_kernel(const Table
         });
     const RingPlace place = ring_place(t.ledger);
     for (int64_t row = threadIdx.x; row < t.row_count; row += kThreads) {
-        const bool taken = t.rows[row * kColumns + source] != 0;
-        if (taken && !verdict.skip) t.steps[row] += 1.0f;
+        const int64_t* columns = t.rows + row * kColumns;
+        const bool taken = columns[source] != 0;
+        if (taken && !verdict.skip) advance(t, columns, row);
         if (t.layers && !call.follow) settle_layer(t.layers + row * kLayerSize, taken, place, call, verdict);
     }
     __syncthreads();  // every thread has read the ledger

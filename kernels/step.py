@@ -9,7 +9,19 @@ from typing import Any
 import triton
 import triton.language as tl
 from pybatch.kernels.ledger import collect_kernel, collect_rows_kernel, judge, settle_kernel, settle_rows_kernel
-from pybatch.kernels.rules import selection, with_norms
+from pybatch.kernels.rules import (
+    CARRIED,
+    DIRECTION,
+    MAKE,
+    NUMBER,
+    PREPARE,
+    PREPARED,
+    STATES,
+    UPDATE,
+    selection,
+    with_norms,
+    with_scalar,
+)
 from pybatch.kernels.storage import load_param, random_bits, store_param
 from pybatch.kernels.table import (
     BFLOAT16_STOCHASTIC,
@@ -25,7 +37,7 @@ from pybatch.kernels.table import (
     PARAM_SQ,
     ROW_NORMS,
     SALT,
-    STATE0,
+    STATE,
     STORAGES,
     SUM,
     contains,
@@ -49,27 +61,18 @@ def load_gradient(row, offset, mask, accumulated: tl.constexpr):
 
 @triton.jit
 def load_states(row, offset, mask, count: tl.constexpr):
-    """Three blocks, zeros past the rule's count."""
-    zero = tl.where(mask, 0.0, 0.0)
-    s0, s1, s2 = zero, zero, zero
-    if count > 0:
-        s0 = load_f32(tl.load(row + STATE0), offset, mask)
-    if count > 1:
-        s1 = load_f32(tl.load(row + STATE0 + 1), offset, mask)
-    if count > 2:
-        s2 = load_f32(tl.load(row + STATE0 + 2), offset, mask)
-    return s0, s1, s2
+    """A tuple of blocks."""
+    s = ()
+    for k in tl.static_range(count):
+        s = s + (load_f32(tl.load(row + STATE + k), offset, mask),)  # noqa: RUF005  Triton knows no star
+    return s
 
 
 @triton.jit
-def store_states(row, offset, mask, s0, s1, s2, count: tl.constexpr):
+def store_states(row, offset, mask, s, count: tl.constexpr):
     """Write them back."""
-    if count > 0:
-        store_f32(tl.load(row + STATE0), offset, s0, mask)
-    if count > 1:
-        store_f32(tl.load(row + STATE0 + 1), offset, s1, mask)
-    if count > 2:
-        store_f32(tl.load(row + STATE0 + 2), offset, s2, mask)
+    for k in tl.static_range(count):
+        store_f32(tl.load(row + STATE + k), offset, s[k], mask)
 
 
 @triton.jit
@@ -103,6 +106,7 @@ def prepare_kernel(
     chunks,
     hyper,
     steps,
+    scalars,
     partials,
     ledger,
     inverse: tl.float64,
@@ -125,14 +129,14 @@ def prepare_kernel(
         step = tl.load(steps + index).to(tl.float64) + 1.0
         factor = tl.where(tl.load(group + MAXIMIZE) != 0.0, -unscaled, unscaled) * coefficient
         for i in tl.static_range(len(rules)):
-            if code // STORAGES == rules[i][0]:
-                scalars = rules[i][4](group, step, factor * 0.0, factor * 0.0)
+            if code // STORAGES == rules[i][NUMBER]:
+                held = tl.load(scalars + index).to(tl.float64)
+                made = rules[i][MAKE](group, step, held, factor * 0.0, factor * 0.0)
                 p = load_param(row, code % STORAGES, offset, mask)
                 g = load_gradient(row, offset, mask, accumulated) * factor.to(tl.float32)
-                s0, s1, s2 = load_states(row, offset, mask, rules[i][1])
-                s0, s1, s2 = rules[i][6](scalars, g, s0, s1, s2)
-                store_states(row, offset, mask, s0, s1, s2, rules[i][1])
-                direction = rules[i][7](scalars, p, s0, s1, s2)
+                s = rules[i][PREPARE](made, g, load_states(row, offset, mask, rules[i][STATES]))
+                store_states(row, offset, mask, s, rules[i][STATES])
+                direction = rules[i][DIRECTION](made, p, s)
                 tl.store(partials + 2 * chunk, sum_squares(p))
                 tl.store(partials + 2 * chunk + 1, sum_squares(tl.where(mask, direction, 0.0)))
 
@@ -143,6 +147,7 @@ def update_kernel(
     chunks,
     hyper,
     steps,
+    scalars,
     norms,
     partials,
     ledger,
@@ -181,14 +186,13 @@ def update_kernel(
         if not contains(prepared, code // STORAGES):  # else the states are final and no gradient is needed
             g = load_gradient(row, offset, mask, accumulated) * factor.to(tl.float32)
         for i in tl.static_range(len(rules)):
-            if code // STORAGES == rules[i][0]:
-                if rules[i][3]:  # the norm of the gradient as this rule sees it
+            if code // STORAGES == rules[i][NUMBER]:
+                if rules[i][CARRIED]:  # the norm of the gradient as this rule sees it
                     direction_sq = direction_sq * factor * factor
-                scalars = rules[i][4](group, step, param_sq, direction_sq)
-                s0, s1, s2 = load_states(row, offset, mask, rules[i][1])
-                p, s0, s1, s2 = rules[i][5](scalars, p, g, s0, s1, s2)
-                if not rules[i][2]:
-                    store_states(row, offset, mask, s0, s1, s2, rules[i][1])
+                made = rules[i][MAKE](group, step, tl.load(scalars + index).to(tl.float64), param_sq, direction_sq)
+                p, s = rules[i][UPDATE](made, p, g, load_states(row, offset, mask, rules[i][STATES]))
+                if not rules[i][PREPARED]:
+                    store_states(row, offset, mask, s, rules[i][STATES])
         store_param(row, storage, offset, p, mask, random)
         if contains(carriers, code // STORAGES):
             tl.debug_barrier()  # the parameter is read again as it was stored
@@ -280,6 +284,7 @@ def prepare(tensors: Any, call: Any) -> None:
         tensors.chunks,
         tensors.hyper,
         tensors.steps,
+        tensors.scalars,
         tensors.partials,
         tensors.ledger.values,
         rules=selection(prepared),
@@ -300,6 +305,7 @@ def update(tensors: Any, call: Any) -> None:
             tensors.chunks,
             tensors.hyper,
             tensors.steps,
+            tensors.scalars,
             tensors.norms,
             tensors.partials,
             tensors.ledger.values,
@@ -317,13 +323,16 @@ def update(tensors: Any, call: Any) -> None:
     settle_rows_kernel[(tensors.table.row_count,)](
         tensors.rows,
         tensors.starts,
+        tensors.hyper,
         tensors.steps,
+        tensors.scalars,
         tensors.carried,
         tensors.partials if tensors.layers is None else tensors.layers,
         tensors.partials,
         tensors.ledger.values,
         source=_source(call),
         carriers=with_norms("gradient", tensors.rules) if call.row_norms else (),
+        keepers=selection(with_scalar(tensors.rules)),
         layered=tensors.layers is not None,
         block=64,
         **noise,

@@ -6,14 +6,11 @@
 
 namespace pybatch {
 
-// Columns of the table, int64 [tensors, kColumns].
+// Columns of the table, int64 [tensors, kColumns]; the states' come last, as many as some rule has.
 enum Column : int {
     kParam,   // address
     kGrad,    // address; 0: no gradient this time
     kSum,     // address of the fp32 accumulated gradient; 0: none; equal to kGrad: the gradient becomes the sum
-    kState0,  // addresses of fp32 states, in the rule's order; 0 past its count
-    kState1,
-    kState2,
     kMaster,  // address of the fp32 master copy, or of the 16-bit remainder; 0: none
     kNumel,
     kCode,      // rule * kStorages + storage
@@ -21,7 +18,7 @@ enum Column : int {
     kGroup,     // row of the hyper-parameters
     kFresh,     // accumulate: 1 where the sum holds nothing yet
     kSalt,      // stochastic rounding: the parameter's index over all groups
-    kColumns
+    kState      // and on: addresses of fp32 states, in the rule's order; 0 past its count. rules.h: kColumns
 };
 
 // Dtype of a gradient; the first three storages have the same numbers.
@@ -88,6 +85,7 @@ struct Table {
     int64_t chunk;          // elements per chunk, a power of two
     const double* hyper;    // [groups, kHyperColumns]
     float* steps;           // [row_count]: updates each tensor has had
+    float* scalars;         // [row_count]: what the rule keeps of each tensor from step to step, where it does
     const double* share;    // [row_count]: this process's share of a tensor's squares in sums over all processes
     double* norms;          // [row_count, kRowNorms]
     double* carried;        // [row_count]: |p|^2 the last update left; NaN: take it anew

@@ -1,20 +1,42 @@
-"""Triton twin of table.h: the same constants (a test compares them), and loads through the table's addresses."""
+"""Triton twin of table.h: its numbers as constants, read from the compiled module, and loads through its addresses."""
 
 import triton
 import triton.language as tl
 
-PARAM, GRAD, SUM, STATE0, MASTER = (tl.constexpr(i) for i in (0, 1, 2, 3, 6))
-NUMEL, CODE, GRAD_TYPE, GROUP, FRESH, SALT, COLUMNS = (tl.constexpr(i) for i in range(7, 14))
-FLOAT32, BFLOAT16, FLOAT16 = (tl.constexpr(i) for i in range(3))  # storages and types of gradients
-BFLOAT16_MASTER, FLOAT16_MASTER, BFLOAT16_REMAINDER = (tl.constexpr(i) for i in range(3, 6))
-BFLOAT16_STOCHASTIC, FLOAT16_STOCHASTIC, STORAGES = (tl.constexpr(i) for i in range(6, 9))
-SUM_SQ, BAD, MICRO_SQ, NORM, CLIP, SKIPPED, PAIRS = (tl.constexpr(i) for i in range(7))
-SMALL_SUM, LARGE_SUM, RING_STEPS, RING_LENGTH, SKIP = (tl.constexpr(i) for i in range(7, 12))
-RING_ROWS = tl.constexpr(256)
-LAYER_MICRO_SQ, LAYER_SUM_SQ, LAYER_RING = (tl.constexpr(i) for i in range(3))
-LAYER_BLOCKS, LAYER_SIZE = tl.constexpr(32), tl.constexpr(98)
-PARAM_SQ, DIRECTION_SQ, ROW_NORMS = (tl.constexpr(i) for i in range(3))
-HYPER_COLUMNS, MAXIMIZE, HYPER_OWN = (tl.constexpr(i) for i in (8, 1, 2))
+from pybatch.ops.compiled import RULES, core
+
+
+def constants(numbers, *names):
+    """Of a dictionary of numbers those of these names, in this order, as a kernel takes them."""
+    return tuple(tl.constexpr(numbers[name]) for name in names)
+
+
+def hyper_columns(rule, *names):
+    """The columns of a rule's own hyper-parameters, in the order in which they are named here."""
+    return constants(RULES[rule].hyper, *names)
+
+
+PARAM, GRAD, SUM, MASTER, NUMEL, CODE = constants(core.columns, "param", "grad", "sum", "master", "numel", "code")
+GRAD_TYPE, GROUP, FRESH, SALT, STATE = constants(core.columns, "grad_type", "group", "fresh", "salt", "state")
+COLUMNS = tl.constexpr(core.column_count)
+FLOAT32, BFLOAT16 = constants(core.storages, "float32", "bfloat16")  # storages and types of gradients
+BFLOAT16_MASTER, BFLOAT16_REMAINDER = constants(core.storages, "bfloat16_master", "bfloat16_remainder")
+BFLOAT16_STOCHASTIC = tl.constexpr(core.storages["bfloat16_stochastic"])
+# Where this build's compiler has no fp16 no row has these numbers.
+FLOAT16, FLOAT16_MASTER, FLOAT16_STOCHASTIC = (
+    tl.constexpr(core.storages.get(name, -1)) for name in ("float16", "float16_master", "float16_stochastic")
+)
+STORAGES = tl.constexpr(core.storage_count)
+SUM_SQ, BAD, MICRO_SQ, NORM, CLIP = constants(core.ledger, "sum_sq", "bad", "micro_sq", "norm", "clip")
+SKIPPED, SKIP, PAIRS = constants(core.ledger, "skipped", "skip", "pairs")
+SMALL_SUM, LARGE_SUM = constants(core.ledger, "small_sum", "large_sum")
+RING_STEPS, RING_LENGTH = constants(core.ledger, "ring_steps", "ring_length")
+RING_ROWS, LAYER_BLOCKS, LAYER_SIZE = (tl.constexpr(n) for n in (core.ring_rows, core.layer_blocks, core.layer_size))
+LAYER_MICRO_SQ, LAYER_SUM_SQ, LAYER_RING = constants(core.layer, "micro_sq", "sum_sq", "ring")
+PARAM_SQ, DIRECTION_SQ = constants(core.row_norms, "param_sq", "direction_sq")
+ROW_NORMS = tl.constexpr(core.row_norm_count)
+LR, MAXIMIZE = constants(core.hyper, "lr", "maximize")
+HYPER_COLUMNS = tl.constexpr(core.hyper_columns)
 # Said at every launch, because the default changes in Triton 3.10.
 LAUNCH = {"enable_fp_fusion": True}
 

@@ -106,7 +106,7 @@ def test_an_upward_import_is_caught():
 
 
 def test_only_ops_imports_the_compiled_core():
-    """One room knows `_C` and the kernels; the kernels themselves know nothing of pybatch."""
+    """One room knows `_C` and the kernels; of pybatch the kernels know the numbers in `ops.compiled` alone."""
     for module, source in SOURCES.items():
         if room_of(module) != "ops":
             assert "pybatch._C" not in source, module

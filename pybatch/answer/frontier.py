@@ -15,8 +15,10 @@ import numpy as np
 from pybatch.answer.best import Best
 from pybatch.answer.ensemble import NORMAL, Ensemble, variance_of
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import said
 from pybatch.records import AccumulationPlan, BatchPoint, Capacity, FrontierPoint, Inputs
 
+MOST_EXAMPLES = 2**40  # in a global batch
 _POINTS = 11  # 1, 2, ..., 1024 devices at most: further ones tell nothing new
 
 
@@ -91,6 +93,15 @@ def doubling(best: Best, batches: tuple[BatchPoint, ...]) -> Inputs:
     }
 
 
+def _passes(share: int, fewest: int) -> int | None:
+    """The least divisor of the share from `fewest` to twice as many; None where there is none."""
+    if fewest <= share // fewest:
+        return next((k for k in range(fewest, 2 * fewest + 1) if share % k == 0), None)
+    least = -(-share // (2 * fewest))
+    micro = next((m for m in range(share // fewest, max(1, least) - 1, -1) if share % m == 0), None)
+    return share // micro if micro is not None else None
+
+
 def plan_accumulation(capacity: Capacity, global_batch: int, devices: int = 1) -> AccumulationPlan:
     """Micro-batch and accumulation steps for a global batch: the fewest passes that fit, as equal as possible.
 
@@ -105,8 +116,11 @@ def plan_accumulation(capacity: Capacity, global_batch: int, devices: int = 1) -
     Raises:
         UsageError: the batch does not divide over devices or into passes, or the largest batch is not known.
     """
-    if global_batch < 1 or devices < 1:
-        raise UsageError(f"global batch {global_batch} on {devices} devices: both must be at least 1.")
+    if not 1 <= global_batch <= MOST_EXAMPLES or devices < 1:
+        raise UsageError(
+            f"global batch {said(global_batch)} on {said(devices)} devices: both must be at least 1, and the batch "
+            f"at most {MOST_EXAMPLES:,} examples."
+        )
     if global_batch % devices:
         near = max(1, round(global_batch / devices)) * devices
         raise UsageError(
@@ -117,7 +131,7 @@ def plan_accumulation(capacity: Capacity, global_batch: int, devices: int = 1) -
     share = global_batch // devices
     fewest = math.ceil(share / capacity.max_batch)
     # Equal micro-batches: their mean is then the mean over all examples.
-    passes = next((k for k in range(fewest, 2 * fewest + 1) if share % k == 0), None)
+    passes = _passes(share, fewest)
     if passes is None:
         near = devices * fewest * math.floor(share / fewest)
         raise UsageError(

@@ -31,11 +31,17 @@ def join(runs: Sequence[Run]) -> list[Run]:
 
 
 def _latest(runs: Sequence[Run]) -> list[Run]:
-    """Runs with one state of each experiment, the latest, where the first of its states stood."""
+    """Runs with one state of each experiment, the latest, where the first of its states stood.
+
+    An experiment whose seeds are pooled in another record, and which has learned nothing since, is in that one.
+    """
+    pools = {name: run for run in runs if run.convergence is not None for name in run.convergence.pooled}
     kept: dict[object, Run] = {}
     for place, run in enumerate(runs):
         steps = run.convergence
         name = steps.experiment if steps is not None and run.capacity is None else None
+        if name in pools and _changed(run) <= _changed(pools[name]):
+            continue
         known = kept.get(name)
         if name is None or known is None or _changed(run) > _changed(known):
             kept[name if name is not None else place] = run

@@ -105,6 +105,10 @@ def attach(
         raise UsageError("hook_state: it is handed to a communication hook of DDP. Give hook=... too, or leave it out.")
     if every is not None and source not in ("adam-moments", "per-example"):
         raise UsageError(f"every={every}: the source {source!r} takes every step. Leave it out.")
+    if every is not None and not (isinstance(every, int) and every >= 1):
+        raise UsageError(
+            f"every={every!r}: give the steps from one that is watched to the next, a whole number from 1."
+        )
     if scaler is not None and source == "adam-moments":
         raise UsageError("scaler: the moments of source 'adam-moments' are of unscaled gradients. Leave it out.")
     if source == "ddp":

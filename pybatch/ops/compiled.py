@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -41,15 +41,26 @@ class UpdateRule(NamedTuple):
     """An update rule of kernels/rules.h."""
 
     number: int
-    states: int  # fp32 values per element
+    states: int  # values per element
     norms: Literal["none", "gradient", "direction"]  # of its whole tensor, which it needs first
+    hyper: Mapping[str, int]  # its own hyper-parameters, and their columns in a row
+    scalar: float | None  # what it keeps of each tensor from step to step is this at first; None: it keeps nothing
+
+    def row(self, lr: float, own: Mapping[str, float], *, maximize: bool = False) -> list[float]:
+        """A group's row of hyper-parameters; `own` are those that the rule's header names, no fewer and no more."""
+        if own.keys() != self.hyper.keys():
+            raise ValueError(f"hyper-parameters {sorted(own)}: this rule's are {sorted(self.hyper)}.")
+        row = [0.0] * HYPER_COLUMNS
+        row[core.hyper["lr"]], row[core.hyper["maximize"]] = lr, float(maximize)
+        for name, value in own.items():
+            row[self.hyper[name]] = value
+        return row
 
 
 DTYPES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in core.dtypes.items()}
 STORAGES: dict[str, int] = dict(core.storages)  # such as "float32", "bfloat16_master"; see kernels/table.h
 RULES: dict[str, UpdateRule] = {name: UpdateRule(*of) for name, of in core.rules.items()}
 HYPER_COLUMNS: int = core.hyper_columns
-MAX_STATES: int = core.max_states
 LEDGER_SUMS = ("sum_sq", "bad", "micro_sq")
 assert [core.ledger[name] for name in LEDGER_SUMS] == [0, 1, 2]
 LAYER_SIZE: int = core.layer_size  # float64 values a tensor's own noise statistics take

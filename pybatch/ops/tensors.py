@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from pybatch.base.errors import UsageError
-from pybatch.ops.compiled import DTYPES, HYPER_COLUMNS, LAYER_SUMS, MAX_STATES, RULES, STORAGES, core
+from pybatch.ops.compiled import DTYPES, HYPER_COLUMNS, LAYER_SUMS, RULES, STORAGES, core
 from pybatch.ops.ledger import Ledger
 
 _FEW = 8  # norms that are made void one by one: a launch each
@@ -26,6 +26,7 @@ class Entry:
         rule: name in RULES.
         group: row of the hyper-parameters.
         step: updates it has had so far.
+        scalar: what the rule keeps of it from step to step, where it does; None: as before the first step.
         storage: name in STORAGES; None: the parameter's dtype, without more.
         master: fp32 copy of the same layout for storage "..._master", int16 tensor for "..._remainder".
         salt: number that makes a tensor's random bits its own ("..._stochastic").
@@ -41,6 +42,7 @@ class Entry:
     master: torch.Tensor | None = None
     salt: int = 0
     share: float = 1.0
+    scalar: torch.Tensor | float | None = None
 
     @property
     def storage_name(self) -> str:
@@ -58,7 +60,8 @@ class TensorList:
         chunk: elements that a block of the backend works on at a time.
         layers: noise per tensor, float64 [tensors, LAYER_SIZE] on that device, updated in place; None: not kept.
 
-    `steps` is float32 [tensors]; an element of it is a tensor's step count. States and masters are kept alive here.
+    `steps` and `scalars` are float32 [tensors]: an element is a tensor's step count, and what its rule keeps of it from
+    step to step. States and masters are kept alive here.
     Parameters, gradients and sums are not: they are the caller's, who checks before every pass that they are where the
     table says.
     """
@@ -81,11 +84,11 @@ class TensorList:
         host = torch.zeros(len(entries), core.column_count, dtype=torch.int64)
         for row, entry in zip(host.numpy(), entries, strict=True):
             rule = RULES[entry.rule]
-            assert len(entry.states) == rule.states <= MAX_STATES
+            assert len(entry.states) == rule.states
             assert (entry.master is not None) == entry.storage_name.endswith(("_master", "_remainder"))
             row[column["param"]] = entry.param.data_ptr()
             for i, state in enumerate(entry.states):
-                row[column["state0"] + i] = state.data_ptr()
+                row[column["state"] + i] = state.data_ptr()
             row[column["numel"]] = entry.param.numel()
             row[column["code"]] = rule.number * core.storage_count + STORAGES[entry.storage_name]
             row[column["grad_type"]] = DTYPES[entry.param.dtype]
@@ -101,6 +104,7 @@ class TensorList:
         self.starts = torch.searchsorted(chunks[:, 0].contiguous(), torch.arange(len(entries) + 1)).to(device)
         self.hyper = torch.zeros(groups, HYPER_COLUMNS, dtype=torch.float64, device=device)
         self.steps = torch.stack([_scalar(entry.step, device) for entry in entries])
+        self.scalars = torch.stack([_scalar(_kept(entry), device) for entry in entries])
         self.share = torch.tensor([entry.share for entry in entries], dtype=torch.float64).to(device)
         self.norms = torch.zeros(len(entries), core.row_norm_count, dtype=torch.float64, device=device)
         self.carried = torch.full((len(entries),), torch.nan, dtype=torch.float64, device=device)
@@ -111,6 +115,7 @@ class TensorList:
         table.chunks, table.chunk_count, table.chunk = self.chunks.data_ptr(), len(chunks), chunk
         table.hyper, table.steps = self.hyper.data_ptr(), self.steps.data_ptr()
         table.ledger, table.ring = ledger.values.data_ptr(), ledger.ring.data_ptr()
+        table.scalars = self.scalars.data_ptr()
         table.starts, table.share = self.starts.data_ptr(), self.share.data_ptr()
         table.norms, table.carried = self.norms.data_ptr(), self.carried.data_ptr()
         table.layers = 0 if layers is None else layers.data_ptr()
@@ -171,11 +176,9 @@ class TensorList:
         self.ledger.values[core.ledger["sum_sq"]] = self.norms[place, core.row_norms["direction_sq"]].sum()
 
     def set_hyper(self, values: Sequence[Sequence[float]]) -> None:
-        """Hyper-parameters per group: learning rate, maximize, then the rule's own in its header's order."""
+        """Hyper-parameters per group: rows as `UpdateRule.row` gives them."""
         refuse_capture(self.device, "a hyper-parameter has changed")
-        host = torch.zeros(self.hyper.shape, dtype=torch.float64)
-        for row, group in zip(host, values, strict=True):
-            row[: len(group)] = torch.tensor(group, dtype=torch.float64)
+        host = torch.tensor(values, dtype=torch.float64).reshape(self.hyper.shape)
         self.hyper.copy_(host.pin_memory() if self.device.type == "cuda" else host, non_blocking=True)
 
 
@@ -186,6 +189,10 @@ def refuse_capture(device: torch.device, why: str) -> None:
             f"step() in the capture of a CUDA graph: {why}, so tables would have to be uploaded. Take a step before "
             "the capture, keep gradients in place by zero_grad(set_to_none=False), and give lr as a tensor there."
         )
+
+
+def _kept(entry: Entry) -> torch.Tensor | float:
+    return (RULES[entry.rule].scalar or 0.0) if entry.scalar is None else entry.scalar
 
 
 def _scalar(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:

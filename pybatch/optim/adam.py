@@ -67,6 +67,6 @@ class Adam(FusedOptimizer):
         return ParamRule(name, ("exp_avg", "exp_avg_sq"))
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> dict[str, float]:
         beta1, beta2 = group["betas"]
-        return float(beta1), float(beta2), group["eps"], group["weight_decay"]
+        return {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": group["weight_decay"]}

@@ -79,9 +79,10 @@ class LAMB(FusedOptimizer):
         return ParamRule("AdamW" if skipped(group, param) else "Lamb", ("exp_avg", "exp_avg_sq"))
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> dict[str, float]:
         beta1, beta2 = group["betas"]
+        adam = {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
         if rule.name == "AdamW":
-            return float(beta1), float(beta2), group["eps"], 0.0
-        bound = math.inf if group["max_ratio"] is None else float(group["max_ratio"])
-        return float(beta1), float(beta2), group["eps"], group["weight_decay"], bound
+            return adam | {"weight_decay": 0.0}
+        bound = math.inf if group["max_ratio"] is None else group["max_ratio"]
+        return adam | {"weight_decay": group["weight_decay"], "max_ratio": bound}

@@ -89,8 +89,7 @@ class LARS(FusedOptimizer):
         return ParamRule("SgdMomentum" if skipped(group, param) else "Lars", ("momentum_buffer",))
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
-        momentum, nesterov = group["momentum"], float(group["nesterov"])
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> dict[str, float]:
         if rule.name == "SgdMomentum":
-            return momentum, 0.0, 0.0, nesterov  # no dampening, no decay
-        return momentum, group["weight_decay"], group["trust_coefficient"], group["eps"], nesterov
+            return {name: group[name] for name in ("momentum", "nesterov")} | {"dampening": 0.0, "weight_decay": 0.0}
+        return {name: group[name] for name in ("momentum", "weight_decay", "trust_coefficient", "eps", "nesterov")}

@@ -20,7 +20,9 @@ _RULES = {rule.number: name for name, rule in ops.RULES.items()}
 _STORAGES = {number: name for name, number in ops.STORAGES.items()}
 
 
-@torch.library.custom_op("pybatch::step", mutates_args=("params", "states", "masters", "steps", "ledger", "ring"))
+@torch.library.custom_op(
+    "pybatch::step", mutates_args=("params", "states", "masters", "steps", "ledger", "ring", "scalars")
+)
 def step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -35,6 +37,7 @@ def step(
     storages: Sequence[int],
     max_norm: float | None = None,
     seed: int = 0,
+    scalars: Tensor | None = None,
 ) -> None:
     """One update of a list of tensors, clipped to the global norm `max_norm`.
 
@@ -45,11 +48,13 @@ def step(
         masters: one per parameter: fp32 master or int16 remainder where its storage has one, else without elements.
         steps: float32 [params]: updates each has had.
         ledger, ring: `ops.Ledger`'s tensors.
-        hyper: float64 [rows, ops.HYPER_COLUMNS].
+        hyper: float64 [rows, ops.HYPER_COLUMNS], of rows as `ops.RULES[name].row` gives them.
         rules, storages: numbers as in kernels/rules.h and kernels/table.h.
         rows: row of `hyper` of each parameter.
         max_norm: None: not clipped.
         seed: of stochastic rounding.
+        scalars: float32 [params]: what the rules keep of each from step to step, `ops.RULES[name].scalar` at first; not
+            needed where none does.
 
     Raises:
         UsageError: tensors that do not belong together, or are not dense.
@@ -61,6 +66,10 @@ def step(
     _check_books(params[0], ledger, ring, hyper)
     if steps.shape != (len(params),) or steps.dtype != torch.float32:
         raise UsageError(f"steps is {steps.dtype} {tuple(steps.shape)}: it must be float32 ({len(params)},).")
+    if scalars is None and any(ops.RULES[_RULES[rule]].scalar is not None for rule in rules):
+        raise UsageError("scalars is missing: a rule keeps one of each tensor. Give float32 (params,).")
+    if scalars is not None and (scalars.shape != (len(params),) or scalars.dtype != torch.float32):
+        raise UsageError(f"scalars is {scalars.dtype} {tuple(scalars.shape)}: it must be float32 ({len(params)},).")
     wanted = sum(ops.RULES[_RULES[rule]].states for rule in rules)
     if len(states) != wanted or len(masters) != len(params):
         raise UsageError(
@@ -79,7 +88,8 @@ def step(
             _check_beside(param, kept, dtype, f"the master of tensor {i}")
         if not stored.startswith(str(param.dtype).removeprefix("torch.")):
             raise UsageError(f"tensor {i} is {param.dtype}, its storage {stored!r}. Give the number of one of its own.")
-        entries.append(ops.Entry(param, tuple(own), name, rows[i], steps[i], stored, kept, salt=i))
+        scalar = None if scalars is None else scalars[i]
+        entries.append(ops.Entry(param, tuple(own), name, rows[i], steps[i], stored, kept, salt=i, scalar=scalar))
     backend = ops.choose_backend(None, params[0].device)
     tensors = ops.TensorList(entries, len(hyper), ops.Ledger.of(ledger, ring), backend.chunk)
     tensors.hyper.copy_(hyper)
@@ -90,6 +100,8 @@ def step(
     call.inverse, call.seed = 1.0, seed
     backend.step(tensors, call)
     steps.copy_(tensors.steps)
+    if scalars is not None:
+        scalars.copy_(tensors.scalars)
 
 
 @torch.library.custom_op("pybatch::accumulate", mutates_args=("sums", "ledger"))

@@ -61,6 +61,6 @@ class Lion(FusedOptimizer):
         return ParamRule("Lion", ("exp_avg",))
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> dict[str, float]:
         beta1, beta2 = group["betas"]
-        return float(beta1), float(beta2), group["weight_decay"]
+        return {"beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}

@@ -138,13 +138,13 @@ class Muon(FusedOptimizer):
         return ParamRule("MuonMomentum", ("momentum_buffer",), extra=(factor,), then="MuonMove")
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> dict[str, float]:
         if rule.name == "AdamW":
             beta1, beta2 = group["betas"]
-            return float(beta1), float(beta2), group["eps"], group["weight_decay"]
+            return {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": group["weight_decay"]}
         if rule.name == "MuonMove":
-            return group["weight_decay"], *rule.extra
-        return group["momentum"], float(group["nesterov"])
+            return {"weight_decay": group["weight_decay"], "adjustment": rule.extra[0]}
+        return {"momentum": group["momentum"], "nesterov": group["nesterov"]}
 
     def _transform(self, staged: list[torch.Tensor], groups: list[dict[str, Any]]) -> None:
         """Orthogonalize in place, all matrices of one shape in memory and of equal options at once."""

@@ -67,5 +67,5 @@ class SGD(FusedOptimizer):
         return ParamRule("SgdMomentum", ("momentum_buffer",)) if group["momentum"] != 0 else ParamRule("Sgd")
 
     @classmethod
-    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
-        return group["momentum"], group["dampening"], group["weight_decay"], float(group["nesterov"])
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> dict[str, float]:
+        return {name: group[name] for name in ("momentum", "dampening", "weight_decay", "nesterov")}

@@ -214,6 +214,7 @@ class Convergence(Shown):
     gap_epochs: float | None = None  # after which test losses of all batch sizes are compared
     gap_steps: int | None = None  # likewise: those that the largest batch takes in the epochs
     experiment: str | None = None  # its name in its store: two records of one name are states of the same sweep
+    pooled: tuple[str, ...] = ()  # names of the experiments whose seeds are pooled in it
     changed: str | None = None  # ISO 8601, UTC: when that store last learned something of it
     device: Device | None = field(default=None, metadata=TOP)
     workload: WorkloadInfo | None = field(default=None, metadata=TOP)

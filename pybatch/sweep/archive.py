@@ -15,7 +15,7 @@ from urllib.parse import quote
 from pybatch.base.errors import UsageError
 from pybatch.records import Run
 from pybatch.sweep.contents import Contents, read_contents
-from pybatch.sweep.record import records
+from pybatch.sweep.pooling import records
 from pybatch.sweep.schema import APPLICATION, HEADER, SCHEMA, other_schema
 
 

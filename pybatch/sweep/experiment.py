@@ -25,6 +25,7 @@ class Experiment:
 
     sweeps: tuple[StoredSweep, ...]
     targets: Mapping[str, float]
+    store: str
     name: str  # the same for every state of the same experiment in the same store
 
     @property
@@ -141,16 +142,34 @@ def experiments(contents: Contents, targets: Mapping[str, float] | None = None) 
         Experiment(
             tuple(sweeps),
             sweeps[0].options.targets if targets is None else dict(targets),
-            hashlib.sha256(identity.encode()).hexdigest()[:16],
+            contents.name,
+            _named(identity),
         )
         for identity, sweeps in found.items()
     ]
+
+
+def pool_name(experiment: Experiment) -> str:
+    """The same for experiments that differ in their seeds alone."""
+    subject, fixed = experiment.first.subject, experiment.first.options.fixed
+    identity = [
+        "pooled",
+        experiment.store,
+        subject.fingerprint,
+        subject.device.kind,
+        fixed | {"seed": None, "target": dict(experiment.targets)},
+    ]
+    return _named(json.dumps(identity, sort_keys=True))
 
 
 def changed(sweeps: Iterable[StoredSweep], stored: Iterable[str]) -> str:
     """When the store last learned something: a trial (`stored`), a cell's end, a new sweep, its noise scale."""
     marks = [mark for s in sweeps for mark in (s.created, s.measured or "", *s.ended.values())]
     return max([*marks, *stored])
+
+
+def _named(identity: str) -> str:
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def _begun(sweep: StoredSweep) -> str:

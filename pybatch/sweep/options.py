@@ -91,7 +91,7 @@ class SweepOptions:
             the rate at `base_batch`, tuned or given.
         seeds: training runs of each batch size and rate, each with a model and a data order of its own.
         seed: of the first of them; the others count up from it. With a store, more `seeds` add to those it holds, and
-            another `seed`, at least `seeds` away, repeats the experiment.
+            another `seed`, at least `seeds` away, repeats the experiment; a report pools the two.
         target: losses to reach, by split; None: the workload's own.
         optimizer: a name of `pybatch.optim`, in any case.
         options: its arguments but the learning rate, such as {"momentum": 0.9}.

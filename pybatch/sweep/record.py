@@ -31,15 +31,10 @@ from pybatch.training.trial import Outcome, Study, Trial
 NAMED = 8  # parts of a sweep that a note lists
 
 
-def records(contents: Contents, targets: Mapping[str, float] | None = None) -> list[Run]:
-    """The record of every experiment of a store, at its own targets or at these."""
-    return [_Assembly(each, contents).run() for each in experiments(contents, targets)]
-
-
 def record_of(contents: Contents, sweep: int) -> Run:
     """The record of the experiment that the sweep of this number belongs to."""
     [own] = [each for each in experiments(contents) if any(s.number == sweep for s in each.sweeps)]
-    return _Assembly(own, contents).run()
+    return Assembly(own, contents).run()
 
 
 def trial_of(options: SweepOptions, fingerprint: str, device: str, scaled: Scaled, batch: int, seed: int) -> Trial:
@@ -77,7 +72,7 @@ class _Found:
     used: set[str] = field(default_factory=set)  # keys of the trials that the record stands on
 
 
-class _Assembly:
+class Assembly:
     """The record of one experiment, as it is put together."""
 
     def __init__(self, experiment: Experiment, contents: Contents) -> None:
@@ -86,6 +81,8 @@ class _Assembly:
         self.options, self.subject = experiment.first.options, experiment.first.subject
         self.seeds = experiment.seeds
         self.found = _Found()
+        self.stood: dict[tuple[str, Split], dict[int, list[Outcome]]] = {}  # outcomes that each point stands on
+        self.unanswered: dict[tuple[str, Split], list[Note]] = {}  # why batch sizes have no point
         self.start = self._start()
         self.bases = {split: self._base(split) for split in experiment.splits}
 
@@ -140,15 +137,12 @@ class _Assembly:
                 continue  # the best of half a search compares with nothing
             outcomes = [row.outcome for row in rows]
             self.found.used.update(outcome.trial.key for outcome in outcomes)
-            ran = _ran(self.seeds, outcomes)
-            targets = self.experiment.targets
-            own = targets if rule == SEARCHED else {str(split): targets[split]}
-            study = _study(own, ran, outcomes, rule == SEARCHED)
-            found = _widened(point(batch, split, study, outcomes), ran, self.seeds)
+            self.stood.setdefault((rule, split), {})[batch] = outcomes
+            found, caps[batch] = point_of(self.experiment.targets, rule, split, batch, self.seeds, outcomes)
             points.append(self._lengthened(rule, split, found, outcomes))
-            caps[batch] = study.limit(split)
             near += outcomes
         notes = unanswered(failed)
+        self.unanswered[rule, split] = list(notes)
         rates = None
         if points and all(p.steps is None for p in points) and (text := nearest(split, near)) is not None:
             notes.append(Note("points", text))
@@ -294,6 +288,21 @@ def base_of(study: Study, split: str, given: float | None) -> tuple[float, float
         return None
     steps = study.median(split, lr)
     return lr, steps if math.isfinite(steps) else None
+
+
+def point_of(
+    targets: Mapping[str, float],
+    rule: str,
+    split: Split,
+    batch: int,
+    seeds: Sequence[int],
+    outcomes: Sequence[Outcome],
+) -> tuple[ConvergencePoint, float]:
+    """A point of a curve over these seeds, where they have run, and the steps after which one was given up."""
+    ran = _ran(seeds, outcomes)
+    own = targets if rule == SEARCHED else {str(split): targets[split]}
+    study = _study(own, ran, outcomes, rule == SEARCHED)
+    return _widened(point(batch, split, study, outcomes), ran, seeds), study.limit(split)
 
 
 def _ran(seeds: Sequence[int], outcomes: Sequence[Outcome]) -> tuple[int, ...]:

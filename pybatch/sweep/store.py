@@ -194,7 +194,10 @@ class Store:
     def contents(self) -> Contents:
         """All that is stored."""
         with self._named("read"):
-            return read_contents(self._db)
+            try:
+                return read_contents(self._db)
+            except (ValueError, KeyError, TypeError) as error:  # another process wrote it meanwhile
+                raise UsageError(str(error)) from error
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path or ":memory:", timeout=BUSY, isolation_level=None, check_same_thread=False)
@@ -275,6 +278,10 @@ class Store:
             )
         if (state := self._pragma("quick_check(1)")) != "ok":
             raise self._refused(f"is damaged: {state}")
+        try:
+            read_contents(self._db)  # now, not when the sweep is over and its record is read from here
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._refused(f"is damaged: {str(error).removesuffix('.')}", DAMAGED) from None
         self._db.execute("PRAGMA journal_mode = WAL")  # only now: it would change another program's file
 
     def _pragma(self, name: str) -> int | str:

@@ -8,11 +8,26 @@ import numpy as np
 import pytest
 from cases.verdicts import exact
 
+from pybatch.answer import frontier as frontier_module
 from pybatch.answer.best import Best
 from pybatch.answer.frontier import doubling, frontier, joules, plan_accumulation
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import UsageError
 from pybatch.records import BatchPoint
+
+
+@pytest.mark.parametrize(("share", "fewest"), [(97, 3), (96, 5), (12, 12), (1, 1), (360, 7), (2**20 - 1, 900)])
+def test_passes_are_the_least_divisor(share, fewest):
+    found = next((k for k in range(fewest, 2 * fewest + 1) if share % k == 0), None)
+    assert frontier_module._passes(share, fewest) == found
+
+
+def test_a_global_batch_of_any_size_is_answered_at_once(run):
+    plan = plan_accumulation(run.capacity, 10**12)
+    assert plan.micro_batch * plan.accumulation == 10**12
+    assert plan.micro_batch <= run.capacity.max_batch
+    with pytest.raises(UsageError, match="at most"):
+        plan_accumulation(run.capacity, 10**30)
 
 
 def test_each_point_is_the_best_of_its_devices(fit):

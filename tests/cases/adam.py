@@ -15,6 +15,11 @@ VARIANTS = [
     {"decoupled_weight_decay": True, "weight_decay": 0.3},
 ]
 
+RULES = {
+    "Adam": (adamw.KERNEL_HYPER, adamw.KERNEL_OPTIONS),
+    "AdamAmsgrad": (adamw.KERNEL_HYPER, adamw.KERNEL_OPTIONS | {"amsgrad": True}),
+}
+
 
 def reference(p, g, state, lr, weight_decay=0.0, maximize=False, decoupled_weight_decay=False, **more):
     """One step on float64 arrays; `state` is a dict that starts empty. Returns the new parameter."""

@@ -14,6 +14,13 @@ VARIANTS = [
     {"maximize": True, "weight_decay": 0.1},
 ]
 
+KERNEL_HYPER = {"beta1": 0.8, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.3}
+KERNEL_OPTIONS = {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.3}
+RULES = {
+    "AdamW": (KERNEL_HYPER, KERNEL_OPTIONS),
+    "AdamWAmsgrad": (KERNEL_HYPER, KERNEL_OPTIONS | {"amsgrad": True}),
+}
+
 
 def reference(p, g, state, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, maximize=False):
     """One step on float64 arrays; `state` is a dict that starts empty. Returns the new parameter."""

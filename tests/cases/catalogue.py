@@ -1,4 +1,8 @@
-"""The tables in this folder, found by themselves: a module with VARIANTS is an optimizer's."""
+"""The tables in this folder, found by themselves: a module with VARIANTS is an optimizer's.
+
+Its RULES are those of kernels/rules.h that are its own: name -> (hyper-parameters, options of the reference) and, where
+it is not the module's `reference`, the reference.
+"""
 
 from importlib import import_module
 from pathlib import Path
@@ -8,7 +12,7 @@ import pytest
 FOUND = [
     import_module(f"cases.{path.stem}")
     for path in sorted(Path(__file__).parent.glob("*.py"))
-    if path.stem != "catalogue"
+    if path.stem not in ("catalogue", "lists")
 ]
 OPTIMIZERS = [module for module in FOUND if hasattr(module, "VARIANTS")]
 EXACT = [case for case in OPTIMIZERS if not hasattr(case, "NOISE")]  # those whose whole step is in fp32

@@ -16,11 +16,13 @@ import zlib
 from pathlib import Path
 from unittest import mock
 
+from cases import sweeps
 from cases.points import curve, point
 from cases.verdicts import BRANCHES, capacity, noise
 
 from pybatch import cli
 from pybatch.answer.verdict import advise
+from pybatch.base.errors import PybatchError
 from pybatch.noise.trajectory import SCHEMA
 from pybatch.records import (
     Anchor,
@@ -40,6 +42,7 @@ from pybatch.records import (
 
 CREATED = "2026-01-02T03:04:05+00:00"
 BAD_INPUT = 2
+INCOMPLETE = 3
 FAULT = 70
 # C0 but for newline, tab-less tables, C1, and what turns the direction of text.
 DRIVES = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -358,6 +361,96 @@ def stores(rng, folder, base):
     if (wrong := complaint(done, (0, BAD_INPUT))) is not None:
         return wrong
     return None if path.read_bytes() == before else "the store was changed by reading it"
+
+
+def resumed(rng, folder, base):
+    """The store of a sweep that was spoiled, by a sweep that resumes it: refused, or whole, and no trial lost."""
+    path = folder / "resumed.db"
+    for other in folder.glob("resumed.db*"):
+        other.unlink()
+    path.write_bytes(Path(base).read_bytes())
+    spoiled(rng, path)
+    spoiled_bytes, rows = path.read_bytes(), _trials(path)
+    try:
+        found = sweeps.measure(store=path, resume=True, batches=[4, 8], rates=[0.1, 0.2], seeds=1)
+    except PybatchError as error:
+        if len(str(error)) > 2000:
+            return f"a message of {len(str(error))} characters"
+        if rows is None and path.read_bytes() != spoiled_bytes:
+            return "a file that can't be read was changed"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    else:
+        if not (found.complete or found.notes):
+            return "it is not complete, and nothing says why"
+        if found.complete and [p.batch for p in found.curves[0].points] != [4, 8]:
+            return "complete, and a batch size is missing"
+    after = _trials(path)
+    if rows is not None and (after is None or not rows <= after):
+        return f"of {len(rows)} trials {len(rows - (after or set()))} were lost"
+    return None
+
+
+def _trials(path):
+    """Keys of the trials of a store; None where they can't be read."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+            return {key for (key,) in db.execute("SELECT key FROM trial")}
+    except (sqlite3.Error, UnicodeDecodeError):
+        return None
+
+
+_CELLS = (
+    "",
+    "inf",
+    "-inf",
+    "nan",
+    "diverged",
+    "1e999",
+    "-3",
+    "0",
+    "0.5",
+    "1_000",
+    "٣",
+    "1,5",
+    "x" * 300,
+    "9" * 5000,
+    "=1",
+)
+_LINES = ("", ",,,,", "#", "8", "batch,steps", "8,1,2,3,4,5,6,7,8,9", '"8,1', "\x1b[2J", "8;100;1")
+
+
+def logs(rng, folder):
+    """A user's own logs that were changed, by `fit`."""
+    names, mark = ["batch", "seed", "steps"], rng.choice(",,,;\t")
+    for extra in ("rate", "cap", "before", "status", "note"):
+        if rng.random() < 0.25:
+            names.append(extra)
+    if rng.random() < 0.2:
+        names[rng.randrange(len(names))] = rng.choice(("Batch Size", "steps", "", "\ufeffbatch", "x" * 200, "epoch"))
+    rows = []
+    for batch in rng.sample((4, 8, 16, 32, 64, 128, 256), rng.randrange(1, 8)):
+        for seed in range(rng.choice((1, 2, 3))):
+            steps = round(100 * (1 + 60 / batch) * rng.uniform(0.9, 1.1))
+            own = {"batch": batch, "seed": seed, "steps": steps, "rate": 0.1, "cap": 9999, "before": steps - 5}
+            rows.append([str(own.get(name, "")) for name in names])
+    for _ in range(rng.choice((0, 1, 1, 4))):
+        row = rng.choice(rows)
+        row[rng.randrange(len(row))] = rng.choice(_CELLS)
+    lines = [mark.join(names), *(mark.join(row) for row in rows)]
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        lines.insert(rng.randrange(len(lines) + 1), rng.choice(_LINES))
+    data = rng.choice(("\n", "\r\n")).join(lines).encode()
+    if rng.random() < 0.1:
+        data = data[: rng.randrange(len(data))]
+    if rng.random() < 0.1:
+        data = bytearray(data or b"x")
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    (folder / "logs.csv").write_bytes(data)
+    done = typed("fit", str(folder / "logs.csv"), "--format", rng.choice(("table", "md", "json", "csv")))
+    if done[0] == INCOMPLETE and not done[1].strip():
+        return "incomplete, and nothing was said"
+    return complaint(done, (0, BAD_INPUT, INCOMPLETE))
 
 
 _SHARED = "workload batch dtype seed format output"

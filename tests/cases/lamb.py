@@ -1,6 +1,9 @@
 """LAMB: hyper-parameters to try, and the update in NumPy float64 (You et al. 2020, algorithm 2)."""
 
+import math
+
 import numpy as np
+from cases import adamw
 
 from pybatch.optim import LAMB as optimizer  # noqa: F401
 
@@ -14,6 +17,13 @@ VARIANTS = [
     {"skip": False, "maximize": True, "weight_decay": 0.1},
     {"skip": True},
 ]
+
+RULES = {
+    "Lamb": (
+        adamw.KERNEL_HYPER | {"max_ratio": math.inf},
+        adamw.KERNEL_OPTIONS | {"skip": False},
+    )
+}
 
 
 def length(x):

@@ -15,6 +15,9 @@ VARIANTS = [
     {"skip": True, "momentum": 0.5},
 ]
 
+HYPER = {"momentum": 0.9, "weight_decay": 0.05, "trust_coefficient": 0.5, "eps": 1e-8, "nesterov": True}
+RULES = {"Lars": (HYPER, HYPER | {"skip": False})}
+
 
 def length(x):
     return np.sqrt((x**2).sum())

@@ -13,6 +13,13 @@ VARIANTS = [
     {"maximize": True, "weight_decay": 0.1},
 ]
 
+RULES = {
+    "Lion": (
+        {"beta1": 0.9, "beta2": 0.98, "weight_decay": 0.3},
+        {"betas": (0.9, 0.98), "weight_decay": 0.3},
+    )
+}
+
 
 def reference(p, g, state, lr, betas=(0.9, 0.99), weight_decay=0.0, maximize=False):
     """One step on float64 arrays; `state` is a dict that starts empty. Returns the new parameter."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from cases import adam, adamw, lamb, lars, lion, sgd
+from cases.catalogue import OPTIMIZERS
 
 from pybatch import ops
 
@@ -13,58 +13,28 @@ LR = 0.05
 CPU = torch.device("cpu")
 
 
-def _momentum(p, g, state, lr, momentum, nesterov):
-    b = state["b"] = momentum * state.get("b", 0.0) + (1 - momentum) * g
-    return momentum * b + (1 - momentum) * g if nesterov else b
-
-
-def _move(p, g, state, lr, weight_decay, adjustment):
-    return p * (1 - lr * weight_decay) - lr * adjustment * g
-
-
 @dataclass(frozen=True)
 class Rule:
     """Its own hyper-parameters, and the same for the float64 reference."""
 
-    hyper: tuple[float, ...]
-    reference: object
+    hyper: dict[str, float]
     options: dict[str, object]
+    reference: object
 
 
-_ADAM = {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.3}
-_ADAM_HYPER = (0.8, 0.9, 1e-3, 0.3)
 RULES = {
-    "Sgd": Rule((0.0, 0.0, 0.2, 0.0), sgd.reference, {"weight_decay": 0.2}),
-    "SgdMomentum": Rule((0.9, 0.0, 0.1, 1.0), sgd.reference, {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
-    "AdamW": Rule(_ADAM_HYPER, adamw.reference, _ADAM),
-    "AdamWAmsgrad": Rule(_ADAM_HYPER, adamw.reference, _ADAM | {"amsgrad": True}),
-    "Adam": Rule(_ADAM_HYPER, adam.reference, _ADAM),
-    "AdamAmsgrad": Rule(_ADAM_HYPER, adam.reference, _ADAM | {"amsgrad": True}),
-    "Lion": Rule((0.9, 0.98, 0.3), lion.reference, {"betas": (0.9, 0.98), "weight_decay": 0.3}),
-    "Lars": Rule(
-        (0.9, 0.05, 0.5, 1e-8, 1.0),
-        lars.reference,
-        {"momentum": 0.9, "weight_decay": 0.05, "trust_coefficient": 0.5, "eps": 1e-8, "nesterov": True, "skip": False},
-    ),
-    "Lamb": Rule((*_ADAM_HYPER, math.inf), lamb.reference, _ADAM | {"skip": False}),
-    "MuonMomentum": Rule((0.9, 1.0), _momentum, {"momentum": 0.9, "nesterov": True}),
-    "MuonMove": Rule((0.1, 1.5), _move, {"weight_decay": 0.1, "adjustment": 1.5}),
+    name: Rule(hyper, options, *(own or [case.reference]))
+    for case in OPTIMIZERS
+    for name, (hyper, options, *own) in case.RULES.items()
 }
+# Hyper-parameters whose term is left out where they are 0: decay, Nesterov's look-ahead, LARS's momentum.
+LEFT_OUT = ("weight_decay", "nesterov")
 
-# The same with every coefficient at 0 whose term is then left out: decay, momentum, Nesterov's look-ahead.
-ZEROED = {
-    "Sgd": (0.0, 0.0, 0.0, 0.0),
-    "SgdMomentum": (0.9, 0.0, 0.0, 0.0),
-    "AdamW": (0.8, 0.9, 1e-3, 0.0),
-    "AdamWAmsgrad": (0.8, 0.9, 1e-3, 0.0),
-    "Adam": (0.8, 0.9, 1e-3, 0.0),
-    "AdamAmsgrad": (0.8, 0.9, 1e-3, 0.0),
-    "Lion": (0.9, 0.98, 0.0),
-    "Lars": (0.0, 0.0, 0.5, 1e-8, 0.0),
-    "Lamb": (0.8, 0.9, 1e-3, 0.0, math.inf),
-    "MuonMomentum": (0.9, 0.0),
-    "MuonMove": (0.0, 1.5),
-}
+
+def zeroed(rule):
+    """A rule's hyper-parameters with every coefficient at 0 whose term is then left out."""
+    own = RULES[rule].hyper | {name: 0.0 for name in LEFT_OUT if name in RULES[rule].hyper}
+    return own | ({"momentum": 0.0} if rule == "Lars" else {})
 
 
 def infinities(setup):
@@ -73,7 +43,7 @@ def infinities(setup):
     Its elements 0 and 1 are infinite; the gradient of element 2 is, where that alone makes no NaN.
     """
     i = max(range(len(setup.params)), key=lambda i: 3 <= len(setup.params[i]) <= 37 and len(setup.params[i]))
-    setup.list.set_hyper([[LR, 0.0, *ZEROED[setup.rule]]])
+    setup.list.set_hyper([ops.RULES[setup.rule].row(LR, zeroed(setup.rule))])
     if setup.rule == "Lars":  # a norm of infinite parameters would decide all; momentum is 0 here
         setup.states[i][0][:2] = math.inf
     elif setup.rule != "Lamb":
@@ -112,6 +82,8 @@ class Setup:
     maximize: bool = False
     backend: ops.Backend = field(default_factory=ops.CppBackend)
     ledger: ops.Ledger = field(init=False)
+    grads: list = field(init=False, default_factory=list)  # of the last call
+    sums: list = field(init=False, default_factory=list)
 
     def __post_init__(self):
         count = ops.RULES[self.rule].states
@@ -134,10 +106,14 @@ class Setup:
         self.set_rate(LR)
 
     def set_rate(self, lr):
-        self.list.set_hyper([[lr, float(self.maximize), *RULES[self.rule].hyper]])
+        self.set_hyper(lr, **RULES[self.rule].hyper)
+
+    def set_hyper(self, lr, **own):
+        self.list.set_hyper([ops.RULES[self.rule].row(lr, own, maximize=self.maximize)])
 
     def call(self, grads, **scalars):
         """The call of one step on these gradients (None: no gradient)."""
+        self.grads = grads
         self.list.set("grad", [0 if g is None else g.data_ptr() or 1 for g in grads])
         self.list.set("grad_type", [0 if g is None else ops.DTYPES[g.dtype] for g in grads])
         call = ops.Call()

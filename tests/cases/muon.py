@@ -18,6 +18,22 @@ VARIANTS = [
 ]
 
 
+def momentum_rule(p, g, state, lr, momentum, nesterov):
+    """The pass before Newton-Schulz: what is orthogonalized takes the parameter's place."""
+    b = state["b"] = momentum * state.get("b", 0.0) + (1 - momentum) * g
+    return momentum * b + (1 - momentum) * g if nesterov else b
+
+
+def move_rule(p, g, state, lr, weight_decay, adjustment):
+    """The pass after it."""
+    return p * (1 - lr * weight_decay) - lr * adjustment * g
+
+
+MOMENTUM = {"momentum": 0.9, "nesterov": True}
+MOVE = {"weight_decay": 0.1, "adjustment": 1.5}
+RULES = {"MuonMomentum": (MOMENTUM, MOMENTUM, momentum_rule), "MuonMove": (MOVE, MOVE, move_rule)}
+
+
 def orthogonal(x, coefficients, steps):
     """Newton-Schulz in float64."""
     a, b, c = coefficients

@@ -13,6 +13,12 @@ VARIANTS = [
     {"momentum": 0.8, "dampening": 0.5, "maximize": True},
 ]
 
+HYPER = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 0.1, "nesterov": True}
+RULES = {
+    "Sgd": (HYPER | {"momentum": 0.0, "nesterov": False}, {"weight_decay": 0.1}),
+    "SgdMomentum": (HYPER, HYPER),
+}
+
 
 def reference(p, g, state, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False):
     """One step on float64 arrays; `state` is a dict that starts empty. Returns the new parameter."""

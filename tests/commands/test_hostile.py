@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("hostile")
 
 
-@pytest.mark.parametrize("kind", [hostile.records, hostile.trajectories, hostile.commands])
+@pytest.mark.parametrize("kind", [hostile.records, hostile.trajectories, hostile.logs, hostile.commands])
 def test_no_input_is_taken_for_what_it_is_not(kind, folder):
     @BRIEF
     @given(seeds)
@@ -36,11 +36,12 @@ def base(tmp_path_factory):
     return path
 
 
-def test_no_store_is_taken_for_what_it_is_not(base, folder):
+@pytest.mark.parametrize("kind", [hostile.stores, hostile.resumed])
+def test_no_store_is_taken_for_what_it_is_not(kind, base, folder):
     @BRIEF
     @given(seeds)
     def one(seed):
-        assert hostile.stores(random.Random(seed), folder, base) is None, f"random.Random({seed})"
+        assert kind(random.Random(seed), folder, base) is None, f"random.Random({seed})"
 
     one()
 

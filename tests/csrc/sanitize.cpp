@@ -15,6 +15,8 @@
 #include "storage.h"
 
 using namespace pybatch;
+using plain::kColumns;
+using plain::kHyperColumns;
 
 namespace {
 
@@ -79,7 +81,7 @@ struct List {
     Memory memory;
     std::vector<int64_t> rows, chunks, starts;
     std::vector<double> hyper, share, norms, carried, layers, ledger, ring, partials;
-    std::vector<float> steps;
+    std::vector<float> steps, scalars;
     Table table{};
     Call call{};
 
@@ -95,7 +97,7 @@ struct List {
             row[kGrad] = r == kNoGradient ? 0 : memory.take(n * grad_width, grad_width);
             if (row[kGrad]) fill(row[kGrad], n, grad_type, uint32_t(100 + r));
             row[kSum] = r == kNoGradient ? 0 : memory.take(n * 4, 4);
-            for (int s = 0; s < states; ++s) row[kState0 + s] = memory.take(n * 4, 4);
+            for (int s = 0; s < states; ++s) row[kState + s] = memory.take(n * 4, 4);
             if (storage == kBFloat16Master || storage == kFloat16Master) row[kMaster] = memory.take(n * 4, 4);
             if (storage == kBFloat16Remainder) row[kMaster] = memory.take(n * 2, 2);
             row[kNumel] = n;
@@ -111,6 +113,7 @@ struct List {
             starts.push_back(i);
         }
         hyper = {1e-3, 0.0, 0.9, 0.99, 0.1, 0.01, 1.0, 0.0};
+        hyper.resize(kHyperColumns);
         share.assign(count, 1.0);
         norms.assign(count * kRowNorms, 0.0);
         carried.assign(count, kNan);
@@ -120,9 +123,10 @@ struct List {
         ring.assign(3 * kRingRows, 0.0);
         partials.assign(2 * chunk_count, 0.0);
         steps.assign(count, 0.0f);
-        table = Table{rows.data(),   count,        chunks.data(),   chunk_count,  starts.data(),  kChunk,
-                      hyper.data(),  steps.data(), share.data(),    norms.data(), carried.data(), layers.data(),
-                      ledger.data(), ring.data(),  partials.data(), nullptr,      1 << 20};
+        scalars.assign(count, 1.0f);
+        table = Table{rows.data(),   count,         chunks.data(),  chunk_count,     starts.data(), kChunk,
+                      hyper.data(),  steps.data(),  scalars.data(), share.data(),    norms.data(),  carried.data(),
+                      layers.data(), ledger.data(), ring.data(),    partials.data(), nullptr,       1 << 20};
         call.inverse = call.weight = call.max_norm = 1.0;
         call.seed = 5;
         call.threads = 2;

@@ -286,9 +286,9 @@ def test_elements_past_two_to_the_31(begin):
     far, near = make("AdamWAmsgrad", [CHUNK]), make("AdamWAmsgrad", [CHUNK])
     far.list.rows[0, _C.columns["numel"]] = begin + CHUNK
     far.list.chunks[0, 1] = begin // CHUNK
-    for column in ("param", "state0"):
+    for column in ("param", "state"):
         first = _C.columns[column]
-        far.list.rows[0, first : first + (3 if column == "state0" else 1)] -= 4 * begin
+        far.list.rows[0, first : first + (3 if column == "state" else 1)] -= 4 * begin
     grads = gradients(far, 1)[0]
     near.step(grads, norm=True)
     call = far.call(grads, norm=True)

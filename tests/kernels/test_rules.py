@@ -11,7 +11,8 @@ SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".py", ".txt"}
 SOURCES = [path for folder in ("kernels", "csrc", "pybatch") for path in (ROOT / folder).rglob("*")] + [
     ROOT / "CMakeLists.txt"
 ]
-NAMES = [("lion", "Lion", "Lion"), ("lars", "Lars", "LARS"), ("lamb", "Lamb", "LAMB")]  # words used for nothing else
+# Words used for nothing else.
+NAMES = [("lion", "Lion", "Lion"), ("lars", "Lars", "LARS"), ("lamb", "Lamb", "LAMB"), ("nadam", "NAdam", "NAdam")]
 # The two lists of rules, and the names that users import.
 LISTS = {"kernels/rules.h", "kernels/rules.py", "pybatch/optim/__init__.py"}
 

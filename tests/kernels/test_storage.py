@@ -13,6 +13,7 @@ pytestmark = pytest.mark.isa
 CHUNK = ops.CppBackend.chunk
 every_rule = pytest.mark.parametrize("rule", lists.RULES)
 halves = pytest.mark.parametrize("name", [name for name in ("bfloat16", "float16") if name in ops.STORAGES])
+UNCHANGED = {"weight_decay": 0.0, "adjustment": 1.0}  # of MuonMove: a step of the rate times the gradient
 SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 3.4028235e38, -3.4028235e38, 1e-45, -1e-40, 65504.0, 65519.9]
 
 
@@ -87,7 +88,7 @@ class Passage:
     def __init__(self, storage, counts, seed=7):
         params = [torch.zeros(n, dtype=getattr(torch, storage.split("_")[0])) for n in counts]
         self.setup = lists.Setup(params, "MuonMove", storage, seed)
-        self.setup.list.set_hyper([[-1.0, 0.0, 0.0, 1.0]])
+        self.setup.set_hyper(-1.0, **UNCHANGED)
 
     def step(self, values):
         for param, master in zip(self.setup.params, self.setup.masters, strict=True):
@@ -184,7 +185,7 @@ def test_stochastic_rounding_has_no_bias_where_rounding_to_nearest_loses_everyth
     means = {}
     for storage in (name, f"{name}_stochastic"):
         setup = lists.Setup([torch.ones(count, dtype=getattr(torch, name))], "MuonMove", storage)
-        setup.list.set_hyper([[move, 0.0, 0.0, 1.0]])
+        setup.set_hyper(move, **UNCHANGED)
         for _ in range(steps):
             setup.step(grads)
         means[storage] = float(setup.params[0].double().mean())
@@ -198,7 +199,7 @@ def test_random_bits_depend_on_seed_tensor_and_step_and_on_nothing_else(name):
     def result(seed, steps=1, threads=1, position=0):
         params = [torch.ones(CHUNK * 3 + 5, dtype=getattr(torch, name)) for _ in range(2)]
         setup = lists.Setup(params, "MuonMove", f"{name}_stochastic", seed)
-        setup.list.set_hyper([[torch.finfo(params[0].dtype).eps / 4, 0.0, 0.0, 1.0]])
+        setup.set_hyper(torch.finfo(params[0].dtype).eps / 4, **UNCHANGED)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         for _ in range(steps):

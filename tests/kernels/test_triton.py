@@ -72,7 +72,7 @@ for storage in ops.STORAGES:
     if storage.endswith("_stochastic"):
         own, twin = both("MuonMove", storage)
         for setup in (own, twin):
-            setup.list.set_hyper([[torch.finfo(setup.params[0].dtype).eps / 4, 0.0, 0.0, 1.0]])
+            setup.set_hyper(torch.finfo(setup.params[0].dtype).eps / 4, weight_decay=0.0, adjustment=1.0)
             for p in setup.params:
                 p.fill_(1.0)
             setup.step([torch.ones(n) for n in COUNTS])
@@ -169,7 +169,7 @@ from triton.compiler import ASTSource
 
 from pybatch.kernels import accumulate, ledger, rules, step, table
 
-POINTERS = {"rows": "*i64", "chunks": "*i64", "starts": "*i64", "steps": "*fp32"} | dict.fromkeys(
+POINTERS = {"rows": "*i64", "chunks": "*i64", "starts": "*i64", "steps": "*fp32", "scalars": "*fp32"} | dict.fromkeys(
     ["partials", "hyper", "ledger", "ring", "share", "norms", "carried", "layers"], "*fp64")
 
 def build(kernel, **constants):
@@ -193,7 +193,8 @@ build(ledger.collect_kernel, block=1024, micro=True)
 rows = {"block": 64, "source": 1, "layered": True}
 build(ledger.collect_rows_kernel, carriers=lars, prepared=(), gradients=True, micro=True, **rows)
 build(ledger.collect_rows_kernel, carriers=(), prepared=lamb, gradients=False, micro=False, **rows)
-build(ledger.settle_rows_kernel, carriers=lars, noise=True, **rows, **decision)
+keepers = rules.selection(rules.with_scalar(rules.RULES))
+build(ledger.settle_rows_kernel, carriers=lars, keepers=keepers, noise=True, **rows, **decision)
 settle = build(ledger.settle_kernel, taken=True, clip=True, noise=True)
 # Outside every branch: no warp reads the ring's count of steps after one thread has counted on, nor sums set to 0.
 level = [line for line in settle.asm["ttgir"].splitlines() if line.startswith("    ") and line[4] != " "]
@@ -217,33 +218,18 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_constants_are_the_compiled_modules():
-    from pybatch.kernels import table
+def test_every_rule_has_a_twin():
+    from pybatch.kernels.rules import RULES, TWINS
 
-    from pybatch import _C
+    from pybatch import ops
 
-    for name, value in _C.columns.items():
-        assert getattr(table, name.upper()).value == value
-    for name, value in _C.ledger.items():
-        assert getattr(table, name.upper()).value == value
-    for name, value in (_C.dtypes | _C.storages | _C.row_norms).items():
-        assert getattr(table, name.upper()).value == value
-    for name, value in _C.layer.items():
-        assert getattr(table, f"LAYER_{name.upper()}").value == value
-    assert (table.COLUMNS.value, table.STORAGES.value) == (_C.column_count, _C.storage_count)
-    assert (table.RING_ROWS.value, table.HYPER_COLUMNS.value) == (_C.ring_rows, _C.hyper_columns)
-    assert (table.LAYER_BLOCKS.value, table.LAYER_SIZE.value) == (_C.layer_blocks, _C.layer_size)
-    assert table.ROW_NORMS.value == _C.row_norm_count
-
-
-def test_rules_are_the_compiled_modules():
-    from pybatch.kernels.rules import RULES
-
-    from pybatch import _C
-
-    assert {number: (rule.states, rule.norms) for number, rule in RULES.items()} == {
-        number: (states, norms) for number, states, norms in _C.rules.values()
-    }
+    assert {number: rule.name for number, rule in RULES.items()} == {of.number: name for name, of in ops.RULES.items()}
+    assert len(TWINS) == len(RULES)
+    for rule in TWINS:
+        compiled = ops.RULES[rule.name]
+        both = (rule.prepare, rule.direction)
+        assert [function is not None for function in both] == [compiled.norms == "direction"] * 2
+        assert (rule.next_scalar is not None) == (compiled.scalar is not None)
 
 
 def test_constants_of_rules_are_what_every_triton_takes():

@@ -10,7 +10,7 @@ from pybatch.optim import library
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LR = 0.1
-HYPER = [LR, 0.0, 0.9, 0.999, 1e-8, 0.01]
+HYPER = ops.RULES["AdamW"].row(LR, {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01})
 
 
 def step_arguments(storage="float32", count=3, max_norm=1.0):
@@ -19,8 +19,7 @@ def step_arguments(storage="float32", count=3, max_norm=1.0):
     dtype = getattr(torch, storage.split("_")[0])
     params = [torch.randn(n + 2, 3, generator=generator).to(dtype) for n in range(count)]
     ledger = ops.Ledger(torch.device("cpu"))
-    hyper = torch.zeros(1, ops.HYPER_COLUMNS, dtype=torch.float64)
-    hyper[0, : len(HYPER)] = torch.tensor(HYPER, dtype=torch.float64)
+    hyper = torch.tensor([HYPER], dtype=torch.float64)
     masters = [p.float() if storage.endswith("master") else torch.empty(0) for p in params]
     return {
         "params": params,

@@ -1,10 +1,12 @@
 """A store read back: the record of the sweep that wrote it, without torch, and every store that is none."""
 
 import json
+import math
 import shutil
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from cases.planted_training import planted_training
 
 import pybatch
 from pybatch import cli
+from pybatch.answer.merge import join
+from pybatch.base import numerals
 from pybatch.base.errors import Interrupted, UsageError
 from pybatch.sweep.archive import read_store
 from pybatch.sweep.search import Grid
@@ -316,14 +320,53 @@ def test_what_a_sweep_added_to_is_still_over(tmp_path, quick):
     assert [p.batch for p in run.convergence.curves[0].points] == [4, 16, 64]
 
 
-def test_another_first_seed_is_another_run(tmp_path, quick):
+def test_repeats_with_other_seeds_are_pooled(tmp_path, quick):
+    """Each batch size at the rate of the least median over all seeds that ran it; the records of both are in it."""
     path = tmp_path / "runs.db"
-    one = sweep_of_quadratic(path)
-    other = sweep_of_quadratic(path, seed=7)
+    options = {"rates": [0.01, 0.02, 0.04, 0.08]}
+    lives = [sweep_of_quadratic(path, seed=seed, **options) for seed in (0, 7)]
+    [run] = read_store(path)
+    pooled = run.convergence
+    assert (run.complete, pooled.seeds, pooled.trials) == (True, 4, sum(live.trials for live in lives))
+    assert "seeds 0 to 1 and 7 to 8 of 2 sweeps are pooled" in [note.text for note in pooled.notes]
+    for own, *parts in zip(pooled.curves[0].points, *(live.curves[0].points for live in lives), strict=True):
+        table = {}
+        for k, part in enumerate(parts):
+            for rate in part.rates:
+                lost = [math.nan if status == "not_run" else math.inf for status in rate.statuses]
+                steps = [lost[i] if step is None else step for i, step in enumerate(rate.steps)]
+                table.setdefault(rate.learning_rate, [math.nan] * 4)[2 * k : 2 * k + 2] = steps
+        assert {r.learning_rate for r in own.rates} == set(table)
+        assert own.steps == min(np.nanmedian(steps) for steps in table.values())
+        assert own.reached == np.isfinite(table[own.learning_rate]).sum()
+    stored = {json.loads(spec)["seed"] for (spec,) in sqlite3.connect(path).execute("SELECT spec FROM trial")}
+    assert stored == {0, 1, 7, 8}
+    members = [replace(run, convergence=live) for live in lives]
+    assert set(pooled.pooled) == {live.experiment for live in lives}
+    assert join([*members, run]) == [run]  # saved records of what is pooled count once
+    newer = replace(run, convergence=replace(lives[0], changed="9999"))
+    assert join([newer, run]) == [newer, run]
+
+
+def test_repeats_whose_rules_start_from_other_rates_stay_apart(tmp_path, quick):
+    path = tmp_path / "runs.db"
+    options = {"rules": ["linear"], "rates": [0.039, 0.04, 0.041]}  # noise decides between these
+    rates = [sweep_of_quadratic(path, seed=seed, **options).curves[0].points[0].learning_rate for seed in (0, 7, 14)]
+    assert len(set(rates)) > 1
     runs = read_store(path)
-    assert [run.complete for run in runs] == [True, True]
-    assert {run.environment.seed for run in runs} == {0, 7}
-    by_seed = {run.environment.seed: [p.steps for p in run.convergence.curves[0].points] for run in runs}
-    assert by_seed == {seed: [p.steps for p in live.curves[0].points] for seed, live in {0: one, 7: other}.items()}
-    seeds = {json.loads(spec)["seed"] for (spec,) in sqlite3.connect(path).execute("SELECT spec FROM trial")}
-    assert seeds == {0, 1, 7, 8}
+    assert [run.convergence.seeds for run in runs] == [2, 2, 2]
+    [text] = {note.text for run in runs for note in run.convergence.notes}
+    assert text == (
+        "sweeps with seeds 0 to 1 and 7 to 8 and 14 to 15 are not pooled: rules start from rate "
+        f"{' and '.join(f'{numerals.number(rate)}' for rate in rates)} in them"
+    )
+
+
+def test_repeats_that_share_seeds_stay_apart(tmp_path, quick):
+    path = tmp_path / "runs.db"
+    sweep_of_quadratic(path, (4, 16))
+    sweep_of_quadratic(path, (4, 16), seed=1)
+    runs = read_store(path)
+    assert [run.convergence.seeds for run in runs] == [2, 2]
+    text = "sweeps with seeds 0 to 1 and 1 to 2 are not pooled, as they share some"
+    assert all(text in [note.text for note in run.convergence.notes] for run in runs)

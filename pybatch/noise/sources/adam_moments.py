@@ -60,7 +60,7 @@ class MomentsNoise(Collector):
         kind = type(optimizer).__name__
         groups = optimizer.param_groups
         betas = {tuple(map(float, group["betas"])) for group in groups if "betas" in group}
-        if len(betas) != 1 or any("betas" not in group or "eps" not in group for group in groups):
+        if [len(pair) for pair in betas] != [2] or any("betas" not in group or "eps" not in group for group in groups):
             raise UsageError(
                 f"source 'adam-moments': {kind} has the betas {sorted(betas)}. Use Adam or AdamW with one pair."
             )

@@ -39,11 +39,11 @@ def check_hyper(group: dict[str, Any], name: str) -> None:
         raise UsageError(f"{name} {value}: it must be at least 0.")
 
 
-def check_betas(betas: Any, usual: tuple[float, float] = (0.9, 0.999)) -> None:
-    """Raise UsageError unless these are two numbers from 0 to below 1."""
-    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-    if not pair or not all(isinstance(beta, (int, float)) and 0.0 <= beta < 1.0 for beta in betas):
-        raise UsageError(f"betas {betas}: both must be at least 0 and below 1. The usual ones are {usual}.")
+def check_betas(betas: Any, usual: tuple[float, ...] = (0.9, 0.999)) -> None:
+    """Raise UsageError unless these are as many numbers as usual, each from 0 to below 1."""
+    enough = isinstance(betas, (tuple, list)) and len(betas) == len(usual)
+    if not enough or not all(isinstance(beta, (int, float)) and 0.0 <= beta < 1.0 for beta in betas):
+        raise UsageError(f"betas {betas}: give {len(usual)}, each at least 0 and below 1. The usual ones are {usual}.")
 
 
 def check_capturable(groups: list[dict[str, Any]], device: torch.device) -> None:

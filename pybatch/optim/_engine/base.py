@@ -90,8 +90,8 @@ class FusedOptimizer(SavedOptimizer):
 
     @classmethod
     @abstractmethod
-    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> tuple[float, ...]:
-        """The rule's own hyper-parameters, in its header's order."""
+    def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> dict[str, float]:
+        """The rule's own hyper-parameters, under its header's names."""
 
     def _transform(self, staged: list[torch.Tensor], groups: list[dict[str, Any]]) -> None:
         """Between the passes of rules with a second one: change, in place, what the first pass has staged."""

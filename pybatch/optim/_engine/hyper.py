@@ -11,7 +11,7 @@ from pybatch.optim._engine.arguments import is_device_scalar
 from pybatch.optim._engine.options import ParamRule
 
 Groups = list[dict[str, Any]]
-HyperOf = Callable[[dict[str, Any], ParamRule], tuple[float, ...]]
+HyperOf = Callable[[dict[str, Any], ParamRule], dict[str, float]]
 
 
 class HyperRows:
@@ -19,7 +19,7 @@ class HyperRows:
 
     def __init__(self) -> None:
         self.of: dict[tuple[int, ParamRule], int] = {}
-        self._sent: list[tuple[float, ...]] = []
+        self._sent: list[tuple[float, bool, dict[str, float]]] = []
 
     def row(self, group: int, rule: ParamRule) -> int:
         """The row of this group and rule, made where there is none."""
@@ -31,9 +31,14 @@ class HyperRows:
         for number, rule in self.of:
             group = groups[number]
             lr = math.nan if is_device_scalar(group["lr"]) else float(group["lr"])
-            values.append((lr, float(maximize and group["maximize"]), *hyper_of(group, rule)))
+            values.append((lr, bool(maximize and group["maximize"]), hyper_of(group, rule)))
         if values != self._sent:
-            tensors.set_hyper(values)
+            tensors.set_hyper(
+                [
+                    ops.RULES[rule.name].row(lr, own, maximize=turned)
+                    for (_, rule), (lr, turned, own) in zip(self.of, values, strict=True)
+                ]
+            )
             self._sent = values
         for row, (number, _) in zip(tensors.hyper, self.of, strict=True):
             if is_device_scalar(groups[number]["lr"]):

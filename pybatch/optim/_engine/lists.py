@@ -107,6 +107,7 @@ class PassLists:
                 master = masters.fit_master(slot, extra, own.get(extra))
                 own[extra] = placed(slot, own.get(extra), master)
                 self.masters[i] = (extra, master)
+            scalar = None if rule.scalar is None else own.get(rule.scalar)
             share = 1.0 if processes is None else processes.share(slot.param)
             target, name, row = slot.dense, rule.name, self.rows.row(number, rule)
             kept = self.masters[i][1] if extra else None
@@ -116,17 +117,19 @@ class PassLists:
                 then = self.more_rows.row(number, ParamRule(rule.then, extra=rule.extra))
                 more.append(ops.Entry(target, (), rule.then, then, step, storage, kept, slot.index, share))
                 target, storage, kept = staging, "bfloat16", None
-            entries.append(ops.Entry(target, states, name, row, step, storage, kept, slot.index, share))
-            counted.append(own if keeps else None)
+            entries.append(ops.Entry(target, states, name, row, step, storage, kept, slot.index, share, scalar))
+            counted.append((own if keeps else None, rule.scalar))
         statistics = saved_layers(active.slots, layers, device) if options.noise else None
         self.first = ops.TensorList(entries, len(self.rows.of), self.ledger, self.backend.chunk, statistics)
         self.second: ops.TensorList | None = None
         if more:
             self.second = ops.TensorList(more, len(self.more_rows.of), self.ledger, self.backend.chunk)
             self.second.set("grad_type", [ops.DTYPES[torch.bfloat16]] * len(more))
-        for step, kept_state in zip(self.first.steps, counted, strict=True):
-            if kept_state is not None:
-                kept_state["step"] = step
+        for step, scalar, (own_state, named) in zip(self.first.steps, self.first.scalars, counted, strict=True):
+            if own_state is not None:
+                own_state["step"] = step
+            if own_state is not None and named is not None:
+                own_state[named] = scalar
 
     @staticmethod
     def _fit(slot: Slot, own: dict[str, Any], name: str) -> torch.Tensor:

@@ -99,7 +99,8 @@ class ParamRule(NamedTuple):
 
     Attributes:
         name: in kernels/rules.h.
-        states: torch's names of its fp32 states, in the rule's order.
+        states: torch's names of its states, in the rule's order.
+        scalar: torch's name of what the rule keeps of each tensor from step to step; None: it keeps nothing.
         extra: numbers of this parameter that `_hyper` needs beside its group, such as a factor from its shape.
             Parameters of one group with equal rules share a row of hyper-parameters.
         then: name of the rule of a second pass. The first pass then writes to a bf16 staging tensor instead of the
@@ -110,3 +111,4 @@ class ParamRule(NamedTuple):
     states: tuple[str, ...] = ()
     extra: tuple[float, ...] = ()
     then: str | None = None
+    scalar: str | None = None

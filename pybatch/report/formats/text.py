@@ -169,7 +169,7 @@ def _markdown_section(section: Section, verbose: bool = False) -> str:
 
 def _escape(text: str) -> str:
     text = visible(text)
-    for mark in "\\|<>*_`[]":
+    for mark in "\\|<>*_`[]~&#$":
         text = text.replace(mark, "\\" + mark)
     return text
 

@@ -150,9 +150,9 @@ template <class T>
 T __ldcg(const T* from) {
     return *from;
 }
-inline unsigned atomicAdd(unsigned* to, unsigned value) {
+inline unsigned atomicInc(unsigned* to, unsigned most) {
     const unsigned before = *to;
-    *to += value;
+    *to = before >= most ? 0 : before + 1;
     return before;
 }
 

@@ -1,0 +1,31 @@
+"""Whether another backend did to a list of tensors what the C++ core did."""
+
+import torch
+
+from pybatch import ops
+
+
+def unit(storage):
+    """What two neighbours of the storage are apart by, relative."""
+    return torch.finfo(getattr(torch, storage.split("_")[0])).eps if storage else 0.0
+
+
+def assert_same(own, twin, storage=None):
+    """Equal but for fp32 arithmetic in another order, which can move a 16-bit value to its neighbour."""
+    for i, (a, b) in enumerate(zip(own.params, twin.params, strict=True)):
+        torch.testing.assert_close(b, a, rtol=2e-5 + unit(storage), atol=1e-5, msg=lambda m, i=i: f"parameter {i}: {m}")
+        if a.dtype != torch.float32:
+            assert (a != b).double().sum() <= 2 + 0.002 * a.numel()
+    for a, b in zip(own.values(), twin.values(), strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-5 + unit(storage), atol=1e-5)
+    states = [[s for of in setup.states for s in of] for setup in (own, twin)]
+    for a, b in zip(*states, strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-5 + unit(storage), atol=1e-5 + unit(storage))
+    assert torch.equal(own.list.steps, twin.list.steps)
+    assert int(twin.list.ticket) == 0  # else the next launch, or a graph's replay, never finds its last block
+    torch.testing.assert_close(twin.ledger.values, own.ledger.values, rtol=1e-5, atol=1e-5, equal_nan=True)
+    if ops.RULES[own.rule].norms != "none":  # else CUDA leaves them alone
+        torch.testing.assert_close(twin.list.norms, own.list.norms, rtol=1e-4, atol=1e-5)
+    if own.layers is not None:
+        torch.testing.assert_close(twin.layers, own.layers, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(twin.ledger.ring, own.ledger.ring, rtol=1e-4, atol=1e-2)

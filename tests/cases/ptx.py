@@ -1,0 +1,207 @@
+"""The PTX of the CUDA kernels, run by the emulator of tests/ptx/emulator, as a backend of CPU tensors."""
+
+import ctypes
+import math
+import os
+import shlex
+import shutil
+import subprocess
+
+import numpy as np
+import torch
+from cases import lists
+from cases.agreement import assert_same
+from cases.paths import ROOT
+from cases.problem import same_bits
+
+from pybatch import ops
+from pybatch.base.errors import DeviceError
+
+EMULATOR = ROOT / "tests/ptx/emulator"
+KERNELS = ("step", "accumulate")
+ARCHITECTURE = "compute_90"
+
+
+def nvcc():
+    """The CUDA compiler, or None."""
+    return os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+
+def _run(command):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def compile_kernels(folder, patches=(), kernels=KERNELS):
+    """PTX of the kernels, by name; `patches`: (file in kernels/, old text, new text), each of which must apply."""
+    source = folder / "kernels"
+    shutil.copytree(ROOT / "kernels", source, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for name, old, new in patches:
+        text = (source / name).read_text()
+        assert old in text, f"{name} has no {old!r}"
+        (source / name).write_text(text.replace(old, new))
+    options = ["-std=c++17", f"-arch={ARCHITECTURE}", "-ptx", "--expt-relaxed-constexpr"]
+    includes = [f"-I{source}", f"-I{ROOT / 'csrc'}"]
+    running = [
+        subprocess.Popen([nvcc(), *options, *includes, source / f"{name}.cu", "-o", folder / f"{name}.ptx"])
+        for name in kernels
+    ]
+    assert [process.wait(300) for process in running] == [0] * len(kernels)
+    return {name: (folder / f"{name}.ptx").read_text() for name in kernels}
+
+
+def compile_emulator(folder):
+    """Build the emulator into a folder; returns the library."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    includes = [f"-I{ROOT / name}" for name in ("tests/kernels/cuda_on_host", "kernels", "csrc")]
+    options = ["-std=c++20", "-O2", "-march=native", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    objects = []
+    for source in sorted(EMULATOR.glob("*.cpp")):
+        objects.append(folder / f"{source.stem}.o")
+        _run([*compiler, *options, *includes, "-c", source, "-o", objects[-1]])
+    library = folder / "emulator.so"
+    _run([*compiler, "-shared", *objects, "-o", library])
+    library = ctypes.CDLL(str(library))
+    library.ptx_new.restype = ctypes.c_void_p
+    library.ptx_faults.restype = library.ptx_error.restype = ctypes.c_char_p
+    return library
+
+
+class Emulator:
+    """One emulated device: its programs, its memory, and the faults it has seen.
+
+    Args:
+        library: from `compile_emulator`.
+        programs: PTX texts.
+        seed: how threads are interleaved.
+        resident: blocks that run at a time.
+    """
+
+    def __init__(self, library, programs, seed=1, resident=6):
+        self._library = library
+        self._self = ctypes.c_void_p(library.ptx_new(ctypes.c_uint32(seed), ctypes.c_uint32(resident)))
+        for text in programs:
+            self._check(library.ptx_load(self._self, text.encode()))
+
+    def __del__(self):
+        self._library.ptx_delete(self._self)
+
+    def _check(self, code):
+        if code < 0:
+            raise DeviceError(self._library.ptx_error(self._self).decode())
+
+    def see(self, tensors):
+        """Make these the memory of the device: name -> tensor; int64 ones may hold addresses of the others."""
+        self._library.ptx_forget(self._self)
+        for name, tensor in tensors.items():
+            assert tensor.is_contiguous()
+            size, element = ctypes.c_uint64(tensor.nbytes), ctypes.c_uint32(tensor.element_size())
+            addresses = tensor.element_size() == 8 and not tensor.is_floating_point()
+            pointer = ctypes.c_void_p(tensor.data_ptr())
+            self._library.ptx_add(self._self, name.encode(), pointer, size, element, ctypes.c_bool(addresses))
+
+    def run_pass(self, entry, table, call):
+        """A pass of the project's table and call, with the launches that csrc/step_cuda.cpp makes of it."""
+        address = ctypes.c_void_p(table.address), ctypes.c_void_p(call.address)
+        self._check(self._library.ptx_pass(self._self, entry.encode(), *address))
+
+    def launch(self, kernel, params, blocks, shared=0):
+        """One launch of the kernel whose name holds `kernel`; params: its parameters' bytes."""
+        held = np.frombuffer(params, dtype=np.uint8).copy()
+        sizes = ctypes.c_uint64(len(held)), ctypes.c_uint32(blocks), ctypes.c_uint32(shared)
+        self._check(self._library.ptx_launch(self._self, kernel.encode(), ctypes.c_void_p(held.ctypes.data), *sizes))
+
+    @property
+    def faults(self):
+        """What was found so far, a line each."""
+        return self._library.ptx_faults(self._self).decode().splitlines()
+
+    @property
+    def counts(self):
+        """(instructions, launches) so far."""
+        instructions, launches = ctypes.c_uint64(), ctypes.c_uint64()
+        self._library.ptx_counts(self._self, ctypes.byref(instructions), ctypes.byref(launches))
+        return instructions.value, launches.value
+
+
+class PtxCuda(ops.CudaBackend):
+    """The CUDA backend on an emulated device."""
+
+    chunk = 2048  # two vectors a thread
+
+    def __init__(self, library, programs, **how):
+        self.emulator = Emulator(library, programs.values(), **how)
+        self.setup = None  # the `lists.Setup` that it works for
+        self.more = {}  # memory beside that of the list: name -> tensor
+
+    def _run(self, entry, tensors, call):
+        self.emulator.see(memory_of(tensors, self.setup) | self.more)
+        self.emulator.run_pass(entry, tensors.table, call)
+
+
+def memory_of(tensors, setup):
+    """All memory of a pass over a `TensorList` made by a `lists.Setup`: name -> tensor."""
+    found = {name: tensor for name, tensor in vars(tensors).items() if isinstance(tensor, torch.Tensor)}
+    found |= {"ledger": tensors.ledger.values, "ring": tensors.ledger.ring}
+    several = {"param": setup.params, "grad": setup.grads, "sum": setup.sums, "master": setup.masters}
+    several |= {f"state {k}": of for k, of in enumerate(zip(*setup.states, strict=True))}
+    for name, of in several.items():
+        found |= {f"{name} of tensor {i}": tensor for i, tensor in enumerate(of) if tensor is not None}
+    return found
+
+
+COUNTS = lists.sizes(PtxCuda.chunk)
+
+
+def setup(rule, backend, storage=None, layers=False, counts=COUNTS):
+    """A list of tensors for a backend; an emulated one is shown its memory."""
+    dtype = getattr(torch, (storage or "float32").split("_")[0])
+    kept = torch.zeros(len(counts), ops.LAYER_SIZE, dtype=torch.float64) if layers else None
+    made = lists.Setup(lists.draw(counts, dtype, seed=5), rule, storage, layers=kept, backend=backend)
+    backend.setup = made
+    return made
+
+
+def clip(made):
+    """Two clipped steps, on gradients of the parameters' dtype and in fp32."""
+    for step, dtype in enumerate((made.params[0].dtype, torch.float32)):
+        made.step(lists.draw(COUNTS, dtype, seed=step), norm=True, clip=True, max_norm=300.0)
+
+
+def accumulate(made, noise=False):
+    """Two steps on sums of two micro-batches of two dtypes, one of which does not touch a tensor."""
+    for step in range(2):
+        for i, dtype in enumerate((torch.bfloat16, torch.float32)):
+            grads = lists.draw(COUNTS, dtype, seed=2 * step + i)
+            made.accumulate([None if i and j == 3 else g for j, g in enumerate(grads)], 4.0, first=not i)
+        how = {"noise": noise, "inverse": 0.5, "examples": 8.0, "micro_batches": 2.0}
+        made.step([None] * len(COUNTS), sum=True, known=True, clip=True, max_norm=20.0, **how)
+
+
+def noise(made):
+    """The same with pairs of norms; where the list has layers, theirs too."""
+    accumulate(made, noise=True)
+
+
+def skip(made):
+    """A good step and a bad one, which changes nothing."""
+    made.step(lists.draw(COUNTS, seed=1), norm=True, clip=True, max_norm=300.0)
+    before, grads = made.bits(), lists.draw(COUNTS, seed=2)
+    grads[-1][-1] = math.inf
+    made.step(grads, norm=True, clip=True, max_norm=300.0)
+    assert same_bits(before, made.bits())
+    assert float(made.ledger["skipped"]) == float(made.ledger["skip"]) == 1.0
+
+
+SCENARIOS = {"clip": clip, "accumulate": accumulate, "noise": noise, "layers": noise, "skip": skip}
+
+
+def check(library, programs, rule, storage, scenario, seed=1):
+    """Run a scenario on the C++ core and on the emulator, which must agree without a fault; returns the emulator."""
+    twin = PtxCuda(library, programs, seed=seed)
+    setups = [setup(rule, backend, storage, layers=scenario == "layers") for backend in (ops.CppBackend(), twin)]
+    for made in setups:
+        SCENARIOS[scenario](made)
+    assert not twin.emulator.faults, twin.emulator.faults
+    assert_same(*setups, storage)
+    return twin.emulator

@@ -1,0 +1,16 @@
+"""What nvcc emits and the emulator that runs it, built once."""
+
+import pytest
+from cases import ptx
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    if not ptx.nvcc():
+        pytest.skip("nvcc was not found: put the CUDA toolkit's bin directory on PATH or set CUDACXX")
+    return ptx.compile_emulator(tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture(scope="session")
+def programs(library, tmp_path_factory):
+    return ptx.compile_kernels(tmp_path_factory.mktemp("ptx"))

@@ -1,0 +1,117 @@
+// The emulator behind a C interface, and the project's own launches on it (csrc/step_cuda.cpp).
+
+#include <cuda_runtime.h>  // the host's, in tests/kernels/cuda_on_host
+
+#include <stdexcept>
+
+#include "machine.h"
+#include "table.h"
+
+#define PB_CUDA
+#include "step_cuda.cpp"
+
+namespace {
+
+struct Emulator {
+    std::vector<std::unique_ptr<ptx::Program>> programs;
+    ptx::Memory memory;
+    ptx::Faults faults;
+    ptx::Counts counts;
+    std::string message, error;
+    uint32_t seed = 1, resident = 6;
+};
+
+Emulator* current = nullptr;  // whose launch is under way
+
+template <class Call>
+int guarded(Emulator* emulator, const Call& call) {
+    try {
+        call();
+        return emulator->faults.empty() ? 0 : cudaErrorLaunchFailure;
+    } catch (const std::exception& error) {
+        emulator->error = error.what();
+        return -1;
+    }
+}
+
+void launch(Emulator& e, const std::string& kernel, std::vector<uint8_t> params, uint32_t blocks, uint32_t shared) {
+    for (const auto& program : e.programs)
+        for (const auto& [name, function] : program->functions) {
+            if (name.find(kernel) == std::string::npos) continue;
+            params.resize(function->param_bytes);
+            e.memory.translate();
+            e.memory.translate(params);
+            ptx::run({function.get(), params, blocks, function->threads, program->shared_bytes + shared, e.resident,
+                      e.seed++},
+                     e.memory, e.faults, e.counts);
+            return;
+        }
+    throw std::invalid_argument("no program has a kernel " + kernel);
+}
+
+// As chunk.cuh's: a table and a call, each at the alignment of its widest member.
+cudaError_t launch_pass(const char* kernel, const pybatch::Table& table, const pybatch::Call& call) {
+    std::vector<uint8_t> params(sizeof table + sizeof call);
+    static_assert(sizeof table % alignof(pybatch::Call) == 0);
+    std::memcpy(params.data(), &table, sizeof table);
+    std::memcpy(params.data() + sizeof table, &call, sizeof call);
+    launch(*current, kernel, std::move(params), table.chunk_count > 0 ? uint32_t(table.chunk_count) : 1, 0);
+    return current->faults.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+}  // namespace
+
+namespace pybatch::PB_ISA {
+
+cudaError_t launch_norm(const Table& t, const Call& c, cudaStream_t) { return launch_pass("norm_kernel", t, c); }
+cudaError_t launch_prepare(const Table& t, const Call& c, cudaStream_t) { return launch_pass("prepare_kernel", t, c); }
+cudaError_t launch_update(const Table& t, const Call& c, cudaStream_t) { return launch_pass("update_kernel", t, c); }
+cudaError_t launch_accumulate(const Table& t, const Call& c, cudaStream_t) {
+    return launch_pass("accumulate_kernel", t, c);
+}
+
+}  // namespace pybatch::PB_ISA
+
+#define PTX_EXPORT extern "C" __attribute__((visibility("default")))
+
+PTX_EXPORT Emulator* ptx_new(uint32_t seed, uint32_t resident) {
+    auto* emulator = new Emulator;
+    emulator->seed = seed, emulator->resident = resident;
+    return emulator;
+}
+PTX_EXPORT void ptx_delete(Emulator* e) { delete e; }
+
+PTX_EXPORT int ptx_load(Emulator* e, const char* text) {
+    return guarded(e, [&] { e->programs.push_back(ptx::parse(text)); });
+}
+
+// All memory of the launches that follow; `addresses`: its words may be addresses of others.
+PTX_EXPORT void ptx_forget(Emulator* e) { e->memory = ptx::Memory(); }
+PTX_EXPORT void ptx_add(Emulator* e, const char* name, void* host, uint64_t bytes, uint32_t element, bool addresses) {
+    e->memory.add(name, host, bytes, element, addresses);
+}
+
+PTX_EXPORT int ptx_launch(Emulator* e, const char* kernel, const uint8_t* params, uint64_t bytes, uint32_t blocks,
+                          uint32_t shared) {
+    return guarded(e, [&] { launch(*e, kernel, {params, params + bytes}, blocks, shared); });
+}
+
+// "step", one of its phases, or "accumulate".
+PTX_EXPORT int ptx_pass(Emulator* e, const char* entry, const pybatch::Table* table, const pybatch::Call* call) {
+    current = e;
+    return guarded(e, [&] {
+        const std::string name = entry;
+        const auto pass = name == "step"      ? pybatch::cuda_step
+                          : name == "norm"    ? pybatch::cuda_norm
+                          : name == "prepare" ? pybatch::cuda_prepare
+                          : name == "update"  ? pybatch::cuda_update
+                                              : pybatch::cuda_accumulate;
+        pass(*table, *call, nullptr);
+    });
+}
+
+PTX_EXPORT const char* ptx_faults(Emulator* e) { return (e->message = e->faults.text()).c_str(); }
+PTX_EXPORT const char* ptx_error(Emulator* e) { return e->error.c_str(); }
+PTX_EXPORT void ptx_counts(Emulator* e, uint64_t* instructions, uint64_t* launches) {
+    *instructions = e->counts.instructions, *launches = e->counts.launches;
+}
