@@ -37,7 +37,9 @@ from pybatch.watch.replay import Replay, replay
 from pybatch.watch.together import Together, together
 from pybatch.workloads.base import Progress
 
+_NEWEST = 50  # steps whose times a live line tells
 _SAVE_EVERY = 10.0  # s between records of what there is so far, at least
+_TELL_EVERY = 1.0  # s between states of a live line
 _SAVE_SHARE = 0.005  # of the time that they may take
 INTERRUPTED = "interrupted by Ctrl-C: what was measured until then is kept"
 
@@ -70,6 +72,8 @@ class Watching:
         self._environment = capture(seed=0, command=options.command)
         self._meter: summary.Meter | None = None
         self._saved, self._save_after = time.monotonic(), _SAVE_EVERY
+        self._told = 0.0
+        self._newest: NoiseScale | None = None  # as it was last read
         self._noise: NoiseScale | None = None
         self._capacity: Capacity | None = None
         self._why_not: str | None = None  # why there is no capacity around the batch
@@ -158,6 +162,8 @@ class Watching:
         now = time.monotonic()
         if self.rank == 0 and now - self._saved >= self._save_after:
             self._save(now)
+        elif now - self._told >= _TELL_EVERY:
+            self._tell(now)
         if self.options.steps is not None and steps.count >= self.options.steps:
             raise Enough(0)
 
@@ -166,11 +172,26 @@ class Watching:
         run = self._record((Note("run", "cut: this is what was saved while it ran"),), judged=False)
         if self._on_partial is not None:
             self._on_partial(run)
-        self.progress(live(run), 0.0)
+        self._newest = run.noise
+        self._tell(now)
         if self._observer.steps is not None:
             self._observer.steps.unusual()
         self._saved = time.monotonic()
         self._save_after = max(_SAVE_EVERY, (self._saved - now) / _SAVE_SHARE)
+
+    def _tell(self, now: float) -> None:
+        """The state of the training in one line."""
+        steps, self._told = self._observer.steps, now
+        assert steps is not None  # the callers have stepped
+        parts, newest = [f"step {count(steps.count)}"], list(steps.kept)[-_NEWEST:]
+        if newest:
+            whole = sum(step.seconds for step in newest)
+            parts.append(f"{number(1e3 * whole / len(newest))} ms")
+            if loading := sum(step.loading for step in newest):
+                parts.append(f"{share(min(1.0, loading / whole))} of it waiting for data")
+        if self._newest is not None and self._newest.b_simple is not None:
+            parts.append(f"noise scale {number(self._newest.b_simple, 2)}")
+        self.progress(", ".join(parts), 0.0)
 
     # Its end.
 
@@ -280,21 +301,6 @@ class Watching:
             tuple(lacking),
             training=training,
         )
-
-
-def live(run: Run) -> str:
-    """The state of a training in one line."""
-    training, noise = run.training, run.noise
-    if training is None:
-        return ""
-    parts = [f"step {count(training.steps)}"]
-    if training.step_ms is not None:
-        parts.append(f"{number(training.step_ms)} ms")
-    if training.waiting is not None:
-        parts.append(f"{share(training.waiting)} of it waiting for data")
-    if noise is not None and noise.b_simple is not None:
-        parts.append(f"noise scale {number(noise.b_simple, 2)}")
-    return ", ".join(parts)
 
 
 class watch:  # it reads as the verb it is: `with pybatch.watch(): train()`

@@ -16,7 +16,9 @@ from typing import Any, Literal
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import said
 
-ROOM = os.path.dirname(os.path.abspath(__file__)) + os.sep  # whose frames are no part of the script's traceback
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Of pybatch's, whose frames are no part of the script's traceback.
+ROOMS = tuple(os.path.join(_PACKAGE, room, "") for room in ("watch", "noise"))
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -145,14 +147,14 @@ def tell(ending: Ending) -> None:
 
 
 def _clean(error: BaseException | None, seen: set[int]) -> None:
-    """Leave out frames of this room, here and in what the error came from."""
+    """Leave out frames of the watch, here and in what the error came from."""
     if error is None or id(error) in seen:
         return
     seen.add(id(error))
     frames = []
     trace = error.__traceback__
     while trace is not None:
-        if not trace.tb_frame.f_code.co_filename.startswith(ROOM):
+        if not trace.tb_frame.f_code.co_filename.startswith(ROOMS):
             frames.append(trace)
         trace = trace.tb_next
     kept: types.TracebackType | None = None
