@@ -41,7 +41,7 @@ class Training(Shown):
     forward: float | None = _part("forward and loss")
     backward: float | None = _part("backward")
     between: float | None = _part("between backward and step")  # clipping, unscaling, logging
-    update: float | None = _part("optimizer")
+    update: float | None = _part("update")
     workers: int | None = None  # of the DataLoader; None: none was used
     workers_needed: int | None = None  # so many would keep up with the device
     input_from: str | None = None  # what `waiting` was taken from

@@ -13,7 +13,7 @@ _PARTS = {
     "forward": "forward and loss",
     "backward": "backward",
     "between": "between backward and step",
-    "update": "optimizer",
+    "update": "update",
 }
 
 
