@@ -60,6 +60,9 @@ def examples_in(arguments: Any, batching: Batching | None) -> int | None:
     """How many examples another pass of the same model has; None where that can't be told."""
     if batching is None:
         return None
+    args, dim = arguments[0], batching.dims[0]
+    if dim is not None and args and isinstance(args[0], Tensor):  # the usual case, in every pass
+        return int(args[0].shape[dim]) if args[0].ndim > dim else None
     leaves = tree_flatten(arguments)[0]
     if len(leaves) != len(batching.dims):
         return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_leaves
 
 from pybatch.noise.hooks import Hook
 from pybatch.watch.batching import Batching, examples_in, find_batching
@@ -242,11 +242,13 @@ class Observer:
             self._in_pass = False
             return
         arguments = (args, kwargs)
-        if self.batching is None or len(self.batching.dims) != len(tree_flatten(arguments)[0]):
+        examples = examples_in(arguments, self.batching)
+        if examples is None:
             self.batching = find_batching(arguments, self._finder.second.sizes)
+            examples = examples_in(arguments, self.batching)
         if self.noise is not None and not self.noise.begun:
             self.noise.begin(self.batching, module, args, kwargs)
-        self._pending = examples_in(arguments, self.batching) or 0
+        self._pending = examples or 0
         self._pass = None
         if self.batching is not None and (self.kept is None or self._passes % _KEEP_EVERY == 0):
             usual = self.steps.micro_batch
