@@ -2,6 +2,7 @@
 // that stays in the first-level cache. So rules are compiled once, not once per storage.
 #pragma once
 
+#include "narrow.h"
 #include "rules.h"
 #include "storage.h"
 
@@ -36,6 +37,11 @@ struct Chunk {
 
 struct Buffers {
     alignas(64) float param[kBlock], grad[kBlock], direction[kBlock];
+};
+
+template <class Rule>
+struct StateBuffers {
+    alignas(64) float state[kRoom<Rule>][kBlock];
 };
 
 template <class T>
@@ -142,6 +148,42 @@ const float* load_gradient(const Chunk& chunk, bool sum, int64_t first, int64_t 
 }
 
 bool gradient_in_place(const Chunk& chunk, bool sum) { return sum || chunk.row[kGradType] == kGradFloat32; }
+
+// Elements [first, first + n) of a state as fp32, and back: in place, or by way of the buffer. `first` begins a block
+// of the scales; `key` is state_key().
+float* load_state(const Table& t, const Chunk& chunk, int state, bool has_sign, int64_t first, int64_t n,
+                  float* buffer) {
+    if (t.states == kStateFloat32) return chunk.at<float>(kState + state, first);
+    if (t.states == kStateBFloat16) return convert(chunk.at<bfloat16>(kState + state, first), n, buffer);
+    const uint8_t* codes = chunk.at<uint8_t>(kState + state, first);
+    const float* scales = reinterpret_cast<float*>(chunk.row[kScale + state]) + (chunk.begin + first) / kStateBlock;
+    for (int64_t from = 0; from < n; from += kStateBlock) {
+        const int64_t end = from + kStateBlock < n ? from + kStateBlock : n;
+        const float scale = scales[from / kStateBlock];
+        for (int64_t i = from; i < end; ++i) buffer[i] = value_of(codes[i], has_sign, scale);
+    }
+    return buffer;
+}
+
+void store_state(const Table& t, const Chunk& chunk, int state, bool has_sign, int64_t first, int64_t n,
+                 const float* __restrict value, uint32_t key) {
+    if (t.states == kStateFloat32) return;
+    if (t.states == kStateBFloat16) {
+        uint16_t* __restrict to = chunk.at<uint16_t>(kState + state, first);
+        const uint32_t index = uint32_t(chunk.begin + first);
+        for (int64_t i = 0; i < n; ++i) to[i] = round_to_bfloat16(value[i], random_bits(key, index + uint32_t(i)));
+        return;
+    }
+    uint8_t* __restrict codes = chunk.at<uint8_t>(kState + state, first);
+    float* scales = reinterpret_cast<float*>(chunk.row[kScale + state]) + (chunk.begin + first) / kStateBlock;
+    for (int64_t from = 0; from < n; from += kStateBlock) {
+        const int64_t end = from + kStateBlock < n ? from + kStateBlock : n;
+        uint32_t largest = 0;
+        for (int64_t i = from; i < end; ++i) largest = larger_bits(largest, size_bits(value[i]));
+        const float scale = scales[from / kStateBlock] = float_of(largest);
+        for (int64_t i = from; i < end; ++i) codes[i] = code_of(value[i], has_sign, scale);
+    }
+}
 
 // Calls work(first, n) for the blocks of a chunk: all of it at once where nothing needs a buffer.
 template <class Work>

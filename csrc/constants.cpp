@@ -1,10 +1,15 @@
 #include "constants.h"
 
+#include <pybind11/stl.h>
+
 #include <initializer_list>
+#include <iterator>
 #include <sstream>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "narrow.h"
 #include "number.h"
 #include "rules.h"
 #include "table.h"
@@ -54,9 +59,10 @@ py::object scalar_of() {
 
 void export_constants(py::module_& m) {
     py::dict rules;
-#define PB_NUMBER(NUMBER, RULE)                                                               \
-    rules[#RULE] = py::make_tuple(NUMBER, PB_ISA::RULE::states, name_of(PB_ISA::RULE::norms), \
-                                  columns_of<PB_ISA::RULE::Hyper>(), scalar_of<PB_ISA::RULE>());
+#define PB_NUMBER(NUMBER, RULE)                                                                                       \
+    rules[#RULE] =                                                                                                    \
+        py::make_tuple(NUMBER, PB_ISA::RULE::states, name_of(PB_ISA::RULE::norms), columns_of<PB_ISA::RULE::Hyper>(), \
+                       scalar_of<PB_ISA::RULE>(), PB_ISA::SquaredStates<PB_ISA::RULE>::value);
     PB_FOR_EACH_RULE(PB_NUMBER)
 #undef PB_NUMBER
     m.attr("rules") = rules;
@@ -71,7 +77,13 @@ void export_constants(py::module_& m) {
                                {"group", kGroup},
                                {"fresh", kFresh},
                                {"salt", kSalt},
-                               {"state", kState}});
+                               {"state", kState},
+                               {"scale", PB_ISA::kScale}});
+    m.attr("state_types") = named({{"fp32", kStateFloat32}, {"bf16", kStateBFloat16}, {"8bit", kState8Bit}});
+    m.attr("state_block") = int(kStateBlock);
+    py::list codes;
+    for (const auto& table : PB_ISA::kCodes.value) codes.append(std::vector<float>(std::begin(table), std::end(table)));
+    m.attr("state_codes") = codes;
     m.attr("ledger") = named({{"sum_sq", kSumSq},
                               {"bad", kBad},
                               {"micro_sq", kMicroSq},

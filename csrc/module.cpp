@@ -58,7 +58,8 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("row_count", &Table::row_count)
         .def_readwrite("chunk_count", &Table::chunk_count)
         .def_readwrite("chunk", &Table::chunk)
-        .def_readwrite("elements", &Table::elements);
+        .def_readwrite("elements", &Table::elements)
+        .def_readwrite("states", &Table::states);
     address(table, "rows", &Table::rows);
     address(table, "chunks", &Table::chunks);
     address(table, "hyper", &Table::hyper);

@@ -97,12 +97,25 @@ void prepare_block(const Rule rule, const float* __restrict p, const float* __re
     }
 }
 
-// Calls work(pointers to element `first` of the rule's states).
+// Calls work(pointers to fp32 values of the rule's states, from element `first` on), and keeps what it has written
+// there where `write`; `key` is random_key() of the chunk.
 template <class Rule, class Work>
-void with_states(const Chunk& chunk, int64_t first, const Work& work) {
+void with_states(const Table& t, const Chunk& chunk, int64_t first, int64_t n, StateBuffers<Rule>& buffers,
+                 uint32_t key, bool write, const Work& work) {
     [&]<int... Number>(std::integer_sequence<int, Number...>) {
-        work(chunk.at<float>(kState + Number, first)...);
+        float* const states[kRoom<Rule>] = {
+            load_state(t, chunk, Number, has_sign<Rule>(Number), first, n, buffers.state[Number])...};
+        work(states[Number]...);
+        if (write)
+            (store_state(t, chunk, Number, has_sign<Rule>(Number), first, n, states[Number], state_key(key, Number)),
+             ...);
     }(std::make_integer_sequence<int, Rule::states>());
+}
+
+// Of a chunk whose parameter or states are rounded stochastically in the step at hand.
+uint32_t chunk_key(const Table& t, const Call& call, const Chunk& chunk, const Tensor& at) {
+    const bool random = is_stochastic(chunk.storage()) || t.states == kStateBFloat16;
+    return random ? random_key(call.seed, chunk.row[kSalt], at.step, chunk.begin) : 0u;
 }
 
 // From the stored gradient to what the rule sees.
@@ -114,12 +127,14 @@ void prepare_rule(const Table& t, const Call& call, const Chunk& chunk, double s
         const Tensor at = tensor_of(t, chunk.row, chunk.index);
         const Rule rule = Rule::make(at);
         const float factor = gradient_factor(at, scale);
+        const uint32_t key = chunk_key(t, call, chunk, at);
         Lanes param, direction;
         Buffers buffers;
+        StateBuffers<Rule> kept;
         for_blocks(chunk, false, [&](int64_t first, int64_t n) {
             const float* p = load_param(chunk, first, n, buffers.param);
             const float* g = load_gradient(chunk, call.sum, first, n, buffers.grad);
-            with_states<Rule>(chunk, first, [&](auto*... state) {
+            with_states<Rule>(t, chunk, first, n, kept, key, true, [&](auto*... state) {
                 prepare_block(rule, p, g, factor, buffers.direction, n, state...);
             });
             param.add(p, n);
@@ -183,17 +198,19 @@ void update_rule(const Table& t, const Call& call, const Chunk& chunk, double sc
     at.other_sq = (Rule::norms == Norms::gradient ? scale * scale : 1.0) * norms[kDirectionSq];
     const Rule rule = Rule::make(at);
     const float factor = gradient_factor(at, scale);
-    const uint32_t key =
-        is_stochastic(chunk.storage()) ? random_key(call.seed, chunk.row[kSalt], at.step, chunk.begin) : 0u;
+    const uint32_t key = chunk_key(t, call, chunk, at);
     Lanes param;
     Buffers buffers;
-    const bool in_place =
-        Rule::norms == Norms::none && chunk.storage() == kFloat32 && gradient_in_place(chunk, call.sum);
+    StateBuffers<Rule> kept;
+    const bool in_place = Rule::norms == Norms::none && chunk.storage() == kFloat32 && t.states == kStateFloat32 &&
+                          gradient_in_place(chunk, call.sum);
+    constexpr bool write = Rule::norms != Norms::direction;  // else prepare() wrote them
     for_blocks(chunk, in_place, [&](int64_t first, int64_t n) {
         float* p = load_param(chunk, first, n, buffers.param);
         const float* g = nullptr;
         if constexpr (Rule::norms != Norms::direction) g = load_gradient(chunk, call.sum, first, n, buffers.grad);
-        with_states<Rule>(chunk, first, [&](auto*... state) { update_block(rule, p, g, factor, n, state...); });
+        with_states<Rule>(t, chunk, first, n, kept, key, write,
+                          [&](auto*... state) { update_block(rule, p, g, factor, n, state...); });
         store_param(chunk, first, n, p, key);
         if constexpr (Rule::norms == Norms::gradient) param.add(load_param(chunk, first, n, buffers.param), n);
     });

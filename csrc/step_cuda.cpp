@@ -11,6 +11,8 @@ namespace PB_ISA {
 cudaError_t launch_norm(const Table& table, const Call& call, cudaStream_t stream);
 cudaError_t launch_prepare(const Table& table, const Call& call, cudaStream_t stream);
 cudaError_t launch_update(const Table& table, const Call& call, cudaStream_t stream);
+cudaError_t launch_narrow_prepare(const Table& table, const Call& call, cudaStream_t stream);
+cudaError_t launch_narrow_update(const Table& table, const Call& call, cudaStream_t stream);
 cudaError_t launch_accumulate(const Table& table, const Call& call, cudaStream_t stream);
 }  // namespace PB_ISA
 
@@ -21,11 +23,13 @@ int cuda_norm(const Table& table, const Call& call, void* stream) {
 
 int cuda_prepare(const Table& table, const Call& call, void* stream) {
     if (!call.prepare) return cudaSuccess;
-    return PB_ISA::launch_prepare(table, call, static_cast<cudaStream_t>(stream));
+    const auto launch = table.states == kStateFloat32 ? PB_ISA::launch_prepare : PB_ISA::launch_narrow_prepare;
+    return launch(table, call, static_cast<cudaStream_t>(stream));
 }
 
 int cuda_update(const Table& table, const Call& call, void* stream) {
-    return PB_ISA::launch_update(table, call, static_cast<cudaStream_t>(stream));
+    const auto launch = table.states == kStateFloat32 ? PB_ISA::launch_update : PB_ISA::launch_narrow_update;
+    return launch(table, call, static_cast<cudaStream_t>(stream));
 }
 
 int cuda_step(const Table& table, const Call& call, void* stream) {

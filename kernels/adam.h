@@ -41,6 +41,7 @@ struct AdamMoments {
 struct Adam {
     using Hyper = AdamHyper;
     static constexpr int states = 2;  // exp_avg, exp_avg_sq
+    static constexpr unsigned squares = 1u << 1;
     static constexpr Norms norms = Norms::none;
     AdamMoments moments;
     float decay;
@@ -58,6 +59,7 @@ struct Adam {
 struct AdamAmsgrad {
     using Hyper = AdamHyper;
     static constexpr int states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+    static constexpr unsigned squares = 1u << 1 | 1u << 2;
     static constexpr Norms norms = Norms::none;
     Adam base;
 

@@ -9,6 +9,7 @@ namespace pybatch::PB_ISA {
 struct AdamW {
     using Hyper = AdamHyper;
     static constexpr int states = 2;  // exp_avg, exp_avg_sq
+    static constexpr unsigned squares = 1u << 1;
     static constexpr Norms norms = Norms::none;
     AdamMoments moments;
     float shrink;
@@ -27,6 +28,7 @@ struct AdamW {
 struct AdamWAmsgrad {
     using Hyper = AdamHyper;
     static constexpr int states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+    static constexpr unsigned squares = 1u << 1 | 1u << 2;
     static constexpr Norms norms = Norms::none;
     AdamW base;
 

@@ -14,6 +14,7 @@ struct AdanHyper {
 struct Adan {
     using Hyper = AdanHyper;
     static constexpr int states = 4;  // exp_avg, exp_avg_sq, exp_avg_diff, neg_pre_grad
+    static constexpr unsigned squares = 1u << 1;
     static constexpr Norms norms = Norms::none;
     float rate1, rate2, beta2, beta3, rate3, size, size_diff, correction3, eps, before, after, known;
 
@@ -26,9 +27,9 @@ struct Adan {
                 float(beta2),
                 float(beta3),
                 float(1.0 - beta3),
-                float(lr / (1.0 - pow(beta1, at.step))),
-                float(lr * beta2 / (1.0 - pow(beta2, at.step))),
-                float(1.0 / sqrt(1.0 - pow(beta3, at.step))),
+                float(lr / (1.0 - power(beta1, at.step))),
+                float(lr * beta2 / (1.0 - power(beta2, at.step))),
+                float(1.0 / sqrt(1.0 - power(beta3, at.step))),
                 float(at.hyper[Hyper::eps]),
                 proximal ? 1.0f : float(1.0 - decay),
                 proximal ? float(1.0 / (1.0 + decay)) : 1.0f,
@@ -41,7 +42,7 @@ struct Adan {
         s[1] = beta3 * s[1] + rate3 * (ahead * ahead);
         s[2] += rate2 * (difference - s[2]);
         s[3] = -g;
-        p = after * (before * p - plus(size * s[0], size_diff, s[2]) / (sqrtf(s[1]) * correction3 + eps));
+        p = after * (before * p - quotient(plus(size * s[0], size_diff, s[2]), root(s[1]) * correction3 + eps));
     }
 };
 

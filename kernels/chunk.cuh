@@ -71,7 +71,7 @@ using Width = std::integral_constant<int, N>;
 
 // Calls work(width, i) for elements i to i + width: whole vectors of N first where `vectors`, then one by one.
 template <int N = kWidth, class Work>
-__device__ inline void for_each(int size, bool vectors, const Work& work) {
+__device__ __forceinline__ void for_each(int size, bool vectors, const Work& work) {
     const int whole = vectors ? size - size % N : 0;
     for (int i = N * threadIdx.x; i < whole; i += N * kThreads) work(Width<N>(), i);
     for (int i = whole + threadIdx.x; i < size; i += kThreads) work(Width<1>(), i);
@@ -109,7 +109,7 @@ __device__ inline Squares squares(const T* data, int size) {
 
 // Calls work(a value of the element type) for a gradient's dtype; the same for the whole block.
 template <class Work>
-__device__ inline void with_type(int64_t type, const Work& work) {
+__device__ __forceinline__ void with_type(int64_t type, const Work& work) {
     switch (type) {
         case kGradFloat32:
             return work(float());

@@ -13,6 +13,7 @@ struct LambHyper {
 struct Lamb {
     using Hyper = LambHyper;
     static constexpr int states = 2;  // exp_avg, exp_avg_sq
+    static constexpr unsigned squares = 1u << 1;
     static constexpr Norms norms = Norms::direction;
     AdamMoments moments;
     float decay, scale;

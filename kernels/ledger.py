@@ -32,6 +32,7 @@ from pybatch.kernels.table import (
     STORAGES,
     SUM_SQ,
     contains,
+    finite,
     row_sums,
 )
 
@@ -77,7 +78,7 @@ def collect_kernel(
         large += part * tl.load(partials + 2 * chunk + 1, mask=there, other=0.0)
     small_sum, large_sum = tl.sum(small), tl.sum(large)
     tl.store(ledger + SUM_SQ, large_sum)
-    bad = ((small_sum != small_sum) | (large_sum != large_sum)).to(tl.float64)
+    bad = 1.0 - (finite(small_sum) & finite(large_sum)).to(tl.float64)
     if micro:
         tl.store(ledger + MICRO_SQ, tl.load(ledger + MICRO_SQ) + examples * small_sum)
         bad = tl.maximum(bad, tl.load(ledger + BAD))

@@ -13,6 +13,7 @@ struct NAdamHyper {
 struct NAdam {
     using Hyper = NAdamHyper;
     static constexpr int states = 2;  // exp_avg, exp_avg_sq
+    static constexpr unsigned squares = 1u << 1;
     static constexpr Norms norms = Norms::none;
     static constexpr float scalar = 1.0f;  // mu_product
     AdamMoments moments;

@@ -10,6 +10,7 @@
 // Norms::direction (LAMB): two more functions. prepare(g, s) writes the states, direction(p, s) gives what the other
 // norm is taken of; update() then reads the states only, its g is 0. prepare() is called on a rule made of zero norms.
 // update() stays elementwise for all of them.
+// A rule whose states are not all signed says which: bit k of `squares` is set where state k is never negative.
 // A rule may keep one scalar of each tensor from step to step (a product of momenta), and then has two more members:
 //   scalar                     its value before the first step
 //   static double next(at)     its value after this step
@@ -38,7 +39,8 @@ namespace pybatch::PB_ISA {
 // are the same for a whole tensor.
 PB_HD float plus(float base, float coefficient, float x) { return coefficient != 0.0f ? base + coefficient * x : base; }
 
-// base to the power of a whole number: for all of a tensor's elements the first load waits for it, and pow takes longer.
+// base to the power of a whole number: for all of a tensor's elements the first load waits for it, and pow takes
+// longer.
 PB_HD double power(double base, double whole) {
     double result = 1.0;
     for (uint64_t n = uint64_t(whole); n > 0; n >>= 1, base *= base)
@@ -46,8 +48,8 @@ PB_HD double power(double base, double whole) {
     return result;
 }
 
-// Square root and quotient, on a GPU to 2 units in the last place: its correctly rounded ones branch off to a slow path,
-// with registers spilled, where an operand is 0 or subnormal, as all moments of an unused embedding are.
+// Square root and quotient, on a GPU to 2 units in the last place: its correctly rounded ones branch off to a slow
+// path, with registers spilled, where an operand is 0 or subnormal, as all moments of an unused embedding are.
 PB_HD float root(float x) {
 #ifdef __CUDA_ARCH__
     float result;
@@ -93,6 +95,17 @@ struct Tensor {
 // Room for the states of one element: C++ has no empty array.
 template <class Rule>
 constexpr int kRoom = Rule::states > 0 ? Rule::states : 1;
+
+template <class Rule, class = void>
+struct SquaredStates : std::integral_constant<unsigned, 0u> {};
+template <class Rule>
+struct SquaredStates<Rule, std::void_t<decltype(Rule::squares)>> : std::integral_constant<unsigned, Rule::squares> {};
+
+// Whether a state of the rule can be negative.
+template <class Rule>
+PB_HD constexpr bool has_sign(int state) {
+    return ((SquaredStates<Rule>::value >> state) & 1u) == 0u;
+}
 
 template <class Rule, class = void>
 struct KeepsScalar : std::false_type {};

@@ -48,7 +48,8 @@ constexpr int most_hyper() {
 #undef PB_COUNT
 
 constexpr int kMaxStates = most_states();
-constexpr int kColumns = kState + kMaxStates;            // of the table
+constexpr int kScale = kState + kMaxStates;              // and on: addresses of the fp32 scales of 8-bit states
+constexpr int kColumns = kScale + kMaxStates;            // of the table
 constexpr int kHyperColumns = kHyperOwn + most_hyper();  // of a group's row
 
 // The norms that the rule of this number needs.

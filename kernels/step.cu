@@ -1,7 +1,6 @@
 // The update over a list of tensors: norms, then load -> rule -> store. One launch a phase, any model.
 
-#include "ledger.h"
-#include "memory.cuh"
+#include "phases.cuh"
 
 namespace pybatch::PB_ISA {
 namespace {
@@ -57,25 +56,6 @@ __global__ void __launch_bounds__(kThreads, kResident) norm_kernel(const Table t
     });
 }
 
-// The scalars of a tensor's rule take double powers: once per block, not per thread.
-template <class Rule>
-__device__ Rule make_rule(const Table& t, const Chunk& chunk, double param_sq, double other_sq) {
-    __shared__ Rule rule;
-    if (threadIdx.x == 0) {
-        Tensor at = tensor_of(t, chunk.row, chunk.index);
-        at.param_sq = param_sq;
-        at.other_sq = other_sq;
-        rule = Rule::make(at);
-    }
-    __syncthreads();
-    return rule;
-}
-
-// From the stored gradient to what the rule sees.
-__device__ float gradient_factor(const Table& t, const Chunk& chunk, double scale) {
-    return float(t.hyper[chunk.row[kGroup] * kHyperColumns + kMaximize] != 0.0 ? -scale : scale);
-}
-
 template <class Rule>
 struct States {
     float* state[kRoom<Rule>];
@@ -108,21 +88,9 @@ __device__ void give(Pack<float, N>* packs, int j, const float* s) {
     for (int k = 0; k < Rule::states; ++k) packs[k].item[j] = s[k];
 }
 
-// Calls work(rule of that number, of no use but its type).
-template <class Work>
-__device__ void with_rule(int64_t number, const Work& work) {
-    switch (number) {
-#define PB_CASE(NUMBER, RULE) \
-    case NUMBER:              \
-        return work(RULE{});
-        PB_FOR_EACH_RULE(PB_CASE)
-#undef PB_CASE
-    }
-}
-
 // Calls work(memory): Plain where everything is fp32, which is compiled for each rule without a conversion.
 template <class Work>
-__device__ void with_memory(const Chunk& chunk, int source, uint32_t key, const Work& work) {
+__device__ __forceinline__ void with_memory(const Chunk& chunk, int source, uint32_t key, const Work& work) {
     if (chunk.storage() == kFloat32 && (source == kSum || chunk.row[kGradType] == kGradFloat32))
         work(Plain(chunk, source, key));
     else
@@ -130,7 +98,7 @@ __device__ void with_memory(const Chunk& chunk, int source, uint32_t key, const 
 }
 
 template <class Rule>
-__device__ void prepare(const Table& t, const Chunk& chunk, int64_t number, int source, double scale) {
+__device__ __forceinline__ void prepare(const Table& t, const Chunk& chunk, int64_t number, int source, double scale) {
     const Rule rule = make_rule<Rule>(t, chunk, 0.0, 0.0);
     const float factor = gradient_factor(t, chunk, scale);
     const States<Rule> states(chunk);
@@ -160,38 +128,19 @@ __device__ void prepare(const Table& t, const Chunk& chunk, int64_t number, int 
 }
 
 __global__ void __launch_bounds__(kThreads, kResident) prepare_kernel(const Table t, const Call call) {
-    const Verdict verdict = judge(t.ledger, call);
-    if (verdict.skip) return;
-    const int source = source_of(call);
-    if (int64_t(blockIdx.x) < t.chunk_count) {
-        const int64_t number = t.chunk_count - 1 - blockIdx.x;  // backwards: the gradients read last are in the cache
-        const Chunk chunk(t, number);
-        if (chunk.row[source])
-            with_rule(chunk.rule(), [&](auto type) {
-                using Rule = decltype(type);
-                if constexpr (Rule::norms == Norms::direction)
-                    prepare<Rule>(t, chunk, number, source, verdict.unscaled * verdict.clip);
-            });
-    }
-    if (!is_last_block(t.ticket)) return;
-    for_each_row(t, [&](int64_t row, const Pair& sums) {
-        const int64_t* columns = t.rows + row * kColumns;
-        if (!columns[source] || norms_of(columns[kCode] / kStorages) != Norms::direction) return;
-        t.norms[row * kRowNorms + kParamSq] = t.share[row] * sums.first;
-        t.norms[row * kRowNorms + kDirectionSq] = t.share[row] * sums.second;
+    prepare_phase(t, call, [&](auto type, const Chunk& chunk, int64_t number, double scale) {
+        prepare<decltype(type)>(t, chunk, number, source_of(call), scale);
     });
 }
 
 template <class Rule>
-__device__ void update(const Table& t, const Call& call, const Chunk& chunk, int64_t number, double scale) {
+__device__ __forceinline__ void update(const Table& t, const Call& call, const Chunk& chunk, int64_t number,
+                                       double scale) {
     constexpr bool prepared = Rule::norms == Norms::direction;  // then states are final and the gradient is not needed
     constexpr bool carried = Rule::norms == Norms::gradient;
-    const double* norms = t.norms + chunk.index * kRowNorms;
-    const Rule rule = make_rule<Rule>(t, chunk, norms[kParamSq], (carried ? scale * scale : 1.0) * norms[kDirectionSq]);
+    const Rule rule = make_rule_with_norms<Rule>(t, chunk, scale);
     const float factor = gradient_factor(t, chunk, scale);
-    const uint32_t key = is_stochastic(chunk.storage())
-                             ? random_key(call.seed, chunk.row[kSalt], double(t.steps[chunk.index]) + 1.0, chunk.begin)
-                             : 0u;
+    const uint32_t key = chunk_key(t, call, chunk);
     const States<Rule> states(chunk);
     Squares after;
     with_memory(chunk, source_of(call), key, [&](const auto& memory) {
@@ -221,34 +170,9 @@ __device__ void update(const Table& t, const Call& call, const Chunk& chunk, int
 }
 
 __global__ void __launch_bounds__(kThreads, kResident) update_kernel(const Table t, const Call call) {
-    __shared__ Verdict verdict;
-    const int source = source_of(call);
-    if (threadIdx.x == 0) verdict = judge(t.ledger, call);
-    __syncthreads();
-    if (int64_t(blockIdx.x) < t.chunk_count && !verdict.skip) {
-        // Against the order of the pass before: the gradients it read last are still in the cache.
-        const int64_t number = call.prepare ? int64_t(blockIdx.x) : t.chunk_count - 1 - blockIdx.x;
-        const Chunk chunk(t, number);
-        if (chunk.row[source])
-            with_rule(chunk.rule(), [&](auto type) {
-                update<decltype(type)>(t, call, chunk, number, verdict.unscaled * verdict.clip);
-            });
-    }
-    if (!is_last_block(t.ticket)) return;  // every block has read its step and the ledger by now
-    if (call.row_norms && !verdict.skip)
-        for_each_row(t, [&](int64_t row, const Pair& sums) {
-            const int64_t* columns = t.rows + row * kColumns;
-            if (columns[source] && carries(columns)) t.carried[row] = sums.first;
-        });
-    const RingPlace place = ring_place(t.ledger);
-    for (int64_t row = threadIdx.x; row < t.row_count; row += kThreads) {
-        const int64_t* columns = t.rows + row * kColumns;
-        const bool taken = columns[source] != 0;
-        if (taken && !verdict.skip) advance(t, columns, row);
-        if (t.layers && !call.follow) settle_layer(t.layers + row * kLayerSize, taken, place, call, verdict);
-    }
-    __syncthreads();  // every thread has read the ledger
-    if (threadIdx.x == 0) settle(t.ledger, t.ring, call, verdict);
+    update_phase(t, call, [&](auto type, const Chunk& chunk, int64_t number, double scale) {
+        update<decltype(type)>(t, call, chunk, number, scale);
+    });
 }
 
 }  // namespace

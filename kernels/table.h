@@ -6,7 +6,8 @@
 
 namespace pybatch {
 
-// Columns of the table, int64 [tensors, kColumns]; the states' come last, as many as some rule has.
+// Columns of the table, int64 [tensors, kColumns]; the states' come last, as many as some rule has,
+// then as many for their scales.
 enum Column : int {
     kParam,   // address
     kGrad,    // address; 0: no gradient this time
@@ -18,7 +19,7 @@ enum Column : int {
     kGroup,     // row of the hyper-parameters
     kFresh,     // accumulate: 1 where the sum holds nothing yet
     kSalt,      // stochastic rounding: the parameter's index over all groups
-    kState      // and on: addresses of fp32 states, in the rule's order; 0 past its count. rules.h: kColumns
+    kState      // and on: addresses of states, in the rule's order; 0 past its count. rules.h: kScale, kColumns
 };
 
 // Dtype of a gradient; the first three storages have the same numbers.
@@ -36,6 +37,10 @@ enum Storage : int {
     kFloat16Stochastic,
     kStorages
 };
+
+// How the states of a list are kept between steps; rules compute on fp32. narrow.h holds the conversions.
+enum StateType : int { kStateFloat32, kStateBFloat16, kState8Bit, kStateTypes };
+constexpr int64_t kStateBlock = 256;  // 8 bits: elements that share a scale; a chunk holds whole blocks
 
 // Scalars that stay on the device, float64 [kLedgerSize].
 enum Ledger : int {
@@ -95,6 +100,7 @@ struct Table {
     double* partials;  // [chunk_count, 2]
     unsigned* ticket;  // CUDA: blocks done; 0 between launches
     int64_t elements;  // in all rows
+    int64_t states;    // StateType
 };
 
 // A step has three phases: norm (where asked), prepare (where asked), update, with what is decided once at its end.

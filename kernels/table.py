@@ -73,9 +73,22 @@ def load_as_f32(address, dtype, offset, mask):
 
 
 @triton.jit
+def finite(x):
+    """Neither infinite nor NaN, of any float."""
+    return x - x == 0.0
+
+
+@triton.jit
 def sum_squares(x):
-    """Sum of squares in fp32 as float64; NaN where an element is not finite, which an overflow alone is not."""
-    return tl.sum(x * x).to(tl.float64) + tl.sum(x * 0.0).to(tl.float64)
+    """Sum of squares of any fp32 block as float64, from sums in fp32: squares of large and of small elements leave its
+    range, so that they are summed scaled as well (Blue 1978). Infinite or NaN where an element is, and nowhere else."""
+    down, up = x * 8.271806125530277e-25, x * 1.2676506002282294e30  # 2^-80, 2^100
+    middle, large, small = tl.sum(x * x), tl.sum(down * down), tl.sum(up * up)
+    total = tl.where(
+        middle < 8.077935669463161e-28, small.to(tl.float64) * 6.223015277861142e-61, middle
+    )  # 2^-90, -200
+    total = tl.where(middle < 1.329227995784916e36, total, large.to(tl.float64) * 1.461501637330903e48)  # 2^120, 160
+    return tl.where(finite(large), total, large.to(tl.float64))
 
 
 @triton.jit

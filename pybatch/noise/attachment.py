@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +20,7 @@ from pybatch.noise.sources.adam_moments import MomentsNoise
 from pybatch.noise.sources.ddp import DDPNoise
 from pybatch.noise.sources.examples import ExampleNoise
 from pybatch.noise.sources.fsdp import FSDPNoise
-from pybatch.noise.sources.fused import OptimizerNoise
+from pybatch.noise.sources.fused import FusedLoop, OptimizerNoise
 from pybatch.noise.sources.micro_batches import MicroBatchNoise
 from pybatch.optim import FusedOptimizer
 from pybatch.records import Note
@@ -53,11 +55,13 @@ def attach(
 
     Args:
         model: what is trained: plain, wrapped in DistributedDataParallel, or sharded by `fully_shard` (FSDP2).
-        optimizer: the one whose step() is called. Needed by "micro-batches" and "adam-moments"; lets "ddp" and "fsdp"
-            know steps, of which the first evaluation alone is measured where `step(closure)` makes more (LBFGS, SAM).
+        optimizer: the one whose step() is called, or a trainer's wrapper of it. Needed by "micro-batches" and
+            "adam-moments"; lets "ddp" and "fsdp" know steps, of which the first evaluation alone is measured where
+            `step(closure)` makes more (LBFGS, SAM).
         source: where the norms come from; None chooses by the model: "ddp" or "fsdp" over two or more processes, else
             "micro-batches" (two or more backward passes per step; a fused optimizer made with noise=True takes these
-            norms itself in `opt.accumulate(n)`, and its handle reads `opt.noise`). Where the first steps then have one
+            norms itself in `opt.accumulate(n)`, and its handle reads `opt.noise`; where its first step comes without,
+            as trainers make it, it is measured as any other). Where the first steps then have one
             backward pass each, "per-example" takes over (exact norms of each example's gradient, where all layers are
             known and the loss is a mean over the examples), else "adam-moments"; a warning names the remedies where
             neither can be had.
@@ -85,6 +89,7 @@ def attach(
         raise UsageError(f"source {source!r} is not known. Use one of: {', '.join(SOURCES)}, or None.")
     if accumulation not in ACCUMULATIONS:
         raise UsageError(f"accumulation {accumulation!r} is not known. Use one of: {', '.join(ACCUMULATIONS)}.")
+    optimizer, scaler = _unwrapped(optimizer, scaler)
     devices = sorted({str(param.device) for param in model.parameters() if param.requires_grad})
     if len(devices) > 1:
         raise UsageError(f"attach(): the model's parameters are on {', '.join(devices)}. Attach to one on one device.")
@@ -134,8 +139,15 @@ def attach(
         if preconditioned:
             raise UsageError("source 'per-example' has no preconditioned norms. Use another source, or leave it out.")
         return ExampleNoise(model, optimizer, **common, scaler=scaler, every=every)
+    micro = partial(MicroBatchNoise, model, optimizer, **common, preconditioned=preconditioned, scaler=scaler)
+    ordinary = partial(OrdinaryLoop, model=model, offers=offers(model, optimizer, common, scaler))
+
+    def other() -> tuple[Handle, Callable[..., None]]:
+        source = micro()
+        return ordinary(source), source.begin
+
     # A GradScaler looks for infinities in `.grad`, so opt.accumulate() can't be used with one; hooks can.
-    if isinstance(optimizer, FusedOptimizer) and scaler is None:
+    if isinstance(optimizer, FusedOptimizer) and optimizer.measures and scaler is None:
         given: dict[str, Any] = {"examples": examples, "preconditioned": preconditioned or None}
         given["accumulation"] = accumulation if accumulation != "mean" else None
         ignored = [name for name, value in given.items() if value is not None]
@@ -145,11 +157,16 @@ def attach(
                 "and counts in opt.accumulate(n). Leave them out, or use an optimizer of torch; with a GradScaler give "
                 "scaler=..., and gradients are measured as they add up in .grad."
             )
-        return OptimizerNoise(optimizer, unit)
-    micro = MicroBatchNoise(model, optimizer, **common, preconditioned=preconditioned, scaler=scaler)
-    if chosen or preconditioned:
-        return micro
-    return OrdinaryLoop(micro, model, offers(model, optimizer, common, scaler))
+        return FusedLoop(OptimizerNoise(optimizer, unit), model, optimizer, other)
+    return micro() if chosen or preconditioned else ordinary(micro())
+
+
+def _unwrapped(optimizer: Any, scaler: Any) -> tuple[Any, Any]:
+    """The optimizer that a trainer's own (accelerate's, Lightning's) hands its steps to, and the scaler it goes by."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
+        optimizer = inner
+    return optimizer, scaler
 
 
 def _refuse_reduced(model: nn.Module, source: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from pybatch.base.errors import UsageError
 from pybatch.noise.norms import square
+from pybatch.optim import FusedOptimizer
 from pybatch.records import Note
 
 EXPERIMENTAL = Note(
@@ -37,10 +38,12 @@ class Preconditioner:
         if "exp_avg_sq" not in state or param not in self._groups:
             return None
         group = self._groups[param]
+        if isinstance(self._optimizer, FusedOptimizer):
+            state = self._optimizer.fp32_state(group, param)
         step = state["step"]
         if not isinstance(step, torch.Tensor) or step.device.type == "cpu":
             step = float(step)  # one on the device is not read, which would wait
-        correction = 1.0 - float(group["betas"][1]) ** step
+        correction = 1.0 - float(group["betas"][-1]) ** step
         second: torch.Tensor = state["exp_avg_sq"].float() / correction
         weight: torch.Tensor = 1.0 / (second.sqrt() + group["eps"])
         return weight

@@ -21,6 +21,8 @@ from pybatch.ops.compiled import (
     LAYER_SIZE,
     LAYER_SUMS,
     RULES,
+    STATE_BLOCK,
+    STATE_TYPES,
     STORAGES,
     Build,
     Call,
@@ -30,6 +32,7 @@ from pybatch.ops.compiled import (
     build,
 )
 from pybatch.ops.ledger import Ledger
+from pybatch.ops.narrow import from_codes, scale_count, to_codes
 from pybatch.ops.tensors import Entry, TensorList, refuse_capture
 
 __all__ = [
@@ -39,6 +42,8 @@ __all__ = [
     "LAYER_SIZE",
     "LAYER_SUMS",
     "RULES",
+    "STATE_BLOCK",
+    "STATE_TYPES",
     "STORAGES",
     "Backend",
     "Build",
@@ -55,7 +60,10 @@ __all__ = [
     "build",
     "choose_backend",
     "example_kernels",
+    "from_codes",
     "on_device",
     "refuse_capture",
+    "scale_count",
+    "to_codes",
     "why_not",
 ]

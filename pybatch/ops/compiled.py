@@ -45,6 +45,7 @@ class UpdateRule(NamedTuple):
     norms: Literal["none", "gradient", "direction"]  # of its whole tensor, which it needs first
     hyper: Mapping[str, int]  # its own hyper-parameters, and their columns in a row
     scalar: float | None  # what it keeps of each tensor from step to step is this at first; None: it keeps nothing
+    squares: int  # bit k: state k is never negative
 
     def row(self, lr: float, own: Mapping[str, float], *, maximize: bool = False) -> list[float]:
         """A group's row of hyper-parameters; `own` are those that the rule's header names, no fewer and no more."""
@@ -59,6 +60,8 @@ class UpdateRule(NamedTuple):
 
 DTYPES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in core.dtypes.items()}
 STORAGES: dict[str, int] = dict(core.storages)  # such as "float32", "bfloat16_master"; see kernels/table.h
+STATE_TYPES: dict[str, int] = dict(core.state_types)  # "fp32", "bf16", "8bit": how states are kept between steps
+STATE_BLOCK: int = core.state_block  # elements of an 8-bit state that share a scale
 RULES: dict[str, UpdateRule] = {name: UpdateRule(*of) for name, of in core.rules.items()}
 HYPER_COLUMNS: int = core.hyper_columns
 LEDGER_SUMS = ("sum_sq", "bad", "micro_sq")

@@ -10,9 +10,12 @@ import torch
 from numpy.typing import ArrayLike
 
 from pybatch.base.errors import UsageError
-from pybatch.ops.compiled import DTYPES, HYPER_COLUMNS, LAYER_SUMS, RULES, STORAGES, core
+from pybatch.ops.compiled import DTYPES, HYPER_COLUMNS, LAYER_SUMS, RULES, STATE_TYPES, STORAGES, core
 from pybatch.ops.ledger import Ledger
 
+_STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
+_MOVING = [core.columns[name] for name in ("grad", "grad_type", "sum", "fresh")]  # columns that `set` fills
+MAX_TABLES = 16  # kept of a list on its device: the places of its gradients come back after a few steps
 _FEW = 8  # norms that are made void one by one: a launch each
 
 
@@ -22,7 +25,8 @@ class Entry:
 
     Attributes:
         param: dense tensor, updated in place.
-        states: fp32 tensors of the same layout, as many as the rule has.
+        states: tensors of the same layout, as many as the rule has: fp32, bf16, or uint8 codes.
+        scales: of codes: fp32 [blocks] a state.
         rule: name in RULES.
         group: row of the hyper-parameters.
         step: updates it has had so far.
@@ -43,6 +47,7 @@ class Entry:
     salt: int = 0
     share: float = 1.0
     scalar: torch.Tensor | float | None = None
+    scales: tuple[torch.Tensor, ...] = ()
 
     @property
     def storage_name(self) -> str:
@@ -59,6 +64,7 @@ class TensorList:
         ledger: the optimizer's scalars, on that device.
         chunk: elements that a block of the backend works on at a time.
         layers: noise per tensor, float64 [tensors, LAYER_SIZE] on that device, updated in place; None: not kept.
+        state_type: of all states, a name in STATE_TYPES.
 
     `steps` and `scalars` are float32 [tensors]: an element is a tensor's step count, and what its rule keeps of it from
     step to step. States and masters are kept alive here.
@@ -73,8 +79,10 @@ class TensorList:
         ledger: Ledger,
         chunk: int,
         layers: torch.Tensor | None = None,
+        state_type: str = "fp32",
     ) -> None:
         self.states, self.ledger, self.layers = [entry.states for entry in entries], ledger, layers
+        self.scales = [entry.scales for entry in entries]
         self.masters = [entry.master for entry in entries]
         self.rules = tuple(sorted({RULES[entry.rule].number for entry in entries}))
         norms = {RULES[entry.rule].norms for entry in entries}
@@ -88,7 +96,11 @@ class TensorList:
             assert (entry.master is not None) == entry.storage_name.endswith(("_master", "_remainder"))
             row[column["param"]] = entry.param.data_ptr()
             for i, state in enumerate(entry.states):
+                assert state.dtype == _STATE_DTYPES[state_type]
                 row[column["state"] + i] = state.data_ptr()
+            assert len(entry.scales) == (rule.states if state_type == "8bit" else 0)
+            for i, scale in enumerate(entry.scales):
+                row[column["scale"] + i] = scale.data_ptr()
             row[column["numel"]] = entry.param.numel()
             row[column["code"]] = rule.number * core.storage_count + STORAGES[entry.storage_name]
             row[column["grad_type"]] = DTYPES[entry.param.dtype]
@@ -99,7 +111,10 @@ class TensorList:
         self._host, self._columns, self._stale = host, host.numpy(), True
         chunks = torch.from_numpy(core.plan([entry.param.numel() for entry in entries], chunk))
         device = self.device
-        self.rows = host if device.type == "cpu" else torch.empty_like(host, device=device)
+        self.rows = host
+        self._sent: dict[bytes, torch.Tensor] = {}  # tables on the device by what `set` has filled
+        self._captured: dict[int, torch.Tensor] = {}
+        self._places: dict[tuple[int, ...], torch.Tensor] = {}
         self.chunks = chunks.to(device)
         self.starts = torch.searchsorted(chunks[:, 0].contiguous(), torch.arange(len(entries) + 1)).to(device)
         self.hyper = torch.zeros(groups, HYPER_COLUMNS, dtype=torch.float64, device=device)
@@ -121,6 +136,7 @@ class TensorList:
         table.layers = 0 if layers is None else layers.data_ptr()
         table.partials, table.ticket = self.partials.data_ptr(), self.ticket.data_ptr()
         table.elements = sum(entry.param.numel() for entry in entries)
+        table.states = STATE_TYPES[state_type]
         self.table = table
 
     def set(self, name: str, values: ArrayLike) -> None:
@@ -134,12 +150,25 @@ class TensorList:
             self._stale = True
 
     def send(self) -> None:
-        """Bring the device's table up to date; no synchronization."""
-        if self._stale and self.rows is not self._host:
-            refuse_capture(self.device, "a gradient, a sum or a parameter is in another place than in the step before")
-            # A pinned block of its own per upload: torch's pinned allocator keeps it until the copy is done.
-            self.rows.copy_(self._host.pin_memory(), non_blocking=True)
+        """Bring the device's table up to date; no synchronization, and no upload of what is there from before.
+
+        Gradients go back to the places they had one or a few steps ago: tables are kept, not overwritten.
+        """
+        if not reads_host(self.device):
+            if self._stale:
+                self._use(self._columns[:, _MOVING].tobytes())
+            if capturing(self.device):  # replays read it as long as the graph lives
+                self._captured[self.rows.data_ptr()] = self.rows
         self._stale = False
+
+    def _use(self, content: bytes) -> None:
+        if content not in self._sent:
+            refuse_capture(self.device, "a gradient, a sum or a parameter is in another place than in the step before")
+            if len(self._sent) == MAX_TABLES:
+                del self._sent[next(iter(self._sent))]  # the one whose use is longest ago
+            self._sent[content] = upload(self._host, self.device)
+        self.rows = self._sent[content] = self._sent.pop(content)
+        self.table.rows = self.rows.data_ptr()
 
     def forget(self, rows: Sequence[int] | None = None) -> None:
         """Say that these parameters (None: all) were written by others: norms carried from the last update are void.
@@ -160,7 +189,7 @@ class TensorList:
 
     def take_over(self, part: TensorList, rows: Sequence[int]) -> None:
         """Add what an accumulation over `part`, a list of these rows of this one, left in its own ledger and norms."""
-        place = torch.as_tensor(rows).to(self.device, non_blocking=True)
+        place = self._place(rows)
         self.norms[place] = part.norms
         self.ledger.values[core.ledger["bad"]].add_(part.ledger.values[core.ledger["bad"]])
         self.ledger.values[core.ledger["micro_sq"]].add_(part.ledger.values[core.ledger["micro_sq"]])
@@ -172,19 +201,43 @@ class TensorList:
 
     def sum_up(self, rows: Sequence[int]) -> None:
         """Take the square of all sums from those of these rows, which accumulations over parts have left."""
-        place = torch.as_tensor(rows).to(self.device, non_blocking=True)
+        place = self._place(rows)
         self.ledger.values[core.ledger["sum_sq"]] = self.norms[place, core.row_norms["direction_sq"]].sum()
+
+    def _place(self, rows: Sequence[int]) -> torch.Tensor:
+        """Indices on the device; those of the buckets of before are still there."""
+        key = tuple(rows)
+        if key not in self._places:
+            if len(self._places) == MAX_TABLES:
+                del self._places[next(iter(self._places))]
+            self._places[key] = upload(torch.tensor(key, dtype=torch.int64), self.device)
+        return self._places[key]
 
     def set_hyper(self, values: Sequence[Sequence[float]]) -> None:
         """Hyper-parameters per group: rows as `UpdateRule.row` gives them."""
         refuse_capture(self.device, "a hyper-parameter has changed")
         host = torch.tensor(values, dtype=torch.float64).reshape(self.hyper.shape)
-        self.hyper.copy_(host.pin_memory() if self.device.type == "cuda" else host, non_blocking=True)
+        self.hyper.copy_(upload(host, self.device))
+
+
+def reads_host(device: torch.device) -> bool:
+    """Whether passes on this device read the host's memory: the table then needs no copy."""
+    return device.type == "cpu"
+
+
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, without a wait: torch's pinned allocator keeps the block until the copy is done."""
+    return (values.pin_memory() if device.type in ("cuda", "xpu") else values).to(device, non_blocking=True)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(device: torch.device, why: str) -> None:
     """Raise UsageError where a CUDA graph is being captured, which must hold no upload from the host."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         raise UsageError(
             f"step() in the capture of a CUDA graph: {why}, so tables would have to be uploaded. Take a step before "
             "the capture, keep gradients in place by zero_grad(set_to_none=False), and give lr as a tensor there."

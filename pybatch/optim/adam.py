@@ -25,6 +25,7 @@ class Adam(FusedOptimizer):
         UsageError: a hyper-parameter outside its range.
     """
 
+    torch_flags: ClassVar[tuple[str, ...]] = ("foreach", "differentiable", "fused")
     rule_options: ClassVar[tuple[str, ...]] = ("amsgrad", "decoupled_weight_decay")
 
     def __init__(

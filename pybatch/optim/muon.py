@@ -135,7 +135,7 @@ class Muon(FusedOptimizer):
         if not group["use_muon"]:
             return ParamRule("AdamW", ("exp_avg", "exp_avg_sq"))
         factor = adjustment(group["adjust_lr_fn"], *param.shape)
-        return ParamRule("MuonMomentum", ("momentum_buffer",), extra=(factor,), then="MuonMove")
+        return ParamRule("MuonMomentum", ("momentum_buffer",), extra=(factor,), then="MuonMove", counts=False)
 
     @classmethod
     def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> dict[str, float]:

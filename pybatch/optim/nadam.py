@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 
@@ -27,6 +27,8 @@ class NAdam(FusedOptimizer):
     Raises:
         UsageError: a hyper-parameter outside its range.
     """
+
+    torch_flags: ClassVar[tuple[str, ...]] = ("foreach", "differentiable")
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ class SGD(FusedOptimizer):
     """
 
     batch_rule: ClassVar[str] = "linear"  # Goyal et al. 2017
+    torch_flags: ClassVar[tuple[str, ...]] = ("foreach", "differentiable", "fused")
 
     def __init__(
         self,
@@ -64,7 +65,9 @@ class SGD(FusedOptimizer):
 
     @classmethod
     def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
-        return ParamRule("SgdMomentum", ("momentum_buffer",)) if group["momentum"] != 0 else ParamRule("Sgd")
+        return (
+            ParamRule("SgdMomentum", ("momentum_buffer",), counts=False) if group["momentum"] != 0 else ParamRule("Sgd")
+        )
 
     @classmethod
     def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> dict[str, float]:

@@ -24,8 +24,26 @@ def assert_same(own, twin, storage=None):
     assert torch.equal(own.list.steps, twin.list.steps)
     assert int(twin.list.ticket) == 0  # else the next launch, or a graph's replay, never finds its last block
     torch.testing.assert_close(twin.ledger.values, own.ledger.values, rtol=1e-5, atol=1e-5, equal_nan=True)
-    if ops.RULES[own.rule].norms != "none":  # else CUDA leaves them alone
+    # CUDA leaves norms alone that no rule needs, and those of a rule's direction where the step is left out.
+    kind = ops.RULES[own.rule].norms
+    if kind == "gradient" or (kind == "direction" and not float(own.ledger["skip"])):
         torch.testing.assert_close(twin.list.norms, own.list.norms, rtol=1e-4, atol=1e-5)
     if own.layers is not None:
         torch.testing.assert_close(twin.layers, own.layers, rtol=1e-4, atol=1e-2)
         torch.testing.assert_close(twin.ledger.ring, own.ledger.ring, rtol=1e-4, atol=1e-2)
+
+
+def assert_same_but_for_codes(own, twin):
+    """For narrow states: equal but for a few values that another order of arithmetic moves to the next code."""
+    for a, b in zip(own.values(), twin.values(), strict=True):
+        off = (a - b).abs() > 1e-4 + 2e-4 * a.abs()
+        assert off.sum() <= 2 + 0.002 * a.numel()
+        torch.testing.assert_close(b, a, rtol=0.05, atol=0.02)
+    for a, b in zip(own.wide_states(), twin.wide_states(), strict=True):
+        off = (a - b).abs() > 1e-5 + 1e-4 * a.abs()
+        assert off.sum() <= 2 + 0.002 * a.numel()
+        largest = a.abs().max() if a.numel() else 0.0
+        assert ((a - b).abs() <= 0.01 * a.abs() + 0.015 * largest).all()
+    assert torch.equal(own.list.steps, twin.list.steps)
+    assert torch.equal(own.list.scalars, twin.list.scalars)
+    assert int(twin.list.ticket) == 0

@@ -34,7 +34,7 @@ def draw(name, counts, dtype=torch.float32, seed=3):
 
 
 def expected(grads):
-    """(norm, clip coefficient, skipped) in float64, as `torch.nn.utils.clip_grad_norm_` and a GradScaler would have it."""
+    """(norm, clip coefficient, skipped) in float64: torch's `clip_grad_norm_`, and a GradScaler's verdict."""
     norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads))
     ratio = MAX_NORM / (norm + 1e-6)
     return norm, ratio if ratio < 1.0 else 1.0, not math.isfinite(norm)

@@ -13,13 +13,12 @@ from pybatch.base.errors import DeviceError
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 
 
-def compile_kernels(folder):
-    """Build the kernels into a folder; returns the library."""
+def compile_kernels(folder, source=ROOT / "tests/kernels/cuda_on_host/kernels.cpp"):
+    """Build the kernels, or another source, into a folder; returns the library."""
     library = folder / "cuda_on_host.so"
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     includes = [f"-I{ROOT / name}" for name in ("tests/kernels/cuda_on_host", "kernels", "csrc")]
     options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *WARNINGS, *includes]
-    source = ROOT / "tests/kernels/cuda_on_host/kernels.cpp"
     done = subprocess.run(
         [*compiler, *options, "-o", library, source], capture_output=True, text=True, timeout=300, check=False
     )
@@ -30,7 +29,7 @@ def compile_kernels(folder):
 class HostCuda(ops.CudaBackend):
     """CUDA blocks one after another; `backwards`: blocks, warps and lanes from the last to the first."""
 
-    chunk = 2048  # two vectors a thread
+    chunk = 8192  # eight vectors a thread: loops that take four at once take two turns
 
     def __init__(self, library, backwards=False):
         self.library, self.backwards, self.launches = library, backwards, 0

@@ -80,6 +80,7 @@ class Setup:
     shares: list | None = None
     layers: torch.Tensor | None = None
     maximize: bool = False
+    state_type: str = "fp32"
     backend: ops.Backend = field(default_factory=ops.CppBackend)
     ledger: ops.Ledger = field(init=False)
     grads: list = field(init=False, default_factory=list)  # of the last call
@@ -89,7 +90,10 @@ class Setup:
         count = ops.RULES[self.rule].states
         storage = self.storage or ""
         self.ledger = ops.Ledger(CPU)
-        self.states = [tuple(torch.zeros(len(p)) for _ in range(count)) for p in self.params]
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[self.state_type]
+        self.states = [tuple(torch.zeros(len(p), dtype=dtype) for _ in range(count)) for p in self.params]
+        scaled = count if self.state_type == "8bit" else 0
+        self.scales = [tuple(torch.zeros(ops.scale_count(len(p))) for _ in range(scaled)) for p in self.params]
         self.masters = [None] * len(self.params)
         if storage.endswith("_master"):
             self.masters = [p.float() for p in self.params]
@@ -97,12 +101,12 @@ class Setup:
             self.masters = [torch.zeros(len(p), dtype=torch.int16) for p in self.params]
         shares = self.shares or [1.0] * len(self.params)
         entries = [
-            ops.Entry(p, states, self.rule, 0, 0.0, self.storage, master, salt, share)
-            for salt, (p, states, master, share) in enumerate(
-                zip(self.params, self.states, self.masters, shares, strict=True)
+            ops.Entry(p, states, self.rule, 0, 0.0, self.storage, master, salt, share, scales=scales)
+            for salt, (p, states, scales, master, share) in enumerate(
+                zip(self.params, self.states, self.scales, self.masters, shares, strict=True)
             )
         ]
-        self.list = ops.TensorList(entries, 1, self.ledger, self.backend.chunk, self.layers)
+        self.list = ops.TensorList(entries, 1, self.ledger, self.backend.chunk, self.layers, self.state_type)
         self.set_rate(LR)
 
     def set_rate(self, lr):
@@ -138,9 +142,21 @@ class Setup:
             return [join(p, low) for p, low in zip(self.params, self.masters, strict=True)]
         return [p.float() if m is None else m for p, m in zip(self.params, self.masters, strict=True)]
 
+    def wide_states(self):
+        """The states' fp32 values, those of the first tensor first."""
+        if self.state_type != "8bit":
+            return [s.float() for of in self.states for s in of]
+        squares = ops.RULES[self.rule].squares
+        return [
+            ops.from_codes(codes, scale, has_sign=not squares >> k & 1)
+            for states, scales in zip(self.states, self.scales, strict=True)
+            for k, (codes, scale) in enumerate(zip(states, scales, strict=True))
+        ]
+
     def bits(self):
         """All that a step writes."""
-        return [t.clone() for t in [*self.params, *[s for of in self.states for s in of], *self.values()]]
+        kept = [s for of in [*self.states, *self.scales] for s in of]
+        return [t.clone() for t in [*self.params, *kept, *self.values()]]
 
 
 def join(param, low):

@@ -1,4 +1,4 @@
-"""One verdict on every backend for gradients at the ends of fp32; Triton's is in test_triton.py, the PTX's in tests/ptx."""
+"""One verdict on every backend for gradients at the ends of fp32; for Triton see test_triton.py, for PTX tests/ptx."""
 
 import pytest
 import torch

@@ -110,6 +110,14 @@ for rule in ("Lars", "Lamb"):
         assert_same(*setups)
 """
 
+EXTREMES = """
+from cases import extremes
+
+for name in extremes.NAMES:
+    found = [extremes.check(setup, name, accumulated=of) for of in (False, True) for setup in both("Sgd")]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(found[:1] * 4), rtol=1e-6, atol=0.0, equal_nan=True)
+"""
+
 SAME_AS_CPP = """
 from cases import adamw, problem, sgd
 
@@ -147,6 +155,7 @@ PROGRAMS = {
     "zeroed": ZEROED,
     "storages": STORAGES,
     "accumulate": ACCUMULATE,
+    "extremes": EXTREMES,
     "same as cpp": SAME_AS_CPP,
 }
 

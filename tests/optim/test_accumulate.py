@@ -86,7 +86,7 @@ def test_two_threads_and_one_give_the_same_bits():
                 for n, _ in micro_batches(params, generator):
                     opt.accumulate(n)
                 opt.step()
-            results.append([*params, opt.state_dict()["pybatch"]["ring"]])
+            results.append([*params, opt._ledger.ring.clone()])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -211,7 +211,7 @@ def test_pairs_equal_a_hand_computation(case):
     params = problem.tensors(small=True)
     opt = case.optimizer(params, lr=1e-3, noise=True, max_grad_norm=0.1)  # clipping must not enter
     rows = collect_pairs(10, opt=opt, params=params)
-    ring = opt.state_dict()["pybatch"]["ring"].numpy()
+    ring = opt._ledger.ring.clone().numpy()
     np.testing.assert_allclose(ring[:10], rows, rtol=1e-5, atol=1e-4)
     assert not ring[10:].any()
     noise = opt.noise
@@ -224,14 +224,14 @@ def test_pairs_are_of_the_unscaled_gradient():
     opt = sgd.optimizer(params, lr=1e-3, noise=True)
     opt.grad_scale = torch.tensor(256.0)
     rows = collect_pairs(3, opt=opt, params=params, scale=256.0)
-    np.testing.assert_allclose(opt.state_dict()["pybatch"]["ring"].numpy()[:3], rows, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(opt._ledger.ring.clone().numpy()[:3], rows, rtol=1e-5, atol=1e-4)
 
 
 def test_ring_folds_and_loses_no_pair():
     params = [torch.nn.Parameter(torch.zeros(3))]
     opt = sgd.optimizer(params, lr=0.0, noise=True)
     rows = collect_pairs(700, opt=opt, params=params)
-    ring = opt.state_dict()["pybatch"]["ring"].numpy()
+    ring = opt._ledger.ring.clone().numpy()
     np.testing.assert_allclose(ring.sum(axis=0), rows.sum(axis=0), rtol=1e-6)
     padded = np.zeros((1024, 3))
     padded[:700] = rows

@@ -177,6 +177,26 @@ def test_grad_scaler(found):
     close(runs[0][0], runs[1][0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("found", [False, True])
+def test_a_scaler_leaves_the_gradient_as_with_torchs_fused(found, dtype):
+    """Unscaled, once where two parameters share it; as it was where the step was skipped."""
+    left = []
+    for kind, options in ((adamw.optimizer, {"master_weights": dtype != torch.float32}), (adamw.twin, {"fused": True})):
+        params = [torch.nn.Parameter(torch.ones(n, dtype=dtype)) for n in (5, 5, 3)]
+        opt = kind(params, lr=0.1, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(torch.ones(()))
+        shared = torch.linspace(-1, 2, 5).to(dtype) * 8
+        params[0].grad = shared
+        params[1].grad = shared if kind is adamw.optimizer else shared.clone()
+        params[2].grad = torch.full((3,), float("inf") if found else 4.0, dtype=dtype)
+        scaler.step(opt)
+        left.append([p.grad.clone() for p in params])
+    for own, twin in zip(*left, strict=True):
+        assert torch.equal(own, twin)
+
+
 def test_grad_scaler_with_clipping_clips_the_unscaled_gradient():
     p = torch.nn.Parameter(torch.zeros(4))
     opt = sgd.optimizer([p], lr=1.0, max_grad_norm=1.0)

@@ -64,6 +64,12 @@ class MomentsNoise(Collector):
             raise UsageError(
                 f"source 'adam-moments': {kind} has the betas {sorted(betas)}. Use Adam or AdamW with one pair."
             )
+        kept = getattr(getattr(optimizer, "_options", None), "state_dtype", "fp32")
+        if kept != "fp32":
+            raise UsageError(
+                f"source 'adam-moments': {kind} keeps its moments as {kept!r}, too coarse for differences of them. Use "
+                "state_dtype='fp32', or another source."
+            )
         for group in groups:
             if group.get("weight_decay") and not _decoupled(optimizer, group):
                 raise UsageError(

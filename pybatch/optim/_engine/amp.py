@@ -7,12 +7,24 @@ from collections.abc import Sequence
 import torch
 
 from pybatch.base.errors import UsageError
+from pybatch.optim._engine import sharding
 
 
 def scalars(optimizer: object, device: torch.device) -> list[torch.Tensor | None]:
     """Scale and verdict as fp32 on the device, None where there is none."""
     values = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
     return [None if value is None else torch.as_tensor(value, dtype=torch.float32, device=device) for value in values]
+
+
+def unscale(params: Sequence[torch.Tensor], grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
+    """Leave `.grad` as torch's fused optimizers do: unscaled by a step that was taken, else untouched."""
+    if grad_scale is None:
+        return
+    divisor = grad_scale if found_inf is None else torch.where(found_inf > 0, 1.0, grad_scale)
+    grads = (sharding.local(param.grad) for param in params if param.grad is not None)
+    each = {grad.data_ptr(): grad for grad in grads if grad.numel()}  # parameters may share one
+    if each:
+        torch._foreach_div_(list(each.values()), divisor)
 
 
 def forget(optimizer: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +14,7 @@ import torch
 
 from pybatch import ops
 from pybatch.base.errors import UsageError
-from pybatch.optim._engine import accumulation, amp, statistics
+from pybatch.optim._engine import accumulation, amp, states, statistics
 from pybatch.optim._engine.accumulation import Sums
 from pybatch.optim._engine.arguments import check_count, check_hyper
 from pybatch.optim._engine.options import Options, OwnOptions, ParamRule, signature
@@ -21,6 +22,11 @@ from pybatch.optim._engine.saving import SavedOptimizer
 from pybatch.optim._engine.slots import addresses, check_param
 from pybatch.optim._engine.tables import Tables
 from pybatch.records import NoiseScale
+
+UNMEASURED = (
+    "{name}(noise=True).step() without accumulate(n) before it: no noise is measured. Call accumulate(n) after each "
+    "backward(), two or more to a step; or, where a trainer calls these, pybatch.noise.attach(model, optimizer)."
+)
 
 
 class FusedOptimizer(SavedOptimizer):
@@ -35,6 +41,8 @@ class FusedOptimizer(SavedOptimizer):
             "remainder": only the 16 bits that bf16 lacks are kept. fp32 parameters are not affected.
         stochastic_rounding: 16-bit parameters without a master are rounded up with a probability equal to the
             distance; an int is the seed.
+        state_dtype: "fp32"; "bf16": states are kept in 16 bits, rounded stochastically; "8bit": in 8 bits and a scale
+            for each 256 elements (Dettmers et al. 2022). Rules compute in fp32 throughout.
         backend: "cpp", "cuda", "triton"; None: the best one for the parameters' device.
         foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
         differentiable: must be False.
@@ -45,10 +53,11 @@ class FusedOptimizer(SavedOptimizer):
     optimizer without any of these behaves as torch's, which takes none. `step` and `accumulate` never wait for the
     device.
 
-    Parameters and gradients are fp32, bf16 or fp16 and on one device; states are fp32. Of DTensors the local shards
-    are updated, and norms are summed over the mesh. `state_dict` exchanges with the twin in `torch.optim`; what only
-    pybatch has travels under the key "pybatch" and as states "master" or "remainder", which the twin ignores. An
-    accumulation under way is not saved.
+    Parameters and gradients are fp32, bf16 or fp16 and on one device. Of DTensors the local shards are updated, and
+    norms are summed over the mesh. `state_dict` exchanges with the twin in `torch.optim`, key by key, also through
+    `torch.distributed.checkpoint`, with states in fp32 whatever `state_dtype` is: they go back to the bits they were
+    read from. What only pybatch has travels as states "master", "remainder" and, of the first parameter,
+    "noise_statistics", which the twin ignores. An accumulation under way is not saved.
 
     Master weights follow what others write to a parameter in place (`load_state_dict` of the model, `p.copy_`): where
     the parameter is no longer its master's rounding, the master takes its value. torch does not count writes through
@@ -59,6 +68,7 @@ class FusedOptimizer(SavedOptimizer):
     __signature__: ClassVar[inspect.Signature]
     _step_supports_amp_scaling: ClassVar[bool] = True
     batch_rule: ClassVar[str] = "sqrt"  # how its rate follows the batch size: adaptive ones, Malladi et al. 2022
+    torch_flags: ClassVar[tuple[str, ...]] = ()  # that the twin's groups carry; without effect here
     rule_options: ClassVar[tuple[str, ...]] = ()  # names of the group options that `_rule` reads
 
     def __init_subclass__(cls) -> None:
@@ -67,7 +77,10 @@ class FusedOptimizer(SavedOptimizer):
         cls.__signature__ = signature(cls.__init__)
 
     def __init__(self, params: Any, defaults: dict[str, Any], **own: Unpack[OwnOptions]) -> None:
+        defaults |= {name: own.get(name, False if name == "differentiable" else None) for name in self.torch_flags}
         self._options = Options.given(type(self).__name__, **own)
+        self.accumulates = False  # whether `accumulate` was ever called
+        self.warns = True  # at the first step without, where it was to collect noise
         self._reset()
         super().__init__(params, defaults)
 
@@ -77,11 +90,6 @@ class FusedOptimizer(SavedOptimizer):
     @abstractmethod
     def _check(cls, group: dict[str, Any]) -> None:
         """Raise UsageError where a group's own hyper-parameters are outside their range."""
-
-    @classmethod
-    @abstractmethod
-    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
-        """How a parameter is updated: from its shape and the group's `rule_options`."""
 
     @classmethod
     def _rule_key(cls, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -131,6 +139,7 @@ class FusedOptimizer(SavedOptimizer):
         if not self._add(n, partly=False):
             raise UsageError(f"accumulate({n!r}): no parameter has a gradient. Call loss.backward() before it.")
         self._sums.count(n)
+        self.accumulates = True
 
     def accumulating(self, n: SupportsFloat) -> AbstractContextManager[None]:
         """As `accumulate`, but while backward() runs: `with opt.accumulating(len(x)): loss.backward()`.
@@ -180,6 +189,20 @@ class FusedOptimizer(SavedOptimizer):
         None before the first step; NaN after a step that took no norm (no clipping, no noise, no accumulation).
         """
         return None if self._ledger is None else self._ledger["norm"]
+
+    @property
+    def measures(self) -> bool:
+        """Whether it was made with noise=True."""
+        return self._options.noise
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the optimizer keeps for its parameters, or will from the first step on: states, scales, masters.
+
+        Of DTensors those of this process. `state_bytes / sum(p.numel() for p in params)` is bytes per parameter.
+        """
+        kept = [(self._rule(group, param), param) for group in self.param_groups for param in group["params"]]
+        return sum(states.bytes_kept(param, rule, self._options) for rule, param in kept)
 
     @property
     def skipped(self) -> int:
@@ -275,6 +298,7 @@ class FusedOptimizer(SavedOptimizer):
             raise UsageError(f"accumulating({n!r}): no parameter got a gradient. Call loss.backward() inside.")
         accumulation.close(self._sums, self._tables)
         self._sums.count(n)
+        self.accumulates = True
 
     def _discard(self) -> None:
         self._forget_sums()
@@ -305,6 +329,11 @@ class FusedOptimizer(SavedOptimizer):
         call.grad_scale, call.found_inf = addresses(self._amp)
         tables.first.set("sum" if accumulated else "grad", sources)
         tables.run(call, self._follow, sources, self._transform, self.param_groups)
+        if not accumulated:
+            amp.unscale(self._params(), *self._amp)
+        if noise and not accumulated and not self.accumulates and self.warns:
+            self.warns = False
+            warnings.warn(UNMEASURED.format(name=type(self).__name__), stacklevel=7)
         if accumulated and noise and self._sums.micro_batches < 2:
             self._single_steps += 1
         self._forget_sums()

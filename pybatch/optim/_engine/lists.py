@@ -9,11 +9,11 @@ import torch
 
 from pybatch import ops
 from pybatch.base.errors import UsageError
-from pybatch.optim._engine import masters, sharding
+from pybatch.optim._engine import masters, sharding, states
 from pybatch.optim._engine.arguments import check_capturable
 from pybatch.optim._engine.hyper import Groups, HyperRows
 from pybatch.optim._engine.options import Options, ParamRule
-from pybatch.optim._engine.slots import Slot, check_param, fit_state
+from pybatch.optim._engine.slots import Slot, check_param
 
 State = dict[Any, dict[str, Any]]
 RuleOf = Callable[[dict[str, Any], torch.Tensor], ParamRule]
@@ -85,7 +85,8 @@ class PassLists:
         layers: Mapping[int, torch.Tensor],
     ) -> None:
         device = active.slots[0].device
-        self.backend = ops.choose_backend(options.backend, device)
+        self.backend, kind = ops.choose_backend(options.backend, device), options.state_dtype
+        states.check_backend(kind, self.backend)
         self.masters: dict[int, tuple[str, torch.Tensor]] = {}  # by slot
         self.staged: list[Staged] = []
         self.rows, self.more_rows = HyperRows(), HyperRows()
@@ -102,7 +103,8 @@ class PassLists:
             keeps = bool(rule.states or extra or storage.endswith("_stochastic"))
             own = state[slot.param] if keeps else {}
             step = steps_so_far(own)
-            states = tuple(self._fit(slot, own, name) for name in rule.states)
+            kept_states = [self._fit(slot, own, rule, name, kind) for name in rule.states]
+            scales = tuple(kept.scales for kept in kept_states if kept.scales is not None)
             if extra is not None:
                 master = masters.fit_master(slot, extra, own.get(extra))
                 own[extra] = placed(slot, own.get(extra), master)
@@ -117,24 +119,29 @@ class PassLists:
                 then = self.more_rows.row(number, ParamRule(rule.then, extra=rule.extra))
                 more.append(ops.Entry(target, (), rule.then, then, step, storage, kept, slot.index, share))
                 target, storage, kept = staging, "bfloat16", None
-            entries.append(ops.Entry(target, states, name, row, step, storage, kept, slot.index, share, scalar))
-            counted.append((own if keeps else None, rule.scalar))
+            of_rule = tuple(state.state for state in kept_states)
+            entries.append(
+                ops.Entry(target, of_rule, name, row, step, storage, kept, slot.index, share, scalar, scales)
+            )
+            counted.append((own if keeps else None, rule.scalar, rule.counts or options.random))
         statistics = saved_layers(active.slots, layers, device) if options.noise else None
-        self.first = ops.TensorList(entries, len(self.rows.of), self.ledger, self.backend.chunk, statistics)
+        self.first = ops.TensorList(entries, len(self.rows.of), self.ledger, self.backend.chunk, statistics, kind)
         self.second: ops.TensorList | None = None
         if more:
             self.second = ops.TensorList(more, len(self.more_rows.of), self.ledger, self.backend.chunk)
             self.second.set("grad_type", [ops.DTYPES[torch.bfloat16]] * len(more))
-        for step, scalar, (own_state, named) in zip(self.first.steps, self.first.scalars, counted, strict=True):
-            if own_state is not None:
+        for step, scalar, (own_state, named, counts) in zip(self.first.steps, self.first.scalars, counted, strict=True):
+            if own_state is not None and counts:
                 own_state["step"] = step
             if own_state is not None and named is not None:
                 own_state[named] = scalar
 
     @staticmethod
-    def _fit(slot: Slot, own: dict[str, Any], name: str) -> torch.Tensor:
-        fitted = fit_state(slot, name, own.get(name))
-        own[name] = placed(slot, own.get(name), fitted)
+    def _fit(slot: Slot, own: dict[str, Any], rule: ParamRule, name: str, kind: str) -> states.Kept:
+        fitted = states.fit(slot, own, rule, name, kind)
+        own[name] = placed(slot, own.get(name), fitted.state)
+        if fitted.scales is not None:
+            own[name + states.SCALE] = fitted.scales
         return fitted
 
 

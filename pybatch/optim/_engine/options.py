@@ -20,6 +20,7 @@ class OwnOptions(TypedDict, total=False):
     noise: bool
     master_weights: bool | Literal["remainder"]
     stochastic_rounding: bool | int
+    state_dtype: Literal["fp32", "bf16", "8bit"]
     backend: str | None
     foreach: bool | None
     fused: bool | None
@@ -38,6 +39,7 @@ class Options:
     noise: bool = False
     master_weights: bool | Literal["remainder"] = False
     stochastic_rounding: bool | int = False
+    state_dtype: Literal["fp32", "bf16", "8bit"] = "fp32"
     backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -47,6 +49,8 @@ class Options:
             raise UsageError(f"backend {self.backend!r} is not known. Use one of: {', '.join(ops.BACKENDS)}, or None.")
         if self.master_weights not in (False, True, "remainder"):
             raise UsageError(f"master_weights {self.master_weights!r} is not known. Use True, 'remainder' or False.")
+        if self.state_dtype not in ops.STATE_TYPES:
+            raise UsageError(f"state_dtype {self.state_dtype!r} is not known. Use 'fp32', 'bf16' or '8bit'.")
         seed = self.stochastic_rounding
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise UsageError(f"stochastic_rounding {seed!r}: give True, False or a seed from 0 to 2**63 - 1.")
@@ -72,6 +76,11 @@ class Options:
     def stochastic(self) -> bool:
         """Whether parameters are rounded stochastically: 0 is a seed too."""
         return self.stochastic_rounding is not False
+
+    @property
+    def random(self) -> bool:
+        """Whether a step draws random bits, for parameters or for states."""
+        return self.stochastic or self.state_dtype == "bf16"
 
     @property
     def seed(self) -> int:
@@ -103,6 +112,7 @@ class ParamRule(NamedTuple):
         scalar: torch's name of what the rule keeps of each tensor from step to step; None: it keeps nothing.
         extra: numbers of this parameter that `_hyper` needs beside its group, such as a factor from its shape.
             Parameters of one group with equal rules share a row of hyper-parameters.
+        counts: whether torch's optimizer keeps a state "step". Where it does not, it is kept with random bits alone.
         then: name of the rule of a second pass. The first pass then writes to a bf16 staging tensor instead of the
             parameter; the optimizer's `_transform` turns that into the second pass's gradient. None: one pass.
     """
@@ -112,3 +122,4 @@ class ParamRule(NamedTuple):
     extra: tuple[float, ...] = ()
     then: str | None = None
     scalar: str | None = None
+    counts: bool = True

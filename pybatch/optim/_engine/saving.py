@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim import Optimizer
 
 from pybatch import ops
-from pybatch.optim._engine import statistics
-from pybatch.optim._engine.options import Options
+from pybatch.optim._engine import states, statistics
+from pybatch.optim._engine.options import Options, ParamRule
 from pybatch.optim._engine.tables import Tables
 
 
@@ -23,33 +23,64 @@ class SavedOptimizer(Optimizer):
     _saved_layers: dict[int, torch.Tensor]
     _single_steps: int
     _seed: int
+    torch_flags: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def _reset(self, ledger: ops.Ledger | None = None, single_steps: int = 0, seed: int | None = None) -> None:
         """Forget tables and sums, which are made anew by the next step."""
 
+    @classmethod
+    @abstractmethod
+    def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
+        """How a parameter is updated: from its shape and the group's `rule_options`."""
+
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, readable by the twin; what only pybatch has is under the key "pybatch"."""
+        """As torch's, readable by the twin, with its keys and no more.
+
+        What only pybatch has, and only where it was asked for (noise, random bits), is one more state of the first
+        parameter: checkpoints of sharded models carry states and nothing beside them.
+        """
+        own, bearer = self._own_state(), self._bearer()
+        if own is not None and bearer is not None and (self._options.noise or self._options.random):
+            self.state[bearer][statistics.STATE] = own
         state = super().state_dict()
-        if self._ledger is not None:
-            state["pybatch"] = self._own_state()
+        if self._options.state_dtype != "fp32":
+            state["state"] |= self._wide_states(state)
         return state
+
+    def fp32_state(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
+        """The states of a parameter of this group in fp32, as `state_dict` has them; empty before its first step."""
+        return states.in_fp32(param, self.state.get(param, {}), self._rule(group, param))
+
+    def _wide_states(self, state: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """States in fp32: the twin loads them, and an optimizer of any state_dtype; of its own, to the same bits."""
+        groups = [(group, param) for group in self.param_groups for param in group["params"]]
+        ids = [i for group in state["param_groups"] for i in group["params"]]
+        return {
+            i: states.in_fp32(param, state["state"][i], self._rule(group, param))
+            for i, (group, param) in zip(ids, groups, strict=True)
+            if i in state["state"]
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; takes the twin's dictionaries too. States keep fp32 where torch would cast them."""
+        own = [entry[statistics.STATE] for entry in state_dict["state"].values() if statistics.STATE in entry]
+        for saved in own[:1]:
+            statistics.unpacked(saved)  # what can't be loaded is refused before anything is changed
         super().load_state_dict(state_dict)
+        for entry in self.state.values():
+            entry.pop(statistics.STATE, None)  # torch has cast it to the parameter's dtype
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, param in zip(saved_ids, self._params(), strict=True):
             saved = state_dict["state"].get(i, {})
             if param.dtype != torch.float32:
                 for name, value in saved.items():
-                    if isinstance(value, torch.Tensor) and name != "step":
+                    if isinstance(value, torch.Tensor) and name not in ("step", statistics.STATE):
                         dtype = torch.float32 if value.is_floating_point() else value.dtype
                         self.state[param][name] = value.to(param.device, dtype)
-        own = state_dict.get("pybatch")
-        if own is None:  # of the twin, or made without noise: what was measured before belongs to another run
+        if not own:  # of the twin, or made without noise: what was measured before belongs to another run
             self._ledger, self._saved_layers, self._single_steps = None, {}, 0
-        self._load_own(own)
+        self._load_own(own[0] if own else None)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_options": self._options, "_copied": self._own_state()}
@@ -65,25 +96,29 @@ class SavedOptimizer(Optimizer):
         self._reset(ledger, self.__dict__.get("_single_steps", 0), seed)
         self._load_own(copied)
         super().__setstate__(state)
+        if "differentiable" not in self.torch_flags:
+            self.defaults.pop("differentiable", None)  # torch has added it
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
-    def _own_state(self) -> dict[str, Any] | None:
+    def _bearer(self) -> torch.Tensor | None:
+        """The parameter whose states bear what is not a parameter's own."""
+        return next((param for param in self._params() if param.requires_grad), None)
+
+    def _own_state(self) -> torch.Tensor | None:
         if self._ledger is None:
             return None
-        own = statistics.save(self._ledger, self._layers()) | {"single_steps": self._single_steps}
-        return own | {"seed": self._seed} if self._options.stochastic else own
+        return statistics.packed(self._ledger, self._layers(), len(self._params()), self._single_steps, self._seed)
 
     def _layers(self) -> dict[int, torch.Tensor]:
         return self._saved_layers | ({} if self._tables is None else self._tables.layers())
 
-    def _load_own(self, saved: dict[str, Any] | None) -> None:
+    def _load_own(self, saved: torch.Tensor | None) -> None:
         if saved is not None:
-            self._ledger, self._saved_layers = statistics.load(saved)
-            self._single_steps = saved["single_steps"]
-            if self._options.stochastic:
-                self._seed = saved.get("seed", self._seed)
+            self._ledger, self._saved_layers, self._single_steps, seed = statistics.unpacked(saved)
+            if self._options.random:
+                self._seed = seed
 
     def _params(self) -> list[torch.Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

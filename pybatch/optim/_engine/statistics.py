@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 
 from pybatch import ops
+from pybatch.base.errors import UsageError
 from pybatch.fits import noise as estimator
 from pybatch.fits import stretch
 from pybatch.optim._engine.hyper import Groups
 from pybatch.records import LayerNoise, NoiseScale
 
 SOURCE = "micro-batches"
+STATE = "noise_statistics"  # its name among the states of a parameter
 Layers = Mapping[int, torch.Tensor]
 
 
@@ -78,18 +80,43 @@ def _entries(
     return tuple(layer for layer in found if layer.grad_sq is not None)
 
 
-def save(ledger: ops.Ledger, layers: Layers) -> dict[str, Any]:
-    """For a state_dict: copies of the ledger, and of the statistics of single parameters with their indices."""
-    state: dict[str, Any] = dict(ledger.state_dict())
-    if layers:
-        rows = torch.stack([layers[index] for index in sorted(layers)])
-        rows[:, : ops.LAYER_SUMS] = 0.0  # of a step under way
-        state |= {"layers": rows, "layer_indices": sorted(layers)}
-    return state
+def packed(ledger: ops.Ledger, layers: Layers, count: int, single: int, seed: int) -> torch.Tensor:
+    """All of it as one tensor for a checkpoint, float64 on the ledger's device, of a size that `count` decides.
+
+    Args:
+        ledger, layers: as of `noise`.
+        count: parameters of the optimizer.
+        single: steps of one micro-batch.
+        seed: of random bits, below 2**63.
+    """
+    saved = ledger.state_dict()
+    device = saved["ledger"].device
+    rows = torch.zeros(count, ops.LAYER_SIZE, dtype=torch.float64, device=device)
+    for index, row in layers.items():
+        rows[index] = row
+    rows[:, : ops.LAYER_SUMS] = 0.0  # of a step under way
+    head = [single, seed >> 32, seed & 0xFFFFFFFF]
+    numbers = torch.tensor(head, dtype=torch.float64, device=device)
+    return torch.cat([numbers, saved["ledger"], saved["ring"].flatten(), rows.flatten()])
 
 
-def load(saved: dict[str, Any]) -> tuple[ops.Ledger, dict[int, torch.Tensor]]:
-    """The ledger and the statistics by index of parameter that `save` gave."""
-    ledger = ops.Ledger(saved["ledger"].device)
-    ledger.load_state_dict(saved)
-    return ledger, dict(zip(saved.get("layer_indices", []), saved.get("layers", []), strict=True))
+def unpacked(saved: torch.Tensor) -> tuple[ops.Ledger, dict[int, torch.Tensor], int, int]:
+    """The ledger, the statistics of single parameters by index, steps of one micro-batch, and the seed.
+
+    Raises:
+        UsageError: they are another version's.
+    """
+    ledger = ops.Ledger(saved.device)
+    sizes = [3, ledger.values.numel(), ledger.ring.numel()]
+    rest = saved.numel() - sum(sizes)
+    if saved.dtype != torch.float64 or saved.ndim != 1 or rest < 0 or rest % ops.LAYER_SIZE:
+        raise UsageError(
+            f"the state {STATE!r} has shape {tuple(saved.shape)} in {saved.dtype}, which is another version's. Delete "
+            "it from the state_dict to load the rest."
+        )
+    ends = list(itertools.accumulate(sizes))
+    numbers, values, ring, rows = (part.clone() for part in torch.tensor_split(saved, ends))
+    ledger.load_state_dict({"ledger": values, "ring": ring.reshape(ledger.ring.shape)})
+    layers = {i: row for i, row in enumerate(rows.reshape(-1, ops.LAYER_SIZE)) if row.any()}
+    single, high, low = (int(number) for number in numbers)
+    return ledger, layers, single, high << 32 | low

@@ -16,6 +16,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // one block at a time
 
@@ -68,8 +69,11 @@ inline const uint64_t* exchange(Stop at, uint64_t own) {
 
 template <class T>
 T shuffle(T own, unsigned lane) {
-    static_assert(sizeof(T) == sizeof(uint64_t));
-    return __builtin_bit_cast(T, exchange(Stop::shuffle, __builtin_bit_cast(uint64_t, own))[lane]);
+    uint64_t bits = 0;
+    std::memcpy(&bits, &own, sizeof own);
+    bits = exchange(Stop::shuffle, bits)[lane];
+    std::memcpy(&own, &bits, sizeof own);
+    return own;
 }
 
 inline void run_fiber() {
@@ -145,6 +149,7 @@ inline unsigned __ballot_sync(unsigned, bool own) {
     for (unsigned lane = 0; lane < host_cuda::kWarp; ++lane) bits |= unsigned(offered[lane]) << lane;
     return bits;
 }
+inline void __syncwarp() { host_cuda::exchange(host_cuda::Stop::ballot, 0); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 template <class T>
 T __ldcg(const T* from) {

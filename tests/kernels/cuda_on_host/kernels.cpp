@@ -21,6 +21,7 @@ inline cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 thread
 
 #define PB_CUDA
 #include "accumulate.cu"
+#include "narrow.cu"
 #include "step.cu"
 #include "step_cuda.cpp"
 

@@ -15,11 +15,11 @@ struct Brain {  // bf16
     uint16_t bits;
 
     Brain() = default;
-    explicit Brain(float x) {
-        const auto wide = std::bit_cast<uint32_t>(x);
+    explicit Brain(double x) {
+        const auto wide = std::bit_cast<uint32_t>(float(x));
         bits = std::isnan(x) ? 0x7fff : uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
     }
-    explicit operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
+    explicit operator double() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
 };
 using Half = _Float16;
 
@@ -77,58 +77,24 @@ void select(const Instruction& i, uint64_t* r) {
     put(i, r, get<uint8_t>(i, 2, r) ? get<T>(i, 0, r) : get<T>(i, 1, r));
 }
 
-// Conversions. To an integer the value is rounded, then bound to what the type holds; NaN becomes 0.
-enum class Round { none, nearest, zero, down, up };
-
-template <Round mode>
-double rounded(double x) {
-    switch (mode) {
-        case Round::nearest:
-            return std::nearbyint(x);
-        case Round::zero:
-            return std::trunc(x);
-        case Round::down:
-            return std::floor(x);
-        case Round::up:
-            return std::ceil(x);
-        default:
-            return x;
-    }
-}
 template <class T>
 constexpr bool is_float = !std::is_integral_v<T>;
 
-template <class To, class From, Round mode>
+// Floats go through double, which holds all of them. To an integer the value is cut, then bound to what the type holds.
+template <class To, class From, bool whole>
 void convert(const Instruction& i, uint64_t* r) {
     const From x = get<From>(i, 0, r);
-    if constexpr (is_float<To> && is_float<From>) {
-        if constexpr (sizeof(From) == 8) {
-            if constexpr (sizeof(To) == 2)
-                put(i, r, To(float(x)));
-            else
-                put(i, r, To(rounded<mode>(x)));
-        } else {
-            put(i, r, mode == Round::none ? To(float(x)) : To(float(rounded<mode>(double(float(x))))));
-        }
-    } else if constexpr (is_float<To>) {
-        if constexpr (sizeof(To) == 2)
-            put(i, r, To(float(x)));
-        else
-            put(i, r, To(x));
-    } else if constexpr (is_float<From>) {
-        double value;
-        if constexpr (sizeof(From) == 8)
-            value = rounded<mode>(x);
-        else
-            value = rounded<mode>(double(float(x)));
-        using Limits = std::numeric_limits<To>;
-        put(i, r,
-            std::isnan(value)                ? To(0)
-            : value <= double(Limits::min()) ? Limits::min()
-            : value >= double(Limits::max()) ? Limits::max()
-                                             : To(value));
-    } else {
+    if constexpr (!is_float<From>) {
         put(i, r, To(x));
+    } else {
+        const double value = whole ? std::trunc(double(x)) : double(x);
+        if constexpr (is_float<To>) {
+            put(i, r, To(value));
+        } else {
+            using Limits = std::numeric_limits<To>;
+            const bool above = value >= double(Limits::max()), below = !(value > double(Limits::min()));
+            put(i, r, std::isnan(value) ? To(0) : above ? Limits::max() : below ? Limits::min() : To(value));
+        }
     }
 }
 
@@ -137,25 +103,11 @@ using Table = std::unordered_map<std::string, Work>;
 template <class To, class From>
 void add_conversion(Table& table, const std::string& to, const std::string& from) {
     const std::string types = to + "." + from;
-    if constexpr (is_float<To> && is_float<From>) {
-        if constexpr (sizeof(To) < sizeof(From)) table["cvt.rn." + types] = convert<To, From, Round::none>;
-        if constexpr (sizeof(To) > sizeof(From)) table["cvt." + types] = convert<To, From, Round::none>;
-        if constexpr (std::is_same_v<To, From>) {
-            table["cvt.rzi." + types] = convert<To, From, Round::zero>;
-            table["cvt.rni." + types] = convert<To, From, Round::nearest>;
-            table["cvt.rmi." + types] = convert<To, From, Round::down>;
-            table["cvt.rpi." + types] = convert<To, From, Round::up>;
-        }
-    } else if constexpr (is_float<To>) {
-        table["cvt.rn." + types] = convert<To, From, Round::none>;
-    } else if constexpr (is_float<From>) {
-        table["cvt.rzi." + types] = convert<To, From, Round::zero>;
-        table["cvt.rni." + types] = convert<To, From, Round::nearest>;
-        table["cvt.rmi." + types] = convert<To, From, Round::down>;
-        table["cvt.rpi." + types] = convert<To, From, Round::up>;
-    } else {
-        table["cvt." + types] = convert<To, From, Round::none>;
-    }
+    constexpr bool exact = is_float<To> == is_float<From> && (!is_float<To> || sizeof(To) > sizeof(From));
+    if constexpr (is_float<From> && (!is_float<To> || std::is_same_v<To, From>))
+        table["cvt.rzi." + types] = convert<To, From, true>;
+    else
+        table[(exact ? "cvt." : "cvt.rn.") + types] = convert<To, From, false>;
 }
 
 template <class To>
@@ -258,6 +210,17 @@ uint32_t extracted(uint32_t x, uint32_t position, uint32_t count) {
     return uint32_t(count > 31 ? field : field & ((uint64_t(1) << count) - 1));
 }
 
+// Byte k of the result is that of the eight in b and a which nibble k of the selector names, or its sign throughout.
+uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = uint64_t(b) << 32 | a;
+    uint32_t result = 0;
+    for (int k = 0; k < 4; ++k) {
+        const uint32_t by = selector >> 4 * k & 15, byte = uint32_t(bytes >> 8 * (by & 7)) & 255;
+        result |= (by & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * k;
+    }
+    return result;
+}
+
 Table make_table() {
     Table table;
     add_bits<uint16_t>(table, "16");
@@ -288,13 +251,10 @@ Table make_table() {
     table["mov.pred"] = unary<uint8_t, [](uint8_t a) { return a; }>;
     table["and.pred"] = binary<uint8_t, [](uint8_t a, uint8_t b) { return a & b; }>;
     table["or.pred"] = binary<uint8_t, [](uint8_t a, uint8_t b) { return a | b; }>;
-    table["xor.pred"] = binary<uint8_t, [](uint8_t a, uint8_t b) { return a ^ b; }>;
     table["not.pred"] = unary<uint8_t, [](uint8_t a) { return !a; }>;
     table["brev.b32"] = unary<uint32_t, reversed>;
-    table["popc.b32"] = unary<uint32_t, [](uint32_t a) { return std::popcount(a); }>;
-    table["clz.b32"] = unary<uint32_t, [](uint32_t a) { return std::countl_zero(a); }>;
-    table["bfind.u32"] = unary<uint32_t, [](uint32_t a) { return a ? 31 - std::countl_zero(a) : ~0u; }>;
     table["bfind.shiftamt.u32"] = unary<uint32_t, [](uint32_t a) { return a ? std::countl_zero(a) : ~0u; }>;
+    table["prmt.b32"] = ternary<uint32_t, permuted>;
     table["bfe.u32"] = ternary<uint32_t, extracted>;
     for (const char* name : {"cvta.global.u64", "cvta.to.global.u64", "cvta.shared.u64", "cvta.to.shared.u64"})
         table[name] = unary<uint64_t, [](uint64_t a) { return a; }>;

@@ -41,8 +41,8 @@ void launch(Emulator& e, const std::string& kernel, std::vector<uint8_t> params,
             params.resize(function->param_bytes);
             e.memory.translate();
             e.memory.translate(params);
-            ptx::run({function.get(), params, blocks, function->threads, program->shared_bytes + shared, e.resident,
-                      e.seed++},
+            ptx::run({program.get(), function.get(), params, blocks, function->threads, program->shared_bytes + shared,
+                      e.resident, e.seed++},
                      e.memory, e.faults, e.counts);
             return;
         }
@@ -50,12 +50,13 @@ void launch(Emulator& e, const std::string& kernel, std::vector<uint8_t> params,
 }
 
 // As chunk.cuh's: a table and a call, each at the alignment of its widest member.
-cudaError_t launch_pass(const char* kernel, const pybatch::Table& table, const pybatch::Call& call) {
+cudaError_t launch_pass(const std::string& name, const pybatch::Table& table, const pybatch::Call& call) {
     std::vector<uint8_t> params(sizeof table + sizeof call);
     static_assert(sizeof table % alignof(pybatch::Call) == 0);
     std::memcpy(params.data(), &table, sizeof table);
     std::memcpy(params.data() + sizeof table, &call, sizeof call);
-    launch(*current, kernel, std::move(params), table.chunk_count > 0 ? uint32_t(table.chunk_count) : 1, 0);
+    const std::string mangled = std::to_string(name.size()) + name;
+    launch(*current, mangled, std::move(params), table.chunk_count > 0 ? uint32_t(table.chunk_count) : 1, 0);
     return current->faults.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -63,12 +64,16 @@ cudaError_t launch_pass(const char* kernel, const pybatch::Table& table, const p
 
 namespace pybatch::PB_ISA {
 
-cudaError_t launch_norm(const Table& t, const Call& c, cudaStream_t) { return launch_pass("norm_kernel", t, c); }
-cudaError_t launch_prepare(const Table& t, const Call& c, cudaStream_t) { return launch_pass("prepare_kernel", t, c); }
-cudaError_t launch_update(const Table& t, const Call& c, cudaStream_t) { return launch_pass("update_kernel", t, c); }
-cudaError_t launch_accumulate(const Table& t, const Call& c, cudaStream_t) {
-    return launch_pass("accumulate_kernel", t, c);
-}
+#define PTX_LAUNCH(NAME)                                                     \
+    cudaError_t launch_##NAME(const Table& t, const Call& c, cudaStream_t) { \
+        return launch_pass(#NAME "_kernel", t, c);                           \
+    }
+PTX_LAUNCH(norm)
+PTX_LAUNCH(prepare)
+PTX_LAUNCH(update)
+PTX_LAUNCH(narrow_prepare)
+PTX_LAUNCH(narrow_update)
+PTX_LAUNCH(accumulate)
 
 }  // namespace pybatch::PB_ISA
 
@@ -111,6 +116,14 @@ PTX_EXPORT int ptx_pass(Emulator* e, const char* entry, const pybatch::Table* ta
 }
 
 PTX_EXPORT const char* ptx_faults(Emulator* e) { return (e->message = e->faults.text()).c_str(); }
+// PTX lines of the program of this number whose instructions some thread ran (else: none did), separated by blanks.
+PTX_EXPORT const char* ptx_lines(Emulator* e, uint32_t program, bool ran) {
+    e->message.clear();
+    for (const auto& [name, function] : e->programs.at(program)->functions)
+        for (const auto& i : function->body)
+            if (i.line && i.ran == ran) e->message += std::to_string(i.line) + " ";
+    return e->message.c_str();
+}
 PTX_EXPORT const char* ptx_error(Emulator* e) { return e->error.c_str(); }
 PTX_EXPORT void ptx_counts(Emulator* e, uint64_t* instructions, uint64_t* launches) {
     *instructions = e->counts.instructions, *launches = e->counts.launches;

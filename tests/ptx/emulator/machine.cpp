@@ -130,6 +130,7 @@ class Machine {
             Frame& frame = thread.frames.back();
             const Instruction& i = frame.next();
             ++counts_.instructions;
+            i.ran = true;
             if (i.guard >= 0 && bool(frame.registers[i.guard] & 1) == i.negated) {
                 ++frame.at;
                 continue;
@@ -190,6 +191,7 @@ class Machine {
                 return;
             case Kind::shuffle:
             case Kind::vote:
+            case Kind::warp_barrier:
                 thread.state = State::at_warp;
                 return;
             case Kind::call: {
@@ -228,11 +230,15 @@ class Machine {
         thread.state = State::done;
     }
 
+    static bool fits(uint64_t address, uint64_t bytes, uint64_t size) {
+        return bytes <= size && address <= size - bytes;
+    }
+
     // Where an access of so many bytes goes; null, with a fault, where it must not. Notes it for the race detector.
     uint8_t* reach(Thread& thread, Frame& frame, const Instruction& i, uint32_t bytes, Shadow::Access access) {
         const uint64_t address = i.in[0].of(frame.registers.data()) + uint64_t(i.offset);
         if (i.space == Space::param) {
-            if (address + bytes <= frame.params.size()) return frame.params.data() + address;
+            if (fits(address, bytes, frame.params.size())) return frame.params.data() + address;
             faults_.add("out of bounds", i.line, i.text + " of parameters");
             return nullptr;
         }
@@ -246,7 +252,7 @@ class Machine {
             return nullptr;
         }
         if (i.space == Space::shared) {
-            if (address + bytes > block.shared.size()) {
+            if (!fits(address, bytes, block.shared.size())) {
                 faults_.add("out of bounds", i.line, i.text + " of shared memory" + place());
                 return nullptr;
             }
@@ -254,6 +260,13 @@ class Machine {
                 faults_.add("unwritten", i.line, i.text + " of shared memory that nobody wrote" + place());
             note(block.shadow, address, bytes, thread, i, access, "shared memory");
             return block.shared.data() + address;
+        }
+        if (address >= kConstants && access == Shadow::Access::read) {
+            const auto& table = launch_.program->constants;
+            if (fits(address - kConstants, bytes, table.size()))
+                return const_cast<uint8_t*>(&table[address - kConstants]);
+            faults_.add("out of bounds", i.line, i.text + " of a table" + place());
+            return nullptr;
         }
         int64_t offset = 0;
         Allocation* a = memory_.find(address, offset);
@@ -375,11 +388,27 @@ class Machine {
             uint64_t* r = warp[lane].frames.back().registers.data();
             uint64_t result = votes;
             if (i.kind == Kind::shuffle) result = offered[source_lane(i, lane, r, mask)] & low_bits(4);
-            if (i.out[0] >= 0) r[i.out[0]] = result;
+            if (!i.out.empty() && i.out[0] >= 0) r[i.out[0]] = result;
             if (i.out.size() > 1 && i.out[1] >= 0) r[i.out[1]] = 1;
         }
+        if (i.kind == Kind::warp_barrier) order(warp, mask);
         for (uint32_t lane = 0; lane < kWarp; ++lane)
             if (mask >> lane & 1) go_on(warp[lane]);
+    }
+
+    // What each lane did comes before what the others do next. Shuffles and votes order no memory.
+    void order(std::span<Thread> warp, uint32_t mask) {
+        Clock all;
+        for (const Thread& thread : warp)
+            if (mask >> thread.index % kWarp & 1) {
+                all.join(thread.clock.known);
+                all.raise(thread.block, thread.index, thread.clock.time, launch_.threads);
+            }
+        for (Thread& thread : warp)
+            if (mask >> thread.index % kWarp & 1) {
+                thread.clock.known = all;
+                ++thread.clock.time;
+            }
     }
 
     uint32_t source_lane(const Instruction& i, uint32_t lane, const uint64_t* r, uint32_t mask) {

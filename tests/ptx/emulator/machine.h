@@ -11,6 +11,7 @@
 namespace ptx {
 
 struct Launch {
+    const Program* program;
     const Function* kernel;
     std::vector<uint8_t> params;
     uint32_t blocks, threads, shared_bytes;

@@ -68,8 +68,10 @@ class Parser {
             const std::string word = next();
             if (word == ".entry" || word == ".func")
                 function(word == ".func");
-            else if (word == ".shared" || word == ".global")
+            else if (word == ".shared")
                 declare_shared();
+            else if (word == ".global")
+                declare_constants();
             else if (word == ".version" || word == ".target" || word == ".address_size" || word == ".file")
                 skip_line();
             else if (word == ".section")
@@ -148,10 +150,25 @@ class Parser {
     void declare_shared() {
         const Variable v = variable();
         expect(";");
-        if (shared_.count(v.name)) return;
+        if (symbols_.count(v.name)) return;
         program_->shared_bytes = (program_->shared_bytes + v.align - 1) / v.align * v.align;
-        shared_[v.name] = program_->shared_bytes;
+        symbols_[v.name] = program_->shared_bytes;
         program_->shared_bytes += v.bytes;
+    }
+
+    void declare_constants() {  // an array of bytes with its values
+        const Variable v = variable();
+        auto& bytes = program_->constants;
+        bytes.resize((bytes.size() + v.align - 1) / v.align * v.align);
+        symbols_[v.name] = kConstants + bytes.size();
+        const size_t end = bytes.size() + v.bytes;
+        expect("=");
+        expect("{");
+        do bytes.push_back(uint8_t(std::stoi(next())));
+        while (take(","));
+        expect("}");
+        expect(";");
+        bytes.resize(end);
     }
 
     int place(const Variable& v) {
@@ -248,7 +265,7 @@ class Parser {
             return {-1, std::stoull(word.substr(2), nullptr, 16)};
         if (std::isdigit(word[0])) return {-1, std::stoull(word, nullptr, 0)};
         if (word[0] == '-') return {-1, uint64_t(std::stoll(word, nullptr, 0))};
-        if (const auto found = shared_.find(word); found != shared_.end()) return {-1, found->second};
+        if (const auto found = symbols_.find(word); found != symbols_.end()) return {-1, found->second};
         if (const auto found = params_.find(word); found != params_.end()) return {-1, uint64_t(found->second)};
         fail("the operand " + word);
     }
@@ -319,7 +336,7 @@ class Parser {
                 if (part == "global") i.space = Space::global;
                 if (part == "shared") i.space = Space::shared;
                 if (part == "param") i.space = Space::param;
-                for (const char* more : {"volatile", "relaxed", "acquire", "release", "local", "nc", "L1", "bulk"})
+                for (const char* more : {"volatile", "relaxed", "acquire", "release", "local", "L1", "bulk"})
                     if (part == more) fail(word);
             }
             i.bytes = bytes_of(parts.back());
@@ -351,6 +368,9 @@ class Parser {
             i.out.push_back(register_of(next()));
             if (take("|")) i.out.push_back(register_of(next()));
             expect(",");
+            rest(i);
+        } else if (word == "bar.warp.sync") {
+            i.kind = Kind::warp_barrier;
             rest(i);
         } else if (word == "vote.sync.ballot.b32") {
             i.kind = Kind::vote;
@@ -391,7 +411,7 @@ class Parser {
     size_t at_ = 0;
     std::unique_ptr<Program> program_;
     Function* function_ = nullptr;
-    std::map<std::string, uint64_t> shared_;
+    std::map<std::string, uint64_t> symbols_;  // shared variables and tables
     std::map<std::string, int> registers_, params_, labels_;
     std::map<std::string, std::vector<std::string>> tables_;
     std::vector<std::pair<size_t, std::string>> jumps_;
@@ -400,16 +420,5 @@ class Parser {
 }  // namespace
 
 std::unique_ptr<Program> parse(const std::string& text) { return Parser(text).parse(); }
-
-const Function& Program::kernel(const std::string& part) const {
-    const Function* found = nullptr;
-    for (const auto& [name, function] : functions) {
-        if (name.find(part) == std::string::npos) continue;
-        if (found) throw std::invalid_argument("two kernels have '" + part + "' in their names");
-        found = function.get();
-    }
-    if (!found) throw std::invalid_argument("no kernel has '" + part + "' in its name");
-    return *found;
-}
 
 }  // namespace ptx

@@ -30,6 +30,7 @@ enum class Kind {
     barrier,
     shuffle,
     vote,
+    warp_barrier,
     call,
     ret
 };
@@ -56,6 +57,7 @@ struct Instruction {
     std::vector<int> targets;  // branch: instructions of the function
     const Function* callee = nullptr;
     std::vector<int> arguments;  // call: offsets in the caller's frame of parameters; the result's last
+    mutable bool ran = false;    // by some thread so far
     int line = 0;                // of the PTX text
     std::string text;            // mnemonic, and what a warp operation does
 };
@@ -70,12 +72,12 @@ struct Function {
     uint32_t threads = 0;     // of a block, where the kernel says so
 };
 
+constexpr uint64_t kConstants = uint64_t(1) << 60;
+
 struct Program {
     std::map<std::string, std::unique_ptr<Function>> functions;
-    uint32_t shared_bytes = 0;  // static; dynamic shared memory comes after
-
-    // The kernel whose mangled name holds this; throws std::invalid_argument where there is none or more than one.
-    const Function& kernel(const std::string& part) const;
+    std::vector<uint8_t> constants;  // tables in global memory, from address kConstants on
+    uint32_t shared_bytes = 0;       // static; dynamic shared memory comes after
 };
 
 // Throws std::invalid_argument, with the line, for what the emulator does not know.
