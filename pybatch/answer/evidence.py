@@ -32,6 +32,7 @@ FACTORS: dict[Kind, float] = {
 }
 LOSS_POWER = 0.5
 _OPEN = math.log(16.0)  # the error of a side whose end is open
+_CLOSEST = 0.01  # standard deviation of ln: no interval is believed that is narrower, such as one that is a point
 LEAST = 1 / 16  # examples: a critical batch below it is one that no batch can show
 
 
@@ -53,7 +54,7 @@ def error(reading: Reading, side: int = 0) -> float:
         return (error(reading, -1) + error(reading, 1)) / 2
     end, value = (reading.low if side < 0 else reading.high), max(reading.value, LEAST)
     own = abs(math.log(max(end, LEAST) / value)) if end is not None else _OPEN
-    return math.hypot(own, math.log(reading.factor)) / NORMAL
+    return max(_CLOSEST, math.hypot(own, math.log(reading.factor)) / NORMAL)
 
 
 def combined(readings: Sequence[Reading]) -> Weighed | None:
