@@ -80,8 +80,10 @@ def collect_kernel(
     tl.store(ledger + SUM_SQ, large_sum)
     bad = 1.0 - (finite(small_sum) & finite(large_sum)).to(tl.float64)
     if micro:
-        tl.store(ledger + MICRO_SQ, tl.load(ledger + MICRO_SQ) + examples * small_sum)
-        bad = tl.maximum(bad, tl.load(ledger + BAD))
+        micro_sq, before = tl.load(ledger + MICRO_SQ), tl.load(ledger + BAD)
+        tl.debug_barrier()  # every warp has read them before one thread writes them back
+        tl.store(ledger + MICRO_SQ, micro_sq + examples * small_sum)
+        bad = tl.maximum(bad, before)
     tl.store(ledger + BAD, bad)
 
 
@@ -124,7 +126,9 @@ def collect_rows_kernel(
             tl.store(own + DIRECTION_SQ, part * second)
         if micro & layered:
             layer = layers + row * LAYER_SIZE
-            tl.store(layer + LAYER_MICRO_SQ, tl.load(layer + LAYER_MICRO_SQ) + examples * part * first)
+            micro_sq = tl.load(layer + LAYER_MICRO_SQ)
+            tl.debug_barrier()  # every warp has read it before one thread writes it back
+            tl.store(layer + LAYER_MICRO_SQ, micro_sq + examples * part * first)
             tl.store(layer + LAYER_SUM_SQ, part * second)
         if has_gradient & contains(carriers, rule):
             held = tl.load(carried + row)
@@ -160,9 +164,11 @@ def add_pair(slot, micro_sq, sum_sq, inverse, examples, micro_batches, unscaled)
     large_n, small_n = examples, examples / micro_batches
     scale = unscaled / inverse  # AMP alone: micro-batch norms are of means already
     small, large = scale * scale * micro_sq / examples, unscaled * unscaled * sum_sq
-    tl.store(slot, tl.load(slot) + 1.0)
-    tl.store(slot + 1, tl.load(slot + 1) + (large_n * large - small_n * small) / (large_n - small_n))
-    tl.store(slot + 2, tl.load(slot + 2) + (small - large) / (1.0 / small_n - 1.0 / large_n))
+    count, first, second = tl.load(slot), tl.load(slot + 1), tl.load(slot + 2)
+    tl.debug_barrier()  # every warp has read them before one thread writes them back
+    tl.store(slot, count + 1.0)
+    tl.store(slot + 1, first + (large_n * large - small_n * small) / (large_n - small_n))
+    tl.store(slot + 2, second + (small - large) / (1.0 / small_n - 1.0 / large_n))
 
 
 @triton.jit
@@ -198,6 +204,7 @@ def settle_rows_kernel(
     skip, _norm, _clip, unscaled = judge(ledger, inverse, max_norm, grad_scale, found_inf, taken, clip, follow)
     moved = (tl.load(columns + source) != 0) & (skip == 0)
     step = tl.load(steps + row)
+    tl.debug_barrier()  # every warp has read it before one thread writes it back
     if moved:
         tl.store(steps + row, step + 1.0)
         for i in tl.static_range(len(keepers)):
@@ -242,10 +249,12 @@ def settle_kernel(
     """One program, after the last tensor was settled: noise ring, ledger."""
     skip, norm, coefficient, unscaled = judge(ledger, inverse, max_norm, grad_scale, found_inf, taken, clip, False)
     counted = tl.where(skip, 0.0, 1.0).to(tl.float64)
+    skipped, pairs = tl.load(ledger + SKIPPED), tl.load(ledger + PAIRS)
+    small_sum, large_sum = tl.load(ledger + SMALL_SUM), tl.load(ledger + LARGE_SUM)
+    seen, length = tl.load(ledger + RING_STEPS), tl.load(ledger + RING_LENGTH)
+    fold, place = ring_place(ledger)
+    tl.debug_barrier()  # every warp has read them before one thread writes them back
     if noise:
-        seen, length = tl.load(ledger + RING_STEPS), tl.load(ledger + RING_LENGTH)
-        fold, place = ring_place(ledger)
-        tl.debug_barrier()  # every warp has read them before one thread writes them back
         if fold:
             fold_ring(ring, RING_ROWS)
             tl.store(ledger + RING_LENGTH, length * 2.0)
@@ -253,10 +262,10 @@ def settle_kernel(
         if skip == 0:
             micro_sq, sum_sq = tl.load(ledger + MICRO_SQ), tl.load(ledger + SUM_SQ)
             add_pair(ring + 3 * place, micro_sq, sum_sq, inverse, examples, micro_batches, unscaled)
-            tl.store(ledger + PAIRS, tl.load(ledger + PAIRS) + 1.0)
-            tl.store(ledger + SMALL_SUM, tl.load(ledger + SMALL_SUM) + examples / micro_batches)
-            tl.store(ledger + LARGE_SUM, tl.load(ledger + LARGE_SUM) + examples)
-    tl.store(ledger + SKIPPED, tl.load(ledger + SKIPPED) + 1.0 - counted)
+            tl.store(ledger + PAIRS, pairs + 1.0)
+            tl.store(ledger + SMALL_SUM, small_sum + examples / micro_batches)
+            tl.store(ledger + LARGE_SUM, large_sum + examples)
+    tl.store(ledger + SKIPPED, skipped + 1.0 - counted)
     tl.store(ledger + SKIP, 1.0 - counted)
     tl.store(ledger + NORM, norm)
     tl.store(ledger + CLIP, coefficient)

@@ -7,6 +7,8 @@ no torch.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pybatch.base import display
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from pybatch.fits.steps import fit_steps as fit_steps
     from pybatch.fits.steps_csv import fit_steps_csv as fit_steps_csv
     from pybatch.fits.throughput import fit_throughput as fit_throughput
+    from pybatch.jobs.watch import watch as watch
     from pybatch.noise.measurement import measure_noise as measure_noise
     from pybatch.records import Capacity as Capacity
     from pybatch.records import Convergence as Convergence
@@ -51,6 +54,7 @@ _HOME = {
     "measure_convergence": "pybatch.sweep.measurement",
     "measure_noise": "pybatch.noise.measurement",
     "plan_accumulation": "pybatch.answer.frontier",
+    "watch": "pybatch.jobs.watch",
     "write_report": "pybatch.report.formats.html",
 }
 
@@ -72,6 +76,17 @@ def _html(record: object) -> str:
 
 
 display.render_with(_html)
+
+
+class _Catalogue(ModuleType):
+    """This module: a public name stays what it is where the import system binds a room of that name here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Catalogue
 
 
 def __dir__() -> list[str]:

@@ -44,6 +44,10 @@ COMMANDS = {
         "fit:fit",
         "The critical batch from your own logs: steps to a target at several batch sizes, from a CSV file.",
     ),
+    "watch": (
+        "watch:watch",
+        "Your own training script, unchanged: its noise, capacity around its batch, waiting for data, and the verdict.",
+    ),
     "report": (
         "saved:report",
         "One self-contained HTML page from saved runs and sweeps, for a browser without a network; "
@@ -71,7 +75,9 @@ class Commands(TyperGroup):
             return None
         module, _, function = COMMANDS[cmd_name][0].partition(":")
         alone = typer.Typer(**_STYLE)
-        alone.command(cmd_name)(getattr(importlib.import_module(f"pybatch.commands.{module}"), function))
+        named = importlib.import_module(f"pybatch.commands.{module}")
+        settings = getattr(named, "CONTEXT", None)  # of a command that leaves arguments to another program
+        alone.command(cmd_name, context_settings=settings)(getattr(named, function))
         return typer.main.get_command(alone)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -111,7 +117,7 @@ def _shorten_spinning() -> None:
     slices, and a step of 0.4 ms takes 90 ms. On an idle one this changes little. A user's own setting is kept;
     the record's environment names whichever holds.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
+    if "OMP_WAIT_POLICY" not in os.environ and sys.argv[1:2] != ["watch"]:  # a script's training is left as it is
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 

@@ -19,6 +19,7 @@ FLOORS = (
     ("noise", "training"),
     ("processes",),
     ("capacity", "sweep", "branch"),
+    ("watch",),
     ("jobs",),
     ("commands",),
     ("cli",),

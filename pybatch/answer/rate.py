@@ -29,7 +29,7 @@ def rate_of(
     inputs: Inputs = {"base_rate": rate, "base_batch": float(base)}
     if base == batch:
         return rate, Reason("learning_rate", f"the rate {origin}", "measured" if tuned else "assumed", inputs)
-    optimizer = (steps.optimizer if steps is not None else None) or "adamw"
+    optimizer = (steps.optimizer if steps is not None else None) or (work.optimizer if work else None) or "adamw"
     rule = "linear" if optimizer in _LINEAR and max(batch, base) <= critical else "sqrt"
     found = float(scale(rule, {"lr": rate}, batch, Base(base)).group["lr"])
     factor = "batch ratio" if rule == "linear" else "sqrt(batch ratio)"

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from pybatch.base.errors import Interrupted, PybatchError, UsageError, carry
+from pybatch.base.progress import told
 from pybatch.branch.run import BranchedRun, BranchPlan, rated
 from pybatch.branch.summary import WINDOW
 from pybatch.device.identity import resolve
@@ -31,6 +32,7 @@ CHECKPOINTS = (200,)  # steps: as long as the noise scale's warm-up
 TOLERANCE = 0.02  # of the base branch's last loss
 
 
+@told
 def measure_branches(
     workload: Workload,
     *,
@@ -75,7 +77,7 @@ def measure_branches(
         time_budget: seconds. Default factors are cut from above to what it affords, by the base run's speed; when it
             is over, only what is finished counts.
         folder: where checkpoints are kept, and found again by the same call; None keeps them in memory.
-        progress: called with (what is being done, share done).
+        progress: called with (what is being done, share done); None: a line on stderr, on a terminal or in a notebook.
 
     Returns:
         The record, with one entry of `branches` a checkpoint.

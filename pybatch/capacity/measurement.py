@@ -11,6 +11,7 @@ import torch
 
 from pybatch.base.errors import Interrupted, UsageError
 from pybatch.base.numerals import counted
+from pybatch.base.progress import told
 from pybatch.capacity import largest
 from pybatch.capacity.burst import Settling
 from pybatch.capacity.energy import EnergyWindows
@@ -40,6 +41,7 @@ _NOT_ASKED = Note("capacity.max_batch", "not asked for")
 _NONE_RAN = Note("capacity.max_batch", "no batch size ran, so that nothing is known of memory")
 
 
+@told
 def measure_capacity(
     workload: Workload,
     *,
@@ -68,7 +70,7 @@ def measure_capacity(
         batches: batch sizes to measure; None doubles from 1 on until throughput no longer grows.
         time_budget: seconds for everything, ceilings and largest batch included.
         seed: of the model, the batches and the order of measurement.
-        progress: called with what is being done and the share done, 0..1.
+        progress: called with (what is being done, share done); None: a line on stderr, on a terminal or in a notebook.
         on_point: called with every batch size as soon as it is measured.
         find_max_batch: whether to look for the largest batch that fits, in a fresh process; its steps are eager.
         compile: time steps of the model under torch.compile; compiling is no part of them (`compile_s`).
@@ -96,7 +98,7 @@ def measure_capacity(
     if earlier is not None:
         run.take_over(earlier)
     try:
-        with _short_collections():
+        with short_collections():
             run.measure(find_max_batch)
     except KeyboardInterrupt:
         run.found.untimed = "interrupted before it was timed"
@@ -106,7 +108,7 @@ def measure_capacity(
 
 
 @contextmanager
-def _short_collections() -> Iterator[None]:
+def short_collections() -> Iterator[None]:
     """In this context garbage collections pass over what exists now: all of torch's modules take a third of a second.
 
     There is one before each batch size, so that what memory it takes is its own.

@@ -1,4 +1,4 @@
-"""What `bench` and `branch` were asked for, in one object each from the flags to every part of the job. No torch."""
+"""What `bench`, `branch` and `watch` were asked for, in one object each from the flags to the job. No torch."""
 
 from __future__ import annotations
 
@@ -36,3 +36,14 @@ class BranchOptions:
     tolerance: float = 0.02  # share of the base branch's last loss
     seed: int = 0
     folder: Path | None = None  # where checkpoints are kept
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """How a training of the user's own is watched, by `jobs.watch.Watching`."""
+
+    name: str = "notebook"  # of the script, for the record
+    steps: int | None = None  # ends the script after so many; None: when it ends
+    index: int | None = None  # of the optimizer by first step; None: that with most parameters
+    time_budget: float = 30.0  # seconds of replays at its end
+    command: str = ""  # what the user typed, for the record

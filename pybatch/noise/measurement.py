@@ -19,6 +19,7 @@ import torch
 
 from pybatch.base.errors import Interrupted, UsageError, unknown
 from pybatch.base.numerals import counted
+from pybatch.base.progress import told
 from pybatch.device.identity import resolve
 from pybatch.fits.noise import INTERRUPTED, noiseless
 from pybatch.noise.confounds import confounds
@@ -44,6 +45,7 @@ LARGEST_CURVATURE_GROUP = 64  # micro-batches per gradient: past it, more pairs 
 WIDTH = 0.15  # relative half width of the interval at which measuring stops; it moves the best batch by 7 %
 
 
+@told
 def measure_noise(
     workload: Workload,
     *,
@@ -87,7 +89,7 @@ def measure_noise(
         layers: every parameter's own noise scale too, as `layers`.
         preconditioned: tr(P Sigma) / (G^T P G) with the P of the warm-up's AdamW too, as `preconditioned`.
         hessian: B_noise = tr(H Sigma) / (G^T H G) too, as `hessian`; the time budget is shared evenly.
-        progress: called with (what is being done, share done).
+        progress: called with (what is being done, share done); None: a line on stderr, on a terminal or in a notebook.
 
     Returns:
         The noise scale in examples, with `warmup_steps`, `loss` (training loss where it was measured) and notes on what

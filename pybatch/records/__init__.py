@@ -38,6 +38,7 @@ from pybatch.records.noise import (
 )
 from pybatch.records.run import SCHEMA, Run, to_dict
 from pybatch.records.subject import Ceilings, Device, Environment, Note, WorkloadInfo
+from pybatch.records.training import Training
 from pybatch.records.verdict import (
     AccumulationPlan,
     Confidence,
@@ -94,6 +95,7 @@ __all__ = [
     "StepMode",
     "StepsFit",
     "ThroughputFit",
+    "Training",
     "Verdict",
     "WeightedNoise",
     "WorkloadInfo",

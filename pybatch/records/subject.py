@@ -71,3 +71,4 @@ class WorkloadInfo:
     target: dict[str, float] = field(default_factory=dict)
     options: dict[str, int | float | str] = field(default_factory=dict)  # the workload's dials
     file_sha256: str | None = None  # of the user's file it is defined in, without what that imports
+    optimizer: str | None = None  # of a training that was watched: its class, in lower case

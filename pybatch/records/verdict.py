@@ -13,7 +13,7 @@ from pybatch.base.errors import UsageError
 from pybatch.records.figure import figure
 from pybatch.records.subject import Note
 
-Limit = Literal["noise", "hardware", "balanced", "unresolved"]
+Limit = Literal["noise", "hardware", "balanced", "unresolved", "input"]
 Evidence = Literal["measured", "modelled", "assumed"]
 Kind = Literal["sweep", "rule", "tuned branch", "branch", "noise", "noise past target"]
 Level = Literal["high", "medium", "low"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pybatch.answer.verdict import advise
 from pybatch.base import numerals as n
 from pybatch.records import Run, Verdict
-from pybatch.report import branches, capacity, claims, devices, noise, step_times, steps, utilization, verdict
+from pybatch.report import branches, capacity, claims, devices, noise, step_times, steps, training, utilization, verdict
 from pybatch.report.layout import Section, details_of, examples_of, notes_of
 from pybatch.report.plot import Plot
 
@@ -15,6 +15,8 @@ from pybatch.report.plot import Plot
 def title(run: Run) -> str:
     """What was measured, and where, in one line."""
     measured = run.capacity or run.convergence
+    if measured is None and run.training is not None:
+        return f"{run.training.name} ({run.training.model})"
     if measured is None or measured.workload is None or measured.device is None:
         return "pybatch bench" if run.convergence is None else "Steps to a target, as logged"
     work, device = measured.workload, measured.device
@@ -40,6 +42,8 @@ def unit_of(run: Run) -> str:
 def sections(run: Run) -> list[Section]:
     """The sections of a run that were measured, the verdict last."""
     unit, swept, found = unit_of(run), run.convergence, []
+    if run.training is not None:
+        found.append(training.section(run.training, unit))
     if run.capacity is not None:
         found.append(capacity.section(run.capacity, run.noise.counted if run.noise is not None else None))
     if run.noise is not None:
@@ -70,6 +74,7 @@ def plots(run: Run, number: int = 0) -> list[Plot]:
     found = [*capacity.plots(run.capacity, run.verdict), *verdict.goodput_plots(run)]
     if swept is not None:
         found += [*steps.plots(swept, unit), *claims.plots(swept, unit)]
+    found += training.plots(run.training)
     found += [*step_times.plots(run.capacity), *utilization.plots(run.capacity), *verdict.frontier_plots(run)]
     found += noise.plots(run.noise, run.trajectory, unit)
     return [replace(plot, name=f"{plot.name}-{number}") for plot in found]

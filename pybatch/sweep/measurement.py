@@ -11,6 +11,7 @@ import torch
 
 from pybatch.base.errors import Interrupted, PybatchError, StoreError, UsageError, WorkloadError, carry
 from pybatch.base.numerals import counted
+from pybatch.base.progress import told
 from pybatch.device.environment import capture
 from pybatch.device.identity import resolve
 from pybatch.processes.workers import Inline, Processes, Workers
@@ -27,6 +28,7 @@ from pybatch.workloads.base import Progress, Workload, checked
 Noise = NoiseScale | Callable[[], NoiseScale | None] | None
 
 
+@told
 def measure_convergence(
     workload: Workload,
     batches: Sequence[int],
@@ -56,7 +58,7 @@ def measure_convergence(
         ray: "auto" or HOST:PORT: train as tasks of a Ray cluster instead.
         noise: the gradient noise scale, for its ratio to the critical batches; or a function that measures it, called
             once the arguments and the store are found good.
-        progress: called with (what is being done, share done).
+        progress: called with (what is being done, share done); None: a line on stderr, on a terminal or in a notebook.
         found: called with a heading, then with a row for each batch size and rule as it is known.
         environment: of the run, for the store; None: captured now.
 

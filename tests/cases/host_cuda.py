@@ -29,7 +29,7 @@ def compile_kernels(folder, source=ROOT / "tests/kernels/cuda_on_host/kernels.cp
 class HostCuda(ops.CudaBackend):
     """CUDA blocks one after another; `backwards`: blocks, warps and lanes from the last to the first."""
 
-    chunk = 8192  # eight vectors a thread: loops that take four at once take two turns
+    chunk = 2048  # two vectors a thread
 
     def __init__(self, library, backwards=False):
         self.library, self.backwards, self.launches = library, backwards, 0

@@ -22,6 +22,7 @@ from cases.noise_models import (
     mlp,
     watch_dropout,
 )
+from cases.watch_together import ddp_watched, fsdp_watched
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.fsdp import fully_shard
@@ -473,6 +474,7 @@ DDP_CASES = (
     *(ddp_scaled, ddp_dropout, ddp_dropout_eval, ddp_closure),
 )
 FSDP_CASES = (fsdp, fsdp_accumulated, fsdp_scaled, fsdp_dropout, fsdp_dropout_eval, fsdp_closure)
+WATCH_CASES = (ddp_watched, fsdp_watched)
 
 
 def main(rank, world, folder):
@@ -480,7 +482,7 @@ def main(rank, world, folder):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    cases = DDP_CASES + FSDP_CASES if world == 2 else DDP_CASES
+    cases = DDP_CASES + FSDP_CASES + WATCH_CASES if world == 2 else DDP_CASES
     found = {case.__name__: case(rank, world) for case in cases}
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     gc.collect()  # models and their reducers go before the group they use

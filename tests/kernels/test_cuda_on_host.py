@@ -110,6 +110,21 @@ def test_accumulation_noise_per_tensor_and_a_bad_step(library, rule):
     assert_same(*setups)
 
 
+def test_packs_that_are_loaded_ahead_are_added_too(library):
+    """A chunk of eight vectors a thread: the loop that takes four at once takes two turns, then come single ones."""
+
+    class Long(host_cuda.HostCuda):
+        chunk = 8192
+
+    counts = [Long.chunk + 5 * 1024 + 7, 3]
+    setups = [make("Sgd", backend, counts=counts) for backend in (ops.CppBackend(), Long(library))]
+    for setup in setups:
+        for i, dtype in enumerate((torch.float32, torch.bfloat16)):
+            setup.accumulate(lists.draw(counts, dtype, seed=i), 4.0, first=not i)
+        setup.step([None] * 2, sum=True, known=True, clip=True, max_norm=20.0)
+    assert_same(*setups)
+
+
 def test_a_full_ring_folds_with_those_of_the_tensors(library):
     setups = both(library, "Sgd", counts=[3, 50], layers=True)
     for setup in setups:

@@ -123,3 +123,16 @@ def test_dropout_under_ddp(ranks, case):
 @pytest.mark.parametrize("case", ["fsdp_dropout", "fsdp_dropout_eval"])
 def test_dropout_under_fsdp(processes, case):
     dropout(processes(2)[0], case)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_watched_training_of_several_processes(processes, kind):
+    """All processes replay the same sizes by one clock, and the training goes on to the bit as unwatched."""
+    found = [rank[f"{kind}_watched"][0] for rank in processes(2)]
+    assert all(one["same"] for one in found)
+    assert found[0]["batches"] == found[1]["batches"] == [2, 4, 8, 16, 32, 64, 128]  # of 4 + 6 examples: 4 each
+    assert found[0]["step_ms"] == found[1]["step_ms"]
+    assert (found[0]["source"], found[0]["devices"]) == (kind, 2)
+    assert found[0]["pairs"] >= 15
+    assert found[0]["found"] == {"ddp": ["DDP"], "fsdp": ["FSDP2"]}[kind]
+    assert found[0]["device"].startswith("2 processes on ")

@@ -3,7 +3,7 @@
 import pytest
 from cases import planted_faults, ptx
 
-RULE, STORAGE, SCENARIO = "SgdMomentum", "bfloat16", "layers"
+RULE, STORAGE, SCENARIO = "Lars", "bfloat16", "layers"
 
 
 def is_wrong(library, programs):

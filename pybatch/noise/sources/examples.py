@@ -133,6 +133,11 @@ class ExampleNoise(Collector):
             self._counter.remove,
         ]
 
+    @property
+    def watching(self) -> bool:
+        """Whether a pass of the step under way is one of those that are watched."""
+        return self._watch is not None or bool(self._found)
+
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         super().begin(module, args, kwargs)
         self._enter(module, args)

@@ -235,7 +235,8 @@ class Machine {
     }
 
     // Where an access of so many bytes goes; null, with a fault, where it must not. Notes it for the race detector.
-    uint8_t* reach(Thread& thread, Frame& frame, const Instruction& i, uint32_t bytes, Shadow::Access access) {
+    uint8_t* reach(Thread& thread, Frame& frame, const Instruction& i, uint32_t bytes, Shadow::Access access,
+                   const uint8_t* values = nullptr) {
         const uint64_t address = i.in[0].of(frame.registers.data()) + uint64_t(i.offset);
         if (i.space == Space::param) {
             if (fits(address, bytes, frame.params.size())) return frame.params.data() + address;
@@ -258,8 +259,10 @@ class Machine {
             }
             if (access == Shadow::Access::read && !block.shadow.is_written(address))
                 faults_.add("unwritten", i.line, i.text + " of shared memory that nobody wrote" + place());
+            uint8_t* at = block.shared.data() + address;
+            if (values && !std::memcmp(at, values, bytes)) access = Shadow::Access::repeat;
             note(block.shadow, address, bytes, thread, i, access, "shared memory");
-            return block.shared.data() + address;
+            return at;
         }
         if (address >= kConstants && access == Shadow::Access::read) {
             const auto& table = launch_.program->constants;
@@ -277,6 +280,7 @@ class Machine {
             faults_.add("out of bounds", i.line, i.text + near + place());
             return nullptr;
         }
+        if (values && !std::memcmp(a->bytes + offset, values, bytes)) access = Shadow::Access::repeat;
         const uint64_t first = offset / a->element, last = (offset + bytes - 1) / a->element;
         note(shadows_[a], first, last - first + 1, thread, i, access, a->name);
         return a->bytes + offset;
@@ -316,11 +320,13 @@ class Machine {
     }
 
     void store(Thread& thread, Frame& frame, const Instruction& i) {
-        uint8_t* to = reach(thread, frame, i, i.bytes * uint32_t(i.in.size() - 1), Shadow::Access::write);
-        for (size_t k = 1; to && k < i.in.size(); ++k) {
+        uint8_t values[16];  // of the widest access
+        const auto bytes = i.bytes * uint32_t(i.in.size() - 1);
+        for (size_t k = 1; k < i.in.size(); ++k) {
             const uint64_t value = i.in[k].of(frame.registers.data());
-            std::memcpy(to + (k - 1) * i.bytes, &value, i.bytes);
+            std::memcpy(values + (k - 1) * i.bytes, &value, i.bytes);
         }
+        if (uint8_t* to = reach(thread, frame, i, bytes, Shadow::Access::write, values)) std::memcpy(to, values, bytes);
     }
 
     void atomic(Thread& thread, Frame& frame, const Instruction& i) {

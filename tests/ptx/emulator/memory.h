@@ -78,7 +78,7 @@ struct Cell {
 // The cells of one memory. Threads are counted through the launch: block * threads + thread.
 class Shadow {
   public:
-    enum class Access { read, write, atomic };
+    enum class Access { read, write, atomic, repeat };  // repeat: a write of what stands there already
 
     // Calls known(thread, time) for accesses that must come before this one; true where all of them did.
     template <class Known>
@@ -86,6 +86,7 @@ class Shadow {
                const Known& known) {
         if (cells_.size() <= cell) cells_.resize(cell + 1);
         Cell& c = cells_[cell];
+        if (access == Access::repeat && c.writer) return true;  // as by all lanes that hold a warp's sum
         const auto before = [&](uint32_t other, uint32_t when) { return other == thread || known(other, when); };
         bool ordered = !c.writer || (access == Access::atomic && c.atomic) || before(c.writer - 1, c.written);
         if (access == Access::read) {

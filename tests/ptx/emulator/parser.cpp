@@ -230,7 +230,11 @@ class Parser {
     void statement() {
         std::string word = next();
         if (word == ";") return;
-        if (word == ".reg" || word == ".pragma") {
+        if (word == ".reg") {
+            next();
+            for (word = next(); word != ";"; word = next())
+                if (word != ",") register_of(word);
+        } else if (word == ".pragma") {
             while (next() != ";") {
             }
         } else if (word == ".loc" || word == ".file") {
@@ -259,7 +263,8 @@ class Parser {
     }
 
     Operand operand(const std::string& word) {
-        if (word[0] == '%') return {register_of(word), 0};
+        if (word == "_") return {};  // a result that is not wanted
+        if (word[0] == '%' || registers_.count(word)) return {register_of(word), 0};
         if (word.rfind("0f", 0) == 0 || word.rfind("0F", 0) == 0 || word.rfind("0d", 0) == 0 ||
             word.rfind("0D", 0) == 0)
             return {-1, std::stoull(word.substr(2), nullptr, 16)};

@@ -1,0 +1,183 @@
+"""`pybatch watch`: a user's own training script, unchanged, under observation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from pybatch.base import faults
+from pybatch.base.errors import UsageError
+from pybatch.base.plain import visible
+from pybatch.base.progress import LiveLine, ProgressLine
+from pybatch.commands import flags
+from pybatch.commands.interrupting import interrupts_heard
+from pybatch.commands.measuring import INCOMPLETE, INTERRUPTED, check_between, check_price, checked_format, typed
+from pybatch.commands.partial import PartialRecord, partial_record
+from pybatch.jobs.options import WatchOptions
+from pybatch.records import Note, Run
+from pybatch.report.formats.text import print_run, render
+from pybatch.report.output import Output
+from pybatch.watch import script
+from pybatch.watch.importing import AfterTorch
+
+if TYPE_CHECKING:  # it imports torch
+    from pybatch.jobs.watch import Watching
+
+CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": False}  # what follows the script is its own
+_BUDGET = 30.0  # seconds
+
+
+def watch(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="SCRIPT [ARGS]...", help="The script, and its own arguments.")
+    ] = None,
+    module: Annotated[
+        str | None, typer.Option("-m", "--module", metavar="MODULE", help="Run a module, as python -m does.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="End the script after so many steps. Default: when it ends.")
+    ] = None,
+    optimizer_index: Annotated[
+        int | None, typer.Option(help="Of several optimizers, by first step, from 0. Default: most parameters.")
+    ] = None,
+    time_budget: Annotated[
+        float, typer.Option(help="Seconds at the end for other batch sizes: the last pass, run again.")
+    ] = _BUDGET,
+    html: Annotated[Path | None, typer.Option(help="Write the report here as well: one HTML page.")] = None,
+    format_: flags.Format = None,
+    output: flags.Output = None,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
+    price: flags.Price = None,
+) -> None:
+    """Your own training script, unchanged: its noise, capacity around its batch, waiting for data, and the verdict."""
+    check_between("steps", steps, 3, 2**31)
+    check_between("optimizer index", optimizer_index, 0, 1000)
+    check_between("time budget", time_budget, 1, 1e8)
+    check_price(price)
+    given = list(arguments or [])
+    if module is None and not given:
+        raise UsageError("no script was given. Write 'pybatch watch train.py', or 'pybatch watch -m package.train'.")
+    kind = checked_format(format_, output)
+    program = script.find(module or given.pop(0), given, module=module is not None)
+    name = module or Path(program.name).name
+    options = WatchOptions(name, steps, optimizer_index, time_budget, typed())
+    out = _Out(kind, output, html, quiet, verbose, price)
+    raise typer.Exit(_watched(program, options, out))
+
+
+def _watched(program: script.Program, options: WatchOptions, out: _Out) -> int:
+    """Run the script to its end, then tell; the exit status."""
+    begun: list[Watching] = []
+    console = Console(stderr=True)
+    with LiveLine(console, out.quiet) as line:
+
+        def begin() -> None:
+            from pybatch.jobs.watch import Watching
+
+            watching = Watching(options, say=line.line, progress=line, on_partial=out.partial)
+            begun.append(watching)
+            watching.start()
+
+        waiting = AfterTorch(begin)
+        ending = program.run()
+        waiting.remove()
+    if ending.how != "error":  # its traceback stays the last on the screen
+        script.tell(ending)
+    try:
+        return _told(begun[0] if begun else None, ending, out, console)
+    finally:
+        if ending.how == "error":
+            script.tell(ending)
+
+
+def _told(watching: Watching | None, ending: script.Ending, out: _Out, console: Console) -> int:
+    """Measure what is left, deliver the record; the exit status."""
+    if watching is None:
+        out.say("the script never imported torch, so that there was no training to watch")
+        return ending.status
+    status = ending.status
+    try:
+        with interrupts_heard(), ProgressLine(console, out.quiet or watching.rank > 0) as bar:
+            watching.progress = bar
+            run = watching.finish(*_notes(ending), measure=ending.how != "error")
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        run = watching.finish(Note("run", "interrupted before its last pass was run again"), measure=False)
+    except Exception as error:
+        return status or faults.tell(error)
+    if watching.fault is not None:
+        faults.tell(watching.fault, "; the script was left alone")
+    if watching.rank > 0:
+        return status
+    if run is None:
+        out.say(watching.problem)
+        return status
+    failed = out.deliver(run, shown=ending.how != "error")
+    return status or failed
+
+
+def _notes(ending: script.Ending) -> tuple[Note, ...]:
+    if ending.how == "error":
+        return (Note("run", f"cut: the script ended by {type(ending.error).__name__}"),)
+    if ending.how == "interrupt":
+        return (Note("run", "the script was interrupted by Ctrl-C; what was measured until then stands"),)
+    return ()
+
+
+class _Out:
+    """Where a watched run goes: files, and stderr, as stdout is the script's. Known to be writable from the start."""
+
+    def __init__(
+        self, kind: str, output: Path | None, html: Path | None, quiet: bool, verbose: bool, price: float | None
+    ) -> None:
+        self.kind, self.quiet, self.verbose, self.price = kind, quiet, verbose, price
+        self.output = output.absolute() if output is not None else None  # the script may change the folder
+        self.html = html.absolute() if html is not None else None
+        for path in (self.output, self.html):
+            if path is not None:
+                Output(path).discard()
+        kept: PartialRecord | None = partial_record(output, kind, False)
+        self._partial = kept
+        self.partial = kept.write if kept is not None else None
+
+    def say(self, text: str) -> None:
+        """A line of pybatch's own."""
+        print(visible(f"pybatch: {text}"), file=sys.stderr)
+
+    def deliver(self, run: Run, shown: bool = True) -> int:
+        """Write and print; the status where it can't be written."""
+        if self.price is not None:
+            run = replace(run, price=self.price)
+        status = 0
+        if not shown:
+            pass
+        elif self.kind == "table" or self.output is not None:
+            print_run(run, Console(stderr=True), self.verbose)
+        else:
+            sys.stderr.write(render(run, self.kind, self.verbose))
+        if self.output is not None:
+            status = self._write(self.output, lambda file: file.write(render(run, self.kind, self.verbose)))
+            if not status and self._partial is not None:
+                self._partial.discard()
+        if self.html is not None:
+            from pybatch.report.formats.html import page
+
+            status = self._write(self.html, lambda file: file.write(page([run]))) or status
+        return status
+
+    def _write(self, path: Path, write: Callable[[Output], None]) -> int:
+        try:
+            with Output(path) as file:
+                write(file)
+        except (OSError, UsageError) as error:
+            self.say(f"{str(path)!r} cannot be written: {error}")
+            return INCOMPLETE
+        self.say(f"wrote {path}")
+        return 0

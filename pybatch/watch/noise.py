@@ -1,0 +1,214 @@
+"""The noise scale of a training that is watched, by the best source that its loop, model and optimizer offer.
+
+DDP or FSDP2 where there are several processes; micro-batches where a step has several; else exact per-example gradients
+of every so many steps; else Adam's moments. What fails ends the source, never the training.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from pybatch.base.errors import PybatchError, UsageError
+from pybatch.noise.attachment import attach
+from pybatch.noise.handle import Collector, Examples, Handle
+from pybatch.noise.sources.adam_moments import MomentsNoise
+from pybatch.noise.sources.examples import EVERY, ExampleNoise
+from pybatch.noise.sources.micro_batches import MicroBatchNoise
+from pybatch.optim import FusedOptimizer
+from pybatch.records import NoiseScale
+from pybatch.watch.batching import Batching
+
+_SINGLES = 3  # steps of one backward pass each, after which a loop of micro-batches is taken for an ordinary one
+_TRIED = 4  # watched steps, after which the cost of one is known; the first compiles and loads
+_SHORT = 0.020  # s; of shorter steps hooks are felt anyway
+_COST = 0.012  # share of a training's time that watching may take
+_OFTEN = 1.2  # times more seldom, from which on the source is made anew
+REMEDY = "Give the training two or more backward passes a step (gradient accumulation), or train with Adam or AdamW"
+
+
+class NoiseWatch:
+    """Reads the noise of one training; `noise` is what there is, or None for `reasons`.
+
+    Args:
+        model, optimizer: what is trained.
+        passes: backward passes of a step.
+        scaler: the GradScaler in use.
+        compiled: whether some of the model is, which per-example gradients can't look into.
+    """
+
+    def __init__(
+        self, model: nn.Module | None, optimizer: torch.optim.Optimizer, passes: int, scaler: Any, compiled: bool
+    ) -> None:
+        self._model, self._optimizer, self._passes = model, optimizer, passes
+        self._scaler, self._compiled = scaler, compiled
+        self._handle: Handle | None = None
+        self._ended: list[Handle] = []  # a source that ended early, with what it had measured
+        self._offers: list[str] = []
+        self._common: dict[str, Any] = {}
+        self._every = EVERY
+        self._before: float | None = None  # the end of the step before
+        self._tried = False  # whether a step was watched: the first one takes longest
+        self._watched: list[float] = []  # seconds of watched steps, and of the others
+        self._others: list[float] = []
+        self.watched = False  # whether the step under way is one whose examples' gradients are taken
+        self.begun = False
+        self.reasons: list[str] = []
+
+    def begin(self, batching: Batching | None, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Attach, within the forward pass of these arguments."""
+        self.begun = True
+        if self._model is None or batching is None:
+            self.reasons.append("the model's forward() gets no tensor to count examples in")
+            return
+        examples: Examples = None if batching.first == 0 else batching.size
+        self._common = {"examples": examples}
+        self._offers = ["own"]
+        if self._passes < 2:
+            self._offers += ["per-example", "adam-moments"]
+        self._next()
+        if isinstance(self._handle, Collector):
+            self._handle.begin(module, args, kwargs)
+
+    def stepping(self) -> bool:
+        """The optimizer's step begins: whether the passes before it took longer for the sake of the noise scale."""
+        self.watched = isinstance(self._handle, ExampleNoise) and self._handle.watching
+        return self.watched
+
+    def stepped(self) -> None:
+        """A step is over: turn to another source where this one gives nothing."""
+        handle = self._handle
+        if handle is None:
+            return
+        error = getattr(handle, "broken", None) or getattr(handle, "refused", None)
+        if error is not None and isinstance(handle, Collector) and handle.noise.status == "resolved":
+            self._offers = []  # what was measured until then stands
+            self._ended.append(handle)
+            self._leave(f"{error}")
+        elif error is not None:
+            self._leave(str(error))
+        elif isinstance(handle, MicroBatchNoise) and handle.singles >= _SINGLES and not handle.pairs:
+            self._offers = ["per-example", "adam-moments"]
+            self._leave("")
+        elif isinstance(handle, ExampleNoise):
+            self._weigh(handle)
+
+    def detach(self) -> None:
+        """Take its hooks off; what was measured stays readable."""
+        if self._handle is not None:
+            self._handle.detach()
+
+    def read(self) -> NoiseScale | None:
+        """The noise scale of the newest stretch, with the run as its trajectory; waits for the device."""
+        handle = self._handle or next(iter(self._ended), None)
+        if handle is None:
+            return None
+        try:
+            return handle.noise
+        except PybatchError as error:
+            self.reasons.append(str(error).removesuffix("."))
+            return None
+
+    def _leave(self, reason: str) -> None:
+        if self._handle is not None:
+            self._handle.detach()
+        if reason:
+            self.reasons.append(reason.removesuffix("."))
+        self._handle = None
+        self._next()
+
+    def _next(self) -> None:
+        while self._offers and self._handle is None:
+            offer = self._offers.pop(0)
+            try:
+                self._handle = self._make(offer)
+            except (PybatchError, RuntimeError) as error:  # the latter where a model takes no hooks, as of torch.jit
+                self.reasons.append(str(error).removesuffix("."))
+
+    def _make(self, offer: str) -> Handle | None:
+        model, optimizer = self._model, self._optimizer
+        assert model is not None  # for the type checker; `begin` has looked
+        if offer == "own":
+            return self._own(model)
+        if offer == "per-example":
+            if self._compiled:
+                raise UsageError("per-example norms: the model is compiled, and its operations can't be seen")
+            kind = guarded(ExampleNoise, ("_enter", "_leave", "_take_pass", "_close", "_drop"))
+            own: dict[str, Any] = {"scaler": self._scaler, "yielding": True, "every": self._every}
+            return kind(model, optimizer, **self._common, **own)
+        return guarded(MomentsNoise, ("_began", "_stepped"))(model, optimizer, **self._common)
+
+    def _own(self, model: nn.Module) -> Handle | None:
+        """Of several processes, or of several passes a step."""
+        if any(hasattr(p, "_handle") and hasattr(p, "_params") for p in model.parameters()):
+            raise UsageError(f"{type(model).__name__} is of FSDP1, whose gradients are not seen. Use fully_shard")
+        optimizer = self._optimizer
+        if isinstance(optimizer, FusedOptimizer) and self._scaler is None and self._passes < 2:
+            try:
+                return attach(model, optimizer)  # it measures itself, where it was made with noise=True
+            except UsageError:
+                pass
+        handle = attach(model, optimizer, None, **self._common, scaler=self._scaler) if _shared(model) else None
+        if handle is not None or self._passes < 2:
+            return handle
+        kind = guarded(MicroBatchNoise, ("_recover", "close", "_drop", "_hold", "_end", "_begin", "_take_back"))
+        return kind(model, optimizer, **self._common, scaler=self._scaler)
+
+    def _weigh(self, handle: ExampleNoise) -> None:
+        """Watch more seldom where a watched step takes much longer than others."""
+        now, before = time.perf_counter(), self._before
+        self._before = now
+        if before is not None and self._tried:
+            (self._watched if self.watched else self._others).append(now - before)
+        self._tried |= self.watched
+        if len(self._watched) < _TRIED:
+            return
+        plain = statistics.median(self._others)
+        extra = statistics.median(self._watched) - plain
+        self._watched = []
+        every = math.ceil(extra / (_COST * plain)) if plain > _SHORT else EVERY
+        if every > _OFTEN * self._every:
+            self._every = every
+            handle.detach()
+            self._handle = self._make("per-example")
+
+
+def _shared(model: nn.Module) -> bool:
+    """Whether its gradients are averaged over processes within the backward pass."""
+    if isinstance(model, FSDPModule):
+        return True
+    return isinstance(model, DistributedDataParallel) and dist.get_world_size(model.process_group) > 1
+
+
+_Kind = TypeVar("_Kind", bound=Collector)
+
+
+def guarded(kind: type[_Kind], names: Iterable[str]) -> Callable[..., Collector]:
+    """The source, but what it raises in these hooks of its own ends it, and is kept in `broken`."""
+
+    def safe(name: str) -> Any:
+        plain = getattr(kind, name)
+
+        @functools.wraps(plain)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.broken is not None:
+                return False
+            try:
+                return plain(self, *args, **kwargs)
+            except Exception as error:
+                self.broken = error
+                return False
+
+        return call
+
+    return type(f"Guarded{kind.__name__}", (kind,), {"broken": None} | {name: safe(name) for name in names})

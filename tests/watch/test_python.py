@@ -1,0 +1,90 @@
+"""`with pybatch.watch():`, and progress that is said by default."""
+
+import sys
+
+import pytest
+import torch
+
+import pybatch
+from pybatch.base import progress
+from pybatch.base.errors import UsageError
+from pybatch.records import Ceilings, Run
+from pybatch.watch import replay
+
+
+def steps(count=40):
+    model = torch.nn.Linear(8, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(torch.randn(16, 8)).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_context_watches_what_is_trained_in_it(tmp_path, monkeypatch, capsys, one_thread):
+    monkeypatch.setattr("pybatch.capacity.timing._QUANTUM_S", 0.01)
+    monkeypatch.setattr(replay, "measure_ceilings", lambda *given: Ceilings(1e11, 1e10))
+    with pybatch.watch(tmp_path / "run.json", html=tmp_path / "page.html", time_budget=0.3) as watched:
+        steps()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "watching Linear (18 parameters) with SGD" in said.err
+    assert "Training" in said.err
+    assert Run.from_json((tmp_path / "run.json").read_text()) == watched.run
+    assert (tmp_path / "page.html").exists()
+    from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
+
+    assert not [hook for hook in hooks.values() if "pybatch" in hook.__module__]
+
+
+def test_an_error_in_it_is_passed_on_with_what_was_measured(capsys):
+    def fails():
+        steps()
+        return 1 / 0
+
+    watched = pybatch.watch(quiet=True)
+    with pytest.raises(ZeroDivisionError), watched:
+        fails()
+    assert watched.run.training.steps == 40
+    assert watched.run.verdict is None
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_trained_is_said(capsys):
+    with pybatch.watch() as watched:
+        pass
+    assert watched.run is None
+    assert "no optimizer of torch.optim stepped in this process" in capsys.readouterr().err
+
+
+def test_bad_arguments_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="optimizer_index -1"):
+        pybatch.watch(optimizer_index=-1)
+    with pytest.raises(UsageError, match="time budget"):
+        pybatch.watch(time_budget=-1.0)
+    with pytest.raises(UsageError, match="no format known"):
+        pybatch.watch(tmp_path / "run.what")
+
+
+def test_a_room_does_not_take_the_name_of_the_function():
+    import pybatch.watch.steps  # binds `pybatch.watch` where nothing stops it
+
+    assert callable(pybatch.watch)
+    assert sys.modules["pybatch.watch.steps"].Steps
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_said_where_somebody_looks(monkeypatch, terminal):
+    given = []
+
+    @progress.told
+    def measure(name, *, progress=None):
+        given.append(progress)
+        return name
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert measure("x") == "x"
+    own = print
+    measure("x", progress=own)
+    assert (given[0] is not None) == terminal
+    assert given[1] is own

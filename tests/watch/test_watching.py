@@ -1,0 +1,381 @@
+"""A training under observation: what is found, measured and told, and that it goes on to the bit as without."""
+
+import copy
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from pybatch.jobs.options import WatchOptions
+from pybatch.jobs.watch import Enough, Watching
+from pybatch.records import Ceilings
+from pybatch.watch import replay
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Replays long enough to be right, not to be exact."""
+    monkeypatch.setattr("pybatch.capacity.timing._QUANTUM_S", 0.01)
+    monkeypatch.setattr(replay, "measure_ceilings", lambda *given: Ceilings(1e11, 1e10))
+
+
+class Net(nn.Module):
+    """With all that a step changes beside the parameters: buffers, random numbers, attributes."""
+
+    def __init__(self, norm=True):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24) if norm else nn.Identity(), nn.ReLU())
+        self.head = nn.Linear(24, 3)
+        self.calls, self.seen = 0, []
+
+    def forward(self, x, scale=1.0):
+        self.calls += 1
+        self.seen.append(len(x))
+        return {"logits": self.head(nn.functional.dropout(self.body(x), 0.2, self.training)) * scale}
+
+
+def batch(n=16):
+    x = torch.randn(n, 12)
+    return x, (x[:, 0] > 0).long()
+
+
+def train(model, optimizer, steps, *, micro=1, n=16, schedule=None, scaler=None, clip=False, after=lambda step: None):
+    """A loop as scripts have it."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        for _ in range(micro):
+            x, y = batch(n if step % 20 != 19 else n // 2)  # an epoch's last batch is smaller
+            loss = nn.functional.cross_entropy(model(x)["logits"], y) / micro
+            (scaler.scale(loss) if scaler else loss).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        if schedule:
+            schedule.step()
+        if step % 10 == 9:
+            model.eval()
+            with torch.no_grad():
+                model(batch(40)[0])
+            model.train()
+        after(step)
+
+
+def watched(work, **options):
+    """The run of a training, and what was said."""
+    said = []
+    watching = Watching(WatchOptions(**{"time_budget": 0.3} | options), say=said.append)
+    watching.start()
+    try:
+        work()
+    except Enough:
+        pass
+    except BaseException:
+        watching.finish(measure=False)
+        raise
+    run = watching.finish()
+    assert watching.fault is None, watching.fault
+    return run, said, watching
+
+
+def everything(model, optimizer, schedule=None):
+    """All that a training has, by name."""
+    found = {f"model.{name}": value for name, value in model.state_dict().items()}
+    found |= {f"grad.{name}": p.grad for name, p in model.named_parameters()}
+    for i, state in optimizer.state_dict()["state"].items():
+        found |= {f"state.{i}.{name}": value for name, value in state.items()}
+    for i, group in enumerate(optimizer.param_groups):
+        found |= {f"group.{i}.{name}": value for name, value in group.items() if name != "params"}
+    found |= {"calls": model.calls, "seen": list(model.seen), "rng": torch.get_rng_state(), "mode": model.training}
+    return copy.deepcopy(found | ({"schedule": schedule.state_dict()} if schedule else {}))
+
+
+def same(one, two):
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, two[name]), name
+        else:
+            assert value == two[name], name
+
+
+OPTIMIZERS = {
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+    "amsgrad": lambda params: torch.optim.Adam(params, lr=0.01, amsgrad=True, foreach=True),
+    "fused": lambda params: torch.optim.Adam(params, lr=torch.tensor(0.01), fused=True),
+    "pybatch": lambda params: __import__("pybatch.optim").optim.AdamW(params, lr=0.01, max_grad_norm=1.0),
+    "rmsprop": lambda params: torch.optim.RMSprop(params, lr=0.001, centered=True),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_all_is_put_back_to_the_bit(kind):
+    """A training that goes on after the watch ends as one that was never watched."""
+
+    def run(watch):
+        torch.manual_seed(3)
+        model = Net()
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+        loop = {"schedule": schedule, "clip": kind == "sgd", "micro": 2 if kind == "amsgrad" else 1}
+        states = []
+        if watch:
+            found, _, _ = watched(lambda: train(model, optimizer, 30, **loop))
+            assert len([p for p in found.capacity.batches if p.status == "ok"]) >= 1
+        else:
+            train(model, optimizer, 30, **loop)
+        states.append(everything(model, optimizer, schedule))
+        train(model, optimizer, 5, **loop)
+        return [*states, everything(model, optimizer, schedule)]
+
+    for plain, seen in zip(run(False), run(True), strict=True):
+        same(plain, seen)
+
+
+def plain(norm=True, kind="adamw"):
+    torch.manual_seed(0)
+    model = Net(norm)
+    return model, OPTIMIZERS[kind](model.parameters())
+
+
+def test_what_is_found_and_measured():
+    """The usual batch, not the smaller last one of an epoch; shares that add up; a fit around it; largest predicted."""
+    model, optimizer = plain(norm=False)
+    run, said, _ = watched(lambda: train(model, optimizer, 200), time_budget=2.0)
+    training, noise = run.training, run.noise
+    assert (training.model, training.optimizer, training.batch, training.steps) == ("Net", "AdamW", 16, 200)
+    assert said == ["watching Net (387 parameters) with AdamW"]
+    parts = (training.waiting, training.forward, training.backward, training.between, training.update)
+    assert sum(parts) == pytest.approx(1.0, abs=0.02)
+    assert all(part > 0 for part in parts)
+    assert [p.batch for p in run.capacity.batches] == [4, 8, 16, 32, 64, 128, 256]
+    assert all(p.status == "ok" for p in run.capacity.batches)
+    assert run.capacity.workload.optimizer == "adamw"
+    assert run.capacity.max_batch_verified in (False, None)
+    assert (noise.source, noise.large_batch) == ("per-example", pytest.approx(16, rel=0.1))
+    assert run.verdict.critical_source == "noise"
+    assert run.complete
+
+
+def test_evaluations_and_small_batches_are_not_in_a_steps_time():
+    model, optimizer = plain(norm=False)
+
+    def slow(step):
+        if step % 10 == 9:
+            time.sleep(0.02)  # beside the evaluation pass
+
+    run, _, watching = watched(lambda: train(model, optimizer, 100, after=slow))
+    assert run.training.waiting < 0.5
+    usual = watching._observer.steps.usual
+    assert {step.sizes for step in usual} == {(16,)}
+    assert len(usual) < 90
+
+
+SOURCES = {
+    "per-example": {"norm": False},
+    "adam-moments": {},  # batch normalization has no gradient of one example
+    "micro-batches": {"micro": 2},
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_noise_by_what_the_run_offers(source):
+    how = dict(SOURCES[source])
+    model, optimizer = plain(how.pop("norm", True))
+    run, _, _ = watched(lambda: train(model, optimizer, 400 if source == "adam-moments" else 120, **how))
+    assert run.noise.source == source
+    assert run.noise.steps >= 8
+    assert run.training.accumulation == how.get("micro", 1)
+    assert run.training.batch == 16 * how.get("micro", 1)
+
+
+def test_no_source_is_said_with_the_remedy():
+    model, optimizer = plain(kind="sgd")
+    run, _, _ = watched(lambda: train(model, optimizer, 40))
+    assert run.noise is None
+    (note,) = [note.text for note in run.notes if note.figure == "noise"]
+    assert "batch statistics" in note
+    assert "gradient accumulation" in note
+
+
+def test_gradscaler_and_clipping():
+    model, optimizer = plain()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    run, _, _ = watched(lambda: train(model, optimizer, 60, micro=2, scaler=scaler))
+    assert run.training.wrapped == ("GradScaler",)
+    assert run.noise.source == "micro-batches"
+    assert run.noise.grad_sq < 100  # unscaled
+    model, optimizer = plain(kind="sgd")
+    run, _, _ = watched(lambda: train(model, optimizer, 30, clip=True))
+    assert run.training.wrapped == ("gradient clipping",)
+
+
+def test_steps_end_the_script_by_an_exit_that_it_sees():
+    model, optimizer = plain()
+    seen = []
+
+    def script():
+        try:
+            train(model, optimizer, 1000)
+        except SystemExit as stop:
+            seen.append((stop.code, len(model.seen)))
+            raise
+
+    run, _, _ = watched(script, steps=25)
+    assert seen == [(0, 25 + 2)]  # two evaluations
+    assert run.training.steps == 25
+
+
+def test_largest_model_of_several_or_the_one_asked_for():
+    """A GAN's critic steps three times before its larger generator does."""
+    torch.manual_seed(0)
+    generator, critic = nn.Linear(8, 64), nn.Linear(64, 1)
+
+    def script():
+        first, second = (torch.optim.Adam(m.parameters()) for m in (critic, generator))
+        for step in range(80):
+            optimizer = second if step % 4 == 3 else first
+            optimizer.zero_grad()
+            critic(generator(torch.randn(12, 8))).mean().backward()
+            optimizer.step()
+
+    run, said, _ = watched(script)
+    assert run.training.batch == 12
+    assert (
+        "watching Linear (576 parameters) with Adam, optimizer 1 of 2; --optimizer-index takes another: 0" in said[-1]
+    )
+    run, said, _ = watched(script, index=0)
+    assert "(65 parameters)" in said[-1]
+    run, _, watching = watched(script, index=2)
+    assert run is None
+    assert "--optimizer-index 2: 2 optimizers stepped" in watching.problem
+
+
+def test_closures():
+    """Of one evaluation, as Lightning has them, a step can be run again; LBFGS evaluates several times."""
+    model, optimizer = plain(norm=False)
+
+    def steps(optimizer, count):
+        for _ in range(count):
+            x, y = batch()
+
+            def closure(x=x, y=y):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x)["logits"], y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+
+    run, _, _ = watched(lambda: steps(optimizer, 40))
+    assert len(run.capacity.batches) == 7
+    assert run.training.batch == 16
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    run, _, _ = watched(lambda: steps(optimizer, 20))
+    assert [p.batch for p in run.capacity.batches] == [run.training.batch]
+    assert any("LBFGS.step(closure) evaluates the model several times" in n.text for n in run.capacity.notes)
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def steps_of(model, optimizer, forward, count=30):
+    for _ in range(count):
+        optimizer.zero_grad()
+        forward(model).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_torch_jit():
+    model = torch.jit.script(Scripted())
+    optimizer = torch.optim.Adam(model.parameters())
+    run, _, _ = watched(lambda: steps_of(model, optimizer, lambda m: m(torch.randn(16, 12))))
+    assert run.training.wrapped == ("torch.jit",)
+    assert len(run.capacity.batches) == 7
+    assert run.noise is None
+    assert any("ScriptModule" in note.text for note in run.notes)
+
+
+@pytest.mark.parametrize("clear", ["before", "between", "zeros"])
+def test_updates_by_hand(clear):
+    """As PyTorch's language-model example has them: p.data.add_(p.grad, alpha=-lr)."""
+    model = Net(norm=False)
+
+    def script():
+        for _ in range(60):
+            if clear != "between":
+                model.zero_grad(set_to_none=clear == "before")
+            loss = nn.functional.cross_entropy(model(batch()[0])["logits"], torch.randint(3, (16,)))
+            if clear == "between":
+                model.zero_grad()
+            loss.backward()
+            for p in model.parameters():
+                p.data.add_(p.grad, alpha=-0.01)
+
+    run, said, _ = watched(script)
+    assert said == ["watching Net (387 parameters) with updates of the script's own"]
+    assert (run.training.batch, run.training.accumulation, run.training.optimizer) == (16, 1, "by hand")
+    assert 45 <= run.training.steps <= 60
+    assert any("by hand" in note.text for note in run.capacity.notes)
+
+
+class Graph(nn.Module):
+    """Of nodes and edges, whose numbers do not go together."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, nodes, edges):
+        return self.layer(nodes)[edges[0]] - self.layer(nodes)[edges[1]]
+
+
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(160, 1)
+
+    def forward(self, x):
+        return self.layer(x.reshape(1, 160))
+
+
+class Drawn(Scripted):
+    """That draws its batch itself."""
+
+    def forward(self):
+        return self.layer(torch.randn(16, 12))
+
+
+REFUSED = {
+    "shape baked in": (Fixed, lambda m: m(torch.randn(16, 10)), "shape '[1, 160]' is invalid"),
+    "output that does not follow": (Graph, lambda m: m(torch.randn(16, 4), torch.randint(4, (2, 30))), "same shape"),
+    "no tensor": (Drawn, lambda m: m(), "no forward pass with a tensor"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_inputs_that_cannot_be_resized(what):
+    """Throughput at the batch of the script alone, and the reason."""
+    kind, forward, reason = REFUSED[what]
+    model = kind()
+    run, _, _ = watched(lambda: steps_of(model, torch.optim.SGD(model.parameters(), lr=0.1), forward))
+    assert sum(p.status == "ok" for p in run.capacity.batches) <= 1
+    assert any(
+        reason in str(text)
+        for text in [*(n.text for n in run.capacity.notes), *(p.reason for p in run.capacity.batches)]
+    )
+    assert run.verdict.best_batch is None
