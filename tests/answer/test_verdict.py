@@ -425,3 +425,17 @@ def test_remedies_can_be_followed():
     flat = dataclasses.replace(throughput(), half_batch=None, saturation_batch=None, alpha_s=0.0, t0_s=0.0)
     small = capacity(flat, max_batch=1, batches=(8, 16, 32, 64), times=[8.0, 16.0, 32.0, 64.0])
     assert advise(small, noise(200)).text.startswith("Use batch 1.")
+
+
+@pytest.mark.parametrize("ends", [(1.0, 1.0), (1.0, 1.2), (0.8, 1.0)])
+def test_an_interval_that_is_a_point_is_not_believed(ends):
+    """A bootstrap whose draws agree to the last digit; alone, and beside a noise scale that says otherwise."""
+    steps = sweep()
+    [curve] = [c for c in steps.curves if c.rule == "tuned" and c.fit is not None]
+    low, high = (end * curve.critical_batch for end in ends)
+    fit = dataclasses.replace(curve.fit, low=low, high=high)
+    steps = dataclasses.replace(steps, curves=(dataclasses.replace(curve, low=low, high=high, fit=fit),))
+    for scale in (None, noise(4)):
+        verdict = advise(capacity(), scale, steps)
+        assert verdict.critical_batch == pytest.approx(curve.critical_batch)
+        assert verdict.best_low <= verdict.best_batch <= verdict.best_high
