@@ -3,6 +3,7 @@
 python dtensor_worker.py RANK RENDEZVOUS_FILE OUTPUT
 """
 
+import copy
 import gc
 import os
 import sys
@@ -26,6 +27,7 @@ KINDS = {
     "lars": (optim.LARS, {"trust_coefficient": 0.1, "weight_decay": 0.1}),
     "muon": (optim.Muon, {}),
 }
+MUON_RATES = {"adamw_lr": 0.02, "adamw_weight_decay": 0.3, "weight_decay": 0.2}
 STEPS, COUNTS = 3, (3, 5)
 
 
@@ -137,6 +139,87 @@ def resumed(folder):
     )
 
 
+def odd():
+    """A row (one process holds all of it), a convolution, two times experts, a transposed matrix."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(1, 5), (5, 2, 3, 3), (3, 4, 5), (3, 4, 5), (7, 3)]
+    made = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [torch.nn.Parameter(tensor) for tensor in [*made[:4], made[4].t()]]
+
+
+MATRICES = {  # "rows": experts are whole on each process; "columns": they are spread
+    "rows": [[Shard(0)]] * 5,
+    "columns": [[Shard(1)], [Shard(1)], [Shard(1)], [Shard(2)], [Shard(1)]],
+}
+
+
+def by_muon(params):
+    """Weights and momentum after a few steps, with convolutions flattened and experts as a batch."""
+    groups = [{"params": params[:2], "flatten": True}, {"params": params[2:]}]
+    opt = optim.Muon(groups, lr=0.05, flatten=False)
+    generator = torch.Generator().manual_seed(8)
+    for _ in range(STEPS):
+        for param in params:
+            grad = torch.randn(param.shape, generator=generator)
+            placed = isinstance(param, DTensor)
+            param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if placed else grad
+        opt.step()
+    return [(whole(p), whole(opt.state[p]["momentum_buffer"])) for p in params]
+
+
+def steps_of(opt, params, steps):
+    for step in steps:
+        for param, grad in zip(params, gradients(step, 3), strict=True):
+            param.grad = grad
+        opt.step()
+
+
+def zero(params, maker, **options):
+    """Imported where it is used: torch's own module warns of deprecation."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(params, optimizer_class=maker, **options)
+
+
+def by_zero(kind):
+    """ZeRO: weights after a checkpoint in mid-training, and the checkpoint. One process has matrices alone."""
+    maker, options = KINDS[kind]
+    options = options | MUON_RATES if kind == "muon" else options
+    params = list(model().parameters())
+    opt = zero(params, maker, lr=0.05, **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5**step)
+    steps_of(opt, params, range(2))
+    schedule.step()
+    opt.consolidate_state_dict(to=0)
+    saved = [opt.state_dict() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(saved)
+    again = zero(params, maker, lr=9.0, **options)
+    again.load_state_dict(copy.deepcopy(saved[0]))
+    steps_of(again, params, range(2, 4))
+    return [whole(p) for p in params], saved[0]
+
+
+def zero_groups():
+    """Groups that say what they are; AdamW's rate is left out, and another group comes late."""
+    params = list(model().parameters())
+    groups = [{"params": params[:1], "use_muon": True}, {"params": params[1:3], "use_muon": False}]
+    opt = zero(groups, optim.Muon, lr=0.05, adamw_lr=0.02)
+    opt.add_param_group({"params": params[3:]})
+    steps_of(opt, params, range(STEPS))
+    return [whole(p) for p in params]
+
+
+def zero_refusals():
+    """What needs the gradients of all processes."""
+    said = []
+    for options in ({"max_grad_norm": 1.0}, {"noise": True}):
+        try:
+            zero(model().parameters(), optim.AdamW, lr=0.05, **options)
+        except UsageError as error:
+            said.append(str(error))
+    return said
+
+
 def refusal(mesh):
     param = torch.nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
     try:
@@ -162,14 +245,18 @@ def main(rank, rendezvous, output):
     plane = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
     found = {"refusal": refusal(mesh), "partial": partial_gradient(mesh)}
     for name, (where, placements) in placed(mesh, plane).items():
-        for kind in ("sgd", "adamw", "lamb", "lars"):
+        for kind in ("sgd", "adamw", "lamb", "lars", "muon"):
             for accumulate in (False, True):
                 params = place(list(model().parameters()), where, placements)
                 opt = train(kind, params, accumulate=accumulate)
                 found[name, kind, accumulate] = outcome(opt, params)
-    params = place(list(model().parameters()), mesh, [[Replicate()]] * 4)
-    found["replicated", "muon", False] = outcome(train("muon", params, accumulate=False), params)
-    for kind in ("sgd", "adamw", "lamb"):
+    for name, placements in MATRICES.items():
+        found["matrices", name] = by_muon([place([p], mesh, [at])[0] for p, at in zip(odd(), placements, strict=True)])
+    for kind in KINDS:
+        found["zero", kind] = by_zero(kind)
+    found["zero", "groups"] = zero_groups()
+    found["zero", "refusals"] = zero_refusals()
+    for kind in ("sgd", "adamw", "lamb", "muon"):
         net, opt = fully_sharded(kind)
         found["fsdp", kind] = [whole(p) for p in net.parameters()], float(opt.grad_norm)
     found["accumulate"], found["accumulating"] = accumulated(False), accumulated(True)

@@ -46,7 +46,7 @@ def single(kind, accumulate):
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("kind", ["sgd", "adamw", "lamb", "lars"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "lamb", "lars", "muon"])
 @pytest.mark.parametrize("placement", ["sharded", "replicated", "mixed", "plane"])
 def test_trajectory_norm_and_noise_are_the_single_process_ones(sharded, placement, kind, accumulate):
     wanted, found = single(kind, accumulate), sharded[placement, kind, accumulate]
@@ -58,10 +58,52 @@ def test_trajectory_norm_and_noise_are_the_single_process_ones(sharded, placemen
         np.testing.assert_allclose(found["layers"], wanted["layers"], rtol=1e-4)
 
 
-def test_replicated_matrices_go_by_muon(sharded):
-    wanted, found = single("muon", False), sharded["replicated", "muon", False]
-    for p, q in zip(wanted["params"], found["params"], strict=True):
+@pytest.mark.parametrize("placed", list(worker.MATRICES))
+def test_sharded_matrices_convolutions_and_experts_go_by_muon_as_whole_ones(sharded, placed):
+    for wanted, found in zip(worker.by_muon(worker.odd()), sharded["matrices", placed], strict=True):
+        assert torch.equal(wanted[1], found[1])
+        torch.testing.assert_close(wanted[0], found[0], rtol=1e-5, atol=1e-6)
+
+
+def in_one_process(kind):
+    """As worker.by_zero, with nothing distributed."""
+    maker, options = worker.KINDS[kind]
+    options = options | worker.MUON_RATES if kind == "muon" else options
+    params = list(worker.model().parameters())
+    opt = maker(params, lr=0.05, **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5**step)
+    worker.steps_of(opt, params, range(2))
+    schedule.step()
+    states = [{name: torch.as_tensor(value).clone() for name, value in opt.state[p].items()} for p in params]
+    worker.steps_of(opt, params, range(2, 4))
+    return [p.detach() for p in params], states
+
+
+@pytest.mark.parametrize("kind", list(worker.KINDS))
+def test_zero_trains_and_saves_as_one_process(sharded, kind):
+    params, states = in_one_process(kind)
+    found, saved = sharded["zero", kind]
+    for p, q in zip(params, found, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    for i, state in enumerate(states):
+        assert state.keys() == saved["state"].get(i, {}).keys()
+        for name, value in state.items():
+            torch.testing.assert_close(value, torch.as_tensor(saved["state"][i][name]), rtol=1e-6, atol=1e-7)
+
+
+def test_zero_takes_groups_by_name_and_late_ones(sharded):
+    params = list(worker.model().parameters())
+    groups = [{"params": params[:1], "use_muon": True}, {"params": params[1:], "use_muon": False}]
+    worker.steps_of(optim.Muon(groups, lr=0.05, adamw_lr=0.02), params, range(worker.STEPS))
+    for p, q in zip(params, sharded["zero", "groups"], strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-5, atol=1e-6)
+
+
+def test_zero_refuses_norms_that_would_be_of_one_process(sharded):
+    clip, noise = sharded["zero", "refusals"]
+    assert "max_grad_norm=1.0 in ZeroRedundancyOptimizer" in clip
+    assert "clip_grad_norm_" in clip
+    assert "noise=True in ZeroRedundancyOptimizer" in noise
 
 
 def plain(kind, steps):
@@ -75,7 +117,7 @@ def plain(kind, steps):
     return net, opt
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "lamb", "muon"])
 def test_fully_sharded_model_trains_as_the_plain_one(sharded, kind):
     net, opt = plain(kind, range(worker.STEPS))
     params, norm = sharded["fsdp", kind]

@@ -14,9 +14,10 @@ import torch
 
 from pybatch import ops
 from pybatch.base.errors import UsageError
-from pybatch.optim._engine import accumulation, amp, states, statistics
+from pybatch.optim._engine import accumulation, amp, states, statistics, zero
 from pybatch.optim._engine.accumulation import Sums
 from pybatch.optim._engine.arguments import check_count, check_hyper
+from pybatch.optim._engine.matrices import Whole
 from pybatch.optim._engine.options import Options, OwnOptions, ParamRule, signature
 from pybatch.optim._engine.saving import SavedOptimizer
 from pybatch.optim._engine.slots import addresses, check_param
@@ -79,6 +80,8 @@ class FusedOptimizer(SavedOptimizer):
     def __init__(self, params: Any, defaults: dict[str, Any], **own: Unpack[OwnOptions]) -> None:
         defaults |= {name: own.get(name, False if name == "differentiable" else None) for name in self.torch_flags}
         self._options = Options.given(type(self).__name__, **own)
+        if zero.is_caller():
+            zero.check(self._options.max_grad_norm, self._options.noise)
         self.accumulates = False  # whether `accumulate` was ever called
         self.warns = True  # at the first step without, where it was to collect noise
         self._reset()
@@ -101,7 +104,7 @@ class FusedOptimizer(SavedOptimizer):
     def _hyper(cls, group: dict[str, Any], rule: ParamRule) -> dict[str, float]:
         """The rule's own hyper-parameters, under its header's names."""
 
-    def _transform(self, staged: list[torch.Tensor], groups: list[dict[str, Any]]) -> None:
+    def _transform(self, staged: list[Whole]) -> None:
         """Between the passes of rules with a second one: change, in place, what the first pass has staged."""
         raise NotImplementedError(f"{type(self).__name__} has a rule with a second pass and nothing between them")
 

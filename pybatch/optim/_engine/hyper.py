@@ -28,10 +28,13 @@ class HyperRows:
     def send(self, tensors: ops.TensorList, groups: Groups, hyper_of: HyperOf, maximize: bool) -> None:
         """Bring the list's hyper-parameters up to date; a learning rate on a device is copied there."""
         values = []
-        for number, rule in self.of:
+        rates: dict[int, Any] = {}
+        for row, (number, rule) in enumerate(self.of):
             group = groups[number]
-            lr = math.nan if is_device_scalar(group["lr"]) else float(group["lr"])
-            values.append((lr, bool(maximize and group["maximize"]), hyper_of(group, rule)))
+            own = hyper_of(group, rule)
+            given = rates[row] = own.pop("lr", group["lr"])  # a rule may have another rate than its group
+            lr = math.nan if is_device_scalar(given) else float(given)
+            values.append((lr, bool(maximize and group["maximize"]), own))
         if values != self._sent:
             tensors.set_hyper(
                 [
@@ -40,6 +43,6 @@ class HyperRows:
                 ]
             )
             self._sent = values
-        for row, (number, _) in zip(tensors.hyper, self.of, strict=True):
-            if is_device_scalar(groups[number]["lr"]):
-                row[0:1].copy_(groups[number]["lr"].reshape(1), non_blocking=True)
+        for row, given in rates.items():
+            if is_device_scalar(given):
+                tensors.hyper[row][0:1].copy_(given.reshape(1), non_blocking=True)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 
 from pybatch import ops
-from pybatch.base.errors import UsageError
 from pybatch.optim._engine import masters, sharding, states
 from pybatch.optim._engine.arguments import check_capturable
 from pybatch.optim._engine.hyper import Groups, HyperRows
@@ -92,8 +91,6 @@ class PassLists:
         self.rows, self.more_rows = HyperRows(), HyperRows()
         rules = [rule_of(groups[number], slot.param) for number, slot in zip(active.numbers, active.slots, strict=True)]
         stored = [masters.storage(slot, options) for slot in active.slots]
-        for slot, rule in zip(active.slots, rules, strict=True):
-            check_whole(slot, rule)
         self.ledger = ledger or ops.Ledger(device)
         self.ledger.to(device)
         entries, more, counted = [], [], []
@@ -143,14 +140,6 @@ class PassLists:
         if fitted.scales is not None:
             own[name + states.SCALE] = fitted.scales
         return fitted
-
-
-def check_whole(slot: Slot, rule: ParamRule) -> None:
-    """Raise UsageError where a second pass needs all of a parameter that is sharded."""
-    if rule.then is not None and slot.shape != slot.param.shape:
-        raise UsageError(
-            f"{slot.what} is sharded, and {rule.then} needs the whole of it. Replicate it, or give it to another rule."
-        )
 
 
 def placed(slot: Slot, saved: torch.Tensor | None, fitted: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,41 @@ def like(param: Any, value: torch.Tensor) -> torch.Tensor:
     )
 
 
+def sharded_dims(param: Any) -> list[int]:
+    """Dimensions of a parameter along which several processes hold parts of it; empty for a plain tensor."""
+    if not is_sharded(param):
+        return []
+    sizes = param.device_mesh.shape
+    return [
+        placement.dim % len(param.shape)
+        for placement, size in zip(param.placements, sizes, strict=True)
+        if size > 1 and not placement.is_replicate()
+    ]
+
+
+def gather(param: Any, value: torch.Tensor) -> torch.Tensor:
+    """All of what is placed as the parameter, from every process's local tensor; contiguous, of the parameter's shape.
+
+    A collective over the parameter's mesh. Shards may be uneven or empty.
+    """
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(param.shape, device="meta").stride()
+    placed = DTensor.from_local(
+        value.contiguous(), param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=stride
+    )
+    return placed.full_tensor().contiguous()
+
+
+def shard(param: Any, whole: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a tensor that every process has, placed as the parameter; nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = param.device_mesh
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return local(everywhere.redistribute(placements=param.placements))
+
+
 class Processes:
     """The processes that hold shards of an optimizer's parameters.
 

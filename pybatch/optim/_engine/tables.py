@@ -14,6 +14,7 @@ from pybatch import ops
 from pybatch.optim._engine import masters, sharding
 from pybatch.optim._engine.hyper import Groups, HyperOf
 from pybatch.optim._engine.lists import ActiveParams, PassLists, RuleOf, State, active_params
+from pybatch.optim._engine.matrices import Whole
 from pybatch.optim._engine.options import Options
 from pybatch.optim._engine.slots import Slot, conform
 
@@ -153,7 +154,7 @@ class Tables:
         call: Any,
         follow: Any,
         sources: NDArray[np.int64],
-        transform: Callable[[list[torch.Tensor], Groups], None],
+        transform: Callable[[list[Whole]], None],
         groups: Groups,
     ) -> None:
         """One update.
@@ -175,7 +176,7 @@ class Tables:
                 "grad", [staged.tensor.data_ptr() if sources[staged.slot] else 0 for staged in self._lists.staged]
             )
             if here:
-                transform([staged.tensor for staged in here], [groups[staged.group] for staged in here])
+                transform([Whole(staged.tensor, self.params[staged.slot], groups[staged.group]) for staged in here])
                 self.backend.step(self.second, follow)
         for slot in self._copied:
             sharding.local(slot.param).copy_(slot.dense)
