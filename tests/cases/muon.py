@@ -64,9 +64,19 @@ def reference(
     adamw_betas=(0.9, 0.999),
     adamw_eps=1e-8,
     maximize=False,
+    flatten=None,
     adjust=adjustment,
 ):
     """One step on float64 arrays; `state` is a dict that starts empty. Returns the new parameter."""
+    if p.ndim > 2 and flatten is not None:
+        more = [weight_decay, momentum, nesterov, ns_coefficients, ns_steps, adjust_lr_fn]
+        if flatten:
+            flat = len(p), int(np.prod(p.shape[1:]))
+            return reference(p.reshape(flat), g.reshape(flat), state, lr, *more, maximize=maximize).reshape(p.shape)
+        pairs = enumerate(zip(p.reshape(-1, *p.shape[-2:]), g.reshape(-1, *p.shape[-2:]), strict=True))
+        return np.reshape(
+            [reference(q, h, state.setdefault(i, {}), lr, *more, maximize=maximize) for i, (q, h) in pairs], p.shape
+        )
     if p.ndim != 2:
         rate = lr if adamw_lr is None else adamw_lr
         decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay

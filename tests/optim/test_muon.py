@@ -280,3 +280,69 @@ def test_accumulated_micro_batches_are_orthogonalized_as_their_mean():
             opt.step()
         runs.append(params)
     assert apart(runs[0], runs[1], model().values()) < 0.01
+
+
+def convolutions_and_experts():
+    """Convolutions in two layouts, in one and in three dimensions, depthwise, without elements; experts."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(12, 4, 3, 3), (12, 4, 3, 3), (8, 6, 5), (10, 1, 3, 3), (4, 3, 2, 3, 3), (0, 4, 3, 3), (5, 12, 20)]
+    made = [torch.randn(shape, generator=generator) for shape in shapes]
+    made[1] = made[1].to(memory_format=torch.channels_last)
+    made[2] = made[2].transpose(0, 2).contiguous().transpose(0, 2)
+    return [torch.nn.Parameter(tensor) for tensor in made]
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("more", [{}, {"adjust_lr_fn": "match_rms_adamw", "maximize": True}], ids=str)
+def test_convolutions_and_experts_match_the_float64_reference(flatten, more):
+    params, options = [*convolutions_and_experts(), *matrices()], {"flatten": flatten, **more}
+    opt = Muon(params, lr=muon.LR, **options)
+    assert [group["use_muon"] for group in opt.param_groups] == [True]
+    assert_follows(problem.follow(params, options, muon.reference, muon.LR, optimizer=opt), torch.float32)
+
+
+@pytest.mark.parametrize(("flatten", "taken"), [(True, False), (False, True), (True, None)])
+def test_one_way_to_make_matrices_is_not_the_other(flatten, taken):
+    params = convolutions_and_experts()
+    opt = Muon(params, lr=muon.LR, flatten=flatten)
+    result = problem.follow(params, {"flatten": taken}, muon.reference, muon.LR, optimizer=opt)
+    with pytest.raises(AssertionError):
+        assert_follows(result, torch.float32)
+
+
+def test_experts_are_a_loop_over_matrices_to_the_bit():
+    experts = convolutions_and_experts()[-1]
+    loop = [torch.nn.Parameter(matrix.clone()) for matrix in experts.detach()]
+    together, apart = Muon([experts], lr=0.1, flatten=False), Muon(loop, lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        problem.give_gradients([experts], generator)
+        for p, g in zip(loop, experts.grad, strict=True):
+            p.grad = g.clone()
+        together.step()
+        apart.step()
+    assert same_bits(list(experts), loop)
+
+
+def test_flatten_is_a_choice_of_a_group():
+    params = model()
+    opt = Muon([{"params": [params["conv"]], "flatten": True}, {"params": [params["hidden"]]}], lr=0.1)
+    assert [(group["use_muon"], group["flatten"]) for group in opt.param_groups] == [(True, True), (True, None)]
+    with pytest.raises(UsageError, match=r"shape \(4, 2, 3, 3\).*Set flatten"):
+        Muon([{"params": [params["conv"]], "use_muon": True}])
+    with pytest.raises(UsageError, match="flatten 'yes'"):
+        Muon([params["conv"]], flatten="yes")
+
+
+def test_a_group_by_dimensions_stays_one_and_is_the_split_ones():
+    """With other rates for AdamW's part, which a scheduler moves alike."""
+    rates = {"adamw_lr": 0.02, "adamw_weight_decay": 0.3, "adamw_eps": 1e-3}
+    one, two = list(model().values()), list(model().values())
+    mixed, split = Muon([{"params": one, "use_muon": None}], lr=0.1, **rates), Muon(two, lr=0.1, **rates)
+    assert len(mixed.param_groups) == 1
+    for opt, params in ((mixed, one), (split, two)):
+        schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5**step)
+        for step in range(3):
+            train(opt, params, 1, seed=step)
+            schedule.step()
+    assert same_bits(one, two)
