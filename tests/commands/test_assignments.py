@@ -28,6 +28,13 @@ def test_targets_that_are_refused(text):
         parse_targets(text)
 
 
+@pytest.mark.parametrize("loss", ["0", "-0.0", "-1", "nan", "inf", "1e999", "-1e999", "9" * 5000])
+def test_losses_that_nothing_reaches_are_refused(loss):
+    with pytest.raises(UsageError, match="finite and above 0") as refused:
+        parse_targets(f"train={loss}")
+    assert len(str(refused.value)) < 400
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("sgd:", "KEY=VALUE"), ("sgd:momentum=os.system('x')", "not a number"), ("sgd:lr=0.1", "the sweep chooses")],

@@ -256,16 +256,18 @@ def test_transformers_resumes_where_it_was(tmp_path):
 
 
 def test_lightning_resumes_where_it_was(tmp_path):
-    """Two epochs, or one, a checkpoint and another one: its own loaders start an epoch anew."""
+    """From the checkpoint between two epochs: its own loaders start an epoch anew."""
     pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
     epoch = torch.utils.data.DataLoader(data()[: STEPS * EXAMPLES], batch_size=EXAMPLES)
-    whole, first, again = (lightning_module(fused, True) for _ in range(3))
-    lightning_trainer(tmp_path, True, 2, STEPS).fit(whole, epoch)
-    trainer = lightning_trainer(tmp_path, True, 2, -1, max_epochs=1, enable_checkpointing=True)
-    trainer.fit(first, epoch)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    lightning_trainer(tmp_path, True, 2, STEPS).fit(again, epoch, ckpt_path=tmp_path / "half.ckpt")
-    assert len(first.model.seen) == len(again.model.seen) == STEPS
+    whole, again = (lightning_module(fused, True) for _ in range(2))
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    lightning_trainer(tmp_path, True, 2, -1, max_epochs=2, enable_checkpointing=True, callbacks=[saving]).fit(
+        whole, epoch
+    )
+    lightning_trainer(tmp_path, True, 2, -1, max_epochs=2).fit(again, epoch, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert (len(whole.model.seen), len(again.model.seen)) == (2 * STEPS, STEPS)
     for p, q in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
 
