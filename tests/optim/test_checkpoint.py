@@ -1,6 +1,8 @@
 """Saved and loaded: the twin's keys and no more, through distributed checkpoints too, with the noise statistics."""
 
+import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -156,3 +158,76 @@ def test_statistics_of_another_version_are_refused():
     with pytest.raises(UsageError, match="another version"):
         again.load_state_dict(state)
     assert not again.state
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("name", ALL)
+def test_a_copy_goes_on_alone(name, copied):
+    """A plain step is the first of the copy, which was made of one that was to measure and did not."""
+    net = model()
+    optimizer = made(pybatch.optim, name, net, {}, noise=True)
+    with pytest.warns(UserWarning, match="no noise is measured"):
+        train(net, optimizer, 1)
+    again, other = copied((net, optimizer))
+    for one, by in ((net, optimizer), (again, other)):
+        train(one, by, 2, seed=3)
+        train(one, by, 3, seed=4, accumulate=True)
+    for p, q in zip(net.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert optimizer.noise == other.noise
+
+
+def test_the_newest_statistics_are_saved_after_the_bearer_was_frozen():
+    net = model()
+    optimizer = pybatch.optim.AdamW(net.parameters(), noise=True)
+    train(net, optimizer, 4, accumulate=True)
+    optimizer.state_dict()
+    next(net.parameters()).requires_grad_(False)
+    train(net, optimizer, 9, accumulate=True)
+    saved = optimizer.state_dict()
+    assert ["noise_statistics" in entry for entry in saved["state"].values()].count(True) == 1
+    again = pybatch.optim.AdamW(net.parameters(), noise=True)
+    again.load_state_dict(saved)
+    assert again.noise == optimizer.noise
+
+
+@pytest.mark.parametrize("kinds", [(True, "remainder"), ("remainder", True)])
+def test_masters_and_remainders_are_exchanged_to_the_bit(kinds):
+    """The run goes on with the fp32 values it had, and keeps nothing of the other kind."""
+    torch.manual_seed(0)
+    begin = torch.randn(300).bfloat16()
+    grads = [torch.randn(300).bfloat16() for _ in range(60)]
+    params = [nn.Parameter(begin.clone()) for _ in range(2)]
+    whole, first = (pybatch.optim.AdamW([p], lr=1e-4, master_weights=kinds[0]) for p in params)
+    for grad in grads[:30]:
+        for p, optimizer in zip(params, (whole, first), strict=True):
+            p.grad = grad.clone()
+            optimizer.step()
+    other = pybatch.optim.AdamW([params[1]], lr=1e-4, master_weights=kinds[1])
+    other.load_state_dict(first.state_dict())
+    for grad in grads[30:]:
+        for p, optimizer in zip(params, (whole, other), strict=True):
+            p.grad = grad.clone()
+            optimizer.step()
+    kept, names = other.state[params[1]], ("master", "remainder")
+    assert [name for name in names if name in kept] == ["remainder" if kinds[1] == "remainder" else "master"]
+    values = []
+    for p, optimizer in zip(params, (whole, other), strict=True):
+        own = optimizer.state[p]
+        joined = (p.detach().view(torch.int16).int() << 16) + own["remainder"].int() if "remainder" in own else None
+        values.append(own["master"] if joined is None else joined.view(torch.float32))
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("saved", "loading"), [("AdamW", "Adan"), ("Adan", "AdamW"), ("Adan", "NAdam")])
+def test_groups_of_another_optimizer_are_refused_before_anything_is_changed(saved, loading):
+    net = model()
+    source, target = (made(pybatch.optim, name, net, {}) for name in (saved, loading))
+    train(net, source, 1)
+    before = dict(target.param_groups[0])
+    with pytest.raises(UsageError, match=r"load_state_dict\(\): betas .* another optimizer's"):
+        target.load_state_dict(source.state_dict())
+    assert target.param_groups[0] == before
+    assert not target.state

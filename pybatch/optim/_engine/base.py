@@ -69,6 +69,8 @@ class FusedOptimizer(SavedOptimizer):
     __signature__: ClassVar[inspect.Signature]
     _step_supports_amp_scaling: ClassVar[bool] = True
     batch_rule: ClassVar[str] = "sqrt"  # how its rate follows the batch size: adaptive ones, Malladi et al. 2022
+    accumulates = False  # whether `accumulate` was ever called
+    warns = True  # at the first step without, where it was to collect noise
     torch_flags: ClassVar[tuple[str, ...]] = ()  # that the twin's groups carry; without effect here
     rule_options: ClassVar[tuple[str, ...]] = ()  # names of the group options that `_rule` reads
 
@@ -82,8 +84,6 @@ class FusedOptimizer(SavedOptimizer):
         self._options = Options.given(type(self).__name__, **own)
         if zero.is_caller():
             zero.check(self._options.max_grad_norm, self._options.noise)
-        self.accumulates = False  # whether `accumulate` was ever called
-        self.warns = True  # at the first step without, where it was to collect noise
         self._reset()
         super().__init__(params, defaults)
 

@@ -103,9 +103,10 @@ class PassLists:
             kept_states = [self._fit(slot, own, rule, name, kind) for name in rule.states]
             scales = tuple(kept.scales for kept in kept_states if kept.scales is not None)
             if extra is not None:
-                master = masters.fit_master(slot, extra, own.get(extra))
+                master = masters.fit_master(slot, extra, own)
                 own[extra] = placed(slot, own.get(extra), master)
                 self.masters[i] = (extra, master)
+            masters.drop_others(extra, own)
             scalar = None if rule.scalar is None else own.get(rule.scalar)
             share = 1.0 if processes is None else processes.share(slot.param)
             target, name, row = slot.dense, rule.name, self.rows.row(number, rule)

@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from pybatch import ops
+from pybatch.base.errors import UsageError
 from pybatch.optim._engine import states, statistics
 from pybatch.optim._engine.options import Options, ParamRule
 from pybatch.optim._engine.tables import Tables
@@ -31,6 +32,11 @@ class SavedOptimizer(Optimizer):
 
     @classmethod
     @abstractmethod
+    def _check(cls, group: dict[str, Any]) -> None:
+        """Raise UsageError where a group's own hyper-parameters are outside their range."""
+
+    @classmethod
+    @abstractmethod
     def _rule(cls, group: dict[str, Any], param: torch.Tensor) -> ParamRule:
         """How a parameter is updated: from its shape and the group's `rule_options`."""
 
@@ -42,6 +48,8 @@ class SavedOptimizer(Optimizer):
         """
         own, bearer = self._own_state(), self._bearer()
         if own is not None and bearer is not None and (self._options.noise or self._options.random):
+            for entry in self.state.values():
+                entry.pop(statistics.STATE, None)  # another one bore it, before it was frozen
             self.state[bearer][statistics.STATE] = own
         state = super().state_dict()
         if self._options.state_dtype != "fp32":
@@ -67,6 +75,7 @@ class SavedOptimizer(Optimizer):
         own = [entry[statistics.STATE] for entry in state_dict["state"].values() if statistics.STATE in entry]
         for saved in own[:1]:
             statistics.unpacked(saved)  # what can't be loaded is refused before anything is changed
+        self._check_groups(state_dict["param_groups"])
         super().load_state_dict(state_dict)
         for entry in self.state.values():
             entry.pop(statistics.STATE, None)  # torch has cast it to the parameter's dtype
@@ -82,8 +91,17 @@ class SavedOptimizer(Optimizer):
             self._ledger, self._saved_layers, self._single_steps = None, {}, 0
         self._load_own(own[0] if own else None)
 
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Raise UsageError where saved groups are those of an optimizer whose arguments mean something else."""
+        for own, saved in zip(self.param_groups, groups, strict=False):  # torch refuses another number of them
+            try:
+                self._check({**own, **saved, "params": own["params"]})
+            except UsageError as error:
+                raise UsageError(f"load_state_dict(): {error} The state is another optimizer's, it seems.") from None
+
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_options": self._options, "_copied": self._own_state()}
+        own = {name: self.__dict__[name] for name in ("accumulates", "warns") if name in self.__dict__}
+        return super().__getstate__() | own | {"_options": self._options, "_copied": self._own_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For torch's load_state_dict, copies and pickles alike: addresses are taken anew at the next step."""
