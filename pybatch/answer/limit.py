@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pybatch.answer.best import Best
 from pybatch.answer.critical import Critical
-from pybatch.records import Capacity, Inputs, Limit
+from pybatch.records import BatchPoint, Capacity, Inputs, Limit
 
+FALL = 0.1  # below the best throughput: past it caches overflow or memory is scarce, and no ceiling is approached
 FURTHER = 1.1  # factor from the best batch to the wall below which going on is no choice worth telling
 
 
@@ -23,6 +25,23 @@ class Wall:
     low: float
     high: float
     extrapolated: bool = False  # past the largest batch measured
+
+
+def before_fall(timed: Sequence[BatchPoint]) -> Sequence[BatchPoint]:
+    """The batch sizes up to the last one whose throughput, at its best, is near the highest.
+
+    Args:
+        timed: points with a step time, ascending.
+    """
+    highest = max((p.samples_per_s or 0.0 for p in timed), default=0.0)
+    near = [i for i, p in enumerate(timed) if _fastest(p) >= (1 - FALL) * highest]
+    return timed[: near[-1] + 1] if near else timed
+
+
+def _fastest(p: BatchPoint) -> float:
+    """Examples/s at the lower end of the step time's interval."""
+    milliseconds = p.step_ms_low or p.step_ms
+    return p.batch / (milliseconds / 1e3) if milliseconds else 0.0
 
 
 def wall_of(capacity: Capacity | None) -> Wall | None:

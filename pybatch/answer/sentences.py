@@ -132,7 +132,9 @@ def bounds(
     known = _said(critical)
     if fit is not None and fit.half_batch is None and span != (None, None):
         why = "step times do not rise with it" if fit.ceiling is None else "step time is proportional to it"
-        because = f"That is because {why}: {_open(fit)}."
+        falls = fit.ceiling is None and span[1] is not None
+        told = f"past batch {count(span[1])} fewer examples are done a second" if falls else _open(fit)
+        because = f"That is because {why}{' up to there' * falls}: {told}."
         return Answer(f"{_distrust(fit)}Use batch {_range(span, bound)}.", because, _known(critical))
     if fit is None:
         lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"
@@ -150,7 +152,7 @@ def bounds(
     if wall is not None:
         device += f", and its {wall.name} is {batch_size(wall.value)}"
     if span != (None, None):
-        beside = {"hardware": ", above what the device can use", "noise": ", below what the device can use"}
+        beside = {"hardware": ", above the device's half batch", "noise": ", below the device's half batch"}
         because = f"The critical batch is {known}{beside.get(limit, '')}."
         told = () if critical.disagreement is None else (critical.disagreement,)
         rest = (*told, f"{device}.", _more(critical))
@@ -180,6 +182,8 @@ def _range(span: tuple[int | None, int | None], bound: Bound | None) -> str:
         return f"{count(high)} or smaller" if high != 1 else "1"
     if bound is not None:
         return f"{count(low)}, the largest that {bound.name} allows"
+    if low == high:
+        return count(low)
     return f"{count(low)} or larger" if high is None else f"{count(low)} to {count(high)}"
 
 
@@ -223,4 +227,4 @@ def _more(critical: Critical) -> str:
         return f"{runs} with {which} batches would close the interval."
     if critical.source is None and not critical.reason.inputs:
         return "Measure the noise scale as well."
-    return "A longer --time-budget narrows the noise scale."
+    return "More steps narrow the noise scale: a longer --time-budget of bench, a longer run under watch."

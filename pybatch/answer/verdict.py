@@ -17,7 +17,7 @@ from pybatch.answer.confidence import confidence_of
 from pybatch.answer.critical import Critical, critical_of, passed_over
 from pybatch.answer.ensemble import EFFICIENCY, Ensemble
 from pybatch.answer.frontier import doubling, frontier
-from pybatch.answer.limit import Wall, further_on, limit_of, wall_of
+from pybatch.answer.limit import Wall, before_fall, further_on, limit_of, wall_of
 from pybatch.answer.rate import rate_of
 from pybatch.answer.sentences import advice, bounds
 from pybatch.base.errors import UsageError
@@ -183,8 +183,12 @@ def _bounded(
         return None, least, None, [Reason("best_high", text, "measured", {"smallest_measured": least})]
     if fit.half_batch is None:
         text = "step times do not rise with the batch: none takes less time than the largest timed, within what fits"
-        largest = int(min(max(timed), bound_of(capacity).value))
-        return largest, None, None, [Reason("best_low", text, "measured", {"largest_measured": max(timed)})]
+        rising = before_fall([p for p in capacity.batches if p.status == "ok"])[-1].batch
+        largest = int(min(rising, bound_of(capacity).value))
+        high = None
+        if rising < max(timed):  # what was timed beyond shows that it is not open upwards
+            high, text = largest, f"{text}, up to batch {rising}, past which throughput falls"
+        return largest, high, None, [Reason("best_low", text, "measured", {"largest_measured": rising})]
     most, found = bound_of(capacity), []
     low = high = kept = None
     law = "sqrt(critical batch x half batch) at the"

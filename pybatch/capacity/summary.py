@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pybatch.answer.limit import FALL, before_fall
 from pybatch.base.numerals import counted
 from pybatch.capacity.bound import Place, undecided, with_bounds
 from pybatch.capacity.burst import BURST_STEPS
@@ -35,7 +36,6 @@ _DRIFT = 0.05  # change of the anchor's step time that a reader should hear of
 _SPREAD = 0.15  # of a step time's medians in different rounds
 _SUSTAINED = 0.05  # slowdown from burst to sustained, likewise
 _FITTABLE = 3  # batch sizes
-_FALL = 0.1  # below the best throughput: past it caches overflow or memory is scarce, and no ceiling is approached
 
 
 def point(
@@ -142,7 +142,8 @@ def summarize(
     if len(timed) < _FITTABLE:
         notes.append(Note("capacity.model", f"{counted(len(timed), 'batch size')} timed; a fit needs {_FITTABLE}"))
     else:
-        rising = _before_fall(timed)
+        rising = before_fall(timed)
+        rising = rising if len(rising) >= _FITTABLE else timed  # no model of `fit_throughput` can fall
         rounds = [p.block_rounds for p in rising]
         known = all(len(entry) == len(samples[p.batch]) for entry, p in zip(rounds, rising, strict=True))
         fit = fit_throughput(
@@ -153,7 +154,7 @@ def summarize(
         )
         notes += _fit_notes(fit, timed, largest)
         if len(rising) < len(timed):
-            text = f"throughput falls by over {_FALL:.0%} past batch {rising[-1].batch}; the fit is of those up to it"
+            text = f"throughput falls by over {FALL:.0%} past batch {rising[-1].batch}; the fit is of those up to it"
             notes.append(Note("capacity.model", text))
     disturbed = (*disturbed, *_unsteady(timed, drift))
     if disturbed:
@@ -279,23 +280,6 @@ def _burst_notes(timed: Sequence[BatchPoint]) -> list[Note]:
         "the fit is of sustained ones"
     )
     return [Note("batches.step_ms", text)]
-
-
-def _before_fall(timed: Sequence[BatchPoint]) -> Sequence[BatchPoint]:
-    """The batch sizes up to the last one whose throughput, at its best, is near the highest; all, if too few are left.
-
-    Neither model of `fit_throughput` can fall: larger batches that do would bend the whole curve.
-    """
-    highest = max(p.samples_per_s or 0.0 for p in timed)
-    near = [i for i, p in enumerate(timed) if _fastest(p) >= (1 - _FALL) * highest]
-    rising = timed[: near[-1] + 1]
-    return rising if len(rising) >= _FITTABLE else timed
-
-
-def _fastest(p: BatchPoint) -> float:
-    """Examples/s at the lower end of the step time's interval."""
-    milliseconds = p.step_ms_low or p.step_ms
-    return p.batch / (milliseconds / 1e3) if milliseconds else 0.0
 
 
 def _saturation_measured(fit: ThroughputFit | None, timed: Sequence[BatchPoint]) -> int | None:

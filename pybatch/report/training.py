@@ -7,6 +7,7 @@ from pybatch.records import Training
 from pybatch.report.layout import Section, columns, details_of, lines, notes_of
 from pybatch.report.plot import COLORS, Plot, axis
 
+WORTH = 0.05  # of a step spent waiting for data, below which workers are no matter
 _PARTS = {
     "waiting": "waiting for data",
     "script": "the script between steps",
@@ -37,7 +38,7 @@ def section(training: Training, unit: str) -> Section:
 def _workers(training: Training) -> str:
     if training.workers is None:
         return ""
-    needed = training.workers_needed
+    needed = training.workers_needed if (training.waiting or 0.0) >= WORTH else None
     more = f", {n.count(needed)} would keep up" if needed is not None and needed > training.workers else ""
     return f"({n.counted(training.workers, 'DataLoader worker')}{more})"
 
@@ -65,7 +66,7 @@ def plots(training: Training | None) -> list[Plot]:
             "Where the time of a step goes",
             "Shares of the time from one step's end to the next's, of the script's own steps.",
             traces,
-            {"barmode": "stack", "xaxis": axis("share of a step", tickformat=".0%"), "yaxis": axis("")},
+            {"barmode": "stack", "xaxis": axis("share of a step", tickformat=".0%"), "yaxis": axis("", type="category")},
             columns({"part": [label for label, _ in known], "share of a step": [n.share(value) for _, value in known]}),
         )
     ]
