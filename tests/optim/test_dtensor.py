@@ -91,6 +91,18 @@ def test_zero_trains_and_saves_as_one_process(sharded, kind):
             torch.testing.assert_close(value, torch.as_tensor(saved["state"][i][name]), rtol=1e-6, atol=1e-7)
 
 
+def test_one_process_loads_what_zero_has_saved_of_muon(sharded):
+    _, saved = sharded["zero", "muon"]
+    params = list(worker.model().parameters())
+    opt = optim.Muon([{"params": params, "use_muon": None}], lr=9.0)
+    opt.load_state_dict(saved)
+    assert [(group["lr"], group["adamw_lr"]) for group in opt.param_groups] == [(0.025, 0.02)]
+    for i, param in enumerate(params):
+        assert opt.state[param].keys() == saved["state"][i].keys()
+        for name, value in opt.state[param].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(saved["state"][i][name]))
+
+
 def test_zero_takes_groups_by_name_and_late_ones(sharded):
     params = list(worker.model().parameters())
     groups = [{"params": params[:1], "use_muon": True}, {"params": params[1:], "use_muon": False}]
