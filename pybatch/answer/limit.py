@@ -34,11 +34,11 @@ def before_fall(timed: Sequence[BatchPoint]) -> Sequence[BatchPoint]:
         timed: points with a step time, ascending.
     """
     highest = max((p.samples_per_s or 0.0 for p in timed), default=0.0)
-    near = [i for i, p in enumerate(timed) if _fastest(p) >= (1 - FALL) * highest]
+    near = [i for i, p in enumerate(timed) if fastest(p) >= (1 - FALL) * highest]
     return timed[: near[-1] + 1] if near else timed
 
 
-def _fastest(p: BatchPoint) -> float:
+def fastest(p: BatchPoint) -> float:
     """Examples/s at the lower end of the step time's interval."""
     milliseconds = p.step_ms_low or p.step_ms
     return p.batch / (milliseconds / 1e3) if milliseconds else 0.0

@@ -133,8 +133,8 @@ def bounds(
     if fit is not None and fit.half_batch is None and span != (None, None):
         why = "step times do not rise with it" if fit.ceiling is None else "step time is proportional to it"
         falls = fit.ceiling is None and span[1] is not None
-        told = f"past batch {count(span[1])} fewer examples are done a second" if falls else _open(fit)
-        because = f"That is because {why}{' up to there' * falls}: {told}."
+        beyond = f"past batch {count(span[1])} fewer examples are done a second" if falls else _open(fit)
+        because = f"That is because {why}{' up to there' * falls}: {beyond}."
         return Answer(f"{_distrust(fit)}Use batch {_range(span, bound)}.", because, _known(critical))
     if fit is None:
         lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"

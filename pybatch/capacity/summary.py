@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pybatch.answer.limit import FALL, before_fall
+from pybatch.answer.limit import FALL, before_fall, fastest
 from pybatch.base.numerals import counted
 from pybatch.capacity.bound import Place, undecided, with_bounds
 from pybatch.capacity.burst import BURST_STEPS
@@ -289,7 +289,7 @@ def _saturation_measured(fit: ThroughputFit | None, timed: Sequence[BatchPoint])
     """
     if fit is None or fit.ceiling is None:
         return None
-    near = (p for p in timed if _fastest(p) >= _NEAR * fit.ceiling)
+    near = (p for p in timed if fastest(p) >= _NEAR * fit.ceiling)
     return next((p.batch for p in near if (p.samples_per_s or 0.0) >= _NEARLY * fit.ceiling), None)
 
 

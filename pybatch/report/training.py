@@ -66,7 +66,11 @@ def plots(training: Training | None) -> list[Plot]:
             "Where the time of a step goes",
             "Shares of the time from one step's end to the next's, of the script's own steps.",
             traces,
-            {"barmode": "stack", "xaxis": axis("share of a step", tickformat=".0%"), "yaxis": axis("", type="category")},
+            {
+                "barmode": "stack",
+                "xaxis": axis("share of a step", tickformat=".0%"),
+                "yaxis": axis("", type="category"),
+            },
             columns({"part": [label for label, _ in known], "share of a step": [n.share(value) for _, value in known]}),
         )
     ]

@@ -42,7 +42,7 @@ TABLE = {
     "no noise at all": ((capacity(), noise(0.0, 0.0, 3.0)), ("noise", (1, 4), "at batch 0 (0 to 12,")),
     "lower bound above": (
         (capacity(), noise(None, 900, status="lower_bound")),
-        ("hardware", None, "above what the device can use"),
+        ("hardware", None, "above the device's half batch"),
     ),
     "lower bound below": ((capacity(), noise(None, 30, status="lower_bound")), ("unresolved", None, "or larger")),
     "unresolved": (
@@ -439,3 +439,15 @@ def test_an_interval_that_is_a_point_is_not_believed(ends):
         verdict = advise(capacity(), scale, steps)
         assert verdict.critical_batch == pytest.approx(curve.critical_batch)
         assert verdict.best_low <= verdict.best_batch <= verdict.best_high
+
+
+def test_advice_is_not_open_upwards_where_throughput_falls():
+    """Step times that do not rise to 16, and jump a hundredfold past it, as where a cache overflows."""
+    sizes = (1, 2, 4, 8, 16, 32, 64, 256)
+    times = [0.486] * 5 + [47.9, 49.0, 51.5]
+    flat = fit_throughput(sizes[:5], [[1e-3 * t] * 9 for t in times[:5]])
+    assert flat.half_batch is None
+    verdict = advise(dataclasses.replace(capacity(batches=sizes, times=times), model=flat), noise(40))
+    assert verdict.answer.startswith("Use batch 16.")
+    assert "past batch 16 fewer examples are done a second" in verdict.because
+    assert (verdict.best_low, verdict.best_high) == (16, 16)

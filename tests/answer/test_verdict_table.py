@@ -141,8 +141,8 @@ def test_every_combination(noises, device, sweep, branch):
 @pytest.mark.parametrize(
     ("sweep", "says"),
     [
-        ("lower bound", "at least 4,100 (by measured steps), above what the device can use"),
-        ("upper bound", "Use batch 13 or smaller. The critical batch is at most 4 (by measured steps), below what the"),
+        ("lower bound", "at least 4,100 (by measured steps), above the device's half batch"),
+        ("upper bound", "Use batch 13 or smaller. The critical batch is at most 4 (by measured steps), below the"),
     ],
 )
 def test_a_bound_is_said_as_one(sweep, says):
