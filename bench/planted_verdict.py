@@ -210,8 +210,8 @@ def main() -> None:
         while len(drawn) < given.draws:
             drawn += [(truth, judged(truth, seen(truth, level, rng))) for truth in truths(rng)]
         result[level] = report(level, drawn)
-    if given.output is not None:
-        given.output.write_text(json.dumps(result, indent=2) + "\n")
+        if given.output is not None:  # as each level ends
+            given.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def report(level: str, drawn: list[tuple[Truth, dict[str, float | bool]]]) -> dict[str, dict[str, float]]:
