@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._pytree import tree_leaves
 
 from pybatch.noise.hooks import Hook
+from pybatch.optim import FusedOptimizer
 from pybatch.watch.batching import Batching, examples_in, find_batching
 from pybatch.watch.by_hand import ByHand
 from pybatch.watch.finding import Finder, Trained, compiled, kinds_of, scaler_of
@@ -29,6 +30,7 @@ from pybatch.watch.steps import Steps
 from pybatch.watch.together import together
 
 _KEEP_EVERY = 50  # passes from one that is kept to the next
+_CLIPPING = 3  # steps of the training in which it is looked whether gradients are clipped
 _SETTLED = 2  # steps of an optimizer, after which all that take part have stepped as a rule
 
 
@@ -96,6 +98,7 @@ class Observer:
         self._evaluations = 0  # backward passes within the optimizer's step
         self._first: Tensor | None = None  # a parameter that is trained
         self._versions: list[tuple[Tensor, int]] = []
+        self._looked_until = 0  # steps, up to which it is looked whether gradients are clipped
 
     def start(self) -> None:
         """Put the hooks on."""
@@ -140,7 +143,7 @@ class Observer:
             changes = [p.grad._version - version for p, version in self._versions if p.grad is not None]
             self.subject.clipped = bool(changes) and min(changes) > (self.subject.scaler is not None)
             self._versions = []
-        if self.noise is not None and self.noise.stepping():
+        if self.noise is not None and self.noise.stepping(self.steps.examples):
             self.steps.unusual()
         self.steps.updating()
 
@@ -205,6 +208,7 @@ class Observer:
         subject = Subject(trained, model, first.device, scaler, marks=marks, world=world)
         self.subject, self.steps, self.noise = subject, Steps(marks_for(first.device)), None
         self.steps.count = trained.steps
+        self._looked_until = trained.steps + _CLIPPING
         self._own = []
         if model is not None:
             self._own = self._hooks(model)
@@ -292,8 +296,15 @@ class Observer:
             return
         self._passes += 1
         self._evaluations += self._in_step
-        self.steps.backward(examples, self._first is None or self._first.grad is None)
+        self.steps.backward(examples, self._cleared())
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._passed(kept))
+
+    def _cleared(self) -> bool:
+        """Whether the gradients of the passes before are gone; `accumulate` of pybatch's optimizers moves them away."""
+        optimizer = self.subject.optimizer if self.subject is not None else None
+        if isinstance(optimizer, FusedOptimizer) and optimizer._sums.under_way:
+            return False
+        return self._first is None or self._first.grad is None
 
     @harmless
     def _passed(self, kept: Pass | None) -> None:
@@ -303,7 +314,8 @@ class Observer:
         self.steps.passed()
         if kept is not None and kept.complete:
             self.kept, self._pass = kept, None
-        if self._passes <= 3 and self.subject.world == 1:  # DDP writes gradients after this
+        # At every pass of a step, as the next one adds to the same gradients. DDP writes gradients after this.
+        if self.steps.count < self._looked_until and self.subject.world == 1:
             params = [p for group in self.subject.optimizer.param_groups for p in group["params"]]
             self._versions = [(p, p.grad._version) for p in params if p.grad is not None]
 

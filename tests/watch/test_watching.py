@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import pybatch.optim
 from pybatch.jobs.options import WatchOptions
 from pybatch.jobs.watch import Enough, Watching
 from pybatch.records import Ceilings
@@ -379,3 +380,40 @@ def test_inputs_that_cannot_be_resized(what):
         for text in [*(n.text for n in run.capacity.notes), *(p.reason for p in run.capacity.batches)]
     )
     assert run.verdict.best_batch is None
+
+
+@pytest.mark.parametrize(("noise", "counted"), [(True, 32), (True, 320), (False, 32)])
+def test_gradients_that_the_optimizer_takes_away_are_no_cleared_ones(noise, counted):
+    """`accumulate()` leaves `.grad` None after every pass; what it measures itself is the noise scale of the run."""
+    torch.manual_seed(0)
+    model = Scripted()
+    optimizer = pybatch.optim.AdamW(model.parameters(), lr=0.01, noise=noise)
+
+    def script():
+        for _ in range(60):
+            for _ in range(4):
+                x, y = batch(32)
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.accumulate(counted)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    run, _, watching = watched(script, time_budget=0.1)
+    assert (run.training.batch, run.training.micro_batch, run.training.accumulation) == (128, 32, 4)
+    timed = watching._observer.steps.usual
+    assert {step.sizes for step in timed} == {(32,) * 4}
+    if noise:
+        assert run.noise.b_simple == pytest.approx(optimizer.noise.b_simple * 32 / counted)  # in examples
+        assert run.noise.large_batch == pytest.approx(128)
+        assert run.noise.status == "resolved"
+        assert run.noise.steps >= 30  # the newest stretch of 60
+    else:
+        assert run.noise is None
+        assert any("noise=True" in note.text for note in run.notes if note.figure == "noise")
+
+
+@pytest.mark.parametrize(("micro", "clip"), [(6, False), (6, True), (4, False), (1, True)])
+def test_gradients_that_add_up_are_not_clipped_ones(micro, clip):
+    model, optimizer = plain(norm=False, kind="sgd")
+    run, _, _ = watched(lambda: train(model, optimizer, 8, micro=micro, clip=clip), time_budget=0.01)
+    assert ("gradient clipping" in run.training.wrapped) == clip
