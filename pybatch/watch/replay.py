@@ -143,7 +143,7 @@ def replay(what: Replay) -> Capacity:
     looks: dict[int, Look] = {}
     notes = [Note("batches", f"steps {REPLAYED}, forward, backward and update; all was put back")]
     ceilings: Ceilings | None = None
-    with short_collections(), put_back(what.kept.model, what.optimizers):
+    with short_collections(), put_back(what.kept.model, what.optimizers), what.kept.as_it_was():
         memory = PeakMemory(device)
         what.progress("replay: first look", 0.0)
         for n in sizes_around(own, what.world):

@@ -417,3 +417,30 @@ def test_gradients_that_add_up_are_not_clipped_ones(micro, clip):
     model, optimizer = plain(norm=False, kind="sgd")
     run, _, _ = watched(lambda: train(model, optimizer, 8, micro=micro, clip=clip), time_budget=0.01)
     assert ("gradient clipping" in run.training.wrapped) == clip
+
+
+def test_a_script_that_ends_with_an_evaluation_is_replayed_as_it_trained():
+    """Each layer in its own mode of the pass, a frozen one's too, and all as the script left it afterwards."""
+    model, optimizer = plain()
+    seen = []
+    model.body[1].register_forward_pre_hook(
+        lambda norm, args: seen.append((model.training, norm.training, model.head.weight.requires_grad))
+    )
+
+    def script():
+        model.train()
+        model.body[1].eval()
+        for _ in range(12):
+            x, y = batch()
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x)["logits"], y).backward()
+            optimizer.step()
+        model.eval()
+        model.requires_grad_(False)
+        seen.clear()
+
+    run, _, _ = watched(script, time_budget=0.1)
+    assert any(p.status == "ok" for p in run.capacity.batches)
+    assert set(seen) == {(True, False, True)}
+    assert not any(module.training for module in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
