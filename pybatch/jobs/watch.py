@@ -150,7 +150,7 @@ class Watching:
             return
         text = f"watching {plain_name(subject.model)} ({count(subject.trained.parameters)} parameters)"
         text += " with updates of the script's own" if self._observer.hand is subject.optimizer else f" with {kind}"
-        if len(optimizers) > 1:
+        if len(optimizers) > 1 and subject.optimizer in optimizers:
             at = next(i for i, one in enumerate(optimizers) if one is subject.optimizer)
             others = ", ".join(f"{i} {type(one).__name__}" for i, one in enumerate(optimizers) if i != at)
             text += f", optimizer {at} of {len(optimizers)}; --optimizer-index takes another: {others}"

@@ -129,8 +129,8 @@ class Observer:
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """All that have stepped, in the order of their first steps."""
-        return [trained.optimizer for trained in self._finder.trained]
+        """All that have stepped, in the order of their first steps; updates by hand where there are no others."""
+        return [trained.optimizer for trained in self._finder.real or self._finder.trained]
 
     # Steps.
 
@@ -149,6 +149,8 @@ class Observer:
 
     @harmless
     def _end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.hand is not None and optimizer is not self.hand and self.hand.holds(optimizer):
+            self._give_up_hand(self.hand)
         subject, steps = self.subject, self.steps
         if self._finder.active or self._unseen(optimizer):
             self._look(optimizer)
@@ -173,6 +175,23 @@ class Observer:
         if self.hand is None:
             self.hand = ByHand(model)
             self._removals.append(self.hand.remove)
+
+    def _give_up_hand(self, hand: ByHand) -> None:
+        """An optimizer steps after all: the many backward passes before were one step's."""
+        hand.remove()
+        self.hand = None
+        self._finder.forget(hand)
+        if self.subject is None or self.subject.optimizer is not hand:
+            return
+        for remove in self._own:
+            remove()
+        if self.noise is not None:
+            self.noise.detach()
+        self._own, self.subject, self.steps, self.noise = [], None, None, None
+        self.kept = self._pass = None
+        self._in_pass = False
+        if not self._finder.active:
+            self._finder.start()
 
     def _unseen(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this one came late, and is to be told apart from those that came first."""

@@ -444,3 +444,38 @@ def test_a_script_that_ends_with_an_evaluation_is_replayed_as_it_trained():
     assert set(seen) == {(True, False, True)}
     assert not any(module.training for module in model.modules())
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("passes", "parts", "cleared"), [(16, 2, False), (40, 1, False), (12, 2, True)])
+def test_many_passes_before_the_first_step_are_no_updates_by_hand(passes, parts, cleared):
+    """Also where gradients are moved away after each pass, so that steps by hand seemed to be made."""
+    model = Net(norm=False)
+    given = [list(model.body.parameters()), list(model.head.parameters())] if parts == 2 else [list(model.parameters())]
+    optimizers = [torch.optim.SGD(params, lr=0.1) for params in given]
+
+    def script():
+        for _ in range(8):
+            sums = [torch.zeros_like(p) for p in model.parameters()]
+            for _ in range(passes):
+                x, y = batch()
+                (nn.functional.cross_entropy(model(x)["logits"], y) / passes).backward()
+                for p, total in zip(model.parameters(), sums, strict=True):
+                    if cleared:
+                        total += p.grad
+                        p.grad = None
+            for p, total in zip(model.parameters(), sums, strict=True):
+                p.grad = total if cleared else p.grad
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    run, said, watching = watched(script, time_budget=0.05)
+    assert run.training.optimizer == "SGD"
+    assert run.training.steps == 8
+    assert watching._observer.hand is None
+    assert len(watching._observer.optimizers) == parts
+    assert "ByHand" not in " ".join(said)
+    if not cleared:
+        assert (run.training.batch, run.training.accumulation) == (16 * passes, passes)
+    if parts == 2:
+        assert "SGD, optimizer 0 of 2; --optimizer-index takes another: 1 SGD" in said[-1]
