@@ -479,3 +479,15 @@ def test_many_passes_before_the_first_step_are_no_updates_by_hand(passes, parts,
         assert (run.training.batch, run.training.accumulation) == (16 * passes, passes)
     if parts == 2:
         assert "SGD, optimizer 0 of 2; --optimizer-index takes another: 1 SGD" in said[-1]
+
+
+def test_the_own_batch_is_timed_first_where_time_is_short(monkeypatch):
+    """And that the time budget ended is said, with the remedy."""
+    monkeypatch.setattr(replay, "_LOOKS", 0.0)
+    monkeypatch.setattr("pybatch.capacity.timing._QUANTUM_S", 0.2)
+    model, optimizer = plain(norm=False)
+    run, _, _ = watched(lambda: train(model, optimizer, 30), time_budget=0.5)
+    assert [p.batch for p in run.capacity.batches if p.step_ms is not None] == [16]
+    assert any(
+        "time budget of 0.5 s ended" in note.text and "--time-budget" in note.text for note in run.capacity.notes
+    )
