@@ -101,13 +101,17 @@ class Rounds:
         guesses: dict[int, float],
         deadline: float,
         on_visit: Callable[[Series], None] = lambda series: None,
+        first: int | None = None,
     ) -> None:
-        """Time the batch sizes of `guesses` (batch -> expected seconds of a step) until `deadline` of the clock."""
+        """Time the batch sizes of `guesses` (batch -> expected seconds of a step) until `deadline` of the clock.
+
+        The anchor is the batch size `first`, or where it is None the middle one.
+        """
         self.series = {n: Series(n, guess) for n, guess in guesses.items()}
-        anchor = self.series[sorted(guesses)[len(guesses) // 2]]
+        anchor = self.series[sorted(guesses)[len(guesses) // 2] if first is None else first]
         reserve = self._visit_s(anchor)
         self._visit(anchor, deadline)
-        first = list(anchor.seconds)
+        began = list(anchor.seconds)
         on_visit(anchor)
         while True:
             self.turn += 1
@@ -120,9 +124,9 @@ class Rounds:
             if not visited:
                 break
         last = Series(anchor.batch, anchor.guess_s)
-        if first and self._visit(last, deadline) and last.seconds:
-            self.drift = last.median.value / median(first).value - 1
-            self.anchor = Anchor(anchor.batch, quantiles_ms(first), quantiles_ms(last.seconds))
+        if began and self._visit(last, deadline) and last.seconds:
+            self.drift = last.median.value / median(began).value - 1
+            self.anchor = Anchor(anchor.batch, quantiles_ms(began), quantiles_ms(last.seconds))
 
     def _visit_s(self, series: Series) -> float:
         return series.guess_s * (WARM_UP[self.region.device.type] + self._steps(series))

@@ -19,7 +19,7 @@ from pybatch.commands import flags
 from pybatch.commands.interrupting import interrupts_heard
 from pybatch.commands.measuring import INCOMPLETE, INTERRUPTED, check_between, check_price, checked_format, typed
 from pybatch.commands.partial import PartialRecord, partial_record
-from pybatch.jobs.options import WatchOptions
+from pybatch.jobs.options import WatchOptions, waiting_for
 from pybatch.records import Note, Run
 from pybatch.report.formats.text import print_run, render
 from pybatch.report.output import Output
@@ -103,6 +103,8 @@ def _told(watching: Watching | None, ending: script.Ending, out: _Out, console: 
         out.say("the script never imported torch, so that there was no training to watch")
         return ending.status
     status = ending.status
+    if ending.how == "interrupt" and watching.rank == 0 and watching.watches and not out.quiet:
+        out.say(waiting_for(watching.options.time_budget))
     try:
         with interrupts_heard(), ProgressLine(console, out.quiet or watching.rank > 0) as bar:
             watching.progress = bar

@@ -47,3 +47,8 @@ class WatchOptions:
     index: int | None = None  # of the optimizer by first step; None: that with most parameters
     time_budget: float = 30.0  # seconds of replays at its end
     command: str = ""  # what the user typed, for the record
+
+
+def waiting_for(time_budget: float) -> str:
+    """What a first Ctrl-C in a training that is watched leads to."""
+    return f"verdict in up to {time_budget:g} s; Ctrl-C again for the record alone"

@@ -24,12 +24,13 @@ from pybatch.base.plain import visible
 from pybatch.base.progress import ProgressLine, looked_at
 from pybatch.device.environment import capture
 from pybatch.device.identity import usable_cores
-from pybatch.jobs.options import WatchOptions
+from pybatch.jobs.options import WatchOptions, waiting_for
 from pybatch.records import Capacity, NoiseScale, Note, Run
 from pybatch.report.formats.html import write_report
 from pybatch.report.formats.text import format_of, print_run, render
 from pybatch.report.output import Output
 from pybatch.watch import summary
+from pybatch.watch.doubts import with_doubts
 from pybatch.watch.finding import plain_name
 from pybatch.watch.noise import REMEDY
 from pybatch.watch.observer import Observer, Subject
@@ -112,6 +113,11 @@ class Watching:
         return self._record(notes, judged=measure)
 
     @property
+    def watches(self) -> bool:
+        """Whether a training was found."""
+        return self._observer.subject is not None
+
+    @property
     def problem(self) -> str:
         """Why nothing was measured, and what may help."""
         stepped = self._observer.optimizers
@@ -150,7 +156,7 @@ class Watching:
             return
         text = f"watching {plain_name(subject.model)} ({count(subject.trained.parameters)} parameters)"
         text += " with updates of the script's own" if self._observer.hand is subject.optimizer else f" with {kind}"
-        if len(optimizers) > 1:
+        if len(optimizers) > 1 and subject.optimizer in optimizers:
             at = next(i for i, one in enumerate(optimizers) if one is subject.optimizer)
             others = ", ".join(f"{i} {type(one).__name__}" for i, one in enumerate(optimizers) if i != at)
             text += f", optimizer {at} of {len(optimizers)}; --optimizer-index takes another: {others}"
@@ -289,6 +295,7 @@ class Watching:
         verdict = None
         if judged:
             verdict = with_input(advise(capacity, noise), training, usable_cores())
+            verdict = with_doubts(verdict, capacity, training if self._capacity is not None else None)
         complete = judged and not notes
         return Run(
             self._created,
@@ -349,6 +356,8 @@ class watch:  # it reads as the verb it is: `with pybatch.watch(): train()`
     def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
         notes = () if kind is None else (Note("run", f"cut: the training ended by {kind.__name__}"),)
         measure = (kind is None or issubclass(kind, KeyboardInterrupt)) and self._watching.options.time_budget > 0
+        if measure and kind is not None and self._watching.rank == 0 and self._watching.watches:
+            self._say(waiting_for(self._watching.options.time_budget))
         with ProgressLine(Console(stderr=True), self._quiet or not looked_at()) as line:
             self._watching.progress = line
             self.run = self._watching.finish(*notes, measure=measure)

@@ -37,6 +37,11 @@ class ByHand(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Nothing: the script has updated its parameters."""
 
+    def holds(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether another optimizer updates some of these parameters."""
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+
     def _cleared(self) -> bool:
         if self._first is None:
             self._first = next((p for group in self.param_groups for p in group["params"] if p.grad is not None), None)

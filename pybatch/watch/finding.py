@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from pybatch.watch.batching import BatchSecond
-from pybatch.watch.by_hand import BACKWARDS
+from pybatch.watch.by_hand import BACKWARDS, ByHand
 
 
 @dataclass(eq=False)
@@ -70,6 +70,7 @@ class Finder:
 
     def start(self) -> None:
         """Put the hooks on."""
+        self._depth, self._called = 0, []  # they may have been taken off within a forward pass
         # torch.compile warns of global hooks, which here do nothing in compiled code.
         before = list(warnings.filters)
         warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
@@ -108,8 +109,18 @@ class Finder:
     def chosen(self, index: int | None) -> Trained | None:
         """The optimizer of this index by first step, None until it has stepped; no index: that with most parameters."""
         if index is not None:
-            return self.trained[index] if index < len(self.trained) else None
+            counted = self.real or self.trained
+            return counted[index] if index < len(counted) else None
         return max(self.trained, key=lambda t: t.parameters)
+
+    def forget(self, optimizer: torch.optim.Optimizer) -> None:
+        """It is none after all."""
+        self.trained = [one for one in self.trained if one.optimizer is not optimizer]
+
+    @property
+    def real(self) -> list[Trained]:
+        """Those that are no updates by hand."""
+        return [one for one in self.trained if not isinstance(one.optimizer, ByHand)]
 
     @property
     def active(self) -> bool:

@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from pybatch.noise.attachment import attach
 from pybatch.noise.handle import Collector, Examples, Handle
 from pybatch.noise.sources.adam_moments import MomentsNoise
 from pybatch.noise.sources.examples import EVERY, ExampleNoise
+from pybatch.noise.sources.fused import OptimizerNoise
 from pybatch.noise.sources.micro_batches import MicroBatchNoise
 from pybatch.optim import FusedOptimizer
 from pybatch.records import NoiseScale
@@ -33,6 +35,7 @@ _SINGLES = 3  # steps of one backward pass each, after which a loop of micro-bat
 _TRIED = 4  # watched steps, after which the cost of one is known; the first compiles and loads
 _SHORT = 0.020  # s; of shorter steps hooks are felt anyway
 _COST = 0.012  # share of a training's time that watching may take
+_ALIKE = 0.01  # share by which what a script counts may differ from the examples seen
 _OFTEN = 1.2  # times more seldom, from which on the source is made anew
 REMEDY = "Give the training two or more backward passes a step (gradient accumulation), or train with Adam or AdamW"
 
@@ -61,6 +64,8 @@ class NoiseWatch:
         self._tried = False  # whether a step was watched: the first one takes longest
         self._watched: list[float] = []  # seconds of watched steps, and of the others
         self._others: list[float] = []
+        self._seen = 0  # examples of steps whose noise the optimizer measures itself,
+        self._counted = 0.0  # and what the script has told it of them
         self.watched = False  # whether the step under way is one whose examples' gradients are taken
         self.begun = False
         self.reasons: list[str] = []
@@ -80,8 +85,15 @@ class NoiseWatch:
         if isinstance(self._handle, Collector):
             self._handle.begin(module, args, kwargs)
 
-    def stepping(self) -> bool:
-        """The optimizer's step begins: whether the passes before it took longer for the sake of the noise scale."""
+    def stepping(self, examples: int = 0) -> bool:
+        """The optimizer's step begins: whether the passes before it took longer for the sake of the noise scale.
+
+        Args:
+            examples: of these passes.
+        """
+        if isinstance(self._handle, OptimizerNoise) and isinstance(self._optimizer, FusedOptimizer):
+            self._seen += examples
+            self._counted += self._optimizer._sums.examples
         self.watched = isinstance(self._handle, ExampleNoise) and self._handle.watching
         return self.watched
 
@@ -114,10 +126,17 @@ class NoiseWatch:
         if handle is None:
             return None
         try:
-            return handle.noise
+            return self._in_examples(handle.noise) if isinstance(handle, OptimizerNoise) else handle.noise
         except PybatchError as error:
             self.reasons.append(str(error).removesuffix("."))
             return None
+
+    def _in_examples(self, noise: NoiseScale) -> NoiseScale:
+        """An optimizer's own noise scale is in what the script gave `accumulate(n)`, which may be tokens."""
+        per_example = self._counted / self._seen if self._seen and self._counted else 1.0
+        if abs(per_example - 1.0) < _ALIKE:
+            return noise
+        return replace(noise, unit="counts").in_examples(per_example)
 
     def _leave(self, reason: str) -> None:
         if self._handle is not None:
@@ -153,11 +172,13 @@ class NoiseWatch:
         if any(hasattr(p, "_handle") and hasattr(p, "_params") for p in model.parameters()):
             raise UsageError(f"{type(model).__name__} is of FSDP1, whose gradients are not seen. Use fully_shard")
         optimizer = self._optimizer
-        if isinstance(optimizer, FusedOptimizer) and self._scaler is None and self._passes < 2:
-            try:
-                return attach(model, optimizer)  # it measures itself, where it was made with noise=True
-            except UsageError:
-                pass
+        if isinstance(optimizer, FusedOptimizer) and optimizer.accumulates and self._passes > 1:
+            if optimizer.measures:
+                return OptimizerNoise(optimizer)  # exact, in the pass that adds the gradients up
+            raise UsageError(
+                f"{type(optimizer).__name__}.accumulate() takes the gradients away before they can be looked at; made "
+                "with noise=True it measures them itself"
+            )
         handle = attach(model, optimizer, None, **self._common, scaler=self._scaler) if _shared(model) else None
         if handle is not None or self._passes < 2:
             return handle

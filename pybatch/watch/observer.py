@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._pytree import tree_leaves
 
 from pybatch.noise.hooks import Hook
+from pybatch.optim import FusedOptimizer
 from pybatch.watch.batching import Batching, examples_in, find_batching
 from pybatch.watch.by_hand import ByHand
 from pybatch.watch.finding import Finder, Trained, compiled, kinds_of, scaler_of
@@ -29,6 +30,7 @@ from pybatch.watch.steps import Steps
 from pybatch.watch.together import together
 
 _KEEP_EVERY = 50  # passes from one that is kept to the next
+_CLIPPING = 3  # steps of the training in which it is looked whether gradients are clipped
 _SETTLED = 2  # steps of an optimizer, after which all that take part have stepped as a rule
 
 
@@ -96,6 +98,7 @@ class Observer:
         self._evaluations = 0  # backward passes within the optimizer's step
         self._first: Tensor | None = None  # a parameter that is trained
         self._versions: list[tuple[Tensor, int]] = []
+        self._looked_until = 0  # steps, up to which it is looked whether gradients are clipped
 
     def start(self) -> None:
         """Put the hooks on."""
@@ -126,8 +129,8 @@ class Observer:
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """All that have stepped, in the order of their first steps."""
-        return [trained.optimizer for trained in self._finder.trained]
+        """All that have stepped, in the order of their first steps; updates by hand where there are no others."""
+        return [trained.optimizer for trained in self._finder.real or self._finder.trained]
 
     # Steps.
 
@@ -140,12 +143,14 @@ class Observer:
             changes = [p.grad._version - version for p, version in self._versions if p.grad is not None]
             self.subject.clipped = bool(changes) and min(changes) > (self.subject.scaler is not None)
             self._versions = []
-        if self.noise is not None and self.noise.stepping():
+        if self.noise is not None and self.noise.stepping(self.steps.examples):
             self.steps.unusual()
         self.steps.updating()
 
     @harmless
     def _end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.hand is not None and optimizer is not self.hand and self.hand.holds(optimizer):
+            self._give_up_hand(self.hand)
         subject, steps = self.subject, self.steps
         if self._finder.active or self._unseen(optimizer):
             self._look(optimizer)
@@ -170,6 +175,23 @@ class Observer:
         if self.hand is None:
             self.hand = ByHand(model)
             self._removals.append(self.hand.remove)
+
+    def _give_up_hand(self, hand: ByHand) -> None:
+        """An optimizer steps after all: the many backward passes before were one step's."""
+        hand.remove()
+        self.hand = None
+        self._finder.forget(hand)
+        if self.subject is None or self.subject.optimizer is not hand:
+            return
+        for remove in self._own:
+            remove()
+        if self.noise is not None:
+            self.noise.detach()
+        self._own, self.subject, self.steps, self.noise = [], None, None, None
+        self.kept = self._pass = None
+        self._in_pass = False
+        if not self._finder.active:
+            self._finder.start()
 
     def _unseen(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this one came late, and is to be told apart from those that came first."""
@@ -205,6 +227,7 @@ class Observer:
         subject = Subject(trained, model, first.device, scaler, marks=marks, world=world)
         self.subject, self.steps, self.noise = subject, Steps(marks_for(first.device)), None
         self.steps.count = trained.steps
+        self._looked_until = trained.steps + _CLIPPING
         self._own = []
         if model is not None:
             self._own = self._hooks(model)
@@ -292,8 +315,15 @@ class Observer:
             return
         self._passes += 1
         self._evaluations += self._in_step
-        self.steps.backward(examples, self._first is None or self._first.grad is None)
+        self.steps.backward(examples, self._cleared())
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._passed(kept))
+
+    def _cleared(self) -> bool:
+        """Whether the gradients of the passes before are gone; `accumulate` of pybatch's optimizers moves them away."""
+        optimizer = self.subject.optimizer if self.subject is not None else None
+        if isinstance(optimizer, FusedOptimizer) and optimizer._sums.under_way:
+            return False
+        return self._first is None or self._first.grad is None
 
     @harmless
     def _passed(self, kept: Pass | None) -> None:
@@ -303,7 +333,8 @@ class Observer:
         self.steps.passed()
         if kept is not None and kept.complete:
             self.kept, self._pass = kept, None
-        if self._passes <= 3 and self.subject.world == 1:  # DDP writes gradients after this
+        # At every pass of a step, as the next one adds to the same gradients. DDP writes gradients after this.
+        if self.steps.count < self._looked_until and self.subject.world == 1:
             params = [p for group in self.subject.optimizer.param_groups for p in group["params"]]
             self._versions = [(p, p.grad._version) for p in params if p.grad is not None]
 

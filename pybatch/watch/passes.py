@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,8 @@ class Pass:
     batching: Batching
     autocast: dict[str, torch.dtype]  # by kind of device, where it was on
     training: bool
+    modes: tuple[tuple[nn.Module, bool], ...] = ()  # of each module: a frozen layer may be in evaluation mode
+    trained: tuple[tuple[nn.Parameter, bool], ...] = ()  # of each parameter, whether it needed a gradient
     outputs: int = 0  # tensors among the leaves of the output
     gradients: dict[int, Tensor | tuple[int, ...]] = field(default_factory=dict)  # by leaf; a shape: to be drawn
     drawn: bool = False
@@ -35,7 +37,9 @@ class Pass:
         """A forward pass with these arguments begins, in the autocast that is on now."""
         kinds = ("cpu", "cuda")
         on = {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-        return Pass(model, arguments, batching, on, model.training)
+        modes = tuple((module, module.training) for module in model.modules())
+        trained = tuple((p, p.requires_grad) for p in model.parameters())
+        return Pass(model, arguments, batching, on, model.training, modes, trained)
 
     def keep(self, leaf: int, gradient: Tensor) -> None:
         """The gradient that has come to a leaf of the output."""
@@ -44,10 +48,30 @@ class Pass:
         else:
             self.gradients[leaf] = gradient.detach()
 
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """In here modules are in the modes of the pass, which a script that ends with an evaluation has left."""
+        now = [(module, module.training) for module, _ in self.modes]
+        needed = [(p, p.requires_grad) for p, _ in self.trained]
+        try:
+            _set(self.modes, self.trained)
+            yield
+        finally:
+            _set(now, needed)
+
     @property
     def complete(self) -> bool:
         """Whether a gradient came."""
         return bool(self.gradients)
+
+
+def _set(modes: Iterable[tuple[nn.Module, bool]], trained: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    for module, training in modes:
+        if module.training != training:  # train() and eval() would go on to the modules inside
+            module.training = training
+    for p, needed in trained:
+        if p.requires_grad != needed:
+            p.requires_grad_(needed)
 
 
 class Loaded:

@@ -143,7 +143,7 @@ def replay(what: Replay) -> Capacity:
     looks: dict[int, Look] = {}
     notes = [Note("batches", f"steps {REPLAYED}, forward, backward and update; all was put back")]
     ceilings: Ceilings | None = None
-    with short_collections(), put_back(what.kept.model, what.optimizers):
+    with short_collections(), put_back(what.kept.model, what.optimizers), what.kept.as_it_was():
         memory = PeakMemory(device)
         what.progress("replay: first look", 0.0)
         for n in sizes_around(own, what.world):
@@ -173,12 +173,12 @@ def replay(what: Replay) -> Capacity:
             share_done = (clock.now() - started) / budget
             what.progress(f"replay: batch {series.batch}, {done} of {len(working)} batch sizes steady", share_done)
 
-        rounds.run(working, deadline, visited)
+        rounds.run(working, deadline, visited, first=own)
         step.clear()
     points = [point(look, n, rounds.series.get(n), ceilings) for n, look in sorted(looks.items())]
-    if len(working) == 1:
-        first = next((look.reason for look in looks.values() if look.status == "skipped" and not look.late), None)
-        notes.append(Note("batches.status", f"no other batch size than {own} runs: {first}"))
+    timed = [p.batch for p in points if p.status == "ok" and p.step_ms is not None]
+    if len(timed) < 2:
+        notes.append(Note("batches.status", _alone(own, looks, budget)))
     samples = {s.batch: s.blocks for s in rounds.series.values() if s.seconds}
     if together is not None:
         text = f"a batch is over {together.world} processes, which count as one device here; memory is of one of them"
@@ -205,6 +205,18 @@ def _late(step_s: float, spent: float, budget: float) -> str | None:
     if step_s > _LONGEST * budget:
         return f"a step would take about {step_s:.2g} s, too long for the time budget of {budget:g} s"
     return f"the time budget of {budget:g} s ended before it was looked at" if spent > _LOOKS * budget else None
+
+
+def _alone(own: int, looks: dict[int, Look], budget: float) -> str:
+    """Why no batch size but the script's own was timed, and what may help."""
+    others = [look for n, look in sorted(looks.items()) if n != own]
+    if all(look.status == "ok" or look.late for look in others):
+        return (
+            f"no other batch size than {own} was timed: the time budget of {budget:g} s ended before. Give more by "
+            "--time-budget"
+        )
+    refused = next(look for look in others if look.status != "ok" and not look.late)
+    return f"no other batch size than {own} runs: {refused.reason}"
 
 
 def _several(device: Device, world: int) -> Device:

@@ -8,12 +8,13 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pybatch.optim import FusedOptimizer
+from pybatch.watch.contents import Contents
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
@@ -22,9 +23,10 @@ _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 def put_back(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
     """In here steps may be made; afterwards all is as it was, and every tensor the same object.
 
-    Parameters, gradients, buffers and other tensors and attributes of modules, states and groups of the optimizers,
-    and the random generators of torch, NumPy, Python and of the modules. Rates are 0 in here, so that repeated steps
-    over one batch lead nowhere, and hooks of the optimizers' own do not run.
+    Parameters, gradients, buffers and other attributes of modules, with the tensors, containers, arrays and objects
+    inside of them to a depth of 8, hooks apart; states and groups of the optimizers likewise; and the random generators
+    of torch, NumPy, Python and of the modules. Rates are 0 in here, so that repeated steps over one batch lead nowhere,
+    and hooks of the optimizers' own do not run.
     """
     kept: list[_Kept] = [_Model(model), *(_Optimizer(optimizer) for optimizer in optimizers), _Random(model)]
     try:
@@ -49,7 +51,8 @@ class _Values:
     def restore(self) -> None:
         for tensor, held in self._pairs:
             if not _same(tensor, held):  # a step that changed nothing leaves no trace, such as a higher version
-                tensor.copy_(held)
+                with torch.inference_mode(tensor.is_inference()):
+                    _unexpanded(tensor).copy_(_unexpanded(held, tensor))
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -64,13 +67,24 @@ def _same(tensor: Tensor, held: Tensor) -> bool:
     return torch.equal(tensor.detach(), held)  # NaN is not equal, and is written anew
 
 
+def _unexpanded(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Each number once, where dimensions of a tensor (of `like`) are expanded: such a one takes no copy as a whole."""
+    like = tensor if like is None else like
+    if type(like.data) is Tensor and like.layout is torch.strided:
+        for dim, (size, stride) in enumerate(zip(like.shape, like.stride(), strict=True)):
+            tensor = tensor.narrow(dim, 0, 1) if size > 1 and stride == 0 else tensor
+    return tensor
+
+
 class _Model:
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, _attributes(module)) for module in model.modules()]
-        own = [value for m, _ in self._modules for value in vars(m).values() if isinstance(value, Tensor)]
+        self._modules = [(module, dict(vars(module))) for module in model.modules()]
+        inside = [value for _, held in self._modules for name, value in held.items() if "_hooks" not in name]
         parameters = list(model.parameters())
-        self._values = _Values([*parameters, *model.buffers(), *own])
-        self._gradients = [(p, p.grad) for p in parameters]
+        gradients = [(p, p.grad) for p in parameters]
+        self._contents = Contents(inside)
+        self._values = _Values([*parameters, *model.buffers(), *self._contents.tensors])
+        self._gradients = gradients
         for p in parameters:
             p.grad = None
 
@@ -79,36 +93,11 @@ class _Model:
             for name in set(vars(module)) - set(attributes):
                 del vars(module)[name]
             for name, value in attributes.items():
-                if isinstance(value, _Entries):
-                    value.restore()
-                else:
-                    vars(module)[name] = value
+                vars(module)[name] = value
+        self._contents.restore()
         for p, gradient in self._gradients:
             p.grad = gradient
         self._values.restore()
-
-
-class _Entries:
-    """A dictionary or list of a module, with what it held."""
-
-    def __init__(self, holder: Any) -> None:
-        self._holder, self._held = holder, holder.copy()
-
-    def restore(self) -> None:
-        if isinstance(self._holder, list):
-            self._holder[:] = self._held
-        elif [(k, id(v)) for k, v in self._holder.items()] != [(k, id(v)) for k, v in self._held.items()]:
-            self._holder.clear()
-            self._holder.update(self._held)
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module's attributes are; of its plain dictionaries and lists their entries."""
-    own = {}
-    for name, value in vars(module).items():
-        inside = name in ("_parameters", "_buffers", "_modules") or type(value) is list
-        own[name] = _Entries(value) if inside and type(value) in (dict, list, OrderedDict) else value
-    return own
 
 
 class _Optimizer:
@@ -120,12 +109,11 @@ class _Optimizer:
         self._groups = [(group, dict(group)) for group in optimizer.param_groups]
         self._states = {param: dict(state) for param, state in optimizer.state.items()}
         held = [value for state in self._states.values() for value in state.values()]
+        own = vars(optimizer).items() if not isinstance(optimizer, FusedOptimizer) else ()
+        apart = (optimizer.state, optimizer.param_groups, optimizer.defaults)
+        self._contents = Contents([*held, *(value for name, value in own if "_hooks" not in name)], apart)
         rates = [value for _, group in self._groups for value in group.values() if isinstance(value, Tensor)]
-        self._values = _Values([*(value for value in held if isinstance(value, Tensor)), *rates])
-        self._plain = {
-            param: {name: copy.deepcopy(value) for name, value in state.items() if _changeable(value)}
-            for param, state in self._states.items()
-        }
+        self._values = _Values([*self._contents.tensors, *rates])
         for name in _HOOKS:
             setattr(optimizer, name, OrderedDict())
         for group in optimizer.param_groups:
@@ -139,12 +127,13 @@ class _Optimizer:
         vars(optimizer).clear()
         vars(optimizer).update(self._attributes)
         self._restore_groups()
+        self._contents.restore()
         self._values.restore()
         for param in [param for param in optimizer.state if param not in self._states]:
             del optimizer.state[param]
         for param, state in self._states.items():
             optimizer.state[param].clear()
-            optimizer.state[param].update(state | self._plain[param])
+            optimizer.state[param].update(state)
         if self._saved is not None:
             optimizer.load_state_dict(self._saved)
             self._restore_groups()
@@ -154,10 +143,6 @@ class _Optimizer:
             group.clear()
             group.update(held)
         self._optimizer.param_groups[:] = [group for group, _ in self._groups]
-
-
-def _changeable(value: Any) -> bool:
-    return not isinstance(value, Tensor | int | float | str | bytes | tuple | type(None))
 
 
 class _Random:

@@ -116,6 +116,11 @@ class Steps:
             self._close(*self._waiting.popleft())
 
     @property
+    def examples(self) -> int:
+        """Of the passes of the step under way."""
+        return sum(self._open.sizes) if self._open is not None else 0
+
+    @property
     def micro_batch(self) -> int | None:
         """Examples of a pass: the most frequent number, as the last one of an epoch may have fewer."""
         return self.sizes.most_common(1)[0][0] if self.sizes else None

@@ -102,7 +102,8 @@ def test_ctrl_c_leads_to_the_verdict_and_a_second_one_to_the_record(folder):
             while "replay" not in (line := process.stderr.readline()):
                 assert line
             process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        said = process.communicate(timeout=60)[1]
+        assert twice or "pybatch: verdict in up to 2 s; Ctrl-C again for the record alone\n" in said
         assert process.returncode == 130
         run = Run.from_json((folder / output).read_text())
         assert not run.complete

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import pybatch.optim
 from pybatch.jobs.options import WatchOptions
 from pybatch.jobs.watch import Enough, Watching
 from pybatch.records import Ceilings
@@ -379,3 +380,114 @@ def test_inputs_that_cannot_be_resized(what):
         for text in [*(n.text for n in run.capacity.notes), *(p.reason for p in run.capacity.batches)]
     )
     assert run.verdict.best_batch is None
+
+
+@pytest.mark.parametrize(("noise", "counted"), [(True, 32), (True, 320), (False, 32)])
+def test_gradients_that_the_optimizer_takes_away_are_no_cleared_ones(noise, counted):
+    """`accumulate()` leaves `.grad` None after every pass; what it measures itself is the noise scale of the run."""
+    torch.manual_seed(0)
+    model = Scripted()
+    optimizer = pybatch.optim.AdamW(model.parameters(), lr=0.01, noise=noise)
+
+    def script():
+        for _ in range(60):
+            for _ in range(4):
+                x, y = batch(32)
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.accumulate(counted)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    run, _, watching = watched(script, time_budget=0.1)
+    assert (run.training.batch, run.training.micro_batch, run.training.accumulation) == (128, 32, 4)
+    timed = watching._observer.steps.usual
+    assert {step.sizes for step in timed} == {(32,) * 4}
+    if noise:
+        assert run.noise.b_simple == pytest.approx(optimizer.noise.b_simple * 32 / counted)  # in examples
+        assert run.noise.large_batch == pytest.approx(128)
+        assert run.noise.status == "resolved"
+        assert run.noise.steps >= 30  # the newest stretch of 60
+    else:
+        assert run.noise is None
+        assert any("noise=True" in note.text for note in run.notes if note.figure == "noise")
+
+
+@pytest.mark.parametrize(("micro", "clip"), [(6, False), (6, True), (4, False), (1, True)])
+def test_gradients_that_add_up_are_not_clipped_ones(micro, clip):
+    model, optimizer = plain(norm=False, kind="sgd")
+    run, _, _ = watched(lambda: train(model, optimizer, 8, micro=micro, clip=clip), time_budget=0.01)
+    assert ("gradient clipping" in run.training.wrapped) == clip
+
+
+def test_a_script_that_ends_with_an_evaluation_is_replayed_as_it_trained():
+    """Each layer in its own mode of the pass, a frozen one's too, and all as the script left it afterwards."""
+    model, optimizer = plain()
+    seen = []
+    model.body[1].register_forward_pre_hook(
+        lambda norm, args: seen.append((model.training, norm.training, model.head.weight.requires_grad))
+    )
+
+    def script():
+        model.train()
+        model.body[1].eval()
+        for _ in range(12):
+            x, y = batch()
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x)["logits"], y).backward()
+            optimizer.step()
+        model.eval()
+        model.requires_grad_(False)
+        seen.clear()
+
+    run, _, _ = watched(script, time_budget=0.1)
+    assert any(p.status == "ok" for p in run.capacity.batches)
+    assert set(seen) == {(True, False, True)}
+    assert not any(module.training for module in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("passes", "parts", "cleared"), [(16, 2, False), (40, 1, False), (12, 2, True)])
+def test_many_passes_before_the_first_step_are_no_updates_by_hand(passes, parts, cleared):
+    """Also where gradients are moved away after each pass, so that steps by hand seemed to be made."""
+    model = Net(norm=False)
+    given = [list(model.body.parameters()), list(model.head.parameters())] if parts == 2 else [list(model.parameters())]
+    optimizers = [torch.optim.SGD(params, lr=0.1) for params in given]
+
+    def script():
+        for _ in range(8):
+            sums = [torch.zeros_like(p) for p in model.parameters()]
+            for _ in range(passes):
+                x, y = batch()
+                (nn.functional.cross_entropy(model(x)["logits"], y) / passes).backward()
+                for p, total in zip(model.parameters(), sums, strict=True):
+                    if cleared:
+                        total += p.grad
+                        p.grad = None
+            for p, total in zip(model.parameters(), sums, strict=True):
+                p.grad = total if cleared else p.grad
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    run, said, watching = watched(script, time_budget=0.05)
+    assert run.training.optimizer == "SGD"
+    assert run.training.steps == 8
+    assert watching._observer.hand is None
+    assert len(watching._observer.optimizers) == parts
+    assert "ByHand" not in " ".join(said)
+    if not cleared:
+        assert (run.training.batch, run.training.accumulation) == (16 * passes, passes)
+    if parts == 2:
+        assert "SGD, optimizer 0 of 2; --optimizer-index takes another: 1 SGD" in said[-1]
+
+
+def test_the_own_batch_is_timed_first_where_time_is_short(monkeypatch):
+    """And that the time budget ended is said, with the remedy."""
+    monkeypatch.setattr(replay, "_LOOKS", 0.0)
+    monkeypatch.setattr("pybatch.capacity.timing._QUANTUM_S", 0.2)
+    model, optimizer = plain(norm=False)
+    run, _, _ = watched(lambda: train(model, optimizer, 30), time_budget=0.5)
+    assert [p.batch for p in run.capacity.batches if p.step_ms is not None] == [16]
+    assert any(
+        "time budget of 0.5 s ended" in note.text and "--time-budget" in note.text for note in run.capacity.notes
+    )
