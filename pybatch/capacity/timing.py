@@ -105,12 +105,12 @@ class Rounds:
     ) -> None:
         """Time the batch sizes of `guesses` (batch -> expected seconds of a step) until `deadline` of the clock.
 
-        The anchor is the batch size `first`, or where it is None the middle one.
+        The anchor is the batch size `first`, which is timed whatever the deadline, or where it is None the middle one.
         """
         self.series = {n: Series(n, guess) for n, guess in guesses.items()}
         anchor = self.series[sorted(guesses)[len(guesses) // 2] if first is None else first]
         reserve = self._visit_s(anchor)
-        self._visit(anchor, deadline)
+        self._visit(anchor, deadline if first is None else math.inf)
         began = list(anchor.seconds)
         on_visit(anchor)
         while True:
