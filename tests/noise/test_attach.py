@@ -296,6 +296,22 @@ def test_preconditioned_is_the_weighted_loop():
         pybatch.noise.attach(model, torch.optim.SGD(model.parameters()), preconditioned=True)
 
 
+def test_a_fused_optimizer_made_without_noise_is_measured_as_any_other():
+    found = []
+    for kind in (torch.optim.AdamW, AdamW):
+        torch.manual_seed(0)
+        model, optimizer = regression(kind=kind)
+        handle = pybatch.noise.attach(model, optimizer)
+        for _ in range(12):
+            for _ in range(2):
+                (regression_loss(model, 8) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(handle.noise)
+    assert (found[1].source, found[1].steps) == ("micro-batches", 12)
+    assert found[1].trace == pytest.approx(found[0].trace, rel=1e-4)
+
+
 def test_a_fused_optimizer_measures_itself():
     model, optimizer = regression(kind=AdamW, noise=True)
     handle = pybatch.noise.attach(model, optimizer)
@@ -307,8 +323,6 @@ def test_a_fused_optimizer_measures_itself():
     assert handle.noise == optimizer.noise
     assert handle.noise.steps == 12
     assert handle.state_dict() == {}
-    with pytest.raises(UsageError, match="made without noise=True"):
-        pybatch.noise.attach(*regression(kind=AdamW))
     counted = pybatch.noise.attach(model, optimizer, unit="tokens").noise
     assert counted == dataclasses.replace(optimizer.noise, unit="tokens")
     assert counted.in_examples(4.0).large_batch == 4.0

@@ -164,8 +164,9 @@ def test_an_unknown_layer_is_refused_where_the_source_was_asked_for():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(UsageError, match="'count'"):
         pybatch.noise.attach(model, optimizer, "per-example", examples="count")
-    with pytest.raises(UsageError, match="every 0"):
-        pybatch.noise.attach(model, optimizer, "per-example", every=0)
+    for every in (0, 2.5, "3"):
+        with pytest.raises(UsageError, match=f"every={every!r}: give"):
+            pybatch.noise.attach(model, optimizer, "per-example", every=every)
     pybatch.noise.attach(model, optimizer, "per-example")
     with pytest.raises(UsageError, match="'weight'"):
         model(images(4)[0])

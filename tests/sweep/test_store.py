@@ -294,16 +294,21 @@ def test_a_page_damaged_after_opening_is_named_and_the_rest_is_kept(path):
 
 
 def test_a_trajectory_that_cannot_be_unpacked_names_the_store(path):
+    """Where another process spoils it; one that is spoiled is refused when it is opened, and left as it is."""
     filled(path, 1)
-    db = sqlite3.connect(path)
-    with db:
-        db.execute("UPDATE trial SET train = X'00'")
-    db.close()
     with Store(path, HERE) as store:
+        db = sqlite3.connect(path)
+        with db:
+            db.execute("UPDATE trial SET train = X'00'")
+        db.close()
         for use in (lambda: store.outcomes([trial()]), lambda: store.put(outcome(last=400))):
             with pytest.raises(StoreError, match=r"runs\.db' cannot be .*trajectory cannot be read"):
                 use()
         assert store.claim([trial(1).key])  # the transaction that failed was rolled back
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=r"runs\.db' is damaged: trial .*trajectory cannot be read.*restore it"):
+        Store(path, HERE)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("replaced", [False, True])
