@@ -51,7 +51,8 @@ class _Values:
     def restore(self) -> None:
         for tensor, held in self._pairs:
             if not _same(tensor, held):  # a step that changed nothing leaves no trace, such as a higher version
-                with torch.inference_mode(tensor.is_inference()):
+                # inference_mode(False) would turn gradients on, and a leaf that has one takes no copy then.
+                with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
                     _unexpanded(tensor).copy_(_unexpanded(held, tensor))
 
 
