@@ -149,7 +149,7 @@ def plain(norm=True, kind="adamw"):
 def test_what_is_found_and_measured():
     """The usual batch, not the smaller last one of an epoch; shares that add up; a fit around it; largest predicted."""
     model, optimizer = plain(norm=False)
-    run, said, _ = watched(lambda: train(model, optimizer, 200), time_budget=2.0)
+    run, said, _ = watched(lambda: train(model, optimizer, 200), time_budget=6.0)
     training, noise = run.training, run.noise
     assert (training.model, training.optimizer, training.batch, training.steps) == ("Net", "AdamW", 16, 200)
     assert said == ["watching Net (387 parameters) with AdamW"]
@@ -157,14 +157,12 @@ def test_what_is_found_and_measured():
     assert sum(parts) == pytest.approx(1.0, abs=0.02)
     assert all(part > 0 for part in parts)
     assert [p.batch for p in run.capacity.batches] == [4, 8, 16, 32, 64, 128, 256]
-    left = [p for p in run.capacity.batches if p.status != "ok"]  # by a machine that is busy
-    assert len(left) <= 4
-    assert all("time budget" in p.reason for p in left)
+    assert all(p.status == "ok" for p in run.capacity.batches)
     assert run.capacity.workload.optimizer == "adamw"
     assert run.capacity.max_batch_verified in (False, None)
     assert (noise.source, noise.large_batch) == ("per-example", pytest.approx(16, rel=0.1))
     assert run.verdict.critical_source == "noise"
-    assert run.complete == (not left)
+    assert run.complete
 
 
 def test_evaluations_and_small_batches_are_not_in_a_steps_time():
