@@ -57,11 +57,12 @@ class Schedule(Shown):
     steps_saved_high: float = field(metadata=figure("high", form=n.share, within="steps_saved"))
     source: ScheduleSource
     rate_rule: str = field(metadata=figure("rate rule", form=n.plain))
-    text: str = ""  # the first line
+    answer: str = ""  # the first line: the batch sizes
+    because: str = ""  # one sentence: what they save
     notes: tuple[Note, ...] = ()
 
     def __str__(self) -> str:
-        return self.text
+        return f"{self.answer} {self.because}"
 
     def batch_at(self, examples: int) -> int:
         """The batch size of the update after so many examples."""

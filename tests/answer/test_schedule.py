@@ -94,7 +94,7 @@ def test_a_constant_critical_batch_wants_one_batch():
     assert [stage.batch for stage in found.stages] == [64]
     assert found.steps_saved == pytest.approx(0.0, abs=1e-9)
     assert found.steps == pytest.approx(1e6 / 64, rel=1e-3)
-    assert found.text == "Keep batch 64: no doubling along the run saves steps."
+    assert str(found) == "Keep batch 64 for the whole run. No doubling along it saves steps."
 
 
 def test_stages_follow_each_other_and_rise():
@@ -173,8 +173,7 @@ def test_a_record_survives_json_and_says_its_first_line():
     found = plan_schedule(*(lambda course, taken: (course,))(*quadratic()), steps=1000)
     run = r.Run("", None, schedule=found)
     assert r.Run.from_json(run.to_json()).schedule == found
-    assert found.text.startswith("Use batch ")
-    assert str(found) == found.text
+    assert found.answer.startswith("Use batch ")
 
 
 @pytest.mark.parametrize(
@@ -202,9 +201,9 @@ def test_bad_arguments(asked, says):
 @pytest.mark.parametrize(
     ("run", "says"),
     [
-        (r.Run("", None), "it has 0 readings"),
-        (watched([]), "it has one noise scale.*pybatch watch"),
-        (watched([point(1, 10, 5.0, 3.0, 9.0)]), "it has 1 reading"),
+        (r.Run("", None), "has 0 readings"),
+        (watched([]), "has one noise scale.*pybatch watch"),
+        (watched([point(1, 10, 5.0, 3.0, 9.0)]), "has 1 reading"),
     ],
 )
 def test_a_record_without_a_trajectory_says_what_to_measure(run, says):
