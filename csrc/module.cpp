@@ -86,6 +86,7 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("clip", &Call::clip)
         .def_readwrite("row_norms", &Call::row_norms)
         .def_readwrite("prepare", &Call::prepare)
+        .def_readwrite("unscale", &Call::unscale)
         .def_readwrite("follow", &Call::follow)
         .def_readwrite("max_norm", &Call::max_norm)
         .def_readwrite("inverse", &Call::inverse)
