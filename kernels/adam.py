@@ -32,7 +32,7 @@ def take(moments, g, first, second):
 def move(moments, first, second):
     """The bias-corrected step."""
     _rate1, _beta2, _rate2, size, correction2, eps = moments
-    return size * first / (tl.sqrt_rn(second) * correction2 + eps)
+    return size * first / (tl.sqrt(second) * correction2 + eps)
 
 
 @triton.jit
