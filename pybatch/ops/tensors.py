@@ -262,8 +262,8 @@ def refuse_capture(device: torch.device, why: str) -> None:
     if capturing(device):
         raise UsageError(
             f"a fused optimizer in the capture of a CUDA graph: {why}, so tables would have to be uploaded. Take the "
-            "same step before the capture, keep gradients in place (zero_grad(set_to_none=False); for accumulate() give "
-            "p.grad the same tensors), and give lr as a tensor on the device."
+            "same step before the capture, keep gradients in place (zero_grad(set_to_none=False); for accumulate() "
+            "give p.grad the same tensors), and give lr as a tensor on the device."
         )
 
 
