@@ -107,6 +107,7 @@ PYBIND11_MODULE(_C, m) {
              py::arg("dtype").noconvert())
         .def_static("versions", &Snapshot::versions, py::arg("tensors"), py::arg("version").noconvert());
 
+    m.def("imprints", &imprint::usable);  // whether a Snapshot goes by them
     m.def("plan", &plan_chunks, py::arg("sizes"), py::arg("chunk"));
     m.def("cpu_width", &cpu_width);
     m.def("cpu_widths", &cpu_widths);

@@ -12,7 +12,10 @@ import torch
 from pybatch import ops
 from pybatch.base.errors import UsageError
 
-STATE_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # as torch names them
+STATE_DTYPES: dict[torch.dtype, Literal["fp32", "bf16"]] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+}  # as torch names them
 DEFAULT_SEED = 0  # of stochastic rounding where the user gives none
 
 
@@ -73,10 +76,10 @@ class Options:
             raise UsageError("differentiable=True: a fused step has no gradient of its own. Use the torch.optim twin.")
         kind = own.get("state_dtype", "fp32")
         if isinstance(kind, torch.dtype) and kind in STATE_DTYPES:
-            own["state_dtype"] = STATE_DTYPES[kind]  # type: ignore[typeddict-item]
+            own["state_dtype"] = STATE_DTYPES[kind]
         own.pop("foreach", None)
         own.pop("fused", None)
-        return cls(**own)  # type: ignore[misc]
+        return cls(**own)  # type: ignore[misc, arg-type]
 
     @property
     def stochastic(self) -> bool:
