@@ -116,6 +116,7 @@ def bench(
             return
         with delivery.measuring(options.time_budget) as progress:
             delivery.run = _run(found, device, options, progress, earlier, partial.write if partial else None)
+        delivery.kept = html
         status = delivery.deliver()
         run = delivery.run
         if run is not None and partial is not None and delivery.written:

@@ -537,6 +537,7 @@ def test_doctor_says_what_is_compiled_and_why_a_counter_is_missing(pybatch):
     assert status == 0
     for word in ("cpp", "cuda", "triton", "vector", "sm_active"):
         assert word in out
+    assert " ".join(out.split()).count("a GPU's counter; this run is on a CPU") <= 1  # one line, whatever it is of
 
 
 def test_list_names_what_ships(pybatch):
