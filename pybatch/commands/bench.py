@@ -104,6 +104,7 @@ def bench(
         Delivery(format_, output, quiet, verbose, price) as delivery,
         Output(html) if html is not None else nullcontext(),
     ):
+        delivery.partial = partial.path if partial is not None else None
         found, device = subject.find(options.dtype)
         from pybatch.capacity.modes import Mode
 

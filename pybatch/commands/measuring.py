@@ -146,6 +146,7 @@ class Delivery:
         self.run: Run | None = None  # what was measured; None in all but one of torchrun's processes
         self.written = False
         self.fault: Exception | None = None  # of pybatch, in the middle of the measurement
+        self.partial: Path | None = None  # the record that outlives this process, should it have to be ended
         self._heard = ExitStack()
 
     def __enter__(self) -> Self:
@@ -175,7 +176,12 @@ class Delivery:
 
         line = ProgressLine(Console(stderr=True), self.quiet or local_rank() > 0)
         try:
-            with stdout_to_stderr(), interrupts_heard(), line as progress, watched(progress.line, budget):
+            with (
+                stdout_to_stderr(),
+                interrupts_heard(),
+                line as progress,
+                watched(progress.line, budget, self._give_up),
+            ):
                 yield progress
         except Interrupted as stop:
             self.run = stop.partial
@@ -185,6 +191,14 @@ class Delivery:
             self.run, self.fault = carried(error), error
             if self.run is None:
                 raise
+
+    def _give_up(self, why: str) -> None:
+        """End this process, whose main thread does not come back."""
+        kept = "nothing that was measured could be kept"
+        if self.partial is not None and self.partial.exists():
+            kept = f"what was measured is in {self.partial}, and --resume goes on with it"
+        os.write(2, visible(f"pybatch: {why}. The run ends here: {kept}.\n").encode(errors="backslashreplace"))
+        os._exit(INCOMPLETE)
 
     def deliver(self) -> int:
         """Write and print the run; the exit status."""
