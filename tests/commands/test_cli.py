@@ -567,6 +567,21 @@ def test_threads_spin_shortly_unless_the_user_says_otherwise(pybatch, monkeypatc
     assert kept.items() <= capture(seed=0).variables.items()
 
 
+@pytest.mark.parametrize(("flags", "doublings"), [(["--quick"], 2), ([], 1)])
+def test_a_quick_run_quadruples_the_batch_from_one_size_to_the_next(pybatch, monkeypatch, flags, doublings):
+    """Half as many sizes, each timed twice as long: 25 s do not suffice for all."""
+    seen = []
+
+    def explore_doubling(explorer, deadline, limit, last, at_a_go, runs):
+        seen.append(at_a_go)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measurement, "explore_doubling", explore_doubling)
+    monkeypatch.setattr(measurement, "measure_ceilings", lambda *given: Ceilings(1e11, 1e10))
+    pybatch("bench", "--cpu", *flags)
+    assert seen == [doublings]
+
+
 @pytest.mark.usefixtures("planted_times", "planted_noise")
 def test_a_batch_above_the_data_set_says_how_it_is_drawn(pybatch):
     _, out, _ = pybatch("bench", "--cpu", "--batch", "512,1024,2048", "--time-budget", "20", "--format", "json")
