@@ -186,6 +186,10 @@ def _said(error: Any) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":
         return f"no command was given.\n{error.format_message()}"
     path = context.command_path if context is not None else "pybatch"
+    if path == "pybatch watch" and type(error).__name__ == "NoSuchOption":
+        from pybatch.commands.watch import misplaced
+
+        return f"{error.format_message()}. {misplaced(sys.argv[2:], error.option_name)}"
     return f"{error.format_message()} See '{path} --help'."
 
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -56,8 +57,29 @@ def render_all(runs: Sequence[Run], format_: str, verbose: bool = False) -> str:
     return between.join(parts)
 
 
-def print_run(run: Run, console: Console, verbose: bool = False) -> None:
-    """The table format of a run, the answer first, with the colours and the width of the console it goes to."""
+def notes_in(kept: Path | None) -> str:
+    """Where a reader finds the notes that were not printed, now that the run is over.
+
+    Args:
+        kept: a page, a saved record or a store that has them; None: nothing was kept.
+    """
+    if kept is None:
+        return "--verbose, or keep them: -o run.json, --html page.html"
+    where = visible(shlex.quote(str(kept)))
+    if kept.suffix.lower() in (".html", ".htm"):
+        return f"{where}, under Details"
+    return f"'pybatch report {where}' makes a page with all of them"
+
+
+def print_run(run: Run, console: Console, verbose: bool = False, *, more: str | None = None) -> None:
+    """The table format of a run, the answer first, with the colours and the width of the console it goes to.
+
+    Args:
+        run: what to print.
+        console: where.
+        verbose: every note, not only those that change the answer.
+        more: where the other notes are; None: how to have them the next time.
+    """
     console.print(Text(visible(title(run)), style="bold"))
     console.print()
     answer = answer_of(run)
@@ -67,9 +89,9 @@ def print_run(run: Run, console: Console, verbose: bool = False) -> None:
         console.print()
     parts = sections(run)
     print_sections(parts, console, verbose)
-    if more := 0 if verbose else sum(len(part.details) for part in parts):
+    if left := 0 if verbose else sum(len(part.details) for part in parts):
         console.print()
-        console.print(Text(f"{n.counted(more, 'more note')}: --verbose, or the page (--html)", style="dim"))
+        console.print(Text(f"{n.counted(left, 'more note')}: {more or notes_in(None)}", style="dim"))
 
 
 def print_sections(parts: Sequence[Section], console: Console, verbose: bool = False) -> None:
