@@ -1,13 +1,15 @@
 """Does the advice pay? Regret: time to the target at the recommended batch over that at the best batch.
 
     python bench/regret.py [--workloads digits,scenes,text] [--batch 4-1024*2] [--seeds 3] [--store DIR] [--output FILE]
+                           [--busy N] [--disturbed RUNS]
 
 The judge is an exhaustive sweep with the optimizer that `pybatch bench` trains with, its rate tuned at every batch
 size, and step times measured at the same batches: T(B) = S(B) t(B). Against it stand the batches recommended on the
 noise scale alone, on branched runs, and on a sweep of other seeds: nothing is judged on the runs it was advised from.
 Between batches measured, ln S and ln t are interpolated in ln B. The interval is 95 % over the judge's seeds, drawn
 anew.
-Goals: 1.25, 1.10 and 1.05.
+Goals: 1.25, 1.10 and 1.05. With --disturbed the advice of the noise scale is asked for so many times more with
+--busy processes beside it that never rest; the judge's own times are taken without them. Goal: 1.15 in each.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,7 @@ from pybatch.records import Capacity, Convergence, Verdict
 from pybatch.sweep.measurement import measure_convergence
 from pybatch.workloads.running.finding import find
 
-GOALS = {"noise": 1.25, "branch": 1.10, "sweep": 1.05}
+GOALS = {"noise": 1.25, "branch": 1.10, "sweep": 1.05, "disturbed": 1.15}
 OPTIMIZER = "adamw"  # of `bench`'s own training
 JUDGE = 1000  # first seed of the runs that judge; those that advise count from 0
 RESAMPLES = 400
@@ -90,8 +95,31 @@ def regret(verdict: Verdict | None, measured: dict[int, float], drawn: list[dict
     return row
 
 
-def measure(name: str, batches: list[int], seeds: int, folder: Path | None, jobs: int) -> dict[str, Any]:
-    """Regret of one workload at the three levels of evidence."""
+def spin() -> None:
+    """Does not rest while the process that started it is there."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        pass
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """So many busy processes beside this one."""
+    spawn = multiprocessing.get_context("spawn")
+    started = [spawn.Process(target=spin, daemon=True) for _ in range(count)]
+    for process in started:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+
+
+def measure(
+    name: str, batches: list[int], seeds: int, folder: Path | None, jobs: int, busy: int, disturbed: int
+) -> dict[str, Any]:
+    """Regret of one workload at the three levels of evidence, and of advice on a disturbed machine."""
     begin, workload = time.perf_counter(), find(name)
     target = {"train": workload.target["train"]}
 
@@ -124,6 +152,15 @@ def measure(name: str, batches: list[int], seeds: int, folder: Path | None, jobs
         "branch": thorough.verdict,
         "sweep": advise(plain.capacity, plain.noise, own),
     }
+    beside = []
+    for place in range(disturbed):
+        with neighbours(busy):
+            run = run_bench(find(name), BenchOptions(time_budget=70, seed=place), device="cpu")
+        said = run.verdict.confidence if run.verdict is not None else None
+        beside.append(
+            regret(run.verdict, measured, drawn)
+            | {"confidence": said.level if said else None, "reasons": list(said.reasons) if said else []}
+        )
     best = min(measured, key=measured.__getitem__)
     return {
         "workload": name,
@@ -136,6 +173,7 @@ def measure(name: str, batches: list[int], seeds: int, folder: Path | None, jobs
             level: regret(verdict, measured, drawn) | {"source": verdict.critical_source if verdict else None}
             for level, verdict in verdicts.items()
         },
+        "disturbed": beside,
     }
 
 
@@ -146,19 +184,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--store", type=Path, help="folder of the sweeps, to go on with after a break")
+    parser.add_argument("--busy", type=int, default=2, help="processes beside a disturbed run")
+    parser.add_argument("--disturbed", type=int, default=0, help="runs of `bench` beside busy processes")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     if given.store is not None:
         given.store.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"load": os.getloadavg()[0], "goals": GOALS, "workloads": []}
     for name in given.workloads.split(","):
-        row = measure(name, parse_batches(given.batch), given.seeds, given.store, given.jobs)
+        row = measure(
+            name, parse_batches(given.batch), given.seeds, given.store, given.jobs, given.busy, given.disturbed
+        )
         result["workloads"].append(row)
-        for level, found in row.get("verdicts", {}).items():
+        beside = [("disturbed", found) for found in row.get("disturbed", [])]
+        for level, found in [*row.get("verdicts", {}).items(), *beside]:
             value = f"{found['regret']:.2f}" if found["regret"] is not None else found["reason"]
             if "regret_low" in found:
                 value += f" [{found['regret_low']:.2f}, {found['regret_high']:.2f}]"
-            print(f"{name:10} {level:7} batch {found['best_batch']}: regret {value} (goal {GOALS[level]})", flush=True)
+            print(f"{name:10} {level:9} batch {found['best_batch']}: regret {value} (goal {GOALS[level]})", flush=True)
         if "reason" in row:
             print(f"{name}: {row['reason']}")
         if given.output is not None:

@@ -3,10 +3,11 @@
     python bench/watch.py [--blocks N] [--steps N] [--only NAME ...] [--output FILE]
 
 Two trainings of one model on one thread, of which one (A) is watched, with its record written as it grows: so many
-steps of each follow each other as A B B A and B A A B in turns. A block's ratio is that of its sums; given are the
-median over blocks and its 95 % interval from resampling blocks, of the wall clock and of the processor time of the
-process, which neighbours do not enter. "null" times an unwatched training against another. A run's first steps, in
-which the cost of the noise scale is tried out, are not in it: they are told apart.
+steps of each follow each other as A B B A and B A A B in turns. Given are the ratio of the sums over all blocks, since
+what comes every so many steps counts as well, and its 95 % interval from resampling blocks, of the wall clock and of
+the processor time of the process, which neighbours enter by the caches alone. "null" times an unwatched training
+against another: what its interval spans can't be told from nothing. A run's first steps, in which the cost of the noise
+scale is tried out, are not in it: they are told apart.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Case(NamedTuple):
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(1024, 1536), nn.GELU(), nn.Linear(1536, 1536), nn.GELU(), nn.Linear(1536, 10))
+    return nn.Sequential(nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 10))
 
 
 def cnn() -> nn.Module:
@@ -80,11 +81,13 @@ class Training:
         return time.perf_counter() - wall, time.process_time() - processor
 
 
-def interval(ratios: list[float]) -> tuple[float, float, float]:
-    """Median and its 95 % interval."""
-    draws = np.random.default_rng(0).choice(ratios, (4000, len(ratios)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    return statistics.median(ratios), float(low), float(high)
+def interval(spent: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Ratio of the sums of pairs and its 95 % interval."""
+    pairs = np.array(spent)
+    drawn = pairs[np.random.default_rng(0).integers(len(pairs), size=(4000, len(pairs)))].sum(axis=1)
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+    first, second = pairs.sum(axis=0)
+    return float(first / second), float(low), float(high)
 
 
 def measure(name: str, case: Case, blocks: int, steps: int, folder: Path) -> dict[str, object]:
@@ -102,19 +105,19 @@ def measure(name: str, case: Case, blocks: int, steps: int, folder: Path) -> dic
         watching.start()
         tried = first.run(TRIED)[1]
     plain = second.run(TRIED)[1]
-    ratios: tuple[list[float], list[float]] = ([], [])
+    sums: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
     seconds = []
     for block in range(blocks):
         spent = {True: np.zeros(2), False: np.zeros(2)}
         for watched in (True, False, False, True) if block % 2 else (False, True, True, False):
             spent[watched] += (first if watched else second).run(steps)
-        for of, (a, b) in zip(ratios, zip(spent[True], spent[False], strict=True), strict=True):
-            of.append(a / b)
-        seconds.append(spent[False][0] / (2 * steps))
+        for of, pair in zip(sums, zip(spent[True].tolist(), spent[False].tolist(), strict=True), strict=True):
+            of.append(pair)
+        seconds.append(float(spent[False][0]) / (2 * steps))
     found: dict[str, object] = {
         "step_ms": 1e3 * statistics.median(seconds),
-        "wall": interval(ratios[0]),
-        "processor": interval(ratios[1]),
+        "wall": interval(sums[0]),
+        "processor": interval(sums[1]),
         "first_steps_processor": tried / plain if watching is not None else None,
     }
     if watching is not None:
@@ -158,8 +161,8 @@ def tiny(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=60, help="of a training in each of a block's four turns")
+    parser.add_argument("--blocks", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=8, help="of a training in each of a block's four turns")
     parser.add_argument("--only", nargs="*", choices=("hooks", *CASES), default=["hooks", *CASES])
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()

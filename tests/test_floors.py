@@ -17,7 +17,7 @@ FLOORS = (
     ("ops", "device", "report"),
     ("optim",),
     ("workloads",),
-    ("noise", "training"),
+    ("noise", "schedule", "training"),
     ("processes",),
     ("capacity", "sweep", "branch"),
     ("watch",),

@@ -57,6 +57,7 @@ def measure_capacity(
     find_max_batch: bool = True,
     compile: bool = False,
     graph: bool = False,
+    coarse: bool = False,
     earlier: Capacity | None = None,
     on_partial: Callable[[Capacity], None] | None = None,
 ) -> Capacity:
@@ -71,6 +72,7 @@ def measure_capacity(
         device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
         dtype: "fp32", or "bf16" or "fp16" for autocast.
         batches: batch sizes to measure; None doubles from 1 on until throughput no longer grows.
+        coarse: None quadruples, for a time budget that would not do for twice as many sizes.
         time_budget: seconds for everything, ceilings and largest batch included.
         seed: of the model, the batches and the order of measurement.
         progress: called with (what is being done, share done); None: a line on stderr, on a terminal or in a notebook.
@@ -97,7 +99,7 @@ def measure_capacity(
     place, mode = resolve(device), Mode(compile, graph)
     mode.check(place, dtype)
     run = _Measurement(workload, place, dtype, batches, time_budget, seed, clock_for(place), progress, on_point, mode)
-    run.on_partial = on_partial
+    run.on_partial, run.coarse = on_partial, coarse
     if earlier is not None:
         run.take_over(earlier)
     try:
@@ -147,6 +149,7 @@ class _Measurement:
         self.progress, self.on_point = progress or (lambda text, share: None), on_point
         self.started = clock.now()
         self.on_partial: Callable[[Capacity], None] | None = None
+        self.coarse = False
         self.first_round = 0
         self.settled = False  # an earlier run found the range of batch sizes
         self.runs = 1  # a batch size that does
@@ -209,7 +212,8 @@ class _Measurement:
         if self.batches is None and self.settled:
             return
         if self.batches is None:
-            share, at_a_go = (_EXPLORE_GIVEN, 2) if self.mode.compile else (_EXPLORE, 1)  # compiling takes its time
+            share = _EXPLORE_GIVEN if self.mode.compile else _EXPLORE  # compiling takes its time
+            at_a_go = 2 if self.mode.compile or self.coarse else 1
             last = self._until(_EXPLORE_GIVEN)
             ended = explore_doubling(self.explorer, self._until(share), limit, last, at_a_go, self.runs)
             self.found.notes.append(Note("batches", f"{'quadrupled' if at_a_go > 1 else 'doubled'} from 1 on; {ended}"))

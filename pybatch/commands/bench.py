@@ -63,7 +63,7 @@ def bench(
     thorough: Annotated[
         bool, typer.Option("--thorough", help="Take the critical batch from short branched runs, not from noise alone.")
     ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="A time budget of 25 s: wide intervals.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="25 s and the start-up: fewer batch sizes.")] = False,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Time the model under torch.compile; compiling is told apart.")
     ] = False,
@@ -101,6 +101,7 @@ def bench(
         time_budget=time_budget if time_budget is not None else budget,
         dtype=dtype or "fp32",
         batches=tuple(parse_batches(batch)) if batch is not None else None,
+        coarse=quick,
         thorough=thorough,
         seed=seed,
         compile=compile_,
@@ -122,6 +123,7 @@ def bench(
         Delivery(format_, output, quiet, verbose, price) as delivery,
         Output(html) if html is not None else nullcontext(),
     ):
+        delivery.partial = partial.path if partial is not None else None
         found, device = subject.find(options.dtype)
         from pybatch.capacity.modes import Mode
 
@@ -134,6 +136,7 @@ def bench(
             return
         with delivery.measuring(options.time_budget) as progress:
             delivery.run = _run(found, device, options, progress, earlier, partial.write if partial else None)
+        delivery.kept = html
         status = delivery.deliver()
         run = delivery.run
         if run is not None and partial is not None and delivery.written:
@@ -185,7 +188,7 @@ def _dry_run(
     """What a run would do, in words."""
     from pybatch.device.identity import describe
 
-    chosen = "doubled from 1 on until throughput no longer grows"
+    chosen = f"{'quadrupled' if options.coarse else 'doubled'} from 1 on until throughput no longer grows"
     sizes = ", ".join(map(str, options.batches)) if options.batches is not None else chosen
     branches = ", short branched runs" if options.thorough else ""
     model = f" ({workload.model_name})" if workload.model_name else ""

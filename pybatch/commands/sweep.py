@@ -156,5 +156,6 @@ def sweep(
                 progress=progress,
                 found=progress.line,
             )
+        delivery.kept = store
         status = delivery.deliver()
     raise typer.Exit(status)

@@ -126,6 +126,7 @@ def _measure(
         seed=options.seed,
         compile=options.compile,
         graph=options.graph,
+        coarse=options.coarse,
         progress=_staged(progress, "capacity", 0.0, capacity_share),
         earlier=found.earlier.capacity if found.earlier is not None else None,
         on_partial=save,

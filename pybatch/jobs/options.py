@@ -17,6 +17,7 @@ class BenchOptions:
     time_budget: float = 70.0  # seconds for all measurements together
     dtype: str = "fp32"  # or "bf16", "fp16": autocast over fp32 parameters
     batches: tuple[int, ...] | None = None  # batch sizes to time, in examples; None chooses them
+    coarse: bool = False  # quadruple the batch from one size to the next, where a short time budget has to do
     thorough: bool = False  # take the critical batch from short branched runs, not from the noise scale alone
     seed: int = 0  # of the model, the data order and the resampling
     compile: bool = False  # time compiled steps; the noise scale is taken eagerly

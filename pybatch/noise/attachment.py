@@ -79,8 +79,8 @@ def attach(
             let gradients add up in `.grad`, which a scaler needs, in place of opt.accumulate(n).
         hook, hook_state: a DDP communication hook of your own and its state, such as `bf16_compress_hook` and the
             process group; for FSDP2 a custom reduce-scatter. It is called in place of the plain one.
-        every: "adam-moments": steps between readings; None: 3 / (1 - beta1). "per-example": steps from one that is
-            watched to the next; None: 10.
+        every: "adam-moments": steps between readings; None: 3 / (1 - beta1). "per-example" and
+            "micro-batches": steps from one that is watched to the next; None: 10 and 1.
 
     Raises:
         UsageError: an argument out of range, or a source that this model or optimizer can't give.
@@ -108,8 +108,8 @@ def attach(
         raise UsageError(f"hook: the source {source!r} has no communication to hook into. Leave it out.")
     if hook_state is not None and (hook is None or source != "ddp"):
         raise UsageError("hook_state: it is handed to a communication hook of DDP. Give hook=... too, or leave it out.")
-    if every is not None and source not in ("adam-moments", "per-example"):
-        raise UsageError(f"every={every}: the source {source!r} takes every step. Leave it out.")
+    if every is not None and (source in ("ddp", "fsdp") or not chosen):
+        raise UsageError(f"every={every}: the source {source!r} takes every step. Leave it out, or name another.")
     if every is not None and not (isinstance(every, int) and every >= 1):
         raise UsageError(
             f"every={every!r}: give the steps from one that is watched to the next, a whole number from 1."
@@ -139,7 +139,9 @@ def attach(
         if preconditioned:
             raise UsageError("source 'per-example' has no preconditioned norms. Use another source, or leave it out.")
         return ExampleNoise(model, optimizer, **common, scaler=scaler, every=every)
-    micro = partial(MicroBatchNoise, model, optimizer, **common, preconditioned=preconditioned, scaler=scaler)
+    micro = partial(
+        MicroBatchNoise, model, optimizer, **common, preconditioned=preconditioned, scaler=scaler, every=every
+    )
     ordinary = partial(OrdinaryLoop, model=model, offers=offers(model, optimizer, common, scaler))
 
     def other() -> tuple[Handle, Callable[..., None]]:
@@ -148,7 +150,7 @@ def attach(
 
     # A GradScaler looks for infinities in `.grad`, so opt.accumulate() can't be used with one; hooks can.
     if isinstance(optimizer, FusedOptimizer) and optimizer.measures and scaler is None:
-        given: dict[str, Any] = {"examples": examples, "preconditioned": preconditioned or None}
+        given: dict[str, Any] = {"examples": examples, "preconditioned": preconditioned or None, "every": every}
         given["accumulation"] = accumulation if accumulation != "mean" else None
         ignored = [name for name, value in given.items() if value is not None]
         if ignored:

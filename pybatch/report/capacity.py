@@ -148,12 +148,19 @@ def throughput(capacity: Capacity, timed: list[BatchPoint], verdict: Verdict | N
         if capacity.max_batch is not None and capacity.max_batch > high
         else ""
     )
+    marked = {trace["name"].split(" batch")[0] for trace in traces if trace.get("hoverinfo") == "name"}
+    said = [f"{unit.capitalize()} per second at each batch size, with 95 % intervals"]
+    said[0] += " and the fitted curve." if fit is not None else "."
+    if "critical" in marked:
+        said.append("Left of the critical batch more examples per step save almost as many steps.")
+    if "saturation" in marked:
+        said.append("Right of the saturation batch the device gains next to nothing.")
+    if marked:
+        said.append("Shaded: the interval of the dashed line in it.")
     return Plot(
         "throughput",
         "Throughput and the batch sizes that matter",
-        f"{unit.capitalize()} per second at each batch size, with 95 % intervals and the fitted curve. Left of the "
-        "critical batch more examples per step save almost as many steps; right of the saturation batch the device "
-        f"gains next to nothing. Dashed lines carry the bands of their intervals.{outside}",
+        f"{' '.join(said)}{outside}",
         tuple(traces),
         {
             "xaxis": batch_axis(low, high, f"batch size ({unit})"),

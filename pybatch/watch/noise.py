@@ -1,7 +1,8 @@
 """The noise scale of a training that is watched, by the best source that its loop, model and optimizer offer.
 
-DDP or FSDP2 where there are several processes; micro-batches where a step has several; else exact per-example gradients
-of every so many steps; else Adam's moments. What fails ends the source, never the training.
+DDP or FSDP2 where there are several processes; micro-batches where a step has several; else exact per-example
+gradients; else Adam's moments. The second and the third are of every so many steps, as seldom as their cost asks for.
+What fails ends the source, never the training.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _TRIED = 4  # watched steps, after which the cost of one is known; the first com
 _SHORT = 0.020  # s; of shorter steps hooks are felt anyway
 _COST = 0.012  # share of a training's time that watching may take
 _ALIKE = 0.01  # share by which what a script counts may differ from the examples seen
+_FIRST = 2  # steps from one to the next whose micro-batches are measured, until it is known what that costs
 _OFTEN = 1.2  # times more seldom, from which on the source is made anew
 REMEDY = "Give the training two or more backward passes a step (gradient accumulation), or train with Adam or AdamW"
 
@@ -59,7 +61,7 @@ class NoiseWatch:
         self._ended: list[Handle] = []  # a source that ended early, with what it had measured
         self._offers: list[str] = []
         self._common: dict[str, Any] = {}
-        self._every = EVERY
+        self._every = EVERY if passes < 2 else _FIRST
         self._before: float | None = None  # the end of the step before
         self._tried = False  # whether a step was watched: the first one takes longest
         self._watched: list[float] = []  # seconds of watched steps, and of the others
@@ -94,8 +96,9 @@ class NoiseWatch:
         if isinstance(self._handle, OptimizerNoise) and isinstance(self._optimizer, FusedOptimizer):
             self._seen += examples
             self._counted += self._optimizer._sums.examples
-        self.watched = isinstance(self._handle, ExampleNoise) and self._handle.watching
-        return self.watched
+        handle = self._handle
+        self.watched = isinstance(handle, ExampleNoise | MicroBatchNoise) and handle.watching
+        return self.watched and self._every > 1
 
     def stepped(self) -> None:
         """A step is over: turn to another source where this one gives nothing."""
@@ -112,7 +115,7 @@ class NoiseWatch:
         elif isinstance(handle, MicroBatchNoise) and handle.singles >= _SINGLES and not handle.pairs:
             self._offers = ["per-example", "adam-moments"]
             self._leave("")
-        elif isinstance(handle, ExampleNoise):
+        elif isinstance(handle, ExampleNoise | MicroBatchNoise):
             self._weigh(handle)
 
     def detach(self) -> None:
@@ -163,8 +166,10 @@ class NoiseWatch:
             if self._compiled:
                 raise UsageError("per-example norms: the model is compiled, and its operations can't be seen")
             kind = guarded(ExampleNoise, ("_enter", "_leave", "_take_pass", "_close", "_drop"))
-            own: dict[str, Any] = {"scaler": self._scaler, "yielding": True, "every": self._every}
+            own: dict[str, Any] = {"scaler": self._scaler, "yielding": True, "every": max(EVERY, self._every)}
             return kind(model, optimizer, **self._common, **own)
+        if offer == "micro-batches":
+            return self._micro_batches(model)
         return guarded(MomentsNoise, ("_began", "_stepped"))(model, optimizer, **self._common)
 
     def _own(self, model: nn.Module) -> Handle | None:
@@ -182,17 +187,20 @@ class NoiseWatch:
         handle = attach(model, optimizer, None, **self._common, scaler=self._scaler) if _shared(model) else None
         if handle is not None or self._passes < 2:
             return handle
-        kind = guarded(MicroBatchNoise, ("_recover", "close", "_drop", "_hold", "_end", "_begin", "_take_back"))
-        return kind(model, optimizer, **self._common, scaler=self._scaler)
+        return self._micro_batches(model)
 
-    def _weigh(self, handle: ExampleNoise) -> None:
+    def _micro_batches(self, model: nn.Module) -> Handle:
+        kind = guarded(MicroBatchNoise, ("_recover", "close", "_drop", "_hold", "_end", "_begin", "_take_back"))
+        return kind(model, self._optimizer, **self._common, scaler=self._scaler, every=self._every)
+
+    def _weigh(self, handle: ExampleNoise | MicroBatchNoise) -> None:
         """Watch more seldom where a watched step takes much longer than others."""
         now, before = time.perf_counter(), self._before
         self._before = now
         if before is not None and self._tried:
             (self._watched if self.watched else self._others).append(now - before)
         self._tried |= self.watched
-        if len(self._watched) < _TRIED:
+        if len(self._watched) < _TRIED or not self._others:
             return
         plain = statistics.median(self._others)
         extra = statistics.median(self._watched) - plain
@@ -201,7 +209,7 @@ class NoiseWatch:
         if every > _OFTEN * self._every:
             self._every = every
             handle.detach()
-            self._handle = self._make("per-example")
+            self._handle = self._make("per-example" if isinstance(handle, ExampleNoise) else "micro-batches")
 
 
 def _shared(model: nn.Module) -> bool:

@@ -537,6 +537,7 @@ def test_doctor_says_what_is_compiled_and_why_a_counter_is_missing(pybatch):
     assert status == 0
     for word in ("cpp", "cuda", "triton", "vector", "sm_active"):
         assert word in out
+    assert " ".join(out.split()).count("a GPU's counter; this run is on a CPU") <= 1  # one line, whatever it is of
 
 
 def test_list_names_what_ships(pybatch):
@@ -564,6 +565,21 @@ def test_threads_spin_shortly_unless_the_user_says_otherwise(pybatch, monkeypatc
     from pybatch.device.environment import capture
 
     assert kept.items() <= capture(seed=0).variables.items()
+
+
+@pytest.mark.parametrize(("flags", "doublings"), [(["--quick"], 2), ([], 1)])
+def test_a_quick_run_quadruples_the_batch_from_one_size_to_the_next(pybatch, monkeypatch, flags, doublings):
+    """Half as many sizes, each timed twice as long: 25 s do not suffice for all."""
+    seen = []
+
+    def explore_doubling(explorer, deadline, limit, last, at_a_go, runs):
+        seen.append(at_a_go)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measurement, "explore_doubling", explore_doubling)
+    monkeypatch.setattr(measurement, "measure_ceilings", lambda *given: Ceilings(1e11, 1e10))
+    pybatch("bench", "--cpu", *flags)
+    assert seen == [doublings]
 
 
 @pytest.mark.usefixtures("planted_times", "planted_noise")

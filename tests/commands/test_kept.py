@@ -171,3 +171,25 @@ def test_what_a_killed_run_left_is_cleared_by_the_next(tmp_path):
         file.write(json.dumps({}))
     assert path.read_text() == "{}"
     assert not abandoned.exists()
+
+
+def test_a_call_that_swallows_the_interruption_is_given_up(monkeypatch):
+    """The process is ended then, by whoever is told: nothing else ends such a call."""
+    for name, value in (("_LOOK", 0.02), ("_AGAIN", 0.05), ("grace", lambda budget: 0.1)):
+        monkeypatch.setattr(calls, name, value)
+    given_up, swallowed = [], []
+
+    class Swallowing(Blocked):
+        def batch(self, n, generator, split="train"):
+            while not given_up:
+                try:
+                    time.sleep(0.01)
+                except KeyboardInterrupt as error:
+                    swallowed.append(error)
+            return torch.zeros(n, 3)
+
+    session = Session(Swallowing(), torch.device("cpu"))
+    with calls.watched(lambda said: None, 0.2, given_up.append):
+        session.batch(4)
+    assert len(swallowed) == 3
+    assert re.search(r"Swallowing\.batch\(\) had not returned after .*, and it can't be interrupted$", given_up[0])

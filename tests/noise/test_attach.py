@@ -80,6 +80,40 @@ def test_micro_batches_are_the_loop_over_examples(monkeypatch, name, accumulatio
     assert any("dimension 0" in n.text for n in noise.notes)
 
 
+@pytest.mark.parametrize("how", ["plain", "zeros", "closure", "cleared"])
+def test_one_step_in_every_so_many_is_measured_as_it_would_be_alone(how):
+    """Steps between add nothing, whatever they leave behind."""
+    make, draw = MODELS["mlp"]
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    handle = pybatch.noise.attach(model, optimizer, "micro-batches", every=3)
+    truth = []
+    for place in range(7):
+        batches = micro_batches(draw, (3, 5) if place % 3 == 0 else (4, 2, 6))
+        if place % 3 == 0:
+            truth.append(expected([example_gradients(model, *batch)[0] for batch in batches], False))
+        elif how == "cleared":  # as a script does after a loss that is not finite
+            accumulate(model, batches, "mean")
+            optimizer.zero_grad()
+
+        def evaluate(batches=batches):
+            accumulate(model, batches, "mean")
+            return torch.zeros(())
+
+        if how == "closure":
+            optimizer.step(evaluate)
+        else:
+            evaluate()
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=how != "zeros")
+    noise = handle.noise
+    grad_sq, trace = (float(sum(step[i].sum() for step in truth)) / 3 for i in (0, 1))
+    assert (noise.steps, noise.skipped) == (3, 0)
+    assert noise.grad_sq == pytest.approx(grad_sq, rel=1e-4, abs=1e-6)
+    assert noise.trace == pytest.approx(trace, rel=1e-4)
+    assert "one step in 3 is measured" in [note.text for note in noise.notes]
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_gradients_kept_as_zeros_and_large_gradients(monkeypatch, set_to_none):
     """Either way of clearing gradients, and norms taken one gradient at a time."""
@@ -490,6 +524,7 @@ def test_bad_arguments():
         ((model, optimizer), {"hook": print}, "no communication"),
         ((model, optimizer), {"hook_state": 1}, "Give hook=... too"),
         ((model, optimizer), {"every": 5}, "every=5: the source 'micro-batches' takes every step"),
+        ((model, optimizer, "micro-batches"), {"every": 0}, "every=0: give the steps"),
         ((model, plain, "adam-moments"), {"scaler": object()}, "are of unscaled gradients"),
         ((nn.Tanh(), optimizer), {}, "no parameter to train"),
         ((nn.Sequential(model, nn.Linear(1, 1, device="meta")), optimizer), {}, "are on cpu, meta"),

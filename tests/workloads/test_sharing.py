@@ -50,10 +50,15 @@ def written(folder: Path, imported: str = "", constructed: str = "pass") -> str:
     return f"{path}:Mine"
 
 
+PATH = tuple(sys.path)
 PUT_BACK = {
     "os.chdir('/')": os.getcwd,
     "sys.argv[:] = ['other']": lambda: list(sys.argv),
     "sys.argv = ['other']": lambda: list(sys.argv),
+    "sys.path.clear()": lambda: set(PATH) <= set(sys.path),
+    "sys.path = []": lambda: set(PATH) <= set(sys.path),
+    "sys.stdout = sys.stderr": lambda: id(sys.stdout),
+    "sys.stderr = None": lambda: id(sys.stderr),
     "signal.signal(signal.SIGINT, signal.SIG_IGN)": lambda: signal.getsignal(signal.SIGINT),
     "signal.signal(signal.SIGTERM, lambda *_: None)": lambda: signal.getsignal(signal.SIGTERM),
     "os.environ['HOME'] = '/nowhere'": lambda: os.environ.get("HOME"),
@@ -72,6 +77,12 @@ def test_what_is_not_numerical_is_put_back(said: str, at: str, tmp_path: Path) -
     before = look()
     find(written(tmp_path, **{at: said}))
     assert look() == before
+
+
+def test_a_folder_added_to_the_path_of_imports_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    find(written(tmp_path, "sys.path.insert(0, '/added')"))
+    assert sys.path[0] == "/added"
 
 
 @pytest.mark.parametrize("at", ["imported", "constructed"])
@@ -132,6 +143,9 @@ def step(work: Workload, session: Session | None = None, count: int = 1) -> None
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "folder": (lambda: os.chdir("/"), r"the folder \(from .* to /\)"),
     "argv": (lambda: sys.argv.append("x"), "sys.argv"),
+    "path": (lambda: sys.path.clear(), "sys.path"),
+    "stdout": (lambda: setattr(sys, "stdout", None), "sys.stdout"),
+    "stderr": (lambda: setattr(sys, "stderr", None), "sys.stderr"),
     "signal": (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), "the handler of SIGINT"),
     "threads": (lambda: torch.set_num_threads(torch.get_num_threads() + 1), r"torch.num_threads \(from \d+ to \d+\)"),
     "precision": (lambda: torch.set_float32_matmul_precision("high"), "torch.float32_matmul_precision"),

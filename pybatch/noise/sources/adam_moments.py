@@ -106,10 +106,12 @@ class MomentsNoise(Collector):
         self._counter = Count(model, examples, started=None if self._given else self._began)
         self._zero = torch.zeros((), dtype=torch.float64, device=self._device)
         self._steps = 0  # calls of the optimizer's step in this window
-        self._taken, self._inverse = self._zero, self._zero  # of them those that changed moments; sum of 1 / examples
-        self._refused = self._zero  # steps that changed nothing, over all windows
+        # Numbers where the optimizer counts its steps on the host, else 0-d on the device, which is not waited for.
+        self._taken: Any = 0.0  # of them those that changed the moments,
+        self._inverse: Any = 0.0  # sum of 1 / examples,
+        self._refused: Any = 0.0  # and those that changed nothing, over all windows
         self._cleared = 0  # micro-batches whose gradients were cleared without a step
-        self._before: tuple[torch.Tensor, torch.Tensor] | None = None  # sums of v, and the step they are of
+        self._before: tuple[torch.Tensor, Any] | None = None  # sums of v, and the step they are of
         self._removals = [self._counter.remove, optimizer.register_step_post_hook(self._stepped).remove]
         if any(optimizer.state.get(param) for param in self._params.values()):
             self._before = self._second()
@@ -132,15 +134,20 @@ class MomentsNoise(Collector):
             self._cleared += self._counter.pending
             self._counter.forget()
 
-    def _step(self) -> torch.Tensor:
-        """Steps that changed the moments: 0-d float64 on the device."""
+    def _step(self) -> Any:
+        """Steps that changed the moments: a number, or 0-d float64 on the device."""
         own = (self._optimizer.state.get(param, {}) for param in self._params.values())
         step = next((s["step"] for s in own if "step" in s), 0.0)
         if isinstance(step, torch.Tensor) and step.device.type != "cpu":  # not read, which would wait
             return step.to(torch.float64, copy=True).reshape(())
-        return torch.full((), float(step), dtype=torch.float64, device=self._device)
+        return float(step)
 
-    def _second(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _wide(self, number: Any) -> torch.Tensor:
+        """0-d float64 on the device: 0 / 0 is NaN there."""
+        found = isinstance(number, torch.Tensor)
+        return number if found else torch.full((), number, dtype=torch.float64, device=self._device)
+
+    def _second(self) -> tuple[torch.Tensor, Any]:
         """(sums of exp_avg_sq [parameters], step), on the device; zeros where a parameter had no step yet."""
         own = [self._optimizer.state.get(param, {}) for param in self._params.values()]
         sums = [s["exp_avg_sq"].sum(dtype=torch.float64) if "exp_avg_sq" in s else self._zero for s in own]
@@ -155,10 +162,11 @@ class MomentsNoise(Collector):
                 "Attach with examples='count' and call handle.count(n) before each backward()."
             )
         step = self._step()
-        taken = (step != self._last).double()  # 0 where the gradient was not finite and the optimizer changed nothing
+        taken = _number(step != self._last)  # 0 where the gradient was not finite and the optimizer changed nothing
         if self._before is not None:
-            forward = (step >= self._last).double()  # 0 where an older state was loaded: v since its beginning then
-            self._before = self._before[0] * forward, self._before[1] * forward
+            forward = _number(step >= self._last)  # 0 where an older state was loaded: v since its beginning then
+            if isinstance(forward, torch.Tensor) or not forward:
+                self._before = self._before[0] * forward, self._before[1] * forward
         self._last = step
         self._taken = self._taken + taken
         self._inverse = self._inverse + taken / local_batch(sizes, self._accumulation)[0]
@@ -169,18 +177,19 @@ class MomentsNoise(Collector):
         first = [
             self._optimizer.state[p]["exp_avg"] for p in self._params.values() if "exp_avg" in self._optimizer.state[p]
         ]
-        after, step = self._second()
-        before, start = self._before or (torch.zeros_like(after), torch.zeros_like(step))
+        after, now = self._second()
+        before, then = self._before or (torch.zeros_like(after), 0.0)
         if len(first) == len(self._params):
+            step, start = self._wide(now), self._wide(then)
             forgotten = self._beta2 ** (step - start)
             small = (after - forgotten * before) / (1.0 - forgotten)  # no step taken: 0 / 0, and the row is skipped
             faded = self._beta1**step
             large = squares(first) / (1.0 - faded) ** 2
             kappa = (1.0 - self._beta1) / (1.0 + self._beta1) * (1.0 + faded) / (1.0 - faded)
-            n = self._members * self._taken / self._inverse
+            n = self._members * self._wide(self._taken) / self._wide(self._inverse)
             self._row(n, n / kappa, self._arrange(small), self._arrange(large))
-        self._before, self._steps = (after, step), 0
-        self._taken, self._inverse = self._zero, self._zero
+        self._before, self._steps = (after, now), 0
+        self._taken, self._inverse = 0.0, 0.0
 
     def _arrange(self, norms: torch.Tensor) -> torch.Tensor:
         return torch.cat([norms.sum().reshape(1), norms if self._accumulator.layers else norms[:0]])
@@ -200,6 +209,11 @@ class MomentsNoise(Collector):
             )
             notes.append(Note("noise.skipped", text))
         return tuple(notes)
+
+
+def _number(true: Any) -> Any:
+    """1 or 0, where it was compared."""
+    return true.double() if isinstance(true, torch.Tensor) else float(true)
 
 
 def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

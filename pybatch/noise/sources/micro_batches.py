@@ -26,6 +26,9 @@ class MicroBatchNoise(Collector):
     A hook on each parameter sees the micro-batch's own gradient before it is added to `.grad`; at the end of the
     backward pass the norms are taken, so that clipping afterwards does not reach them. A step counts when the
     optimizer takes it; of the passes in a closure of its own, those of the first evaluation.
+
+    Args:
+        every: steps from one that is measured to the next.
     """
 
     def __init__(
@@ -39,8 +42,12 @@ class MicroBatchNoise(Collector):
         accumulation: Accumulation = "mean",
         scaler: Any = None,
         unit: str | None = None,
+        every: int | None = None,
         notes: tuple[Note, ...] = (),
     ) -> None:
+        self._every = 1 if every is None else every
+        if self._every < 1:
+            raise UsageError(f"every {every}: give the steps from one that is measured to the next, 1 or more.")
         named = dict(trainable(model))
         if not named:
             raise UsageError("attach(): the model has no parameter to train, so there is no gradient to measure.")
@@ -57,7 +64,9 @@ class MicroBatchNoise(Collector):
             unit=unit,
             missing=MISSING,
             notes=notes,
+            every=self._every,
         )
+        self._steps = 0
         self._precondition = Preconditioner(optimizer) if preconditioned else None
         self._accumulation, self._scaler = accumulation, scaler
         # Of a small model on the CPU norms are taken as numbers: nothing is waited for, and a dozen operations saved.
@@ -117,6 +126,11 @@ class MicroBatchNoise(Collector):
         self._members, self._inverse, self._examples, self._squares, self._large, self._doubt = before
         self._evaluations.again()
 
+    @property
+    def watching(self) -> bool:
+        """Whether the step under way is one of those that are measured."""
+        return self._steps % self._every == 0
+
     def _drop(self) -> bool:
         self.forget()
         return self._counter is not None and self._counter.forget()
@@ -132,7 +146,7 @@ class MicroBatchNoise(Collector):
         param = self._params[index]
 
         def see(grad: torch.Tensor) -> None:
-            if self._evaluations.later:
+            if self._evaluations.later or self._steps % self._every:
                 return
             if not self._in_backward:
                 self._begin()
@@ -247,9 +261,14 @@ class MicroBatchNoise(Collector):
         Args:
             scale: the gradients are so many times those of the step.
         """
+        if self._steps % self._every:
+            some = self._drop()
+            self._steps += some
+            return some
         if self._before is not None and self._cleared:
             self._take_back()
         k = self._members
+        self._steps += k > 0
         if k:
             self.pairs += k > 1
             self.singles += k == 1
@@ -281,6 +300,8 @@ class MicroBatchNoise(Collector):
 
     def _said(self) -> tuple[Note, ...]:
         notes, altered = list(self._notes), round(float(self._altered))
+        if self._every > 1:
+            notes.append(Note("noise.steps", f"one step in {self._every} is measured"))
         if self._several:
             text = (
                 f"{self._several} backward passes came after several forward passes, and the examples of the last "

@@ -17,6 +17,7 @@ from types import FrameType
 TOLD = 30.0  # s after which a call is told of
 _LOOK = 0.25  # s between looks
 _AGAIN = 5.0  # s between tries to end one, which user code may have swallowed
+_TRIES = 3  # after which it is given up
 _OWN = Path(__file__).resolve().parents[2]
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
@@ -31,6 +32,7 @@ class Call:
     told: bool = False
     ended: str | None = None  # why it was ended, in words that follow the name
     tried: float = 0.0
+    tries: int = 0
 
 
 _now: Call | None = None  # of this process; a workload is trained by one thread
@@ -48,13 +50,17 @@ def called(name: str) -> Iterator[Call]:
 
 
 @contextlib.contextmanager
-def watched(say: Callable[[str], None], budget: float | None = None) -> Iterator[None]:
+def watched(
+    say: Callable[[str], None], budget: float | None = None, give_up: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """In this context calls that do not return are told of; and ended once the time is up.
 
     Args:
         say: called from another thread with a sentence.
         budget: seconds from now, after which a call of the main thread that still does not return is interrupted; it
             becomes an error of the workload. None: none is.
+        give_up: called from another thread with a sentence where that had no effect several times: the call swallows
+            what is raised in it, or stands in C code that does not look.
     """
     over = threading.Event()
     begun = time.perf_counter()
@@ -68,6 +74,9 @@ def watched(say: Callable[[str], None], budget: float | None = None) -> Iterator
                 call.told = True
                 say(f"{call.name} has not returned for {TOLD:.0f} s; it stands {where(call.thread)}")
             if budget is not None and now - begun >= budget + grace(budget) and now - call.since >= grace(budget):
+                if call.tries >= _TRIES and now - call.tried >= _AGAIN and give_up is not None:
+                    give_up(f"{call.name} {call.ended}, and it can't be interrupted")
+                    return
                 _end(call, budget, now)
 
     thread = threading.Thread(target=look, daemon=True)
@@ -105,7 +114,7 @@ def _end(call: Call, budget: float, now: float) -> None:
     """Interrupt the call as Ctrl-C would, in the main thread; another thread's goes on."""
     if call.thread != threading.main_thread().ident or now - call.tried < _AGAIN:
         return
-    call.tried = now
+    call.tried, call.tries = now, call.tries + 1
     call.ended = (
         f"had not returned after {now - call.since:.0f} s when the time budget of {budget:g} s was over; it stood "
         f"{where(call.thread)}"

@@ -2,7 +2,8 @@
 
 While a file is imported and its class constructed, numerical settings (threads, precision, determinism, default dtype)
 are the user's to make: they hold, and the record has them. Folder, arguments, signal handlers, environment, random
-generators and default device are put back. Later, in the middle of a run, a change of any of these is an error.
+generators, default device and streams are put back, and so is what was taken from the path of imports. Later, in the
+middle of a run, a change of any of these is an error.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from pybatch.device.environment import VARIABLES
 from pybatch.device.settings import numerical
 
+_STREAMS = ("sys.stdout", "sys.stderr")  # that results and progress go to
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that pybatch listens to
 _FIRST = 1  # calls of a method that are looked at
 _STEADY = ("folder", "sys.argv", "torch.num_threads", "torch.default_dtype", "torch.default_device")
@@ -40,7 +42,7 @@ def put_back() -> Iterator[None]:
     finally:
         for name in {*environ, *os.environ} - set(VARIABLES):  # those are numerical settings, and recorded
             _set_variable(name, environ.get(name))
-        _restore(before, ("folder", "sys.argv", *_SIGNALS, "torch.default_device"))
+        _restore(before, ("folder", "sys.argv", "sys.path", *_STREAMS, *_SIGNALS, "torch.default_device"))
         random.setstate(seeds[0])
         np.random.set_state(seeds[1])
         torch.set_rng_state(seeds[2])
@@ -74,11 +76,16 @@ class Lookout:
 def changes(before: State, free: tuple[str, ...] = ()) -> str | None:
     """What differs from an earlier state, in words, but for what is free to change; it is put back."""
     now = state()
-    found = [name for name in before if now[name] != before[name] and name not in free]
+    found = [name for name in before if _differs(name, before[name], now[name]) and name not in free]
     if not found:
         return None
     _restore(before, found)
     return ", ".join(f"{_named(name)} (from {_said(before[name])} to {_said(now[name])})" for name in found)
+
+
+def _differs(name: Any, before: Any, now: Any) -> bool:
+    """Whether it has changed; folders may be added to the path of imports."""
+    return not set(before) <= set(now) if name == "sys.path" else bool(before != now)
 
 
 def state() -> State:
@@ -86,6 +93,8 @@ def state() -> State:
     return {
         "folder": _folder(),
         "sys.argv": list(sys.argv),
+        "sys.path": list(sys.path),
+        **{name: getattr(sys, name.removeprefix("sys.")) for name in _STREAMS},
         **{number: signal.getsignal(number) for number in _SIGNALS},
         **numerical(),
         "torch.num_threads": torch.get_num_threads(),
@@ -102,6 +111,11 @@ def _restore(before: State, names: Any) -> None:
             os.chdir(value)
         elif name == "sys.argv" and sys.argv != value:
             sys.argv[:] = value
+        elif name == "sys.path":
+            added = [folder for folder in sys.path if folder not in value]
+            sys.path[:] = [*added, *value] if _differs(name, value, sys.path) else sys.path
+        elif name in _STREAMS:
+            setattr(sys, name.removeprefix("sys."), value)
         elif isinstance(name, signal.Signals) and signal.getsignal(name) != value and value is not None:
             with contextlib.suppress(ValueError):  # handlers are the main thread's, which then put it there
                 signal.signal(name, value)
