@@ -88,6 +88,17 @@ def test_the_callback_logs_to_the_trainers_loggers(tmp_path):
     assert again.noise.steps > 12
 
 
+def test_one_pass_a_step_is_measured_by_what_the_module_offers(tmp_path):
+    """By exact per-example norms; its training_step is a forward pass there, and its own again after it."""
+    from pybatch.integrations.lightning import NoiseScaleCallback
+
+    ours, module = NoiseScaleCallback(), Module()
+    trainer(tmp_path, [ours], 30).fit(module)
+    assert ours.noise.source == "per-example"
+    assert ours.noise.steps >= 2
+    assert "training_step" not in vars(module)
+
+
 @pytest.mark.parametrize("margin", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize("end", [1, 2, 3, 37, 129, 200, 1000])
 @pytest.mark.parametrize("start", [1, 2, 64])
