@@ -1,4 +1,4 @@
-"""The table of README's optimizer section, from the results that bench/step.py wrote.
+"""The table of docs/optimizers.md, from the results that bench/step.py wrote.
 
 python bench/readme_table.py bench/results/<device>.json
 """
@@ -15,7 +15,7 @@ NAMES = {"torch": "torch foreach"}  # Muon's twin has one implementation
 
 
 def shown(result: dict[str, Any]) -> bool:
-    """README shows fp32 with clipping for all, and AdamW's other chains, without the scaler."""
+    """The page shows fp32 with clipping for all, and AdamW's other chains, without the scaler."""
     clipped = result["precision"] == "fp32" and result["chain"] == "clip"
     return clipped or (result["optimizer"] == "AdamW" and result["chain"] in ("clip", "update", NOISE))
 

@@ -15,7 +15,7 @@ from pybatch.base import display
 
 if TYPE_CHECKING:
     from pybatch.answer.changes import compare as compare
-    from pybatch.answer.frontier import plan_accumulation as plan_accumulation
+    from pybatch.answer.plan import plan_accumulation as plan_accumulation
     from pybatch.answer.verdict import advise as advise
     from pybatch.branch.measurement import measure_branches as measure_branches
     from pybatch.capacity.measurement import measure_capacity as measure_capacity
@@ -53,15 +53,19 @@ _HOME = {
     "measure_capacity": "pybatch.capacity.measurement",
     "measure_convergence": "pybatch.sweep.measurement",
     "measure_noise": "pybatch.noise.measurement",
-    "plan_accumulation": "pybatch.answer.frontier",
+    "plan_accumulation": "pybatch.answer.plan",
     "watch": "pybatch.jobs.watch",
     "write_report": "pybatch.report.formats.html",
 }
+
+_ROOMS = ("integrations", "noise", "optim", "schedule")  # whose names users write out: pybatch.noise.attach
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"pybatch.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'pybatch' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -90,4 +94,4 @@ sys.modules[__name__].__class__ = _Catalogue
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_ROOMS})

@@ -44,10 +44,15 @@ COMMANDS = {
         "fit:fit",
         "The critical batch from your own logs: steps to a target at several batch sizes, from a CSV file.",
     ),
+    "schedule": (
+        "schedule:schedule",
+        "A batch-size schedule: fewer steps for the same examples, from what was measured along a run.",
+    ),
     "watch": (
         "watch:watch",
         "Your own training script, unchanged: its noise, capacity around its batch, waiting for data, and the verdict.",
     ),
+    "plan": ("plan:plan", "Micro-batch, accumulation and devices for a global batch, as your trainer spells them."),
     "report": (
         "saved:report",
         "One self-contained HTML page from saved runs and sweeps, for a browser without a network; "
@@ -182,6 +187,10 @@ def _said(error: Any) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":
         return f"no command was given.\n{error.format_message()}"
     path = context.command_path if context is not None else "pybatch"
+    if path == "pybatch watch" and type(error).__name__ == "NoSuchOption":
+        from pybatch.commands.watch import misplaced
+
+        return f"{error.format_message()}. {misplaced(sys.argv[2:], error.option_name)}"
     return f"{error.format_message()} See '{path} --help'."
 
 

@@ -63,13 +63,17 @@ class Course:
         return np.asarray(np.exp(np.interp(examples, self.examples, rising)))
 
 
-def course_of(run: Run) -> Course:
+def course_of(run: Run, batch: int | None = None) -> Course:
     """The critical batch along the run that this record holds: from branches, else from the noise scale.
+
+    Args:
+        run: with either.
+        batch: of that run; None: as the record has it.
 
     Raises:
         UsageError: it holds neither along a run; the message says what to measure.
     """
-    return _of_branches(run) or _of_noise(run)
+    return _of_branches(run) or _of_noise(run, batch)
 
 
 def law(coefficient: float, exponent: float, examples: float, batch: int) -> Course:
@@ -144,13 +148,14 @@ def plan_schedule(
         examples=used,
         fixed_batch=fixed,
         steps_saved=saved,
-        steps_saved_low=min(outcomes),
-        steps_saved_high=max(outcomes),
+        steps_saved_low=min(outcomes) if course.source != "law" else None,
+        steps_saved_high=max(outcomes) if course.source != "law" else None,
         source=course.source,
         rate_rule=rate_rule,
         notes=(*course.notes, *_notes(course, total, stages, fits, devices)),
     )
-    return replace(found, text=_text(found))
+    answer, because = _words(found)
+    return replace(found, answer=answer, because=because)
 
 
 def _total(batch: int, steps: float | None, examples: float | None) -> float:
@@ -285,15 +290,17 @@ def _notes(course: Course, total: float, stages: Sequence[Stage], fits: int | No
     return notes
 
 
-def _text(found: Schedule) -> str:
-    """The first line."""
+def _words(found: Schedule) -> tuple[str, str]:
+    """The first line, and one sentence why."""
     sizes = " → ".join(n.count(stage.batch) for stage in found.stages)
     if len(found.stages) == 1:
-        return f"Keep batch {sizes}: no doubling along the run saves steps."
-    share = n.interval(max(0.0, found.steps_saved_low), found.steps_saved_high, n.share)
+        return f"Keep batch {sizes} for the whole run.", "No doubling along it saves steps."
+    span = n.interval(found.steps_saved_low, found.steps_saved_high, n.share)
+    saved = f"{n.share(found.steps_saved)} {span}".strip()
     return (
-        f"Use batch {sizes}: {n.count(found.steps)} steps, {n.share(found.steps_saved)} {share} fewer than a fixed "
-        f"batch of as many examples, {n.batch_size(found.fixed_batch)}. Modelled."
+        f"Use batch {sizes}.",
+        f"By the model that takes {n.count(found.steps)} steps, {saved} fewer than batch "
+        f"{n.batch_size(found.fixed_batch)} throughout, for as many examples to the same loss.",
     )
 
 
@@ -319,7 +326,7 @@ def _of_branches(run: Run) -> Course | None:
     )
 
 
-def _of_noise(run: Run) -> Course:
+def _of_noise(run: Run, batch: int | None) -> Course:
     """From the noise scale along a run."""
     unit = None
     if run.trajectory is not None:
@@ -327,13 +334,16 @@ def _of_noise(run: Run) -> Course:
     else:
         points = run.noise.trajectory if run.noise is not None else ()
         unit = run.noise.unit if run.noise is not None else None
-    batch = _batch(run)
+    batch = batch or _batch(run)
     known = [p for p in points if p.status != "unresolved" and (p.b_simple or p.low)]
     if len(known) < 2 or batch is None:
         have = "one noise scale" if run.noise is not None and not points else f"{n.counted(len(known), 'reading')}"
-        lacks = f"it has {have}" if len(known) < 2 else "it does not say the run's batch"
+        if len(known) > 1:
+            raise UsageError(
+                "this record does not say the batch of the run that its noise scale was read along. Give it: --batch N."
+            )
         raise UsageError(
-            f"a schedule needs the noise scale, or branches, along a run, and this record has none: {lacks}. Measure "
+            f"a schedule needs the noise scale, or branches, along a run, and this record has {have}. Measure "
             "with 'pybatch watch train.py -o run.json', or 'pybatch branch --checkpoints 100,1000,5000 -o run.json'."
         )
     if unit is not None:

@@ -99,10 +99,18 @@ def _counters(device: torch.device) -> list[tuple[str, str]]:
     """Each figure, and which source of a GPU's utilization is used, and why none of the better ones."""
     region = Region(device)
     origins = region.origins
-    rows = [(name, why or origins.get(name, "readable")) for name, why in readable(region).items()]
+    found: dict[str, list[str]] = {}
+    for name, why in readable(region).items():
+        found.setdefault(why or origins.get(name, "readable"), []).append(name)
+    rows = [_row(names, text) for text, names in found.items()]
     if device.type == "cpu":
         return rows
     return [("utilization by", region.source.name if region.source is not None else "nothing"), *rows]
+
+
+def _row(names: list[str], text: str) -> tuple[str, str]:
+    """What is to be said of one figure, or of several alike."""
+    return (names[0], text) if len(names) == 1 else (f"{len(names)} figures", f"{', '.join(names)}: {text}")
 
 
 def catalogue() -> Findings:

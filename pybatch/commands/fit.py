@@ -39,7 +39,7 @@ def fit(
     """The critical batch from your own logs: steps to a target at several batch sizes, from a CSV file."""
     check_seed(seed)
     with Delivery(format_, output, True, verbose) as delivery, Output(html) if html is not None else nullcontext():
-        delivery.run = run_fit(file, model=model, seed=seed)
+        delivery.run, delivery.kept = run_fit(file, model=model, seed=seed), html
         status = delivery.deliver()
         if html is not None:
             from pybatch.report.formats.html import write_report

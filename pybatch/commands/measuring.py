@@ -23,7 +23,7 @@ from pybatch.base.progress import ProgressLine
 from pybatch.commands.interrupting import interrupts_heard, termination_heard
 from pybatch.commands.printing import ResultConsole, stdout_to_stderr
 from pybatch.records import Run
-from pybatch.report.formats.text import FORMATS, format_of, print_run, render
+from pybatch.report.formats.text import FORMATS, format_of, notes_in, print_run, render
 from pybatch.report.output import Output
 
 if TYPE_CHECKING:  # these import torch
@@ -142,6 +142,7 @@ class Delivery:
         self.format = checked_format(format_, output)
         self.target = Output(output) if output is not None else None
         self.quiet, self.verbose, self.price = quiet, verbose, price
+        self.kept: Path | None = None  # a page or a store that has all notes, beside the output
         self.run: Run | None = None  # what was measured; None in all but one of torchrun's processes
         self.written = False
         self.fault: Exception | None = None  # of pybatch, in the middle of the measurement
@@ -205,7 +206,7 @@ class Delivery:
             return DONE
         if self.price is not None:
             self.run = replace(self.run, price=self.price)
-        self.written = deliver(self.run, self.format, self.target, self.verbose)
+        self.written = deliver(self.run, self.format, self.target, self.verbose, self.kept)
         if self.fault is not None:
             return faults.tell(self.fault, "; what was measured is kept")
         return DONE if self.run.complete and self.written else INCOMPLETE
@@ -219,8 +220,11 @@ def checked_format(format_: str | None, output: Path | None) -> str:
     return format_
 
 
-def deliver(run: Run, format_: str, target: Output | None, verbose: bool = False) -> bool:
-    """Write and print; False where the file could not be written, whose text then goes to stdout."""
+def deliver(run: Run, format_: str, target: Output | None, verbose: bool = False, kept: Path | None = None) -> bool:
+    """Write and print; False where the file could not be written, whose text then goes to stdout.
+
+    `kept` is a page or a store that has all notes, beside `target`.
+    """
     text, written = render(run, format_, verbose), target is None
     if target is not None:
         try:
@@ -232,7 +236,8 @@ def deliver(run: Run, format_: str, target: Output | None, verbose: bool = False
     console = ResultConsole()
     try:
         if format_ == "table" or (target is not None and written):
-            print_run(run, console, verbose)
+            saved = target.path if target is not None and written and format_ == "json" else None
+            print_run(run, console, verbose, more=notes_in(kept or saved))
         else:
             sys.stdout.write(text)
         sys.stdout.flush()

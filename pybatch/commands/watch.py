@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +23,7 @@ from pybatch.commands.measuring import INCOMPLETE, INTERRUPTED, check_between, c
 from pybatch.commands.partial import PartialRecord, partial_record
 from pybatch.jobs.options import WatchOptions, waiting_for
 from pybatch.records import Note, Run
-from pybatch.report.formats.text import print_run, render
+from pybatch.report.formats.text import notes_in, print_run, render
 from pybatch.report.output import Output
 from pybatch.watch import script
 from pybatch.watch.importing import AfterTorch
@@ -31,6 +33,7 @@ if TYPE_CHECKING:  # it imports torch
 
 CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": False}  # what follows the script is its own
 _BUDGET = 30.0  # seconds
+_REFUSED = 2  # the status of a script whose argparse knows an argument not
 
 
 def watch(
@@ -72,6 +75,27 @@ def watch(
     raise typer.Exit(_watched(program, options, out))
 
 
+def misplaced(typed: Sequence[str], option: str) -> str:
+    """What to do about an option that is none of this command's.
+
+    Args:
+        typed: what stands behind 'pybatch watch'.
+        option: the one that is not known.
+    """
+    name = next((word for word in typed if word.endswith(".py") and not word.startswith("-")), "train.py")
+    return (
+        f"Options before the script are pybatch's: see 'pybatch watch --help'. The script's own follow it: "
+        f"'pybatch watch {shlex.quote(name)} {option} ...'."
+    )
+
+
+def _strayed(arguments: Sequence[str]) -> str | None:
+    """The first of a script's arguments that is an option of this command, which it may have been meant for."""
+    named = [name.rstrip("_").replace("_", "-") for name in inspect.signature(watch).parameters]
+    own = {"-o", "-q", "-v", *(f"--{name}" for name in named)}
+    return next((word for word in arguments if word.partition("=")[0] in own), None)
+
+
 def _watched(program: script.Program, options: WatchOptions, out: _Out) -> int:
     """Run the script to its end, then tell; the exit status."""
     begun: list[Watching] = []
@@ -90,6 +114,9 @@ def _watched(program: script.Program, options: WatchOptions, out: _Out) -> int:
         waiting.remove()
     if ending.how != "error":  # its traceback stays the last on the screen
         script.tell(ending)
+    stray = _strayed(program.arguments) if ending.how == "exit" and ending.status == _REFUSED else None
+    if stray is not None:
+        out.say(f"{stray} came after the script, and so went to it. pybatch's own options stand before the script")
     try:
         return _told(begun[0] if begun else None, ending, out, console)
     finally:
@@ -161,7 +188,8 @@ class _Out:
         if not shown:
             pass
         elif self.kind == "table" or self.output is not None:
-            print_run(run, Console(stderr=True), self.verbose)
+            saved = self.output if self.kind == "json" else None
+            print_run(run, Console(stderr=True), self.verbose, more=notes_in(self.html or saved))
         else:
             sys.stderr.write(render(run, self.kind, self.verbose))
         if self.output is not None:

@@ -27,7 +27,7 @@ from pybatch.device.identity import usable_cores
 from pybatch.jobs.options import WatchOptions, waiting_for
 from pybatch.records import Capacity, NoiseScale, Note, Run
 from pybatch.report.formats.html import write_report
-from pybatch.report.formats.text import format_of, print_run, render
+from pybatch.report.formats.text import format_of, notes_in, print_run, render
 from pybatch.report.output import Output
 from pybatch.watch import summary
 from pybatch.watch.doubts import with_doubts
@@ -365,11 +365,17 @@ class watch:  # it reads as the verb it is: `with pybatch.watch(): train()`
             self._say(self._watching.problem)
             return
         if not self._quiet and kind is None and self._watching.rank == 0:
-            print_run(self.run, Console(stderr=True))
+            print_run(self.run, Console(stderr=True), more=self._notes)
         if self._output is not None:
             self._write(self.run)
         if self._html is not None:
             write_report([self.run], self._html)
+
+    @property
+    def _notes(self) -> str:
+        """Where the notes are that are not printed."""
+        kept = self._html or (self._output if self._kind == "json" else None)
+        return notes_in(Path(kept)) if kept is not None else "pybatch.write_report(watched.run, 'page.html')"
 
     def _say(self, text: str) -> None:
         if not self._quiet:

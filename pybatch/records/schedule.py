@@ -53,15 +53,17 @@ class Schedule(Shown):
     steps_saved: float = field(
         metadata=figure("steps saved against it", form=n.share, interval=("steps_saved_low", "steps_saved_high"))
     )
-    steps_saved_low: float = field(metadata=figure("low", form=n.share, within="steps_saved"))
-    steps_saved_high: float = field(metadata=figure("high", form=n.share, within="steps_saved"))
+    # None: of a law, whose errors are not known.
+    steps_saved_low: float | None = field(metadata=figure("low", form=n.share, within="steps_saved"))
+    steps_saved_high: float | None = field(metadata=figure("high", form=n.share, within="steps_saved"))
     source: ScheduleSource
     rate_rule: str = field(metadata=figure("rate rule", form=n.plain))
-    text: str = ""  # the first line
+    answer: str = ""  # the first line: the batch sizes
+    because: str = ""  # one sentence: what they save
     notes: tuple[Note, ...] = ()
 
     def __str__(self) -> str:
-        return self.text
+        return f"{self.answer} {self.because}"
 
     def batch_at(self, examples: int) -> int:
         """The batch size of the update after so many examples."""

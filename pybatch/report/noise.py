@@ -92,9 +92,10 @@ def _along(trajectory: NoiseTrajectory, unit: str) -> Plot:
         low, high = [float(b[1] or 0) for b in bounded], [float(b[2] or 0) for b in bounded]
         traces.append(band("95 % interval", [b[0] for b in bounded], low, high, "@orange"))
     traces.append(points("B_simple", middle, values, "@orange", mode="lines+markers"))
+    drawn = [*values, *(end for _, *ends in bounded for end in ends)]
     layout = {
         "xaxis": axis("training step"),
-        "yaxis": axis(f"noise scale ({trajectory.unit or unit})", log=True, values=values),
+        "yaxis": axis(f"noise scale ({trajectory.unit or unit})", log=True, values=drawn),
     }
     losses = [(x, p.loss) for x, p in zip(middle, known, strict=True) if p.loss is not None]
     if losses:
@@ -103,7 +104,7 @@ def _along(trajectory: NoiseTrajectory, unit: str) -> Plot:
         layout["yaxis2"] = axis("loss", overlaying="y", side="right", showgrid=False)
     caption = (
         "The noise scale usually grows as the loss falls, and the batch size worth using with it. "
-        f"Measured from {trajectory.source}."
+        f"Source: {trajectory.source}."
     )
     return Plot("noise-along", title, caption, tuple(traces), layout, rows)
 
@@ -129,9 +130,9 @@ def _layers(noise: NoiseScale, unit: str) -> Plot:
         "arrayminus": [max(0.0, (layer.b_simple or 0.0) - (layer.low or layer.b_simple or 0.0)) for layer in known],
         "color": "@orange",
     }
-    values = [layer.b_simple for layer in known]
+    drawn = [end for layer in known for end in (layer.b_simple, layer.low, layer.high)]
     layout = {
-        "xaxis": axis(f"noise scale ({noise.unit or unit})", log=True, values=values),
+        "xaxis": axis(f"noise scale ({noise.unit or unit})", log=True, values=drawn),
         "yaxis": {"type": "category", "autorange": "reversed", "title": {"text": ""}},
     }
     caption = "The same measurement for each parameter alone, in the order of the model, with 95 % intervals."

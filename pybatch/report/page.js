@@ -33,7 +33,7 @@
     };
     const axes = Object.fromEntries(Object.entries(given).filter(([key]) => /^[xy]axis/.test(key))
       .map(([key, value]) => [key, axis(value)]));
-    return themed({ ...base, ...given, ...axes }, theme);
+    return themed({ ...base, ...given, legend: { ...base.legend, ...given.legend }, ...axes }, theme);
   }
   // On a phone each entry of the legend takes a line of its own: the figure grows by them, so that the plot does not
   // shrink.

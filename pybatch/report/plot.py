@@ -112,12 +112,14 @@ def _short(value: int) -> str:
 def axis(title: str, log: bool = False, values: Sequence[float | None] = (), **more: Any) -> dict[str, Any]:
     """An axis of anything else.
 
-    A logarithmic one is labelled at powers of ten over two decades of `values`, at 1, 2 and 5 over half a decade.
+    A logarithmic one is labelled at powers of ten over two decades of `values` (all that is drawn), at 1, 2 and 5 over
+    half a decade, each label with the whole number: plotly's own are single digits there.
     """
     made: dict[str, Any] = {"title": {"text": safe(title)}, "type": "log" if log else "linear"}
     known = [value for value in values if value]
     if log and known and max(known) >= 4 * min(known):
         made["dtick"] = 1 if max(known) >= 100 * min(known) else "D2"
+        made["tickformat"] = "~s" if min(known) >= 1 else ".3~g"  # SI prefixes: 1k; but 0.5, not 500m
     return made | more
 
 

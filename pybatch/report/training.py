@@ -57,19 +57,28 @@ def plots(training: Training | None) -> list[Plot]:
             "y": ["step"],
             "x": [value],
             "marker": {"color": COLORS[i % len(COLORS)]},
+            "texttemplate": "%{x:.0%}",
+            "textposition": "inside",
+            "insidetextanchor": "middle",
+            "textangle": 0,
+            "constraintext": "inside",
         }
         for i, (label, value) in enumerate(known)
     )
+    assert training is not None
+    took = f", {n.number(training.step_ms)} ms" if training.step_ms is not None else ""
     return [
         Plot(
             "step-parts",
             "Where the time of a step goes",
-            "Shares of the time from one step's end to the next's, of the script's own steps.",
+            f"Shares of the time from one step's end to the next's{took}, in the order in which it is spent.",
             traces,
             {
                 "barmode": "stack",
-                "xaxis": axis("share of a step", tickformat=".0%"),
-                "yaxis": axis("", type="category"),
+                "bargap": 0.5,
+                "xaxis": axis("share of a step", tickformat=".0%", range=[-0.01, 1.03]),
+                "yaxis": axis("", type="category", visible=False),
+                "legend": {"traceorder": "normal"},
             },
             columns({"part": [label for label, _ in known], "share of a step": [n.share(value) for _, value in known]}),
         )

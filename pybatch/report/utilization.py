@@ -22,7 +22,8 @@ def utilization(capacity: Capacity, timed: list[BatchPoint]) -> Plot:
     """Every share of the device that could be read, by batch."""
     known = {key: figure.name for key, figure in _SHARES.items() if any(getattr(p, key) is not None for p in timed)}
     title = "Utilization"
-    absent = [figure.name for key, figure in _SHARES.items() if key not in known]
+    on_gpu = capacity.device is None or capacity.device.kind != "cpu"  # a CPU has none of the others
+    absent = [figure.name for key, figure in _SHARES.items() if on_gpu and key not in known]
     if not known:
         return Plot("utilization", title, "", missing="No counter could be read; the notes give the reasons.")
     low, high = float(timed[0].batch), float(timed[-1].batch)
@@ -81,7 +82,10 @@ def roofs(capacity: Capacity, timed: list[BatchPoint]) -> Plot:
             | {"text": [f"batch {p.batch}" for p, _ in counted], "hoverinfo": "text+y"},
         ]
         caption = "FLOP per byte of DRAM traffic against FLOP/s, under the two roofs measured on this device."
-        layout = {"xaxis": axis("FLOP per byte", log=True), "yaxis": axis("FLOP/s", log=True)}
+        layout = {
+            "xaxis": axis("FLOP per byte", log=True, values=xs),
+            "yaxis": axis("FLOP/s", log=True, values=[*speed, peak, copy * xs[0]]),
+        }
         return Plot("roofs", "Roofline", caption, tuple(traces), layout, table)
     low, high = float(rated[0].batch), float(rated[-1].batch)
     traces = [

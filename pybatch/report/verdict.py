@@ -192,6 +192,9 @@ def frontier(verdict: Verdict) -> Plot:
         "Time to the loss against device-seconds, both relative to one device at its best batch; "
         f"{communication(verdict)}.",
         (trace, worth),
-        {"xaxis": axis("device-seconds, relative", log=True), "yaxis": axis("time, relative", log=True)},
+        {
+            "xaxis": axis("device-seconds, relative", log=True, values=[p.cost_factor for p in found]),
+            "yaxis": axis("time, relative", log=True, values=[p.time_factor for p in found]),
+        },
         table(FrontierPoint, found),
     )

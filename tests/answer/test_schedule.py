@@ -1,11 +1,13 @@
 """Batch-size schedules: against dynamic programming, the noisy quadratic stepped through, and closed forms."""
 
+import dataclasses
 import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from pybatch import fit_steps
 from pybatch import records as r
 from pybatch.answer.schedule import Course, course_of, law, plan_schedule
 from pybatch.base.errors import UsageError
@@ -94,7 +96,7 @@ def test_a_constant_critical_batch_wants_one_batch():
     assert [stage.batch for stage in found.stages] == [64]
     assert found.steps_saved == pytest.approx(0.0, abs=1e-9)
     assert found.steps == pytest.approx(1e6 / 64, rel=1e-3)
-    assert found.text == "Keep batch 64: no doubling along the run saves steps."
+    assert str(found) == "Keep batch 64 for the whole run. No doubling along it saves steps."
 
 
 def test_stages_follow_each_other_and_rise():
@@ -169,12 +171,35 @@ def test_a_watched_run_is_read_in_its_own_steps():
     assert "held at its last value" in texts
 
 
+def branched(*at):
+    """A run with the critical batch at these steps of batch 16."""
+    fits = [
+        dataclasses.replace(
+            fit_steps([8, 16, 32, 64], [1e3 * (1 + b / n) for n in (8, 16, 32, 64)]), low=b / 2, high=b * 2
+        )
+        for _, b in at
+    ]
+    points = [
+        r.Branching(step, 1.0, 16, 4096, 0.9, 0.01, (), None, None, None, fit)
+        for (step, _), fit in zip(at, fits, strict=True)
+    ]
+    return r.Run("", None, convergence=r.Convergence((), 3, branches=tuple(points)))
+
+
+def test_branches_of_a_run_come_before_its_noise():
+    run = dataclasses.replace(branched((100, 20.0), (1000, 200.0)), noise=watched([]).noise)
+    course = course_of(run)
+    assert (course.source, course.batch) == ("branches", 16)
+    assert course.examples == pytest.approx([1600, 16_000])
+    assert course.critical == pytest.approx([20.0, 200.0], rel=0.01)
+    assert plan_schedule(course, steps=1000).stages[0].batch < plan_schedule(course, steps=1000).stages[-1].batch
+
+
 def test_a_record_survives_json_and_says_its_first_line():
     found = plan_schedule(*(lambda course, taken: (course,))(*quadratic()), steps=1000)
     run = r.Run("", None, schedule=found)
     assert r.Run.from_json(run.to_json()).schedule == found
-    assert found.text.startswith("Use batch ")
-    assert str(found) == found.text
+    assert found.answer.startswith("Use batch ")
 
 
 @pytest.mark.parametrize(
@@ -202,9 +227,9 @@ def test_bad_arguments(asked, says):
 @pytest.mark.parametrize(
     ("run", "says"),
     [
-        (r.Run("", None), "it has 0 readings"),
-        (watched([]), "it has one noise scale.*pybatch watch"),
-        (watched([point(1, 10, 5.0, 3.0, 9.0)]), "it has 1 reading"),
+        (r.Run("", None), "has 0 readings"),
+        (watched([]), "has one noise scale.*pybatch watch"),
+        (watched([point(1, 10, 5.0, 3.0, 9.0)]), "has 1 reading"),
     ],
 )
 def test_a_record_without_a_trajectory_says_what_to_measure(run, says):

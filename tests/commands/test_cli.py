@@ -180,6 +180,37 @@ def test_flags_reach_the_measurement(pybatch, measured):
     assert "Use batch 32." in out
 
 
+@pytest.mark.parametrize(
+    ("flags", "name", "options", "lr"),
+    [
+        ("", None, {}, None),
+        ("--optimizer adamw:lr=3e-4,betas=0.9/0.95", "adamw", {"betas": (0.9, 0.95)}, 3e-4),
+        ("--optimizer adamw:lr=3e-4 --lr 1e-2", "adamw", {}, 1e-2),
+        ("--lr 1e-2", None, {}, 1e-2),
+    ],
+)
+def test_the_optimizer_reaches_the_measurement(pybatch, measured, flags, name, options, lr):
+    status, _, err = pybatch("bench", "--cpu", "--dtype", "fp16", "--reference-batch", "64", *flags.split())
+    assert (status, err) == (0, "")
+    asked = measured[-1][1]["optimizer"]
+    assert (asked.name, asked.options, asked.lr) == (name, options, lr)
+    assert (measured[-1][1]["reference_batch"], measured[-1][1]["dtype"]) == (64, "fp16")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--lr 0", "learning rate 0.0 is out of range"),
+        ("--reference-batch 0", "reference batch 0 is out of range"),
+        ("--optimizer adamw:lr=fast", "is not a number"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused_before_anything_is_loaded(pybatch, measured, flags, said):
+    status, out, err = pybatch("bench", "--cpu", *flags.split())
+    assert (status, out, measured) == (2, "", [])
+    assert said in err
+
+
 def test_modes_reach_the_measurement(pybatch, measured):
     for flags, modes in (("", (False, False)), ("--compile", (True, False))):
         pybatch("bench", "--cpu", *flags.split())
@@ -537,6 +568,7 @@ def test_doctor_says_what_is_compiled_and_why_a_counter_is_missing(pybatch):
     assert status == 0
     for word in ("cpp", "cuda", "triton", "vector", "sm_active"):
         assert word in out
+    assert " ".join(out.split()).count("a GPU's counter; this run is on a CPU") <= 1  # one line, whatever it is of
 
 
 def test_list_names_what_ships(pybatch):
@@ -564,6 +596,21 @@ def test_threads_spin_shortly_unless_the_user_says_otherwise(pybatch, monkeypatc
     from pybatch.device.environment import capture
 
     assert kept.items() <= capture(seed=0).variables.items()
+
+
+@pytest.mark.parametrize(("flags", "doublings"), [(["--quick"], 2), ([], 1)])
+def test_a_quick_run_quadruples_the_batch_from_one_size_to_the_next(pybatch, monkeypatch, flags, doublings):
+    """Half as many sizes, each timed twice as long: 25 s do not suffice for all."""
+    seen = []
+
+    def explore_doubling(explorer, deadline, limit, last, at_a_go, runs):
+        seen.append(at_a_go)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measurement, "explore_doubling", explore_doubling)
+    monkeypatch.setattr(measurement, "measure_ceilings", lambda *given: Ceilings(1e11, 1e10))
+    pybatch("bench", "--cpu", *flags)
+    assert seen == [doublings]
 
 
 @pytest.mark.usefixtures("planted_times", "planted_noise")

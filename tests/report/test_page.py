@@ -17,15 +17,19 @@ from pybatch.records import (
     Convergence,
     ConvergencePoint,
     Curve,
+    FrontierPoint,
     LayerNoise,
     NoisePoint,
     NoiseTrajectory,
     RateSteps,
+    Training,
 )
 from pybatch.report import noise as noise_report
 from pybatch.report import steps as steps_report
+from pybatch.report import training as training_report
+from pybatch.report import verdict as verdict_report
 from pybatch.report.formats.html import page, write_report
-from pybatch.report.plot import batch_axis
+from pybatch.report.plot import axis, batch_axis
 from pybatch.report.run import plots
 
 
@@ -326,3 +330,60 @@ def test_reach_rates_count_the_runs_they_are_of():
     point = ConvergencePoint(8, None, "diverged", 3, None, reached=4, diverged=8, rates=rates)
     [steps, *_] = steps_report.plots(Convergence((Curve("tuned", "train", (point,), None, None, None, None, 0.1),)))
     assert dict(zip(steps.table.heads, steps.table.rows[0], strict=True))["runs"] == "4 of 12"
+
+
+def test_a_logarithmic_axis_is_labelled_with_whole_numbers():
+    """Plotly's own labels between powers of ten are single digits."""
+    for values, dtick, form in (
+        ((45, 1150), "D2", "~s"),
+        ((0.3, 4), "D2", ".3~g"),
+        ((2, 90_000), 1, "~s"),
+        ((1.0, 3.0), None, None),
+    ):
+        made = axis("x", log=True, values=values)
+        assert (made.get("dtick"), made.get("tickformat")) == (dtick, form)
+    assert axis("x", log=True, values=(1, 50), tickformat=".2f")["tickformat"] == ".2f"
+
+
+def test_every_logarithmic_axis_knows_all_that_is_drawn(judged):
+    """Bounds too: figures of 20 to 60 whose intervals reach from 2 to 600 are labelled at powers of ten."""
+    trajectory = tuple(
+        NoisePoint(first, first + 99, b, b / 10, b * 10, 1.0, b, "resolved", 10)
+        for first, b in ((1, 20.0), (101, 40.0), (201, 60.0))
+    )
+    layers = (LayerNoise("a", 20.0, 1.0, 20.0, 2.0, 600.0, "resolved"), LayerNoise("b", 60.0, 1.0, 60.0))
+    noise = dataclasses.replace(judged.noise, trajectory=trajectory, layers=layers)
+    found = {plot.name: plot.layout for plot in plots(dataclasses.replace(judged, noise=noise))}
+    assert found["noise-along-0"]["yaxis"]["dtick"] == found["noise-layers-0"]["xaxis"]["dtick"] == 1
+    wide = (FrontierPoint(1, 8, 1.0, 1.0), FrontierPoint(64, 256, 0.05, 3.2))
+    layout = verdict_report.frontier(dataclasses.replace(judged.verdict, frontier=wide)).layout
+    assert (layout["yaxis"]["dtick"], layout["yaxis"]["tickformat"]) == ("D2", ".3~g")
+
+
+def test_captions_speak_of_what_is_drawn(judged):
+    throughput = device_plots(judged)[0]
+    assert "Right of the saturation batch" in throughput.caption
+    bare = dataclasses.replace(judged.capacity, saturation_batch=None, saturation_low=None, saturation_high=None)
+    [alone] = [p for p in plots(dataclasses.replace(judged, capacity=bare, verdict=None)) if "throughput" in p.name]
+    assert "saturation" not in alone.caption
+    assert "critical" not in alone.caption
+    assert "Shaded" not in alone.caption
+    utilization = next(p for p in device_plots(judged) if p.name == "utilization")
+    assert "Not read on this device" not in utilization.caption  # a CPU has no such counters
+    gpu = dataclasses.replace(judged.capacity.device, kind="cuda")
+    on_gpu = dataclasses.replace(judged, capacity=dataclasses.replace(judged.capacity, device=gpu))
+    assert "SM active" in next(p for p in device_plots(on_gpu) if p.name == "utilization").caption
+
+
+def test_the_parts_of_a_step_are_told_in_the_bar_in_their_order():
+    import plotly.graph_objects as go
+
+    watched = Training("t", "M", "SGD", step_ms=20.0, waiting=0.5, forward=0.2, backward=0.2, update=0.1)
+    [plot] = training_report.plots(watched)
+    assert [trace["name"] for trace in plot.traces] == ["waiting for data", "forward and loss", "backward", "update"]
+    assert plot.layout["legend"]["traceorder"] == "normal"
+    assert plot.layout["xaxis"]["range"] == [-0.01, 1.03]
+    assert all(trace["texttemplate"] == "%{x:.0%}" for trace in plot.traces)
+    assert ", 20 ms," in plot.caption
+    plain = json.loads(re.sub(r'"@[a-z]+(/\d+)?"', '"#123456"', json.dumps([plot.traces, plot.layout])))
+    go.Figure(data=plain[0], layout=plain[1])  # refuses an unknown property

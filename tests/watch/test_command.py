@@ -119,6 +119,8 @@ def test_ctrl_c_leads_to_the_verdict_and_a_second_one_to_the_record(folder):
         (["nothing.py"], "'nothing.py' is not there"),
         (["--steps", "1", "train.py"], "steps 1"),
         (["-o", "run.what", "train.py"], "no format known"),
+        (["--epochs", "3", "train.py"], "'pybatch watch train.py --epochs ...'"),
+        (["--quiet", "-e3", "a b.py"], "'pybatch watch 'a b.py' -e ...'"),
     ],
 )
 def test_bad_arguments(folder, typed, message, capsys, monkeypatch):
@@ -133,3 +135,21 @@ def test_bad_arguments(folder, typed, message, capsys, monkeypatch):
     said = capsys.readouterr()
     assert message in said.err
     assert said.out == ""
+
+
+def test_an_option_of_pybatchs_that_went_to_the_script_is_told(folder, capsys, monkeypatch):
+    """Only where the script refused its arguments: it may have an option of the same name."""
+    from pybatch import cli
+
+    (folder / "args.py").write_text("import argparse\nargparse.ArgumentParser().parse_args()\n")
+    (folder / "exits.py").write_text("raise SystemExit(1)\n")
+    monkeypatch.chdir(folder)
+    for name in ("path", "excepthook"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    for script, status, told in (("args.py", 2, True), ("exits.py", 1, False)):
+        monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+        monkeypatch.setattr(sys, "argv", ["pybatch", "watch", script, "--html=page.html"])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == status
+        assert ("--html=page.html came after the script" in capsys.readouterr().err) == told

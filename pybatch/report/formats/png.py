@@ -19,8 +19,8 @@ _BASE = {
     "plot_bgcolor": "#ffffff",
     "font": {"color": "@ink", "family": "system-ui, sans-serif", "size": 13},
     "margin": {"l": 10, "r": 20, "t": 60, "b": 10},
-    "legend": {"orientation": "h", "x": 0, "y": -0.26, "xanchor": "left", "yanchor": "top"},
 }
+_LEGEND = {"orientation": "h", "x": 0, "y": -0.26, "xanchor": "left", "yanchor": "top"}
 _AXIS = {
     "gridcolor": "@grid",
     "linecolor": "@grid",
@@ -76,6 +76,6 @@ def _draw(drawn: Sequence[Plot], paths: Sequence[Path]) -> None:
 def _alone(plot: Plot) -> dict[str, object]:
     """A plot with its title in it, on white."""
     axes = {key: _AXIS | value for key, value in plot.layout.items() if key.startswith(("xaxis", "yaxis"))}
-    title = {"title": {"text": safe(plot.title), "x": 0.02}}
-    whole: dict[str, object] = encode({"data": plot.traces, "layout": _BASE | plot.layout | axes | title})
+    more = {"title": {"text": safe(plot.title), "x": 0.02}, "legend": _LEGEND | plot.layout.get("legend", {})}
+    whole: dict[str, object] = encode({"data": plot.traces, "layout": _BASE | plot.layout | axes | more})
     return {key: themed(value, "light") for key, value in whole.items()}

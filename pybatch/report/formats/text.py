@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from rich.text import Text
 from pybatch.base import numerals as n
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import visible
-from pybatch.records import Branching, Convergence, ConvergencePoint, Run, Verdict, to_dict
+from pybatch.records import Branching, Convergence, ConvergencePoint, Run, Schedule, Verdict, to_dict
 from pybatch.report import factors
 from pybatch.report.layout import Section, Table
 from pybatch.report.run import answer_of, sections, title
@@ -56,8 +57,29 @@ def render_all(runs: Sequence[Run], format_: str, verbose: bool = False) -> str:
     return between.join(parts)
 
 
-def print_run(run: Run, console: Console, verbose: bool = False) -> None:
-    """The table format of a run, the answer first, with the colours and the width of the console it goes to."""
+def notes_in(kept: Path | None) -> str:
+    """Where a reader finds the notes that were not printed, now that the run is over.
+
+    Args:
+        kept: a page, a saved record or a store that has them; None: nothing was kept.
+    """
+    if kept is None:
+        return "--verbose, or keep them: -o run.json, --html page.html"
+    where = visible(shlex.quote(str(kept)))
+    if kept.suffix.lower() in (".html", ".htm"):
+        return f"{where}, under Details"
+    return f"'pybatch report {where}' makes a page with all of them"
+
+
+def print_run(run: Run, console: Console, verbose: bool = False, *, more: str | None = None) -> None:
+    """The table format of a run, the answer first, with the colours and the width of the console it goes to.
+
+    Args:
+        run: what to print.
+        console: where.
+        verbose: every note, not only those that change the answer.
+        more: where the other notes are; None: how to have them the next time.
+    """
     console.print(Text(visible(title(run)), style="bold"))
     console.print()
     answer = answer_of(run)
@@ -67,9 +89,9 @@ def print_run(run: Run, console: Console, verbose: bool = False) -> None:
         console.print()
     parts = sections(run)
     print_sections(parts, console, verbose)
-    if more := 0 if verbose else sum(len(part.details) for part in parts):
+    if left := 0 if verbose else sum(len(part.details) for part in parts):
         console.print()
-        console.print(Text(f"{n.counted(more, 'more note')}: --verbose, or the page (--html)", style="dim"))
+        console.print(Text(f"{n.counted(left, 'more note')}: {more or notes_in(None)}", style="dim"))
 
 
 def print_sections(parts: Sequence[Section], console: Console, verbose: bool = False) -> None:
@@ -146,7 +168,9 @@ def _markdown(run: Run, verbose: bool) -> str:
     return markdown(title(run), sections(run), answer_of(run), verbose)
 
 
-def markdown(heading: str, parts: Sequence[Section], answer: Verdict | None = None, verbose: bool = False) -> str:
+def markdown(
+    heading: str, parts: Sequence[Section], answer: Verdict | Schedule | None = None, verbose: bool = False
+) -> str:
     """Sections under a heading, the answer first, ending in a newline."""
     first = [f"**{_escape(answer.answer)}** {_escape(answer.because)}"] if answer is not None and answer.answer else []
     parts = [part for part in parts if part.table or part.lines or part.text or part.notes or verbose]
@@ -180,6 +204,8 @@ def _rows(run: Run) -> list[dict[str, object]]:
     Of branches, one a batch size and checkpoint; of a noise trajectory, one a stretch of training.
     """
     measured = run.capacity or run.convergence
+    if measured is None and run.schedule is not None:
+        return [to_dict(stage) for stage in run.schedule.stages]
     if measured is None:
         return [to_dict(point) for point in run.trajectory.points] if run.trajectory is not None else []
     head = {
