@@ -96,8 +96,9 @@ def regret(verdict: Verdict | None, measured: dict[int, float], drawn: list[dict
 
 
 def spin() -> None:
-    """Neither rests nor ends."""
-    while True:
+    """Does not rest while the process that started it is there."""
+    parent = os.getppid()
+    while os.getppid() == parent:
         pass
 
 

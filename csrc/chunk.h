@@ -147,6 +147,14 @@ const float* load_gradient(const Chunk& chunk, bool sum, int64_t first, int64_t 
     }
 }
 
+// Writes back what load_gradient() gave of kGrad, where that lies in the buffer.
+void store_gradient(const Chunk& chunk, int64_t first, int64_t n, const float* value) {
+    if (chunk.row[kGradType] == kGradBFloat16) write(chunk.at<bfloat16>(kGrad, first), value, n);
+#ifdef PB_FLOAT16
+    if (chunk.row[kGradType] == kGradFloat16) write(chunk.at<float16>(kGrad, first), value, n);
+#endif
+}
+
 bool gradient_in_place(const Chunk& chunk, bool sum) { return sum || chunk.row[kGradType] == kGradFloat32; }
 
 // Elements [first, first + n) of a state as fp32, and back: in place, or by way of the buffer. `first` begins a block

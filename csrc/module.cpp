@@ -86,6 +86,7 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("clip", &Call::clip)
         .def_readwrite("row_norms", &Call::row_norms)
         .def_readwrite("prepare", &Call::prepare)
+        .def_readwrite("unscale", &Call::unscale)
         .def_readwrite("follow", &Call::follow)
         .def_readwrite("max_norm", &Call::max_norm)
         .def_readwrite("inverse", &Call::inverse)
@@ -106,6 +107,7 @@ PYBIND11_MODULE(_C, m) {
              py::arg("dtype").noconvert())
         .def_static("versions", &Snapshot::versions, py::arg("tensors"), py::arg("version").noconvert());
 
+    m.def("imprints", &imprint::usable);  // whether a Snapshot goes by them
     m.def("plan", &plan_chunks, py::arg("sizes"), py::arg("chunk"));
     m.def("cpu_width", &cpu_width);
     m.def("cpu_widths", &cpu_widths);

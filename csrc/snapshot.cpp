@@ -1,5 +1,6 @@
 // Tensors are read through DLPack's C table: no torch headers, no Python object made, nothing copied. torch before 2.10
-// has no such table, and a table refuses some tensors: their Python methods are called instead.
+// has no such table, and a table refuses some tensors: their Python methods are called instead. What has the imprint it
+// had when it was read last is not read again.
 
 #include "snapshot.h"
 
@@ -74,14 +75,7 @@ const Torch& torch() {
     return *made;
 }
 
-constexpr size_t kAhead = 6;  // tensors
-
-// Most of the time goes into waiting for memory. A tensor's object holds the address of what it is about in the first
-// word after Python's own two; were it another word, this would only be of no use.
-void prefetch(PyObject* tensor) {
-    const char* about = reinterpret_cast<char**>(tensor)[2];
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(about + 64 * line);
-}
+constexpr size_t kAhead = 8;  // tensors, of which a line of memory each is on its way
 
 bool is_tensor(PyObject* object) {
     const auto type = reinterpret_cast<PyTypeObject*>(torch().type.ptr());
@@ -103,11 +97,12 @@ bool same_items(const py::list& list, const std::vector<py::object>& kept) {
     return true;
 }
 
-// Calls work(value) for every value of every tensor's state; stops where it says false.
-template <class Work>
-bool each_value(const py::dict& state, const Work& work) {
+// Calls owner(own) for every tensor's state and work(value) for every value of it; stops where that says false.
+template <class Owner, class Work>
+bool each_value(const py::dict& state, const Owner& owner, const Work& work) {
     PyObject *key, *own, *name, *value;
     for (py::ssize_t i = 0; PyDict_Next(state.ptr(), &i, &key, &own);) {
+        owner(own);
         if (!PyDict_Check(own)) {
             if (!work(own)) return false;
             continue;
@@ -167,20 +162,34 @@ bool Snapshot::read(PyObject* tensor, View& view) {
     }
 }
 
+Snapshot::Seen Snapshot::seen(PyObject* tensor, uintptr_t data) {
+    if (!imprint::usable()) return {0, data, {}};
+    return {imprint::of(tensor).all, data, imprint::place(tensor)};
+}
+
 Snapshot::Snapshot(const py::list& groups, const py::list& memory, const py::list& others, const py::dict& state)
-    : others_(items(others)), views_(memory.size()) {
+    : others_(items(others)), views_(memory.size()), gradients_(memory.size()) {
     for (py::handle group : groups) members_.push_back(items(py::reinterpret_borrow<py::list>(group)));
     for (size_t i = 0; i < views_.size(); ++i) {
-        if (!read(PyList_GET_ITEM(memory.ptr(), py::ssize_t(i)), views_[i]))
-            throw py::value_error("a tensor of the table has no memory");
+        PyObject* const tensor = PyList_GET_ITEM(memory.ptr(), py::ssize_t(i));
+        if (!read(tensor, views_[i])) throw py::value_error("a tensor of the table has no memory");
         views_[i].hold();
+        memory_.push_back(seen(tensor, views_[i].data));
     }
-    each_value(state, [&](PyObject* value) {
-        View view;
-        places_.push_back(is_tensor(value) && read(value, view) ? view.data : 0);
-        values_.push_back(py::reinterpret_borrow<py::object>(value));
-        return true;
-    });
+    each_value(
+        state,
+        [&](PyObject* own) {
+            const bool dict = PyDict_Check(own);
+            owners_.push_back(
+                {reinterpret_cast<const char*>(own),
+                 dict ? reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(own)->ma_keys) : nullptr});
+        },
+        [&](PyObject* value) {
+            View view;
+            states_.push_back(is_tensor(value) && read(value, view) && view.data ? seen(value, view.data) : Seen());
+            values_.push_back(py::reinterpret_borrow<py::object>(value));
+            return true;
+        });
 }
 
 int Snapshot::visit(visitproc visit, void* arg) const {
@@ -199,39 +208,69 @@ void Snapshot::clear() {
     others_.clear();
     values_.clear();
     views_.clear();
-    places_.clear();
+    memory_.clear();
+    states_.clear();
+    owners_.clear();
+    gradients_.clear();
 }
 
-bool Snapshot::stands(const py::list& groups, const py::list& memory, const py::dict& state) const {
+bool Snapshot::stands(const py::list& groups, const py::list& memory, const py::dict& state) {
     if (size_t(groups.size()) != members_.size() || size_t(memory.size()) != views_.size()) return false;
     for (size_t i = 0; i < members_.size(); ++i)
         if (!same_items(py::reinterpret_borrow<py::list>(groups[i]), members_[i])) return false;
-    View view;
-    for (size_t i = 0; i < views_.size(); ++i) {
-        if (i + kAhead < views_.size()) prefetch(PyList_GET_ITEM(memory.ptr(), py::ssize_t(i + kAhead)));
-        if (!read(PyList_GET_ITEM(memory.ptr(), py::ssize_t(i)), view) || view.data != views_[i].data ||
-            !view.same_layout(views_[i]))
-            return false;
-    }
+    for (size_t i = 0; i < views_.size(); ++i)
+        if (!same_memory(PyList_GET_ITEM(memory.ptr(), py::ssize_t(i)), i)) return false;
     for (const py::object& other : others_)
         if (!torch().grad.of(other.ptr()).is_none()) return false;
     return same_state(state);
 }
 
-bool Snapshot::same_state(const py::dict& state) const {
-    size_t i = 0;
+bool Snapshot::same_memory(PyObject* tensor, size_t i) {
+    if (i + kAhead < memory_.size()) memory_[i + kAhead].place.prefetch();
+    Seen& last = memory_[i];
+    if (last.imprint && last.imprint == imprint::of(tensor).all) return true;
     View view;
-    const bool same = each_value(state, [&](PyObject* value) {
-        if (i == values_.size() || value != values_[i].ptr()) return false;
-        if (i + kAhead < values_.size() && places_[i + kAhead]) prefetch(values_[i + kAhead].ptr());
-        const uintptr_t place = places_[i++];
-        return place == 0 || (read(value, view) && view.data == place);
-    });
+    if (!read(tensor, view) || view.data != views_[i].data || !view.same_layout(views_[i])) return false;
+    last = seen(tensor, view.data);
+    return true;
+}
+
+bool Snapshot::same_state(const py::dict& state) {
+    size_t i = 0, of = 0;
+    const bool same = each_value(
+        state,
+        [&](PyObject*) {
+            if (of + kAhead < owners_.size()) {
+                __builtin_prefetch(owners_[of + kAhead].dict);
+                for (int line = 0; line < 3; ++line) __builtin_prefetch(owners_[of + kAhead].items + 64 * line);
+            }
+            ++of;
+        },
+        [&](PyObject* value) {
+            if (i == values_.size() || value != values_[i].ptr()) return false;
+            if (i + kAhead < states_.size()) states_[i + kAhead].place.prefetch();
+            Seen& last = states_[i++];
+            if (!last.data || (last.imprint && last.imprint == imprint::of(value).all)) return true;
+            View view;
+            if (!read(value, view) || view.data != last.data) return false;
+            last = seen(value, view.data);
+            return true;
+        });
     return same && i == values_.size();
 }
 
+bool Snapshot::fits(const View& view, const View& own) {
+    if (view.device != own.device || view.dimensions != own.dimensions ||
+        !std::equal(view.sizes, view.sizes + view.dimensions, own.sizes))
+        return false;
+    const int64_t elements = own.elements();
+    for (size_t d = 0; elements && d < own.dimensions; ++d)
+        if (own.sizes[d] != 1 && view.strides[d] != own.strides[d]) return false;
+    return view.data != 0 || elements == 0;
+}
+
 std::pair<int64_t, int64_t> Snapshot::gradients(const py::list& params, const py::list& dtypes, Numbers address,
-                                                Numbers dtype) const {
+                                                Numbers dtype) {
     View view;
     std::vector<int64_t> codes;
     for (py::handle sample : dtypes) {
@@ -243,25 +282,29 @@ std::pair<int64_t, int64_t> Snapshot::gradients(const py::list& params, const py
         throw py::value_error("params, address and dtype need one item for each tensor of the table");
     int64_t bad = -1, count = 0;
     for (size_t i = 0; i < views_.size(); ++i) {
+        if (i + kAhead < views_.size()) {
+            memory_[i + kAhead].place.prefetch();
+            gradients_[i + kAhead].place.prefetch();
+        }
         const py::object grad = torch().grad.of(PyList_GET_ITEM(params.ptr(), py::ssize_t(i)));
         address.mutable_data()[i] = 0;
         if (grad.is_none()) continue;
         ++count;
-        const View& own = views_[i];
-        bool fits = read(grad.ptr(), view) && view.device == own.device && view.dimensions == own.dimensions &&
-                    std::equal(view.sizes, view.sizes + view.dimensions, own.sizes);
-        const int64_t elements = own.elements();
-        for (size_t d = 0; fits && elements && d < own.dimensions; ++d)
-            fits = own.sizes[d] == 1 || view.strides[d] == own.strides[d];
-        const auto code = std::find(codes.begin(), codes.end(), view.dtype);
-        fits = fits && code != codes.end() && (view.data != 0 || elements == 0);
-        fits = fits && torch().is_neg.of(grad.ptr()).ptr() == Py_False;
-        if (fits) {
-            address.mutable_data()[i] = elements ? int64_t(view.data) : 1;
-            dtype.mutable_data()[i] = code - codes.begin();
-        } else if (bad < 0) {
-            bad = int64_t(i);
+        SeenGradient& last = gradients_[i];
+        const auto now = imprint::usable() ? imprint::of(grad.ptr()) : imprint::Imprint();
+        if (!now.all || now.all != last.imprint.all) {
+            const bool readable = read(grad.ptr(), view) && fits(view, views_[i]);
+            const auto code = std::find(codes.begin(), codes.end(), view.dtype);
+            const bool known = now.kind && now.kind == last.imprint.kind;  // then not negated either
+            if (!readable || code == codes.end() || (!known && torch().is_neg.of(grad.ptr()).ptr() != Py_False)) {
+                if (bad < 0) bad = int64_t(i);
+                continue;
+            }
+            last = {now, views_[i].elements() ? int64_t(view.data) : 1, code - codes.begin(),
+                    imprint::usable() ? imprint::place(grad.ptr()) : imprint::Place()};
         }
+        address.mutable_data()[i] = last.address;
+        dtype.mutable_data()[i] = last.dtype;
     }
     return {bad, count};
 }

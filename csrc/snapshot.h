@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "imprint.h"
+
 namespace pybatch {
 
 class Snapshot {
@@ -20,13 +22,13 @@ class Snapshot {
              const pybind11::dict& state);
 
     // Whether nothing was replaced, resized, moved or cast since, and none of the others has got a gradient.
-    bool stands(const pybind11::list& groups, const pybind11::list& memory, const pybind11::dict& state) const;
+    bool stands(const pybind11::list& groups, const pybind11::list& memory, const pybind11::dict& state);
 
     // Reads .grad of `params`, one per tensor of the table. Writes its address (0: no gradient, 1: one without
     // elements) and dtype (a position in `dtypes`). Returns the index of the first that a pass can't read as it is
     // (another layout, shape, device or dtype, negated, without memory), or -1; and how many there are.
     std::pair<int64_t, int64_t> gradients(const pybind11::list& params, const pybind11::list& dtypes, Numbers address,
-                                          Numbers dtype) const;
+                                          Numbers dtype);
 
     // Version counters of tensors, which torch counts up with every change in place. Writes them and returns the
     // indices of those that differ from what stood there.
@@ -49,13 +51,34 @@ class Snapshot {
         void hold();  // keeps a copy of the layout
     };
 
+    // A tensor when it was read last: where its imprint is the same, so is all that was read then.
+    struct Seen {
+        uint64_t imprint = 0;  // 0: of no use
+        uintptr_t data = 0;    // 0: not a tensor with memory
+        imprint::Place place;
+    };
+    struct SeenGradient {
+        imprint::Imprint imprint;
+        int64_t address = 0, dtype = 0;
+        imprint::Place place;
+    };
+    struct OwnState {  // of a parameter: the dictionary and where its items are, which are only fetched ahead
+        const char *dict, *items;
+    };
+
     static bool read(PyObject* tensor, View& view);
-    bool same_state(const pybind11::dict& state) const;
+    static Seen seen(PyObject* tensor, uintptr_t data);
+    bool same_memory(PyObject* tensor, size_t i);
+    bool same_state(const pybind11::dict& state);
+    // Whether a pass can read a gradient as it is; `own` is its parameter.
+    static bool fits(const View& gradient, const View& own);
 
     std::vector<std::vector<pybind11::object>> members_;  // kept, so that no address of an object is given out again
     std::vector<pybind11::object> others_, values_;
     std::vector<View> views_;
-    std::vector<uintptr_t> places_;  // of values_; 0 where it is not a tensor
+    std::vector<Seen> memory_, states_;  // of views_, of values_
+    std::vector<OwnState> owners_;
+    std::vector<SeenGradient> gradients_;
 };
 
 }  // namespace pybatch

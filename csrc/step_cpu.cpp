@@ -217,16 +217,29 @@ void update_rule(const Table& t, const Call& call, const Chunk& chunk, double sc
     if constexpr (Rule::norms == Norms::gradient) squares[0] = param.sum();
 }
 
+// After the rule has read the chunk's gradient, which is in the cache still.
+void unscale(const Chunk& chunk, float scale) {
+    Buffers buffers;
+    for_blocks(chunk, gradient_in_place(chunk, false), [&](int64_t first, int64_t n) {
+        const float* g = load_gradient(chunk, false, first, n, buffers.grad);
+        float* to = gradient_in_place(chunk, false) ? chunk.at<float>(kGrad, first) : buffers.grad;
+        for (int64_t i = 0; i < n; ++i) to[i] = quotient(g[i], scale);
+        store_gradient(chunk, first, n, to);
+    });
+}
+
 void update_chunk(const Table& t, const Call& call, int64_t i, double scale) {
     const Chunk chunk(t, i);
     if (!has_gradient(chunk.row, call)) return;
     switch (chunk.rule()) {
-#define PB_CASE(NUMBER, RULE) \
-    case NUMBER:              \
-        return update_rule<RULE>(t, call, chunk, scale, t.partials + 2 * i);
+#define PB_CASE(NUMBER, RULE)                                          \
+    case NUMBER:                                                       \
+        update_rule<RULE>(t, call, chunk, scale, t.partials + 2 * i); \
+        break;
         PB_FOR_EACH_RULE(PB_CASE)
 #undef PB_CASE
     }
+    if (call.unscale) unscale(chunk, *call.grad_scale);
 }
 
 void update_pass(const Table& t, const Call& call, const Verdict& verdict) {

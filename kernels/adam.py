@@ -30,9 +30,9 @@ def take(moments, g, first, second):
 
 @triton.jit
 def move(moments, first, second):
-    """The bias-corrected step."""
+    """The bias-corrected step. The root is approximate on a GPU, as in rule.h; of a subnormal second moment it is 0."""
     _rate1, _beta2, _rate2, size, correction2, eps = moments
-    return size * first / (tl.sqrt_rn(second) * correction2 + eps)
+    return size * first / (tl.sqrt(second) * correction2 + eps)
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def update(scalars, p, g, s):
     average = s[0] + rate1 * (g - s[0])
     square = beta3 * s[1] + rate3 * (ahead * ahead)
     change = s[2] + rate2 * (difference - s[2])
-    move = plus(size * average, size_diff, change) / (tl.sqrt_rn(square) * correction3 + eps)
+    move = plus(size * average, size_diff, change) / (tl.sqrt(square) * correction3 + eps)
     return after * (before * p - move), (average, square, change, -g)
 
 

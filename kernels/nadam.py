@@ -47,7 +47,7 @@ def update(scalars, p, g, s):
     g = plus(g, decay, p)
     first, second = take(moments, g, s[0], s[1])
     ahead = plus(share_g * g, share_m, first)
-    return shrink * p - ahead / (tl.sqrt_rn(second) * correction2 + eps), (first, second)
+    return shrink * p - ahead / (tl.sqrt(second) * correction2 + eps), (first, second)
 
 
 NADAM = UpdateRule("NAdam", make, update, next_scalar=next_product)

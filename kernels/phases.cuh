@@ -78,6 +78,22 @@ __device__ __forceinline__ void prepare_phase(const Table& t, const Call& call, 
     });
 }
 
+// Leaves the chunk's gradient divided by the scale: after the rule has read it, so that it comes from the cache.
+__device__ __forceinline__ void unscale(const Chunk& chunk, float scale) {
+    __syncthreads();  // threads share the elements out otherwise than the rule's loop does
+    with_type(chunk.row[kGradType], [&](auto type) {
+        using T = decltype(type);
+        constexpr int N = kVector / sizeof(T);
+        T* data = chunk.at<T>(kGrad);
+        for_each<N>(chunk.size, aligned<N>(data), [&](auto width, int i) {
+            auto pack = fetch<decltype(width)::value>(data + i, true);
+#pragma unroll
+            for (T& item : pack.item) store(item, quotient(load(item), scale));
+            write(data + i, pack);
+        });
+    });
+}
+
 // Calls work(rule, chunk, its number, scale) for the block's chunk.
 template <class Work>
 __device__ __forceinline__ void update_phase(const Table& t, const Call& call, const Work& work) {
@@ -89,8 +105,10 @@ __device__ __forceinline__ void update_phase(const Table& t, const Call& call, c
         // Against the order of the pass before: the gradients it read last are still in the cache.
         const int64_t number = call.prepare ? int64_t(blockIdx.x) : t.chunk_count - 1 - blockIdx.x;
         const Chunk chunk(t, number);
-        if (chunk.row[source])
+        if (chunk.row[source]) {
             with_rule(chunk.rule(), [&](auto type) { work(type, chunk, number, verdict.unscaled * verdict.clip); });
+            if (call.unscale) unscale(chunk, *call.grad_scale);
+        }
     }
     if (!is_last_block(t.ticket)) return;  // every block has read its step and the ledger by now
     if (call.row_norms && !verdict.skip)

@@ -10,6 +10,7 @@ from pybatch.kernels import adam, adamw, adan, lamb, lars, lion, muon, nadam, sg
 from pybatch.kernels.rule import UpdateRule
 
 from pybatch.ops.compiled import RULES as COMPILED
+from pybatch.ops.compiled import core
 
 TWINS: tuple[UpdateRule, ...] = (
     sgd.SGD,
@@ -28,8 +29,11 @@ TWINS: tuple[UpdateRule, ...] = (
 )
 RULES: dict[int, UpdateRule] = {COMPILED[rule.name].number: rule for rule in TWINS}
 
-# Places in what `selection` gives of a rule.
-NUMBER, STATES, PREPARED, CARRIED, MAKE, UPDATE, PREPARE, DIRECTION, NEXT = (tl.constexpr(i) for i in range(9))
+# Places in what `selection` gives of a rule; in what `kinds` gives, they come after three of its own.
+NUMBER, STATES, SQUARES, PREPARED, CARRIED, MAKE, UPDATE, PREPARE, DIRECTION, NEXT = (
+    tl.constexpr(i) for i in range(10)
+)
+CODE_OF, TYPE_OF, STORAGE_OF, RULE_OF = (tl.constexpr(i) for i in range(4))
 
 
 def with_norms(norms: str, numbers: Iterable[int]) -> tuple[int, ...]:
@@ -52,10 +56,17 @@ def selection(numbers: Iterable[int]) -> tuple[tuple[Any, ...], ...]:
     return tuple(_constant(number) for number in numbers)
 
 
+def kinds(pairs: Iterable[tuple[int, int]]) -> tuple[tuple[Any, ...], ...]:
+    """The same of a list's different (code, type of the gradient): both, the storage, and what `selection` gives."""
+    count = core.storage_count
+    return tuple((code, dtype, code % count, *_constant(code // count)) for code, dtype in pairs)
+
+
 @cache
 def _constant(number: int) -> tuple[Any, ...]:
     rule = RULES[number]
     compiled, functions = COMPILED[rule.name], tuple(function or rule.update for function in rule[1:])
     sources = " ".join(getattr(function, "cache_key", "") for function in functions)  # the interpreter has none
     key = int.from_bytes(sha256(sources.encode()).digest()[:7], "big")
-    return (number, compiled.states, compiled.norms == "direction", compiled.norms == "gradient", *functions, key)
+    norms = compiled.norms == "direction", compiled.norms == "gradient"
+    return (number, compiled.states, compiled.squares, *norms, *functions, key)

@@ -1,4 +1,4 @@
-"""Triton twin of step.cu: norms, then load -> rule -> store, over a list of tensors.
+"""Triton's launches of a step.
 
 A phase is one launch over the list, and small ones for the sums and the bookkeeping, which CUDA C++ leaves to the block
 that finishes last: Triton gives no ordering between the programs of one launch.
@@ -6,201 +6,32 @@ that finishes last: Triton gives no ordering between the programs of one launch.
 
 from typing import Any
 
-import triton
-import triton.language as tl
-from pybatch.kernels.ledger import collect_kernel, collect_rows_kernel, judge, settle_kernel, settle_rows_kernel
-from pybatch.kernels.rules import (
-    CARRIED,
-    DIRECTION,
-    MAKE,
-    NUMBER,
-    PREPARE,
-    PREPARED,
-    STATES,
-    UPDATE,
-    selection,
-    with_norms,
-    with_scalar,
-)
-from pybatch.kernels.storage import load_param, random_bits, store_param
-from pybatch.kernels.table import (
-    BFLOAT16_STOCHASTIC,
-    CODE,
-    DIRECTION_SQ,
-    FLOAT16_STOCHASTIC,
-    GRAD,
-    GRAD_TYPE,
-    GROUP,
-    HYPER_COLUMNS,
-    LAUNCH,
-    MAXIMIZE,
-    PARAM_SQ,
-    ROW_NORMS,
-    SALT,
-    STATE,
-    STORAGES,
-    SUM,
-    contains,
-    load_as_f32,
-    load_f32,
-    locate,
-    store_f32,
-    sum_squares,
-)
+from pybatch.kernels.ledger import collect_kernel, collect_rows_kernel, settle_kernel, settle_rows_kernel
+from pybatch.kernels.phases import norm_kernel, prepare_kernel, update_kernel
+from pybatch.kernels.rules import kinds, selection, with_norms, with_scalar
+from pybatch.kernels.table import GRAD, LAUNCH, SUM
 
-
-@triton.jit
-def load_gradient(row, offset, mask, accumulated: tl.constexpr):
-    """The gradient a step takes: the fp32 sum, or the gradient in its own dtype."""
-    if accumulated:
-        g = load_f32(tl.load(row + SUM), offset, mask)
-    else:
-        g = load_as_f32(tl.load(row + GRAD), tl.load(row + GRAD_TYPE), offset, mask)
-    return g
-
-
-@triton.jit
-def load_states(row, offset, mask, count: tl.constexpr):
-    """A tuple of blocks."""
-    s = ()
-    for k in tl.static_range(count):
-        s = s + (load_f32(tl.load(row + STATE + k), offset, mask),)  # noqa: RUF005  Triton knows no star
-    return s
-
-
-@triton.jit
-def store_states(row, offset, mask, s, count: tl.constexpr):
-    """Write them back."""
-    for k in tl.static_range(count):
-        store_f32(tl.load(row + STATE + k), offset, s[k], mask)
-
-
-@triton.jit
-def norm_kernel(
-    rows,
-    chunks,
-    partials,
-    carried,
-    carriers: tl.constexpr,
-    accumulated: tl.constexpr,
-    gradients: tl.constexpr,
-    block: tl.constexpr,
-):
-    """One program a chunk: the sums of squares of its parameter (rules in `carriers`) and of its gradient."""
-    chunk, index, row, offset, mask = locate(rows, chunks, block)
-    param, gradient = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
-    if tl.load(row + (SUM if accumulated else GRAD)) != 0:
-        if gradients:
-            gradient = sum_squares(load_gradient(row, offset, mask, accumulated))
-        code = tl.load(row + CODE)
-        held = tl.load(carried + index)
-        if contains(carriers, code // STORAGES) & (held != held):
-            param = sum_squares(load_param(row, code % STORAGES, offset, mask))
-    tl.store(partials + 2 * chunk, param)
-    tl.store(partials + 2 * chunk + 1, gradient)
-
-
-@triton.jit
-def prepare_kernel(
-    rows,
-    chunks,
-    hyper,
-    steps,
-    scalars,
-    partials,
-    ledger,
-    inverse: tl.float64,
-    max_norm: tl.float64,
-    grad_scale: tl.int64,
-    found_inf: tl.int64,
-    rules: tl.constexpr,
-    accumulated: tl.constexpr,
-    taken: tl.constexpr,
-    clip: tl.constexpr,
-    follow: tl.constexpr,
-    block: tl.constexpr,
-):
-    """One program a chunk: the states, and the sums of squares of parameter and direction."""
-    chunk, index, row, offset, mask = locate(rows, chunks, block)
-    skip, _norm, coefficient, unscaled = judge(ledger, inverse, max_norm, grad_scale, found_inf, taken, clip, follow)
-    if (tl.load(row + (SUM if accumulated else GRAD)) != 0) & (skip == 0):
-        code = tl.load(row + CODE)
-        group = hyper + tl.load(row + GROUP) * HYPER_COLUMNS
-        step = tl.load(steps + index).to(tl.float64) + 1.0
-        factor = tl.where(tl.load(group + MAXIMIZE) != 0.0, -unscaled, unscaled) * coefficient
-        for i in tl.static_range(len(rules)):
-            if code // STORAGES == rules[i][NUMBER]:
-                held = tl.load(scalars + index).to(tl.float64)
-                made = rules[i][MAKE](group, step, held, factor * 0.0, factor * 0.0)
-                p = load_param(row, code % STORAGES, offset, mask)
-                g = load_gradient(row, offset, mask, accumulated) * factor.to(tl.float32)
-                s = rules[i][PREPARE](made, g, load_states(row, offset, mask, rules[i][STATES]))
-                store_states(row, offset, mask, s, rules[i][STATES])
-                direction = rules[i][DIRECTION](made, p, s)
-                tl.store(partials + 2 * chunk, sum_squares(p))
-                tl.store(partials + 2 * chunk + 1, sum_squares(tl.where(mask, direction, 0.0)))
-
-
-@triton.jit
-def update_kernel(
-    rows,
-    chunks,
-    hyper,
-    steps,
-    scalars,
-    norms,
-    partials,
-    ledger,
-    inverse: tl.float64,
-    max_norm: tl.float64,
-    grad_scale: tl.int64,
-    found_inf: tl.int64,
-    seed_low: tl.int64,
-    seed_high: tl.int64,
-    rules: tl.constexpr,
-    prepared: tl.constexpr,
-    carriers: tl.constexpr,
-    accumulated: tl.constexpr,
-    taken: tl.constexpr,
-    clip: tl.constexpr,
-    follow: tl.constexpr,
-    block: tl.constexpr,
-):
-    """One program a chunk: the whole update of its elements."""
-    chunk, index, row, offset, mask = locate(rows, chunks, block)
-    skip, _norm, coefficient, unscaled = judge(ledger, inverse, max_norm, grad_scale, found_inf, taken, clip, follow)
-    if (tl.load(row + (SUM if accumulated else GRAD)) != 0) & (skip == 0):
-        code = tl.load(row + CODE)
-        storage = code % STORAGES
-        group = hyper + tl.load(row + GROUP) * HYPER_COLUMNS
-        step = tl.load(steps + index).to(tl.float64) + 1.0
-        factor = tl.where(tl.load(group + MAXIMIZE) != 0.0, -unscaled, unscaled) * coefficient
-        own = norms + index * ROW_NORMS
-        param_sq, direction_sq = tl.load(own + PARAM_SQ), tl.load(own + DIRECTION_SQ)
-        random = tl.zeros((block,), tl.uint32)
-        if (storage == BFLOAT16_STOCHASTIC) | (storage == FLOAT16_STOCHASTIC):
-            low, high = tl.full((), seed_low, tl.int64), tl.full((), seed_high, tl.int64)
-            random = random_bits(low, high, tl.load(row + SALT), step.to(tl.int64), offset)
-        p = load_param(row, storage, offset, mask)
-        g = p
-        if not contains(prepared, code // STORAGES):  # else the states are final and no gradient is needed
-            g = load_gradient(row, offset, mask, accumulated) * factor.to(tl.float32)
-        for i in tl.static_range(len(rules)):
-            if code // STORAGES == rules[i][NUMBER]:
-                if rules[i][CARRIED]:  # the norm of the gradient as this rule sees it
-                    direction_sq = direction_sq * factor * factor
-                made = rules[i][MAKE](group, step, tl.load(scalars + index).to(tl.float64), param_sq, direction_sq)
-                p, s = rules[i][UPDATE](made, p, g, load_states(row, offset, mask, rules[i][STATES]))
-                if not rules[i][PREPARED]:
-                    store_states(row, offset, mask, s, rules[i][STATES])
-        store_param(row, storage, offset, p, mask, random)
-        if contains(carriers, code // STORAGES):
-            tl.debug_barrier()  # the parameter is read again as it was stored
-            tl.store(partials + 2 * chunk, sum_squares(load_param(row, storage, offset, mask)))
+BLOCK, WARPS = 2048, 8  # elements of a turn of the loops over a chunk, and warps that share them
 
 
 def _source(call: Any) -> int:
     return int(SUM.value if call.sum else GRAD.value)
+
+
+def shape(tensors: Any) -> dict[str, int]:
+    """How a chunk is gone through: eight elements a thread at a time, of fp32 two vectors."""
+    block = min(BLOCK, tensors.table.chunk // 2)
+    return {"block": block, "chunk_size": tensors.table.chunk, "num_warps": max(1, min(WARPS, block // 64))}
+
+
+def _states(tensors: Any, call: Any) -> dict[str, Any]:
+    """The arguments that only states and roundings need."""
+    return {
+        "codes": tensors.scalars if tensors.codes is None else tensors.codes,  # read of 8 bits alone
+        "seed_low": call.seed & 0xFFFFFFFF,
+        "seed_high": call.seed >> 32,
+        "state_type": tensors.table.states,
+    }
 
 
 def _decision(call: Any) -> dict[str, Any]:
@@ -247,10 +78,10 @@ def norm(tensors: Any, call: Any) -> None:
             tensors.chunks,
             tensors.partials,
             tensors.carried,
-            carriers=carriers,
-            accumulated=call.sum,
+            kinds=kinds(tensors.kinds(accumulated=call.sum)),
+            source=_source(call),
             gradients=call.norm,
-            block=tensors.table.chunk,
+            **shape(tensors),
             **LAUNCH,
         )
     if call.norm:
@@ -287,9 +118,10 @@ def prepare(tensors: Any, call: Any) -> None:
         tensors.scalars,
         tensors.partials,
         tensors.ledger.values,
-        rules=selection(prepared),
-        accumulated=call.sum,
-        block=tensors.table.chunk,
+        kinds=kinds(tensors.kinds(prepared, accumulated=call.sum)),
+        source=_source(call),
+        **_states(tensors, call),
+        **shape(tensors),
         **_decision(call),
         **LAUNCH,
     )
@@ -309,13 +141,11 @@ def update(tensors: Any, call: Any) -> None:
             tensors.norms,
             tensors.partials,
             tensors.ledger.values,
-            seed_low=call.seed & 0xFFFFFFFF,
-            seed_high=call.seed >> 32,
-            rules=selection(tensors.rules),
-            prepared=with_norms("direction", tensors.rules),
-            carriers=with_norms("gradient", tensors.rules),
-            accumulated=call.sum,
-            block=tensors.table.chunk,
+            kinds=kinds(tensors.kinds(accumulated=call.sum)),
+            source=_source(call),
+            unscale=call.unscale,
+            **_states(tensors, call),
+            **shape(tensors),
             **decision,
             **LAUNCH,
         )

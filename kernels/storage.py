@@ -3,6 +3,7 @@ interpreter, whose conversion truncates, gives the bits of a GPU."""
 
 import triton
 import triton.language as tl
+from pybatch.kernels.chunk import load_as_f32, pointer
 from pybatch.kernels.table import (
     BFLOAT16,
     BFLOAT16_MASTER,
@@ -12,11 +13,6 @@ from pybatch.kernels.table import (
     FLOAT16_MASTER,
     FLOAT16_STOCHASTIC,
     FLOAT32,
-    MASTER,
-    PARAM,
-    load_as_f32,
-    load_f32,
-    store_f32,
 )
 
 
@@ -30,11 +26,17 @@ def mix(key, word):
 
 
 @triton.jit
-def random_bits(seed_low, seed_high, salt, step, offset):
-    """Random uint32 of the elements at these offsets (int64), in the tensor's update of this number."""
+def random_key(seed_low, seed_high, salt, step, begin):
+    """Of a chunk, in the tensor's update of this number."""
     key = mix(tl.zeros((), tl.uint32), seed_low.to(tl.uint32))
     key = mix(mix(mix(key, seed_high.to(tl.uint32)), salt.to(tl.uint32)), step.to(tl.uint32))
-    return mix(mix(key, (offset >> 32).to(tl.uint32)), offset.to(tl.uint32))
+    return mix(key, (begin >> 32).to(tl.uint32))
+
+
+@triton.jit
+def random_bits(key, begin, offset):
+    """Random uint32 of elements of a chunk."""
+    return mix(key, begin.to(tl.uint32) + offset.to(tl.uint32))
 
 
 @triton.jit
@@ -74,44 +76,47 @@ def to_float16_at_random(x, random):
 
 
 @triton.jit
-def load_param(row, storage, offset, mask):
+def load_param(param, master, storage: tl.constexpr, begin, offset, mask, vectors: tl.constexpr):
     """The parameter's fp32 values."""
-    param, master = tl.load(row + PARAM), tl.load(row + MASTER)
-    if (storage == BFLOAT16_MASTER) | (storage == FLOAT16_MASTER):
-        x = load_f32(master, offset, mask)
+    if storage == BFLOAT16_MASTER or storage == FLOAT16_MASTER:  # noqa: SIM109  nor "in"
+        x = load_as_f32(master, FLOAT32, begin, offset, mask, vectors)
     elif storage == BFLOAT16_REMAINDER:
-        high = tl.load(param.to(tl.pointer_type(tl.uint16)) + offset, mask=mask, other=0).to(tl.uint32)
-        low = tl.load(master.to(tl.pointer_type(tl.int16)) + offset, mask=mask, other=0).to(tl.int32)
+        high = tl.load(pointer(param, tl.uint16, begin, vectors) + offset, mask=mask, other=0).to(tl.uint32)
+        low = tl.load(pointer(master, tl.int16, begin, vectors) + offset, mask=mask, other=0).to(tl.int32)
         x = ((high << 16) + low.to(tl.uint32)).to(tl.float32, bitcast=True)
     elif storage == BFLOAT16_STOCHASTIC:
-        x = load_as_f32(param, BFLOAT16, offset, mask)
+        x = load_as_f32(param, BFLOAT16, begin, offset, mask, vectors)
     elif storage == FLOAT16_STOCHASTIC:
-        x = load_as_f32(param, FLOAT16, offset, mask)
+        x = load_as_f32(param, FLOAT16, begin, offset, mask, vectors)
     else:
-        x = load_as_f32(param, storage, offset, mask)
+        x = load_as_f32(param, storage, begin, offset, mask, vectors)
     return x
 
 
 @triton.jit
-def store_param(row, storage, offset, value, mask, random):
-    """Write back what `load_param` gave. Masked elements of `random` may be anything."""
-    param, master = tl.load(row + PARAM), tl.load(row + MASTER)
-    half = param.to(tl.pointer_type(tl.uint16)) + offset
+def store_param(param, master, storage: tl.constexpr, begin, offset, value, mask, key, vectors: tl.constexpr):
+    """Write back what `load_param` gave; key: `random_key` of the chunk, where the storage is stochastic."""
     if storage == FLOAT32:
-        store_f32(param, offset, value, mask)
-    elif (storage == BFLOAT16) | (storage == BFLOAT16_MASTER):
-        tl.store(half, to_bfloat16(value), mask=mask)
+        tl.store(pointer(param, tl.float32, begin, vectors) + offset, value, mask=mask)
+    elif storage == BFLOAT16 or storage == BFLOAT16_MASTER:  # noqa: SIM109  nor "in"
+        tl.store(pointer(param, tl.uint16, begin, vectors) + offset, to_bfloat16(value), mask=mask)
     elif storage == BFLOAT16_STOCHASTIC:
-        tl.store(half, to_bfloat16_at_random(value, random), mask=mask)
+        bits = to_bfloat16_at_random(value, random_bits(key, begin, offset))
+        tl.store(pointer(param, tl.uint16, begin, vectors) + offset, bits, mask=mask)
     elif storage == BFLOAT16_REMAINDER:
         bits = tl.where(value != value, 0x7FC00000, value.to(tl.uint32, bitcast=True))
-        tl.store(half, ((bits + 0x8000) >> 16).to(tl.uint16), mask=mask)
-        low = master.to(tl.pointer_type(tl.uint16)) + offset
-        tl.store(low, (bits & 0xFFFF).to(tl.uint16), mask=mask)
+        tl.store(pointer(param, tl.uint16, begin, vectors) + offset, ((bits + 0x8000) >> 16).to(tl.uint16), mask=mask)
+        tl.store(pointer(master, tl.uint16, begin, vectors) + offset, (bits & 0xFFFF).to(tl.uint16), mask=mask)
     else:
         x = value
         if storage == FLOAT16_STOCHASTIC:
-            x = to_float16_at_random(value, random)
-        tl.store(param.to(tl.pointer_type(tl.float16)) + offset, x.to(tl.float16), mask=mask)
-    if (storage == BFLOAT16_MASTER) | (storage == FLOAT16_MASTER):
-        store_f32(master, offset, value, mask)
+            x = to_float16_at_random(value, random_bits(key, begin, offset))
+        tl.store(pointer(param, tl.float16, begin, vectors) + offset, x.to(tl.float16), mask=mask)
+    if storage == BFLOAT16_MASTER or storage == FLOAT16_MASTER:  # noqa: SIM109  nor "in"
+        tl.store(pointer(master, tl.float32, begin, vectors) + offset, value, mask=mask)
+
+
+@triton.constexpr_function
+def is_stochastic(storage):
+    """Whether its rounding draws random bits."""
+    return storage in (BFLOAT16_STOCHASTIC.value, FLOAT16_STOCHASTIC.value)

@@ -112,6 +112,7 @@ struct Call {
     bool clip;                // step: clip to max_norm
     bool row_norms;           // step: some rule has Norms::gradient; then norm or known is set
     bool prepare;             // step: some rule has Norms::direction
+    bool unscale;             // step: leave every kGrad divided by *grad_scale, as torch's fused optimizers do
     bool follow;              // step: skip where the last step on this ledger was skipped; no clipping, no bookkeeping
     double max_norm;          // global L2 norm
     double inverse;           // step: factor from the sum to the mean over all examples

@@ -1,4 +1,4 @@
-"""Triton twin of table.h: its numbers as constants, read from the compiled module, and loads through its addresses."""
+"""Triton twin of table.h: its numbers as constants, read from the compiled module."""
 
 import triton
 import triton.language as tl
@@ -17,7 +17,8 @@ def hyper_columns(rule, *names):
 
 
 PARAM, GRAD, SUM, MASTER, NUMEL, CODE = constants(core.columns, "param", "grad", "sum", "master", "numel", "code")
-GRAD_TYPE, GROUP, FRESH, SALT, STATE = constants(core.columns, "grad_type", "group", "fresh", "salt", "state")
+GRAD_TYPE, GROUP, FRESH, SALT = constants(core.columns, "grad_type", "group", "fresh", "salt")
+STATE, SCALE = constants(core.columns, "state", "scale")
 COLUMNS = tl.constexpr(core.column_count)
 FLOAT32, BFLOAT16 = constants(core.storages, "float32", "bfloat16")  # storages and types of gradients
 BFLOAT16_MASTER, BFLOAT16_REMAINDER = constants(core.storages, "bfloat16_master", "bfloat16_remainder")
@@ -27,6 +28,8 @@ FLOAT16, FLOAT16_MASTER, FLOAT16_STOCHASTIC = (
     tl.constexpr(core.storages.get(name, -1)) for name in ("float16", "float16_master", "float16_stochastic")
 )
 STORAGES = tl.constexpr(core.storage_count)
+STATES_FP32, STATES_BF16, STATES_8BIT = constants(core.state_types, "fp32", "bf16", "8bit")
+STATE_BLOCK = tl.constexpr(core.state_block)
 SUM_SQ, BAD, MICRO_SQ, NORM, CLIP = constants(core.ledger, "sum_sq", "bad", "micro_sq", "norm", "clip")
 SKIPPED, SKIP, PAIRS = constants(core.ledger, "skipped", "skip", "pairs")
 SMALL_SUM, LARGE_SUM = constants(core.ledger, "small_sum", "large_sum")
@@ -48,47 +51,9 @@ def power(base, exponent):
 
 
 @triton.jit
-def load_f32(address, offset, mask):
-    """Elements of an fp32 tensor given by its address."""
-    return tl.load(address.to(tl.pointer_type(tl.float32)) + offset, mask=mask, other=0.0)
-
-
-@triton.jit
-def store_f32(address, offset, value, mask):
-    """Store to an fp32 tensor given by its address."""
-    tl.store(address.to(tl.pointer_type(tl.float32)) + offset, value, mask=mask)
-
-
-@triton.jit
-def load_as_f32(address, dtype, offset, mask):
-    """Elements of a tensor of any of the three dtypes, as fp32; the branch is uniform over the program."""
-    if dtype == FLOAT32:
-        x = load_f32(address, offset, mask)
-    elif dtype == BFLOAT16:
-        bits = tl.load(address.to(tl.pointer_type(tl.uint16)) + offset, mask=mask, other=0).to(tl.uint32)
-        x = (bits << 16).to(tl.float32, bitcast=True)
-    else:
-        x = tl.load(address.to(tl.pointer_type(tl.float16)) + offset, mask=mask, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
 def finite(x):
     """Neither infinite nor NaN, of any float."""
     return x - x == 0.0
-
-
-@triton.jit
-def sum_squares(x):
-    """Sum of squares of any fp32 block as float64, from sums in fp32: squares of large and of small elements leave its
-    range, so that they are summed scaled as well (Blue 1978). Infinite or NaN where an element is, and nowhere else."""
-    down, up = x * 8.271806125530277e-25, x * 1.2676506002282294e30  # 2^-80, 2^100
-    middle, large, small = tl.sum(x * x), tl.sum(down * down), tl.sum(up * up)
-    total = tl.where(
-        middle < 8.077935669463161e-28, small.to(tl.float64) * 6.223015277861142e-61, middle
-    )  # 2^-90, -200
-    total = tl.where(middle < 1.329227995784916e36, total, large.to(tl.float64) * 1.461501637330903e48)  # 2^120, 160
-    return tl.where(finite(large), total, large.to(tl.float64))
 
 
 @triton.jit
@@ -98,16 +63,6 @@ def contains(numbers: tl.constexpr, number):
     for i in tl.static_range(len(numbers)):
         found = found | (number == numbers[i])
     return found
-
-
-@triton.jit
-def locate(rows, chunks, block: tl.constexpr):
-    """(chunk, index of its row, address of that row, offsets of the elements, which of them exist) of this program."""
-    chunk = tl.program_id(0).to(tl.int64)
-    index = tl.load(chunks + 2 * chunk)
-    row = rows + index * COLUMNS
-    offset = tl.load(chunks + 2 * chunk + 1) * block + tl.arange(0, block)
-    return chunk, index, row, offset, offset < tl.load(row + NUMEL)
 
 
 @triton.jit

@@ -44,6 +44,10 @@ COMMANDS = {
         "fit:fit",
         "The critical batch from your own logs: steps to a target at several batch sizes, from a CSV file.",
     ),
+    "schedule": (
+        "schedule:schedule",
+        "A batch-size schedule: fewer steps for the same examples, from what was measured along a run.",
+    ),
     "watch": (
         "watch:watch",
         "Your own training script, unchanged: its noise, capacity around its batch, waiting for data, and the verdict.",

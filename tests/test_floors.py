@@ -16,7 +16,7 @@ FLOORS = (
     ("answer",),
     ("ops", "device", "report"),
     ("optim", "workloads"),
-    ("noise", "training"),
+    ("noise", "schedule", "training"),
     ("processes",),
     ("capacity", "sweep", "branch"),
     ("watch",),

@@ -86,7 +86,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 class TritonBackend(Backend):
     """Triton over the same tables, where no CUDA build exists. On the CPU only under TRITON_INTERPRET=1."""
 
-    name, chunk = "triton", 4096
+    name, chunk = "triton", 8192  # four turns of a program's loop
 
     def _run(self, entry: str, tensors: TensorList, call: Any) -> None:
         from pybatch.kernels import accumulate, step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +84,11 @@ class TensorList:
         self.states, self.ledger, self.layers = [entry.states for entry in entries], ledger, layers
         self.scales = [entry.scales for entry in entries]
         self.masters = [entry.master for entry in entries]
+        self._kinds: set[tuple[int, int]] = set()  # seen so far
+        self._unseen = True  # whether there may be others
+        self.codes = None  # what codes of 8 bits stand for, fp32 [2, 256]: without and with a sign
+        if state_type == "8bit":
+            self.codes = torch.tensor(core.state_codes, dtype=torch.float32).to(entries[0].param.device)
         self.rules = tuple(sorted({RULES[entry.rule].number for entry in entries}))
         norms = {RULES[entry.rule].norms for entry in entries}
         self.row_norms, self.prepare = "gradient" in norms, "direction" in norms
@@ -147,7 +152,24 @@ class TensorList:
         column = self._columns[:, core.columns[name]]
         if not np.array_equal(column, values):
             column[:] = values
-            self._stale = True
+            self._stale = self._unseen = True
+
+    def kinds(self, rules: Iterable[int] | None = None, *, accumulated: bool) -> tuple[tuple[int, int], ...]:
+        """Different (code, type of the gradient) of tensors that had a gradient so far, in ascending order.
+
+        Args:
+            rules: of these alone; None: of all.
+            accumulated: the gradients are the sums, which are fp32.
+        """
+        if self._unseen:
+            column = core.columns
+            code, dtype, grad, total = (self._columns[:, column[name]] for name in ("code", "grad_type", "grad", "sum"))
+            both = np.unique((code * len(DTYPES) + dtype)[(grad != 0) | (total != 0)])
+            self._kinds |= {divmod(pair, len(DTYPES)) for pair in both.tolist()}
+            self._unseen = False
+        found = {(code, DTYPES[torch.float32] if accumulated else dtype) for code, dtype in self._kinds}
+        wanted = set(self.rules if rules is None else rules)
+        return tuple(sorted(pair for pair in found if pair[0] // core.storage_count in wanted))
 
     def send(self) -> None:
         """Bring the device's table up to date; no synchronization, and no upload of what is there from before.
@@ -239,8 +261,9 @@ def refuse_capture(device: torch.device, why: str) -> None:
     """Raise UsageError where a CUDA graph is being captured, which must hold no upload from the host."""
     if capturing(device):
         raise UsageError(
-            f"step() in the capture of a CUDA graph: {why}, so tables would have to be uploaded. Take a step before "
-            "the capture, keep gradients in place by zero_grad(set_to_none=False), and give lr as a tensor there."
+            f"a fused optimizer in the capture of a CUDA graph: {why}, so tables would have to be uploaded. Take the "
+            "same step before the capture, keep gradients in place (zero_grad(set_to_none=False); for accumulate() "
+            "give p.grad the same tensors), and give lr as a tensor on the device."
         )
 
 

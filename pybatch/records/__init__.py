@@ -37,6 +37,7 @@ from pybatch.records.noise import (
     WeightedNoise,
 )
 from pybatch.records.run import SCHEMA, Run, to_dict
+from pybatch.records.schedule import Schedule, ScheduleSource, Stage
 from pybatch.records.subject import Ceilings, Device, Environment, Note, WorkloadInfo
 from pybatch.records.training import Training
 from pybatch.records.verdict import (
@@ -91,6 +92,9 @@ __all__ = [
     "Reading",
     "Reason",
     "Run",
+    "Schedule",
+    "ScheduleSource",
+    "Stage",
     "StepLimit",
     "StepMode",
     "StepsFit",

@@ -16,6 +16,7 @@ from pybatch.records.convergence import Convergence
 from pybatch.records.figure import hidden
 from pybatch.records.limits import time_wrong, wrong
 from pybatch.records.noise import NoiseScale, NoiseTrajectory
+from pybatch.records.schedule import Schedule
 from pybatch.records.subject import Environment, Note
 from pybatch.records.training import Training
 from pybatch.records.verdict import Verdict
@@ -39,6 +40,7 @@ class Run(Shown):
     trajectory: NoiseTrajectory | None = None  # of a training run, see pybatch.noise.Trajectory
     price: float | None = None  # of a device-hour, as the user gave it
     training: Training | None = None  # a script's own, see `pybatch watch`
+    schedule: Schedule | None = None  # of batch sizes, see `pybatch schedule`
 
     def to_json(self) -> str:
         """The record as JSON text; non-finite numbers become null."""

@@ -6,8 +6,20 @@ from dataclasses import replace
 
 from pybatch.answer.verdict import advise
 from pybatch.base import numerals as n
-from pybatch.records import Run, Verdict
-from pybatch.report import branches, capacity, claims, devices, noise, step_times, steps, training, utilization, verdict
+from pybatch.records import Run, Schedule, Verdict
+from pybatch.report import (
+    branches,
+    capacity,
+    claims,
+    devices,
+    noise,
+    schedule,
+    step_times,
+    steps,
+    training,
+    utilization,
+    verdict,
+)
 from pybatch.report.layout import Section, details_of, examples_of, notes_of
 from pybatch.report.plot import Plot
 
@@ -15,6 +27,8 @@ from pybatch.report.plot import Plot
 def title(run: Run) -> str:
     """What was measured, and where, in one line."""
     measured = run.capacity or run.convergence
+    if measured is None and run.schedule is not None:
+        return "Batch-size schedule"
     if measured is None and run.training is not None:
         return f"{run.training.name} ({run.training.model})"
     if measured is None or measured.workload is None or measured.device is None:
@@ -25,8 +39,10 @@ def title(run: Run) -> str:
     return f"{work.name} ({model}{n.count(work.parameters)} parameters, {work.dtype}) on {place}"
 
 
-def answer_of(run: Run) -> Verdict | None:
+def answer_of(run: Run) -> Verdict | Schedule | None:
     """What the page opens with: the run's verdict; of steps or noise alone, what they say of the critical batch."""
+    if run.schedule is not None and run.verdict is None:
+        return run.schedule
     if run.verdict is not None or run.capacity is not None:
         return run.verdict
     found = advise(None, run.noise, run.convergence)
@@ -58,6 +74,8 @@ def sections(run: Run) -> list[Section]:
         found.append(branches.section(swept, unit))
     if run.distributed is not None:
         found.append(devices.section(run.distributed))
+    if run.schedule is not None:
+        found.append(schedule.section(run.schedule, unit))
     if run.verdict is not None:
         found.append(verdict.section(run.verdict, run.capacity, run.price))
     if run.notes:
@@ -76,5 +94,5 @@ def plots(run: Run, number: int = 0) -> list[Plot]:
         found += [*steps.plots(swept, unit), *claims.plots(swept, unit)]
     found += training.plots(run.training)
     found += [*step_times.plots(run.capacity), *utilization.plots(run.capacity), *verdict.frontier_plots(run)]
-    found += noise.plots(run.noise, run.trajectory, unit)
+    found += [*noise.plots(run.noise, run.trajectory, unit), *schedule.plots(run)]
     return [replace(plot, name=f"{plot.name}-{number}") for plot in found]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from cases.catalogue import OPTIMIZERS
+from cases.problem import same_bits
 
 from pybatch import ops
 
@@ -55,6 +56,19 @@ def infinities(setup):
         grads[i][2] = math.inf
     setup.step(grads, norm=ops.RULES[setup.rule].norms != "none")
     return setup.params[i]
+
+
+def unscale(setup, dtype=torch.float32):
+    """A GradScaler's steps: one that is taken leaves the gradients divided by the scale, one that is skipped as is."""
+    scale, grads = torch.tensor(8.0), draw([len(p) for p in setup.params], dtype, seed=3)
+    setup.backend.more = {"grad_scale": scale}  # what an emulated device sees
+    for bad in (False, True):
+        if bad:
+            next(g for g in reversed(grads) if len(g))[-1] = math.inf
+        wanted = [g.clone() if bad else g / 8 for g in grads]
+        setup.step(grads, norm=True, clip=True, max_norm=300.0, grad_scale=scale.data_ptr(), unscale=True)
+        assert same_bits(grads, wanted)
+    assert float(setup.ledger["skip"]) == 1.0
 
 
 def sizes(chunk=ops.CppBackend.chunk):

@@ -200,7 +200,13 @@ def skip(made):
     assert float(made.ledger["skipped"]) == float(made.ledger["skip"]) == 1.0
 
 
-SCENARIOS = {"clip": clip, "accumulate": accumulate, "noise": noise, "layers": noise, "skip": skip}
+def scaler(made):
+    """Steps that leave their gradients unscaled, of the parameters' dtype and in fp32."""
+    for dtype in (made.params[0].dtype, torch.float32):
+        lists.unscale(made, dtype)
+
+
+SCENARIOS = {"clip": clip, "accumulate": accumulate, "noise": noise, "layers": noise, "skip": skip, "scaler": scaler}
 
 
 def check(library, programs, rule, storage, scenario, state_type="fp32", seed=1):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pybatch import ops
+from pybatch import _C, ops
 
 DTYPES = [torch.zeros(1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
@@ -124,6 +124,42 @@ def test_a_gradient_that_can_not_be_read_as_it_is(grad):
     assert x.gradients() == (0, 2, [0, x.params[1].grad.data_ptr(), 0, 0], [7, 0, 7, 7])
 
 
+def move_gradient(x):
+    x.params[0].grad.data = torch.ones(4, 4)
+
+
+GRADIENTS = {  # a change after a step, and whether the gradient can be read then
+    "replaced": (lambda x: setattr(x.params[0], "grad", torch.ones(4, 4)), True),
+    "moved": (move_gradient, True),
+    "negated": (lambda x: setattr(x.params[0], "grad", torch._neg_view(torch.ones(4, 4))), False),
+    "negated in its memory": (lambda x: setattr(x.params[0].grad, "data", torch._neg_view(x.params[0].grad)), False),
+    "transposed in its memory": (lambda x: x.params[0].grad.t_(), False),
+    "shorter in its memory": (lambda x: x.params[0].grad.resize_(2, 4), False),
+    "its storage moved": (lambda x: x.params[0].grad.untyped_storage().resize_(1 << 20), True),
+    "its storage freed": (lambda x: x.params[0].grad.untyped_storage().resize_(0), False),
+}
+
+
+@pytest.mark.parametrize("change", GRADIENTS)
+def test_a_change_of_a_gradient_read_before_is_noticed(change):
+    x = Problem()
+    x.params[0].grad = torch.ones(4, 4)
+    for _ in range(2):
+        assert x.gradients()[:2] == (-1, 1)
+    work, readable = GRADIENTS[change]
+    work(x)
+    bad, _, address, _ = x.gradients()
+    assert bad == (-1 if readable else 0)
+    assert address[0] == (x.params[0].grad.data_ptr() if readable else 0)
+    x.params[0].grad = torch.ones(4, 4)
+    assert x.gradients()[2][0] == x.params[0].grad.data_ptr()
+
+
+def test_this_torch_is_looked_at_by_imprints():
+    """Else every tensor is asked for, and a step over many takes twice as long."""
+    assert _C.imprints()
+
+
 def test_strides_of_dimensions_of_one_element_do_not_matter():
     p = torch.nn.Parameter(torch.zeros(1, 5))
     snapshot = ops.Snapshot([[p]], [p], [], {})
@@ -152,15 +188,19 @@ def test_numbers_of_the_wrong_length_are_refused():
 WITHOUT = """
 import sys, torch
 del torch.Tensor.__dlpack_c_exchange_api__
+from pybatch import _C
+ones, torch.ones = torch.ones, None  # with which imprints are tried, once
+assert not _C.imprints()
+torch.ones = ones
 import pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not without", sys.argv[1]]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not without and not imprints", sys.argv[1]]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no table")
 def test_all_of_it_without_the_table():
-    """As torch before 2.10, where the tensors' methods are called."""
+    """As torch before 2.10, where the tensors' methods are called, and where imprints say nothing."""
     command = [sys.executable, "-c", WITHOUT, __file__]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

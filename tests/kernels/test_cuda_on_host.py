@@ -73,6 +73,19 @@ def test_no_order_of_threads_changes_a_narrow_state(library, state_type):
 
 
 @EVERY_RULE
+@pytest.mark.parametrize("state_type", ["fp32", "8bit"])
+def test_gradients_are_left_unscaled(library, rule, state_type):
+    own, twin = both(library, rule, storage="float16", state_type=state_type)
+    for setup in (own, twin):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            lists.unscale(setup, dtype)
+    if state_type == "fp32":
+        assert_same(own, twin, "float16")
+    else:
+        assert_same_but_for_codes(own, twin)
+
+
+@EVERY_RULE
 def test_the_order_of_threads_and_blocks_changes_no_bit(library, rule):
     setups = [make(rule, host_cuda.HostCuda(library, backwards)) for backwards in (False, True)]
     for setup in setups:

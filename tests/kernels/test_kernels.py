@@ -77,6 +77,12 @@ def test_clipping_unscaling_and_maximize(rule):
 
 
 @rules
+def test_gradients_are_left_unscaled(rule):
+    for dtype in ops.DTYPES:
+        lists.unscale(make(rule), dtype)
+
+
+@rules
 def test_a_tensor_without_gradient_stays(rule):
     setup = make(rule)
     grads = gradients(setup, 1)[0]

@@ -61,6 +61,46 @@ def test_replayed_steps_equal_eager_ones(kind, backend):
 @on_gpu
 @needs_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replayed_accumulation_equals_an_eager_one(backend, dtype):
+    """All micro-batches and the step in one graph, whose gradients are where they were in the step before it."""
+
+    def setup():
+        params = problem.tensors(dtype, device="cuda", small=True)
+        rate = torch.tensor(0.1, device="cuda")
+        opt = optim.AdamW(params, lr=rate, capturable=True, max_grad_norm=1.0, noise=True, backend=backend)
+        return params, opt, [gradients(params, seed) for seed in range(3)]
+
+    def step(params, opt, grads):
+        for micro in grads:
+            for p, g in zip(params, micro, strict=True):
+                p.grad = g
+            opt.accumulate(4)
+        opt.step()
+
+    def give(params, grads, seed):
+        for i, micro in enumerate(grads):
+            torch._foreach_copy_(micro, gradients(params, 10 * seed + i))
+
+    captured, eager = setup(), setup()
+    for side in (captured, eager):
+        step(*side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*captured)
+    for seed in range(1, 4):
+        for params, _, grads in (captured, eager):
+            give(params, grads, seed)
+        graph.replay()
+        step(*eager)
+    torch.cuda.synchronize()
+    assert all(torch.equal(p, q) for p, q in zip(captured[0], eager[0], strict=True))
+    assert captured[1].noise.b_simple == eager[1].noise.b_simple
+
+
+@on_gpu
+@needs_gpu
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_write_of_others_before_a_capture_is_followed(backend):
     """Weights loaded after the warm-up, as torch's notes on CUDA graphs do."""
     rate = torch.tensor(0.1, device="cuda")
@@ -141,6 +181,6 @@ def test_following_the_writes_of_others_uploads_nothing(monkeypatch):
 
 def test_refusal_names_cause_and_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(UsageError, match=r"a hyper-parameter has changed.*set_to_none=False.*lr as a tensor"):
+    with pytest.raises(UsageError, match=r"a hyper-parameter has changed.*set_to_none=False.*accumulate\(\).*lr as a"):
         ops.refuse_capture(torch.device("cuda:0"), "a hyper-parameter has changed")
     ops.refuse_capture(torch.device("cpu"), "a hyper-parameter has changed")

@@ -211,16 +211,23 @@ def test_bytes_are_told_before_the_first_step_and_kept():
     assert optim.Lion([half], state_dtype="8bit", master_weights="remainder").state_bytes == 256 * 3 + 4
 
 
-@NARROW
-def test_what_can_not_be_is_refused(kind):
+def test_what_can_not_be_is_refused():
     p = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(UsageError, match="state_dtype 'int8' is not known"):
         optim.AdamW([p], state_dtype="int8")
-    backend = ops.TritonBackend()
-    from pybatch.optim._engine import states
+    with pytest.raises(UsageError, match=r"state_dtype torch.float16 is not known. Use 'fp32', 'bf16' or '8bit'"):
+        optim.AdamW([p], state_dtype=torch.float16)
 
-    with pytest.raises(UsageError, match=rf"state_dtype='{kind}' with backend 'triton'"):
-        states.check_backend(kind, backend)
+
+def test_a_dtype_of_torch_names_the_same():
+    """Also where others ask for the option."""
+    p = torch.nn.Parameter(torch.ones(300))
+    p.grad = torch.ones_like(p)
+    for given, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        opt = optim.AdamW([p], state_dtype=given)
+        opt.step()
+        assert opt._options.state_dtype == name
+        assert opt.state[p]["exp_avg"].dtype == given
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

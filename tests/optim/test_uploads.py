@@ -7,6 +7,7 @@ import torch
 from cases import host_cuda
 
 from pybatch import ops, optim
+from pybatch.base.errors import UsageError
 from pybatch.ops import tensors
 
 SIZES = pytest.mark.parametrize("count", [1, 148, 1000, pytest.param(10_000, marks=pytest.mark.slow(seconds=3))])
@@ -117,6 +118,35 @@ def test_accumulating_sends_nothing_where_gradients_come_back_to_their_places(co
         uploads, launches = counted()
         assert launches == 4  # three micro-batches, whose norms serve the update
         assert uploads == (0 if step else 4)  # each micro-batch's table, the last also the step's; hyper-parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_accumulation_is_captured_where_nothing_moved(counted, monkeypatch, dtype):
+    """16-bit gradients are not their own sum: it, too, is where it was. What moved is refused before it is launched."""
+    params = [torch.nn.Parameter(torch.ones(2, dtype=dtype)) for _ in range(20)]
+    grads = [[torch.ones_like(p) for p in params] for _ in range(3)]
+    opt = optim.AdamW(params, max_grad_norm=1.0, noise=True)
+
+    def step():
+        for micro in grads:
+            for p, g in zip(params, micro, strict=True):
+                p.grad = g
+            opt.accumulate(4)
+        opt.step()
+
+    step()
+    counted()
+    monkeypatch.setattr(tensors, "capturing", lambda device: True)
+    monkeypatch.setattr(torch, "as_tensor", None)  # what an upload is made by
+    step()
+    assert counted() == (0, 4)
+    listed = opt._tables.first
+    assert set(listed._captured) <= {table.data_ptr() for table in listed._sent.values()}
+    assert len(listed._captured) == 3  # the last one also serves the step
+    grads[1][5] = grads[1][5].clone()
+    with pytest.raises(UsageError, match="capture of a CUDA graph: a gradient, a sum or a parameter is in another"):
+        step()
+    assert counted() == (0, 1)
 
 
 def test_accumulating_sends_tables_alone_and_by_way_of_pinned_memory(counted, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import lists, ptx_triton
-from cases.agreement import assert_same
+from cases.agreement import assert_same, assert_same_but_for_codes
 
 from pybatch import ops
 
@@ -33,3 +33,23 @@ def test_device_code_does_what_the_core_does(library, monkeypatch, tmp_path):
         made.step([None] * len(COUNTS), sum=True, known=True, **how)
     assert not setups[1].backend.faults
     assert_same(*setups, storage)
+
+
+@pytest.mark.slow(seconds=5)
+def test_states_in_eight_bits(library, monkeypatch, tmp_path):
+    """Scales are read by every thread of a block and written by one."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    class Wide(ptx_triton.TritonPtx):
+        chunk = 4 * ops.STATE_BLOCK
+
+    setups = []
+    for backend in (ops.CppBackend(), Wide(library)):
+        params = lists.draw([Wide.chunk + 300, 1], seed=5)
+        backend.setup = made = lists.Setup(params, "SgdMomentum", backend=backend, state_type="8bit")
+        for seed in (1, 2):
+            made.step(lists.draw([Wide.chunk + 300, 1], seed=seed), norm=True)
+        setups.append(made)
+    assert not setups[1].backend.faults
+    assert_same_but_for_codes(*setups)

@@ -23,6 +23,7 @@ class Sums:
 
     def __init__(self, slots: int = 0) -> None:
         self.tensors: list[torch.Tensor | None] = [None] * slots
+        self._own: dict[int, torch.Tensor] = {}  # those that are no gradients, kept in their places from step to step
         self.micro_batches, self.examples = 0, 0.0
         self._first = 1.0  # examples of the first micro-batch, whose weight is 1
 
@@ -36,9 +37,17 @@ class Sums:
         """Factor from the sum to the mean over all examples."""
         return self._first / self.examples
 
+    def emptied(self, slots: int) -> Sums:
+        """For the next step; where this one was not accumulated, no memory is kept."""
+        empty = Sums(slots)
+        if self.under_way:
+            empty._own = self._own
+        return empty
+
     def moved(self, before: Tables | None, after: Tables) -> list[torch.Tensor | None]:
         """The sums in the order of new tables; raises UsageError where a parameter was resized."""
         own = {} if before is None else dict(zip(before.params, self.tensors, strict=True))
+        self._own = {}
         return [fit_sum(slot, own.get(slot.param)) for slot in after.slots]
 
     def weight(self, n: float) -> float:
@@ -69,7 +78,9 @@ class Sums:
                 grad = found.copies.get(i, slots[i].param.grad)
                 assert grad is not None
                 usable = unshared and not slots[i].sharded and grad.dtype == torch.float32 and own_storage(grad)
-                self.tensors[i] = grad if usable else torch.empty_like(slots[i].dense, dtype=torch.float32)
+                if not usable and i not in self._own:
+                    self._own[i] = torch.empty_like(slots[i].dense, dtype=torch.float32)
+                self.tensors[i] = grad if usable else self._own[i]
                 fresh[i] = 1
         return fresh
 

@@ -1,13 +1,19 @@
-"""What a GradScaler leaves on an optimizer that unscales by itself: the attributes `grad_scale` and `found_inf`."""
+"""What a GradScaler leaves on an optimizer that unscales by itself: the attributes `grad_scale` and `found_inf`.
+
+A step that is taken leaves `.grad` unscaled, as torch's fused optimizers do; one that is skipped leaves it as it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from pybatch.base.errors import UsageError
 from pybatch.optim._engine import sharding
+from pybatch.optim._engine.slots import EMPTY
+from pybatch.optim._engine.tables import Gradients
 
 
 def scalars(optimizer: object, device: torch.device) -> list[torch.Tensor | None]:
@@ -16,8 +22,14 @@ def scalars(optimizer: object, device: torch.device) -> list[torch.Tensor | None
     return [None if value is None else torch.as_tensor(value, dtype=torch.float32, device=device) for value in values]
 
 
+def in_pass(found: Gradients) -> bool:
+    """Whether the pass itself can leave the gradients unscaled: each is where the pass reads it, and read once."""
+    places = found.addresses[found.addresses > EMPTY]
+    return not found.copies and len(np.unique(places)) == len(places)
+
+
 def unscale(params: Sequence[torch.Tensor], grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
-    """Leave `.grad` as torch's fused optimizers do: unscaled by a step that was taken, else untouched."""
+    """Where the pass can't: leave `.grad` unscaled by a step that was taken, else untouched."""
     if grad_scale is None:
         return
     divisor = grad_scale if found_inf is None else torch.where(found_inf > 0, 1.0, grad_scale)

@@ -43,7 +43,7 @@ class FusedOptimizer(SavedOptimizer):
         stochastic_rounding: 16-bit parameters without a master are rounded up with a probability equal to the
             distance; an int is the seed.
         state_dtype: "fp32"; "bf16": states are kept in 16 bits, rounded stochastically; "8bit": in 8 bits and a scale
-            for each 256 elements (Dettmers et al. 2022). Rules compute in fp32 throughout.
+            for each 256 elements (Dettmers et al. 2022); or torch.float32, torch.bfloat16. Rules compute in fp32.
         backend: "cpp", "cuda", "triton"; None: the best one for the parameters' device.
         foreach, fused: accepted for torch's sake and without effect; the pass is always fused.
         differentiable: must be False.
@@ -130,6 +130,8 @@ class FusedOptimizer(SavedOptimizer):
         """Take the gradients as the mean over a micro-batch of `n` examples: they are added to a private sum.
 
         `p.grad` is consumed (None afterwards). `step()` then uses the mean over all examples, sum(n g) / sum(n).
+        A CUDA graph can hold it, together with the other micro-batches and the step, where gradients are in the places
+        they had in the step before: set `p.grad` to the same tensors, and write to these before each replay.
 
         Args:
             n: examples (or tokens) of this micro-batch, above 0: a number, or a 0-d tensor on the CPU. The next
@@ -309,7 +311,7 @@ class FusedOptimizer(SavedOptimizer):
             self._tables.first.discard()
 
     def _forget_sums(self) -> None:
-        self._sums = Sums(0 if self._tables is None else len(self._tables.slots))
+        self._sums = self._sums.emptied(0 if self._tables is None else len(self._tables.slots))
 
     def _update(self) -> None:
         tables, accumulated = self._current(), self._sums.under_way
@@ -317,10 +319,10 @@ class FusedOptimizer(SavedOptimizer):
             amp.check_consumed(self, self._params())
         if tables is None:
             return
-        if accumulated:
+        found = None if accumulated else tables.gradients()
+        if found is None:
             sources = np.array(addresses(self._sums.tensors), dtype=np.int64)
         else:
-            found = tables.gradients()
             sources = found.addresses
             tables.first.set("grad_type", found.codes)
         if not sources.any():
@@ -330,9 +332,11 @@ class FusedOptimizer(SavedOptimizer):
         call.seed = self._follow.seed = self._seed
         self._amp = amp.scalars(self, tables.first.device)  # alive until the next step
         call.grad_scale, call.found_inf = addresses(self._amp)
+        apart = found is not None and bool(call.grad_scale) and not amp.in_pass(found)
+        call.unscale = found is not None and bool(call.grad_scale) and not apart
         tables.first.set("sum" if accumulated else "grad", sources)
         tables.run(call, self._follow, sources, self._transform, self.param_groups)
-        if not accumulated:
+        if apart:
             amp.unscale(self._params(), *self._amp)
         if noise and not accumulated and not self.accumulates and self.warns:
             self.warns = False

@@ -85,7 +85,6 @@ class PassLists:
     ) -> None:
         device = active.slots[0].device
         self.backend, kind = ops.choose_backend(options.backend, device), options.state_dtype
-        states.check_backend(kind, self.backend)
         self.masters: dict[int, tuple[str, torch.Tensor]] = {}  # by slot
         self.staged: list[Staged] = []
         self.rows, self.more_rows = HyperRows(), HyperRows()

@@ -7,9 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self, TypedDict, Unpack
 
+import torch
+
 from pybatch import ops
 from pybatch.base.errors import UsageError
 
+STATE_DTYPES: dict[torch.dtype, Literal["fp32", "bf16"]] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+}  # as torch names them
 DEFAULT_SEED = 0  # of stochastic rounding where the user gives none
 
 
@@ -20,7 +26,7 @@ class OwnOptions(TypedDict, total=False):
     noise: bool
     master_weights: bool | Literal["remainder"]
     stochastic_rounding: bool | int
-    state_dtype: Literal["fp32", "bf16", "8bit"]
+    state_dtype: Literal["fp32", "bf16", "8bit"] | torch.dtype
     backend: str | None
     foreach: bool | None
     fused: bool | None
@@ -68,9 +74,12 @@ class Options:
                 raise TypeError(f"{optimizer}() got an unexpected keyword argument {name!r}")
         if own.pop("differentiable", False):
             raise UsageError("differentiable=True: a fused step has no gradient of its own. Use the torch.optim twin.")
+        kind = own.get("state_dtype", "fp32")
+        if isinstance(kind, torch.dtype) and kind in STATE_DTYPES:
+            own["state_dtype"] = STATE_DTYPES[kind]
         own.pop("foreach", None)
         own.pop("fused", None)
-        return cls(**own)  # type: ignore[misc]
+        return cls(**own)  # type: ignore[misc, arg-type]
 
     @property
     def stochastic(self) -> bool:

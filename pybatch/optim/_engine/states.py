@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 
 from pybatch import ops
-from pybatch.base.errors import UsageError
 from pybatch.optim._engine import sharding
 from pybatch.optim._engine.options import Options, ParamRule
 from pybatch.optim._engine.slots import Slot, fit_state
@@ -73,15 +72,6 @@ def bytes_kept(param: torch.Tensor, rule: ParamRule, options: Options) -> int:
     if local.dtype != torch.float32 and options.master_weights:
         total += elements * (2 if options.master_weights == "remainder" else 4)
     return total + (2 * elements if rule.then is not None else 0)
-
-
-def check_backend(kind: str, backend: ops.Backend) -> None:
-    """Raise UsageError where the backend has no passes over narrow states."""
-    if kind != "fp32" and backend.name == "triton":
-        raise UsageError(
-            f"state_dtype={kind!r} with backend 'triton': its passes read and write fp32 states only. Use 'cpp' or "
-            "'cuda', or state_dtype='fp32'."
-        )
 
 
 def _is_codes(saved: Any) -> bool:

@@ -18,7 +18,17 @@ from pathlib import Path
 from pybatch.base import numerals as n
 from pybatch.base.codec import encode
 from pybatch.base.errors import UsageError
-from pybatch.records import Capacity, Convergence, Environment, NoiseScale, NoiseTrajectory, Reason, Run, Verdict
+from pybatch.records import (
+    Capacity,
+    Convergence,
+    Environment,
+    NoiseScale,
+    NoiseTrajectory,
+    Reason,
+    Run,
+    Schedule,
+    Verdict,
+)
 from pybatch.records.figure import figure_of
 from pybatch.report import factors
 from pybatch.report.layout import Section, Table
@@ -157,8 +167,11 @@ def _run(run: Run, drawn: Sequence[Plot], number: int, titled: bool) -> str:
     return "".join([*parts, "</section>\n"])
 
 
-def _answer(verdict: Verdict) -> str:
+def _answer(verdict: Verdict | Schedule) -> str:
     """The verdict in a box: what it says, its figures, and the chain behind each on demand."""
+    if isinstance(verdict, Schedule):
+        said, why = _text(verdict.answer), _text(verdict.because)
+        return f'<div class="answer">\n<p class="said">{said}</p>\n<p>{why}</p>\n</div>\n'
     cells = "".join(
         f'<div><div class="name">{_text(name)}</div><div class="value">{_text(value)}</div>'
         f'<div class="band">{_text(band)}</div></div>'

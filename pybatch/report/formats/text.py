@@ -20,7 +20,7 @@ from rich.text import Text
 from pybatch.base import numerals as n
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import visible
-from pybatch.records import Branching, Convergence, ConvergencePoint, Run, Verdict, to_dict
+from pybatch.records import Branching, Convergence, ConvergencePoint, Run, Schedule, Verdict, to_dict
 from pybatch.report import factors
 from pybatch.report.layout import Section, Table
 from pybatch.report.run import answer_of, sections, title
@@ -168,7 +168,9 @@ def _markdown(run: Run, verbose: bool) -> str:
     return markdown(title(run), sections(run), answer_of(run), verbose)
 
 
-def markdown(heading: str, parts: Sequence[Section], answer: Verdict | None = None, verbose: bool = False) -> str:
+def markdown(
+    heading: str, parts: Sequence[Section], answer: Verdict | Schedule | None = None, verbose: bool = False
+) -> str:
     """Sections under a heading, the answer first, ending in a newline."""
     first = [f"**{_escape(answer.answer)}** {_escape(answer.because)}"] if answer is not None and answer.answer else []
     parts = [part for part in parts if part.table or part.lines or part.text or part.notes or verbose]
@@ -202,6 +204,8 @@ def _rows(run: Run) -> list[dict[str, object]]:
     Of branches, one a batch size and checkpoint; of a noise trajectory, one a stretch of training.
     """
     measured = run.capacity or run.convergence
+    if measured is None and run.schedule is not None:
+        return [to_dict(stage) for stage in run.schedule.stages]
     if measured is None:
         return [to_dict(point) for point in run.trajectory.points] if run.trajectory is not None else []
     head = {

@@ -261,6 +261,7 @@ Table make_table() {
     // Approximations of the hardware: exact here, or cut to the bits that are promised.
     table["abs.ftz.f32"] = unary<float, [](float a) { return std::fabs(a) < 0x1p-126f ? 0.0f : std::fabs(a); }>;
     table["sqrt.approx.f32"] = unary<float, [](float a) { return std::sqrt(a); }>;
+    table["sqrt.approx.ftz.f32"] = unary<float, [](float a) { return std::sqrt(a < 0x1p-126f && a > 0 ? 0.0f : a); }>;
     table["div.full.f32"] = binary<float, [](float a, float b) { return a / b; }>;
     table["rcp.approx.ftz.f64"] = unary<double, [](double a) {
         return std::bit_cast<double>(std::bit_cast<uint64_t>(1.0 / a) & 0xffffffff00000000u);

@@ -191,6 +191,7 @@ class Machine {
                 return;
             case Kind::shuffle:
             case Kind::vote:
+            case Kind::largest:
             case Kind::warp_barrier:
                 thread.state = State::at_warp;
                 return;
@@ -384,15 +385,17 @@ class Machine {
         }
         uint64_t offered[kWarp] = {};
         uint32_t votes = 0;
+        int32_t largest = INT32_MIN;
         for (uint32_t lane = 0; lane < kWarp; ++lane) {
             if (!(mask >> lane & 1)) continue;
             offered[lane] = i.in[0].of(warp[lane].frames.back().registers.data());
             votes |= uint32_t(offered[lane] & 1) << lane;
+            largest = std::max(largest, int32_t(offered[lane]));
         }
         for (uint32_t lane = 0; lane < kWarp; ++lane) {
             if (!(mask >> lane & 1)) continue;
             uint64_t* r = warp[lane].frames.back().registers.data();
-            uint64_t result = votes;
+            uint64_t result = i.kind == Kind::largest ? uint32_t(largest) : votes;
             if (i.kind == Kind::shuffle) result = offered[source_lane(i, lane, r, mask)] & low_bits(4);
             if (!i.out.empty() && i.out[0] >= 0) r[i.out[0]] = result;
             if (i.out.size() > 1 && i.out[1] >= 0) r[i.out[1]] = 1;
@@ -402,7 +405,7 @@ class Machine {
             if (mask >> lane & 1) go_on(warp[lane]);
     }
 
-    // What each lane did comes before what the others do next. Shuffles and votes order no memory.
+    // What each lane did comes before what the others do next. Shuffles, votes and largest values order no memory.
     void order(std::span<Thread> warp, uint32_t mask) {
         Clock all;
         for (const Thread& thread : warp)

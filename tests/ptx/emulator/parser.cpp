@@ -377,6 +377,10 @@ class Parser {
         } else if (word == "bar.warp.sync") {
             i.kind = Kind::warp_barrier;
             rest(i);
+        } else if (word == "redux.sync.max.s32") {
+            i.kind = Kind::largest;
+            outputs(i);
+            rest(i);
         } else if (word == "vote.sync.ballot.b32") {
             i.kind = Kind::vote;
             outputs(i);

@@ -30,6 +30,7 @@ enum class Kind {
     barrier,
     shuffle,
     vote,
+    largest,
     warp_barrier,
     call,
     ret

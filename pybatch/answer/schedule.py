@@ -1,0 +1,374 @@
+"""A batch-size schedule from what was measured along a run: stages in doublings, and what they save.
+
+With critical batch B_c, a step at batch B makes 1 / (1 + B_c / B) of the progress of a step at a very large batch
+(McCandlish et al. 2018, eq. 2.7). B_c grows along a run, so that one batch for all of it is too large at first and too
+small at the end. Fewest steps at given examples have B proportional to sqrt(B_c) (their appendix D); here B is a
+doubling of the run's own batch, chosen stretch by stretch to the same end, and never above B_c.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
+
+from pybatch.answer.evidence import FACTORS
+from pybatch.base import numerals as n
+from pybatch.base.errors import UsageError
+from pybatch.base.plain import said
+from pybatch.records import Note, Run
+from pybatch.records.schedule import Schedule, ScheduleSource, Stage
+from pybatch.scaling import Base, rules, scale
+
+COST = 0.2  # examples above the fewest, as a share of these
+CELLS = 2000  # stretches of the run that batches are chosen for
+SHORTEST = 0.02  # share of all steps: a shorter stage is not worth a switch
+_LOOKS = 60  # halvings in the search for the price of an example
+_MOST = 2**40
+_FACTORS: dict[ScheduleSource, float] = {"noise": FACTORS["noise"], "branches": FACTORS["branch"], "law": 1.0}
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Course:
+    """The critical batch along a run at one batch size.
+
+    Args:
+        batch: of the run.
+        examples: [k] seen, ascending, where the critical batch is known.
+        critical: [k] examples, with its 95 % interval.
+        low, high: [k]; nan: open.
+        source: what it was taken from.
+        notes: what a reader must know of it.
+    """
+
+    batch: int
+    examples: Array
+    critical: Array
+    low: Array
+    high: Array
+    source: ScheduleSource
+    notes: tuple[Note, ...] = ()
+
+    def at(self, examples: Array, values: Array | None = None) -> Array:
+        """The critical batch after so many examples of the run: rising, on the log scale, held beyond the ends."""
+        logs = np.log(self.critical if values is None else values)
+        spread = np.log(self.high / self.low)
+        weights = np.where(np.isfinite(spread) & (spread > 0), spread, np.nanmax(np.append(spread, 1.0))) ** -2.0
+        rising = isotonic_regression(logs, weights=weights).x
+        return np.asarray(np.exp(np.interp(examples, self.examples, rising)))
+
+
+def course_of(run: Run, batch: int | None = None) -> Course:
+    """The critical batch along the run that this record holds: from branches, else from the noise scale.
+
+    Args:
+        run: with either.
+        batch: of that run; None: as the record has it.
+
+    Raises:
+        UsageError: it holds neither along a run; the message says what to measure.
+    """
+    return _of_branches(run) or _of_noise(run, batch)
+
+
+def law(coefficient: float, exponent: float, examples: float, batch: int) -> Course:
+    """B_c = coefficient * D^exponent after D examples, as scaling laws have it.
+
+    Raises:
+        UsageError: a coefficient that is not above 0, or an exponent out of range.
+    """
+    if not (0 < coefficient < math.inf and -4 <= exponent <= 4):
+        raise UsageError(f"law {coefficient:g},{exponent:g}: give a,b of B = a D^b, a above 0 and b from -4 to 4.")
+    if exponent < 0:
+        raise UsageError(
+            f"law {coefficient:g},{exponent:g}: the critical batch falls along the run. Give b of 0 or more."
+        )
+    seen = np.geomspace(max(1.0, examples / 1e4), examples, 200)
+    with np.errstate(over="ignore"):
+        critical = coefficient * seen**exponent
+    if not np.isfinite(critical).all() or critical[-1] > _MOST:
+        raise UsageError(f"law {coefficient:g},{exponent:g}: a critical batch of {critical[-1]:.3g} is out of range.")
+    return Course(batch, seen, critical, critical, critical, "law")
+
+
+def plan_schedule(
+    course: Course,
+    *,
+    steps: float | None = None,
+    examples: float | None = None,
+    cost: float = COST,
+    least: int | None = None,
+    most: int | None = None,
+    fits: int | None = None,
+    devices: int = 1,
+    rate_rule: str = "sqrt",
+) -> Schedule:
+    """The schedule of fewest steps to the loss that a run of so many steps at its own batch reaches.
+
+    Args:
+        course: the critical batch along that run.
+        steps: of that run at its own batch; or `examples` of it.
+        cost: examples above the fewest, as a share: 0.2 is what a batch of a fifth of B_c takes.
+        least, most: bounds of the batch; None: the run's own batch over 2^10, and B_c.
+        fits: examples that one device holds in a pass; more are several passes.
+        devices: that share the batch.
+        rate_rule: of `pybatch.scaling`, for the learning rate at each batch.
+
+    Raises:
+        UsageError: an argument out of range, or a run too short for a stage.
+    """
+    total = _total(course.batch, steps, examples)
+    if not 0 < cost <= 4:
+        raise UsageError(f"cost {said(cost)}: give the examples above the fewest as a share, above 0 and up to 4.")
+    if rate_rule not in rules() or rate_rule == "adascale":
+        raise UsageError(f"rate rule {said(rate_rule)}: use constant, linear or sqrt.")
+    batches = _doublings(course, least, most, devices)
+    seen = (np.arange(CELLS) + 0.5) * total / CELLS
+    critical = course.at(seen)
+    progress = total / CELLS / (course.batch + critical)  # in steps of a very large batch
+    chosen = _without_short(batches[_cheapest(batches, critical, progress, cost)], critical, progress)
+    stages = _stages(course, chosen, critical, progress, seen[-1], rate_rule, fits, devices)
+    taken, used = sum(s.steps for s in stages), sum(s.examples for s in stages)
+    fixed, saved = _against_fixed(chosen, critical, progress)
+    factor = _FACTORS[course.source]
+    truths = [critical / factor, critical * factor]
+    truths += [course.at(seen, np.where(np.isfinite(v), v, course.critical)) for v in (course.low, course.high)]
+    outcomes = [saved, *(_against_fixed(chosen, t, total / CELLS / (course.batch + t))[1] for t in truths)]
+    found = Schedule(
+        stages=tuple(stages),
+        base_batch=course.batch,
+        base_steps=max(1, round(total / course.batch)),
+        cost=cost,
+        steps=taken,
+        examples=used,
+        fixed_batch=fixed,
+        steps_saved=saved,
+        steps_saved_low=min(outcomes),
+        steps_saved_high=max(outcomes),
+        source=course.source,
+        rate_rule=rate_rule,
+        notes=(*course.notes, *_notes(course, total, stages, fits, devices)),
+    )
+    answer, because = _words(found)
+    return replace(found, answer=answer, because=because)
+
+
+def _total(batch: int, steps: float | None, examples: float | None) -> float:
+    """Examples of the run at its own batch."""
+    if (steps is None) == (examples is None):
+        raise UsageError("a schedule needs the length of the run: give --steps N or --examples N, one of them.")
+    name, given = ("steps", steps) if steps is not None else ("examples", examples)
+    if given is None or not 1 <= given <= _MOST:
+        raise UsageError(f"{name} {said(given)} is out of range. Give a number from 1 to 2^40.")
+    total = given * batch if steps is not None else given
+    if total < 2 * batch:
+        raise UsageError(
+            f"{name} {said(given)}: the first stage alone takes more, as a step is of {n.count(batch)} examples. Give "
+            "the length of the whole run."
+        )
+    return float(total)
+
+
+def _doublings(course: Course, least: int | None, most: int | None, devices: int) -> Array:
+    """Batches to choose from, ascending: the run's own times powers of two, whole on every device."""
+    if devices < 1:
+        raise UsageError(f"devices {devices}: give 1 or more.")
+    top = float(most) if most is not None else max(float(course.critical.max()), course.batch)
+    low = float(least) if least is not None else max(devices, course.batch / 2**10)
+    if not 1 <= low <= top:
+        raise UsageError(f"batches from {low:g} to {top:g}: none is between. Give a larger --max-batch.")
+    exponents = range(-60, 41)
+    sizes = [course.batch * 2.0**e for e in exponents]
+    found = [s for s in sizes if low <= s <= top and s == int(s) and int(s) % devices == 0]
+    if not found:
+        raise UsageError(
+            f"no doubling of batch {course.batch} from {low:g} to {top:g} divides over {n.counted(devices, 'device')}. "
+            "Give other bounds."
+        )
+    return np.array(found)
+
+
+def _cheapest(batches: Array, critical: Array, progress: Array, cost: float) -> NDArray[np.intp]:
+    """For every cell the batch of fewest steps at the price of an example that spends what may be spent."""
+    steps = 1.0 + critical[:, None] / batches
+    examples = batches + critical[:, None]
+    allowed = batches <= np.maximum(critical, batches[0])[:, None]
+    budget = (1.0 + cost) * float(progress @ critical)
+
+    def at(price: float) -> NDArray[np.intp]:
+        value = np.where(allowed, steps + price * examples, np.inf)
+        return np.asarray(value.argmin(axis=1))
+
+    low, high = -60.0, 60.0  # of the logarithm of the price
+    for _ in range(_LOOKS):
+        middle = (low + high) / 2
+        spent = float(progress @ examples[np.arange(len(critical)), at(math.exp(middle))])
+        low, high = (low, middle) if spent <= budget else (middle, high)
+    return at(math.exp(high))
+
+
+def _without_short(chosen: Array, critical: Array, progress: Array) -> Array:
+    """Stages too short to be worth a switch join the one before them, or after them at the start."""
+    chosen = chosen.copy()
+    while True:
+        steps = progress * (1.0 + critical / chosen)
+        edges = np.flatnonzero(np.diff(chosen)) + 1
+        starts, ends = np.append(0, edges), np.append(edges, len(chosen))
+        lengths = np.add.reduceat(steps, starts)
+        short = [i for i in range(len(starts)) if lengths[i] < SHORTEST * lengths.sum()]
+        if not short or len(starts) == 1:
+            return chosen
+        i = min(short, key=lambda place: lengths[place])
+        other = i - 1 if i else i + 1
+        chosen[starts[i] : ends[i]] = chosen[starts[other]]
+
+
+def _against_fixed(chosen: Array, critical: Array, progress: Array) -> tuple[float, float]:
+    """The fixed batch that takes as many examples, and the share of its steps that is saved."""
+    spent = float(progress @ (chosen + critical))
+    steps = float(progress @ (1.0 + critical / chosen))
+    least, fewest = float(progress @ critical), float(progress.sum())
+    fixed = (spent - least) / fewest
+    return fixed, 1.0 - steps / (fewest + least / fixed)
+
+
+def _stages(
+    course: Course,
+    chosen: Array,
+    critical: Array,
+    progress: Array,
+    end: float,
+    rate_rule: str,
+    fits: int | None,
+    devices: int,
+) -> list[Stage]:
+    """Whole steps, stage after stage."""
+    taken = progress * (1.0 + critical / chosen)
+    edges = np.flatnonzero(np.diff(chosen)) + 1
+    found: list[Stage] = []
+    step, examples = 1, 0
+    for cells in np.split(np.arange(len(chosen)), edges):
+        batch = int(chosen[cells[0]])
+        steps = max(1, round(float(taken[cells].sum())))
+        middle = float(np.exp(np.average(np.log(critical[cells]), weights=taken[cells])))
+        factor = float(scale(rate_rule, {"lr": 1.0}, batch, Base(course.batch)).group["lr"])
+        passes = math.ceil(batch / devices / fits) if fits else 1
+        found.append(Stage(batch, step, steps, examples, middle, factor, passes))
+        step, examples = step + steps, examples + batch * steps
+    return found
+
+
+def _notes(course: Course, total: float, stages: Sequence[Stage], fits: int | None, devices: int) -> list[Note]:
+    notes = []
+    first, last = float(course.examples[0]), float(course.examples[-1])
+    if course.source != "law" and total > 1.05 * last:
+        text = (
+            f"the critical batch is known up to {n.count(round(last))} of {n.count(round(total))} examples, and held "
+            "at its last value after them: it tends to grow, and more could be saved"
+        )
+        notes.append(Note("stages", text))
+    if course.source != "law" and first > 0.2 * total:
+        text = f"before {n.count(round(first))} examples the critical batch is not known; its first value is held"
+        notes.append(Note("stages", text))
+    if course.source == "noise":
+        text = "the noise scale is taken for the critical batch: 95 % of measured ones are within 4 times it, both ways"
+        notes.append(Note("steps_saved", text))
+    past = [s for s in stages if s.passes > 1]
+    if past and fits:
+        text = (
+            f"from batch {n.count(past[0].batch)} on memory holds {n.count(fits * devices)} at a time: a step is "
+            f"several passes (accumulation), {n.count(max(s.passes for s in past))} at most"
+        )
+        notes.append(Note("stages", text))
+    if len(stages) == 1:
+        notes.append(Note("stages", "one batch for the whole run: the critical batch hardly changes along it"))
+    return notes
+
+
+def _words(found: Schedule) -> tuple[str, str]:
+    """The first line, and one sentence why."""
+    sizes = " → ".join(n.count(stage.batch) for stage in found.stages)
+    if len(found.stages) == 1:
+        return f"Keep batch {sizes} for the whole run.", "No doubling along it saves steps."
+    span = n.interval(max(0.0, found.steps_saved_low), found.steps_saved_high, n.share)
+    return (
+        f"Use batch {sizes}.",
+        f"By the model that takes {n.count(found.steps)} steps, {n.share(found.steps_saved)} {span} fewer than batch "
+        f"{n.batch_size(found.fixed_batch)} throughout, for as many examples to the same loss.",
+    )
+
+
+def _of_branches(run: Run) -> Course | None:
+    """From the branches of one run, where there are several checkpoints."""
+    measured = run.convergence
+    points = [at for at in measured.branches if at.fit is not None and at.fit.critical_batch] if measured else []
+    if len(points) < 2:
+        return None
+    base = points[0].base_batch
+    fits = [at.fit for at in points if at.fit is not None]
+
+    def of(values: Sequence[float | None]) -> Array:
+        return np.array([math.nan if value is None else value for value in values], dtype=float)
+
+    return Course(
+        base,
+        of([at.step * base for at in points]),
+        of([fit.critical_batch for fit in fits]),
+        of([fit.low for fit in fits]),
+        of([fit.high for fit in fits]),
+        "branches",
+    )
+
+
+def _of_noise(run: Run, batch: int | None) -> Course:
+    """From the noise scale along a run."""
+    unit = None
+    if run.trajectory is not None:
+        points, unit = run.trajectory.points, run.trajectory.unit
+    else:
+        points = run.noise.trajectory if run.noise is not None else ()
+        unit = run.noise.unit if run.noise is not None else None
+    batch = batch or _batch(run)
+    known = [p for p in points if p.status != "unresolved" and (p.b_simple or p.low)]
+    if len(known) < 2 or batch is None:
+        have = "one noise scale" if run.noise is not None and not points else f"{n.counted(len(known), 'reading')}"
+        if len(known) > 1:
+            raise UsageError(
+                "this record does not say the batch of the run that its noise scale was read along. Give it: --batch N."
+            )
+        raise UsageError(
+            f"a schedule needs the noise scale, or branches, along a run, and this record has {have}. Measure "
+            "with 'pybatch watch train.py -o run.json', or 'pybatch branch --checkpoints 100,1000,5000 -o run.json'."
+        )
+    if unit is not None:
+        raise UsageError(f"the noise scale of this record is counted in {unit}, and its batch is not. Give examples.")
+    notes: tuple[Note, ...] = ()
+    bounded = [p for p in known if not p.b_simple]
+    if bounded:
+        text = f"{n.counted(len(bounded), 'reading')} of the noise scale is a lower bound, and taken as it is"
+        notes = (Note("stages", text),)
+    values = [p.b_simple or p.low or math.nan for p in known]
+    return Course(
+        batch,
+        np.array([(p.first_step + p.last_step) / 2 * batch for p in known]),
+        np.array(values),
+        np.array([p.low or math.nan for p in known]),
+        np.array([p.high or math.nan for p in known]),
+        "noise",
+        notes,
+    )
+
+
+def _batch(run: Run) -> int | None:
+    """The batch of the run that the noise scale was read along."""
+    if run.training is not None and run.training.batch:
+        return run.training.batch
+    for part in (run.capacity, run.convergence):
+        if part is not None and part.workload is not None and part.workload.reference_batch:
+            return part.workload.reference_batch
+    return round(run.noise.large_batch) if run.noise is not None and run.noise.large_batch else None

@@ -1,0 +1,256 @@
+"""Drives a training loop by a batch-size schedule: how many passes a step, and the optimizer's settings at each batch.
+
+    schedule = pybatch.schedule.BatchSchedule(found, optimizer, micro_batch=32)
+    while schedule.examples < total:
+        for _ in range(schedule.accumulation):
+            loss_of(next(batches)).backward()  # of 32 examples
+        optimizer.step()
+        schedule.step()
+
+The rate is scaled within `optimizer.step()` alone, and is the script's own again after it: any learning-rate schedule
+goes on as if the batch had never changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch.utils.data import Sampler
+
+from pybatch.base.errors import UsageError
+from pybatch.base.plain import said
+from pybatch.records import NoiseScale, Schedule
+from pybatch.scaling import Base, rules, scale
+
+__all__ = ["BatchSchedule", "ScheduledBatches"]
+
+_HYSTERESIS = 1.1  # times the next doubling, that the noise scale must ask for
+_SCHEMA = "pybatch-schedule/1"
+
+
+class Measured(Protocol):
+    """A handle of `pybatch.noise.attach`, or a fused optimizer made with noise=True."""
+
+    @property
+    def noise(self) -> NoiseScale:
+        """The noise scale."""
+
+
+class BatchSchedule:
+    """The batch size of each step, by stages that were planned or by the noise scale as it is measured.
+
+    Args:
+        stages: a `Schedule`, or pairs (examples seen, batch) that begin at 0; of a schedule by noise the first batch.
+        optimizer: whose rate, and as asked for betas and weight decay, follow the batch; None: the caller sets them.
+        base_batch: that the optimizer's settings are for; None: the schedule's.
+        micro_batch: examples of a pass on one device; every batch must be a multiple of it times `devices`. None: the
+            first batch over the devices.
+        devices: that share the batch.
+        rate: how the learning rate follows: "constant", "linear" or "sqrt" of `pybatch.scaling`; None: the
+            schedule's, else "sqrt".
+        beta2: "half-life" keeps that of Adam's second moment in examples (Marek et al. 2025): beta2^(B / base).
+        decay: "timescale" keeps that of weight decay in examples (Bergsma et al. 2025): B / (rate x decay) is constant.
+        noise: what measures; the batch then doubles once `cost` times its noise scale asks for twice as many, with
+            hysteresis, and never falls.
+        cost: share of the noise scale that is the batch.
+        every: steps between two doublings at least, and from one reading of the noise to the next.
+        most: largest batch of a schedule by noise.
+
+    Raises:
+        UsageError: stages that are none, batches that do not divide, or an option that is not known.
+    """
+
+    def __init__(
+        self,
+        stages: Schedule | Sequence[tuple[int, int]] | int,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        base_batch: int | None = None,
+        micro_batch: int | None = None,
+        devices: int = 1,
+        rate: str | None = None,
+        beta2: Literal["half-life"] | None = None,
+        decay: Literal["timescale"] | None = None,
+        noise: Measured | None = None,
+        cost: float = 0.2,
+        every: int = 100,
+        most: int | None = None,
+    ) -> None:
+        self._stages, base, planned = _stages_of(stages)
+        self._base = base_batch or base
+        rate = rate or planned
+        if rate not in rules() or rate == "adascale":
+            raise UsageError(f"rate {said(rate)} is not known. Use one of: constant, linear, sqrt.")
+        if beta2 not in (None, "half-life") or decay not in (None, "timescale"):
+            raise UsageError(f"beta2 {said(beta2)}, decay {said(decay)}: give 'half-life' and 'timescale', or None.")
+        if noise is not None and len(self._stages) > 1:
+            raise UsageError("stages and noise: give the first batch alone, where the noise scale decides the others.")
+        if noise is not None and most is None:
+            raise UsageError("a schedule by noise needs most=, the largest batch it may take.")
+        if not 0 < cost < math.inf or every < 1 or devices < 1:
+            raise UsageError(f"cost {cost:g}, every {every}, devices {devices}: give numbers above 0.")
+        self._rate, self._beta2, self._decay = rate, beta2, decay
+        self._noise, self._cost, self._every, self._most = noise, cost, every, most
+        self.devices = devices
+        first = self._stages[0][1]
+        self.micro_batch = micro_batch if micro_batch is not None else max(1, first // devices)
+        for _, batch in self._stages:
+            self._check(batch)
+        self.batch = first  # examples of the step under way, over all devices
+        self.steps = self.examples = 0  # taken so far
+        self._changed = 0  # step of the last doubling
+        self._kept: list[dict[str, Any]] = []
+        self._removals = []
+        if optimizer is not None:
+            self._removals = [
+                optimizer.register_step_pre_hook(self._scale).remove,
+                optimizer.register_step_post_hook(self._put_back).remove,
+            ]
+
+    @property
+    def accumulation(self) -> int:
+        """Passes of the step under way, on each device."""
+        return self.batch // (self.micro_batch * self.devices)
+
+    @property
+    def rate_factor(self) -> float:
+        """What the learning rate is multiplied with in this step."""
+        return float(self._scaled({"lr": 1.0})["lr"])
+
+    def step(self) -> int:
+        """A step was taken; returns the batch of the next one."""
+        self.steps += 1
+        self.examples += self.batch
+        if self._noise is None:
+            self.batch = next(batch for start, batch in reversed(self._stages) if self.examples >= start)
+        elif self.steps - self._changed >= self._every and not self.steps % self._every:
+            self._follow(self._noise)
+        return self.batch
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizer."""
+        for remove in self._removals:
+            remove()
+        self._removals = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {
+            "schema": _SCHEMA,
+            "batch": self.batch,
+            "steps": self.steps,
+            "examples": self.examples,
+            "changed": self._changed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`; raises UsageError where it is none, or its batch does not divide here."""
+        names = ("batch", "steps", "examples", "changed")
+        if state.get("schema") != _SCHEMA or any(not isinstance(state.get(name), int) for name in names):
+            raise UsageError("the state of a schedule lacks its parts. Load what state_dict() of one returned.")
+        self._check(state["batch"])
+        self.batch, self.steps, self.examples, self._changed = (state[name] for name in names)
+
+    def _check(self, batch: int) -> None:
+        share = self.micro_batch * self.devices
+        if share < 1 or batch % share:
+            raise UsageError(
+                f"batch {batch} is no multiple of micro_batch {self.micro_batch} x {self.devices} devices. Give a "
+                "micro_batch that divides every stage's."
+            )
+
+    def _follow(self, measured: Measured) -> None:
+        """Double where the noise scale asks for it."""
+        noise = measured.noise
+        value = noise.b_simple if noise.status == "resolved" else noise.low
+        if value is None or self._most is None or 2 * self.batch > self._most:
+            return
+        if self._cost * value >= _HYSTERESIS * 2 * self.batch:
+            self.batch *= 2
+            self._changed = self.steps
+
+    # The optimizer's settings, within its step.
+
+    def _scaled(self, group: dict[str, Any]) -> dict[str, Any]:
+        return dict(scale(self._rate, group, self.batch, Base(self._base)).group)
+
+    def _scale(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._put_back(optimizer)  # of a step that raised
+        ratio, factor = self.batch / self._base, self.rate_factor
+        for group in optimizer.param_groups:
+            self._kept.append({name: _copied(group[name]) for name in ("lr", "betas", "weight_decay") if name in group})
+            _multiply(group, "lr", factor)
+            if self._beta2 is not None and "betas" in group:
+                first, second = group["betas"][:2]
+                group["betas"] = (first, second**ratio, *group["betas"][2:])
+            if self._decay is not None and group.get("weight_decay"):
+                _multiply(group, "weight_decay", ratio / factor)
+
+    def _put_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group, kept in zip(optimizer.param_groups, self._kept, strict=False):
+            for name, value in kept.items():
+                if isinstance(group[name], torch.Tensor):
+                    group[name].copy_(value)
+                else:
+                    group[name] = value
+        self._kept = []
+
+
+class ScheduledBatches(Sampler[list[int]]):
+    """A `batch_sampler` for a DataLoader whose batches are the schedule's: whole steps in one pass, exact in examples.
+
+    The loader asks ahead of the training by as many batches as its workers hold; what it asks for is counted here, so
+    that a switch comes at its example.
+
+    Args:
+        sampler: of single indices, such as a RandomSampler; its last, partial batch is left out.
+        schedule: planned; one by noise is known too late for a loader that asks ahead.
+        examples: asked for before, where a run is resumed.
+    """
+
+    def __init__(self, sampler: Sampler[int], schedule: BatchSchedule, examples: int | None = None) -> None:
+        if schedule._noise is not None:
+            raise UsageError("a schedule by noise can't drive a sampler, which is asked ahead. Use accumulation.")
+        self._sampler, self._stages, self._share = sampler, schedule._stages, schedule.devices
+        self.examples = schedule.examples if examples is None else examples
+
+    def __iter__(self) -> Iterator[list[int]]:
+        held: list[int] = []
+        for index in self._sampler:
+            held.append(index)
+            batch = next(batch for start, batch in reversed(self._stages) if self.examples >= start)
+            if len(held) == batch // self._share:
+                self.examples += batch
+                yield held
+                held = []
+
+
+def _stages_of(stages: Schedule | Sequence[tuple[int, int]] | int) -> tuple[list[tuple[int, int]], int, str]:
+    """(examples before, batch) by stage, the base batch and the rate's rule."""
+    if isinstance(stages, Schedule):
+        return [(stage.first_example, stage.batch) for stage in stages.stages], stages.base_batch, stages.rate_rule
+    given = [(0, stages)] if isinstance(stages, int) else list(stages)
+    pairs = [pair for pair in given if len(pair) == 2 and all(type(value) is int for value in pair)]
+    starts = [start for start, _ in pairs]
+    if not pairs or len(pairs) < len(given) or starts[0] != 0 or starts != sorted(set(starts)):
+        raise UsageError(
+            f"stages {said(stages)}: give pairs (examples seen, batch) from (0, B) on, rising in examples."
+        )
+    if min(batch for _, batch in pairs) < 1:
+        raise UsageError(f"stages {said(stages)}: a batch has at least one example.")
+    return pairs, pairs[0][1], "sqrt"
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _multiply(group: dict[str, Any], name: str, factor: float) -> None:
+    """In place where it is a tensor, which a captured step reads."""
+    if isinstance(group[name], torch.Tensor):
+        group[name].mul_(factor)
+    else:
+        group[name] = group[name] * factor
