@@ -15,7 +15,7 @@ from pybatch.base import display
 
 if TYPE_CHECKING:
     from pybatch.answer.changes import compare as compare
-    from pybatch.answer.frontier import plan_accumulation as plan_accumulation
+    from pybatch.answer.plan import plan_accumulation as plan_accumulation
     from pybatch.answer.verdict import advise as advise
     from pybatch.branch.measurement import measure_branches as measure_branches
     from pybatch.capacity.measurement import measure_capacity as measure_capacity
@@ -53,7 +53,7 @@ _HOME = {
     "measure_capacity": "pybatch.capacity.measurement",
     "measure_convergence": "pybatch.sweep.measurement",
     "measure_noise": "pybatch.noise.measurement",
-    "plan_accumulation": "pybatch.answer.frontier",
+    "plan_accumulation": "pybatch.answer.plan",
     "watch": "pybatch.jobs.watch",
     "write_report": "pybatch.report.formats.html",
 }

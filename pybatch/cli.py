@@ -52,6 +52,7 @@ COMMANDS = {
         "watch:watch",
         "Your own training script, unchanged: its noise, capacity around its batch, waiting for data, and the verdict.",
     ),
+    "plan": ("plan:plan", "Micro-batch, accumulation and devices for a global batch, as your trainer spells them."),
     "report": (
         "saved:report",
         "One self-contained HTML page from saved runs and sweeps, for a browser without a network; "

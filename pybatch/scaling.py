@@ -150,6 +150,45 @@ def adam_sde(group: Mapping[str, Any], batch: int, base: Base) -> Scaled:
     return Scaled({**group, "lr": group["lr"] * math.sqrt(k), "betas": betas, "eps": group["eps"] / math.sqrt(k)})
 
 
+FOLLOWING = {  # what may follow the batch beside the rate, by name: how, and the argument it needs
+    "beta2": {"constant": "as it is", "half-life": "the same half-life in examples"},
+    "decay": {"constant": "as it is", "linear": "in proportion to the batch"},
+}
+
+
+def followed(
+    group: Mapping[str, Any], batch: int, base: int, beta2: str = "constant", decay: str = "constant"
+) -> dict[str, Any]:
+    """A group whose second beta and weight decay follow the batch size, as rules of their own beside the rate's.
+
+    Args:
+        group: as tuned, or given, at the base batch.
+        batch, base: examples.
+        beta2: "constant", or "half-life": beta2^(B / B_0), which forgets after as many examples at every batch size
+            (Marek et al. 2025, "Small Batch Size Training for Language Models", section 3.2).
+        decay: "constant", or "linear": times B / B_0 (Bergsma et al. 2025, "Power Lines", where the best decay grows
+            linearly with the batch at a fixed number of tokens).
+
+    Raises:
+        UsageError: no such rule, or the group has nothing for it to act on.
+    """
+    for name, rule in (("beta2", beta2), ("decay", decay)):
+        if rule not in FOLLOWING[name]:
+            raise unknown(f"{name} rule", rule, FOLLOWING[name])
+    found = dict(group)
+    if beta2 != "constant":
+        if len(betas := tuple(group.get("betas", ()))) < 2:
+            raise UsageError(f"beta2 rule {beta2!r}: the optimizer has no second beta. Leave it out, or take adamw.")
+        found["betas"] = (betas[0], betas[1] ** (batch / base), *betas[2:])
+    if decay != "constant":
+        if not group.get("weight_decay"):
+            raise UsageError(
+                f"decay rule {decay!r}: the optimizer has no weight decay to scale. Give one, 'adamw:weight_decay=0.1'."
+            )
+        found["weight_decay"] = group["weight_decay"] * batch / base
+    return found
+
+
 def gain(trace: float, grad_sq: float, ratio: float) -> float:
     """AdaScale's gain (sigma^2 + mu^2) / (sigma^2 / S + mu^2) (Johnson et al. 2020, equation 4).
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pybatch import scaling
 from pybatch.base.errors import UsageError
-from pybatch.scaling import Base, gain, scale
+from pybatch.scaling import Base, followed, gain, scale
 
 ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 SGD = {"lr": 0.5, "momentum": 0.9}
@@ -115,3 +115,31 @@ def test_a_rule_of_ones_own():
         assert scale("half", SGD, 64, Base(32)).group["lr"] == 0.25
     finally:
         del scaling._rules["half"]
+
+
+def test_beta2_keeps_its_half_life_in_examples_and_decay_is_in_proportion():
+    group = {"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.2}
+    assert followed(group, 64, 16) == group
+    for batch in (4, 16, 64, 4096):
+        found = followed(group, batch, 16, "half-life", "linear")
+        assert found["betas"][0] == 0.9
+        examples = batch * math.log(0.5) / math.log(found["betas"][1])
+        assert examples == pytest.approx(16 * math.log(0.5) / math.log(0.95))
+        assert found["weight_decay"] / batch == pytest.approx(0.2 / 16)
+        assert found["lr"] == 0.1
+    assert group["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("group", "rules", "said"),
+    [
+        ({"lr": 0.1}, {"beta2": "half-life"}, "no second beta"),
+        ({"lr": 0.1, "betas": (0.9,)}, {"beta2": "half-life"}, "no second beta"),
+        ({"lr": 0.1, "weight_decay": 0.0}, {"decay": "linear"}, "no weight decay"),
+        ({"lr": 0.1}, {"beta2": "halflife"}, "Did you mean 'half-life'"),
+        ({"lr": 0.1}, {"decay": "linea"}, "Did you mean 'linear'"),
+    ],
+)
+def test_what_there_is_nothing_to_follow_for_is_refused(group, rules, said):
+    with pytest.raises(UsageError, match=said):
+        followed(group, 8, 4, **rules)

@@ -1,4 +1,4 @@
-"""Time, cost and energy to a loss over (batch, devices), and how a wanted global batch is put together.
+"""Time, cost and energy to a loss over (batch, devices).
 
 Steps S(B) times t(B / K), by the middle of the `ensemble`. Where steps on several devices were not measured,
 communication is not counted and time on them is a lower bound. All figures are factors of one device at its own best
@@ -14,11 +14,8 @@ import numpy as np
 
 from pybatch.answer.best import Best
 from pybatch.answer.ensemble import NORMAL, Ensemble, variance_of
-from pybatch.base.errors import UsageError
-from pybatch.base.plain import said
-from pybatch.records import AccumulationPlan, BatchPoint, Capacity, FrontierPoint, Inputs
+from pybatch.records import BatchPoint, FrontierPoint, Inputs
 
-MOST_EXAMPLES = 2**40  # in a global batch
 _POINTS = 11  # 1, 2, ..., 1024 devices at most: further ones tell nothing new
 
 
@@ -91,59 +88,3 @@ def doubling(best: Best, batches: tuple[BatchPoint, ...]) -> Inputs:
         "energy_factor": examples * here / there if here and there else None,
         "step_times": "measured" if len(timed) == 2 else "modelled",
     }
-
-
-def _passes(share: int, fewest: int) -> int | None:
-    """The least divisor of the share from `fewest` to twice as many; None where there is none."""
-    if fewest <= share // fewest:
-        return next((k for k in range(fewest, 2 * fewest + 1) if share % k == 0), None)
-    least = -(-share // (2 * fewest))
-    micro = next((m for m in range(share // fewest, max(1, least) - 1, -1) if share % m == 0), None)
-    return share // micro if micro is not None else None
-
-
-def plan_accumulation(capacity: Capacity, global_batch: int, devices: int = 1) -> AccumulationPlan:
-    """Micro-batch and accumulation steps for a global batch: the fewest passes that fit, as equal as possible.
-
-    Past memory, gradients of several micro-batches are summed before an update. Larger micro-batches are never slower
-    per example by the throughput fit, so the largest that fits is taken.
-
-    Args:
-        capacity: of one device; its largest batch bounds the micro-batch.
-        global_batch: examples per update, over all devices.
-        devices: that share the batch equally.
-
-    Raises:
-        UsageError: the batch does not divide over devices or into passes, or the largest batch is not known.
-    """
-    if not 1 <= global_batch <= MOST_EXAMPLES or devices < 1:
-        raise UsageError(
-            f"global batch {said(global_batch)} on {said(devices)} devices: both must be at least 1, and the batch "
-            f"at most {MOST_EXAMPLES:,} examples."
-        )
-    if global_batch % devices:
-        near = max(1, round(global_batch / devices)) * devices
-        raise UsageError(
-            f"global batch {global_batch} does not divide over {devices} devices. Use {near}, or another number."
-        )
-    if capacity.max_batch is None:
-        raise UsageError("the largest batch that fits was not measured, so no micro-batch can be chosen. Measure it.")
-    share = global_batch // devices
-    fewest = math.ceil(share / capacity.max_batch)
-    # Equal micro-batches: their mean is then the mean over all examples.
-    passes = _passes(share, fewest)
-    if passes is None:
-        near = devices * fewest * math.floor(share / fewest)
-        raise UsageError(
-            f"global batch {global_batch} does not divide into equal micro-batches of at most {capacity.max_batch} on "
-            f"{devices} devices without twice the passes. Use {near}."
-        )
-    micro = share // passes
-    fit = capacity.model
-    return AccumulationPlan(
-        global_batch=global_batch,
-        devices=devices,
-        micro_batch=micro,
-        accumulation=passes,
-        step_s=passes * fit.step_s(micro) if fit is not None else None,
-    )

@@ -60,7 +60,9 @@ def _alike(capacity: Capacity | None, steps: Convergence | None) -> bool:
     assert steps.workload is not None
     assert capacity.device is not None
     assert steps.device is not None
-    apart: dict[str, Any] = {"target": {}, "learning_rate": None}  # what a sweep chooses itself
+    # What a sweep chooses itself.
+    apart: dict[str, Any] = {"target": {}, "learning_rate": None, "reference_batch": None}
+    apart |= {"optimizer": None, "optimizer_options": {}}
     same = replace(capacity.workload, **apart) == replace(steps.workload, **apart)
     return same and (capacity.device.kind, capacity.device.name) == (steps.device.kind, steps.device.name)
 

@@ -148,8 +148,8 @@ def plan_schedule(
         examples=used,
         fixed_batch=fixed,
         steps_saved=saved,
-        steps_saved_low=min(outcomes),
-        steps_saved_high=max(outcomes),
+        steps_saved_low=min(outcomes) if course.source != "law" else None,
+        steps_saved_high=max(outcomes) if course.source != "law" else None,
         source=course.source,
         rate_rule=rate_rule,
         notes=(*course.notes, *_notes(course, total, stages, fits, devices)),
@@ -295,10 +295,11 @@ def _words(found: Schedule) -> tuple[str, str]:
     sizes = " → ".join(n.count(stage.batch) for stage in found.stages)
     if len(found.stages) == 1:
         return f"Keep batch {sizes} for the whole run.", "No doubling along it saves steps."
-    span = n.interval(max(0.0, found.steps_saved_low), found.steps_saved_high, n.share)
+    span = n.interval(found.steps_saved_low, found.steps_saved_high, n.share)
+    saved = f"{n.share(found.steps_saved)} {span}".strip()
     return (
         f"Use batch {sizes}.",
-        f"By the model that takes {n.count(found.steps)} steps, {n.share(found.steps_saved)} {span} fewer than batch "
+        f"By the model that takes {n.count(found.steps)} steps, {saved} fewer than batch "
         f"{n.batch_size(found.fixed_batch)} throughout, for as many examples to the same loss.",
     )
 

@@ -17,6 +17,7 @@ from pybatch.answer.confidence import confidence_of
 from pybatch.answer.critical import Critical, critical_of, passed_over
 from pybatch.answer.ensemble import EFFICIENCY, Ensemble
 from pybatch.answer.frontier import doubling, frontier
+from pybatch.answer.input import with_loader
 from pybatch.answer.limit import Wall, before_fall, further_on, limit_of, wall_of
 from pybatch.answer.rate import rate_of
 from pybatch.answer.sentences import advice, bounds
@@ -112,7 +113,7 @@ def advise(
         lack = absent if critical.curve else "steps to a target were not measured, only what a step takes"
         notes.append(Note("verdict.time_to_target", lack))
     weighed = critical.weighed
-    return Verdict(
+    verdict = Verdict(
         critical_batch=critical.value,
         critical_low=critical.low,
         critical_high=critical.high,
@@ -136,6 +137,7 @@ def advise(
         answer=said.answer,
         because=said.because,
     )
+    return with_loader(verdict, capacity)
 
 
 def ensemble(

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,8 +25,11 @@ from pybatch.branch.summary import WINDOW
 from pybatch.device.identity import resolve
 from pybatch.records import Convergence, Note
 from pybatch.scaling import SEARCHED
-from pybatch.training.updates import optimizer_class
+from pybatch.training.updates import arguments_of
 from pybatch.workloads.base import Progress, Workload, checked
+from pybatch.workloads.running.choice import OWN, OptimizerChoice, is_own
+from pybatch.workloads.running.optimizers import has_own, optimizer_class, rate_of
+from pybatch.workloads.running.session import Session
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)  # below 1 too: the critical batch may lie below the base batch
 CHECKPOINTS = (200,)  # steps: as long as the noise scale's warm-up
@@ -42,7 +46,8 @@ def measure_branches(
     factors: Sequence[float] = FACTORS,
     base_batch: int | None = None,
     window: int | None = None,
-    optimizer: str = "adamw",
+    optimizer: str | None = None,
+    options: Mapping[str, Any] | None = None,
     lr: float | None = None,
     rule: str | None = None,
     tune: bool | None = None,
@@ -58,14 +63,15 @@ def measure_branches(
     Args:
         workload: what to train.
         device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
-        dtype: "fp32" or "bf16" (autocast over fp32 parameters).
+        dtype: "fp32", "bf16" or "fp16" (autocast over fp32 parameters).
         checkpoints: steps of the base run at which to branch, ascending.
         factors: k, the branches' batch sizes in base batches; 1, the base branch, is always among them. Those that
             make no whole batch are left out if not given by the caller.
         base_batch: examples; None: the workload's `reference_batch`.
         window: examples each branch trains on; None: 16 steps of the largest batch. It is rounded
             up so that every batch size makes whole steps.
-        optimizer: one of pybatch's, by name.
+        optimizer: one of pybatch's, by name; or "own", the workload's. None: what the workload is trained with.
+        options: its arguments but the rate.
         lr: rate at the base batch; None: the workload's.
         tune: whether the branches' rate at the base batch is searched at each checkpoint, by branches of half the
             window at rates a factor of 2 apart around `lr`; the base run keeps its own. None: where `lr` is not given.
@@ -92,20 +98,29 @@ def measure_branches(
     base = workload.reference_batch if base_batch is None else base_batch
     batches = _batches(base, factors)
     _check(batches, checkpoints, seeds, tolerance, window, time_budget)
-    rule = rule or optimizer_class(optimizer).batch_rule
+    place = resolve(device)
+    if optimizer is None:
+        asked = workload.asked_optimizer or OptimizerChoice()
+        optimizer = asked.name or (OWN if has_own(workload) else "adamw")
+        options = asked.options if options is None else options
+    session = Session(workload, torch.device("cpu"), "fp32", seed)  # on which the optimizer shows its arguments
+    group = arguments_of(session, optimizer, options or {})
+    rule = rule or ("sqrt" if is_own(optimizer) and "betas" in group else _rule(optimizer))
     if rule in (SEARCHED, "adascale"):
         raise UsageError(
             f"rule {rule!r} needs more than a rate at the base batch. Take constant, linear, sqrt or adam-sde."
         )
-    rate = workload.learning_rate if lr is None else lr
-    scaled = rated(optimizer, rule, rate, base, batches)
-    place = resolve(device)
+    rate = lr
+    if rate is None:
+        rate = rate_of(session.optimizer())
+    scaled = rated(group, rule, rate, base, batches)
     unit = WINDOW * math.lcm(*batches)  # every branch takes whole steps between looks
     examples = unit * math.ceil((window or unit) / unit)
     deadline = time.monotonic() + time_budget
     shrinks = factors is FACTORS and window is None
     tunes = lr is None if tune is None else tune
-    plan = BranchPlan(base, examples, optimizer.lower(), rule, scaled, seeds, tolerance, deadline, shrinks, tunes)
+    name = optimizer.lower()
+    plan = BranchPlan(base, examples, name, group, rule, scaled, seeds, tolerance, deadline, shrinks, tunes)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
         run = BranchedRun(workload, place, dtype, seed, plan, folder, progress)
@@ -125,6 +140,11 @@ def measure_branches(
                 carry(error, run.result(complete=False))
             raise
         return run.result()
+
+
+def _rule(optimizer: str) -> str:
+    """How the rate follows the batch, where nobody says it."""
+    return "linear" if is_own(optimizer) else str(optimizer_class(optimizer).batch_rule)
 
 
 def _batches(base: int, factors: Sequence[float]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ from pybatch.branch import summary as branch_summary
 from pybatch.branch.summary import WINDOW, Losses
 from pybatch.device.identity import describe
 from pybatch.fits.solver import Array
-from pybatch.optim import FusedOptimizer
 from pybatch.records import Branching, Convergence, Note
 from pybatch.scaling import Base, Scaled, scale
 from pybatch.training.fingerprint import fingerprint
-from pybatch.training.updates import arguments, optimizer_class
 from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.running.optimizers import Rates, public
 from pybatch.workloads.running.session import Session, fixed_batches
 
 _LOOK = 25  # steps of the base run between looks at the loss and the clock
@@ -38,6 +37,7 @@ class BranchPlan:
     base: int
     examples: int
     optimizer: str
+    group: Mapping[str, Any]  # its hyper-parameters, but the rate
     rule: str
     scaled: dict[int, Scaled]  # by batch size
     seeds: int
@@ -47,9 +47,9 @@ class BranchPlan:
     tunes: bool = False  # whether the base batch's rate is searched at each checkpoint
 
 
-def rated(optimizer: str, rule: str, rate: float, base: int, batches: Sequence[int]) -> dict[int, Scaled]:
+def rated(group: Mapping[str, Any], rule: str, rate: float, base: int, batches: Sequence[int]) -> dict[int, Scaled]:
     """What each batch size trains with, by this rate at the base batch."""
-    return {batch: scale(rule, arguments(optimizer, {"lr": rate}), batch, Base(base)) for batch in batches}
+    return {batch: scale(rule, {**group, "lr": rate}, batch, Base(base)) for batch in batches}
 
 
 @dataclass
@@ -57,8 +57,11 @@ class Trained:
     """A model with its optimizer, at some step."""
 
     session: Session
-    optimizer: FusedOptimizer
+    optimizer: torch.optim.Optimizer
     done: int = 0
+
+    def __post_init__(self) -> None:
+        self._rates = Rates(self.optimizer)
 
     def advance(self, batch: int, rate: Callable[[int], float], steps: int) -> torch.Tensor:
         """Train for so many steps; returns the last loss."""
@@ -66,9 +69,8 @@ class Trained:
         for _ in range(steps):
             self.optimizer.zero_grad()
             loss = self.session.backward(self.session.batch(batch))
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate(self.done)
-            self.optimizer.step()
+            self._rates.set(rate(self.done))
+            self.session.update(self.optimizer)
             self.done += 1
         return loss
 
@@ -121,7 +123,7 @@ class BranchedRun:
 
     def _trained(self, seed: int, scaled: Scaled) -> Trained:
         session = Session(self.workload, self.device, self.dtype, seed)
-        return Trained(session, optimizer_class(self.plan.optimizer)(session.parameters, **scaled.group))
+        return Trained(session, session.optimizer_of(self.plan.optimizer, scaled.group))
 
     def base_to(self, step: int) -> bool:
         """Bring the base run to a step: from its checkpoint in the folder if there is one, else by training.
@@ -236,7 +238,7 @@ class BranchedRun:
 
         def loss(power: int) -> float | None:
             self._say(f"rates at step {step}: {usual * 2.0**power:g}", share)
-            own = rated(plan.optimizer, plan.rule, usual * 2.0**power, plan.base, [plan.base])[plan.base]
+            own = rated(plan.group, plan.rule, usual * 2.0**power, plan.base, [plan.base])[plan.base]
             found = self._one(plan.base, 0, initial, own, WINDOW // 2)
             return None if found is None else float(np.nan_to_num(np.median(found[-3:]), nan=np.inf))
 
@@ -255,7 +257,7 @@ class BranchedRun:
         if abs(best) == _FURTHEST:
             text = f"the best rate at step {step} is the last one tried, {usual * 2.0**best:g}: give --lr near it"
             self.asides.append(Note("branches.learning_rate", text))
-        return rated(plan.optimizer, plan.rule, usual * 2.0**best, plan.base, list(plan.scaled)), abs(best) < _FURTHEST
+        return rated(plan.group, plan.rule, usual * 2.0**best, plan.base, list(plan.scaled)), abs(best) < _FURTHEST
 
     def _one(self, batch: int, repeat: int, initial: float, scaled: Scaled, looks: int = WINDOW) -> Array | None:
         """Losses [looks + 1] of one branch, at equal numbers of examples; nan from where it diverged.
@@ -295,7 +297,7 @@ class BranchedRun:
         return Convergence(
             curves=(),
             notes=(*self.notes, *self.asides, Note("branches.learning_rate", text)),
-            optimizer=plan.optimizer,
+            optimizer=public(plan.optimizer, self.base.optimizer),
             seeds=plan.seeds,
             trials=self.trials,
             base_batch=plan.base,

@@ -23,7 +23,6 @@ from pybatch.base.errors import UsageError
 from pybatch.capacity.stopping import median
 from pybatch.device.clock import clock_for
 from pybatch.fits.communication import AllReduce, fit_communication
-from pybatch.optim import AdamW
 from pybatch.records import Distributed, DistributedPoint, Note
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.batches import Reused
@@ -95,14 +94,14 @@ def measure_distributed(
 ) -> Distributed:
     """Time data-parallel steps on 1, 2, 4, ..., all processes, and fit how communication overlaps.
 
-    To be called by every process of the group. A step is forward, backward with DDP's all-reduce, and AdamW's update;
-    its computation alone is timed under `no_sync`, also on all processes at once, so that cores and memory they share
+    To be called by every process of the group. A step is forward, backward with DDP's all-reduce, and the update; its
+    computation alone is timed under `no_sync`, also on all processes at once, so that cores and memory they share
     are counted to computing.
 
     Args:
         workload: what to run.
         device: of this process.
-        dtype: "fp32" or "bf16".
+        dtype: "fp32", "bf16" or "fp16".
         batches: examples per device to time.
         time_budget: seconds, for everything.
         seed: of the model and the order of measurement.
@@ -149,7 +148,7 @@ class _Team:
             dist.broadcast(value.detach(), 0, group)
         ids = [device.index] if device.type == "cuda" else None
         self.model = DistributedDataParallel(plain, device_ids=ids, process_group=group)
-        self.optimizer = AdamW(session.parameters, lr=0.0)  # every batch size meets the same model
+        self.optimizer = session.optimizer(still=True)  # every batch size meets the same model
 
     def reduces(self, sizes: Sequence[int]) -> list[AllReduce]:
         """Median time of an all-reduce of each size, in bytes."""
@@ -204,7 +203,7 @@ class _Team:
             with nullcontext() if sync else self.model.no_sync():
                 self.optimizer.zero_grad(set_to_none=True)
                 self.session.backward(batch.get())
-                self.optimizer.step()
+                self.session.update(self.optimizer)
 
         return step
 

@@ -12,7 +12,7 @@ from pybatch.capacity.largest import Largest
 from pybatch.capacity.timing import Rounds, unfinished
 from pybatch.device.counters import Region
 from pybatch.device.identity import describe, last_level_cache_bytes
-from pybatch.records import BatchPoint, Capacity, Ceilings, Note, StepMode
+from pybatch.records import BatchPoint, Capacity, Ceilings, InputPipeline, Note, StepMode
 from pybatch.workloads.running.session import Session
 
 
@@ -34,6 +34,7 @@ class Findings:
     bursts: dict[int, float] = field(default_factory=dict)  # batch size -> seconds of a first step after a rest
     kept: dict[int, BatchPoint] = field(default_factory=dict)  # of an earlier run
     disturbed: tuple[str, ...] = ()  # what disturbed the timing from outside
+    pipeline: InputPipeline | None = None
 
     def take_over(self, earlier: Capacity) -> tuple[int, bool]:
         """Let what stands of an earlier run count as found; returns the first round left, whether the range was."""
@@ -45,6 +46,7 @@ class Findings:
             self.notes += said
         self.ceilings = earlier.ceilings
         self.disturbed = earlier.disturbed
+        self.pipeline = earlier.input
         for n, p in self.kept.items():
             step_s = p.step_ms / 1e3 if p.step_ms is not None else None
             flops = None if p.model_flops is None else int(p.model_flops)
@@ -129,6 +131,7 @@ class Findings:
             disturbed=self.disturbed,
             place=Place("cuda" if device.type == "cuda" else "cpu", self.session.dtype, cache),
             mode=self.mode,
+            pipeline=self.pipeline,
         )
 
 

@@ -17,6 +17,7 @@ from pybatch.capacity.burst import Settling
 from pybatch.capacity.energy import EnergyWindows
 from pybatch.capacity.exploration import Explorer, explore_doubling, explore_given
 from pybatch.capacity.findings import Findings
+from pybatch.capacity.input import measure_input
 from pybatch.capacity.modes import EAGER, GraphedStep, Mode
 from pybatch.capacity.step import TrainingStep
 from pybatch.capacity.stopping import StoppingRule
@@ -36,6 +37,7 @@ _CEILINGS = 0.07  # of the time budget
 _EXPLORE = 0.30
 _EXPLORE_GIVEN = 0.60  # batches that were asked for, and the fewest a fit needs, come before precision
 _BURSTS = _WARM_UP = 0.08  # each, of the time for timing
+_INPUT = 0.12  # of the time budget, for a workload that brings a loader
 _STEP = 1 / 60  # of the time budget; a step that takes more of it leaves no room for ten at every batch size
 _NOT_ASKED = Note("capacity.max_batch", "not asked for")
 _NONE_RAN = Note("capacity.max_batch", "no batch size ran, so that nothing is known of memory")
@@ -61,13 +63,14 @@ def measure_capacity(
 ) -> Capacity:
     """Measure throughput against batch size, fit its ceiling, and find the largest batch that fits in memory.
 
-    A step is forward, backward and the update of pybatch's AdamW, on a batch drawn beforehand: the input pipeline is
-    not part of it. Each batch size is timed in several visits in random order until its median is steady.
+    A step is forward, backward and the update of the workload's optimizer, else of pybatch's AdamW, on a batch drawn
+    beforehand: the input pipeline is not part of it. Each batch size is timed in several visits in random order until
+    its median is steady.
 
     Args:
         workload: what to run.
         device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
-        dtype: "fp32", or "bf16" for autocast.
+        dtype: "fp32", or "bf16" or "fp16" for autocast.
         batches: batch sizes to measure; None doubles from 1 on until throughput no longer grows.
         coarse: None quadruples, for a time budget that would not do for twice as many sizes.
         time_budget: seconds for everything, ceilings and largest batch included.
@@ -94,7 +97,7 @@ def measure_capacity(
     if not time_budget > 0:
         raise UsageError(f"time budget {time_budget!r} s: give more than 0.")
     place, mode = resolve(device), Mode(compile, graph)
-    mode.check(place)
+    mode.check(place, dtype)
     run = _Measurement(workload, place, dtype, batches, time_budget, seed, clock_for(place), progress, on_point, mode)
     run.on_partial, run.coarse = on_partial, coarse
     if earlier is not None:
@@ -188,7 +191,12 @@ class _Measurement:
             plan = largest.predict_largest(self.explorer, self.limit, end)
             if isinstance(plan, largest.Prediction):
                 reserve = largest.reserve_s(self.explorer, plan, self.limit, end - self.clock.now())
-        self._time(end - reserve)
+        loads = self.session.workload.brings("loader") and self.found.pipeline is None
+        loading = _INPUT * self.budget if loads else 0.0
+        self._time(end - reserve - loading)
+        if loads:
+            self._tell("input pipeline")
+            self._load(loading)
         if isinstance(plan, largest.Prediction):
             self._tell("largest batch that fits")
             plan = largest.verify_largest(self.explorer, plan, self.limit, end)
@@ -257,6 +265,14 @@ class _Measurement:
                 explorer.timed(series.batch, series.median.value)
             if series.seconds and series.stopped is None and self.on_point is not None:
                 self.on_point(found.point(series.batch))
+
+    def _load(self, seconds: float) -> None:
+        """The rate of the workload's loader, where one is brought."""
+        found = measure_input(self.session, self.explorer.step, self.found.points(), seconds)
+        if isinstance(found, Note):
+            self.found.notes.append(found)
+        else:
+            self.found.pipeline = found
 
     def _settle(self, settling: Settling, wanted: dict[int, float], deadline: float) -> None:
         """Bursts after rests, then warm clocks: all times that follow are sustained ones."""

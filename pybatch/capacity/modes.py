@@ -30,8 +30,13 @@ class Mode:
             return "compiled, graph" if self.graph else "compiled"
         return "graph" if self.graph else "eager"
 
-    def check(self, device: torch.device) -> None:
-        """Raise UsageError for a device that has no such mode."""
+    def check(self, device: torch.device, dtype: str = "fp32") -> None:
+        """Raise UsageError for a device or a dtype that has no such mode."""
+        if self.graph and dtype == "fp16":
+            raise UsageError(
+                "CUDA graphs were asked for (--cuda-graph, graph=True) in fp16, whose steps ask the device whether "
+                "gradients overflowed. Take bf16, or leave them out."
+            )
         if self.graph and device.type != "cuda":
             raise UsageError(
                 f"CUDA graphs were asked for (--cuda-graph, graph=True) on {device}: only a CUDA device replays them. "

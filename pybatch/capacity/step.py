@@ -7,14 +7,14 @@ import time
 import torch
 
 from pybatch.base.errors import WorkloadError
-from pybatch.optim import AdamW
 from pybatch.workloads.running import compiling
 from pybatch.workloads.running.batches import Reused
+from pybatch.workloads.running.optimizers import tensors_of
 from pybatch.workloads.running.session import Session
 
 
 class TrainingStep:
-    """A full training step on a batch drawn beforehand: gradients cleared, forward, backward, AdamW's update.
+    """A full training step on a batch drawn beforehand: gradients cleared, forward, backward, the optimizer's update.
 
     The learning rate is 0. The update does the same arithmetic and moves the same bytes, and every batch size meets
     the same model in whatever order they are measured; a single batch trained on for thousands of steps would not be
@@ -28,7 +28,7 @@ class TrainingStep:
 
     def __init__(self, session: Session, *, compile: bool = False, capturable: bool = False) -> None:
         self.session = session
-        self.optimizer = AdamW(session.parameters, lr=0.0, capturable=capturable)
+        self.optimizer = session.optimizer(still=True, capturable=capturable)
         self.compiled = compile
         if compile:
             session.compile()
@@ -59,14 +59,13 @@ class TrainingStep:
     def held_bytes(self) -> int:
         """Bytes of the tensors that stay between steps: parameters, buffers and the optimizer's state."""
         model = self.session.model
-        states = [value for state in self.optimizer.state.values() for value in state.values()]
-        tensors = [*model.parameters(), *model.buffers(), *(v for v in states if isinstance(v, torch.Tensor))]
+        tensors = [*model.parameters(), *model.buffers(), *tensors_of(self.optimizer)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def __call__(self) -> None:
         """One step."""
         self.backward()
-        self.optimizer.step()
+        self.session.update(self.optimizer)
 
     def backward(self) -> None:
         """The step without its update."""

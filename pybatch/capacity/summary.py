@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pybatch.answer.input import with_input_bounds
 from pybatch.answer.limit import FALL, before_fall, fastest
 from pybatch.base.numerals import counted
 from pybatch.capacity.bound import Place, undecided, with_bounds
@@ -23,6 +24,7 @@ from pybatch.records import (
     Capacity,
     Ceilings,
     Device,
+    InputPipeline,
     Note,
     StepMode,
     ThroughputFit,
@@ -135,6 +137,7 @@ def summarize(
     place: Place,
     mode: StepMode = "eager",
     anchor: Anchor | None = None,
+    pipeline: InputPipeline | None = None,
 ) -> Capacity:
     """The capacity record: the fit over what was timed, and what a reader must know of it."""
     timed = [p for p in points if p.status == "ok"]
@@ -160,7 +163,7 @@ def summarize(
     if disturbed:
         text = f"{'; '.join(disturbed)}: times are those of a disturbed machine"
         notes.append(Note("batches.step_ms", text))
-    points = with_bounds(points, place, fit)
+    points = with_input_bounds(with_bounds(points, place, fit), pipeline)
     if any(p.status == "ok" and p.bound_by is None for p in points):
         notes.append(Note("batches.bound_by", undecided(points)))
     notes += _burst_notes(timed)
@@ -170,7 +173,8 @@ def summarize(
             "with replacement; its speed is real, but it holds no more information than the whole set"
         )
         notes.append(Note("batches.batch", text))
-    notes.append(Note("batches.step_ms", "batch drawn beforehand: the input pipeline is not in the step"))
+    apart = "" if pipeline is None else "; its rate beside it tells where the device would wait"
+    notes.append(Note("batches.step_ms", f"batch drawn beforehand: the input pipeline is not in the step{apart}"))
     return Capacity(
         t0_ms=fit.t0_s * 1e3 if fit else None,
         ceiling_samples_per_s=fit.ceiling if fit else None,
@@ -186,6 +190,7 @@ def summarize(
         anchor=anchor,
         complete=complete,
         disturbed=disturbed,
+        input=pipeline,
         mode=mode,
         notes=tuple(notes),
         device=device,

@@ -26,24 +26,32 @@ def parse_targets(text: str) -> dict[str, float]:
     return found
 
 
-def parse_optimizer(text: str) -> tuple[str, dict[str, Any]]:
-    """An optimizer's name and its arguments: numbers, True, False, None and tuples of them."""
+def parse_optimizer(text: str, rated: bool = False) -> tuple[str, dict[str, Any]]:
+    """An optimizer's name and its arguments: numbers, True, False, None, and tuples of them, written (0.9,0.95) or
+    0.9/0.95; `rated`: a rate may be among them."""
     name, colon, rest = text.partition(":")
     options: dict[str, Any] = {}
     for key, value in _pairs(rest, "optimizer", "sgd:momentum=0.9,nesterov=True") if colon else ():
         try:
-            options[key] = ast.literal_eval(value)
+            parts = value.split("/")
+            options[key] = ast.literal_eval(value) if len(parts) == 1 else tuple(map(ast.literal_eval, parts))
             if not _plain(options[key]):
                 raise ValueError
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             raise UsageError(
                 f"optimizer {said(text)}: {said(value)} is not a number, True, False or None. Write 'sgd:momentum=0.9'."
             ) from None
-    if "lr" in options:
+    if rated and "lr" in options and not _is_rate(options["lr"]):
+        raise UsageError(f"optimizer {said(text)}: lr is a number above 0. Write 'adamw:lr=3e-4'.")
+    if "lr" in options and not rated:
         raise UsageError(
             f"optimizer {said(text)}: the sweep chooses the learning rate. Leave lr out; --rates sets the grid."
         )
     return name.strip(), options
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _plain(value: Any) -> bool:

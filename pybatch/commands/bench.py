@@ -14,14 +14,17 @@ import typer
 from pybatch.answer.changes import parse_condition
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import visible
-from pybatch.base.ranges import parse_batches
+from pybatch.base.ranges import LARGEST, parse_batches
 from pybatch.commands import flags
-from pybatch.commands.measuring import BUDGET, Delivery, Subject, check_budget, check_seed, typed
+from pybatch.commands.assignments import parse_optimizer
+from pybatch.commands.measuring import BUDGET, RATE, Delivery, Subject, check_between, check_budget, check_seed, typed
 from pybatch.commands.partial import partial_record
+from pybatch.commands.printing import stdout_to_stderr
 from pybatch.commands.saved import read_run, tell_changes
 from pybatch.jobs.options import BenchOptions
 from pybatch.records import Run, StepMode
 from pybatch.report.output import Output
+from pybatch.workloads.running.choice import OptimizerChoice
 
 if TYPE_CHECKING:  # these import torch
     import torch
@@ -43,7 +46,16 @@ def bench(
     gpu: flags.Gpu = None,
     cpu: flags.Cpu = False,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, or bf16 (autocast over fp32 parameters). Default: bf16 for base on a GPU.")
+        str | None,
+        typer.Option(help="fp32, bf16 or fp16 (autocast over fp32 parameters). Default: bf16 for base on a GPU."),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="In place of the workload's: one of 'pybatch list', as 'adamw:lr=3e-4,betas=0.9/0.95'."),
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Rate at the reference batch. Default: the optimizer's.")] = None,
+    reference_batch: Annotated[
+        int | None, typer.Option(help="Examples of a step of the noise scale's training. Default: the workload's.")
     ] = None,
     time_budget: Annotated[
         float | None, typer.Option(help="Seconds for all measurements together. Default: 70.")
@@ -80,6 +92,10 @@ def bench(
         raise UsageError("--quick and --thorough exclude each other. Give one of them.")
     if fail_on and compare is None:
         raise UsageError(f"--fail-on {fail_on[0]} needs a run to compare with. Add --compare RUN.json.")
+    check_between("learning rate", lr, 0, RATE, above=True)
+    check_between("reference batch", reference_batch, 1, LARGEST)
+    name, chosen = parse_optimizer(optimizer, rated=True) if optimizer is not None else (None, {})
+    own = chosen.pop("lr", None)
     budget = THOROUGH_BUDGET if thorough else QUICK_BUDGET if quick else BUDGET
     options = BenchOptions(
         time_budget=time_budget if time_budget is not None else budget,
@@ -90,6 +106,8 @@ def bench(
         seed=seed,
         compile=compile_,
         graph=cuda_graph,
+        optimizer=OptimizerChoice(name, chosen, lr if lr is not None else own),
+        reference_batch=reference_batch,
         command=typed(),
     )
     check_budget(options.time_budget)
@@ -109,10 +127,10 @@ def bench(
         found, device = subject.find(options.dtype)
         from pybatch.capacity.modes import Mode
 
-        mode = Mode(options.compile, options.graph)
-        mode.check(device)
         if dtype is None and size == "base" and device.type == "cuda":
             options = replace(options, dtype="bf16")
+        mode = Mode(options.compile, options.graph)
+        mode.check(device, options.dtype)
         if dry_run:
             print("\n".join(_dry_run(found, device, options, mode.name, earlier)))
             return
@@ -151,6 +169,19 @@ def _run(
     return job(workload, options, device=device, progress=progress, earlier=earlier, on_partial=on_partial)
 
 
+def _optimizer(workload: Workload, asked: BenchOptions) -> str:
+    """The optimizer in words."""
+    import torch
+
+    from pybatch.workloads.running.optimizers import adjusted
+    from pybatch.workloads.running.session import Session
+
+    with stdout_to_stderr():
+        info = Session(adjusted(workload, asked.optimizer, asked.reference_batch), torch.device("cpu")).info
+    options = "".join(f", {key} {value}" for key, value in info.optimizer_options.items())
+    return f"{info.optimizer}, rate {info.learning_rate:g} at batch {info.reference_batch}{options}"
+
+
 def _dry_run(
     workload: Workload, device: torch.device, options: BenchOptions, mode: StepMode, earlier: Run | None
 ) -> list[str]:
@@ -165,6 +196,7 @@ def _dry_run(
         f"workload  {workload.name}{model}, {options.dtype}",
         f"device    {describe(device).name} ({device})",
         f"batches   {sizes}",
+        f"optimizer {_optimizer(workload, options)}",
         f"steps     {mode}",
         f"stages    capacity, gradient noise scale{branches}, verdict",
         f"time      {options.time_budget:g} s at most, and the start-up",

@@ -10,6 +10,7 @@ import typer
 from pybatch.base.errors import UsageError
 from pybatch.base.ranges import LARGEST
 from pybatch.commands import flags
+from pybatch.commands.assignments import parse_optimizer
 from pybatch.commands.measuring import (
     RATE,
     SEEDS,
@@ -37,7 +38,10 @@ def branch(
     checkpoints: Annotated[
         str, typer.Option(help="Steps of the base run at which to branch: '50,200,800'.")
     ] = "50,200,800",
-    optimizer: Annotated[str, typer.Option(help="An optimizer of 'pybatch list'.")] = "adamw",
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="One of 'pybatch list', as 'sgd:momentum=0.9'. Default: the workload's own, else adamw."),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Rate at the base batch. Default: the workload's.")] = None,
     rule: Annotated[
         str | None, typer.Option(help="How the rate follows the batch. Default: sqrt, for SGD linear.")
@@ -68,14 +72,17 @@ def branch(
     check_between("seeds", seeds, 1, SEEDS)
     if not 0 < tolerance < 1:
         raise UsageError(f"tolerance {tolerance:g} is no share of the loss. Give a number between 0 and 1, as 0.02.")
+    name, chosen = parse_optimizer(optimizer, rated=True) if optimizer is not None else (None, {})
+    own = chosen.pop("lr", None)
     options = BranchOptions(
         checkpoints=tuple(steps),
         time_budget=time_budget,
         dtype=dtype,
         factors=tuple(ks) if ks is not None else None,
         base_batch=batch,
-        optimizer=optimizer,
-        lr=lr,
+        optimizer=name,
+        options=chosen if name is not None else None,
+        lr=lr if lr is not None else own,
         rule=rule,
         seeds=seeds,
         tolerance=tolerance,

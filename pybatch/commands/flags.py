@@ -23,7 +23,7 @@ Size = Annotated[
 ]
 Gpu = Annotated[int | None, typer.Option(help="Measure on this GPU. Default: GPU 0 if there is one.")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Measure on the CPU.")]
-Dtype = Annotated[str, typer.Option(help="fp32, or bf16 (autocast over fp32 parameters).")]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast over fp32 parameters).")]
 Seed = Annotated[int, typer.Option(help="Of the model, the data order and the resampling.")]
 Format = Annotated[
     str | None, typer.Option("--format", help="table, md, json, jsonl or csv. Default: table; with -o, by its ending.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,7 @@ from pybatch.commands import flags
 from pybatch.commands.measuring import Delivery, check_between
 from pybatch.commands.saved import read_records
 from pybatch.records import NoiseTrajectory, Run
+from pybatch.report.output import Output
 from pybatch.report.stages import TRAINERS, staged
 
 _MOST = 2**40
@@ -45,6 +48,7 @@ def schedule(
     sequence: Annotated[
         int | None, typer.Option("--sequence-length", help="Tokens of an example, for trainers that count in them.")
     ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the record's page here, with the schedule.")] = None,
     format_: flags.Format = None,
     output: flags.Output = None,
     verbose: flags.Verbose = False,
@@ -60,7 +64,7 @@ def schedule(
     ):
         check_between(name, value, 1, _MOST)
     check_between("devices", devices, 1, 2**20)
-    with Delivery(format_, output, True, verbose) as delivery:
+    with Delivery(format_, output, True, verbose) as delivery, Output(html) if html is not None else nullcontext():
         run, course = _course(record, law_, batch, steps, examples)
         fits = run.capacity.max_batch if run is not None and run.capacity is not None else None
         found = plan_schedule(
@@ -80,6 +84,11 @@ def schedule(
             return
         delivery.run = Run(run.created if run is not None else "", None, schedule=found)
         status = delivery.deliver()
+        if html is not None:
+            from pybatch.report.formats.html import write_report
+
+            write_report([replace(run or delivery.run, schedule=found)], html)
+            print(visible(f"pybatch: wrote {html}"), file=sys.stderr)
     raise typer.Exit(status)
 
 

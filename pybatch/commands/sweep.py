@@ -41,8 +41,22 @@ def sweep(
         str | None, typer.Option(help="Losses to reach: 'train=0.1,test=0.2'. Default: the workload's.")
     ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="An optimizer of 'pybatch list', with arguments: 'sgd:momentum=0.9'.")
-    ] = "sgd",
+        str | None,
+        typer.Option(help="One of 'pybatch list', as 'sgd:momentum=0.9'. Default: the workload's own, else sgd."),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="constant; cosine or wsd: the shortest training that ends at the target, annealed; average: of "
+            "averaged weights; own: the workload's. Default: own where there is one, else constant."
+        ),
+    ] = None,
+    beta2_rule: Annotated[
+        str, typer.Option(help="Adam's second beta: constant, or half-life: the same in examples at every batch size.")
+    ] = "constant",
+    decay_rule: Annotated[
+        str, typer.Option(help="Weight decay: constant, or linear: in proportion to the batch size.")
+    ] = "constant",
     rates: Annotated[
         str | None, typer.Option(help="First learning rates: '0.01,0.1,1'. Default: 12, a factor of 2 apart.")
     ] = None,
@@ -86,7 +100,7 @@ def sweep(
     """Steps to a loss target against batch size, for each learning-rate rule, and the critical batch."""
     from pybatch.sweep.options import SweepOptions
 
-    name, options = parse_optimizer(optimizer)
+    name, options = parse_optimizer(optimizer) if optimizer is not None else (None, {})
     if not 0 <= noise_budget <= LONGEST:
         raise UsageError(f"noise budget {noise_budget:g} s is out of range. Give seconds, or 0 to leave it out.")
     if resume and store is None:
@@ -110,6 +124,9 @@ def sweep(
         target=parse_targets(target) if target is not None else None,
         optimizer=name,
         options=options,
+        schedule=schedule,
+        beta2_rule=beta2_rule,
+        decay_rule=decay_rule,
         rates=first,
         search=search,
         base_batch=base_batch,

@@ -19,13 +19,13 @@ from pybatch.records import Ceilings
 # Dense peak FLOP/s, {dtype: rate}, fp32 without TF32. From NVIDIA's datasheets: A100 (2021), H100 (2023), H200 (2024),
 # L40S (2023), HGX B200 (2024; its bf16 with sparsity, halved), and the Ada architecture whitepaper v1.1 (RTX 4090).
 _DATASHEET: tuple[tuple[str, dict[str, float]], ...] = (
-    (r"NVIDIA A100[- ].*", {"bf16": 312e12, "fp32": 19.5e12}),
-    (r"NVIDIA H100 80GB HBM3", {"bf16": 989.4e12, "fp32": 67e12}),  # SXM
-    (r"NVIDIA H100 PCIe", {"bf16": 756e12, "fp32": 51e12}),
-    (r"NVIDIA H200", {"bf16": 989.4e12, "fp32": 67e12}),  # SXM
-    (r"NVIDIA L40S", {"bf16": 362.05e12, "fp32": 91.6e12}),
-    (r"NVIDIA GeForce RTX 4090", {"bf16": 165.2e12, "fp32": 82.6e12}),
-    (r"NVIDIA B200", {"bf16": 2250e12}),
+    (r"NVIDIA A100[- ].*", {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}),
+    (r"NVIDIA H100 80GB HBM3", {"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 67e12}),  # SXM
+    (r"NVIDIA H100 PCIe", {"bf16": 756e12, "fp16": 756e12, "fp32": 51e12}),
+    (r"NVIDIA H200", {"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 67e12}),  # SXM
+    (r"NVIDIA L40S", {"bf16": 362.05e12, "fp16": 362.05e12, "fp32": 91.6e12}),
+    (r"NVIDIA GeForce RTX 4090", {"bf16": 165.2e12, "fp16": 165.2e12, "fp32": 82.6e12}),
+    (r"NVIDIA B200", {"bf16": 2250e12, "fp16": 2250e12}),
 )
 
 WINDOW_S = 0.25  # of a ceiling; of windows of 15 ms the best is 5 to 10 % faster than steps can run
@@ -49,7 +49,7 @@ def measure_ceilings(device: torch.device, dtype: str = "fp32", time_budget_s: f
 
     Args:
         device: what to measure.
-        dtype: "fp32" or "bf16", of the matrix product.
+        dtype: "fp32", "bf16" or "fp16", of the matrix product.
         time_budget_s: seconds to spend; the copy takes about a third of them.
 
     The product is square, of random data (zeros run faster), as large as the budget allows. The copy's arrays are at

@@ -14,7 +14,7 @@ from pybatch.base.errors import DeviceError, UsageError
 from pybatch.device import memory
 from pybatch.records import Device
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in which a workload can run
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # in which a workload can run
 
 
 def resolve(request: str | int | torch.device | None = None) -> torch.device:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import torch
 
+from pybatch.answer.input import with_input_bounds
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import Interrupted, PybatchError, carry
 from pybatch.base.numerals import count
@@ -24,6 +25,7 @@ from pybatch.jobs.options import BenchOptions
 from pybatch.noise.measurement import measure_noise
 from pybatch.records import Capacity, Convergence, Environment, NoiseScale, Note, Run
 from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.running.optimizers import adjusted
 from pybatch.workloads.running.session import Session, is_out_of_memory
 
 _SHARES = (0.7, 0.2)  # of the time budget: capacity, noise; a closer look gets what is left
@@ -62,7 +64,7 @@ def run_bench(
         WorkloadError: where the workload fails before anything was measured.
     """
     start = time.monotonic()
-    place = resolve(device)
+    place, workload = resolve(device), adjusted(workload, options.optimizer, options.reference_batch)
     found = _Found.begun(workload, place, options, earlier)
     interrupted = Note("run", INTERRUPTED)
     try:
@@ -215,7 +217,7 @@ def _closer(
     points = timed | kept | {p.batch: p for p in capacity.batches if p.status != "ok"}
     return replace(
         capacity,
-        batches=tuple(points[n] for n in sorted(points)),
+        batches=tuple(with_input_bounds([points[n] for n in sorted(points)], capacity.input)),
         disturbed=tuple(dict.fromkeys((*capacity.disturbed, *again.disturbed))),
         notes=(*capacity.notes, note),
     )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 import torch
 
-from pybatch.base.errors import Interrupted, carried, carry
+from pybatch.answer.schedule import course_of, plan_schedule
+from pybatch.base.errors import Interrupted, UsageError, carried, carry
 from pybatch.branch.measurement import measure_branches
 from pybatch.device.environment import capture
 from pybatch.jobs.bench import INTERRUPTED
 from pybatch.jobs.options import BranchOptions
-from pybatch.records import Note, Run
+from pybatch.records import Note, Run, Schedule
 from pybatch.workloads.base import Progress, Workload
 
 
@@ -49,4 +50,14 @@ def run_branches(
         if (partial := carried(error)) is not None:
             carry(error, Run(created, environment, convergence=partial, complete=False))
         raise
-    return Run(created, environment, convergence=steps, complete=steps.complete)
+    run = Run(created, environment, convergence=steps, complete=steps.complete)
+    return replace(run, schedule=_schedule(run))
+
+
+def _schedule(run: Run) -> Schedule | None:
+    """Batch sizes for as long a run as was branched from; None of one checkpoint."""
+    try:
+        course = course_of(run)
+        return plan_schedule(course, examples=float(course.examples[-1]))
+    except UsageError:
+        return None

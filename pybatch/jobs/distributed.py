@@ -15,6 +15,7 @@ from pybatch.jobs.bench import run_bench
 from pybatch.jobs.options import BenchOptions
 from pybatch.records import Run
 from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.running.optimizers import adjusted
 
 _ALONE = 0.7  # of the time budget, for one device; several get the rest
 _AROUND = (0.25, 0.5, 1.0, 2.0)  # of the best batch, per device: where the answer is looked for
@@ -36,6 +37,7 @@ def run_bench_together(
     Raises:
         PybatchError: in process 0, what `run_bench` raises; the others then end without a result.
     """
+    workload = adjusted(workload, options.optimizer, options.reference_batch)
     alone = replace(options, time_budget=_ALONE * options.time_budget)
     with process_group(device) as rank:
         run: Run | None = None

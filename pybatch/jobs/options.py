@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from pybatch.workloads.running.choice import OptimizerChoice
 
 
 @dataclass(frozen=True)
@@ -11,7 +15,7 @@ class BenchOptions:
     """How a workload is measured on a device, by `run_bench` and `run_bench_together`."""
 
     time_budget: float = 70.0  # seconds for all measurements together
-    dtype: str = "fp32"  # or "bf16": autocast over fp32 parameters
+    dtype: str = "fp32"  # or "bf16", "fp16": autocast over fp32 parameters
     batches: tuple[int, ...] | None = None  # batch sizes to time, in examples; None chooses them
     coarse: bool = False  # quadruple the batch from one size to the next, where a short time budget has to do
     thorough: bool = False  # take the critical batch from short branched runs, not from the noise scale alone
@@ -19,6 +23,8 @@ class BenchOptions:
     compile: bool = False  # time compiled steps; the noise scale is taken eagerly
     graph: bool = False  # time CUDA-graph replays; likewise
     command: str = ""  # what the user typed, for the record
+    optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)  # before the workload's own
+    reference_batch: int | None = None  # of the noise scale's training and of the rate; None: the workload's
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class BranchOptions:
     dtype: str = "fp32"
     factors: tuple[float, ...] | None = None  # the branches' batch sizes in base batches
     base_batch: int | None = None
-    optimizer: str = "adamw"
+    optimizer: str | None = None
+    options: Mapping[str, Any] | None = None  # of the optimizer
     lr: float | None = None
     rule: str | None = None
     seeds: int = 3  # repeats of every branch

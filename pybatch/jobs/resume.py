@@ -39,9 +39,10 @@ def check_same(
 def _of_workload(info: WorkloadInfo | None) -> dict[str, Any]:
     if info is None:
         return {}
-    options = {f"option {key}": value for key, value in info.options.items()}
+    options: dict[str, Any] = {f"option {key}": value for key, value in info.options.items()}
     digest = {} if info.file_sha256 is None else {_OF_FILE: info.file_sha256[:12]}
-    names = ("model", "dtype", "parameters", "examples")
+    names = ("model", "dtype", "parameters", "examples", "optimizer", "learning_rate", "reference_batch")
+    options |= {f"optimizer's {key}": value for key, value in info.optimizer_options.items()}
     return digest | options | {"workload": info.name} | {name: getattr(info, name) for name in names}
 
 

@@ -27,9 +27,9 @@ from pybatch.noise.coupling import coupling
 from pybatch.noise.feeds import Feed, HookFeed, OptimizerFeed
 from pybatch.noise.groups import MicroBatchGroups
 from pybatch.noise.hessian import HessianNoise
-from pybatch.optim import AdamW
 from pybatch.records import NoiseScale, Note, WeightedNoise
 from pybatch.workloads.base import Progress, Workload, checked
+from pybatch.workloads.running.optimizers import rate_of
 from pybatch.workloads.running.session import Session
 
 NoiseSource = Literal["micro-batches", "per-example"]
@@ -65,7 +65,8 @@ def measure_noise(
 ) -> NoiseScale:
     """Train shortly, and measure B_simple along the steps that follow until its interval is narrow or time is up.
 
-    The warm-up uses pybatch's AdamW at the workload's `learning_rate` and `reference_batch`. A pilot with small groups
+    The warm-up uses the workload's optimizer and schedule, else pybatch's AdamW at its `learning_rate`, and its
+    `reference_batch`. A pilot with small groups
     then finds the scale's size; the measurement proper uses groups about as large, which resolve it soonest. After
     each group training goes on by one step: the scale is the ratio of the means over this stretch, and its interval
     holds the changes along it.
@@ -73,7 +74,7 @@ def measure_noise(
     Args:
         workload: what to measure.
         device: "cpu", "cuda:1", or None for GPU 0 if there is one, else the CPU.
-        dtype: "fp32" or "bf16" (autocast over fp32 parameters).
+        dtype: "fp32", "bf16" or "fp16" (autocast over fp32 parameters).
         seed: of the model, the data order and dropout.
         time_budget: seconds, warm-up included.
         warmup_steps: training steps before; None: 200, or as many as fit in 40 % of the budget. A number is kept to.
@@ -111,6 +112,8 @@ def measure_noise(
         raise unknown("source", source, get_args(NoiseSource))
     if mode not in get_args(Mode):
         raise unknown("mode", mode, get_args(Mode))
+    if dtype == "fp16" and (hessian or source == "per-example"):
+        raise UsageError("fp16: per-example norms and the Hessian know no loss scale. Use bf16, or micro-batches.")
     if preconditioned and source != "micro-batches":
         raise UsageError("preconditioned=True: per-example norms come without a preconditioner. Use micro-batches.")
     place = resolve(device)
@@ -146,7 +149,8 @@ class _Measurement:
         self.budget, self.start, self.progress = time_budget, time.monotonic(), progress
         self.session = Session(workload, device, dtype, seed)
         self.workload, self.source = workload, source
-        self.optimizer = AdamW(self.session.parameters, lr=workload.learning_rate)  # of the warm-up
+        self.optimizer = self.session.optimizer()  # of the warm-up
+        self.schedule = self.session.schedule(self.optimizer, workload.steps)
         self.feed: Callable[[], Feed] = partial(OptimizerFeed, self.session.model, layers)
         self.feeding: Feed | None = None
         if preconditioned:
@@ -188,10 +192,16 @@ class _Measurement:
             optimizer.zero_grad()
             loss = self.session.backward(self.session.batch(work.reference_batch))
             if step % CHECK_STEPS == 0 or step == wanted - 1:
-                self.session.check_finite(loss, f"in training step {step + 1} at learning rate {work.learning_rate:g}")
-            optimizer.step()
+                rate = rate_of(optimizer)
+                self.session.check_finite(loss, f"in training step {step + 1} at learning rate {rate:g}")
+            self.step()
             self.warmup_steps = step + 1
         optimizer.zero_grad()
+
+    def step(self) -> None:
+        """One update, and what the workload's schedule makes of the rate."""
+        if self.session.update(self.optimizer) and self.schedule is not None:
+            self.schedule.step()
 
     def train_on(self) -> None:
         """One more training step, between groups."""
@@ -201,7 +211,7 @@ class _Measurement:
         self.optimizer.zero_grad()
         batch = self.session.batch(n)
         self.feeding.outside(lambda: self.session.backward(batch), n)
-        self.optimizer.step()
+        self.step()
         self.optimizer.zero_grad()
         self.session.model.train(training)
         self.stretch_steps += 1
@@ -325,7 +335,7 @@ class _Measurement:
             found,
             warmup_steps=self.warmup_steps,
             stretch_steps=self.stretch_steps,
-            learning_rate=self.workload.learning_rate,
+            learning_rate=self.session.info.learning_rate,
             notes=tuple(dict.fromkeys(notes)),
             eval_mode=None if self.eval_mode is None else as_weighted(self.eval_mode),
             hessian=None if self.hessian is None else self.hessian.result,

@@ -27,6 +27,7 @@ from pybatch.records.convergence import (
     RateSteps,
     StepsFit,
 )
+from pybatch.records.input import InputPipeline, InputRate
 from pybatch.records.noise import (
     CountedNoise,
     LayerNoise,
@@ -77,6 +78,8 @@ __all__ = [
     "Environment",
     "Evidence",
     "FrontierPoint",
+    "InputPipeline",
+    "InputRate",
     "Inputs",
     "Kind",
     "LayerNoise",

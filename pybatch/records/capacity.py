@@ -10,11 +10,12 @@ from pybatch.base import numerals as n
 from pybatch.base.codec import TOP
 from pybatch.base.display import Shown
 from pybatch.records.figure import Figure, figure
+from pybatch.records.input import InputPipeline
 from pybatch.records.subject import Ceilings, Device, Note, WorkloadInfo
 
 BatchStatus = Literal["ok", "oom", "predicted_oom", "skipped"]
 StepMode = Literal["eager", "compiled", "graph", "compiled, graph"]
-StepLimit = Literal["host", "launch", "memory", "tensor", "compute", "power"]
+StepLimit = Literal["host", "launch", "memory", "tensor", "compute", "power", "input"]
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of the samples kept in a record
 
 
@@ -172,6 +173,7 @@ class Capacity(Shown):
     workload: WorkloadInfo | None = field(default=None, metadata=TOP)
     batches: tuple[BatchPoint, ...] = field(default=(), metadata=TOP)
     anchor: Anchor | None = None  # what `drift` is taken from
+    input: InputPipeline | None = None  # of the workload's DataLoader; None: it has none, or see the notes
     disturbed: tuple[str, ...] = ()  # what else the machine was doing meanwhile, with its figures; empty: nothing seen
 
     @property

@@ -212,6 +212,9 @@ class Convergence(Shown):
     complete: bool = True  # False: stopped before every trial had run
     branches: tuple[Branching, ...] = ()  # along one run, by step
     gap_epochs: float | None = None  # after which test losses of all batch sizes are compared
+    optimizer_options: dict[str, str] = field(default_factory=dict)  # that were given: {"betas": "0.9/0.95"}
+    schedule: str | None = None  # "constant", "cosine", "wsd", "average", "own"; None: of logs, or not a sweep's
+    following: dict[str, str] = field(default_factory=dict)  # the batch size, beside the rate: {"beta2": "half-life"}
     gap_steps: int | None = None  # likewise: those that the largest batch takes in the epochs
     experiment: str | None = None  # its name in its store: two records of one name are states of the same sweep
     pooled: tuple[str, ...] = ()  # names of the experiments whose seeds are pooled in it

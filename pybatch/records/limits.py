@@ -28,7 +28,7 @@ _SIGNED = frozenset(
 _FROM_ONE = frozenset(
     (
         "accumulation", "base_batch", "batch", "best_batch", "cores", "devices", "examples", "global_batch",
-        "largest", "max_batch", "micro_batch", "reference_batch", "saturation_measured", "threads",
+        "kept_batch", "largest", "max_batch", "micro_batch", "reference_batch", "saturation_measured", "threads",
         "useful_devices", "wave", "window",
     )
 )
@@ -36,8 +36,8 @@ _ABOVE_ZERO = frozenset(
     (
         "base_rate", "blocks_ms", "ceiling", "ceiling_high", "ceiling_low",
         "ceiling_samples_per_s", "compute_ms", "cost_factor", "end_ms", "gain", "gamma", "learning_rate",
-        "per_example", "samples_per_s", "start_ms", "step_ms", "step_ms_high", "step_ms_low",
-        "step_ms_quantiles", "time_factor", "tolerance",
+        "one_worker_per_s", "per_example", "samples_per_s", "start_ms", "step_ms", "step_ms_high", "step_ms_low",
+        "step_ms_quantiles", "time_factor", "tolerance", "with_step_ms",
     )
 )
 # fmt: on

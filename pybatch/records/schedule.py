@@ -53,8 +53,9 @@ class Schedule(Shown):
     steps_saved: float = field(
         metadata=figure("steps saved against it", form=n.share, interval=("steps_saved_low", "steps_saved_high"))
     )
-    steps_saved_low: float = field(metadata=figure("low", form=n.share, within="steps_saved"))
-    steps_saved_high: float = field(metadata=figure("high", form=n.share, within="steps_saved"))
+    # None: of a law, whose errors are not known.
+    steps_saved_low: float | None = field(metadata=figure("low", form=n.share, within="steps_saved"))
+    steps_saved_high: float | None = field(metadata=figure("high", form=n.share, within="steps_saved"))
     source: ScheduleSource
     rate_rule: str = field(metadata=figure("rate rule", form=n.plain))
     answer: str = ""  # the first line: the batch sizes

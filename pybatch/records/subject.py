@@ -71,4 +71,5 @@ class WorkloadInfo:
     target: dict[str, float] = field(default_factory=dict)
     options: dict[str, int | float | str] = field(default_factory=dict)  # the workload's dials
     file_sha256: str | None = None  # of the user's file it is defined in, without what that imports
-    optimizer: str | None = None  # of a training that was watched: its class, in lower case
+    optimizer: str | None = None  # its class, in lower case; None: a sweep's own, see its record
+    optimizer_options: dict[str, str] = field(default_factory=dict)  # that were chosen: {"betas": "0.9/0.95"}

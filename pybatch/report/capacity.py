@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pybatch.base import numerals as n
-from pybatch.records import BatchPoint, Capacity, Ceilings, CountedNoise, Verdict
+from pybatch.records import BatchPoint, Capacity, Ceilings, CountedNoise, InputPipeline, Verdict
 from pybatch.report.layout import Section, details_of, examples_of, lines, notes_of, table
 from pybatch.report.plot import Plot, axis, band, batch_axis, line, mark, points, spread
 
@@ -30,6 +30,8 @@ def section(capacity: Capacity, counted: CountedNoise | None = None) -> Section:
         parts = n.count(capacity.ceiling_samples_per_s * counted.per_example)
         text = f"{parts} {counted.unit}/s, at {n.number(counted.per_example)} {counted.unit} per example"
         said.insert(1, ("the same", text))
+    if capacity.input is not None:
+        said.append(("input", _input(capacity.input, unit)))
     if capacity.ceilings is not None:
         said.append(("roofs", _roofs(capacity.ceilings)))
     timed = table(BatchPoint, capacity.batches, capacity, unit)
@@ -72,6 +74,17 @@ def _modes(capacity: Capacity) -> list[tuple[str, str]]:
     if overheads:
         what.append(f"launching costs an eager step {n.number(min(overheads))} to {n.number(max(overheads))} ms")
     return [*lines, ("steps", "; ".join(what))]
+
+
+def _input(pipeline: InputPipeline, unit: str) -> str:
+    """What the loader gives, alone and with the step."""
+    found = []
+    for rate in pipeline.rates:
+        step = f" ({n.number(rate.with_step_ms)} ms with the step)" if rate.with_step_ms is not None else ""
+        found.append(f"{n.rounded(rate.samples_per_s)} {unit}/s at batch {n.count(rate.batch)}{step}")
+    workers = n.counted(pipeline.workers, "worker") if pipeline.workers else "no worker"
+    kept = f"it keeps up to batch {n.count(pipeline.kept_batch)}" if pipeline.kept_batch else "at no batch it keeps up"
+    return f"{', '.join(found)}; {workers}, {n.rounded(pipeline.one_worker_per_s)}/s each; {kept}"
 
 
 def _left_out(capacity: Capacity) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ def title(run: Run) -> str:
     """What was measured, and where, in one line."""
     measured = run.capacity or run.convergence
     if measured is None and run.schedule is not None:
-        return "Batch-size schedule"
+        return "pybatch schedule"
     if measured is None and run.training is not None:
         return f"{run.training.name} ({run.training.model})"
     if measured is None or measured.workload is None or measured.device is None:
@@ -41,10 +41,10 @@ def title(run: Run) -> str:
 
 def answer_of(run: Run) -> Verdict | Schedule | None:
     """What the page opens with: the run's verdict; of steps or noise alone, what they say of the critical batch."""
-    if run.schedule is not None and run.verdict is None:
-        return run.schedule
     if run.verdict is not None or run.capacity is not None:
         return run.verdict
+    if run.schedule is not None and run.noise is None and run.convergence is None:
+        return run.schedule
     found = advise(None, run.noise, run.convergence)
     known = (found.critical_batch, found.critical_low, found.critical_high)
     return found if any(value is not None for value in known) else None

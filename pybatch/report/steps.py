@@ -36,7 +36,7 @@ def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Se
     found = columns([("batch", [n.count(batch) for batch in batches]), *cells]) if batches else None
     lines = [line for curve in curves for line in _lines(curve, unit, alone=len(curves) == 1)]
     if split == steps.curves[0].split and steps.optimizer:
-        lines.append(("trained by", f"{steps.optimizer}, {_of(steps.trials, 'trial')}, {_of(steps.seeds, 'seed')}"))
+        lines.append(("trained by", f"{_trained(steps)}, {_of(steps.trials, 'trial')}, {_of(steps.seeds, 'seed')}"))
         if steps.base_rate is not None:
             given = f"with rate {n.number(steps.base_rate)} at batch {n.count(steps.base_batch)}, as given"
             lines.append(("rules start", given))
@@ -51,6 +51,14 @@ def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Se
         notes, details = notes + notes_of(steps.notes), details + details_of(steps.notes)
     goal = "target" if target is None else f"{split} loss {n.number(target)}"
     return Section(f"Steps to {goal}", found, tuple(lines), notes=notes, details=details)
+
+
+def _trained(steps: Convergence) -> str:
+    """The optimizer, and what of it is not the usual."""
+    parts = [str(steps.optimizer)]
+    if steps.schedule not in (None, "constant"):
+        parts.append(f"schedule {steps.schedule}")
+    return ", ".join([*parts, *(f"{name} by {rule}" for name, rule in steps.following.items())])
 
 
 def _columns(curve: Curve, batches: Sequence[int], with_rates: bool) -> list[tuple[str, list[str]]]:

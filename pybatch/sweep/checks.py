@@ -15,11 +15,14 @@ from pybatch.sweep.contents import Subject
 from pybatch.sweep.options import SweepOptions
 from pybatch.sweep.search import default_rates
 from pybatch.training.fingerprint import fingerprint
+from pybatch.training.schedules import CONSTANT
 from pybatch.training.task import initial_losses
 from pybatch.training.trajectory import SMOOTHING
 from pybatch.training.trial import Trial
-from pybatch.training.updates import arguments
+from pybatch.training.updates import arguments_of
 from pybatch.workloads.base import Workload
+from pybatch.workloads.running.choice import OWN, is_own
+from pybatch.workloads.running.optimizers import has_own, public
 from pybatch.workloads.running.session import Session, checked_dtype
 
 
@@ -30,19 +33,30 @@ def settled(options: SweepOptions, workload: Workload) -> SweepOptions:
         UsageError: an option that cannot work with them.
     """
     checked_dtype(options.dtype)
-    group = arguments(options.optimizer, options.options)
+    session = Session(workload, torch.device("cpu"), seed=options.seed)  # on which its own optimizer shows itself
+    optimizer = options.optimizer or (OWN if has_own(workload) else "sgd")
+    group = arguments_of(session, optimizer, options.options)
+    if is_own(optimizer):
+        optimizer = f"{OWN}:{public(optimizer, session.own_optimizer())}"
+    if options.schedule == OWN and not workload.brings("schedule"):
+        raise UsageError(
+            f"schedule 'own': workload {workload.name!r} has none. Name one, such as 'cosine', or define schedule()."
+        )
     whole = dataclasses.replace(
         options,
         target=workload.target if options.target is None else options.target,
         base_batch=options.start_batch,
+        optimizer=optimizer,
+        schedule=options.schedule or (OWN if workload.brings("schedule") else CONSTANT),
         options={name: value for name, value in group.items() if name != "lr"},
-        rates=default_rates(options.optimizer, group) if options.rates is None else options.rates,
+        rates=default_rates(optimizer, group) if options.rates is None else options.rates,
     )
     if not whole.targets:
         raise UsageError(f"workload {workload.name!r} names no target loss. Give one, such as train=0.1.")
     checked_budget(whole.gap_epochs, workload.examples, whole.batches, whole.max_steps)
     for rule in whole.rules:
         scaling.scale(rule, {**whole.options, "lr": 1.0}, whole.start_batch, scaling.Base(whole.start_batch))
+    scaling.followed(whole.options, 1, 1, whole.beta2_rule, whole.decay_rule)
     return whole
 
 
@@ -52,7 +66,7 @@ def check_start(workload: Workload, options: SweepOptions, device: torch.device)
     WorkloadError where there is no loss to start from.
     """
     start = scaling.Scaled({**options.options, "lr": 1.0})
-    trial = Trial("", options.optimizer, start, options.batches[0], options.seed, options.dtype, device.type)
+    trial = Trial("", options.trained_by, start, options.batches[0], options.seed, options.dtype, device.type)
     losses = initial_losses(workload, trial, device)
     for split, target in options.targets.items():
         if losses[split] <= target:
@@ -74,7 +88,7 @@ def subject_of(workload: Workload, options: SweepOptions, device: torch.device) 
         notes.append(Note("curves.critical_batch", text))
     return Subject(
         fingerprint(workload),
-        dataclasses.replace(session.info, target={}, learning_rate=None),
+        dataclasses.replace(session.info, target={}, learning_rate=None, optimizer=None, optimizer_options={}),
         describe(device),
         f"{SMOOTHING}; {workload.evaluation_examples} examples in each fixed batch",
         tuple(notes),

@@ -14,6 +14,7 @@ from pybatch import scaling
 from pybatch.base.errors import UsageError, unknown
 from pybatch.base.plain import said
 from pybatch.sweep.search import GRIDS, SAMPLERS, Grid, Racing, Sampled, Search, load_optuna
+from pybatch.training.schedules import SCHEDULES
 from pybatch.training.trajectory import SPLITS, Split
 from pybatch.training.trial import rounded
 
@@ -62,6 +63,9 @@ _STORED: Mapping[str, Callable[[Any], bool]] = {
     "max_steps": lambda value: _whole(value, 1),
     "dtype": _text,
     "gap_epochs": _or_none(lambda epochs: _number(epochs, 0)),
+    "schedule": _or_none(_text),
+    "beta2_rule": _text,
+    "decay_rule": _text,
 }
 
 
@@ -70,8 +74,11 @@ class SweepKeywords(TypedDict, total=False):
 
     seed: int
     target: Mapping[str, float] | None
-    optimizer: str
+    optimizer: str | None
     options: Mapping[str, Any]
+    schedule: str | None
+    beta2_rule: str
+    decay_rule: str
     rates: Sequence[float] | None
     search: str
     base_batch: int | None
@@ -93,8 +100,13 @@ class SweepOptions:
         seed: of the first of them; the others count up from it. With a store, more `seeds` add to those it holds, and
             another `seed`, at least `seeds` away, repeats the experiment; a report pools the two.
         target: losses to reach, by split; None: the workload's own.
-        optimizer: a name of `pybatch.optim`, in any case.
+        optimizer: a name of `pybatch.optim`, in any case, or "own", the workload's. None: its own, else "sgd".
         options: its arguments but the learning rate, such as {"momentum": 0.9}.
+        schedule: a name of `training.schedules.SCHEDULES`: "constant", "cosine", "wsd", "average", or "own", the
+            workload's. None: its own, else "constant". Under an anneal, steps to a target are the length of the
+            shortest training that ends at it.
+        beta2_rule: how Adam's second beta follows the batch size: "constant" or "half-life", see `scaling.followed`.
+        decay_rule: how weight decay follows it: "constant" or "linear".
         rates: first learning rates of a search; None: 12, a factor of 2 apart. Where the best
             one is the lowest or highest, more are tried; then two halfway beside it.
         search: "race" tries every rate with the first seed, and runs the other seeds at the rates that can still have
@@ -105,7 +117,7 @@ class SweepOptions:
         max_steps: a trial is given up then; earlier after 4 times the steps the base batch took (times B_0 / B below
             it), and in a search after 1.5 times the median steps of the best rate. Where neither the base batch nor
             the largest one reaches a target, the others are not tried.
-        dtype: "fp32" or "bf16" (autocast over fp32 parameters).
+        dtype: "fp32", "bf16" or "fp16" (autocast over fp32 parameters).
         gap_epochs: compare test losses after so many epochs too, and after the steps that the largest batch takes in
             them: when all else is done, the runs at each batch size's rate are made again, to that length. None: at
             the train target alone.
@@ -119,8 +131,11 @@ class SweepOptions:
     seeds: int = 3
     seed: int = 0
     target: Mapping[str, float] | None = None
-    optimizer: str = "sgd"
+    optimizer: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    schedule: str | None = None
+    beta2_rule: str = "constant"
+    decay_rule: str = "constant"
     rates: Sequence[float] | None = None
     search: str = "race"
     base_batch: int | None = None
@@ -155,7 +170,7 @@ class SweepOptions:
         plain: dict[str, Any] = {
             "batches": tuple(sorted({operator.index(batch) for batch in self.batches})),
             "rules": tuple(dict.fromkeys(self.rules)),
-            "optimizer": self.optimizer.lower(),
+            "optimizer": self.optimizer.lower() if self.optimizer is not None else None,
             "options": dict(self.options),
         }
         if self.target is not None:
@@ -171,7 +186,7 @@ class SweepOptions:
 
     def _check(self) -> None:
         given: object = self.optimizer
-        if not isinstance(given, str):
+        if not isinstance(given, str | None):
             what = given.__name__ if isinstance(given, type) else type(given).__name__
             raise UsageError(f"optimizer {what} is no name. Give a name of pybatch.optim, such as 'adamw'.")
         for name, one in (("batches", "[8, 16]"), ("rules", "['tuned']")):
@@ -206,6 +221,13 @@ class SweepOptions:
                 raise UsageError(f"target {split}={loss}: give a number.")
         if self.rates is not None and not (self.rates and all(0 < rate < math.inf for rate in self.rates)):
             raise UsageError(f"rates {list(self.rates)}: give finite learning rates above 0.")
+        if self.schedule is not None and self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
+        for name, rule in (("beta2", self.beta2_rule), ("decay", self.decay_rule)):
+            if rule not in scaling.FOLLOWING[name]:
+                raise unknown(f"{name} rule", rule, scaling.FOLLOWING[name])
+        if self.beta2_rule != "constant" and "adam-sde" in self.rules:
+            raise UsageError("beta2 rule: rule 'adam-sde' sets the betas itself. Leave one of the two out.")
         if self.search not in GRIDS:
             load_optuna(self.search)
 
@@ -214,6 +236,18 @@ class SweepOptions:
         """Losses to reach, by split; of settled options."""
         assert self.target is not None
         return dict(self.target)
+
+    @property
+    def following(self) -> dict[str, str]:
+        """What follows the batch size beside the rate, by the name of its rule."""
+        rules = {"beta2": self.beta2_rule, "weight decay": self.decay_rule}
+        return {name: rule for name, rule in rules.items() if rule != "constant"}
+
+    @property
+    def trained_by(self) -> str:
+        """The optimizer's name; of settled options."""
+        assert self.optimizer is not None
+        return self.optimizer
 
     @property
     def start_batch(self) -> int:

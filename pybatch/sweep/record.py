@@ -18,15 +18,17 @@ from dataclasses import dataclass, field
 
 from pybatch.base.errors import UsageError
 from pybatch.records import Convergence, ConvergencePoint, Curve, Note, Run
-from pybatch.scaling import SEARCHED, Base, Scaled, scale
+from pybatch.scaling import SEARCHED, Base, Scaled, followed, scale
 from pybatch.sweep.budget import with_losses
 from pybatch.sweep.contents import GIVEN, LONGER, NOISE, WHOLE, Contents, Row
 from pybatch.sweep.experiment import Experiment, changed, experiments
 from pybatch.sweep.options import SweepOptions
 from pybatch.sweep.search import best_rate
 from pybatch.sweep.summary import bare_reason, beyond, curve, nearest, point, unanswered
+from pybatch.training.schedules import CONSTANT
 from pybatch.training.trajectory import Split
 from pybatch.training.trial import Outcome, Study, Trial
+from pybatch.workloads.running.choice import is_plain, told
 
 NAMED = 8  # parts of a sweep that a note lists
 
@@ -39,7 +41,10 @@ def record_of(contents: Contents, sweep: int) -> Run:
 
 def trial_of(options: SweepOptions, fingerprint: str, device: str, scaled: Scaled, batch: int, seed: int) -> Trial:
     """A trial of a sweep."""
-    return Trial(fingerprint, options.optimizer, scaled, batch, seed, options.dtype, device)
+    group = followed(scaled.group, batch, options.start_batch, options.beta2_rule, options.decay_rule)
+    scaled = dataclasses.replace(scaled, group=group)
+    schedule = options.schedule or CONSTANT
+    return Trial(fingerprint, options.trained_by, scaled, batch, seed, options.dtype, device, schedule)
 
 
 def ruled_trials(
@@ -98,7 +103,10 @@ class Assembly:
         steps = Convergence(
             curves,
             tuple(self._notes()),
-            optimizer=self.options.optimizer,
+            optimizer=self.options.trained_by.rpartition(":")[2],
+            optimizer_options={key: told(value) for key, value in self.options.options.items() if is_plain(value)},
+            schedule=self.options.schedule,
+            following=self.options.following,
             seeds=len(self.seeds),
             trials=len(used),
             base_batch=self.options.start_batch,

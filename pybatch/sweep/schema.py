@@ -7,7 +7,7 @@ import sqlite3
 HEADER = b"SQLite format 3\0"
 APPLICATION = 0x70796261  # "pyba": SQLite's own mark of whose file it is
 # Of the tables, and of what a trial does: raised with every change after which the same trial gives other losses.
-SCHEMA = 3
+SCHEMA = 4
 
 TABLES = """
 CREATE TABLE store (name TEXT NOT NULL);

@@ -17,6 +17,7 @@ from typing import Any
 from pybatch.base.errors import UsageError, unknown
 from pybatch.training.trajectory import lowest
 from pybatch.training.trial import Study, rounded
+from pybatch.workloads.running.choice import is_own
 
 RATES = 12  # of the first grid, a factor of 2 apart: 2000-fold from the lowest to the highest
 EXTENSIONS = 4  # of two rates each, past an edge at which the best rate lies
@@ -259,6 +260,8 @@ def default_rates(optimizer: str, group: dict[str, Any]) -> list[float]:
         if not (momentum := group.get("momentum", 0.0)) < 1:
             raise UsageError(f"momentum {momentum:g} has no usual rates. Give a momentum below 1, or rates to try.")
         centre = math.log2(0.25 * (1 - momentum))
+    elif is_own(optimizer):
+        centre = math.log2(float(group["lr"]))  # the rate that its user trains with
     else:
         centre = math.log2(float(group["lr"])) + 2  # defaults are made for long runs of large models
     return [2.0 ** (round(centre) + k) for k in range(-RATES // 2, RATES - RATES // 2)]

@@ -13,8 +13,10 @@ import torch
 from pybatch.base.errors import WorkloadError
 from pybatch.device.memory import available_bytes, release
 from pybatch.device.precision import full_fp32
+from pybatch.training.annealed import Annealed, Averaged
 from pybatch.training.loop import Loop
 from pybatch.training.replicas import Losses, Replicas
+from pybatch.training.schedules import AVERAGE, CONSTANT
 from pybatch.training.stack import ROUNDING, Stack, alone, same
 from pybatch.training.trial import Trial
 from pybatch.workloads.base import Workload
@@ -46,6 +48,9 @@ def choose(
     Raises:
         StackTooLargeError: memory ran out for all of them together.
     """
+    schedule = trials[0].schedule
+    if schedule != CONSTANT:
+        return (Averaged if schedule == AVERAGE else Annealed)(workload, trials, device), None
     if how == "loop" or len(trials) == 1 or any(map(alone, trials)):
         return Loop(workload, trials, device), None
     if how == "stacked":

@@ -32,7 +32,7 @@ def fingerprint(workload: Workload) -> str:
         "options": _options(workload),
         "data": _hash(session.batch(DRAWN, "train"), session.batch(DRAWN, "test")),
         "init": _hash(list(session.model.state_dict().values())),
-        "source": _source(cls),
+        "source": workload.source() or _source(cls),
     }
     if workload.evaluation_examples != Workload.evaluation_examples:
         parts["evaluation_examples"] = workload.evaluation_examples

@@ -14,9 +14,9 @@ from pybatch.scaling import gain
 from pybatch.training.pooling import Pooling
 from pybatch.training.replicas import Losses, Replicas
 from pybatch.training.trial import Trial
-from pybatch.training.updates import optimizer_class
 from pybatch.workloads.base import Workload
 from pybatch.workloads.running.batches import copied
+from pybatch.workloads.running.optimizers import Rates
 from pybatch.workloads.running.session import Session
 
 
@@ -25,9 +25,11 @@ class Loop(Replicas):
 
     def __init__(self, workload: Workload, trials: Sequence[Trial], device: torch.device) -> None:
         super().__init__(workload, trials, device)
-        self.optimizers = []
-        for trial, session in zip(trials, self.sessions, strict=True):
-            self.optimizers.append(optimizer_class(trial.optimizer)(session.parameters, **trial.scaled.group))
+        self.optimizers = [
+            session.optimizer_of(trial.optimizer, trial.scaled.group)
+            for trial, session in zip(trials, self.sessions, strict=True)
+        ]
+        self.rated = list(map(Rates, self.optimizers))
         self.gains = [Gain(trial) if trial.scaled.gain_batch else None for trial in trials]
 
     def advance(self, steps: int) -> None:
@@ -46,10 +48,17 @@ class Loop(Replicas):
                     session.backward(batch)
                 else:
                     factor = measured.backward(session, batch)
-                for group in optimizer.param_groups:
-                    group["lr"] = rates[i] * factor
-                optimizer.step()
+                self.update(i, rates[i] * factor)
             self.done += 1
+            self.stepped()
+
+    def update(self, i: int, rate: float) -> None:
+        """The update of one replica."""
+        self.rated[i].set(rate)
+        self.sessions[i].update(self.optimizers[i])
+
+    def stepped(self) -> None:
+        """All replicas have made a step."""
 
     def evaluate(self) -> Losses:
         """As `Replicas.evaluate`."""
@@ -64,7 +73,7 @@ class Loop(Replicas):
 
     def keep(self, index: Sequence[int]) -> None:
         """As `Replicas.keep`."""
-        for name in ("trials", "sessions", "optimizers", "gains"):
+        for name in ("trials", "sessions", "optimizers", "rated", "gains"):
             setattr(self, name, [getattr(self, name)[i] for i in index])
         wanted = {trial.seed for trial in self.trials}
         self.streams = {seed: session for seed, session in self.streams.items() if seed in wanted}

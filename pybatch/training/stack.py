@@ -26,6 +26,7 @@ from pybatch.training.trial import Trial
 from pybatch.training.updates import Update, update_for
 from pybatch.workloads.base import Workload
 from pybatch.workloads.running.batches import copied
+from pybatch.workloads.running.choice import is_own
 
 ROUNDING = torch.finfo(torch.float32).eps ** 0.5  # share of a gradient's norm, in fp32
 
@@ -188,5 +189,7 @@ def _squares(stacked: Sequence[Tensor]) -> Tensor:
 
 
 def alone(trial: Trial) -> bool:
-    """Whether an update needs a norm over the trial's own gradients, which an optimizer over a stack mixes."""
-    return bool(trial.scaled.gain_batch or trial.scaled.group.get("max_grad_norm"))
+    """Whether an update needs the trial's own gradients or optimizer: a norm over them, which an optimizer over a stack
+    mixes; a loss scale; an optimizer of the workload's own."""
+    apart = trial.dtype == "fp16" or is_own(trial.optimizer)
+    return bool(apart or trial.scaled.gain_batch or trial.scaled.group.get("max_grad_norm"))

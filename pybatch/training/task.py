@@ -15,8 +15,9 @@ from pybatch.base.errors import PybatchError, WorkloadError
 from pybatch.training.choosing import StackTooLargeError, choose, chunks, memory_for
 from pybatch.training.loop import Loop
 from pybatch.training.replicas import Replicas
+from pybatch.training.schedules import next_length
 from pybatch.training.stack import Stack
-from pybatch.training.trajectory import SPLITS, Trajectory, crossing_at, next_evaluation
+from pybatch.training.trajectory import SPLITS, Trajectory, crossing_at
 from pybatch.training.trial import End, Outcome, Study, Task, Trial, diverged
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.session import Session, is_out_of_memory
@@ -123,7 +124,7 @@ class _Training:
         while any(self.alive):
             start, step = time.perf_counter(), self.steps[-1]
             say(step, sum(self.alive), self._nearest())
-            then = min(next_evaluation(step), self.cap)
+            then = min(next_length(step, self.trials[0].schedule), self.cap)
             held = [row for row in self.rows if self.alive[row]]
             before = state() if self.how == "stacked" and step == 0 else None
             with self._told_apart():

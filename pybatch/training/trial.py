@@ -46,6 +46,7 @@ class Trial:
     seed: int
     dtype: str
     device: str  # kind: "cpu", "cuda"
+    schedule: str = "constant"  # of `training.schedules.SCHEDULES`
 
     def __post_init__(self) -> None:
         group = {**self.scaled.group, "lr": rounded(self.scaled.group["lr"])}

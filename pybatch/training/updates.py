@@ -10,21 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pybatch import optim
-from pybatch.base.errors import UsageError, unknown
+from pybatch.base.errors import UsageError
 from pybatch.device.memory import upload
 from pybatch.optim import FusedOptimizer
-
-
-def optimizer_class(name: object) -> Any:
-    """A pybatch optimizer by its name in any case; raises UsageError for another."""
-    known = {entry.lower(): entry for entry in optim.__all__ if entry != "FusedOptimizer"}
-    if not isinstance(name, str):
-        what = name.__name__ if isinstance(name, type) else type(name).__name__
-        raise UsageError(f"optimizer {what} is no name. Give one of: {', '.join(known)}.")
-    if name.lower() not in known:
-        raise unknown("optimizer", name, known)
-    return getattr(optim, known[name.lower()])
+from pybatch.workloads.running.choice import is_own
+from pybatch.workloads.running.optimizers import optimizer_class, own_group
+from pybatch.workloads.running.session import Session
 
 
 def arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,6 +40,15 @@ def arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"optimizer {name!r} cannot be made with {dict(options)}: {error}.") from None
     accepted = inspect.signature(cls).parameters
     return {key: value for key, value in made.defaults.items() if key in accepted} | dict(options)
+
+
+def arguments_of(session: Session, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """As `arguments`; and of the workload's own optimizer, which takes none from outside, its `own_group`."""
+    if not is_own(name):
+        return arguments(name, options)
+    if options:
+        raise UsageError(f"optimizer 'own': the workload makes it, and it takes no {sorted(options)[0]}. Leave it out.")
+    return own_group(session.own_optimizer())
 
 
 class Update(ABC):

@@ -5,6 +5,7 @@ A workload says what to train: a model, how to draw a batch, and a loss. It know
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 
 from pybatch.base.errors import UsageError, unknown
+from pybatch.workloads.running.choice import OptimizerChoice
 
 Split = Literal["train", "test"]
 
@@ -24,7 +26,9 @@ class Workload(ABC):
         name: what the record calls it.
         unit: what one example is ("images", "sequences").
         target: loss targets per split, for steps to target: {"train": 0.3, "test": 0.5}.
-        learning_rate: rate of the warm-up training, with pybatch's AdamW; `reference_batch` is its batch size.
+        learning_rate: rate of the warm-up training, with pybatch's AdamW; `reference_batch` is its batch size. Where
+            `optimizer` is given, its own rate counts.
+        steps: of a whole training at the reference batch, for which `schedule` is made outside a sweep.
         examples: size of the training set, or None where it is unlimited or unknown.
         evaluation_examples: size of the fixed batch of each split on which sweeps and branches take losses, often. Give
             as many as make its loss known within some 2 %: 512 digits, or 64 sequences of 64 tokens.
@@ -43,12 +47,14 @@ class Workload(ABC):
     target: dict[str, float] = {}  # noqa: RUF012 - subclasses write a plain class attribute
     learning_rate: float = 1e-3
     reference_batch: int = 32
+    steps: int = 5000
     examples: int | None = None
     evaluation_examples: int = 512
     weight_unit: str = "tokens"
     model_name: str | None = None
     data: str | None = None
     options: Mapping[str, int | float | str] = MappingProxyType({})
+    asked_optimizer: OptimizerChoice | None = None  # set by pybatch: what a user asks for before the workload's own
     models: ClassVar[tuple[str, ...]] = ()
     dials: ClassVar[Mapping[str, str]] = MappingProxyType({})
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
@@ -75,6 +81,84 @@ class Workload(ABC):
         length such as `(batch["labels"] != -100).sum(1)`. The noise scale then weighs micro-batches by it.
         """
         return None
+
+    def optimizer(self, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
+        """The optimizer of a training, with its rate at `reference_batch`; None: pybatch's AdamW at `learning_rate`.
+
+        Any optimizer that steps without a closure, over groups of these parameters as you like: rules and searches of
+        rates scale all groups alike. Its states count in time and memory.
+        """
+        return None
+
+    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler | None:
+        """The schedule of a training of so many steps: warm-up, cosine, ...; stepped after every update. None: none.
+
+        In a sweep each trial is a whole training of its own length, the shortest that reaches the target: an anneal is
+        part of what steps to target mean.
+        """
+        return None
+
+    def loader(self, n: int, workers: int | None = None) -> Any:
+        """A torch DataLoader over training batches of n examples, without an end; None: the workload has none.
+
+        Its rate is measured alone and with the step. `workers`: processes; None: as many as the training has.
+        """
+        return None
+
+    @classmethod
+    def from_parts(
+        cls,
+        *,
+        model: torch.nn.Module | Callable[[], torch.nn.Module],
+        train: Any,
+        test: Any = None,
+        loss: Callable[..., torch.Tensor],
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = None,
+        schedule: Callable[[torch.optim.Optimizer, int], Any] | None = None,
+        num_workers: int = 0,
+        **more: Any,
+    ) -> Workload:
+        """A workload of what a training has already.
+
+        Args:
+            model: a function that makes one, or a module, which is copied: its weights are then every seed's start.
+            train: a data set with `__len__` and `__getitem__`; its examples are drawn with replacement.
+            test: likewise, held out; sweeps and branches need it.
+            loss: of (model, batch); or a criterion of (output, target), such as `torch.nn.CrossEntropyLoss()`, for
+                batches that are pairs (input, target).
+            collate_fn: of a list of examples; None: torch's `default_collate`.
+            optimizer: of the model's parameters, see `optimizer`; None: pybatch's AdamW at `learning_rate`.
+            schedule: of (optimizer, steps), see `schedule`.
+            num_workers: of the training's DataLoader, whose rate is measured.
+            more: `example_weights`, see there; `loader_options` (further arguments of the DataLoader), and `name`,
+                `unit`, `target`, `learning_rate`, `reference_batch`, `evaluation_examples`, `steps`, as of a class.
+
+        Raises:
+            UsageError: a data set without indices or without examples, a DataLoader in its place, or another part that
+                cannot be used.
+        """
+        # By name: it is made of this class, and no room has a circle of imports.
+        made: Workload = importlib.import_module("pybatch.workloads.parts").Parts(
+            model=model,
+            train=train,
+            test=test,
+            loss=loss,
+            collate_fn=collate_fn,
+            optimizer=optimizer,
+            schedule=schedule,
+            num_workers=num_workers,
+            **more,
+        )
+        return made
+
+    def source(self) -> str | None:
+        """Hash of what it was made of, where that is not the file of its class; None: nothing else."""
+        return None
+
+    def brings(self, method: str) -> bool:
+        """Whether a method that has a default is the workload's own."""
+        return getattr(type(self), method) is not getattr(Workload, method)
 
 
 def chosen_model(name: str, model: str | None, models: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Frontier, doubling and accumulation plan: against brute force over the time model, and by arithmetic."""
+"""Frontier and doubling: against brute force over the time model, and by arithmetic."""
 
 import dataclasses
 import math
@@ -8,26 +8,10 @@ import numpy as np
 import pytest
 from cases.verdicts import exact
 
-from pybatch.answer import frontier as frontier_module
 from pybatch.answer.best import Best
-from pybatch.answer.frontier import doubling, frontier, joules, plan_accumulation
+from pybatch.answer.frontier import doubling, frontier, joules
 from pybatch.answer.verdict import advise
-from pybatch.base.errors import UsageError
 from pybatch.records import BatchPoint
-
-
-@pytest.mark.parametrize(("share", "fewest"), [(97, 3), (96, 5), (12, 12), (1, 1), (360, 7), (2**20 - 1, 900)])
-def test_passes_are_the_least_divisor(share, fewest):
-    found = next((k for k in range(fewest, 2 * fewest + 1) if share % k == 0), None)
-    assert frontier_module._passes(share, fewest) == found
-
-
-def test_a_global_batch_of_any_size_is_answered_at_once(run):
-    plan = plan_accumulation(run.capacity, 10**12)
-    assert plan.micro_batch * plan.accumulation == 10**12
-    assert plan.micro_batch <= run.capacity.max_batch
-    with pytest.raises(UsageError, match="at most"):
-        plan_accumulation(run.capacity, 10**30)
 
 
 def test_each_point_is_the_best_of_its_devices(fit):
@@ -84,25 +68,3 @@ def test_the_verdict_carries_both(run):
     verdict = advise(run.capacity, run.noise)
     assert verdict.frontier[0].devices == 1
     assert verdict.why("doubling").inputs["batch"] == 2 * verdict.best_batch
-
-
-@pytest.mark.parametrize(
-    ("wanted", "devices", "micro", "accumulation"),
-    [(64, 1, 64, 1), (81_920, 1, 81_920, 1), (163_840, 1, 81_920, 2), (163_840, 2, 81_920, 1), (90_000, 1, 45_000, 2)],
-)
-def test_the_plan_has_the_fewest_equal_passes_that_fit(run, wanted, devices, micro, accumulation):
-    plan = plan_accumulation(run.capacity, wanted, devices)
-    assert (plan.micro_batch, plan.accumulation) == (micro, accumulation)
-    assert plan.devices * plan.micro_batch * plan.accumulation == wanted
-    assert plan.step_s == pytest.approx(accumulation * run.capacity.model.step_s(micro))
-
-
-def test_plans_that_cannot_be_made_say_why(run):
-    with pytest.raises(UsageError, match=r"does not divide over 3 devices\. Use 99"):
-        plan_accumulation(run.capacity, 100, 3)
-    with pytest.raises(UsageError, match=r"equal micro-batches .* Use 163839"):
-        plan_accumulation(run.capacity, 163_841)
-    with pytest.raises(UsageError, match="at least 1"):
-        plan_accumulation(run.capacity, 0)
-    with pytest.raises(UsageError, match="was not measured"):
-        plan_accumulation(dataclasses.replace(run.capacity, max_batch=None), 64)

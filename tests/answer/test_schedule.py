@@ -1,11 +1,13 @@
 """Batch-size schedules: against dynamic programming, the noisy quadratic stepped through, and closed forms."""
 
+import dataclasses
 import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from pybatch import fit_steps
 from pybatch import records as r
 from pybatch.answer.schedule import Course, course_of, law, plan_schedule
 from pybatch.base.errors import UsageError
@@ -167,6 +169,30 @@ def test_a_watched_run_is_read_in_its_own_steps():
     texts = " ".join(note.text for note in found.notes)
     assert "1 reading of the noise scale is a lower bound" in texts
     assert "held at its last value" in texts
+
+
+def branched(*at):
+    """A run with the critical batch at these steps of batch 16."""
+    fits = [
+        dataclasses.replace(
+            fit_steps([8, 16, 32, 64], [1e3 * (1 + b / n) for n in (8, 16, 32, 64)]), low=b / 2, high=b * 2
+        )
+        for _, b in at
+    ]
+    points = [
+        r.Branching(step, 1.0, 16, 4096, 0.9, 0.01, (), None, None, None, fit)
+        for (step, _), fit in zip(at, fits, strict=True)
+    ]
+    return r.Run("", None, convergence=r.Convergence((), 3, branches=tuple(points)))
+
+
+def test_branches_of_a_run_come_before_its_noise():
+    run = dataclasses.replace(branched((100, 20.0), (1000, 200.0)), noise=watched([]).noise)
+    course = course_of(run)
+    assert (course.source, course.batch) == ("branches", 16)
+    assert course.examples == pytest.approx([1600, 16_000])
+    assert course.critical == pytest.approx([20.0, 200.0], rel=0.01)
+    assert plan_schedule(course, steps=1000).stages[0].batch < plan_schedule(course, steps=1000).stages[-1].batch
 
 
 def test_a_record_survives_json_and_says_its_first_line():

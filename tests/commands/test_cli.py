@@ -180,6 +180,37 @@ def test_flags_reach_the_measurement(pybatch, measured):
     assert "Use batch 32." in out
 
 
+@pytest.mark.parametrize(
+    ("flags", "name", "options", "lr"),
+    [
+        ("", None, {}, None),
+        ("--optimizer adamw:lr=3e-4,betas=0.9/0.95", "adamw", {"betas": (0.9, 0.95)}, 3e-4),
+        ("--optimizer adamw:lr=3e-4 --lr 1e-2", "adamw", {}, 1e-2),
+        ("--lr 1e-2", None, {}, 1e-2),
+    ],
+)
+def test_the_optimizer_reaches_the_measurement(pybatch, measured, flags, name, options, lr):
+    status, _, err = pybatch("bench", "--cpu", "--dtype", "fp16", "--reference-batch", "64", *flags.split())
+    assert (status, err) == (0, "")
+    asked = measured[-1][1]["optimizer"]
+    assert (asked.name, asked.options, asked.lr) == (name, options, lr)
+    assert (measured[-1][1]["reference_batch"], measured[-1][1]["dtype"]) == (64, "fp16")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--lr 0", "learning rate 0.0 is out of range"),
+        ("--reference-batch 0", "reference batch 0 is out of range"),
+        ("--optimizer adamw:lr=fast", "is not a number"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused_before_anything_is_loaded(pybatch, measured, flags, said):
+    status, out, err = pybatch("bench", "--cpu", *flags.split())
+    assert (status, out, measured) == (2, "", [])
+    assert said in err
+
+
 def test_modes_reach_the_measurement(pybatch, measured):
     for flags, modes in (("", (False, False)), ("--compile", (True, False))):
         pybatch("bench", "--cpu", *flags.split())

@@ -1,11 +1,13 @@
 """`pybatch schedule`: from a record or a law to a table, JSON and other trainers' options."""
 
+import dataclasses
 import json
 
 import pytest
 from cases import hostile
 
 from pybatch import records as r
+from pybatch.report.run import plots
 
 
 def point(first, last, value):
@@ -26,7 +28,7 @@ def test_a_table_with_the_answer_first(record):
     status, out, _ = hostile.typed("schedule", str(record), "--steps", "2000")
     assert status == 0
     lines = [line.strip() for line in out.splitlines() if line.strip()]
-    assert lines[0] == "Batch-size schedule"
+    assert lines[0] == "pybatch schedule"
     assert lines[1].startswith("Use batch ")
     assert max(map(len, out.splitlines())) <= 80
 
@@ -43,15 +45,19 @@ def test_json_is_a_record_that_report_reads(record, tmp_path):
     assert found.answer in page.read_text()
 
 
-def test_a_page_of_the_run_draws_the_schedule_beside_its_noise(record, tmp_path):
-    out = tmp_path / "schedule.json"
-    hostile.typed("schedule", str(record), "--steps", "2000", "-o", str(out))
-    run = r.Run.from_json(out.read_text())
-    from pybatch.report.run import plots
-
+def test_the_page_of_the_run_draws_the_schedule_over_its_noise(record, tmp_path):
+    page = tmp_path / "page.html"
+    typed = ("schedule", str(record), "--steps", "2000", "--html", str(page), "--format", "json")
+    found = r.Run.from_json(hostile.typed(*typed)[1]).schedule
+    run = dataclasses.replace(r.Run.from_json(record.read_text()), schedule=found)
     [drawn] = [plot for plot in plots(run) if plot.name.startswith("schedule")]
-    batches = [stage.batch for stage in run.schedule.stages for _ in range(2)]
-    assert list(drawn.traces[0]["y"]) == batches
+    band, _, batches = drawn.traces
+    assert list(batches["y"]) == [stage.batch for stage in found.stages for _ in range(2)]
+    assert band["x"][:2] == [50.5 * 32, 150.5 * 32]
+    assert band["y"][:2] == [10.0, 13.0]
+    text = page.read_text()
+    assert found.because in text
+    assert "Noise scale along training" in text
 
 
 @pytest.mark.parametrize("trainer", ["megatron", "olmo", "hf", "lightning", "torchtitan"])

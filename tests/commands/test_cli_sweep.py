@@ -52,7 +52,7 @@ def test_flags_reach_the_sweep(pybatch, swept, tmp_path):
         "sweep --cpu --workload digits --model cnn --batch '16-64*2' --rule constant,sqrt --seeds 2 --base-batch 32 "
         "--target train=0.1,test=0.2 --optimizer sgd:momentum=0.9 --rates 0.1,1e-2 --max-steps 70 --jobs 2 "
         f"--noise-budget 3 --store {tmp_path}/runs.db --resume --seed 5 --search grid --base-rate 0.25 --dtype bf16 "
-        "--gap-epochs 9"
+        "--gap-epochs 9 --schedule wsd --beta2-rule half-life --decay-rule linear"
     )
     assert (status, err) == (0, "")
     [given] = swept
@@ -63,7 +63,11 @@ def test_flags_reach_the_sweep(pybatch, swept, tmp_path):
         seeds=2,
         seed=5,
         target={"train": 0.1, "test": 0.2},
+        optimizer="sgd",
         options={"momentum": 0.9},
+        schedule="wsd",
+        beta2_rule="half-life",
+        decay_rule="linear",
         rates=(0.01, 0.1),
         search="grid",
         base_batch=32,

@@ -93,16 +93,16 @@ def test_jacobians(model):
     assert value.shape == (2, len(BATCHES))
 
 
-@pytest.mark.slow(seconds=22)
+@pytest.mark.slow(seconds=9)
 @pytest.mark.parametrize(("model", "parameters"), [("hyperbola", (100, 100)), ("smooth", (100, 100, 2))])
 def test_the_interval_holds_the_planted_critical_batch(model, parameters):
-    """100 repeats of each model: 5 % of the runs diverge, the cap cuts off half of those at the smallest batch."""
+    """60 repeats of each model: 5 % of the runs diverge, the cap cuts off half of those at the smallest batch."""
     rng, held, narrow, cut = np.random.default_rng(1), 0, 0, 0
     log = np.log(np.array([parameters], dtype=float))
     curve = np.exp(steps_model.log_steps(model, log, BATCHES)[0][0])
     truth = steps_model.figures(model, log, BATCHES.min(), BATCHES.max())[0][2]
     cap = curve[0]
-    for seed in range(100):
+    for seed in range(60):
         steps = noisy(curve, rng)
         cut += int((steps > cap).sum())
         steps = np.where(steps > cap, INF, steps)
@@ -110,12 +110,12 @@ def test_the_interval_holds_the_planted_critical_batch(model, parameters):
         fit = fit_steps(BATCHES, steps, cap=cap, seed=seed, resamples=100)
         held += (fit.low or 0) <= truth <= (fit.high or INF)
         narrow += fit.low is not None and fit.high is not None and fit.high < 8 * fit.low
-    assert held >= 90
-    assert narrow >= 75  # an interval that holds all things says nothing
-    assert cut > 100
+    assert held >= 54
+    assert narrow >= 45  # an interval that holds all things says nothing
+    assert cut > 60
 
 
-@pytest.mark.slow(seconds=15)
+@pytest.mark.slow(seconds=3)
 def test_one_seed_has_an_interval_that_holds_too():
     rng, held = np.random.default_rng(2), 0
     for seed in range(100):

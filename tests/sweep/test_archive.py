@@ -124,7 +124,7 @@ def test_a_seed_that_has_not_run_is_missing(copy):
     ("statement", "cause"),
     [
         ("PRAGMA application_id = 7", "another program"),
-        ("PRAGMA user_version = 9", r"^store '[^']*' has schema 9, this pybatch reads 3\. A later pybatch [^.]*\.$"),
+        ("PRAGMA user_version = 9", r"^store '[^']*' has schema 9, this pybatch reads 4\. A later pybatch [^.]*\.$"),
         ("UPDATE trial SET steps = x'00'", "cannot be read"),
         ("UPDATE trial SET spec = '{}'", "is damaged"),
         ("UPDATE sweep SET json = '[]'", "is damaged"),

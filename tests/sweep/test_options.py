@@ -55,6 +55,9 @@ def test_options_that_a_later_sweep_may_add_to_make_no_other_experiment(name):
         "max_steps": 7,
         "dtype": "bf16",
         "gap_epochs": 3.0,
+        "schedule": "cosine",
+        "beta2_rule": "half-life",
+        "decay_rule": "linear",
     }
     other = dataclasses.replace(GIVEN, **{name: others[name]})
     assert (other.fixed == GIVEN.fixed) == (name in EXTENDED)

@@ -233,7 +233,7 @@ def test_another_schema_is_refused(path):
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 9")
     db.close()
-    with pytest.raises(UsageError, match=r"schema 9, this pybatch reads 3\. A later pybatch wrote it"):
+    with pytest.raises(UsageError, match=r"schema 9, this pybatch reads 4\. A later pybatch wrote it"):
         Store(path, HERE)
 
 

@@ -49,6 +49,7 @@ _ATTRIBUTES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("model_name", lambda value: value is None or isinstance(value, str), "a text, or None"),
     ("learning_rate", lambda value: _number(value) and value > 0, "a number above 0"),
     ("reference_batch", _count, "a whole number of examples, at least 1"),
+    ("steps", _count, "a whole number, at least 1"),
     ("examples", lambda value: value is None or _count(value), "a whole number, at least 1, or None"),
     ("target", _targets, "losses by split, such as {'train': 0.3}"),
     ("options", _dials, "numbers and texts by name"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,13 +16,16 @@ from pybatch.device.identity import DTYPES, cpu_name
 from pybatch.device.memory import upload
 from pybatch.records import WorkloadInfo
 from pybatch.workloads.base import Split, Workload
+from pybatch.workloads.running import optimizers
 from pybatch.workloads.running.batches import copied
 from pybatch.workloads.running.calls import called
+from pybatch.workloads.running.choice import is_own
 from pybatch.workloads.running.compiling import compiled
 from pybatch.workloads.running.declared import check
 from pybatch.workloads.running.finding import file_digest
 from pybatch.workloads.running.sharing import Lookout
 
+_LOSS_SCALE, _GROWTH = 2.0**16, 2000  # as torch's GradScaler begins, and steps after which it doubles
 EVALUATION_SEED = 2**31 - 1  # of the fixed batches; no training has it
 
 
@@ -39,7 +42,7 @@ class Session:
     Args:
         workload: what to run.
         device: where; parameters and batches are moved there.
-        dtype: "fp32", or "bf16" for autocast over fp32 parameters.
+        dtype: "fp32", or "bf16" or "fp16" for autocast over fp32 parameters; in fp16 losses are scaled.
         seed: of the model's initialization and of the stream of batches.
 
     Every failure of a method of the workload is raised as `WorkloadError` that names the method; running out of
@@ -64,6 +67,12 @@ class Session:
         if not self.parameters:
             raise self._error("model", "returned a model without a parameter to train")
         self._runs = self.model  # what the losses of training go through
+        self.loss_scale, self._fine = 1.0, 0  # by which fp16 losses are multiplied; steps since it last changed
+        if dtype == "fp16":
+            self.loss_scale = _LOSS_SCALE
+            for p in self.parameters:  # before a gradient is added to others, reduced, or seen by other hooks
+                p.register_hook(lambda grad: grad / self.loss_scale)  # type: ignore[no-untyped-call]
+        self._optimizer: tuple[str, dict[str, str], float] | None = None  # as the record names it
 
     def _placed(self, model: torch.nn.Module) -> torch.nn.Module:
         tensors = [*model.parameters(), *model.buffers()]
@@ -117,6 +126,9 @@ class Session:
     def info(self) -> WorkloadInfo:
         """The workload as the record names it."""
         work = self.workload
+        if self._optimizer is None:
+            self._optimizer = optimizers.described(work, self.parameters, self._call)
+        name, options, rate = self._optimizer
         return WorkloadInfo(
             name=work.name,
             unit=work.unit,
@@ -124,23 +136,75 @@ class Session:
             dtype=self.dtype,
             model=work.model_name,
             examples=work.examples,
-            learning_rate=work.learning_rate,
+            learning_rate=rate,
             reference_batch=work.reference_batch,
             target=dict(work.target),
             options=dict(work.options),
             file_sha256=file_digest(type(work)),
+            optimizer=name,
+            optimizer_options=options,
         )
+
+    def optimizer(self, *, still: bool = False, capturable: bool = False) -> torch.optim.Optimizer:
+        """What the model is trained with, see `optimizers.make`."""
+        return optimizers.make(self.workload, self.parameters, self._call, still=still, capturable=capturable)
+
+    def own_optimizer(self) -> torch.optim.Optimizer:
+        """The workload's own; raises UsageError where it has none."""
+        found = optimizers.own(self.workload, self.parameters, self._call)
+        if found is None:
+            raise UsageError(
+                f"optimizer 'own': workload {self.workload.name!r} has none. Name one, such as 'adamw', or define its "
+                "optimizer()."
+            )
+        return found
+
+    def optimizer_of(self, name: str, group: Mapping[str, Any]) -> torch.optim.Optimizer:
+        """One of pybatch's by name, or the workload's own, with the hyper-parameters of a group, rate among them."""
+        if is_own(name):
+            return optimizers.of_group(self.own_optimizer(), group)
+        return optimizers.named(name, self.parameters, group)
+
+    def update(self, optimizer: torch.optim.Optimizer) -> bool:
+        """One update; left out where fp16 gradients overflowed, after which the loss is scaled by half as much.
+
+        As torch's GradScaler does it. Only fp16 waits for the device.
+        """
+        if self.dtype == "fp16":
+            grads = [p.grad for p in self.parameters if p.grad is not None]
+            if not all(norm.isfinite() for norm in torch._foreach_norm(grads)):
+                self.loss_scale, self._fine = self.loss_scale / 2, 0
+                return False
+            self._fine += 1
+            if self._fine == _GROWTH:
+                self.loss_scale, self._fine = self.loss_scale * 2, 0
+        optimizer.step()
+        return True
+
+    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+        """The workload's own schedule of a training of so many steps, or None."""
+        found = self._call("schedule", optimizer, steps) if self.workload.brings("schedule") else None
+        if found is not None and not isinstance(found, torch.optim.lr_scheduler.LRScheduler):
+            raise self._error("schedule", f"returned {type(found).__name__}: give a torch.optim.lr_scheduler")
+        return found
+
+    def loader(self, n: int, workers: int | None = None) -> Any:
+        """The workload's own DataLoader; WorkloadError where it gives none."""
+        found = self._call("loader", n, workers)
+        if not isinstance(found, torch.utils.data.DataLoader):
+            raise self._error("loader", f"returned {type(found).__name__}: give a torch.utils.data.DataLoader")
+        return found
 
     def batch(self, n: int, split: Split = "train") -> Any:
         """Draw n examples and move them to the device."""
-        return self._moved(self._drawn(n, split))
+        return self.moved(self._drawn(n, split))
 
     def weighed_batch(self, n: int) -> tuple[Any, torch.Tensor | None]:
         """As `batch`, and what its examples count for in the loss: float64 [n] on the CPU; None: all alike."""
         batch = self._drawn(n, "train")
-        own = type(self.workload).example_weights is not Workload.example_weights
+        own = self.workload.brings("example_weights")
         found = self._call("example_weights", copied(batch)) if own else None
-        return self._moved(batch), None if found is None else self._weights(found, n)
+        return self.moved(batch), None if found is None else self._weights(found, n)
 
     def _weights(self, found: Any, n: int) -> torch.Tensor:
         if not isinstance(found, torch.Tensor) or found.shape != (n,):
@@ -165,7 +229,7 @@ class Session:
             )
         return batch
 
-    def _moved(self, batch: Any) -> Any:
+    def moved(self, batch: Any) -> Any:
         """The batch on the device, in memory of its own there: the workload may keep what it returned, or reuse it."""
         moved = tree_map(lambda leaf: upload(leaf, self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
         return copied(moved) if self.device.type == "cpu" else moved
@@ -193,7 +257,8 @@ class Session:
         """Forward and backward of `scale` times the loss; gradients are left in `.grad`. Returns the loss, detached."""
         loss = self.loss(batch)
         try:
-            (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
+            factor = scale * self.loss_scale
+            (loss if factor == 1.0 else loss * factor).backward()  # type: ignore[no-untyped-call]
         except (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt):
             raise
         except BaseException as error:  # hooks and functions of the user's own run in it

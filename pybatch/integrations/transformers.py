@@ -1,0 +1,125 @@
+"""transformers: the noise scale of a Trainer's run, logged where it logs; and a Trainer as a workload."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+from pybatch.base.errors import UsageError
+from pybatch.integrations.figures import groups_by_place, logged, made_again, token_weights
+from pybatch.noise import attach
+from pybatch.records import NoiseScale
+from pybatch.workloads.base import Workload
+
+
+class NoiseScaleCallback(TrainerCallback):
+    """The gradient noise scale in every log of the Trainer: its history, TensorBoard, W&B, whatever `report_to` names.
+
+        trainer = Trainer(..., callbacks=[NoiseScaleCallback()])
+
+    A Trainer with `gradient_accumulation_steps` of two or more has the pairs of norms as it is, and so has one over
+    several processes; another is measured by per-example norms or Adam's moments, see `pybatch.noise.attach`. After the
+    training `noise` has the scale, and the last log its figures.
+
+    Args:
+        attached: arguments of `pybatch.noise.attach`.
+    """
+
+    def __init__(self, **attached: Any) -> None:
+        self._attached = attached
+        self.handle: Any = None
+
+    @property
+    def noise(self) -> NoiseScale:
+        """The noise scale so far; UsageError before the training begins."""
+        if self.handle is None:
+            raise UsageError("the training has not begun: there is no noise scale yet. Call trainer.train().")
+        found: NoiseScale = self.handle.noise
+        return found
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach, and go before those who log."""
+        handler, trainer = _found(self)
+        handler.callbacks.remove(self)
+        handler.callbacks.insert(0, self)
+        model = trainer.model_wrapped if dist.is_initialized() else kwargs["model"]
+        self.handle = attach(model, kwargs["optimizer"], **self._attached)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add the noise scale to a log of the training loss, or of the training's end."""
+        if self.handle is None or logs is None or not ({"loss", "train_loss"} & set(logs)):
+            return
+        figures = logged(self.noise)
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the hooks off."""
+        if self.handle is not None:
+            self.handle.detach()
+
+
+def workload(trainer: Trainer, **more: Any) -> Workload:
+    """A Trainer's model, data set, collator, loss, optimizer, schedule and workers as a workload.
+
+    Its model is copied as it is now, or made by `model_init`. The loss is `trainer.compute_loss`: a mean over the
+    tokens of a batch counts examples by their labels. fp16 and bf16 are the measurement's own `dtype`.
+
+    Args:
+        trainer: that could train.
+        more: `test`, `name`, `unit`, ...: as for `Workload.from_parts`.
+
+    Raises:
+        UsageError: its data set has no indices.
+    """
+    loader = trainer.get_train_dataloader()
+    arguments, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    compute: Any = trainer.compute_loss
+    own = [p for p in model.parameters() if p.requires_grad]
+    before = trainer.optimizer
+    made: Any = trainer.create_optimizer()
+    inner = getattr(made, "optimizer", made)
+    trainer.optimizer = before
+    groups, kind, defaults = groups_by_place(inner, own), type(inner), dict(inner.defaults)
+
+    def schedule(optimizer: torch.optim.Optimizer, steps: int) -> Any:
+        kept, trainer.lr_scheduler = trainer.lr_scheduler, None
+        try:
+            return trainer.create_scheduler(steps, optimizer)
+        finally:
+            trainer.lr_scheduler = kept
+
+    accumulated = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    usual: dict[str, Any] = {
+        "name": type(model).__name__.lower(),
+        "test": trainer.eval_dataset,
+        "schedule": schedule if trainer.lr_scheduler is None else None,
+        "reference_batch": accumulated * max(1, arguments.world_size),
+        "example_weights": token_weights,
+    }
+    return Workload.from_parts(
+        model=(lambda: trainer.call_model_init()) if trainer.model_init is not None else model,
+        train=loader.dataset,
+        collate_fn=loader.collate_fn,
+        loss=lambda model, batch: compute(model, batch),
+        optimizer=lambda params: made_again(kind, defaults, groups, params),
+        num_workers=arguments.dataloader_num_workers,
+        **{**usual, **more},
+    )
+
+
+def _found(callback: TrainerCallback) -> tuple[Any, Any]:
+    """The handler that calls this callback, and its Trainer: callbacks are told of neither."""
+    objects: list[Any] = gc.get_objects()
+    for handler in objects:
+        if issubclass(type(handler), CallbackHandler) and any(own is callback for own in handler.callbacks):
+            for trainer in objects:
+                if issubclass(type(trainer), Trainer) and getattr(trainer, "callback_handler", None) is handler:
+                    return handler, trainer
+    raise UsageError("NoiseScaleCallback is not among the callbacks of a Trainer. Give it by Trainer(callbacks=[...]).")

@@ -1,0 +1,71 @@
+"""`pybatch plan`: the plan in words on stderr, the options alone on stdout."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from pybatch.base.errors import UsageError
+from pybatch.cli import app
+from pybatch.report.snippets import TRAINERS
+
+
+def planned(*arguments):
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_numbers_of_every_trainer_multiply_to_the_batch(trainer):
+    done = planned("--global-batch", "4096", "--devices", "8", "--largest", "100", "--for", trainer)
+    assert done.exit_code == 0, done.output
+    text = done.stdout
+    numbers = {int(number) for number in re.findall(r"(?<![\w.])\d+\b", text)}
+    assert 64 in numbers, text
+    assert numbers <= {64, 8, 4096}, text
+    assert "4,096 = 64 examples × 8 passes × 8 devices" in done.stderr
+    # Where the options do not say the number of devices, stderr does.
+    assert 8 in numbers or "must be 8" in done.stderr
+
+
+def test_deepspeeds_is_its_file():
+    done = planned("--global-batch", "96", "--devices", "2", "--largest", "16", "--for", "deepspeed")
+    config = json.loads(done.stdout)
+    assert config == {"train_batch_size": 96, "train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 3}
+
+
+def test_a_record_is_enough(run, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(run.to_json())
+    done = planned(str(path), "--for", "hf")
+    assert "per_device_train_batch_size=32" in done.stdout
+    assert "32 on 1 device is the batch that the record advises" in done.stderr
+    done = planned(str(path), "--devices", "3", "--format", "json")
+    found = json.loads(done.stdout)
+    assert found["micro_batch"] * found["accumulation"] * 3 == found["global_batch"] == 33
+    assert "33 is the nearest" in done.stderr
+    done = planned(str(path), "--global-batch", "163840")
+    assert done.stdout.startswith("163,840 = 81,920 images × 2 passes × 1 device; about")
+
+
+def test_without_a_limit_it_is_said_that_none_is_known():
+    done = planned("--global-batch", "4096", "--for", "hf")
+    assert "per_device_train_batch_size=4096" in done.stdout
+    assert "whether 4,096 fit a device is not known" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--global-batch", "100", "--devices", "3"], "Use 99 or 102"),
+        (["--for", "hf"], "Give --global-batch N"),
+        (["--global-batch", "0"], "from 1"),
+        (["--global-batch", "8", "--for", "hg"], "Did you mean 'hf'"),
+        (["--global-batch", "8", "--format", "xml"], "table, json"),
+        (["missing.json"], "missing.json"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_remedy(arguments, said):
+    done = planned(*arguments)
+    assert isinstance(done.exception, UsageError)
+    assert said in str(done.exception)

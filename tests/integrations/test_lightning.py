@@ -1,0 +1,233 @@
+"""Lightning: the noise scale in its loggers, a batch size that was always run, a module as a workload."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pybatch.base.errors import UsageError
+from pybatch.records import AccumulationPlan
+from pybatch.report.snippets import snippet
+from pybatch.workloads.running.session import Session
+
+pl = pytest.importorskip("lightning.pytorch")
+pytestmark = [
+    pytest.mark.slow(seconds=12),
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("default"),
+]
+CPU = torch.device("cpu")
+
+
+def data(n=512):
+    x = torch.randn(n, 4, generator=torch.Generator().manual_seed(1))
+    return list(zip(x, (x[:, 0] > 0).long(), strict=True))
+
+
+class Module(pl.LightningModule):
+    """Memory "runs out" past a batch."""
+
+    def __init__(self, fits=10**9, batch_size=4, examples=512):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 2))
+        self.fits, self.batch_size, self.examples = fits, batch_size, examples
+        self.seen = []
+
+    def training_step(self, batch, i):
+        x, y = batch
+        self.seen.append(len(x))
+        if len(x) > self.fits:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        loss = nn.functional.cross_entropy(self.body(x), y)
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 10)}
+
+    def train_dataloader(self):
+        return DataLoader(data(self.examples), batch_size=self.batch_size)
+
+
+def trainer(tmp_path, callbacks, steps=4, **more):
+    settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False} | more
+    return pl.Trainer(
+        default_root_dir=tmp_path,
+        max_steps=steps,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+        **settings,
+    )
+
+
+def test_the_callback_logs_to_the_trainers_loggers(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    from pybatch.integrations.lightning import NoiseScaleCallback
+
+    ours, logger = NoiseScaleCallback(), CSVLogger(tmp_path)
+    with pytest.raises(UsageError, match="has not begun"):
+        _ = ours.noise
+    made = trainer(tmp_path, [ours], 12, logger=logger, accumulate_grad_batches=2, log_every_n_steps=4)
+    made.fit(Module())
+    logger.save()
+    found = ours.noise
+    assert (found.source, found.steps) == ("micro-batches", 12)
+    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("noise/trace")
+    step = rows[0].split(",").index("step")
+    traces = {int(r[step]): float(r[column]) for r in (row.split(",") for row in rows[1:]) if r[column]}
+    assert sorted(traces) == [4, 8, 12]
+    assert traces[12] == pytest.approx(found.trace)
+    again = NoiseScaleCallback()
+    again.load_state_dict(ours.state_dict())
+    trainer(tmp_path, [again], 14, accumulate_grad_batches=2).fit(Module())
+    assert again.noise.steps > 12
+
+
+def test_one_pass_a_step_is_measured_by_what_the_module_offers(tmp_path):
+    """By exact per-example norms; its training_step is a forward pass there, and its own again after it."""
+    from pybatch.integrations.lightning import NoiseScaleCallback
+
+    ours, module = NoiseScaleCallback(), Module()
+    trainer(tmp_path, [ours], 30).fit(module)
+    assert ours.noise.source == "per-example"
+    assert ours.noise.steps >= 2
+    assert "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("end", [1, 2, 3, 37, 129, 200, 1000])
+@pytest.mark.parametrize("start", [1, 2, 64])
+def test_the_search_ends_near_the_end_of_memory_at_a_size_that_was_run(start, end, margin):
+    from pybatch.integrations.lightning import RESOLUTION, largest
+
+    ran = {}
+
+    def fits(n):
+        ran[n] = n <= end
+        return n if ran[n] else None
+
+    found = largest(fits, start, 512, margin)
+    most = max(1, int(end * (1 - margin))) if end < 512 else 512
+    assert ran[found]
+    assert (1 - 1.5 * RESOLUTION) * most - 1 <= found <= most
+    assert len(ran) < 20
+
+
+def test_a_batch_size_is_found_that_was_run(tmp_path):
+    from pybatch.integrations.lightning import RESOLUTION, BatchSizeFinder
+
+    fits, margin = 37, 0.05
+    finder, module = BatchSizeFinder(margin=margin), Module(fits)
+    before = [p.detach().clone() for p in module.parameters()]
+    trainer(tmp_path, [finder], steps=0).fit(module)
+    assert all(torch.equal(p, q) for p, q in zip(before, module.parameters(), strict=True))
+    assert module.batch_size == finder.batch_size
+    assert finder.tried[finder.batch_size]
+    assert finder.batch_size in module.seen
+    most = max(1, int(fits * (1 - margin)))
+    assert (1 - 1.5 * RESOLUTION) * most - 1 <= finder.batch_size <= most
+    assert not any(ran for n, ran in finder.tried.items() if n > fits)
+
+
+def test_where_the_data_or_the_range_end_there_is_no_margin(tmp_path):
+    from pybatch.integrations.lightning import BatchSizeFinder, largest
+
+    finder, module = BatchSizeFinder(most=64), Module()
+    trainer(tmp_path, [finder], steps=1).fit(module)
+    assert (finder.batch_size, module.seen[-1]) == (64, 64)  # and it is trained with
+    few = Module(examples=50)
+    finder = BatchSizeFinder()
+    trainer(tmp_path, [finder], steps=0).fit(few)
+    assert finder.batch_size == 50
+    with pytest.raises(UsageError, match="a single example"):
+        largest(lambda n: None, 8, 64, 0.05)
+
+
+def test_memory_that_shrinks_while_it_is_looked_at_gives_no_size_that_failed():
+    """What ran once fails when it is run again: the answer still ran, the last time it was tried."""
+    from pybatch.integrations.lightning import largest
+
+    ran, limit = {}, [100]
+
+    def fits(n):
+        limit[0] -= 2
+        ran[n] = n <= limit[0]
+        return n if ran[n] else None
+
+    assert ran[largest(fits, 2, 1024, 0.05)]
+
+
+@pytest.mark.slow(seconds=15)
+def test_under_ddp_all_devices_agree(tmp_path):
+    """Two processes, of which one has less memory: the answer fits both."""
+    from pybatch.integrations.lightning import BatchSizeFinder
+
+    class Uneven(Module):
+        def training_step(self, batch, i):
+            self.fits = 21 if self.global_rank else 10**9
+            return super().training_step(batch, i)
+
+        def on_fit_start(self):  # after the callbacks'
+            (tmp_path / f"found{self.global_rank}").write_text(str(self.batch_size))
+
+    finder = BatchSizeFinder(margin=0.0)
+    made = trainer(tmp_path, [finder], steps=1, devices=2, strategy="ddp_fork")
+    made.fit(Uneven())
+    found = {int((tmp_path / f"found{rank}").read_text()) for rank in (0, 1)}
+    assert len(found) == 1
+    assert 19 <= found.pop() <= 21
+
+
+def test_what_cannot_be_searched_is_refused(tmp_path):
+    from pybatch.integrations.lightning import BatchSizeFinder
+
+    class Without(Module):
+        train_dataloader = pl.LightningModule.train_dataloader
+
+    class Broken(Module):
+        def training_step(self, batch, i):
+            raise RuntimeError("a bug")
+
+    manual = Module()
+    manual.automatic_optimization = False
+    with pytest.raises(UsageError, match=r"Define train_dataloader\(\) by self.batch_size"):
+        trainer(tmp_path, [BatchSizeFinder()]).fit(Without(), DataLoader(data(), batch_size=4))
+    with pytest.raises(UsageError, match="has 'size'"):
+        trainer(tmp_path, [BatchSizeFinder(name="size")]).fit(Module())
+    with pytest.raises(UsageError, match="automatic optimization"):
+        trainer(tmp_path, [BatchSizeFinder()]).fit(manual)
+    for more in ({"start": 0}, {"margin": 1.0}, {"steps": 0}):
+        with pytest.raises(UsageError, match=next(iter(more))):
+            BatchSizeFinder(**more)
+    with pytest.raises(RuntimeError, match="a bug"):
+        trainer(tmp_path, [BatchSizeFinder()]).fit(Broken())
+
+
+def test_a_module_as_a_workload():
+    from pybatch.integrations.lightning import workload
+
+    module = Module()
+    session = Session(workload(module, unit="points"), CPU)
+    info = session.info
+    assert (info.name, info.unit, info.examples, info.reference_batch) == ("module", "points", 512, 4)
+    assert (info.optimizer, info.learning_rate) == ("adamw", 0.01)
+    batch = session.batch(8)
+    session.model.eval()
+    wanted = nn.functional.cross_entropy(module.eval().body(batch[0]), batch[1])
+    assert torch.equal(session.loss(batch), wanted)
+    several = Module()
+    several.configure_optimizers = lambda: [torch.optim.SGD(several.parameters(), lr=0.1) for _ in range(2)]
+    with pytest.raises(UsageError, match="not one optimizer"):
+        workload(several)
+
+
+def test_the_plans_options_are_lightnings_own():
+    made = {}
+    exec(snippet(AccumulationPlan(96, 1, 16, 6, None), "lightning"), made)
+    assert made["trainer"].accumulate_grad_batches == 6
+    assert made["trainer"].num_devices == 1

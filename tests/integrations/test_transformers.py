@@ -1,0 +1,189 @@
+"""The real Trainer: the noise scale in its logs, the trainer as a workload, the plans' options; and accelerate."""
+
+import pytest
+import torch
+from torch import nn
+
+import pybatch.noise
+from pybatch.base.errors import UsageError
+from pybatch.records import AccumulationPlan
+from pybatch.report.snippets import snippet
+from pybatch.workloads.running.session import Session
+
+pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.slow(seconds=12),
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("default"),  # trainers warn of each other's packages
+]
+CPU = torch.device("cpu")
+EXAMPLES, STEPS = 4, 6
+PLAN = AccumulationPlan(global_batch=96, devices=1, micro_batch=16, accumulation=6, step_s=None)
+
+
+class Model(nn.Module):
+    """As transformers' own: it returns its loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x, labels):
+        logits = self.body(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def fresh():
+    torch.manual_seed(0)
+    return Model()
+
+
+def data(n=64):
+    x = torch.randn(n, 4, generator=torch.Generator().manual_seed(1))
+    return [{"x": row, "labels": label} for row, label in zip(x, (x[:, 0] > 0).long(), strict=True)]
+
+
+def trainer(tmp_path, callbacks=(), **more):
+    from transformers import Trainer, TrainingArguments
+
+    arguments = {
+        "per_device_train_batch_size": EXAMPLES,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "dataloader_pin_memory": False,
+    }
+    return Trainer(
+        fresh(),
+        TrainingArguments(str(tmp_path / "out"), **(arguments | more)),
+        train_dataset=data(),
+        callbacks=list(callbacks),
+    )
+
+
+def test_the_callback_logs_wherever_the_trainer_logs(tmp_path):
+    from transformers import TrainerCallback
+
+    from pybatch.integrations.transformers import NoiseScaleCallback
+
+    told = []
+
+    class Reporter(TrainerCallback):
+        """As those of TensorBoard and W&B: made before ours, and handed what is logged."""
+
+        def on_log(self, args, state, control, logs=None, **_):
+            told.append(dict(logs))
+
+    class Attached(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **_):
+            self.handle = pybatch.noise.attach(model, optimizer)
+
+    ours, theirs = NoiseScaleCallback(), Attached()
+    with pytest.raises(UsageError, match="has not begun"):
+        _ = ours.noise
+    made = trainer(tmp_path, [Reporter(), ours, theirs])
+    made.train()
+    found = ours.noise
+    assert (found.source, found.steps) == ("micro-batches", STEPS)
+    assert (found.trace, found.grad_sq) == (theirs.handle.noise.trace, theirs.handle.noise.grad_sq)
+    logs = [log for log in told if "loss" in log]
+    assert len(logs) == STEPS // 2
+    assert all("noise/trace" in log for log in logs[1:])
+    assert told[-1]["noise/trace"] == found.trace
+    history = [log for log in made.state.log_history if "loss" in log]
+    assert [log.get("noise/trace") for log in history] == [log.get("noise/trace") for log in logs]
+
+
+def test_a_trainer_as_a_workload(tmp_path):
+    from pybatch.integrations.transformers import workload
+
+    made = trainer(tmp_path, lr_scheduler_type="linear", warmup_steps=2)
+    work = workload(made, name="mine")
+    session = Session(work, CPU)
+    info = session.info
+    assert (info.name, info.examples, info.reference_batch) == ("mine", 64, 2 * EXAMPLES)
+    assert (info.optimizer, info.learning_rate) == ("adamw", 0.01)
+    batch = session.batch(16)
+    assert torch.equal(session.loss(batch), fresh()(**batch)["loss"])
+    theirs = made.create_optimizer()
+    ours = session.optimizer()
+    names = [n for n, _ in session.model.named_parameters()]
+    places = {id(p): n for n, p in session.model.named_parameters()}
+    known = {id(p): n for n, p in made.model.named_parameters()}
+    assert len(names) == len(places)
+    for own, group in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert [places[id(p)] for p in own["params"]] == [known[id(p)] for p in group["params"]]
+        assert (own["weight_decay"], own["lr"]) == (group["weight_decay"], group["lr"])
+    schedule = session.schedule(ours, 10)
+    rates = []
+    for _ in range(4):
+        rates.append(ours.param_groups[0]["lr"])
+        ours.step()
+        schedule.step()
+    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.00875])
+    assert work.loader(8, 0).batch_size == 8
+    assert made.lr_scheduler is None
+
+
+def test_tokens_count_where_the_loss_is_a_mean_over_them(tmp_path):
+    from pybatch.integrations.transformers import workload
+
+    made = trainer(tmp_path)
+    made.train_dataset = [
+        {"x": torch.zeros(4), "labels": torch.tensor([1] * n + [-100] * (6 - n))} for n in (6, 3) for _ in range(8)
+    ]
+    _, weights = Session(workload(made), CPU).weighed_batch(8)
+    assert set(weights.tolist()) <= {5.0, 2.0}
+
+
+def test_the_plans_options_are_the_trainers_own(tmp_path, monkeypatch):
+    made = {}
+    exec(snippet(PLAN, "hf"), made)
+    assert made["arguments"].per_device_train_batch_size == 16
+    assert made["arguments"].gradient_accumulation_steps == 6
+    made = {}
+    exec(snippet(PLAN, "accelerate"), made)
+    assert made["accelerator"].gradient_accumulation_steps == 6
+
+
+def test_accelerate(tmp_path):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from pybatch.integrations.accelerate import NoiseLog, workload
+
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = torch.optim.SGD(
+        [{"params": (model := fresh()).body[0].parameters(), "momentum": 0.5}, {"params": model.body[3].parameters()}],
+        lr=0.1,
+    )
+    loader = torch.utils.data.DataLoader(data(), batch_size=EXAMPLES)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    logged = []
+    accelerator.log = lambda values, step: logged.append((step, values))
+    log, step = NoiseLog(accelerator, model, optimizer, every=4), 0
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            step += 1
+            log.step(step)
+    assert [at for at, _ in logged] == [4, 8]
+    assert logged[-1][1]["noise/trace"] == log.noise.trace
+    assert log.noise.source == "micro-batches"
+    log.end()
+    session = Session(workload(accelerator, model, optimizer, loader, lambda m, b: m(**b)["loss"]), CPU)
+    assert session.info.reference_batch == 2 * EXAMPLES
+    again = session.optimizer()
+    assert [(g["lr"], g["momentum"], len(g["params"])) for g in again.param_groups] == [(0.1, 0.5, 2), (0.1, 0, 2)]
+    with pytest.raises(UsageError, match="every 0"):
+        NoiseLog(accelerator, model, optimizer, every=0)
