@@ -14,7 +14,7 @@ goes on as if the batch had never changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -120,12 +120,19 @@ class BatchSchedule:
         """What the learning rate is multiplied with in this step."""
         return float(self._scaled({"lr": 1.0})["lr"])
 
-    def step(self) -> int:
-        """A step was taken; returns the batch of the next one."""
+    def step(self, passes: int | None = None, ready: Callable[[int], bool] = lambda passes: True) -> int:
+        """A step was taken; returns the batch of the next one.
+
+        Args:
+            passes: that it had on each device, where they were fewer than `accumulation`, as at the end of an epoch.
+            ready: whether steps of so many passes can begin here; else the switch waits.
+        """
         self.steps += 1
-        self.examples += self.batch
+        self.examples += self.batch if passes is None else passes * self.micro_batch * self.devices
         if self._noise is None:
-            self.batch = next(batch for start, batch in reversed(self._stages) if self.examples >= start)
+            due = next(batch for start, batch in reversed(self._stages) if self.examples >= start)
+            if due == self.batch or ready(due // (self.micro_batch * self.devices)):
+                self.batch = due
         elif self.steps - self._changed >= self._every and not self.steps % self._every:
             self._follow(self._noise)
         return self.batch

@@ -1,4 +1,4 @@
-"""Lightning: the noise scale of a fit, the largest batch that was run, and a module as a workload."""
+"""Lightning: the noise scale of a fit, its batch by a schedule, the largest that was run, a module as a workload."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pybatch.device.memory import release
 from pybatch.integrations.figures import groups_by_place, logged, made_again
 from pybatch.noise import attach
 from pybatch.records import NoiseScale
+from pybatch.schedule import BatchSchedule
 from pybatch.workloads.base import Workload
 from pybatch.workloads.running.session import is_out_of_memory
 
@@ -106,6 +107,67 @@ class _Steps(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's training_step."""
         return self._step(*args, **kwargs)
+
+
+class BatchScheduleCallback(Callback):
+    """The batch size by a schedule, as gradient accumulation; the rate follows within the optimizer's step alone.
+
+    `max_steps` is that of the schedule. A switch waits until the batches of the epoch divide into steps of the new
+    size, which the loop asks for; examples are counted as they were trained on. The state is in checkpoints.
+
+    Args:
+        stages: as for `pybatch.schedule.BatchSchedule`.
+        micro_batch: examples of a batch of the loader; None: its `batch_size`.
+        options: further arguments of `BatchSchedule`.
+    """
+
+    def __init__(self, stages: Any, *, micro_batch: int | None = None, **options: Any) -> None:
+        self._stages, self._micro_batch, self._options = stages, micro_batch, options
+        self.schedule: BatchSchedule | None = None
+        self._state: dict[str, Any] | None = None
+        self._steps = self._passes = 0  # of the Trainer so far; passes since its last step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin, or go on."""
+        if not pl_module.automatic_optimization:
+            raise UsageError(
+                "BatchScheduleCallback needs automatic optimization. By hand, drive the loop by BatchSchedule."
+            )
+        size = self._micro_batch or getattr(trainer.train_dataloader, "batch_size", None)
+        if not size:
+            raise UsageError("the loader has no batch_size. Give BatchScheduleCallback micro_batch=.")
+        optimizer: Any = trainer.optimizers[0]
+        self.schedule = BatchSchedule(
+            self._stages, optimizer, micro_batch=size, devices=trainer.world_size, **self._options
+        )
+        if self._state is not None:
+            self.schedule.load_state_dict(self._state)
+        self._steps = trainer.global_step
+        trainer.accumulate_grad_batches = self.schedule.accumulation
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """A pass was made, and maybe a step taken."""
+        assert self.schedule is not None
+        self._passes += 1
+        if trainer.global_step == self._steps:
+            return
+        self._steps, passes, self._passes = trainer.global_step, self._passes, 0
+        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        self.schedule.step(passes, lambda passes: ready % passes == 0)
+        trainer.accumulate_grad_batches = self.schedule.accumulation
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the hooks off."""
+        if self.schedule is not None:
+            self.schedule.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, for a checkpoint."""
+        return self.schedule.state_dict() if self.schedule is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's."""
+        self._state = state_dict or None
 
 
 class BatchSizeFinder(Callback):

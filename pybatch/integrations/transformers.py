@@ -1,8 +1,10 @@
-"""transformers: the noise scale of a Trainer's run, logged where it logs; and a Trainer as a workload."""
+"""transformers: the noise scale of a Trainer's run where it logs, its batch by a schedule, a Trainer as a workload."""
 
 from __future__ import annotations
 
 import gc
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,10 @@ from pybatch.base.errors import UsageError
 from pybatch.integrations.figures import groups_by_place, logged, made_again, token_weights
 from pybatch.noise import attach
 from pybatch.records import NoiseScale
+from pybatch.schedule import BatchSchedule
 from pybatch.workloads.base import Workload
+
+_STATE = "batch_schedule.json"  # beside a checkpoint
 
 
 class NoiseScaleCallback(TrainerCallback):
@@ -63,6 +68,83 @@ class NoiseScaleCallback(TrainerCallback):
         """Take the hooks off."""
         if self.handle is not None:
             self.handle.detach()
+
+
+class BatchScheduleCallback(TrainerCallback):
+    """The batch size by a schedule, as gradient accumulation; the rate follows within the optimizer's step alone.
+
+        trainer = Trainer(..., callbacks=[BatchScheduleCallback([(0, 64), (200_000, 128)])])
+
+    `max_steps` is that of the schedule. A switch waits until the batches of the epoch divide into steps of the new
+    size, which the Trainer asks for; examples are counted as they were trained on. The state is saved with every
+    checkpoint.
+
+    Args:
+        stages: as for `pybatch.schedule.BatchSchedule`.
+        resume: a checkpoint of the Trainer to go on from. The Trainer finds its place in the data by a fixed number of
+            passes a step: resume with `ignore_data_skip=True`.
+        options: further arguments of `BatchSchedule`.
+    """
+
+    def __init__(self, stages: Any, *, resume: str | Path | None = None, **options: Any) -> None:
+        self._stages, self._resume, self._options = stages, resume, options
+        self.schedule: BatchSchedule | None = None
+        self._passes = 0  # of the epoch so far
+        self._trainer: Trainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin, or go on."""
+        if state.global_step and (self._resume is None or not args.ignore_data_skip):
+            raise UsageError(
+                "a resumed training needs the place of its schedule and of its data. Give resume=CHECKPOINT to "
+                "BatchScheduleCallback, and ignore_data_skip=True to TrainingArguments."
+            )
+        optimizer = kwargs["optimizer"]
+        self.schedule = BatchSchedule(
+            self._stages,
+            getattr(optimizer, "optimizer", optimizer),
+            micro_batch=args.train_batch_size,
+            devices=args.world_size,
+            **self._options,
+        )
+        if self._resume is not None:
+            self.schedule.load_state_dict(json.loads((Path(self._resume) / _STATE).read_text()))
+        self._set(args)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Passes are counted anew."""
+        self._passes = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step was taken."""
+        assert self.schedule is not None
+        self._trainer = self._trainer or _found(self)[1]
+        made = self._trainer.current_gradient_accumulation_steps
+        self._passes += made
+        self.schedule.step(made, lambda passes: self._passes % passes == 0)
+        self._set(args)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add the batch size to what is logged of training."""
+        if self.schedule is not None and logs is not None and "loss" in logs:
+            logs["batch_size"] = self.schedule.batch
+            if state.log_history:
+                state.log_history[-1]["batch_size"] = self.schedule.batch
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save where it stands beside the checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.schedule is not None and state.is_world_process_zero and folder.is_dir():
+            (folder / _STATE).write_text(json.dumps(self.schedule.state_dict()))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the hooks off."""
+        if self.schedule is not None:
+            self.schedule.detach()
+
+    def _set(self, args: Any) -> None:
+        assert self.schedule is not None
+        args.gradient_accumulation_steps = self.schedule.accumulation
 
 
 def workload(trainer: Trainer, **more: Any) -> Workload:
@@ -122,4 +204,6 @@ def _found(callback: TrainerCallback) -> tuple[Any, Any]:
             for trainer in objects:
                 if issubclass(type(trainer), Trainer) and getattr(trainer, "callback_handler", None) is handler:
                     return handler, trainer
-    raise UsageError("NoiseScaleCallback is not among the callbacks of a Trainer. Give it by Trainer(callbacks=[...]).")
+    raise UsageError(
+        f"{type(callback).__name__} is not among the callbacks of a Trainer. Give it by Trainer(callbacks=[...])."
+    )

@@ -231,3 +231,30 @@ def test_the_plans_options_are_lightnings_own():
     exec(snippet(AccumulationPlan(96, 1, 16, 6, None), "lightning"), made)
     assert made["trainer"].accumulate_grad_batches == 6
     assert made["trainer"].num_devices == 1
+
+
+def test_a_batch_schedule_switches_at_its_examples(tmp_path):
+    from pybatch.integrations.lightning import BatchScheduleCallback
+
+    stages = [(0, 8), (24, 16), (96, 32)]
+    callback = BatchScheduleCallback(stages, rate="linear")
+    module = Module(examples=64)
+    tried = trainer(tmp_path, [callback], steps=9, max_epochs=-1)
+    passes = []
+
+    class Count(pl.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            passes.append(len(module.seen))
+
+    tried.callbacks.append(Count())
+    tried.fit(module)
+    sizes = [4 * (b - a) for a, b in zip([0, *passes], passes, strict=False)]
+    assert sizes == [8, 8, 8, 8, 16, 16, 16, 16, 32]
+    assert callback.schedule.examples == sum(sizes)
+    assert callback.schedule.batch == 32
+    assert tried.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)
+    other = BatchScheduleCallback(stages)
+    other.load_state_dict(callback.state_dict())
+    again = trainer(tmp_path, [other], steps=1)
+    again.fit(Module(examples=64))
+    assert other.schedule.steps == 10

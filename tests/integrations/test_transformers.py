@@ -187,3 +187,34 @@ def test_accelerate(tmp_path):
     assert [(g["lr"], g["momentum"], len(g["params"])) for g in again.param_groups] == [(0.1, 0.5, 2), (0.1, 0, 2)]
     with pytest.raises(UsageError, match="every 0"):
         NoiseLog(accelerator, model, optimizer, every=0)
+
+
+def test_a_batch_schedule_switches_at_its_examples(tmp_path):
+    """Of 64 examples an epoch, in passes of 4: 8 to 24 examples, then 16, then 32; and on from a checkpoint."""
+    from pybatch.integrations.transformers import BatchScheduleCallback
+
+    stages, seen = [(0, 8), (24, 16), (96, 32)], []
+    callback = BatchScheduleCallback(stages, rate="linear")
+    tried = trainer(tmp_path, [callback], max_steps=9, logging_steps=1, save_strategy="steps", save_steps=5)
+    tried.create_optimizer()
+    rates = []
+    inner = tried.optimizer
+    before = inner.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    plain = tried.training_step
+    tried.training_step = lambda *args, **more: (seen.append(callback.schedule.batch), plain(*args, **more))[1]
+    tried.train()
+    before.remove()
+    # 24 examples are 6 passes: 16 is 4, which begins at the 8th; 96 are 8 and 24 passes on.
+    assert seen == [8] * 8 + [16] * 16 + [32] * 8
+    logged = [log["batch_size"] for log in tried.state.log_history if "batch_size" in log]
+    assert logged == [8, 8, 8, 16, 16, 16, 16, 32, 32]
+    assert callback.schedule.examples == 4 * len(seen)
+    again = BatchScheduleCallback(stages, rate="linear", resume=tmp_path / "out" / "checkpoint-5")
+    with pytest.raises(UsageError, match="ignore_data_skip"):
+        trainer(tmp_path, [BatchScheduleCallback(stages)], max_steps=9).train(
+            resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5")
+        )
+    resumed = trainer(tmp_path, [again], max_steps=9, ignore_data_skip=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
+    assert again.schedule.steps == 9
+    assert again.schedule.examples == 48 + 16 * 3 + 16  # the epoch begins anew: 48 are 12 passes, 96 the 8th of it
