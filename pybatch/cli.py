@@ -152,6 +152,8 @@ def _run() -> int:
         _drop_stdout()
         return _DONE
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _refused(f"{str(error.filename)!r} is too long for the name of a file. Give a shorter one.")
         if error.errno not in _FULL:
             return faults.tell(error)
         _drop_stdout()

@@ -52,3 +52,24 @@ def test_sound_records_are_read_by_every_command(folder):
         for ending in hostile.ENDINGS:
             done = hostile.typed("report", str(folder / "sound.json"), "-o", str(folder / f"sound.{ending}"))
             assert hostile.complaint(done, (0,)) is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("bench", "--html", "NAME"),
+        ("bench", "-o", "NAME.json"),
+        ("bench", "--workload", "NAME.py:Mine"),
+        ("sweep", "--store", "NAME"),
+        ("report", "NAME"),
+        ("schedule", "NAME", "--steps", "10"),
+        ("plan", "NAME"),
+        ("fit", "NAME"),
+        ("watch", "NAME"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_refused(words):
+    status, out, err = hostile.typed(*(word.replace("NAME", "9" * 5000) for word in words))
+    assert (status, out) == (2, "")
+    assert "oo long" in err
+    assert len(err) < 400
