@@ -13,7 +13,19 @@ from scipy.special import ndtr, ndtri
 from pybatch.answer.evidence import FACTORS, LEAST, LOSS_POWER, NORMAL, Weighed, combined
 from pybatch.base.numerals import batch_size, number
 from pybatch.fits.solver import Array
-from pybatch.records import Branching, Convergence, Curve, Inputs, Kind, NoiseScale, Note, Reading, Reason, StepsFit
+from pybatch.records import (
+    Branching,
+    Convergence,
+    Curve,
+    Inputs,
+    Kind,
+    NoiseScale,
+    Note,
+    Reading,
+    Reason,
+    StepsFit,
+    aim_of,
+)
 from pybatch.scaling import LOGGED, SEARCHED
 
 _FURTHEST = 0.01  # of the target: the law is not followed further back
@@ -210,7 +222,7 @@ def _by_noise(noise: NoiseScale | None, target: float | None) -> Reading | None:
 
 def _reason_of_curve(curve: Curve | None) -> Reason:
     assert curve is not None
-    what = f"measured steps to the {curve.split} loss target, learning-rate rule {curve.rule!r}"
+    what = f"measured steps to the {aim_of(curve.split)} target, learning-rate rule {curve.rule!r}"
     text = f"fitted to {what}"
     if curve.critical_batch is None:
         text = f"{what}, show no bend between the smallest and the largest batch tested, which bounds it"

@@ -24,7 +24,7 @@ from pybatch.answer.pairing import (
     steps_by_seed,
 )
 from pybatch.base import numerals as n
-from pybatch.records import ConvergencePoint, Curve, Run
+from pybatch.records import ConvergencePoint, Curve, Run, aim_of
 from pybatch.scaling import SEARCHED
 
 BROKEN = 2.0  # times the tuned rate's steps, from which a rule counts as broken
@@ -76,7 +76,7 @@ def _problem(run: Run, curve: Curve) -> str:
         parts = [work.name, *([work.model] if work.model else [])]
         parts += [f"{name} {n.plain(value)}" for name, value in work.options.items()]
     parts += [steps.optimizer] if steps.optimizer else []
-    return ", ".join([*parts, f"{curve.split} loss {n.number(curve.target)}"])
+    return ", ".join([*parts, f"{aim_of(curve.split)} {n.number(curve.target)}"])
 
 
 def rule_fails(curve: Curve, curves: Sequence[Curve], base: int | None) -> Claim:

@@ -35,6 +35,7 @@ from pybatch.records import (
     Reason,
     ThroughputFit,
     Verdict,
+    aim_of,
 )
 
 MISFIT = 0.1  # rms of ln(measured / fitted) from which the throughput model's error is worth telling
@@ -232,7 +233,7 @@ def _time_to_target(
     steps = float(np.exp(np.log(found).mean()))
     timed = next((p.step_ms for p in capacity.batches if p.batch == best.batch and p.step_ms), None)
     step_s = timed / 1e3 if timed else float(best.ensemble.step_s(best.batch))
-    text = f"fitted steps to the {curve.split} loss target times the {'measured' if timed else 'modelled'} step time"
+    text = f"fitted steps to the {aim_of(curve.split)} target times the {'measured' if timed else 'modelled'} step time"
     inputs: Inputs = {"steps": steps, "step_s": step_s}
     inputs |= {"steps_low": float(np.quantile(found, 0.025)), "steps_high": float(np.quantile(found, 0.975))}
     return steps * step_s, Reason("time_to_target", text, "modelled", inputs)

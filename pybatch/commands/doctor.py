@@ -17,6 +17,7 @@ from pybatch.commands.printing import ResultConsole
 from pybatch.device.counters import Region, readable
 from pybatch.device.environment import capture
 from pybatch.device.identity import describe, resolve
+from pybatch.training.schedules import SCHEDULES
 from pybatch.workloads.running.finding import shipped
 
 Findings = list[tuple[str, list[tuple[str, str]]]]
@@ -129,6 +130,7 @@ def catalogue() -> Findings:
         ("Workloads (--workload NAME --model MODEL --size SIZE --option DIAL=VALUE)", workloads),
         ("Optimizers (pybatch.optim.NAME)", optimizers),
         ("Learning-rate rules (pybatch sweep --rule NAME)", rules),
+        ("Schedules (pybatch sweep --schedule NAME)", list(SCHEDULES.items())),
     ]
 
 

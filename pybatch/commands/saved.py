@@ -27,7 +27,7 @@ from pybatch.report.changes import sections
 from pybatch.report.formats.text import SUFFIXES, markdown, print_sections, render_all
 from pybatch.report.output import Output
 from pybatch.sweep.archive import is_store, read_store
-from pybatch.training.trajectory import SPLITS
+from pybatch.training.trajectory import SPLITS, split_of
 
 
 def read_run(path: Path) -> Run:
@@ -97,8 +97,8 @@ def report(
     check_price(price)
     targets = parse_targets(target) if target is not None else None
     for split in targets or ():
-        if split not in SPLITS:
-            raise unknown("target split", split, SPLITS)
+        if split_of(split) not in SPLITS:
+            raise unknown("target split", split_of(split), SPLITS)
     if output is None and png is None:
         output = Path("report.html")
     format_ = _report_format(output) if output is not None else None

@@ -26,6 +26,7 @@ from pybatch.records.convergence import (
     PointStatus,
     RateSteps,
     StepsFit,
+    aim_of,
 )
 from pybatch.records.input import InputPipeline, InputRate
 from pybatch.records.noise import (
@@ -106,5 +107,6 @@ __all__ = [
     "Verdict",
     "WeightedNoise",
     "WorkloadInfo",
+    "aim_of",
     "to_dict",
 ]

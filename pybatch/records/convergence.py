@@ -122,12 +122,18 @@ class StepsFit(Shown):
     notes: tuple[Note, ...] = ()
 
 
+def aim_of(split: str) -> str:
+    """What a target is of, in words: "train loss" of "train", "test accuracy" of "test:accuracy"."""
+    where, _, metric = split.partition(":")
+    return f"{where} {metric or 'loss'}"
+
+
 @dataclass(frozen=True)
 class Curve:
     """Steps to target against batch size for one learning-rate rule and one split."""
 
     rule: str
-    split: Literal["train", "test"]
+    split: str  # "train" or "test", of a loss; "test:accuracy" of a metric
     points: tuple[ConvergencePoint, ...]
     s_min: float | None
     critical_batch: float | None = field(  # B_50: twice the fewest examples
@@ -136,6 +142,7 @@ class Curve:
     low: float | None
     high: float | None
     target: float | None = None
+    higher: bool = False  # of a metric: whether that is better, and the target is reached from below
     regimes: tuple[tuple[int, str], ...] = ()
     fit: StepsFit | None = None
     cap: int | None = None  # steps after which a trial of this curve was given up, where all batches share one

@@ -8,7 +8,7 @@ from pybatch.answer.factors import Effect, effects, without_value
 from pybatch.answer.interactions import Interaction, Ranking, interactions, rankings
 from pybatch.answer.rules import Hold, breaks
 from pybatch.base import numerals as n
-from pybatch.records import Run
+from pybatch.records import Run, aim_of
 from pybatch.report.layout import Section, Table
 
 TITLE = "What moves the critical batch"
@@ -64,7 +64,7 @@ def _text(e: Effect) -> str:
     pairs = f", mean of {e.pairs} pairs" if e.pairs > 1 else ""
     doubt = "" if e.determined else "; undetermined"
     ratio = f"{n.number(e.ratio)} {n.interval(e.low, e.high) or '(no interval)'}"
-    return f"{ratio} times, {e.split} loss {n.number(e.target)}{pairs}{doubt}"
+    return f"{ratio} times, {aim_of(e.split)} {n.number(e.target)}{pairs}{doubt}"
 
 
 def _interaction(i: Interaction) -> str:
@@ -72,7 +72,7 @@ def _interaction(i: Interaction) -> str:
     squares = f", mean of {i.squares} squares" if i.squares > 1 else ""
     text = (
         f"{a} {_level(i.old[0])} to {_level(i.new[0])} has {ratio} times the effect with {b} {_level(i.new[1])} that "
-        f"it has with {_level(i.old[1])}, {i.split} loss {n.number(i.target)}{squares}"
+        f"it has with {_level(i.old[1])}, {aim_of(i.split)} {n.number(i.target)}{squares}"
     )
     return text if i.determined else f"{text}; undetermined"
 
@@ -86,7 +86,7 @@ def _ranking(r: Ranking) -> str:
     text = names[0]
     for one, next_, name in zip(r.dials, r.dials[1:], names[1:], strict=False):
         text += (" > " if (one.dial, next_.dial) in r.above else ", ") + name
-    text += f"; times, up or down, {r.split} loss {n.number(r.target)}"
+    text += f"; times, up or down, {aim_of(r.split)} {n.number(r.target)}"
     return text if r.determined else f"{text}; undetermined where no > stands"
 
 

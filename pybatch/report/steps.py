@@ -8,7 +8,7 @@ from typing import Any
 
 from pybatch.base import numerals as n
 from pybatch.fits.steps_model import NAMES, predicted
-from pybatch.records import Convergence, ConvergencePoint, Curve
+from pybatch.records import Convergence, ConvergencePoint, Curve, aim_of
 from pybatch.records.figure import figure_of, written
 from pybatch.report import rates
 from pybatch.report.layout import Section, Table, columns, details_of, notes_of, table
@@ -49,8 +49,14 @@ def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Se
     details = tuple(dict.fromkeys(note for c, name in told for note in details_of(c.notes, before=name)))
     if split == steps.curves[-1].split:  # the last section: what holds for all of them
         notes, details = notes + notes_of(steps.notes), details + details_of(steps.notes)
-    goal = "target" if target is None else f"{split} loss {n.number(target)}"
+    goal = "target" if target is None else _goal(curves[0])
     return Section(f"Steps to {goal}", found, tuple(lines), notes=notes, details=details)
+
+
+def _goal(curve: Curve) -> str:
+    """The target in words; of a metric with the side from which it counts as reached."""
+    side = "" if ":" not in curve.split else "≥ " if curve.higher else "≤ "
+    return f"{aim_of(curve.split)} {side}{n.number(curve.target)}"
 
 
 def _trained(steps: Convergence) -> str:
@@ -115,8 +121,8 @@ def plots(convergence: Convergence, unit: str = "examples") -> list[Plot]:
     groups: dict[tuple[str, float | None], list[Curve]] = {}
     for curve in convergence.curves:
         groups.setdefault((curve.split, curve.target), []).append(curve)
-    for number, ((split, target), curves) in enumerate(groups.items()):
-        goal = f"{split} loss {n.number(target)}" if target is not None else "target"
+    for number, ((_, target), curves) in enumerate(groups.items()):
+        goal = _goal(curves[0]) if target is not None else "target"
         made += [_steps(curves, goal, number, unit), _examples(curves, goal, number, unit)]
         made += [
             rates.heat_map(curve, goal, f"{number}-{i}", unit)

@@ -17,7 +17,7 @@ from pybatch.sweep.search import default_rates
 from pybatch.training.fingerprint import fingerprint
 from pybatch.training.schedules import CONSTANT
 from pybatch.training.task import initial_losses
-from pybatch.training.trajectory import SMOOTHING
+from pybatch.training.trajectory import SMOOTHING, metric_of
 from pybatch.training.trial import Trial
 from pybatch.training.updates import arguments_of
 from pybatch.workloads.base import Workload
@@ -53,6 +53,12 @@ def settled(options: SweepOptions, workload: Workload) -> SweepOptions:
     )
     if not whole.targets:
         raise UsageError(f"workload {workload.name!r} names no target loss. Give one, such as train=0.1.")
+    for name in filter(metric_of, whole.targets):
+        if metric_of(name) not in workload.better:
+            raise UsageError(
+                f"target {name}={whole.targets[name]:g}: workload {workload.name!r} does not say which way "
+                f"{metric_of(name)} goes. Give metrics() and better = {{'{metric_of(name)}': 'higher'}}, or 'lower'."
+            )
     checked_budget(whole.gap_epochs, workload.examples, whole.batches, whole.max_steps)
     for rule in whole.rules:
         scaling.scale(rule, {**whole.options, "lr": 1.0}, whole.start_batch, scaling.Base(whole.start_batch))
@@ -67,12 +73,14 @@ def check_start(workload: Workload, options: SweepOptions, device: torch.device)
     """
     start = scaling.Scaled({**options.options, "lr": 1.0})
     trial = Trial("", options.trained_by, start, options.batches[0], options.seed, options.dtype, device.type)
-    losses = initial_losses(workload, trial, device)
+    losses = initial_losses(workload, trial, device, [name for name in options.targets if metric_of(name)])
     for split, target in options.targets.items():
-        if losses[split] <= target:
+        metric = metric_of(split)
+        higher = workload.better.get(metric or "") == "higher"
+        if losses[split] >= target if higher else losses[split] <= target:
             raise UsageError(
-                f"target {split}={target:g} is met before the first step: the loss starts at {losses[split]:.3g}. "
-                "Give a lower target."
+                f"target {split}={target:g} is met before the first step: the {metric or 'loss'} starts at "
+                f"{losses[split]:.3g}. Give a {'higher' if higher else 'lower'} target."
             )
 
 

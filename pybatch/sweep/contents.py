@@ -91,7 +91,9 @@ def _read(db: sqlite3.Connection) -> Contents:
     if len(named) != 1 or not isinstance(named[0][0], str):
         raise ValueError("table store must have one row, the store's name")
     rows = {}
-    for row in db.execute("SELECT key, spec, end, seconds, how, steps, train, test, environment, created FROM trial"):
+    for row in db.execute(
+        "SELECT key, spec, end, seconds, how, steps, train, test, environment, created, metrics FROM trial"
+    ):
         with _named(f"trial {row[0]!r:.20}"):
             rows[row[0]] = _trial(*row)
     environments = {}
@@ -130,6 +132,7 @@ def _trial(
     test: bytes,
     environment: int,
     created: Any,
+    metrics: bytes,
 ) -> Row:
     trial = Trial.from_spec(spec)
     if trial.key != key:
@@ -143,7 +146,9 @@ def _trial(
     if late := time_wrong(created, "created") if isinstance(created, str) else f" was created {said(created)}":
         raise ValueError(f"it{late}")
     return Row(
-        Outcome(trial, end, Trajectory.decompressed(steps, train, test), float(seconds), how), environment, created
+        Outcome(trial, end, Trajectory.decompressed(steps, train, test, metrics), float(seconds), how),
+        environment,
+        created,
     )
 
 

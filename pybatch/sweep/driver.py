@@ -19,6 +19,7 @@ from pybatch.sweep.progress import SweepProgress, failed_row, heading, row
 from pybatch.sweep.record import base_of, record_of, ruled_trials, trial_of
 from pybatch.sweep.store import Store
 from pybatch.sweep.summary import bare_reason, nearest
+from pybatch.training.trajectory import metric_of
 from pybatch.training.trial import FACTOR, Outcome, Task, Trial
 
 POLL = 0.5  # s between looks at trials that another process runs
@@ -246,7 +247,9 @@ class Sweep:
                     return None
                 cell.claimed = [t.key for t in fresh]
                 known = tuple(stored.values())
-                return Task(tuple(fresh), dict(cell.targets), cell.seeds, cell.cap, cell.search is not None, known)
+                metrics = any(map(metric_of, self.options.targets))
+                search = cell.search is not None
+                return Task(tuple(fresh), dict(cell.targets), cell.seeds, cell.cap, search, known, metrics)
             outcomes = list(stored.values())
             study = cell.study(self.seeds, outcomes)
             proposal = cell.search.propose(study) if cell.search is not None else None

@@ -16,7 +16,7 @@ from pybatch.records import NoiseScale
 from pybatch.scaling import SEARCHED
 from pybatch.sweep.budget import Budget
 from pybatch.sweep.contents import NOISE, WHOLE, CellName, Contents, StoredSweep
-from pybatch.training.trajectory import SPLITS, Split
+from pybatch.training.trajectory import Split, ordered
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Experiment:
     @property
     def splits(self) -> list[Split]:
         """Those that have a target."""
-        return [split for split in SPLITS if split in self.targets]
+        return ordered(self.targets)
 
     @property
     def noise(self) -> NoiseScale | None:

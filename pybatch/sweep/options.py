@@ -15,7 +15,7 @@ from pybatch.base.errors import UsageError, unknown
 from pybatch.base.plain import said
 from pybatch.sweep.search import GRIDS, SAMPLERS, Grid, Racing, Sampled, Search, load_optuna
 from pybatch.training.schedules import SCHEDULES
-from pybatch.training.trajectory import SPLITS, Split
+from pybatch.training.trajectory import SPLITS, Split, ordered, split_of
 from pybatch.training.trial import rounded
 
 MAX_STEPS = 5000
@@ -44,7 +44,7 @@ def _text(value: Any) -> bool:
 
 
 def _targets(value: Any) -> bool:
-    return isinstance(value, dict) and all(split in SPLITS and _number(loss) for split, loss in value.items())
+    return isinstance(value, dict) and all(split_of(name) in SPLITS and _number(v) for name, v in value.items())
 
 
 # What an option in a store must be: of what else it was checked for, a rule or a sampler need not be here.
@@ -99,7 +99,7 @@ class SweepOptions:
         seeds: training runs of each batch size and rate, each with a model and a data order of its own.
         seed: of the first of them; the others count up from it. With a store, more `seeds` add to those it holds, and
             another `seed`, at least `seeds` away, repeats the experiment; a report pools the two.
-        target: losses to reach, by split; None: the workload's own.
+        target: losses to reach, by split, and metrics, as {"train": 0.1, "test:accuracy": 0.95}; None: the workload's.
         optimizer: a name of `pybatch.optim`, in any case, or "own", the workload's. None: its own, else "sgd".
         options: its arguments but the learning rate, such as {"momentum": 0.9}.
         schedule: a name of `training.schedules.SCHEDULES`: "constant", "cosine", "wsd", "average", or "own", the
@@ -174,7 +174,7 @@ class SweepOptions:
             "options": dict(self.options),
         }
         if self.target is not None:
-            plain["target"] = {split: float(self.target[split]) for split in SPLITS if split in self.target}
+            plain["target"] = {name: float(self.target[name]) for name in ordered(self.target)}
         if self.rates is not None:
             plain["rates"] = tuple({rounded(rate): float(rate) for rate in sorted(self.rates, reverse=True)}.values())[
                 ::-1
@@ -215,8 +215,8 @@ class SweepOptions:
         if self.max_steps < 1:
             raise UsageError(f"max_steps {self.max_steps} is below 1. Give the steps after which a trial is given up.")
         for split, loss in (self.target or {}).items():
-            if split not in SPLITS:
-                raise unknown("target split", split, SPLITS)
+            if split_of(split) not in SPLITS:
+                raise unknown("target split", split_of(split), SPLITS)
             if not loss > -math.inf:
                 raise UsageError(f"target {split}={loss}: give a number.")
         if self.rates is not None and not (self.rates and all(0 < rate < math.inf for rate in self.rates)):
@@ -267,7 +267,7 @@ class SweepOptions:
     @property
     def compared(self) -> Split:
         """The split whose target chooses the rates at which test losses are compared; of settled options."""
-        return next(split for split in SPLITS if split in self.targets)
+        return ordered(self.targets)[0]
 
     def searcher(self) -> Search:
         """A search for one batch size; of settled options."""

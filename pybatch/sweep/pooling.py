@@ -116,4 +116,5 @@ def _curve(
         budget = first.budget if alike and split == first.splits[0] else None
         points.append(found if budget is None else with_losses(found, outcomes, seeds, budget))
     notes = dict.fromkeys(note for member in members for note in member.unanswered.get((rule, split), ()))
-    return curve(rule, split, first.targets[split], points, caps, noise, list(notes))
+    higher = any(outcome.trajectory.sign(split) < 0 for outcomes in stood.values() for outcome in outcomes)
+    return curve(rule, split, first.targets[split], points, caps, noise, list(notes), higher=higher)

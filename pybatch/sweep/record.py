@@ -140,7 +140,7 @@ class Assembly:
             if (reason := self._judge(rule, split, batch, trials)) is not None:
                 failed.setdefault(reason, []).append(batch)
                 continue
-            rows = self._stored(trials or ())
+            rows = self._stored(trials or (), None if rule == SEARCHED else split)
             if not rows or (rule == SEARCHED and not self._over(rule, batch, split)):
                 continue  # the best of half a search compares with nothing
             outcomes = [row.outcome for row in rows]
@@ -156,7 +156,8 @@ class Assembly:
             notes.append(Note("points", text))
             rates = beyond(split, near) if rule == SEARCHED else None
         target = self.experiment.targets[split]
-        return curve(rule, split, target, points, caps, self.experiment.noise, notes, rates)
+        higher = any(outcome.trajectory.sign(split) < 0 for outcome in near)
+        return curve(rule, split, target, points, caps, self.experiment.noise, notes, rates, higher)
 
     def _trials(self, rule: str, split: Split, batch: int) -> list[str] | None:
         """Keys of the trials that a point stands on; None where they are not known yet.
@@ -180,7 +181,7 @@ class Assembly:
         if reason is not None:
             self.found.failed = True
             return reason
-        rows = self._stored(keys or ())
+        rows = self._stored(keys or (), None if rule == SEARCHED else split)
         over = sweep is None or self._over(rule, batch, split)  # no sweep of so many seeds: its trials say it alone
         whole = keys is not None and len(rows) == len(keys) and over
         if not whole or len(_ran(self.seeds, [row.outcome for row in rows])) < len(self.seeds):
@@ -251,9 +252,12 @@ class Assembly:
             notes.append(Note("curves.points", text + "with replacement, so examples repeat within one"))
         return notes
 
-    def _stored(self, keys: Sequence[str]) -> list[Row]:
+    def _stored(self, keys: Sequence[str], split: Split | None = None) -> list[Row]:
         rows = (self.rows[key] for key in keys if key in self.rows)
-        return [row for row in rows if row.outcome.trial.seed in self.seeds]
+        own = [row for row in rows if row.outcome.trial.seed in self.seeds]
+        # One that was run for other targets kept no metric: it is missing.
+        wanted = self.experiment.targets if split is None else (split,)
+        return [row for row in own if all(map(row.outcome.trajectory.has, wanted))]
 
     def _ruled(self, rule: str, batch: int, base: tuple[float, float | None]) -> list[Trial]:
         device = self.subject.device.kind

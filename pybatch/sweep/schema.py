@@ -22,7 +22,8 @@ CREATE TABLE trial (
     train BLOB NOT NULL,
     test BLOB NOT NULL,
     environment INTEGER NOT NULL REFERENCES environment (number),
-    created TEXT NOT NULL
+    created TEXT NOT NULL,
+    metrics BLOB NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE claim (key TEXT PRIMARY KEY, owner TEXT NOT NULL, beat INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE sweep (

@@ -111,7 +111,7 @@ class Store:
         for trial in trials:
             with self._named("read"):
                 row = self._db.execute(
-                    "SELECT end, seconds, how, steps, train, test FROM trial WHERE key = ?", (trial.key,)
+                    "SELECT end, seconds, how, steps, train, test, metrics FROM trial WHERE key = ?", (trial.key,)
                 ).fetchone()
                 if row is not None:
                     end, seconds, how, *columns = row
@@ -140,13 +140,25 @@ class Store:
         trial = outcome.trial
         key, steps = trial.key, outcome.steps
         with self._write():
-            row = self._db.execute("SELECT steps, train, test FROM trial WHERE key = ?", (key,)).fetchone()
-            if row is None or Trajectory.decompressed(*row).steps[-1] < steps:
+            row = self._db.execute("SELECT steps, train, test, metrics FROM trial WHERE key = ?", (key,)).fetchone()
+            kept = None if row is None else Trajectory.decompressed(*row)
+            more = kept is None or not all(map(kept.has, outcome.trajectory.metrics))
+            if kept is None or kept.steps[-1] < steps or (more and kept.steps[-1] == steps):
                 created = datetime.now(UTC).isoformat(timespec="seconds")
-                columns = outcome.trajectory.compressed()
+                columns, metrics = outcome.trajectory.compressed(), outcome.trajectory.compressed_metrics()
                 self._db.execute(
-                    "INSERT OR REPLACE INTO trial VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (key, trial.spec, outcome.end, outcome.seconds, outcome.how, *columns, self._environment, created),
+                    "INSERT OR REPLACE INTO trial VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        key,
+                        trial.spec,
+                        outcome.end,
+                        outcome.seconds,
+                        outcome.how,
+                        *columns,
+                        self._environment,
+                        created,
+                        metrics,
+                    ),
                 )
             self._db.execute("DELETE FROM claim WHERE key = ? AND owner = ?", (key, self.owner))
 

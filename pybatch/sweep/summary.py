@@ -13,9 +13,9 @@ from pybatch.base import numerals as n
 from pybatch.base.errors import UsageError
 from pybatch.fits.steps import fit_steps
 from pybatch.fits.steps_data import DIVERGED
-from pybatch.records import ConvergencePoint, Curve, NoiseScale, Note, PointStatus, RateSteps
+from pybatch.records import ConvergencePoint, Curve, NoiseScale, Note, PointStatus, RateSteps, aim_of
 from pybatch.sweep.search import at_edge, best_rate
-from pybatch.training.trajectory import Split, loss_at, lowest
+from pybatch.training.trajectory import Split, loss_at, lowest, metric_of
 from pybatch.training.trial import Outcome, Study, middle
 
 # By how a trial without a crossing ended; met: it reached the target past the limit, or another split's alone.
@@ -26,6 +26,7 @@ _STATUS: dict[str | None, PointStatus] = {
     "met": "not_reached",
 }
 _CODES = {"not_reached": math.inf, "diverged": DIVERGED, "not_run": math.nan}  # as the fit has them
+_HARDER = {False: "lower", True: "higher"}  # to reach, of a figure of which higher is better
 FEW_STEPS = 4  # a target met within so few steps says more of the first evaluations than of the batch size
 
 
@@ -87,6 +88,7 @@ def curve(
     noise: NoiseScale | None,
     notes: Sequence[Note] = (),
     rates: str | None = None,
+    higher: bool = False,
 ) -> Curve:
     """The points of one rule and split with their fit.
 
@@ -97,15 +99,16 @@ def curve(
         noise: the gradient noise scale, for the ratio to it.
         notes: on batch sizes that have no point.
         rates: "higher" or "lower", where such may reach a target that none has.
+        higher: of a metric, whether that is better.
     """
-    found = [*notes, *_remarks(rule, points, caps, rates)]
-    bare = Curve(rule, split, tuple(points), None, None, None, None, target, notes=tuple(found))
+    found = [*notes, *_remarks(rule, points, caps, rates, higher)]
+    bare = Curve(rule, split, tuple(points), None, None, None, None, target, higher, notes=tuple(found))
     limits = {math.floor(caps[p.batch]) for p in points}
     cap = limits.pop() if len(limits) == 1 else None
     if not points:
         return dataclasses.replace(bare, notes=(*found, Note("points", "no batch size was measured")))
     if any(p.steps == 0 for p in points):
-        text = f"the target {target:g} is met before the first step. Give a lower one"
+        text = f"the target {target:g} is met before the first step. Give a {_HARDER[higher]} one"
         return dataclasses.replace(bare, cap=cap, notes=(*found, Note("critical_batch", text)))
     table, grid = _table(points)
     batches = [p.batch for p in points]
@@ -154,7 +157,11 @@ def nearest(split: str, outcomes: Sequence[Outcome]) -> str | None:
     loss, batch, lr, step = found
     place = f"at batch {n.count(batch)}, rate {n.number(lr, 2)}, step {n.count(step)}"
     side = {"higher": ", the highest rate tried there", "lower": ", the lowest rate tried there"}
-    return f"the lowest {split} loss was {n.number(loss)}, {place}{side.get(beyond(split, outcomes) or '', '')}"
+    what = f"lowest {split} loss was {n.number(loss)}"
+    if metric_of(split):
+        sign = min(outcome.trajectory.sign(split) for outcome in outcomes if outcome.trajectory.has(split))
+        what = f"best {aim_of(split)} was {n.number(sign * loss)}"
+    return f"the {what}, {place}{side.get(beyond(split, outcomes) or '', '')}"
 
 
 def beyond(split: str, outcomes: Sequence[Outcome]) -> str | None:
@@ -172,6 +179,8 @@ def _lowest(split: str, outcomes: Sequence[Outcome]) -> tuple[float, int, float,
     """The lowest loss, its batch size, rate and step."""
     found = []
     for outcome in outcomes:
+        if not outcome.trajectory.has(split):
+            continue
         loss, step = lowest(outcome.trajectory, split)
         if math.isfinite(loss):
             found.append((loss, outcome.trial.batch, outcome.trial.lr, step))
@@ -197,7 +206,9 @@ def _table(points: Sequence[ConvergencePoint]) -> tuple[np.ndarray, np.ndarray]:
     return steps, rates
 
 
-def _remarks(rule: str, points: Sequence[ConvergencePoint], caps: Mapping[int, float], rates: str | None) -> list[Note]:
+def _remarks(
+    rule: str, points: Sequence[ConvergencePoint], caps: Mapping[int, float], rates: str | None, higher: bool
+) -> list[Note]:
     """What a reader must know of the points before any fit."""
     notes = []
     if points and all(p.status == "diverged" for p in points):
@@ -206,12 +217,13 @@ def _remarks(rule: str, points: Sequence[ConvergencePoint], caps: Mapping[int, f
         most = max(caps[p.batch] for p in points)
         text = f"no batch size reached the target in half of its seeds within {most:g} steps. "
         text += f"Try {rates} rates; or give" if rates is not None else "Give"
-        text += " a higher target, or more steps"
+        text += f" a {_HARDER[not higher]} target, or more steps"
         notes.append(Note("points", text))
     if len(points) == 1:
         notes.append(Note("points", "one batch size shows no dependence on it. Give at least three"))
     early = [p.batch for p in points if p.steps is not None and 0 < p.steps <= FEW_STEPS]
     if early:
-        text = f"the target is met within {FEW_STEPS} steps at batch {', '.join(map(str, early))}. Give a lower one"
+        text = f"the target is met within {FEW_STEPS} steps at batch {', '.join(map(str, early))}. "
+        text += f"Give a {_HARDER[higher]} one"
         notes.append(Note("points.steps", text))
     return notes

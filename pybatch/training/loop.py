@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pybatch.scaling import gain
 from pybatch.training.pooling import Pooling
 from pybatch.training.replicas import Losses, Replicas
+from pybatch.training.trajectory import SPLITS, metric_of, split_of
 from pybatch.training.trial import Trial
 from pybatch.workloads.base import Workload
 from pybatch.workloads.running.batches import copied
@@ -62,9 +63,18 @@ class Loop(Replicas):
 
     def evaluate(self) -> Losses:
         """As `Replicas.evaluate`."""
+        self._measure()
         with Pooling():
             train, test = ([float(s.evaluate(batch)) for s in self.sessions] for batch in self.held_out)
         return train, test
+
+    def _measure(self) -> None:
+        """The metrics that are wanted, of the fixed batches."""
+        for split, batch in zip(SPLITS, self.held_out, strict=True):
+            own = [name for name in self.wanted if split_of(name) == split]
+            if own:
+                rows = [session.metrics(batch, [str(metric_of(name)) for name in own]) for session in self.sessions]
+                self.measured |= {name: [row[i] for row in rows] for i, name in enumerate(own)}
 
     def gradients(self, index: Sequence[int]) -> list[Tensor | None]:
         """As `Replicas.gradients`."""

@@ -23,6 +23,8 @@ class Replicas(ABC):
         self.trials, self.device = list(trials), device
         self.batch = trials[0].batch
         self.done = 0  # steps
+        self.wanted: tuple[str, ...] = ()  # metrics that `evaluate` takes too, as "test:accuracy"
+        self.measured: dict[str, list[float]] = {}  # by it, a number for each replica
         self.streams: dict[int, Session] = {}
         self.sessions = [Session(workload, device, t.dtype, t.seed) for t in trials]
         for trial, session in zip(trials, self.sessions, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -17,7 +17,7 @@ from pybatch.training.loop import Loop
 from pybatch.training.replicas import Replicas
 from pybatch.training.schedules import next_length
 from pybatch.training.stack import Stack
-from pybatch.training.trajectory import SPLITS, Trajectory, crossing_at
+from pybatch.training.trajectory import SPLITS, Metric, Trajectory, crossing_at, signed
 from pybatch.training.trial import End, Outcome, Study, Task, Trial, diverged
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.session import Session, is_out_of_memory
@@ -54,6 +54,11 @@ def run_task(
     """
     if not task.trials:
         return None
+    least = {
+        outcome.trial.key: outcome.steps for outcome in task.known
+    }  # one that runs again is no shorter than it was
+    if task.metrics:  # a stack has no models to take them of
+        how = "loop"
     study, ended, made = task.study(), set[str](), [0]
     first = Session(workload, torch.device("cpu"), task.trials[0].dtype, task.trials[0].seed)
     size = sum(p.numel() * p.element_size() for p in first.parameters)
@@ -71,7 +76,7 @@ def run_task(
 
     def trained(group: list[Trial]) -> str | None:
         replicas, why = choose(workload, group, device, how)
-        _Training(replicas, study, delivered, task.cap).run(say)
+        _Training(replicas, study, delivered, task.cap, task.metrics, least).run(say)
         return why
 
     try:
@@ -95,7 +100,7 @@ def run_task(
                     study.forget(trial.lr, trial.seed)
                 if failed is not None:
                     reason = failed
-                    _Training(Loop(workload, rest, device), study, delivered, task.cap).run(say)
+                    _Training(Loop(workload, rest, device), study, delivered, task.cap, task.metrics, least).run(say)
                 else:
                     left, half = [trial for some in (rest, *groups) for trial in some], (len(group) + 1) // 2
                     groups = deque(left[i : i + half] for i in range(0, len(left), half))  # nor would the others fit
@@ -108,14 +113,30 @@ def run_task(
 class _Training:
     """One group of replicas on its way to the targets, at most to step `cap`."""
 
-    def __init__(self, replicas: Replicas, study: Study, deliver: Deliver, cap: int) -> None:
+    def __init__(
+        self,
+        replicas: Replicas,
+        study: Study,
+        deliver: Deliver,
+        cap: int,
+        metrics: bool = False,
+        least: Mapping[str, int] | None = None,
+    ) -> None:
         self.replicas, self.study, self.deliver, self.cap = replicas, study, deliver, cap
+        self.least = least or {}  # steps, by the key of a trial
         self.rows = list(range(len(replicas.trials)))  # of the tables below, one for each replica still held
         self.trials = list(replicas.trials)
         self.alive = [True] * len(self.trials)
         self.seconds = [0.0] * len(self.trials)
         self.steps: list[int] = []
         self.losses: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])  # per evaluation, [trials] each
+        self.metrics: dict[str, list[np.ndarray]] = {}
+        self.higher: dict[str, bool] = {}  # of the metrics: whether that is better
+        if metrics:
+            better = replicas.sessions[0].workload.better
+            self.higher = {f"{split}:{name}": way == "higher" for split in SPLITS for name, way in better.items()}
+            self.metrics = {name: [] for name in self.higher}
+            replicas.wanted = tuple(self.metrics)
         self.how = "stacked" if isinstance(replicas, Stack) else "loop"
 
     def run(self, say: Callable[[int, int, float], None]) -> None:
@@ -124,8 +145,9 @@ class _Training:
         while any(self.alive):
             start, step = time.perf_counter(), self.steps[-1]
             say(step, sum(self.alive), self._nearest())
-            then = min(next_length(step, self.trials[0].schedule), self.cap)
             held = [row for row in self.rows if self.alive[row]]
+            cap = max([self.cap, *(self.least.get(self.trials[row].key, 0) for row in held)])
+            then = min(next_length(step, self.trials[0].schedule), cap)
             before = state() if self.how == "stacked" and step == 0 else None
             with self._told_apart():
                 self.replicas.advance(then - step)
@@ -161,14 +183,15 @@ class _Training:
 
     def _nearest(self) -> float:
         """The lowest loss of now, of the first split with a target."""
-        losses = self.losses[SPLITS.index(next(split for split in SPLITS if split in self.study.targets))][-1]
-        return float(np.nanmin(losses, initial=np.inf))
+        split = next((split for split in SPLITS if split in self.study.targets), SPLITS[0])
+        return float(np.nanmin(self.losses[SPLITS.index(split)][-1], initial=np.inf))
 
     def _evaluate(self, step: int) -> None:
         self.steps.append(step)
         with self._told_apart():
             evaluated = self.replicas.evaluate()
-        for column, found in zip(self.losses, evaluated, strict=True):
+        measured = [self.replicas.measured[name] for name in self.metrics] if self.metrics else []
+        for column, found in zip((*self.losses, *self.metrics.values()), (*evaluated, *measured), strict=True):
             values = np.full(len(self.trials), np.nan, dtype=np.float32)
             values[self.rows] = found
             column.append(values)
@@ -177,32 +200,43 @@ class _Training:
         for row in live:
             for split, losses in zip(SPLITS, self.losses, strict=True):
                 self._look(steps, i, row, split, losses)
+            for name, figures in self.metrics.items():
+                self._look(steps, i, row, name, figures, -1.0 if self.higher[name] else 1.0)
         ends = [(row, end) for row in live if (end := self._end(row, step)) is not None]
         for row, end in sorted(ends, key=lambda item: item[1] != "met"):  # first those that set the limit for the rest
             self.alive[row] = False
             self.deliver(self._outcome(row, end))
 
-    def _look(self, steps: np.ndarray, i: int, row: int, split: str, losses: list[np.ndarray]) -> None:
+    def _look(
+        self, steps: np.ndarray, i: int, row: int, split: str, losses: list[np.ndarray], sign: float = 1.0
+    ) -> None:
         target = self.study.targets.get(split)
         trial = self.trials[row]
         if target is None or trial.seed in self.study.found.get(split, {}).get(trial.lr, {}):
             return
         tail = max(0, i - 40)  # more evaluations than the smoothing window and the one before it ever hold
-        column = np.asarray([values[row] for values in losses[tail:]], dtype=np.float32)
-        if (crossing := crossing_at(steps[tail:], column, i - tail, target)) is not None:
+        column = np.asarray([sign * values[row] for values in losses[tail:]], dtype=np.float32)
+        if (crossing := crossing_at(steps[tail:], column, i - tail, signed(target, sign))) is not None:
             self.study.record(split, trial.lr, trial.seed, crossing)
 
     def _end(self, row: int, step: int) -> End | None:
         trial, train = self.trials[row], self.losses[0]
+        broken = diverged(step, float(train[-1][row]), float(train[0][row]), trial.scaled.warmup_steps)
+        if step < self.least.get(trial.key, 0) and not broken:
+            return None
         if self.study.met(trial.lr, trial.seed):
             return "met"
-        if diverged(step, float(train[-1][row]), float(train[0][row]), trial.scaled.warmup_steps):
+        if broken:
             return "diverged"
         return "capped" if self.study.over(trial.lr, trial.seed, step) else None
 
     def _outcome(self, row: int, end: End) -> Outcome:
         train, test = (np.asarray([v[row] for v in losses], dtype=np.float32) for losses in self.losses)
-        trajectory = Trajectory(np.asarray(self.steps, dtype=np.int32), train, test)
+        metrics = {
+            name: Metric(np.asarray([v[row] for v in values], dtype=np.float32), self.higher[name])
+            for name, values in self.metrics.items()
+        }
+        trajectory = Trajectory(np.asarray(self.steps, dtype=np.int32), train, test, metrics)
         return Outcome(self.trials[row], end, trajectory, self.seconds[row], self.how)
 
     def _shrink(self) -> None:
@@ -215,13 +249,16 @@ class _Training:
             self.rows = [self.rows[i] for i in left]
 
 
-def initial_losses(workload: Workload, trial: Trial, device: torch.device) -> dict[str, float]:
-    """Losses before the first step, by split.
+def initial_losses(
+    workload: Workload, trial: Trial, device: torch.device, metrics: Sequence[str] = ()
+) -> dict[str, float]:
+    """Losses, and these metrics, before the first step.
 
     Raises:
         WorkloadError: the training loss is not finite: every trial would count as diverged.
     """
     start = Loop(workload, [trial], device)
+    start.wanted = tuple(metrics)
     train, test = start.evaluate()
     start.sessions[0].check_finite(torch.tensor(train[0]), "on the training split before the first step")
-    return {"train": train[0], "test": test[0]}
+    return {"train": train[0], "test": test[0]} | {name: values[0] for name, values in start.measured.items()}

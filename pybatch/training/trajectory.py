@@ -8,11 +8,11 @@ its delay is a share of the steps too, the same for every batch size, and so fal
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,35 @@ Steps = NDArray[np.int32]
 SPACING = 16  # evaluations while the step number grows by a factor e; a crossing is known within 6 % before smoothing
 WINDOW = 0.2  # of the steps made: past it, single evaluations no longer decide when a target was met
 _MOST_BYTES = 1 << 20  # of a column: evaluations grow with the logarithm of the steps
-Split = Literal["train", "test"]
-SPLITS: tuple[Split, ...] = ("train", "test")
+Split = str  # "train" and "test": their losses; "test:accuracy": a metric of one of them
+SPLITS = ("train", "test")
 SMOOTHING = (
     "losses of fixed batches of both splits, at every step first, then "
     f"{SPACING} times while the steps grow by a factor e; averaged over the last {WINDOW:.0%} of the steps"
 )
+
+
+def split_of(target: str) -> str:
+    """The split that a target is of: "test" of "test:accuracy"."""
+    return target.partition(":")[0]
+
+
+def metric_of(target: str) -> str | None:
+    """The metric that a target names; None of a loss."""
+    return target.partition(":")[2] or None
+
+
+def ordered(targets: Iterable[str]) -> list[str]:
+    """Targets in the order of records: losses first, the training's before the test's; then metrics by name."""
+    return sorted(targets, key=lambda t: (metric_of(t) is not None, SPLITS.index(split_of(t)), t))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's values at every evaluation, and which way it goes."""
+
+    values: Losses
+    higher: bool  # is better
 
 
 def next_evaluation(step: int) -> int:
@@ -54,18 +77,31 @@ class Trajectory:
     steps: Steps
     train: Losses
     test: Losses
+    metrics: Mapping[str, Metric] = field(default_factory=dict)  # "test:accuracy"; those that a target named
     # A search asks for the same ones again and again.
     _crossings: dict[tuple[str, float], Crossing | None] = field(default_factory=dict, init=False, repr=False)
 
     def loss(self, split: str) -> Losses:
-        """The losses of one split, unsmoothed."""
+        """The losses of one split, or a metric's values, unsmoothed."""
+        if split in self.metrics:
+            return self.metrics[split].values
+        if split not in SPLITS:
+            raise UsageError(f"the runs kept no {split}: it was no target of theirs. Sweep with it as a target.")
         return self.train if split == "train" else self.test
+
+    def has(self, split: str) -> bool:
+        """Whether this was evaluated."""
+        return split in SPLITS or split in self.metrics
+
+    def sign(self, split: str) -> float:
+        """-1 where higher is better, else 1: times this, lower is."""
+        return -1.0 if split in self.metrics and self.metrics[split].higher else 1.0
 
     def crossing(self, split: str, target: float, limit: float = math.inf) -> Crossing | None:
         """The first crossing of the smoothed loss up to step `limit`, or None."""
         if (split, target) not in self._crossings:
-            losses = self.loss(split)
-            each = (crossing_at(self.steps, losses, i, target) for i in _near(self.steps, losses, target))
+            losses, goal = self.sign(split) * self.loss(split), signed(target, self.sign(split))
+            each = (crossing_at(self.steps, losses, i, goal) for i in _near(self.steps, losses, goal))
             self._crossings[split, target] = next((found for found in each if found is not None), None)
         first = self._crossings[split, target]
         return first if first is not None and first.steps <= limit else None
@@ -76,22 +112,47 @@ class Trajectory:
         steps, train, test = (zlib.compress(a.tobytes(), 6) for a in arrays)
         return steps, train, test
 
+    def compressed_metrics(self) -> bytes:
+        """The metrics as JSON, compressed by zlib."""
+        plain = {
+            name: {"higher": m.higher, "values": [float(v) if math.isfinite(v) else None for v in m.values]}
+            for name, m in self.metrics.items()
+        }
+        return zlib.compress(json.dumps(plain).encode(), 6)
+
     @staticmethod
-    def decompressed(steps: bytes, train: bytes, test: bytes) -> Trajectory:
+    def decompressed(steps: bytes, train: bytes, test: bytes, metrics: bytes | None = None) -> Trajectory:
         """What `compressed` gave; raises UsageError where the bytes are not that."""
         try:
             found = Trajectory(
                 np.frombuffer(_inflated(steps), "<i4").astype(np.int32),
                 np.frombuffer(_inflated(train), "<f4").astype(np.float32),
                 np.frombuffer(_inflated(test), "<f4").astype(np.float32),
+                _metrics(_inflated(metrics)) if metrics is not None else {},
             )
-        except (zlib.error, ValueError, TypeError) as error:
+        except (zlib.error, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"a stored trajectory cannot be read ({error}): the store is damaged.") from None
-        if not len(found.steps) == len(found.train) == len(found.test):
+        columns = [found.train, found.test, *(metric.values for metric in found.metrics.values())]
+        if any(len(found.steps) != len(column) for column in columns):
             raise UsageError("a stored trajectory has columns of different length: the store is damaged.")
         if not len(found.steps) or found.steps[0] != 0 or np.any(np.diff(found.steps) <= 0):
             raise UsageError("a stored trajectory has steps that do not ascend from 0: the store is damaged.")
         return found
+
+
+def signed(target: float, sign: float) -> float:
+    """A target where lower is better; one of minus infinity is never reached, whichever way its figure goes."""
+    return sign * target if target != -math.inf else target
+
+
+def _metrics(text: bytes) -> dict[str, Metric]:
+    found = {}
+    for name, each in json.loads(text).items():
+        values = np.array([math.nan if v is None else v for v in each["values"]], dtype=np.float32)
+        if metric_of(name) is None or split_of(name) not in SPLITS or not isinstance(each["higher"], bool):
+            raise ValueError(f"{name!r} is no metric of a split")
+        found[name] = Metric(values, each["higher"])
+    return found
 
 
 def _inflated(column: bytes) -> bytes:
@@ -123,8 +184,11 @@ def loss_at(found: Trajectory, split: str, step: float) -> float | None:
 
 
 def lowest(found: Trajectory, split: str) -> tuple[float, int]:
-    """The lowest smoothed loss of a run and the step at which it was taken; infinite where none is finite."""
-    losses = found.loss(split)
+    """The lowest smoothed loss of a run and the step at which it was taken; infinite where none is finite.
+
+    Of a metric of which higher is better, minus the highest.
+    """
+    losses = found.sign(split) * found.loss(split)
     values = [(float(smoothed(found.steps, losses, i)), int(step)) for i, step in enumerate(found.steps)]
     return min((value for value in values if math.isfinite(value[0])), default=(math.inf, 0))
 

@@ -91,6 +91,8 @@ class Outcome:
 
     def answers(self, targets: Targets, limits: Mapping[str, float]) -> bool:
         """Whether it ran far enough: it diverged, or each target was reached or its limit of steps passed."""
+        if not all(map(self.trajectory.has, targets)):
+            return False
         return self.end == "diverged" or all(
             self.steps >= limits[split] or self.trajectory.crossing(split, target) is not None
             for split, target in targets.items()
@@ -137,6 +139,8 @@ class Study:
         """All that a finished trial reached."""
         self.ended[outcome.trial.lr, outcome.trial.seed] = outcome
         for split, target in self.targets.items():
+            if not outcome.trajectory.has(split):
+                continue  # it was run for another target, and is run again
             if (crossing := outcome.trajectory.crossing(split, target)) is not None:
                 self.record(split, outcome.trial.lr, outcome.trial.seed, crossing)
 
@@ -198,6 +202,7 @@ class Task:
     cap: int
     search: bool = True
     known: tuple[Outcome, ...] = ()  # of the same study, from earlier
+    metrics: bool = False  # whether the workload's metrics are taken: all of them, as some target names one
 
     def study(self) -> Study:
         """The study as it stands before this task runs."""

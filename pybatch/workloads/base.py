@@ -25,7 +25,9 @@ class Workload(ABC):
     Class attributes a subclass may set:
         name: what the record calls it.
         unit: what one example is ("images", "sequences").
-        target: loss targets per split, for steps to target: {"train": 0.3, "test": 0.5}.
+        target: what to reach, for steps to target: losses of splits, and metrics of them by name, {"train": 0.3,
+            "test:accuracy": 0.95}.
+        better: which way each metric that a target names goes: {"accuracy": "higher", "error": "lower"}.
         learning_rate: rate of the warm-up training, with pybatch's AdamW; `reference_batch` is its batch size. Where
             `optimizer` is given, its own rate counts.
         steps: of a whole training at the reference batch, for which `schedule` is made outside a sweep.
@@ -45,6 +47,7 @@ class Workload(ABC):
     name: str = "workload"
     unit: str = "examples"
     target: dict[str, float] = {}  # noqa: RUF012 - subclasses write a plain class attribute
+    better: Mapping[str, Literal["higher", "lower"]] = MappingProxyType({})
     learning_rate: float = 1e-3
     reference_batch: int = 32
     steps: int = 5000
@@ -131,8 +134,9 @@ class Workload(ABC):
             optimizer: of the model's parameters, see `optimizer`; None: pybatch's AdamW at `learning_rate`.
             schedule: of (optimizer, steps), see `schedule`.
             num_workers: of the training's DataLoader, whose rate is measured.
-            more: `example_weights`, see there; `loader_options` (further arguments of the DataLoader), and `name`,
-                `unit`, `target`, `learning_rate`, `reference_batch`, `evaluation_examples`, `steps`, as of a class.
+            more: `example_weights`, `metrics` and `better`, see there; `loader_options` (further arguments of the
+                DataLoader), and `name`, `unit`, `target`, `learning_rate`, `reference_batch`, `evaluation_examples`,
+                `steps`, as of a class.
 
         Raises:
             UsageError: a data set without indices or without examples, a DataLoader in its place, or another part that
@@ -155,6 +159,13 @@ class Workload(ABC):
     def source(self) -> str | None:
         """Hash of what it was made of, where that is not the file of its class; None: nothing else."""
         return None
+
+    def metrics(self, model: torch.nn.Module, batch: Any) -> dict[str, float]:
+        """Figures of a batch beside its loss, such as {"accuracy": 0.93}, by a model in evaluation mode.
+
+        A target may name them, with its split: `target={"test:accuracy": 0.95}`; `better` says which way they go.
+        """
+        return {}
 
     def brings(self, method: str) -> bool:
         """Whether a method that has a default is the workload's own."""

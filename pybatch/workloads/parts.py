@@ -6,7 +6,7 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils._pytree import tree_map
@@ -35,6 +35,8 @@ class Parts(Workload):
         schedule: Callable[[torch.optim.Optimizer, int], Any] | None = None,
         num_workers: int = 0,
         example_weights: Callable[[Any], torch.Tensor | None] | None = None,
+        metrics: Callable[[torch.nn.Module, Any], dict[str, float]] | None = None,
+        better: Mapping[str, Literal["higher", "lower"]] | None = None,
         loader_options: Mapping[str, Any] | None = None,
         name: str | None = None,
         unit: str = "examples",
@@ -56,11 +58,13 @@ class Parts(Workload):
         self._model, self._data, self._loss = model, {"train": train, "test": test}, loss
         self._collate = collate_fn or default_collate
         self._optimizer, self._schedule, self._weights = optimizer, schedule, example_weights
+        self._metrics = metrics
         self.num_workers, self._loading = num_workers, dict(loader_options or {})
         own: dict[str, Any] = {
             "name": name or (type(train).__name__.lower()),
             "unit": unit,
             "target": dict(target or {}),
+            "better": dict(better or {}),
             "learning_rate": learning_rate,
             "reference_batch": reference_batch,
             "evaluation_examples": evaluation_examples or min(Workload.evaluation_examples, len(train)),
@@ -116,6 +120,10 @@ class Parts(Workload):
         """As given."""
         return self._weights(batch) if self._weights is not None else None
 
+    def metrics(self, model: torch.nn.Module, batch: Any) -> dict[str, float]:
+        """As given."""
+        return self._metrics(model, batch) if self._metrics is not None else {}
+
     def loader(self, n: int, workers: int | None = None) -> DataLoader[Any]:
         """Batches of n training examples without an end, by worker processes as the training has them."""
         data = self._data["train"]
@@ -128,12 +136,17 @@ class Parts(Workload):
 
     def brings(self, method: str) -> bool:
         """As of `Workload`: what was given."""
-        given = {"optimizer": self._optimizer, "schedule": self._schedule, "example_weights": self._weights}
+        given: dict[str, Any] = {
+            "optimizer": self._optimizer,
+            "schedule": self._schedule,
+            "example_weights": self._weights,
+            "metrics": self._metrics,
+        }
         return given.get(method, self) is not None
 
     def source(self) -> str:
         """Hash of the functions it is made of."""
-        parts = (self._model, self._loss, self._collate, self._optimizer, self._schedule)
+        parts = (self._model, self._loss, self._collate, self._optimizer, self._schedule, self._metrics)
         return hashlib.sha256("\n".join(map(_code, parts)).encode()).hexdigest()[:16]
 
 

@@ -34,6 +34,18 @@ def test_deepspeeds_is_its_file():
     assert config == {"train_batch_size": 96, "train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 3}
 
 
+@pytest.mark.parametrize(
+    ("trainer", "options"),
+    [
+        ("torchtitan", "--training.local_batch_size 16 --training.global_batch_size 96\n"),
+        ("megatron", "--micro-batch-size 16 --global-batch-size 96\n"),
+    ],
+)
+def test_others_take_their_batch_and_the_whole_one(trainer, options):
+    done = planned("--global-batch", "96", "--devices", "2", "--largest", "16", "--for", trainer)
+    assert done.stdout == options
+
+
 def test_a_record_is_enough(run, tmp_path):
     path = tmp_path / "run.json"
     path.write_text(run.to_json())

@@ -42,6 +42,10 @@ def _targets(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(k, str) and _number(v) for k, v in value.items())
 
 
+def _ways(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) and v in ("higher", "lower") for k, v in value.items())
+
+
 _ATTRIBUTES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("name", _text, "a text that is not empty"),
     ("unit", _text, "a text that is not empty, such as 'images'"),
@@ -51,6 +55,7 @@ _ATTRIBUTES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("reference_batch", _count, "a whole number of examples, at least 1"),
     ("steps", _count, "a whole number, at least 1"),
     ("examples", lambda value: value is None or _count(value), "a whole number, at least 1, or None"),
-    ("target", _targets, "losses by split, such as {'train': 0.3}"),
+    ("target", _targets, "losses by split, such as {'train': 0.3}, or metrics, {'test:accuracy': 0.95}"),
+    ("better", _ways, "'higher' or 'lower' by the name of a metric, such as {'accuracy': 'higher'}"),
     ("options", _dials, "numbers and texts by name"),
 )

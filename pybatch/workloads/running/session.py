@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -252,6 +252,25 @@ class Session:
             return self._loss(self.model, copied(batch))
         finally:
             self.model.train()
+
+    @torch.no_grad()
+    def metrics(self, batch: Any, names: Sequence[str]) -> list[float]:
+        """These metrics of a batch in evaluation mode; the batch stays as it is. WorkloadError where one is missing."""
+        self.model.eval()
+        try:
+            with torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
+                found = self._call("metrics", self.model, copied(batch))
+        finally:
+            self.model.train()
+        if not isinstance(found, Mapping):
+            raise self._error("metrics", f"returned {type(found).__name__}: give figures by name")
+        if lacking := [name for name in names if name not in found]:
+            has = ", ".join(map(str, found)) or "nothing"
+            raise self._error("metrics", f"returned {has}, and a target names {lacking[0]!r}")
+        try:
+            return [float(found[name]) for name in names]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise self._error("metrics", f"returned no number for one of {', '.join(names)}: {error}") from None
 
     def backward(self, batch: Any, scale: float = 1.0) -> torch.Tensor:
         """Forward and backward of `scale` times the loss; gradients are left in `.grad`. Returns the loss, detached."""
