@@ -7,26 +7,14 @@ pybatch watch examples/hugging_face.py --steps 60
 
 import argparse
 from pydoc_data.topics import topics
-from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-import pybatch.noise
+from pybatch.integrations.transformers import NoiseScaleCallback
 from pybatch.optim import AdamW
 
 LENGTH = 64
-
-
-class NoiseScale(TrainerCallback):
-    """Measures along the training; the Trainer has wrapped model and optimizer when it begins."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any):
-        self.handle = pybatch.noise.attach(model, optimizer)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any):
-        print(f"noise scale: {self.handle.noise}")
-        self.handle.detach()
 
 
 def main() -> None:
@@ -50,8 +38,10 @@ def main() -> None:
         report_to=[],
         save_strategy="no",
     )
-    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None), callbacks=[NoiseScale()])
+    callback = NoiseScaleCallback()  # in every log of the Trainer, wherever it logs; here its last word is printed
+    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None), callbacks=[callback])
     trainer.train()
+    print(f"noise scale: {callback.noise}")
 
 
 if __name__ == "__main__":

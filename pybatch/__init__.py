@@ -58,10 +58,14 @@ _HOME = {
     "write_report": "pybatch.report.formats.html",
 }
 
+_ROOMS = ("integrations", "noise", "optim", "schedule")  # whose names users write out: pybatch.noise.attach
+
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"pybatch.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'pybatch' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -90,4 +94,4 @@ sys.modules[__name__].__class__ = _Catalogue
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_ROOMS})

@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -56,3 +58,13 @@ def test_lists_are_no_text() -> None:
 def test_two_runs_are_compared(given: Any, says: str) -> None:
     with pytest.raises(UsageError, match=re.escape(f"compare(): {says}. Give a Run")):
         pybatch.compare(given, given)
+
+
+@pytest.mark.slow(seconds=4)
+def test_what_a_user_writes_out_is_there_after_one_import():
+    names = ["noise.attach", "optim.AdamW", "schedule.BatchSchedule", "integrations.writers.CSVWriter", "advise"]
+    code = "import pybatch; " + "; ".join(f"print(pybatch.{name}.__name__)" for name in names)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [name.rpartition(".")[2] for name in names], done.stderr
+    with pytest.raises(AttributeError, match="nothing"):
+        pybatch.nothing  # noqa: B018

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from pybatch.answer.schedule import COST, Course, course_of, law, plan_schedule
+from pybatch.answer.course import Course, course_of, law
+from pybatch.answer.schedule import COST, plan_schedule
 from pybatch.base.errors import UsageError, unknown
 from pybatch.base.plain import said, visible
 from pybatch.commands import flags

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 
 import torch
 
-from pybatch.answer.schedule import course_of, plan_schedule
+from pybatch.answer.course import course_of
+from pybatch.answer.schedule import plan_schedule
 from pybatch.base.errors import Interrupted, UsageError, carried, carry
 from pybatch.branch.measurement import measure_branches
 from pybatch.device.environment import capture

@@ -68,7 +68,7 @@ class Watching:
         on_partial: Callable[[Run], None] | None = None,
     ) -> None:
         self.options, self._say, self.progress, self._on_partial = options, say, progress, on_partial
-        self._observer = Observer(options.index, self._found, self._stepped)
+        self._observer = Observer(options.index, self._found, self._stepped, options.steps)
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
         self._environment = capture(seed=0, command=options.command)
         self._meter: summary.Meter | None = None

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from pybatch.base.errors import PybatchError, UsageError
+from pybatch.fits.noise import MIN_BLOCKS
 from pybatch.noise.attachment import attach
 from pybatch.noise.handle import Collector, Examples, Handle
 from pybatch.noise.sources.adam_moments import MomentsNoise
@@ -38,6 +39,7 @@ _SHORT = 0.020  # s; of shorter steps hooks are felt anyway
 _COST = 0.012  # share of a training's time that watching may take
 _ALIKE = 0.01  # share by which what a script counts may differ from the examples seen
 _FIRST = 2  # steps from one to the next whose micro-batches are measured, until it is known what that costs
+_PAIRS = 2 * MIN_BLOCKS  # of a training whose length is known, at least, whatever that costs
 _OFTEN = 1.2  # times more seldom, from which on the source is made anew
 REMEDY = "Give the training two or more backward passes a step (gradient accumulation), or train with Adam or AdamW"
 
@@ -50,10 +52,17 @@ class NoiseWatch:
         passes: backward passes of a step.
         scaler: the GradScaler in use.
         compiled: whether some of the model is, which per-example gradients can't look into.
+        steps: that the training will make, where that is known: a short one is measured oftener.
     """
 
     def __init__(
-        self, model: nn.Module | None, optimizer: torch.optim.Optimizer, passes: int, scaler: Any, compiled: bool
+        self,
+        model: nn.Module | None,
+        optimizer: torch.optim.Optimizer,
+        passes: int,
+        scaler: Any,
+        compiled: bool,
+        steps: int | None = None,
     ) -> None:
         self._model, self._optimizer, self._passes = model, optimizer, passes
         self._scaler, self._compiled = scaler, compiled
@@ -61,7 +70,8 @@ class NoiseWatch:
         self._ended: list[Handle] = []  # a source that ended early, with what it had measured
         self._offers: list[str] = []
         self._common: dict[str, Any] = {}
-        self._every = EVERY if passes < 2 else _FIRST
+        self._steps = steps
+        self._every = self._spaced(EVERY if passes < 2 else _FIRST)
         self._before: float | None = None  # the end of the step before
         self._tried = False  # whether a step was watched: the first one takes longest
         self._watched: list[float] = []  # seconds of watched steps, and of the others
@@ -166,7 +176,8 @@ class NoiseWatch:
             if self._compiled:
                 raise UsageError("per-example norms: the model is compiled, and its operations can't be seen")
             kind = guarded(ExampleNoise, ("_enter", "_leave", "_take_pass", "_close", "_drop"))
-            own: dict[str, Any] = {"scaler": self._scaler, "yielding": True, "every": max(EVERY, self._every)}
+            every = self._spaced(max(EVERY, self._every))
+            own: dict[str, Any] = {"scaler": self._scaler, "yielding": True, "every": every}
             return kind(model, optimizer, **self._common, **own)
         if offer == "micro-batches":
             return self._micro_batches(model)
@@ -193,6 +204,10 @@ class NoiseWatch:
         kind = guarded(MicroBatchNoise, ("_recover", "close", "_drop", "_hold", "_end", "_begin", "_take_back"))
         return kind(model, self._optimizer, **self._common, scaler=self._scaler, every=self._every)
 
+    def _spaced(self, every: int) -> int:
+        """Steps from one that is measured to the next: no more than leave a short training its interval."""
+        return every if self._steps is None else max(1, min(every, self._steps // _PAIRS))
+
     def _weigh(self, handle: ExampleNoise | MicroBatchNoise) -> None:
         """Watch more seldom where a watched step takes much longer than others."""
         now, before = time.perf_counter(), self._before
@@ -205,7 +220,7 @@ class NoiseWatch:
         plain = statistics.median(self._others)
         extra = statistics.median(self._watched) - plain
         self._watched = []
-        every = math.ceil(extra / (_COST * plain)) if plain > _SHORT else EVERY
+        every = self._spaced(math.ceil(extra / (_COST * plain)) if plain > _SHORT else EVERY)
         if every > _OFTEN * self._every:
             self._every = every
             handle.detach()

@@ -74,10 +74,17 @@ class Observer:
         index: of the optimizer by first step; None: that with most parameters.
         found: called when the training is known, or turns out to be another.
         stepped: called after every step of it, last of all: it may raise to end the script.
+        steps: after which it will; None: not known.
     """
 
-    def __init__(self, index: int | None, found: Callable[[Subject], None], stepped: Callable[[], None]) -> None:
-        self._index, self._found, self._stepped = index, found, stepped
+    def __init__(
+        self,
+        index: int | None,
+        found: Callable[[Subject], None],
+        stepped: Callable[[], None],
+        steps: int | None = None,
+    ) -> None:
+        self._index, self._found, self._stepped, self._most = index, found, stepped, steps
         self._finder = Finder(self._adopt)
         self._pid = os.getpid()
         self.fault: Exception | None = None  # of pybatch's own, which ended the observation
@@ -231,7 +238,9 @@ class Observer:
         self._own = []
         if model is not None:
             self._own = self._hooks(model)
-            self.noise = NoiseWatch(subject.model, trained.optimizer, trained.passes, scaler, compiled(model))
+            self.noise = NoiseWatch(
+                subject.model, trained.optimizer, trained.passes, scaler, compiled(model), self._most
+            )
         self._found(subject)
         self.steps.updated()
         self.steps.count -= 1

@@ -9,7 +9,8 @@ import pytest
 
 from pybatch import fit_steps
 from pybatch import records as r
-from pybatch.answer.schedule import Course, course_of, law, plan_schedule
+from pybatch.answer.course import Course, course_of, law
+from pybatch.answer.schedule import plan_schedule
 from pybatch.base.errors import UsageError
 
 RATE = 0.02  # progress of a step of a very large batch, in ln of the loss

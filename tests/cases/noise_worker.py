@@ -3,9 +3,12 @@
 Every case returns plain numbers; the tests in tests/noise/test_distributed.py judge them.
 """
 
+import contextlib
 import gc
+import io
 import json
 import os
+import runpy
 import sys
 import warnings
 from pathlib import Path
@@ -22,6 +25,7 @@ from cases.noise_models import (
     mlp,
     watch_dropout,
 )
+from cases.paths import ROOT
 from cases.watch_together import ddp_watched, fsdp_watched
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
@@ -469,12 +473,37 @@ def fsdp_closure(rank, world):
     return twice(sharded(), rank, world)
 
 
+def example(rank, world, *more):
+    """examples/several_devices.py in this group: what it prints, which the first process does."""
+    begin, end, typed = dist.init_process_group, dist.destroy_process_group, sys.argv
+    dist.init_process_group = dist.destroy_process_group = lambda *given: None
+    sys.argv = ["several_devices.py", "--steps", "40", *more]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            runpy.run_path(str(ROOT / "examples" / "several_devices.py"), run_name="__main__")
+    finally:
+        dist.init_process_group, dist.destroy_process_group, sys.argv = begin, end, typed
+    assert rank == 0 or said.getvalue() == ""
+    return gathered(said.getvalue())
+
+
+def ddp_example(rank, world):
+    """As it is."""
+    return example(rank, world)
+
+
+def fsdp_example(rank, world):
+    """With --fsdp."""
+    return example(rank, world, "--fsdp")
+
+
 DDP_CASES = (
     *(plain, weighted, no_sync, synchronized_twice, own_hook, uneven, preconditioned, moments),
     *(ddp_scaled, ddp_dropout, ddp_dropout_eval, ddp_closure),
 )
 FSDP_CASES = (fsdp, fsdp_accumulated, fsdp_scaled, fsdp_dropout, fsdp_dropout_eval, fsdp_closure)
 WATCH_CASES = (ddp_watched, fsdp_watched)
+EXAMPLES = (ddp_example, fsdp_example)
 
 
 def main(rank, world, folder):
@@ -482,7 +511,7 @@ def main(rank, world, folder):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    cases = DDP_CASES + FSDP_CASES + WATCH_CASES if world == 2 else DDP_CASES
+    cases = DDP_CASES + FSDP_CASES + WATCH_CASES + EXAMPLES if world == 2 else DDP_CASES
     found = {case.__name__: case(rank, world) for case in cases}
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     gc.collect()  # models and their reducers go before the group they use

@@ -1,12 +1,12 @@
-"""Every example as a reader runs it, on fewer steps: what it prints is what its first lines promise."""
+"""Every example as a reader runs it, on fewer steps: what it prints is what its first lines promise.
+
+several_devices.py is run in tests/noise/test_distributed.py, by processes that are there.
+"""
 
 import ast
-import os
 import re
 import runpy
 import shlex
-import socket
-import subprocess
 import sys
 
 import pytest
@@ -14,7 +14,8 @@ import torch
 from cases.paths import ROOT
 
 from pybatch import cli
-from pybatch.records import Run
+from pybatch.records import Ceilings, Run
+from pybatch.watch import replay
 
 EXAMPLES = ROOT / "examples"
 SOURCES = sorted(EXAMPLES.glob("*.py"))
@@ -63,6 +64,7 @@ def test_it_is_short_is_run_here_and_names_commands_that_are_there(path):
 
 @pytest.mark.slow(seconds=4)
 def test_a_script_that_is_watched_trains_as_without(ran, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(replay, "measure_ceilings", lambda *given: Ceilings(1e11, 1e10))
     plain = ran("train.py", "--epochs", "4")
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     monkeypatch.setattr(sys, "path", sys.path[:])
@@ -92,46 +94,6 @@ def test_noise_in_a_loop(ran, tmp_path):
     assert len((tmp_path / "noise.jsonl").read_text().splitlines()) > 10
 
 
-WORKER = """
-import os, runpy, sys
-for port, more in zip(sys.argv[2:], ([], ["--fsdp"])):
-    os.environ["MASTER_PORT"] = port
-    sys.argv[1:], kept = ["--steps", "40", *more], sys.argv[1:]
-    runpy.run_path(kept[0], run_name="__main__")
-    sys.argv[1:] = kept
-sys.stdout.flush()
-os._exit(0)  # gloo's own threads can abort the interpreter on its way out
-"""
-
-
-@pytest.mark.slow(seconds=8)
-def test_ddp_and_fsdp2_measure_the_same_scale(tmp_path):
-    with socket.socket() as one, socket.socket() as two:
-        for free in (one, two):
-            free.bind(("127.0.0.1", 0))
-        ports = [str(free.getsockname()[1]) for free in (one, two)]
-    command = [sys.executable, "-c", WORKER, str(EXAMPLES / "several_devices.py"), *ports]
-    around = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            command,
-            env=around | {"RANK": rank, "LOCAL_RANK": rank},
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    said, errors = zip(*(process.communicate(timeout=100) for process in started), strict=True)
-    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
-    ddp, fsdp = said[0].splitlines()
-    assert ddp.startswith("ddp: B_simple")
-    assert fsdp.startswith("fsdp: B_simple")
-    assert ddp.removeprefix("ddp").replace("by ddp", "") == fsdp.removeprefix("fsdp").replace("by fsdp", "")
-    assert said[1] == ""
-
-
 @pytest.mark.slow(seconds=4)
 def test_a_workload_from_a_dataset(ran):
     assert "critical batch is" in ran("from_dataset.py", "2")
@@ -153,12 +115,11 @@ def test_the_hugging_face_recipe(ran):
 
 @pytest.mark.slow(seconds=5)
 def test_a_sweep_finds_a_critical_batch_and_goes_on_from_its_store(ran, tmp_path):
-    said = ran("sweep.py", "--store", "runs.db", "--largest", "128", "--seeds", "1")
+    said = ran("sweep.py", "--store", "runs.db", "--largest", "32", "--seeds", "1")
     assert "tuned, train loss 0.3:" in said
     assert "sqrt, train loss 0.3:" in said
-    kept = (tmp_path / "runs.db").stat().st_mtime_ns
-    assert ran("sweep.py", "--store", "runs.db", "--largest", "128", "--seeds", "1") == said
-    assert kept
+    assert (tmp_path / "runs.db").stat().st_size > 0
+    assert ran("sweep.py", "--store", "runs.db", "--largest", "32", "--seeds", "1") == said  # nothing is trained again
 
 
 def test_logs_of_ones_own(ran):

@@ -136,3 +136,10 @@ def test_a_watched_training_of_several_processes(processes, kind):
     assert found[0]["pairs"] >= 15
     assert found[0]["found"] == {"ddp": ["DDP"], "fsdp": ["FSDP2"]}[kind]
     assert found[0]["device"].startswith("2 processes on ")
+
+
+def test_the_example_measures_the_same_under_ddp_and_fsdp2(processes):
+    ddp, fsdp = (processes(2)[0][case] for case in ("ddp_example", "fsdp_example"))
+    assert ddp.startswith("ddp: B_simple ")
+    assert "(resolved, by ddp" in ddp
+    assert fsdp == ddp.replace("ddp", "fsdp")

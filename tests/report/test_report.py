@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -15,7 +16,7 @@ from pybatch.records import BatchPoint, Convergence, ConvergencePoint, Curve, No
 from pybatch.records.figure import figures
 from pybatch.report import layout
 from pybatch.report.formats.html import page
-from pybatch.report.formats.text import FORMATS, format_of, print_run, render
+from pybatch.report.formats.text import FORMATS, format_of, notes_in, print_run, render
 from pybatch.report.output import Output
 
 
@@ -188,6 +189,20 @@ def test_the_reason_of_a_null_is_in_the_record_and_not_on_a_page_without_the_fig
     brief = " ".join(render(run, "table").split())
     assert said not in brief
     assert re.search(r"\d+ more notes?: --verbose", brief)
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (None, "--verbose, or keep them: -o run.json, --html page.html"),
+        (Path("a b/page.html"), "'a b/page.html', under Details"),
+        (Path("runs.db"), "'pybatch report runs.db' makes a page with all of them"),
+    ],
+)
+def test_notes_that_are_left_out_are_said_with_where_they_stand(run, kept, said):
+    text = io.StringIO()
+    print_run(run, Console(file=text, width=200), more=notes_in(kept))
+    assert re.search(rf"^\d+ more notes?: {re.escape(said)}$", text.getvalue(), re.M)
 
 
 def test_a_narrow_or_wide_console_loses_no_column(run):

@@ -15,7 +15,7 @@ from pybatch.training.trial import Outcome, Study, Trial
 
 SEEDS = (0, 1, 2)
 CAP = 100_000
-REPEATS = 60
+REPEATS = 40
 RATES = [2.0**k for k in range(-6, 6)]
 BATCHES = [2**k for k in range(2, 12)]
 

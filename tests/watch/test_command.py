@@ -60,6 +60,7 @@ def test_stdout_and_status_are_the_scripts(folder):
     assert "pybatch: watching Sequential (178 parameters) with AdamW" in done.stderr
     assert "Training\n" in done.stderr
     assert "best batch" in done.stderr
+    assert "more notes: page.html, under Details" in " ".join(done.stderr.split()).replace(f"{folder}/", "")
     run = Run.from_json((folder / "run.json").read_text())
     assert (run.training.steps, run.training.batch, run.complete) == (250, 16, True)
     assert run.noise.source == "per-example"

@@ -491,3 +491,15 @@ def test_the_own_batch_is_timed_first_where_time_is_short(monkeypatch):
     assert any(
         "time budget of 0.5 s ended" in note.text and "--time-budget" in note.text for note in run.capacity.notes
     )
+
+
+@pytest.mark.parametrize(("micro", "source"), [(1, "per-example"), (2, "micro-batches")])
+def test_a_training_that_is_known_to_be_short_is_measured_oftener(micro, source):
+    """One step of ten would leave three pairs, of which there is no interval."""
+    model = Net(norm=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    run, _, _ = watched(lambda: train(model, optimizer, 1000, micro=micro), steps=40)
+    assert run.training.steps == 40
+    assert run.noise.source == source
+    assert run.noise.steps >= 16
+    assert "too few" not in " ".join(note.text for note in run.noise.notes)
