@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-Workload = Annotated[str, typer.Option(help="A workload of 'pybatch list', or your own: FILE.py:CLASS.")]
+Workload = Annotated[
+    str, typer.Option(help="One of 'pybatch list', or your own, FILE.py:NAME: a class, or a workload.")
+]
 Model = Annotated[str | None, typer.Option(help="One of the workload's models.")]
 Data = Annotated[str | None, typer.Option(help="The workload's data, where it takes a file or folder.")]
 Dials = Annotated[

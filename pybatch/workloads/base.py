@@ -57,6 +57,7 @@ class Workload(ABC):
     model_name: str | None = None
     data: str | None = None
     options: Mapping[str, int | float | str] = MappingProxyType({})
+    defined_in: str | None = None  # set by pybatch: the module of the user's file that made it
     asked_optimizer: OptimizerChoice | None = None  # set by pybatch: what a user asks for before the workload's own
     models: ClassVar[tuple[str, ...]] = ()
     dials: ClassVar[Mapping[str, str]] = MappingProxyType({})

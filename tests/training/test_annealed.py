@@ -178,6 +178,9 @@ def test_other_schedules_are_other_trials_and_other_experiments(tmp_path):
     steps = [run.convergence for run in runs]
     assert steps[0].experiment == steps[2].experiment == steps[3].experiment != steps[1].experiment
     assert [s.schedule for s in steps] == ["constant", "wsd", "constant", "constant"]
+    with sqlite3.connect(store) as db:
+        trials = [Trial.from_spec(spec) for (spec,) in db.execute("SELECT spec FROM trial")]
+    assert sorted(trial.schedule for trial in trials) == ["constant", "wsd"]
     assert steps[0].curves == steps[3].curves
     assert steps[0].changed == steps[3].changed  # nothing ran again
 

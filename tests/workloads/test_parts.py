@@ -1,5 +1,6 @@
 """Workloads made of a model, a data set, a loss and an optimizer."""
 
+import hashlib
 import re
 
 import pytest
@@ -9,8 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from pybatch import Workload
-from pybatch.base.errors import UsageError
+from pybatch.base.errors import UsageError, WorkloadError
 from pybatch.training.fingerprint import fingerprint
+from pybatch.workloads.running.finding import find
 from pybatch.workloads.running.packing import pack
 from pybatch.workloads.running.session import Session, fixed_batches
 
@@ -163,6 +165,42 @@ def test_another_loss_is_another_workload():
     assert fingerprint(one) != fingerprint(other)
     assert fingerprint(one) == fingerprint(one)
     del same
+
+
+FILE = """
+import torch
+import pybatch
+
+def make():
+    return torch.nn.Linear(3, 2)
+
+data = [(torch.zeros(3), 0)] * 8
+ready = pybatch.Workload.from_parts(model=make, train=data, loss=torch.nn.CrossEntropyLoss(), name="ready")
+
+def made():
+    return pybatch.Workload.from_parts(model=make, train=data, loss=torch.nn.CrossEntropyLoss(), name="made")
+
+def broken():
+    raise OSError("no such folder")
+
+def nothing():
+    return 3
+"""
+
+
+def test_the_command_line_takes_what_a_file_has_made(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(FILE)
+    for name in ("ready", "made"):
+        info = Session(find(f"{path}:{name}"), CPU).info
+        assert info.name == name
+        assert info.file_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(UsageError, match=r"--model: .* made in its file"):
+        find(f"{path}:ready", model="mlp")
+    with pytest.raises(UsageError, match="nor a workload, and makes none"):
+        find(f"{path}:nothing")
+    with pytest.raises(WorkloadError, match=r"broken\(\) .* OSError: no such folder"):
+        find(f"{path}:broken")
 
 
 def test_the_lines_of_code_in_the_docs_are_counted():

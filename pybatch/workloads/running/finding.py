@@ -41,7 +41,8 @@ def find(
     """The workload a user named, constructed.
 
     Args:
-        spec: a shipped name ("digits"), or "path/file.py:Class" for a subclass of `pybatch.Workload` of the user's own.
+        spec: a shipped name ("digits"), or "path/file.py:NAME" for the user's own: a subclass of `pybatch.Workload`, a
+            workload that was made, as by `Workload.from_parts`, or a function that makes one.
         model: one of the class's `models`; None for its default.
         data: path of a data file or folder, for a class that takes one.
         options: "key=value" for further arguments of the constructor, such as the dials of `pybatch list`.
@@ -53,7 +54,13 @@ def find(
     """
     path, _, name = spec.rpartition(":")
     if is_users(spec):
-        cls = _from_file(spec, path, name)
+        found = _from_file(spec, path, name)
+        if isinstance(found, Workload):
+            asked = {"--model": model, "--data": data, "--option": options, "--size": size}
+            if needless := [flag for flag, value in asked.items() if value]:
+                raise UsageError(f"{needless[0]}: workload '{spec}' is made in its file, and takes none. Leave it out.")
+            return found
+        cls = found
     else:
         known = shipped()
         if spec not in known:
@@ -89,15 +96,15 @@ def load_file(path: Path, name: str | None = None) -> ModuleType:
     return module
 
 
-def file_digest(cls: type[Workload]) -> str | None:
-    """SHA-256 of the user's file that a class was loaded from by name; None for every other class.
+def file_digest(workload: Workload) -> str | None:
+    """SHA-256 of the user's file that a workload was loaded from by name; None for every other.
 
     What the file imports is not part of it.
     """
-    return _digests.get(cls.__module__)
+    return _digests.get(workload.defined_in or type(workload).__module__)
 
 
-def _from_file(spec: str, path: str, name: str) -> type[Workload]:
+def _from_file(spec: str, path: str, name: str) -> type[Workload] | Workload:
     if not path or not name:
         raise UsageError(f"workload '{spec}' names no class. Write path/file.py:Class.")
     if not Path(path).is_file():
@@ -110,8 +117,22 @@ def _from_file(spec: str, path: str, name: str) -> type[Workload]:
     }
     if name in classes:
         return classes[name]
+    made = getattr(module, name, None)
+    if inspect.isfunction(made):
+        try:
+            with put_back():
+                made = made()
+        except (UsageError, WorkloadError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise WorkloadError(f"{name}() of workload '{spec}' raised {type(error).__name__}: {error}.") from error
+    if isinstance(made, Workload):
+        made.defined_in = module.__name__
+        return made
     if hasattr(module, name):
-        raise UsageError(f"workload '{spec}': {name} is not a subclass of pybatch.Workload. Derive it from that.")
+        raise UsageError(
+            f"workload '{spec}': {name} is not a subclass of pybatch.Workload, nor a workload, and makes none."
+        )
     raise unknown(f"'{path}' has no such workload:", name, classes)
 
 

@@ -140,7 +140,7 @@ class Session:
             reference_batch=work.reference_batch,
             target=dict(work.target),
             options=dict(work.options),
-            file_sha256=file_digest(type(work)),
+            file_sha256=file_digest(work),
             optimizer=name,
             optimizer_options=options,
         )
