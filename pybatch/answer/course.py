@@ -43,7 +43,7 @@ class Course:
     def at(self, examples: Array, values: Array | None = None) -> Array:
         """The critical batch after so many examples of the run: rising, on the log scale, held beyond the ends."""
         logs = np.log(self.critical if values is None else values)
-        spread = np.log(self.high / self.low)
+        spread = np.log(self.high) - np.log(self.low)
         weights = np.where(np.isfinite(spread) & (spread > 0), spread, np.nanmax(np.append(spread, 1.0))) ** -2.0
         rising = isotonic_regression(logs, weights=weights).x
         return np.asarray(np.exp(np.interp(examples, self.examples, rising)))
@@ -90,6 +90,11 @@ def _of_branches(run: Run) -> Course | None:
         return None
     base = points[0].base_batch
     fits = [at.fit for at in points if at.fit is not None]
+    past = [at for at in points if at.fit and (at.fit.critical_batch or 0.0) > max(p.batch for p in at.points)]
+    notes: tuple[Note, ...] = ()
+    if past:
+        text = f"at {n.counted(len(past), 'checkpoint')} the critical batch is above the largest branch: extrapolated"
+        notes = (Note("stages", text),)
 
     def of(values: Sequence[float | None]) -> Array:
         return np.array([math.nan if value is None else value for value in values], dtype=float)
@@ -101,6 +106,7 @@ def _of_branches(run: Run) -> Course | None:
         of([fit.low for fit in fits]),
         of([fit.high for fit in fits]),
         "branches",
+        notes,
     )
 
 

@@ -45,7 +45,8 @@ class Schedule(Shown):
     stages: tuple[Stage, ...]
     base_batch: int = field(metadata=figure("batch of the run", form=n.count))
     base_steps: int = field(metadata=figure("steps of the run", form=n.count))  # that reach the same loss
-    cost: float = field(metadata=figure("examples above the fewest", form=n.share))  # as asked for
+    cost: float = field(metadata=figure("examples above the fewest", form=n.share))  # of any batch, as it comes out
+    cost_asked: float
     steps: int = field(metadata=figure("steps", form=n.count))
     examples: int = field(metadata=figure("examples", form=n.count))
     # The fixed batch that takes as many examples to the same loss, and what the schedule saves of its steps.

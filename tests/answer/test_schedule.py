@@ -10,7 +10,7 @@ import pytest
 from pybatch import fit_steps
 from pybatch import records as r
 from pybatch.answer.course import Course, course_of, law
-from pybatch.answer.schedule import plan_schedule
+from pybatch.answer.schedule import plan_schedule, rate_rule_of
 from pybatch.base.errors import UsageError
 
 RATE = 0.02  # progress of a step of a very large batch, in ln of the loss
@@ -97,7 +97,51 @@ def test_a_constant_critical_batch_wants_one_batch():
     assert [stage.batch for stage in found.stages] == [64]
     assert found.steps_saved == pytest.approx(0.0, abs=1e-9)
     assert found.steps == pytest.approx(1e6 / 64, rel=1e-3)
-    assert str(found) == "Keep batch 64 for the whole run. No doubling along it saves steps."
+    assert found.answer == "Keep batch 64 for the whole run."
+    assert found.cost == pytest.approx(0.128, rel=1e-3)
+    assert "one batch for the whole run: the critical batch does not rise twofold along it" in texts(found)
+
+
+def texts(found):
+    return [note.text for note in found.notes]
+
+
+def test_one_batch_is_told_with_its_cause():
+    """A bound, or another batch than the run's: neither is a critical batch that hardly changes."""
+    grown = plan_schedule(law(1.0, 0.5, 8e6, 8), steps=1e6, most=8)
+    assert grown.answer == "Keep batch 8 for the whole run."
+    assert any("no other is between the bounds" in text for text in texts(grown))
+    assert not any("rise" in text for text in texts(grown))
+    moved = plan_schedule(law(4096.0, 0.0, 1.6e5, 8), steps=20_000)
+    assert moved.answer == "Use batch 512 for the whole run."
+    assert "and batch 8 20,000" in moved.because
+
+
+def test_a_cost_that_no_batch_keeps_is_told_as_it_is():
+    found = plan_schedule(law(20.0, 0.0, 1e6, 64), examples=1e6, least=256)
+    assert found.cost == pytest.approx(256 / 20, rel=0.01)
+    assert any("20.0 % more examples than the fewest were asked for" in text for text in texts(found))
+
+
+@pytest.mark.parametrize("end", [1e12, 1e20, 1.9e44, 1e300])
+def test_an_interval_without_end_breaks_nothing(end):
+    wide = Course(
+        16, np.array([1e3, 1e5]), np.array([20.0, 200.0]), np.array([1e-9, 1e-9]), np.full(2, end), "branches"
+    )
+    found = plan_schedule(wide, examples=1e5)
+    assert -0.5 < found.steps_saved_low <= found.steps_saved <= found.steps_saved_high < 1.0
+    one = plan_schedule(wide, examples=1e5, least=16, most=16)
+    assert (one.steps_saved_low, one.steps_saved_high) == (pytest.approx(0.0, abs=1e-9), pytest.approx(0.0, abs=1e-9))
+
+
+def test_passes_divide_the_batch():
+    found = plan_schedule(law(400.0, 0.0, 1e6, 64), examples=1e6, least=64, most=64, fits=24)
+    assert [stage.passes for stage in found.stages] == [4]  # of 16: three would be of 21.3
+
+
+def test_the_rate_follows_by_the_optimizer_that_trained():
+    for optimizer, rule in (("sgd", "linear"), ("adamw", "sqrt"), (None, "sqrt")):
+        assert rate_rule_of(r.Run("", None, convergence=r.Convergence((), optimizer=optimizer))) == rule
 
 
 def test_stages_follow_each_other_and_rise():
@@ -181,7 +225,7 @@ def branched(*at):
         for _, b in at
     ]
     points = [
-        r.Branching(step, 1.0, 16, 4096, 0.9, 0.01, (), None, None, None, fit)
+        r.Branching(step, 1.0, 16, 4096, 0.9, 0.01, (r.BranchPoint(64, 0.1, (1.0,), (10.0,)),), None, None, None, fit)
         for (step, _), fit in zip(at, fits, strict=True)
     ]
     return r.Run("", None, convergence=r.Convergence((), 3, branches=tuple(points)))
@@ -198,8 +242,8 @@ def test_branches_of_a_run_come_before_its_noise():
 
 def test_a_record_survives_json_and_says_its_first_line():
     found = plan_schedule(*(lambda course, taken: (course,))(*quadratic()), steps=1000)
-    run = r.Run("", None, schedule=found)
-    assert r.Run.from_json(run.to_json()).schedule == found
+    run = r.Run("", None, batch_schedule=found)
+    assert r.Run.from_json(run.to_json()).batch_schedule == found
     assert found.answer.startswith("Use batch ")
 
 
@@ -215,7 +259,8 @@ def test_a_record_survives_json_and_says_its_first_line():
         ({"steps": 100, "cost": 0.0}, "cost 0"),
         ({"steps": 100, "cost": math.inf}, "cost inf"),
         ({"steps": 100, "rate_rule": "square"}, "rate rule 'square'"),
-        ({"steps": 100, "least": 100, "most": 10}, "none is between"),
+        ({"steps": 100, "rate_rule": "tuned"}, "rate rule 'tuned'"),
+        ({"steps": 100, "least": 100, "most": 10}, "Give bounds the other way round"),
         ({"steps": 100, "most": 100, "least": 65}, "no doubling of batch 64"),
         ({"steps": 100, "devices": 0}, "devices 0"),
     ],
