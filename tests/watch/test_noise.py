@@ -51,6 +51,8 @@ def test_a_slow_spell_discards_nothing_that_was_measured(monkeypatch):
     known = training.watch.read()
     assert known.status == "resolved"
     training.steps(20, watched=0.3)
+    assert training.watch._every == source._FIRST  # half of what is compared was not slow
+    training.steps(20, watched=0.3)
     assert training.watch._every > source._FIRST
     training.steps(10)
     assert training.watch.read().status == "resolved"
