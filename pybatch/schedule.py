@@ -23,7 +23,7 @@ from torch.utils.data import Sampler
 from pybatch.answer.schedule import RATES
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import said
-from pybatch.records import NoiseScale, Schedule
+from pybatch.records import NoiseScale, Run, Schedule
 from pybatch.scaling import Base, scale
 
 __all__ = ["BatchSchedule", "ScheduledBatches"]
@@ -44,7 +44,8 @@ class BatchSchedule:
     """The batch size of each step, by stages that were planned or by the noise scale as it is measured.
 
     Args:
-        stages: a `Schedule`, or pairs (examples seen, batch) that begin at 0; of a schedule by noise the first batch.
+        stages: a `Schedule` or the record that holds it, or pairs (examples seen, batch) that begin at 0; of a schedule
+            by noise the first batch.
         optimizer: whose rate, and as asked for betas and weight decay, follow the batch; None: the caller sets them.
         base_batch: that the optimizer's settings are for; None: the schedule's.
         micro_batch: examples of a pass on one device; every batch must be a multiple of it times `devices`. None: the
@@ -66,7 +67,7 @@ class BatchSchedule:
 
     def __init__(
         self,
-        stages: Schedule | Sequence[tuple[int, int]] | int,
+        stages: Run | Schedule | Sequence[tuple[int, int]] | int,
         optimizer: torch.optim.Optimizer | None = None,
         *,
         base_batch: int | None = None,
@@ -93,6 +94,15 @@ class BatchSchedule:
             raise UsageError(f"beta2 {said(beta2)}, decay {said(decay)}: give 'half-life' and 'timescale', or None.")
         if noise is not None and len(self._stages) > 1:
             raise UsageError("stages and noise: give the first batch alone, where the noise scale decides the others.")
+        if noise is None and isinstance(stages, int):
+            raise UsageError(f"one batch, {stages}, and nothing to follow: give stages, or noise= and most=.")
+        if noise is not None and not hasattr(type(noise), "noise"):
+            raise UsageError(
+                f"noise: a {type(noise).__name__} measures none. Give a handle of pybatch.noise.attach, or an "
+                "optimizer of pybatch.optim made with noise=True."
+            )
+        if beta2 is not None and optimizer is not None and "betas" not in optimizer.param_groups[0]:
+            raise UsageError(f"beta2={beta2!r}: {type(optimizer).__name__} has no betas. Leave it out.")
         if noise is not None and most is None:
             raise UsageError("a schedule by noise needs most=, the largest batch it may take.")
         if not 0 < cost < math.inf or every < 1 or devices < 1:
@@ -292,8 +302,12 @@ class ScheduledBatches(Sampler[list[int]]):
         return found
 
 
-def _stages_of(stages: Schedule | Sequence[tuple[int, int]] | int) -> tuple[list[tuple[int, int]], int, str]:
+def _stages_of(stages: Run | Schedule | Sequence[tuple[int, int]] | int) -> tuple[list[tuple[int, int]], int, str]:
     """(examples before, batch) by stage, the base batch and the rate's rule."""
+    if isinstance(stages, Run):
+        if stages.batch_schedule is None:
+            raise UsageError("stages: this record has no schedule. Give one that 'pybatch schedule -o' wrote.")
+        stages = stages.batch_schedule
     if isinstance(stages, Schedule):
         return [(stage.first_example, stage.batch) for stage in stages.stages], stages.base_batch, stages.rate_rule
     given = [(0, stages)] if isinstance(stages, int) else list(stages)

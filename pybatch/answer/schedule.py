@@ -26,6 +26,7 @@ from pybatch.scaling import Base, scale
 
 COST = 0.2  # examples above the fewest, as a share of these
 CELLS = 2000  # stretches of the run that batches are chosen for
+WORTH = 0.02  # share of the steps that a schedule saves at least, to be worth its switches
 SHORTEST = 0.02  # share of all steps: a shorter stage is not worth a switch
 RATES = ("constant", "linear", "sqrt")  # rules of `pybatch.scaling` that need a rate and nothing else
 _WIDEST = 1024.0  # times the critical batch: what lies beyond is an open end
@@ -69,6 +70,9 @@ def plan_schedule(
     critical = course.at(seen)
     progress = total / CELLS / (course.batch + critical)  # in steps of a very large batch
     chosen = _without_short(batches[_cheapest(batches, critical, progress, cost)], critical, progress)
+    if _against_fixed(chosen, critical, progress)[1] < WORTH:
+        kept = batches[batches * progress.sum() <= 1.001 * cost * float(progress @ critical)]
+        chosen = np.full(CELLS, kept[-1] if len(kept) else batches[0])
     stages = _stages(course, chosen, critical, progress, seen[-1], rate_rule, fits, devices)
     taken, used = sum(s.steps for s in stages), sum(s.examples for s in stages)
     fixed, saved = _against_fixed(chosen, critical, progress)
@@ -85,6 +89,7 @@ def plan_schedule(
         base_steps=max(1, round(total / course.batch)),
         cost=float(progress @ chosen) / float(progress @ critical),
         cost_asked=cost,
+        base_cost=float(course.batch * progress.sum()) / float(progress @ critical),
         steps=taken,
         examples=used,
         fixed_batch=fixed,
@@ -95,7 +100,7 @@ def plan_schedule(
         rate_rule=rate_rule,
     )
     notes = (*course.notes, *_notes(course, total, found, critical, (least, most), fits, devices))
-    answer, because = _words(found)
+    answer, because = _words(found, course.doubt)
     found = replace(found, notes=notes)
     return replace(found, answer=answer, because=because)
 
@@ -126,9 +131,15 @@ def _doublings(course: Course, least: int | None, most: int | None, fits: int | 
         raise UsageError(f"batches from {low:g} to {top:g}: none is between. Give bounds the other way round.")
     sizes = [course.batch * 2.0**exponent for exponent in range(-60, 41)]
     found = [s for s in sizes if low <= s <= top and s == int(s) and _divides(int(s), devices, fits)]
+    if not found and not any(s == int(s) and int(s) % devices == 0 for s in sizes):
+        raise UsageError(
+            f"batch {course.batch} times a power of two never divides over {n.counted(devices, 'device')}. Give "
+            f"--batch, a multiple of {devices} times a power of two."
+        )
     if not found:
         raise UsageError(
-            f"no doubling of batch {course.batch} from {low:g} to {top:g} divides over {n.counted(devices, 'device')}"
+            f"no doubling of batch {course.batch} from {n.batch_size(low)} to {n.batch_size(top)} divides over "
+            f"{n.counted(devices, 'device')}"
             + (f" into passes of {fits} at most" if fits else "")
             + ". Give other bounds."
         )
@@ -249,27 +260,33 @@ def _notes(
         notes.append(Note("stages", text))
     if len(stages) == 1:
         flat = float(critical.max()) < 2.0 * float(critical.min())
-        why = "the critical batch does not rise twofold along it" if flat else "no other is between the bounds"
-        if flat or any(bound is not None for bound in bounds):
-            notes.append(Note("stages", f"one batch for the whole run: {why}"))
+        why = f"doublings along it save less than {n.share(WORTH)}"
+        if flat:
+            why = "the critical batch does not rise twofold along it"
+        elif any(bound is not None for bound in bounds):
+            why = f"no other between the bounds saves {n.share(WORTH)} or more"
+        notes.append(Note("stages", f"one batch for the whole run: {why}"))
     return notes
 
 
-def _words(found: Schedule) -> tuple[str, str]:
-    """The first line, and one sentence why."""
+def _words(found: Schedule, doubt: str) -> tuple[str, str]:
+    """The first line, and why, with what there is to doubt of it."""
     sizes = " → ".join(n.count(stage.batch) for stage in found.stages)
     reaches = f"By the model it takes {n.count(found.steps)} steps to the same loss"
     if len(found.stages) == 1:
         [only] = found.stages
         verb = "Keep" if only.batch == found.base_batch else "Use"
         other = f", and batch {n.count(found.base_batch)} {n.count(found.base_steps)}" if verb == "Use" else ""
-        return f"{verb} batch {sizes} for the whole run.", f"{reaches}{other}; no change along the run saves more."
+        return (
+            f"{verb} batch {sizes} for the whole run.",
+            f"{reaches}{other}; no change along the run saves more.{doubt}",
+        )
     span = n.interval(found.steps_saved_low, found.steps_saved_high, n.share)
     saved = f"{n.share(found.steps_saved)} {span}".strip()
     return (
         f"Use batch {sizes}.",
         f"{reaches}, {saved} fewer than batch {n.batch_size(found.fixed_batch)} throughout, which takes as many "
-        "examples.",
+        f"examples.{doubt}",
     )
 
 

@@ -76,7 +76,7 @@ def _planned(
         notes.append(f"the largest batch that fits, {count(capacity.max_batch)}, is predicted; it was not run")
     if wanted is not None:
         devices = devices or 1
-        if largest is None and capacity is None:
+        if largest is None and (capacity is None or capacity.max_batch is None):
             largest = max(1, wanted // devices)
             notes.append(
                 f"whether {count(largest)} fit a device is not known: give a record of 'pybatch bench', or --largest N"

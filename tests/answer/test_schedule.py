@@ -102,6 +102,16 @@ def test_a_constant_critical_batch_wants_one_batch():
     assert "one batch for the whole run: the critical batch does not rise twofold along it" in texts(found)
 
 
+def test_a_schedule_that_saves_next_to_nothing_is_not_advised():
+    """Doublings are coarse: where the critical batch hardly rises, none beats the fixed batch by 2 %."""
+    course = Course(64, np.array([1e3, 1e6]), np.array([420.0, 620.0]), np.full(2, 300.0), np.full(2, 900.0), "noise")
+    for cost in (0.1, 0.2, 0.4, 1.0):
+        found = plan_schedule(course, steps=20_000, cost=cost)
+        assert len(found.stages) == 1
+        assert found.cost <= 1.001 * cost
+        assert r.Run.from_json(r.Run("", None, batch_schedule=found).to_json()).batch_schedule == found
+
+
 def texts(found):
     return [note.text for note in found.notes]
 
@@ -110,7 +120,7 @@ def test_one_batch_is_told_with_its_cause():
     """A bound, or another batch than the run's: neither is a critical batch that hardly changes."""
     grown = plan_schedule(law(1.0, 0.5, 8e6, 8), steps=1e6, most=8)
     assert grown.answer == "Keep batch 8 for the whole run."
-    assert any("no other is between the bounds" in text for text in texts(grown))
+    assert any("no other between the bounds saves" in text for text in texts(grown))
     assert not any("rise" in text for text in texts(grown))
     moved = plan_schedule(law(4096.0, 0.0, 1.6e5, 8), steps=20_000)
     assert moved.answer == "Use batch 512 for the whole run."
@@ -211,9 +221,12 @@ def test_a_watched_run_is_read_in_its_own_steps():
     assert course.examples == pytest.approx([50.5 * 32, 250.5 * 32, 350.5 * 32])
     assert course.critical == pytest.approx([20.0, 50.0, 200.0])
     found = plan_schedule(course, steps=2000)
-    texts = " ".join(note.text for note in found.notes)
-    assert "1 reading of the noise scale is a lower bound" in texts
-    assert "held at its last value" in texts
+    said = " ".join(texts(found))
+    assert "1 of 3 readings of the noise scale is a lower bound" in said
+    assert "held at its last value" in said
+    assert "confidence" not in found.because
+    bounds = [point(100 * i + 1, 100 * i + 100, None, 50.0 * 1.5**i, None, "lower_bound") for i in range(8)]
+    assert "Low confidence: 8 of 8 readings" in plan_schedule(course_of(watched(bounds)), steps=2000).because
 
 
 def branched(*at):
@@ -263,6 +276,7 @@ def test_a_record_survives_json_and_says_its_first_line():
         ({"steps": 100, "least": 100, "most": 10}, "Give bounds the other way round"),
         ({"steps": 100, "most": 100, "least": 65}, "no doubling of batch 64"),
         ({"steps": 100, "devices": 0}, "devices 0"),
+        ({"steps": 100, "devices": 3}, "never divides over 3 devices. Give --batch"),
     ],
 )
 def test_bad_arguments(asked, says):
@@ -273,9 +287,9 @@ def test_bad_arguments(asked, says):
 @pytest.mark.parametrize(
     ("run", "says"),
     [
-        (r.Run("", None), "has 0 readings"),
-        (watched([]), "has one noise scale.*pybatch watch"),
-        (watched([point(1, 10, 5.0, 3.0, 9.0)]), "has 1 reading"),
+        (r.Run("", None), "has 0 readings.*pybatch watch"),
+        (dataclasses.replace(watched([]), training=None), "has one noise scale.*pybatch watch"),
+        (watched([point(1, 10, 5.0, 3.0, 9.0)]), "1 reading of it; two are the least.*Watch the run for longer"),
     ],
 )
 def test_a_record_without_a_trajectory_says_what_to_measure(run, says):
