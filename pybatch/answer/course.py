@@ -131,8 +131,8 @@ def _of_noise(run: Run, batch: int | None) -> Course:
         if run.training is not None:
             watched = n.counted(run.training.steps, "watched step")
             raise UsageError(
-                f"a schedule needs the noise scale along the run, and {watched} gave {have} of it; two are the least, of "
-                "16 measured steps each. Watch the run for longer."
+                f"a schedule needs the noise scale along the run, and {watched} gave {have} of it; two are the least, "
+                "of 16 measured steps each. Watch the run for longer."
             )
         raise UsageError(
             f"a schedule needs the noise scale, or branches, along a run, and this record has {have}. Measure "
