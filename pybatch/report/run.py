@@ -27,10 +27,10 @@ from pybatch.report.plot import Plot
 def title(run: Run) -> str:
     """What was measured, and where, in one line."""
     measured = run.capacity or run.convergence
-    if measured is None and run.batch_schedule is not None:
-        return "pybatch schedule"
     if measured is None and run.training is not None:
         return f"{run.training.name} ({run.training.model})"
+    if measured is None and run.batch_schedule is not None:
+        return "pybatch schedule"
     if measured is None or measured.workload is None or measured.device is None:
         return "pybatch bench" if run.convergence is None else "Steps to a target, as logged"
     work, device = measured.workload, measured.device
