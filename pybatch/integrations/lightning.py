@@ -22,6 +22,7 @@ from pybatch.noise import attach
 from pybatch.records import NoiseScale
 from pybatch.schedule import BatchSchedule
 from pybatch.workloads.base import Workload
+from pybatch.workloads.given import own_copy
 from pybatch.workloads.running.session import is_out_of_memory
 
 _NONE_FITS = "memory runs out with a single example. Make the model smaller, or checkpoint activations."
@@ -326,15 +327,11 @@ def workload(module: pl.LightningModule, data: Any = None, **more: Any) -> Workl
         raise UsageError(f"train_dataloader() gives a {type(loader).__name__}. Give one DataLoader.")
     optimizer = _optimizer(module.configure_optimizers())
     groups = groups_by_place(optimizer, [p for p in module.parameters() if p.requires_grad])
-    kind, defaults = type(optimizer), dict(optimizer.defaults)
-
-    def model() -> torch.nn.Module:
-        made = copy.deepcopy(module)
-        made.log = made.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
-        return made
-
+    kind, defaults = type(optimizer), copy.deepcopy(optimizer.defaults)
+    kept: Any = own_copy(module)
+    kept.log = kept.log_dict = lambda *args, **kwargs: None
     return Workload.from_parts(
-        model=model,
+        model=lambda: copy.deepcopy(kept),
         train=loader.dataset,
         collate_fn=loader.collate_fn,
         loss=lambda model, batch: _loss(model, batch),

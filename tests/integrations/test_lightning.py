@@ -1,5 +1,7 @@
 """Lightning: the noise scale in its loggers, a batch size that was always run, a module as a workload."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -212,7 +214,10 @@ def test_a_module_as_a_workload():
     from pybatch.integrations.lightning import workload
 
     module = Module()
-    session = Session(workload(module, unit="points"), CPU)
+    work = workload(module, unit="points")
+    before = copy.deepcopy(module)
+    nn.init.zeros_(module.body[0].weight)  # it is trained after
+    session, module = Session(work, CPU), before
     info = session.info
     assert (info.name, info.unit, info.examples, info.reference_batch) == ("module", "points", 512, 4)
     assert (info.optimizer, info.learning_rate) == ("adamw", 0.01)

@@ -199,6 +199,11 @@ class Session:
         """Draw n examples and move them to the device."""
         return self.moved(self._drawn(n, split))
 
+    def timed_batch(self, n: int) -> Any:
+        """As `batch`, for steps that are timed alone: see `Workload.timed_batch`."""
+        own = self.workload.brings("timed_batch")
+        return self.moved(self._checked("timed_batch", n) if own else self._drawn(n, "train"))
+
     def weighed_batch(self, n: int) -> tuple[Any, torch.Tensor | None]:
         """As `batch`, and what its examples count for in the loss: float64 [n] on the CPU; None: all alike."""
         batch = self._drawn(n, "train")
@@ -217,15 +222,18 @@ class Session:
         return weights
 
     def _drawn(self, n: int, split: Split) -> Any:
-        batch = self._call("batch", n, self.generator, split)
+        return self._checked("batch", n, split)
+
+    def _checked(self, method: str, n: int, *split: Split) -> Any:
+        batch = self._call(method, n, self.generator, *split)
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
         if not tensors:
-            raise self._error("batch", f"returned {type(batch).__name__} without a tensor in it")
+            raise self._error(method, f"returned {type(batch).__name__} without a tensor in it")
         sizes = {tuple(t.shape[:1]) for t in tensors if t.ndim}
         if (n,) not in sizes:
             shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
             raise self._error(
-                "batch", f"was asked for {n} examples and returned shapes {shapes}; dimension 0 must be {n}"
+                method, f"was asked for {n} examples and returned shapes {shapes}; dimension 0 must be {n}"
             )
         return batch
 
