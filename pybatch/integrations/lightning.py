@@ -21,6 +21,7 @@ from pybatch.integrations.figures import groups_by_place, logged, made_again
 from pybatch.noise import attach
 from pybatch.records import NoiseScale
 from pybatch.schedule import BatchSchedule
+from pybatch.watch.state import put_back
 from pybatch.workloads.base import Workload
 from pybatch.workloads.given import own_copy
 from pybatch.workloads.running.session import is_out_of_memory
@@ -176,7 +177,9 @@ class BatchSizeFinder(Callback):
 
     The size is written to `batch_size` of the module or its data module, as Lightning's own finder does. It has always
     been run itself: where memory ended the search, the margin is taken off and the smaller batch run once more.
-    Weights, optimizer and random numbers are then as before.
+    Afterwards all of the module is as before, to a depth of 8 within its attributes; so are the optimizers, and the
+    generators of torch, NumPy and Python. What lies elsewhere keeps what the steps on trial did: the data module, data
+    sets, globals, files. Learning rates are 0 on trial.
 
     Args:
         start: the first size.
@@ -208,7 +211,7 @@ class BatchSizeFinder(Callback):
             self.tried[n] = found is not None
             return found
 
-        with _put_back(trainer, pl_module):
+        with _on_trial(trainer, pl_module):
             self.batch_size = largest(fits, self.start, self.most, self.margin)
         lightning_setattr(pl_module, self.name, self.batch_size)
 
@@ -365,22 +368,10 @@ def _loss(module: Any, batch: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _put_back(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-    """In this context the module is trained on trial, and logs nothing."""
-    weights = copy.deepcopy(module.state_dict())
-    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
-    device = trainer.strategy.root_device
-    quiet: Any = lambda *args, **kwargs: None  # noqa: E731
-    module.log, module.log_dict = quiet, quiet  # type: ignore[method-assign]
-    training = module.training
-    module.train()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        del module.log, module.log_dict
-        module.train(training)
-        module.load_state_dict(weights)
-        for optimizer, state in zip(trainer.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-            optimizer.zero_grad(set_to_none=True)
+def _on_trial(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """In this context the module is trained on trial, and logs nothing; all of it is put back."""
+    with put_back(module, trainer.optimizers, apart=(trainer, getattr(trainer, "datamodule", None))):
+        quiet: Any = lambda *args, **kwargs: None  # noqa: E731
+        module.log, module.log_dict = quiet, quiet  # type: ignore[method-assign]
+        module.train()
+        yield

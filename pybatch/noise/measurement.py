@@ -200,9 +200,7 @@ class _Measurement:
 
     def step(self) -> None:
         """One update, and what the workload's schedule makes of the rate."""
-        if not self.session.update(self.optimizer):
-            self.session.check_updates()
-        elif self.schedule is not None:
+        if self.session.update(self.optimizer) and self.schedule is not None:
             self.schedule.step()
 
     def train_on(self) -> None:

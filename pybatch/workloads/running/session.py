@@ -174,21 +174,12 @@ class Session:
         """One update; left out where fp16 gradients overflowed, after which the loss is scaled by half as much.
 
         As torch's GradScaler does it, down to a least scale. After 50 in a row that were left out the training has
-        diverged: `evaluate` gives NaN, and `check_finite` and `check_updates` raise. Only fp16 waits for the device.
+        diverged: `evaluate` gives NaN, and `check_finite` raises. Only fp16 waits for the device.
         """
         if self.scaling is not None and not self.scaling.update(p.grad for p in self.parameters):
             return False
         optimizer.step()
         return True
-
-    def check_updates(self) -> None:
-        """Raise WorkloadError where a training in fp16 has diverged, see `update`."""
-        if self.scaling is not None and self.scaling.diverged:
-            raise self._error(
-                "loss",
-                f"gives gradients that overflow fp16: {self.scaling.skipped} updates in a row were left out, the last "
-                f"with losses scaled by {self.scaling.value:.2g}. Take dtype bf16 or fp32, or a lower learning rate",
-            )
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
         """The workload's own schedule of a training of so many steps, or None."""
@@ -310,8 +301,13 @@ class Session:
         return loss.detach()
 
     def check_finite(self, loss: torch.Tensor, where: str) -> float:
-        """The loss as a number; a NaN or infinity is the workload's error, and so is `check_updates`'. Synchronizes."""
-        self.check_updates()
+        """The loss as a number; the workload's error are NaN, infinity, and updates as of `update`. Synchronizes."""
+        if self.scaling is not None and self.scaling.diverged:
+            raise self._error(
+                "loss",
+                f"gives gradients that overflow fp16: {self.scaling.skipped} updates in a row were left out, the last "
+                f"with losses scaled by {self.scaling.value:.2g}. Take dtype bf16 or fp32, or a lower learning rate",
+            )
         value = float(loss)
         if not torch.isfinite(loss):
             raise self._error("loss", f"returned {value} {where}")
