@@ -20,10 +20,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch.utils.data import Sampler
 
+from pybatch.answer.schedule import RATES
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import said
-from pybatch.records import NoiseScale, Schedule
-from pybatch.scaling import Base, rules, scale
+from pybatch.records import NoiseScale, Run, Schedule
+from pybatch.scaling import Base, followed, scale
 
 __all__ = ["BatchSchedule", "ScheduledBatches"]
 
@@ -43,7 +44,8 @@ class BatchSchedule:
     """The batch size of each step, by stages that were planned or by the noise scale as it is measured.
 
     Args:
-        stages: a `Schedule`, or pairs (examples seen, batch) that begin at 0; of a schedule by noise the first batch.
+        stages: a `Schedule` or the record that holds it, or pairs (examples seen, batch) that begin at 0; of a schedule
+            by noise the first batch.
         optimizer: whose rate, and as asked for betas and weight decay, follow the batch; None: the caller sets them.
         base_batch: that the optimizer's settings are for; None: the schedule's.
         micro_batch: examples of a pass on one device; every batch must be a multiple of it times `devices`. None: the
@@ -52,7 +54,7 @@ class BatchSchedule:
         rate: how the learning rate follows: "constant", "linear" or "sqrt" of `pybatch.scaling`; None: the
             schedule's, else "sqrt".
         beta2: "half-life" keeps that of Adam's second moment in examples (Marek et al. 2025): beta2^(B / base).
-        decay: "timescale" keeps that of weight decay in examples (Bergsma et al. 2025): B / (rate x decay) is constant.
+        decay: "timescale" keeps that of weight decay in examples: B / (rate x decay), see `pybatch.scaling.followed`.
         noise: what measures; the batch then doubles once `cost` times its noise scale asks for twice as many, with
             hysteresis, and never falls.
         cost: share of the noise scale that is the batch.
@@ -65,7 +67,7 @@ class BatchSchedule:
 
     def __init__(
         self,
-        stages: Schedule | Sequence[tuple[int, int]] | int,
+        stages: Run | Schedule | Sequence[tuple[int, int]] | int,
         optimizer: torch.optim.Optimizer | None = None,
         *,
         base_batch: int | None = None,
@@ -80,14 +82,27 @@ class BatchSchedule:
         most: int | None = None,
     ) -> None:
         self._stages, base, planned = _stages_of(stages)
-        self._base = base_batch or base
+        self._base = base if base_batch is None else base_batch
+        if self._base < 1:
+            raise UsageError(
+                f"base_batch {base_batch}: give the batch that the optimizer's settings are for, 1 or more."
+            )
         rate = rate or planned
-        if rate not in rules() or rate == "adascale":
+        if rate not in RATES:
             raise UsageError(f"rate {said(rate)} is not known. Use one of: constant, linear, sqrt.")
         if beta2 not in (None, "half-life") or decay not in (None, "timescale"):
             raise UsageError(f"beta2 {said(beta2)}, decay {said(decay)}: give 'half-life' and 'timescale', or None.")
         if noise is not None and len(self._stages) > 1:
             raise UsageError("stages and noise: give the first batch alone, where the noise scale decides the others.")
+        if noise is None and isinstance(stages, int):
+            raise UsageError(f"one batch, {stages}, and nothing to follow: give stages, or noise= and most=.")
+        if noise is not None and not hasattr(type(noise), "noise"):
+            raise UsageError(
+                f"noise: a {type(noise).__name__} measures none. Give a handle of pybatch.noise.attach, or an "
+                "optimizer of pybatch.optim made with noise=True."
+            )
+        if beta2 is not None and optimizer is not None and "betas" not in optimizer.param_groups[0]:
+            raise UsageError(f"beta2={beta2!r}: {type(optimizer).__name__} has no betas. Leave it out.")
         if noise is not None and most is None:
             raise UsageError("a schedule by noise needs most=, the largest batch it may take.")
         if not 0 < cost < math.inf or every < 1 or devices < 1:
@@ -130,12 +145,17 @@ class BatchSchedule:
         self.steps += 1
         self.examples += self.batch if passes is None else passes * self.micro_batch * self.devices
         if self._noise is None:
-            due = next(batch for start, batch in reversed(self._stages) if self.examples >= start)
-            if due == self.batch or ready(due // (self.micro_batch * self.devices)):
-                self.batch = due
+            self.switch(ready)
         elif self.steps - self._changed >= self._every and not self.steps % self._every:
             self._follow(self._noise)
         return self.batch
+
+    def switch(self, ready: Callable[[int], bool] = lambda passes: True) -> None:
+        """Take the batch that is due by the stages, where steps of so many passes can begin."""
+        if self._noise is None:
+            due = next(batch for start, batch in reversed(self._stages) if self.examples >= start)
+            if due == self.batch or ready(due // (self.micro_batch * self.devices)):
+                self.batch = due
 
     def detach(self) -> None:
         """Take the hooks off the optimizer."""
@@ -158,12 +178,14 @@ class BatchSchedule:
         names = ("batch", "steps", "examples", "changed")
         if state.get("schema") != _SCHEMA or any(not isinstance(state.get(name), int) for name in names):
             raise UsageError("the state of a schedule lacks its parts. Load what state_dict() of one returned.")
+        if min(state[name] for name in names[1:]) < 0:
+            raise UsageError("the state of a schedule counts fewer than no steps or examples. It is damaged.")
         self._check(state["batch"])
         self.batch, self.steps, self.examples, self._changed = (state[name] for name in names)
 
     def _check(self, batch: int) -> None:
         share = self.micro_batch * self.devices
-        if share < 1 or batch % share:
+        if share < 1 or batch < 1 or batch % share:
             raise UsageError(
                 f"batch {batch} is no multiple of micro_batch {self.micro_batch} x {self.devices} devices. Give a "
                 "micro_batch that divides every stage's."
@@ -186,15 +208,17 @@ class BatchSchedule:
 
     def _scale(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._put_back(optimizer)  # of a step that raised
-        ratio, factor = self.batch / self._base, self.rate_factor
+        factor = self.rate_factor
         for group in optimizer.param_groups:
             self._kept.append({name: _copied(group[name]) for name in ("lr", "betas", "weight_decay") if name in group})
             _multiply(group, "lr", factor)
-            if self._beta2 is not None and "betas" in group:
-                first, second = group["betas"][:2]
-                group["betas"] = (first, second**ratio, *group["betas"][2:])
-            if self._decay is not None and group.get("weight_decay"):
-                _multiply(group, "weight_decay", ratio / factor)
+            beta2 = self._beta2 if "betas" in group else None  # groups without are left as they are
+            decay = self._decay if group.get("weight_decay") else None
+            found = followed(group, self.batch, self._base, beta2 or "constant", decay or "constant", rate=factor)
+            if beta2 is not None:
+                group["betas"] = found["betas"]
+            if decay is not None:
+                _multiply(group, "weight_decay", found["weight_decay"] / group["weight_decay"])
 
     def _put_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group, kept in zip(optimizer.param_groups, self._kept, strict=False):
@@ -206,37 +230,86 @@ class BatchSchedule:
         self._kept = []
 
 
+def passes_of(schedule: BatchSchedule, steps: int, epoch: int) -> tuple[int, int]:
+    """The most passes of a step, and those of all steps to come, where an epoch has so many and steps end with it.
+
+    Args:
+        schedule: where it stands; it is not moved. One by noise may take its largest batch at once.
+        steps: of the whole run.
+        epoch: passes.
+    """
+    share = schedule.micro_batch * schedule.devices
+    if schedule._noise is not None:
+        longest = max(schedule.accumulation, (schedule._most or 0) // share)
+        return longest, longest * (steps - schedule.steps)
+    ahead = BatchSchedule(schedule._stages, micro_batch=schedule.micro_batch, devices=schedule.devices)
+    ahead.load_state_dict(schedule.state_dict())
+    longest, done, made = ahead.accumulation, 0, 0
+    while ahead.steps < steps:
+        taken = min(ahead.accumulation, epoch - made)
+        made, done = made + taken, done + taken
+        ahead.step(taken, lambda passes: made % passes == 0)  # noqa: B023
+        if made == epoch:
+            made = 0
+            ahead.switch()
+        longest = max(longest, ahead.accumulation)
+        if ahead.batch == ahead._stages[-1][1] and made == 0:  # the rest is epochs alike
+            whole, rest = divmod(steps - ahead.steps, -(-epoch // ahead.accumulation))
+            return longest, done + whole * epoch + rest * ahead.accumulation
+    return longest, done
+
+
 class ScheduledBatches(Sampler[list[int]]):
     """A `batch_sampler` for a DataLoader whose batches are the schedule's: whole steps in one pass, exact in examples.
 
-    The loader asks ahead of the training by as many batches as its workers hold; what it asks for is counted here, so
-    that a switch comes at its example.
+    The loader asks ahead of the training by as many batches as its workers hold; what it asks for is counted here, from
+    where the schedule stands when an epoch begins, so that a switch comes at its example. A step is one batch of it:
+    `BatchSchedule.accumulation` is for loops without such a loader.
 
     Args:
         sampler: of single indices, such as a RandomSampler; its last, partial batch is left out.
-        schedule: planned; one by noise is known too late for a loader that asks ahead.
-        examples: asked for before, where a run is resumed.
+        schedule: planned, and stepped by the loop; one by noise is known too late for a loader that asks ahead.
     """
 
-    def __init__(self, sampler: Sampler[int], schedule: BatchSchedule, examples: int | None = None) -> None:
+    def __init__(self, sampler: Sampler[int], schedule: BatchSchedule) -> None:
         if schedule._noise is not None:
             raise UsageError("a schedule by noise can't drive a sampler, which is asked ahead. Use accumulation.")
-        self._sampler, self._stages, self._share = sampler, schedule._stages, schedule.devices
-        self.examples = schedule.examples if examples is None else examples
+        self._sampler, self._schedule = sampler, schedule
+
+    def _sizes(self) -> Iterator[int]:
+        """Of the batches to come, on this device."""
+        examples, stages = self._schedule.examples, self._schedule._stages
+        while True:
+            batch = next(batch for start, batch in reversed(stages) if examples >= start)
+            examples += batch
+            yield batch // self._schedule.devices
 
     def __iter__(self) -> Iterator[list[int]]:
         held: list[int] = []
+        sizes = self._sizes()
+        size = next(sizes)
         for index in self._sampler:
             held.append(index)
-            batch = next(batch for start, batch in reversed(self._stages) if self.examples >= start)
-            if len(held) == batch // self._share:
-                self.examples += batch
+            if len(held) == size:
                 yield held
-                held = []
+                held, size = [], next(sizes)
+
+    def __len__(self) -> int:
+        """Batches of an epoch that begins now."""
+        left, found = len(self._sampler), 0  # type: ignore[arg-type]
+        for size in self._sizes():
+            if size > left:
+                break
+            left, found = left - size, found + 1
+        return found
 
 
-def _stages_of(stages: Schedule | Sequence[tuple[int, int]] | int) -> tuple[list[tuple[int, int]], int, str]:
+def _stages_of(stages: Run | Schedule | Sequence[tuple[int, int]] | int) -> tuple[list[tuple[int, int]], int, str]:
     """(examples before, batch) by stage, the base batch and the rate's rule."""
+    if isinstance(stages, Run):
+        if stages.batch_schedule is None:
+            raise UsageError("stages: this record has no schedule. Give one that 'pybatch schedule -o' wrote.")
+        stages = stages.batch_schedule
     if isinstance(stages, Schedule):
         return [(stage.first_example, stage.batch) for stage in stages.stages], stages.base_batch, stages.rate_rule
     given = [(0, stages)] if isinstance(stages, int) else list(stages)

@@ -30,6 +30,7 @@ class Course:
         low, high: [k]; nan: open.
         source: what it was taken from.
         notes: what a reader must know of it.
+        doubt: what belongs to the answer's first lines.
     """
 
     batch: int
@@ -39,11 +40,12 @@ class Course:
     high: Array
     source: ScheduleSource
     notes: tuple[Note, ...] = ()
+    doubt: str = ""  # a sentence that belongs to the answer
 
     def at(self, examples: Array, values: Array | None = None) -> Array:
         """The critical batch after so many examples of the run: rising, on the log scale, held beyond the ends."""
         logs = np.log(self.critical if values is None else values)
-        spread = np.log(self.high / self.low)
+        spread = np.log(self.high) - np.log(self.low)
         weights = np.where(np.isfinite(spread) & (spread > 0), spread, np.nanmax(np.append(spread, 1.0))) ** -2.0
         rising = isotonic_regression(logs, weights=weights).x
         return np.asarray(np.exp(np.interp(examples, self.examples, rising)))
@@ -90,6 +92,11 @@ def _of_branches(run: Run) -> Course | None:
         return None
     base = points[0].base_batch
     fits = [at.fit for at in points if at.fit is not None]
+    past = [at for at in points if at.fit and (at.fit.critical_batch or 0.0) > max(p.batch for p in at.points)]
+    notes: tuple[Note, ...] = ()
+    if past:
+        text = f"at {n.counted(len(past), 'checkpoint')} the critical batch is above the largest branch: extrapolated"
+        notes = (Note("stages", text),)
 
     def of(values: Sequence[float | None]) -> Array:
         return np.array([math.nan if value is None else value for value in values], dtype=float)
@@ -101,6 +108,7 @@ def _of_branches(run: Run) -> Course | None:
         of([fit.low for fit in fits]),
         of([fit.high for fit in fits]),
         "branches",
+        notes,
     )
 
 
@@ -120,6 +128,12 @@ def _of_noise(run: Run, batch: int | None) -> Course:
             raise UsageError(
                 "this record does not say the batch of the run that its noise scale was read along. Give it: --batch N."
             )
+        if run.training is not None:
+            watched = n.counted(run.training.steps, "watched step")
+            raise UsageError(
+                f"a schedule needs the noise scale along the run, and {watched} gave {have} of it; two are the least, "
+                "of 16 measured steps each. Watch the run for longer."
+            )
         raise UsageError(
             f"a schedule needs the noise scale, or branches, along a run, and this record has {have}. Measure "
             "with 'pybatch watch train.py -o run.json', or 'pybatch branch --checkpoints 100,1000,5000 -o run.json'."
@@ -127,10 +141,16 @@ def _of_noise(run: Run, batch: int | None) -> Course:
     if unit is not None:
         raise UsageError(f"the noise scale of this record is counted in {unit}, and its batch is not. Give examples.")
     notes: tuple[Note, ...] = ()
+    doubt = ""
     bounded = [p for p in known if not p.b_simple]
     if bounded:
-        text = f"{n.counted(len(bounded), 'reading')} of the noise scale is a lower bound, and taken as it is"
+        were = (
+            "is a lower bound, and taken as it is" if len(bounded) == 1 else "are lower bounds, and taken as they are"
+        )
+        text = f"{len(bounded)} of {n.counted(len(known), 'reading')} of the noise scale {were}"
         notes = (Note("stages", text),)
+        if 2 * len(bounded) > len(known):
+            doubt = f" Low confidence: {text}."
     values = [p.b_simple or p.low or math.nan for p in known]
     return Course(
         batch,
@@ -140,6 +160,7 @@ def _of_noise(run: Run, batch: int | None) -> Course:
         np.array([p.high or math.nan for p in known]),
         "noise",
         notes,
+        doubt,
     )
 
 

@@ -9,7 +9,6 @@ doubling of the run's own batch, chosen stretch by stretch to the same end, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,16 +16,20 @@ from numpy.typing import NDArray
 
 from pybatch.answer.course import MOST, Array, Course
 from pybatch.answer.evidence import FACTORS
+from pybatch.answer.plan import plan_accumulation
 from pybatch.base import numerals as n
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import said
-from pybatch.records import Note
+from pybatch.records import Note, Run
 from pybatch.records.schedule import Schedule, ScheduleSource, Stage
-from pybatch.scaling import Base, rules, scale
+from pybatch.scaling import Base, scale
 
 COST = 0.2  # examples above the fewest, as a share of these
 CELLS = 2000  # stretches of the run that batches are chosen for
+WORTH = 0.02  # share of the steps that a schedule saves at least, to be worth its switches
 SHORTEST = 0.02  # share of all steps: a shorter stage is not worth a switch
+RATES = ("constant", "linear", "sqrt")  # rules of `pybatch.scaling` that need a rate and nothing else
+_WIDEST = 1024.0  # times the critical batch: what lies beyond is an open end
 _LOOKS = 60  # halvings in the search for the price of an example
 _FACTORS: dict[ScheduleSource, float] = {"noise": FACTORS["noise"], "branches": FACTORS["branch"], "law": 1.0}
 
@@ -60,25 +63,33 @@ def plan_schedule(
     total = _total(course.batch, steps, examples)
     if not 0 < cost <= 4:
         raise UsageError(f"cost {said(cost)}: give the examples above the fewest as a share, above 0 and up to 4.")
-    if rate_rule not in rules() or rate_rule == "adascale":
+    if rate_rule not in RATES:
         raise UsageError(f"rate rule {said(rate_rule)}: use constant, linear or sqrt.")
-    batches = _doublings(course, least, most, devices)
+    batches = _doublings(course, least, most, fits, devices)
     seen = (np.arange(CELLS) + 0.5) * total / CELLS
     critical = course.at(seen)
     progress = total / CELLS / (course.batch + critical)  # in steps of a very large batch
     chosen = _without_short(batches[_cheapest(batches, critical, progress, cost)], critical, progress)
+    if _against_fixed(chosen, critical, progress)[1] < WORTH:
+        kept = batches[batches * progress.sum() <= 1.001 * cost * float(progress @ critical)]
+        chosen = np.full(CELLS, kept[-1] if len(kept) else batches[0])
     stages = _stages(course, chosen, critical, progress, seen[-1], rate_rule, fits, devices)
     taken, used = sum(s.steps for s in stages), sum(s.examples for s in stages)
     fixed, saved = _against_fixed(chosen, critical, progress)
     factor = _FACTORS[course.source]
     truths = [critical / factor, critical * factor]
-    truths += [course.at(seen, np.where(np.isfinite(v), v, course.critical)) for v in (course.low, course.high)]
+    for end in (course.low, course.high):
+        known = np.where(np.isfinite(end), end, course.critical)
+        near = np.clip(known, course.critical / _WIDEST, course.critical * _WIDEST)
+        truths.append(course.at(seen, near))
     outcomes = [saved, *(_against_fixed(chosen, t, total / CELLS / (course.batch + t))[1] for t in truths)]
     found = Schedule(
         stages=tuple(stages),
         base_batch=course.batch,
         base_steps=max(1, round(total / course.batch)),
-        cost=cost,
+        cost=float(progress @ chosen) / float(progress @ critical),
+        cost_asked=cost,
+        base_cost=float(course.batch * progress.sum()) / float(progress @ critical),
         steps=taken,
         examples=used,
         fixed_batch=fixed,
@@ -87,9 +98,10 @@ def plan_schedule(
         steps_saved_high=max(outcomes) if course.source != "law" else None,
         source=course.source,
         rate_rule=rate_rule,
-        notes=(*course.notes, *_notes(course, total, stages, fits, devices)),
     )
-    answer, because = _words(found)
+    notes = (*course.notes, *_notes(course, total, found, critical, (least, most), fits, devices))
+    answer, because = _words(found, course.doubt)
+    found = replace(found, notes=notes)
     return replace(found, answer=answer, because=because)
 
 
@@ -109,23 +121,37 @@ def _total(batch: int, steps: float | None, examples: float | None) -> float:
     return float(total)
 
 
-def _doublings(course: Course, least: int | None, most: int | None, devices: int) -> Array:
-    """Batches to choose from, ascending: the run's own times powers of two, whole on every device."""
+def _doublings(course: Course, least: int | None, most: int | None, fits: int | None, devices: int) -> Array:
+    """Batches to choose from, ascending: the run's own times powers of two, whole on every device and in its passes."""
     if devices < 1:
         raise UsageError(f"devices {devices}: give 1 or more.")
-    top = float(most) if most is not None else max(float(course.critical.max()), course.batch)
+    top = float(most) if most is not None else max(float(course.critical.max()), course.batch, least or 0)
     low = float(least) if least is not None else max(devices, course.batch / 2**10)
     if not 1 <= low <= top:
-        raise UsageError(f"batches from {low:g} to {top:g}: none is between. Give a larger --max-batch.")
-    exponents = range(-60, 41)
-    sizes = [course.batch * 2.0**e for e in exponents]
-    found = [s for s in sizes if low <= s <= top and s == int(s) and int(s) % devices == 0]
+        raise UsageError(f"batches from {low:g} to {top:g}: none is between. Give bounds the other way round.")
+    sizes = [course.batch * 2.0**exponent for exponent in range(-60, 41)]
+    found = [s for s in sizes if low <= s <= top and s == int(s) and _divides(int(s), devices, fits)]
+    if not found and not any(s == int(s) and int(s) % devices == 0 for s in sizes):
+        raise UsageError(
+            f"batch {course.batch} times a power of two never divides over {n.counted(devices, 'device')}. Give "
+            f"--batch, a multiple of {devices} times a power of two."
+        )
     if not found:
         raise UsageError(
-            f"no doubling of batch {course.batch} from {low:g} to {top:g} divides over {n.counted(devices, 'device')}. "
-            "Give other bounds."
+            f"no doubling of batch {course.batch} from {n.batch_size(low)} to {n.batch_size(top)} divides over "
+            f"{n.counted(devices, 'device')}"
+            + (f" into passes of {fits} at most" if fits else "")
+            + ". Give other bounds."
         )
     return np.array(found)
+
+
+def _divides(batch: int, devices: int, fits: int | None) -> bool:
+    try:
+        plan_accumulation(None, batch, devices, largest=fits or batch)
+    except UsageError:
+        return False
+    return True
 
 
 def _cheapest(batches: Array, critical: Array, progress: Array, cost: float) -> NDArray[np.intp]:
@@ -165,11 +191,9 @@ def _without_short(chosen: Array, critical: Array, progress: Array) -> Array:
 
 def _against_fixed(chosen: Array, critical: Array, progress: Array) -> tuple[float, float]:
     """The fixed batch that takes as many examples, and the share of its steps that is saved."""
-    spent = float(progress @ (chosen + critical))
-    steps = float(progress @ (1.0 + critical / chosen))
     least, fewest = float(progress @ critical), float(progress.sum())
-    fixed = (spent - least) / fewest
-    return fixed, 1.0 - steps / (fewest + least / fixed)
+    fixed = float(progress @ chosen) / fewest
+    return fixed, 1.0 - (fewest + float(progress @ (critical / chosen))) / (fewest + least / fixed)
 
 
 def _stages(
@@ -192,14 +216,22 @@ def _stages(
         steps = max(1, round(float(taken[cells].sum())))
         middle = float(np.exp(np.average(np.log(critical[cells]), weights=taken[cells])))
         factor = float(scale(rate_rule, {"lr": 1.0}, batch, Base(course.batch)).group["lr"])
-        passes = math.ceil(batch / devices / fits) if fits else 1
+        passes = plan_accumulation(None, batch, devices, largest=fits).accumulation if fits else 1
         found.append(Stage(batch, step, steps, examples, middle, factor, passes))
         step, examples = step + steps, examples + batch * steps
     return found
 
 
-def _notes(course: Course, total: float, stages: Sequence[Stage], fits: int | None, devices: int) -> list[Note]:
-    notes = []
+def _notes(
+    course: Course,
+    total: float,
+    found: Schedule,
+    critical: Array,
+    bounds: tuple[int | None, int | None],
+    fits: int | None,
+    devices: int,
+) -> list[Note]:
+    notes, stages = [], found.stages
     first, last = float(course.examples[0]), float(course.examples[-1])
     if course.source != "law" and total > 1.05 * last:
         text = (
@@ -213,6 +245,12 @@ def _notes(course: Course, total: float, stages: Sequence[Stage], fits: int | No
     if course.source == "noise":
         text = "the noise scale is taken for the critical batch: 95 % of measured ones are within 4 times it, both ways"
         notes.append(Note("steps_saved", text))
+    if found.cost > 1.25 * found.cost_asked:
+        text = (
+            f"{n.share(found.cost_asked)} more examples than the fewest were asked for, and no batch that may be used "
+            f"is small enough: it is {n.share(found.cost)}"
+        )
+        notes.append(Note("stages", text))
     past = [s for s in stages if s.passes > 1]
     if past and fits:
         text = (
@@ -221,19 +259,42 @@ def _notes(course: Course, total: float, stages: Sequence[Stage], fits: int | No
         )
         notes.append(Note("stages", text))
     if len(stages) == 1:
-        notes.append(Note("stages", "one batch for the whole run: the critical batch hardly changes along it"))
+        flat = float(critical.max()) < 2.0 * float(critical.min())
+        why = f"doublings along it save less than {n.share(WORTH)}"
+        if flat:
+            why = "the critical batch does not rise twofold along it"
+        elif any(bound is not None for bound in bounds):
+            why = f"no other between the bounds saves {n.share(WORTH)} or more"
+        notes.append(Note("stages", f"one batch for the whole run: {why}"))
     return notes
 
 
-def _words(found: Schedule) -> tuple[str, str]:
-    """The first line, and one sentence why."""
+def _words(found: Schedule, doubt: str) -> tuple[str, str]:
+    """The first line, and why, with what there is to doubt of it."""
     sizes = " → ".join(n.count(stage.batch) for stage in found.stages)
+    reaches = f"By the model it takes {n.count(found.steps)} steps to the same loss"
     if len(found.stages) == 1:
-        return f"Keep batch {sizes} for the whole run.", "No doubling along it saves steps."
+        [only] = found.stages
+        verb = "Keep" if only.batch == found.base_batch else "Use"
+        other = f", and batch {n.count(found.base_batch)} {n.count(found.base_steps)}" if verb == "Use" else ""
+        return (
+            f"{verb} batch {sizes} for the whole run.",
+            f"{reaches}{other}; no change along the run saves more.{doubt}",
+        )
     span = n.interval(found.steps_saved_low, found.steps_saved_high, n.share)
     saved = f"{n.share(found.steps_saved)} {span}".strip()
     return (
         f"Use batch {sizes}.",
-        f"By the model that takes {n.count(found.steps)} steps, {saved} fewer than batch "
-        f"{n.batch_size(found.fixed_batch)} throughout, for as many examples to the same loss.",
+        f"{reaches}, {saved} fewer than batch {n.batch_size(found.fixed_batch)} throughout, which takes as many "
+        f"examples.{doubt}",
     )
+
+
+def rate_rule_of(run: Run) -> str:
+    """Linear for plain SGD below its critical batch (Goyal et al. 2017), else the square root (Malladi et al. 2022)."""
+    optimizer = (run.convergence.optimizer if run.convergence is not None else None) or ""
+    optimizer = optimizer or (run.training.optimizer if run.training is not None else "")
+    for part in (run.convergence, run.capacity):
+        work = part.workload if part is not None else None
+        optimizer = optimizer or (work.optimizer if work is not None else None) or ""
+    return "linear" if optimizer.lower() == "sgd" else "sqrt"

@@ -200,6 +200,13 @@ class Delivery:
         os.write(2, visible(f"pybatch: {why}. The run ends here: {kept}.\n").encode(errors="backslashreplace"))
         os._exit(INCOMPLETE)
 
+    def keep(self) -> int:
+        """Write the run to the file that was asked for, and print nothing of it; the exit status."""
+        if self.target is not None and self.run is not None:
+            self.target.write(render(self.run, self.format, self.verbose))
+            print(visible(f"pybatch: wrote {self.target.path}"), file=sys.stderr)
+        return DONE
+
     def deliver(self) -> int:
         """Write and print the run; the exit status."""
         if self.run is None:  # one of torchrun's processes: the first one has the result

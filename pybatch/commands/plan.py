@@ -33,12 +33,16 @@ def plan(
     for_: Annotated[
         str | None, typer.Option("--for", help=f"Print it as options of: {', '.join(TRAINERS)}. Default: in words.")
     ] = None,
-    format_: Annotated[str, typer.Option("--format", help="table or json; without --for.")] = "table",
+    format_: Annotated[
+        str | None, typer.Option("--format", help="table or json; without --for. Default: table.")
+    ] = None,
 ) -> None:
     """Micro-batch, accumulation and devices for a global batch, as your trainer spells them."""
     if for_ is not None and for_ not in TRAINERS:
         raise unknown("--for", for_, TRAINERS)
-    if format_ not in ("table", "json"):
+    if for_ is not None and format_ is not None:
+        raise UsageError(f"--for {for_} prints options, and --format {format_} a plan. Give one of them.")
+    if format_ not in (None, "table", "json"):
         raise UsageError(f"format {format_!r} is not known here. Use one of: table, json.")
     check_between("global batch", global_batch, 1, MOST_EXAMPLES)
     check_between("devices", devices, 1, MOST_DEVICES)
@@ -72,7 +76,7 @@ def _planned(
         notes.append(f"the largest batch that fits, {count(capacity.max_batch)}, is predicted; it was not run")
     if wanted is not None:
         devices = devices or 1
-        if largest is None and capacity is None:
+        if largest is None and (capacity is None or capacity.max_batch is None):
             largest = max(1, wanted // devices)
             notes.append(
                 f"whether {count(largest)} fit a device is not known: give a record of 'pybatch bench', or --largest N"

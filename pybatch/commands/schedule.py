@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pybatch.answer.course import Course, course_of, law
-from pybatch.answer.schedule import COST, plan_schedule
+from pybatch.answer.schedule import COST, plan_schedule, rate_rule_of
 from pybatch.base.errors import UsageError, unknown
 from pybatch.base.plain import said, visible
 from pybatch.commands import flags
@@ -57,6 +58,8 @@ def schedule(
     """A batch-size schedule: fewer steps for the same examples, from what was measured along a run."""
     if for_ is not None and for_ not in TRAINERS:
         raise unknown("--for", for_, TRAINERS)
+    if for_ is not None and format_ is not None and output is None:
+        raise UsageError(f"--for {for_} prints options, and --format {format_} a record. Give one of them, or -o FILE.")
     for name, value in (
         ("batch", batch),
         ("--min-batch", least),
@@ -77,18 +80,20 @@ def schedule(
             most=most,
             fits=fits,
             devices=devices,
-            rate_rule=rule or _rule(run),
+            rate_rule=rule or (rate_rule_of(run) if run is not None else "sqrt"),
         )
-        if for_ is not None:
+        made = datetime.now(UTC).isoformat(timespec="seconds")
+        delivery.run = Run(made, None, batch_schedule=found)
+        if for_ is None:
+            status = delivery.deliver()
+        else:
             sys.stdout.write(staged(found, for_, sequence))
             print(visible(f"pybatch: {found}"), file=sys.stderr)
-            return
-        delivery.run = Run(run.created if run is not None else "", None, schedule=found)
-        status = delivery.deliver()
+            status = delivery.keep()
         if html is not None:
             from pybatch.report.formats.html import write_report
 
-            write_report([replace(run or delivery.run, schedule=found)], html)
+            write_report([replace(run or delivery.run, batch_schedule=found)], html)
             print(visible(f"pybatch: wrote {html}"), file=sys.stderr)
     raise typer.Exit(status)
 
@@ -121,12 +126,3 @@ def _pair(text: str) -> tuple[float, float]:
     except ValueError:
         raise UsageError(f"--law {said(text)} is no pair of numbers. Write a,b, such as 0.3,0.5.") from None
     return a, b
-
-
-def _rule(run: Run | None) -> str:
-    """Linear for plain SGD below its critical batch (Goyal et al. 2017), else the square root (Malladi et al. 2022)."""
-    optimizer = run.training.optimizer if run is not None and run.training is not None else ""
-    for part in (run.convergence, run.capacity) if run is not None else ():
-        work = part.workload if part is not None else None
-        optimizer = optimizer or (work.optimizer if work is not None else None) or ""
-    return "linear" if optimizer.lower() == "sgd" else "sqrt"

@@ -20,7 +20,7 @@ from pybatch.device.memory import release
 from pybatch.integrations.figures import groups_by_place, logged, made_again
 from pybatch.noise import attach
 from pybatch.records import NoiseScale
-from pybatch.schedule import BatchSchedule
+from pybatch.schedule import BatchSchedule, passes_of
 from pybatch.watch.state import put_back
 from pybatch.workloads.base import Workload
 from pybatch.workloads.given import own_copy
@@ -115,7 +115,7 @@ class BatchScheduleCallback(Callback):
     """The batch size by a schedule, as gradient accumulation; the rate follows within the optimizer's step alone.
 
     `max_steps` is that of the schedule. A switch waits until the batches of the epoch divide into steps of the new
-    size, which the loop asks for; examples are counted as they were trained on. The state is in checkpoints.
+    size, or for the next epoch; the loader drops its last, smaller batch. The state is in Lightning's checkpoints.
 
     Args:
         stages: as for `pybatch.schedule.BatchSchedule`.
@@ -128,6 +128,7 @@ class BatchScheduleCallback(Callback):
         self.schedule: BatchSchedule | None = None
         self._state: dict[str, Any] | None = None
         self._steps = self._passes = 0  # of the Trainer so far; passes since its last step
+        self._before = 1  # of the Trainer, passes a step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on."""
@@ -138,14 +139,36 @@ class BatchScheduleCallback(Callback):
         size = self._micro_batch or getattr(trainer.train_dataloader, "batch_size", None)
         if not size:
             raise UsageError("the loader has no batch_size. Give BatchScheduleCallback micro_batch=.")
+        loader: Any = trainer.train_dataloader
+        if not getattr(loader, "drop_last", False) and len(loader.dataset) % (size * trainer.world_size):
+            raise UsageError(
+                f"the last batch of an epoch of {len(loader.dataset)} examples is smaller than {size}, and a schedule "
+                "counts whole ones. Make the loader with drop_last=True."
+            )
         optimizer: Any = trainer.optimizers[0]
+        if self.schedule is not None:  # of a fit that failed
+            self.schedule.detach()
+        self._passes, self._before = 0, trainer.accumulate_grad_batches
         self.schedule = BatchSchedule(
             self._stages, optimizer, micro_batch=size, devices=trainer.world_size, **self._options
         )
         if self._state is not None:
             self.schedule.load_state_dict(self._state)
+        batches = int(trainer.num_training_batches)
+        longest, _ = passes_of(self.schedule, trainer.max_steps, batches)
+        if longest > batches:
+            self.schedule.detach()
+            raise UsageError(
+                f"a step of {longest} passes is longer than an epoch of {batches}. Raise the loader's batch_size."
+            )
         self._steps = trainer.global_step
         trainer.accumulate_grad_batches = self.schedule.accumulation
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A switch that waited is made: the epoch's batches are counted anew."""
+        if self.schedule is not None:
+            self.schedule.switch()
+            trainer.accumulate_grad_batches = self.schedule.accumulation
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """A pass was made, and maybe a step taken."""
@@ -159,9 +182,14 @@ class BatchScheduleCallback(Callback):
         trainer.accumulate_grad_batches = self.schedule.accumulation
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the hooks off."""
+        """Take the hooks off, and give the Trainer back its passes a step."""
         if self.schedule is not None:
             self.schedule.detach()
+            trainer.accumulate_grad_batches = self._before
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """As at the end."""
+        self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, for a checkpoint."""

@@ -17,7 +17,7 @@ from pybatch.base.errors import UsageError
 from pybatch.integrations.figures import groups_by_place, logged, made_again, token_weights
 from pybatch.noise import attach
 from pybatch.records import NoiseScale
-from pybatch.schedule import BatchSchedule
+from pybatch.schedule import BatchSchedule, passes_of
 from pybatch.workloads.base import Workload
 
 _STATE = "batch_schedule.json"  # beside a checkpoint
@@ -74,31 +74,43 @@ class NoiseScaleCallback(TrainerCallback):
 class BatchScheduleCallback(TrainerCallback):
     """The batch size by a schedule, as gradient accumulation; the rate follows within the optimizer's step alone.
 
-        trainer = Trainer(..., callbacks=[BatchScheduleCallback([(0, 64), (200_000, 128)])])
+        arguments = TrainingArguments(gradient_accumulation_steps=1, num_train_epochs=..., ...)
+        trainer = Trainer(..., callbacks=[BatchScheduleCallback([(0, 64), (200_000, 128)], steps=5000)])
 
-    `max_steps` is that of the schedule. A switch waits until the batches of the epoch divide into steps of the new
-    size, which the Trainer asks for; examples are counted as they were trained on. The state is saved with every
-    checkpoint.
+    The Trainer plans its epochs before the training, by one number of passes a step: it must be 1, and
+    `num_train_epochs` enough for all examples; `steps` ends the training. A switch waits until the batches of the epoch
+    divide into steps of the new size, or for the next epoch. Each checkpoint holds the schedule's state.
 
     Args:
         stages: as for `pybatch.schedule.BatchSchedule`.
+        steps: after which the training ends; None: the Trainer's `max_steps`.
         resume: a checkpoint of the Trainer to go on from. The Trainer finds its place in the data by a fixed number of
             passes a step: resume with `ignore_data_skip=True`.
         options: further arguments of `BatchSchedule`.
     """
 
-    def __init__(self, stages: Any, *, resume: str | Path | None = None, **options: Any) -> None:
+    def __init__(
+        self, stages: Any, *, steps: int | None = None, resume: str | Path | None = None, **options: Any
+    ) -> None:
         self._stages, self._resume, self._options = stages, resume, options
+        self._steps = steps
         self.schedule: BatchSchedule | None = None
         self._passes = 0  # of the epoch so far
         self._trainer: Trainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin, or go on."""
+        """Begin, or go on; UsageError for a training that would end early, or whose examples can't be counted."""
+        if self.schedule is not None:  # of a training that failed
+            self.schedule.detach()
         if state.global_step and (self._resume is None or not args.ignore_data_skip):
             raise UsageError(
                 "a resumed training needs the place of its schedule and of its data. Give resume=CHECKPOINT to "
                 "BatchScheduleCallback, and ignore_data_skip=True to TrainingArguments."
+            )
+        if args.gradient_accumulation_steps != 1:
+            raise UsageError(
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps}: the Trainer plans its epochs by it, "
+                "and the schedule changes it. Give 1."
             )
         optimizer = kwargs["optimizer"]
         self.schedule = BatchSchedule(
@@ -110,11 +122,45 @@ class BatchScheduleCallback(TrainerCallback):
         )
         if self._resume is not None:
             self.schedule.load_state_dict(json.loads((Path(self._resume) / _STATE).read_text()))
+        try:
+            self._check(args, state, kwargs["train_dataloader"])
+        except UsageError:
+            self.schedule.detach()
+            raise
         self._set(args)
 
+    def _check(self, args: Any, state: Any, loader: Any) -> None:
+        """That the Trainer's epochs hold the schedule's steps."""
+        assert self.schedule is not None
+        try:
+            batches, examples = len(loader), len(loader.dataset)
+        except TypeError:  # a stream: it has no epochs to run out of
+            return
+        share = args.train_batch_size * args.world_size
+        if not args.dataloader_drop_last and examples % share:
+            raise UsageError(
+                f"the last batch of an epoch of {examples} examples is smaller than {share}, and a schedule counts "
+                "whole ones. Give dataloader_drop_last=True."
+            )
+        longest, needed = passes_of(self.schedule, self._steps or state.max_steps, batches)
+        if longest > batches:
+            raise UsageError(
+                f"a step of {longest} passes is longer than an epoch of {batches}. Raise per_device_train_batch_size."
+            )
+        planned = (state.num_train_epochs - int(state.epoch or 0)) * batches
+        if needed > planned:
+            raise UsageError(
+                f"the schedule's {self._steps or state.max_steps} steps take {needed} passes, and the Trainer plans "
+                f"{planned}: it would end early. Leave max_steps out, give steps= to BatchScheduleCallback, and "
+                f"num_train_epochs={-(-needed // batches)}."
+            )
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Passes are counted anew."""
+        """Passes are counted anew, and a switch that waited is made."""
+        assert self.schedule is not None
         self._passes = 0
+        self.schedule.switch()
+        self._set(args)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step was taken."""
@@ -124,6 +170,8 @@ class BatchScheduleCallback(TrainerCallback):
         self._passes += made
         self.schedule.step(made, lambda passes: self._passes % passes == 0)
         self._set(args)
+        if self._steps is not None and state.global_step >= self._steps:
+            control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the batch size to what is logged of training."""
@@ -139,9 +187,10 @@ class BatchScheduleCallback(TrainerCallback):
             (folder / _STATE).write_text(json.dumps(self.schedule.state_dict()))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the hooks off."""
+        """Take the hooks off, and give the Trainer back its passes a step."""
         if self.schedule is not None:
             self.schedule.detach()
+            args.gradient_accumulation_steps = 1
 
     def _set(self, args: Any) -> None:
         assert self.schedule is not None

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import torch
 
 from pybatch.answer.course import course_of
-from pybatch.answer.schedule import plan_schedule
+from pybatch.answer.schedule import plan_schedule, rate_rule_of
 from pybatch.base.errors import Interrupted, UsageError, carried, carry
 from pybatch.branch.measurement import measure_branches
 from pybatch.device.environment import capture
@@ -52,13 +52,17 @@ def run_branches(
             carry(error, Run(created, environment, convergence=partial, complete=False))
         raise
     run = Run(created, environment, convergence=steps, complete=steps.complete)
-    return replace(run, schedule=_schedule(run))
+    try:
+        return replace(run, batch_schedule=_schedule(run))
+    except Exception as error:
+        carry(error, run)
+        raise
 
 
 def _schedule(run: Run) -> Schedule | None:
     """Batch sizes for as long a run as was branched from; None of one checkpoint."""
     try:
         course = course_of(run)
-        return plan_schedule(course, examples=float(course.examples[-1]))
+        return plan_schedule(course, examples=float(course.examples[-1]), rate_rule=rate_rule_of(run))
     except UsageError:
         return None

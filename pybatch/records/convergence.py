@@ -142,7 +142,6 @@ class Curve:
     low: float | None
     high: float | None
     target: float | None = None
-    higher: bool = False  # of a metric: whether that is better, and the target is reached from below
     regimes: tuple[tuple[int, str], ...] = ()
     fit: StepsFit | None = None
     cap: int | None = None  # steps after which a trial of this curve was given up, where all batches share one
@@ -158,6 +157,7 @@ class Curve:
     )
     b_min_low: float | None = None
     b_min_high: float | None = None
+    higher: bool = False  # of a metric: whether that is better, and the target is reached from below
 
 
 @dataclass(frozen=True)

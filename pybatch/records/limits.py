@@ -21,15 +21,16 @@ from pybatch.records.convergence import BranchPoint, Convergence, ConvergencePoi
 _SIGNED = frozenset(
     (
         "loss", "losses", "level", "target", "trace", "grad_sq", "drift", "alpha_s", "candidates", "inputs",
-        "options", "launch_overhead_ms", "other_losses", "test_losses_at_epochs", "test_losses_at_steps",
+        "options", "launch_overhead_ms", "other_losses", "steps_saved", "steps_saved_low", "steps_saved_high",
+        "test_losses_at_epochs", "test_losses_at_steps",
         "train_losses_at_epochs", "train_losses_at_steps",
     )
 )
 _FROM_ONE = frozenset(
     (
-        "accumulation", "base_batch", "batch", "best_batch", "cores", "devices", "examples", "global_batch",
-        "kept_batch", "largest", "max_batch", "micro_batch", "reference_batch", "saturation_measured", "threads",
-        "useful_devices", "wave", "window",
+        "accumulation", "base_batch", "base_steps", "batch", "best_batch", "cores", "devices", "examples",
+        "global_batch", "kept_batch", "largest", "max_batch", "micro_batch", "reference_batch", "saturation_measured",
+        "threads", "useful_devices", "wave", "window",
     )
 )
 _ABOVE_ZERO = frozenset(

@@ -40,7 +40,7 @@ class Run(Shown):
     trajectory: NoiseTrajectory | None = None  # of a training run, see pybatch.noise.Trajectory
     price: float | None = None  # of a device-hour, as the user gave it
     training: Training | None = None  # a script's own, see `pybatch watch`
-    schedule: Schedule | None = None  # of batch sizes, see `pybatch schedule`
+    batch_schedule: Schedule | None = None  # see `pybatch schedule`
 
     def to_json(self) -> str:
         """The record as JSON text; non-finite numbers become null."""

@@ -25,7 +25,9 @@ class Stage:
     first_example: int = field(metadata=figure("from example", form=n.count))  # examples before it
     # Of the run that the schedule was made from, at its middle; None: not known there.
     critical_batch: float | None = field(metadata=figure("critical batch", form=n.batch_size))
-    rate_factor: float = field(metadata=figure("rate", form=lambda value: f"×{n.number(value)}"))  # of the base batch's
+    rate_factor: float = field(
+        metadata=figure("rate", form=lambda value: f"×{n.number(value)}" if value is not None else n.number(None))
+    )  # of the base batch's
     passes: int = field(default=1, metadata=figure("passes a step", form=n.count))  # of accumulation, on each device
 
     @property
@@ -45,7 +47,9 @@ class Schedule(Shown):
     stages: tuple[Stage, ...]
     base_batch: int = field(metadata=figure("batch of the run", form=n.count))
     base_steps: int = field(metadata=figure("steps of the run", form=n.count))  # that reach the same loss
-    cost: float = field(metadata=figure("examples above the fewest", form=n.share))  # as asked for
+    cost: float = field(metadata=figure("examples above the fewest", form=n.share))  # of any batch, as it comes out
+    cost_asked: float
+    base_cost: float = field(metadata=figure("the same of the run's own batch", form=n.share))
     steps: int = field(metadata=figure("steps", form=n.count))
     examples: int = field(metadata=figure("examples", form=n.count))
     # The fixed batch that takes as many examples to the same loss, and what the schedule saves of its steps.

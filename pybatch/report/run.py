@@ -27,10 +27,10 @@ from pybatch.report.plot import Plot
 def title(run: Run) -> str:
     """What was measured, and where, in one line."""
     measured = run.capacity or run.convergence
-    if measured is None and run.schedule is not None:
-        return "pybatch schedule"
     if measured is None and run.training is not None:
         return f"{run.training.name} ({run.training.model})"
+    if measured is None and run.batch_schedule is not None:
+        return "pybatch schedule"
     if measured is None or measured.workload is None or measured.device is None:
         return "pybatch bench" if run.convergence is None else "Steps to a target, as logged"
     work, device = measured.workload, measured.device
@@ -43,8 +43,8 @@ def answer_of(run: Run) -> Verdict | Schedule | None:
     """What the page opens with: the run's verdict; of steps or noise alone, what they say of the critical batch."""
     if run.verdict is not None or run.capacity is not None:
         return run.verdict
-    if run.schedule is not None and run.noise is None and run.convergence is None:
-        return run.schedule
+    if run.batch_schedule is not None and run.noise is None and run.convergence is None:
+        return run.batch_schedule
     found = advise(None, run.noise, run.convergence)
     known = (found.critical_batch, found.critical_low, found.critical_high)
     return found if any(value is not None for value in known) else None
@@ -74,8 +74,8 @@ def sections(run: Run) -> list[Section]:
         found.append(branches.section(swept, unit))
     if run.distributed is not None:
         found.append(devices.section(run.distributed))
-    if run.schedule is not None:
-        found.append(schedule.section(run.schedule, unit))
+    if run.batch_schedule is not None:
+        found.append(schedule.section(run.batch_schedule, unit))
     if run.verdict is not None:
         found.append(verdict.section(run.verdict, run.capacity, run.price))
     if run.notes:

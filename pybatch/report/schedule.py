@@ -35,7 +35,7 @@ _COLUMNS = ("first_step", "steps", "first_example", "batch", "critical_batch", "
 
 def plots(run: Run) -> list[Plot]:
     """Batch size against the examples seen, beside the critical batch it follows."""
-    found = run.schedule
+    found = run.batch_schedule
     if found is None or not found.stages:
         return []
     xs, ys = [], []

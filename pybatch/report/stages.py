@@ -35,14 +35,21 @@ def staged(found: Schedule, trainer: str, sequence: int | None = None) -> str:
 
 def _megatron(found: Schedule, sequence: int) -> str:
     thresholds = " ".join(f"{stage.first_example * sequence}:{stage.batch}" for stage in found.stages)
-    return f'--step-batch-size-schedule "{thresholds}" --train-samples {found.examples}\n'
+    rates = ", ".join(f"x{number(stage.rate_factor)} at {stage.batch}" for stage in found.stages)
+    return (
+        f"# It leaves the rate alone. Of the rate of the run at batch {found.base_batch} each needs: {rates}\n"
+        f'--step-batch-size-schedule "{thresholds}" --train-samples {found.examples}\n'
+    )
 
 
 def _olmo(found: Schedule, sequence: int) -> str:
     sizes = ", ".join(str(stage.batch * sequence) for stage in found.stages)
     starts = ", ".join(f"Duration.tokens({stage.first_example * sequence})" for stage in found.stages)
+    first = number(found.stages[0].rate_factor)
+    by = "" if found.rate_rule == "sqrt" else f" This schedule was made for the rule {found.rate_rule!r}."
     return f"""\
-# It sets the rate by the square root of the batch ratio itself.
+# Configure {first} times the rate of the run at batch {found.base_batch}: the callback takes it for the first batch,
+# and multiplies it by the square root of the batch ratio from there on.{by}
 from olmo_core.train import Duration
 from olmo_core.train.callbacks import BatchSizeSchedulerCallback
 
@@ -69,10 +76,16 @@ def _stages(found: Schedule) -> str:
 
 def _hf(found: Schedule, _: int) -> str:
     return f"""\
-# per_device_train_batch_size times the devices must divide {found.stages[0].batch}; max_steps={found.steps}
+# TrainingArguments: per_device_train_batch_size times the devices divides {found.stages[0].batch},
+# gradient_accumulation_steps=1, num_train_epochs = {found.examples} examples over those of the data set, rounded up,
+# and a learning-rate schedule of {found.steps} steps.
 from pybatch.integrations.transformers import BatchScheduleCallback
 
-trainer.add_callback(BatchScheduleCallback({_stages(found)}, base_batch={found.base_batch}, rate="{found.rate_rule}"))
+trainer.add_callback(
+    BatchScheduleCallback(
+        {_stages(found)}, steps={found.steps}, base_batch={found.base_batch}, rate="{found.rate_rule}"
+    )
+)
 """
 
 

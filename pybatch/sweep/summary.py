@@ -102,7 +102,7 @@ def curve(
         higher: of a metric, whether that is better.
     """
     found = [*notes, *_remarks(rule, points, caps, rates, higher)]
-    bare = Curve(rule, split, tuple(points), None, None, None, None, target, higher, notes=tuple(found))
+    bare = Curve(rule, split, tuple(points), None, None, None, None, target, higher=higher, notes=tuple(found))
     limits = {math.floor(caps[p.batch]) for p in points}
     cap = limits.pop() if len(limits) == 1 else None
     if not points:

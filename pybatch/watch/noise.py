@@ -11,6 +11,7 @@ import functools
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -34,7 +35,9 @@ from pybatch.records import NoiseScale
 from pybatch.watch.batching import Batching
 
 _SINGLES = 3  # steps of one backward pass each, after which a loop of micro-batches is taken for an ordinary one
-_TRIED = 4  # watched steps, after which the cost of one is known; the first compiles and loads
+_TRIED = 8  # watched steps, after which the cost of one is known; the first compiles and loads
+_SWIFT = 0.25  # quantile of their times that is compared: a slow spell that falls on them is not their cost
+_LATEST = 64  # other steps that they are compared with
 _SHORT = 0.020  # s; of shorter steps hooks are felt anyway
 _COST = 0.012  # share of a training's time that watching may take
 _ALIKE = 0.01  # share by which what a script counts may differ from the examples seen
@@ -75,7 +78,7 @@ class NoiseWatch:
         self._before: float | None = None  # the end of the step before
         self._tried = False  # whether a step was watched: the first one takes longest
         self._watched: list[float] = []  # seconds of watched steps, and of the others
-        self._others: list[float] = []
+        self._others: deque[float] = deque(maxlen=_LATEST)
         self._seen = 0  # examples of steps whose noise the optimizer measures itself,
         self._counted = 0.0  # and what the script has told it of them
         self.watched = False  # whether the step under way is one whose examples' gradients are taken
@@ -118,7 +121,7 @@ class NoiseWatch:
         error = getattr(handle, "broken", None) or getattr(handle, "refused", None)
         if error is not None and isinstance(handle, Collector) and handle.noise.status == "resolved":
             self._offers = []  # what was measured until then stands
-            self._ended.append(handle)
+            self._ended = [handle]
             self._leave(f"{error}")
         elif error is not None:
             self._leave(str(error))
@@ -139,10 +142,14 @@ class NoiseWatch:
         if handle is None:
             return None
         try:
-            return self._in_examples(handle.noise) if isinstance(handle, OptimizerNoise) else handle.noise
+            if isinstance(handle, OptimizerNoise):
+                return self._in_examples(handle.noise)
+            found = handle.noise
+            before = self._ended[0].noise if self._ended and found.status != "resolved" else found
         except PybatchError as error:
             self.reasons.append(str(error).removesuffix("."))
             return None
+        return before if before.status == "resolved" else found
 
     def _in_examples(self, noise: NoiseScale) -> NoiseScale:
         """An optimizer's own noise scale is in what the script gave `accumulate(n)`, which may be tokens."""
@@ -218,12 +225,13 @@ class NoiseWatch:
         if len(self._watched) < _TRIED or not self._others:
             return
         plain = statistics.median(self._others)
-        extra = statistics.median(self._watched) - plain
+        extra = sorted(self._watched)[int(_SWIFT * len(self._watched))] - plain
         self._watched = []
         every = self._spaced(math.ceil(extra / (_COST * plain)) if plain > _SHORT else EVERY)
         if every > _OFTEN * self._every:
             self._every = every
             handle.detach()
+            self._ended = [handle]  # which stands until the new one has an interval too
             self._handle = self._make("per-example" if isinstance(handle, ExampleNoise) else "micro-batches")
 
 

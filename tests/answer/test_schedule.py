@@ -10,7 +10,7 @@ import pytest
 from pybatch import fit_steps
 from pybatch import records as r
 from pybatch.answer.course import Course, course_of, law
-from pybatch.answer.schedule import plan_schedule
+from pybatch.answer.schedule import plan_schedule, rate_rule_of
 from pybatch.base.errors import UsageError
 
 RATE = 0.02  # progress of a step of a very large batch, in ln of the loss
@@ -97,7 +97,61 @@ def test_a_constant_critical_batch_wants_one_batch():
     assert [stage.batch for stage in found.stages] == [64]
     assert found.steps_saved == pytest.approx(0.0, abs=1e-9)
     assert found.steps == pytest.approx(1e6 / 64, rel=1e-3)
-    assert str(found) == "Keep batch 64 for the whole run. No doubling along it saves steps."
+    assert found.answer == "Keep batch 64 for the whole run."
+    assert found.cost == pytest.approx(0.128, rel=1e-3)
+    assert "one batch for the whole run: the critical batch does not rise twofold along it" in texts(found)
+
+
+def test_a_schedule_that_saves_next_to_nothing_is_not_advised():
+    """Doublings are coarse: where the critical batch hardly rises, none beats the fixed batch by 2 %."""
+    course = Course(64, np.array([1e3, 1e6]), np.array([420.0, 620.0]), np.full(2, 300.0), np.full(2, 900.0), "noise")
+    for cost in (0.1, 0.2, 0.4, 1.0):
+        found = plan_schedule(course, steps=20_000, cost=cost)
+        assert len(found.stages) == 1
+        assert found.cost <= 1.001 * cost
+        assert r.Run.from_json(r.Run("", None, batch_schedule=found).to_json()).batch_schedule == found
+
+
+def texts(found):
+    return [note.text for note in found.notes]
+
+
+def test_one_batch_is_told_with_its_cause():
+    """A bound, or another batch than the run's: neither is a critical batch that hardly changes."""
+    grown = plan_schedule(law(1.0, 0.5, 8e6, 8), steps=1e6, most=8)
+    assert grown.answer == "Keep batch 8 for the whole run."
+    assert any("no other between the bounds saves" in text for text in texts(grown))
+    assert not any("rise" in text for text in texts(grown))
+    moved = plan_schedule(law(4096.0, 0.0, 1.6e5, 8), steps=20_000)
+    assert moved.answer == "Use batch 512 for the whole run."
+    assert "and batch 8 20,000" in moved.because
+
+
+def test_a_cost_that_no_batch_keeps_is_told_as_it_is():
+    found = plan_schedule(law(20.0, 0.0, 1e6, 64), examples=1e6, least=256)
+    assert found.cost == pytest.approx(256 / 20, rel=0.01)
+    assert any("20.0 % more examples than the fewest were asked for" in text for text in texts(found))
+
+
+@pytest.mark.parametrize("end", [1e12, 1e20, 1.9e44, 1e300])
+def test_an_interval_without_end_breaks_nothing(end):
+    wide = Course(
+        16, np.array([1e3, 1e5]), np.array([20.0, 200.0]), np.array([1e-9, 1e-9]), np.full(2, end), "branches"
+    )
+    found = plan_schedule(wide, examples=1e5)
+    assert -0.5 < found.steps_saved_low <= found.steps_saved <= found.steps_saved_high < 1.0
+    one = plan_schedule(wide, examples=1e5, least=16, most=16)
+    assert (one.steps_saved_low, one.steps_saved_high) == (pytest.approx(0.0, abs=1e-9), pytest.approx(0.0, abs=1e-9))
+
+
+def test_passes_divide_the_batch():
+    found = plan_schedule(law(400.0, 0.0, 1e6, 64), examples=1e6, least=64, most=64, fits=24)
+    assert [stage.passes for stage in found.stages] == [4]  # of 16: three would be of 21.3
+
+
+def test_the_rate_follows_by_the_optimizer_that_trained():
+    for optimizer, rule in (("sgd", "linear"), ("adamw", "sqrt"), (None, "sqrt")):
+        assert rate_rule_of(r.Run("", None, convergence=r.Convergence((), optimizer=optimizer))) == rule
 
 
 def test_stages_follow_each_other_and_rise():
@@ -167,9 +221,12 @@ def test_a_watched_run_is_read_in_its_own_steps():
     assert course.examples == pytest.approx([50.5 * 32, 250.5 * 32, 350.5 * 32])
     assert course.critical == pytest.approx([20.0, 50.0, 200.0])
     found = plan_schedule(course, steps=2000)
-    texts = " ".join(note.text for note in found.notes)
-    assert "1 reading of the noise scale is a lower bound" in texts
-    assert "held at its last value" in texts
+    said = " ".join(texts(found))
+    assert "1 of 3 readings of the noise scale is a lower bound" in said
+    assert "held at its last value" in said
+    assert "confidence" not in found.because
+    bounds = [point(100 * i + 1, 100 * i + 100, None, 50.0 * 1.5**i, None, "lower_bound") for i in range(8)]
+    assert "Low confidence: 8 of 8 readings" in plan_schedule(course_of(watched(bounds)), steps=2000).because
 
 
 def branched(*at):
@@ -181,7 +238,7 @@ def branched(*at):
         for _, b in at
     ]
     points = [
-        r.Branching(step, 1.0, 16, 4096, 0.9, 0.01, (), None, None, None, fit)
+        r.Branching(step, 1.0, 16, 4096, 0.9, 0.01, (r.BranchPoint(64, 0.1, (1.0,), (10.0,)),), None, None, None, fit)
         for (step, _), fit in zip(at, fits, strict=True)
     ]
     return r.Run("", None, convergence=r.Convergence((), 3, branches=tuple(points)))
@@ -198,8 +255,8 @@ def test_branches_of_a_run_come_before_its_noise():
 
 def test_a_record_survives_json_and_says_its_first_line():
     found = plan_schedule(*(lambda course, taken: (course,))(*quadratic()), steps=1000)
-    run = r.Run("", None, schedule=found)
-    assert r.Run.from_json(run.to_json()).schedule == found
+    run = r.Run("", None, batch_schedule=found)
+    assert r.Run.from_json(run.to_json()).batch_schedule == found
     assert found.answer.startswith("Use batch ")
 
 
@@ -215,9 +272,11 @@ def test_a_record_survives_json_and_says_its_first_line():
         ({"steps": 100, "cost": 0.0}, "cost 0"),
         ({"steps": 100, "cost": math.inf}, "cost inf"),
         ({"steps": 100, "rate_rule": "square"}, "rate rule 'square'"),
-        ({"steps": 100, "least": 100, "most": 10}, "none is between"),
+        ({"steps": 100, "rate_rule": "tuned"}, "rate rule 'tuned'"),
+        ({"steps": 100, "least": 100, "most": 10}, "Give bounds the other way round"),
         ({"steps": 100, "most": 100, "least": 65}, "no doubling of batch 64"),
         ({"steps": 100, "devices": 0}, "devices 0"),
+        ({"steps": 100, "devices": 3}, "never divides over 3 devices. Give --batch"),
     ],
 )
 def test_bad_arguments(asked, says):
@@ -228,9 +287,9 @@ def test_bad_arguments(asked, says):
 @pytest.mark.parametrize(
     ("run", "says"),
     [
-        (r.Run("", None), "has 0 readings"),
-        (watched([]), "has one noise scale.*pybatch watch"),
-        (watched([point(1, 10, 5.0, 3.0, 9.0)]), "has 1 reading"),
+        (r.Run("", None), "has 0 readings.*pybatch watch"),
+        (dataclasses.replace(watched([]), training=None), "has one noise scale.*pybatch watch"),
+        (watched([point(1, 10, 5.0, 3.0, 9.0)]), "1 reading of it; two are the least.*Watch the run for longer"),
     ],
 )
 def test_a_record_without_a_trajectory_says_what_to_measure(run, says):

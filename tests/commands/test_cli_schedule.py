@@ -36,7 +36,7 @@ def test_a_table_with_the_answer_first(record):
 def test_json_is_a_record_that_report_reads(record, tmp_path):
     out = tmp_path / "schedule.json"
     assert hostile.typed("schedule", str(record), "--steps", "2000", "-o", str(out))[0] == 0
-    found = r.Run.from_json(out.read_text()).schedule
+    found = r.Run.from_json(out.read_text()).batch_schedule
     assert found is not None
     assert found.base_batch == 32
     assert len(found.stages) >= 3
@@ -48,8 +48,8 @@ def test_json_is_a_record_that_report_reads(record, tmp_path):
 def test_the_page_of_the_run_draws_the_schedule_over_its_noise(record, tmp_path):
     page = tmp_path / "page.html"
     typed = ("schedule", str(record), "--steps", "2000", "--html", str(page), "--format", "json")
-    found = r.Run.from_json(hostile.typed(*typed)[1]).schedule
-    run = dataclasses.replace(r.Run.from_json(record.read_text()), schedule=found)
+    found = r.Run.from_json(hostile.typed(*typed)[1]).batch_schedule
+    run = dataclasses.replace(r.Run.from_json(record.read_text()), batch_schedule=found)
     [drawn] = [plot for plot in plots(run) if plot.name.startswith("schedule")]
     band, _, batches = drawn.traces
     assert list(batches["y"]) == [stage.batch for stage in found.stages for _ in range(2)]
@@ -63,7 +63,7 @@ def test_the_page_of_the_run_draws_the_schedule_over_its_noise(record, tmp_path)
 @pytest.mark.parametrize("trainer", ["megatron", "olmo", "hf", "lightning", "torchtitan"])
 def test_the_options_of_other_trainers_have_every_stage(record, trainer):
     words = ("schedule", str(record), "--steps", "2000", "--sequence-length", "128", "--max-batch", "4096")
-    found = r.Run.from_json(hostile.typed(*words, "--format", "json")[1]).schedule
+    found = r.Run.from_json(hostile.typed(*words, "--format", "json")[1]).batch_schedule
     status, out, _ = hostile.typed(*words, "--for", trainer)
     assert status == 0
     for stage in found.stages:
@@ -78,12 +78,22 @@ def test_the_options_of_other_trainers_have_every_stage(record, trainer):
         compile(out, trainer, "exec")
 
 
+def test_options_are_printed_and_files_written_all_the_same(record, tmp_path):
+    out, page = tmp_path / "schedule.json", tmp_path / "page.html"
+    words = ("schedule", str(record), "--steps", "2000", "--for", "hf", "-o", str(out), "--html", str(page))
+    status, printed, _ = hostile.typed(*words)
+    assert status == 0
+    assert printed.startswith("# TrainingArguments")
+    assert r.Run.from_json(out.read_text()).batch_schedule is not None
+    assert page.exists()
+
+
 def test_a_law_stands_in_for_a_record():
     status, out, _ = hostile.typed(
         "schedule", "--law", "1e-6,1.5", "--batch", "64", "--examples", "1e6", "--format", "json"
     )
     assert status == 0
-    assert json.loads(out)["schedule"]["source"] == "law"
+    assert json.loads(out)["batch_schedule"]["source"] == "law"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +102,7 @@ def test_a_law_stands_in_for_a_record():
         (("--steps", "100"), "give a record, RUN.json, or --law"),
         (("RECORD",), "give --steps N or --examples N"),
         (("RECORD", "--steps", "1e999"), "steps"),
+        (("RECORD", "--steps", "100", "--for", "hf", "--format", "json"), "Give one of them"),
         (("RECORD", "--steps", "100", "--for", "jax"), "--for 'jax' is not known"),
         (("RECORD", "--steps", "100", "--for", "megatron"), "counts in tokens"),
         (("RECORD", "--steps", "100", "--rate", "cubic"), "rate rule 'cubic'"),

@@ -281,8 +281,28 @@ def test_a_batch_schedule_switches_at_its_examples(tmp_path):
     assert callback.schedule.examples == sum(sizes)
     assert callback.schedule.batch == 32
     assert tried.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)
+    assert tried.accumulate_grad_batches == 1
     other = BatchScheduleCallback(stages)
     other.load_state_dict(callback.state_dict())
     again = trainer(tmp_path, [other], steps=1)
     again.fit(Module(examples=64))
     assert other.schedule.steps == 10
+
+
+def test_a_step_that_waits_for_its_epoch_is_not_put_off_for_good(tmp_path):
+    from pybatch.integrations.lightning import BatchScheduleCallback
+
+    callback = BatchScheduleCallback([(0, 4), (8, 8)])
+    trainer(tmp_path, [callback], steps=8, max_epochs=-1).fit(Module(examples=12))
+    assert callback.schedule.batch == 8
+    assert callback.schedule.examples == 12 + 12 * 2 + 8  # epochs of 3 steps of 4, then of 8 and of the 4 that are left
+
+
+@pytest.mark.parametrize(
+    ("examples", "stages", "says"), [(14, [(0, 8)], "drop_last=True"), (12, [(0, 16)], "longer than an epoch of 3")]
+)
+def test_a_schedule_that_cannot_be_kept_is_refused(tmp_path, examples, stages, says):
+    from pybatch.integrations.lightning import BatchScheduleCallback
+
+    with pytest.raises(UsageError, match=says):
+        trainer(tmp_path, [BatchScheduleCallback(stages)]).fit(Module(examples=examples))

@@ -199,32 +199,64 @@ def test_accelerate(tmp_path):
         NoiseLog(accelerator, model, optimizer, every=0)
 
 
+STAGES = [(0, 8), (24, 16), (96, 32)]
+
+
+def staged(tmp_path, callback, **more):
+    usual = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "logging_steps": 1, "max_steps": -1}
+    return trainer(tmp_path, [callback], **(usual | more))
+
+
 def test_a_batch_schedule_switches_at_its_examples(tmp_path):
     """Of 64 examples an epoch, in passes of 4: 8 to 24 examples, then 16, then 32; and on from a checkpoint."""
     from pybatch.integrations.transformers import BatchScheduleCallback
 
-    stages, seen = [(0, 8), (24, 16), (96, 32)], []
-    callback = BatchScheduleCallback(stages, rate="linear")
-    tried = trainer(tmp_path, [callback], max_steps=9, logging_steps=1, save_strategy="steps", save_steps=5)
-    tried.create_optimizer()
-    rates = []
-    inner = tried.optimizer
-    before = inner.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    seen = []
+    callback = BatchScheduleCallback(STAGES, steps=9, rate="linear")
+    tried = staged(tmp_path, callback, num_train_epochs=2, save_strategy="steps", save_steps=5)
     plain = tried.training_step
     tried.training_step = lambda *args, **more: (seen.append(callback.schedule.batch), plain(*args, **more))[1]
     tried.train()
-    before.remove()
-    # 24 examples are 6 passes: 16 is 4, which begins at the 8th; 96 are 8 and 24 passes on.
+    # 24 examples are 6 passes: steps of 4 begin at the 8th; 96 are 24 passes, 8 of them of the second epoch.
     assert seen == [8] * 8 + [16] * 16 + [32] * 8
     logged = [log["batch_size"] for log in tried.state.log_history if "batch_size" in log]
     assert logged == [8, 8, 8, 16, 16, 16, 16, 32, 32]
     assert callback.schedule.examples == 4 * len(seen)
-    again = BatchScheduleCallback(stages, rate="linear", resume=tmp_path / "out" / "checkpoint-5")
+    assert tried.args.gradient_accumulation_steps == 1
+    checkpoint = tmp_path / "out" / "checkpoint-5"
     with pytest.raises(UsageError, match="ignore_data_skip"):
-        trainer(tmp_path, [BatchScheduleCallback(stages)], max_steps=9).train(
-            resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5")
-        )
-    resumed = trainer(tmp_path, [again], max_steps=9, ignore_data_skip=True)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
+        staged(tmp_path, BatchScheduleCallback(STAGES, steps=9), num_train_epochs=2).train(str(checkpoint))
+    again = BatchScheduleCallback(STAGES, steps=9, rate="linear", resume=checkpoint)
+    staged(tmp_path, again, num_train_epochs=4, ignore_data_skip=True).train(str(checkpoint))
     assert again.schedule.steps == 9
     assert again.schedule.examples == 48 + 16 * 3 + 16  # the epoch begins anew: 48 are 12 passes, 96 the 8th of it
+
+
+def test_a_step_that_waits_for_its_epoch_is_not_put_off_for_good(tmp_path):
+    """Epochs of three passes never divide into steps of two but at their beginning."""
+    from pybatch.integrations.transformers import BatchScheduleCallback
+
+    callback = BatchScheduleCallback([(0, 4), (8, 8)], steps=8)
+    tried = staged(tmp_path, callback, num_train_epochs=6)
+    tried.train_dataset = data(12)
+    tried.train()
+    assert [log["batch_size"] for log in tried.state.log_history if "batch_size" in log][2:] == [8] * 6
+    assert tried.state.global_step == 8
+
+
+@pytest.mark.parametrize(
+    ("examples", "stages", "more", "says"),
+    [
+        (64, [(0, 16)], {"max_steps": 100}, r"steps take 400 passes, and the Trainer plans .* num_train_epochs=25"),
+        (64, [(0, 8)], {"gradient_accumulation_steps": 2}, "plans its epochs by it"),
+        (66, [(0, 8)], {"num_train_epochs": 1}, "dataloader_drop_last=True"),
+        (12, [(0, 16)], {"max_steps": 2}, "a step of 4 passes is longer than an epoch of 3"),
+    ],
+)
+def test_a_training_that_would_end_early_is_refused(tmp_path, examples, stages, more, says):
+    from pybatch.integrations.transformers import BatchScheduleCallback
+
+    tried = staged(tmp_path, BatchScheduleCallback(stages), **more)
+    tried.train_dataset = data(examples)
+    with pytest.raises(UsageError, match=says):
+        tried.train()

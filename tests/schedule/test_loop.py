@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from pybatch import records as r
 from pybatch.base.errors import UsageError
 from pybatch.optim import AdamW
-from pybatch.schedule import BatchSchedule, ScheduledBatches
+from pybatch.schedule import BatchSchedule, ScheduledBatches, passes_of
 
 STAGES = [(0, 8), (40, 16), (104, 64)]
 
@@ -129,6 +129,9 @@ def test_resumed_where_it_stood():
     assert [*begun, *passes(second, 5)] == told
     with pytest.raises(UsageError, match="lacks its parts"):
         second.load_state_dict({"batch": 8})
+    for damage in ({"batch": 0}, {"examples": -1}, {"batch": 12}):
+        with pytest.raises(UsageError):
+            second.load_state_dict(first.state_dict() | damage)
 
 
 class Growing:
@@ -177,8 +180,43 @@ def test_a_loader_gives_the_schedules_batches(workers):
     batches = [batch for [batch] in loader]
     assert [len(batch) for batch in batches] == [8] * 5 + [16] * 4 + [64] * 4
     assert len(torch.cat(batches).unique()) == 5 * 8 + 4 * 16 + 4 * 64
-    again = ScheduledBatches(RandomSampler(data), BatchSchedule(STAGES), examples=104)
-    assert [len(batch) for [batch] in DataLoader(data, batch_sampler=again)] == [64] * 6
+    later = BatchSchedule(STAGES)
+    passes(later, 9)
+    again = DataLoader(data, batch_sampler=ScheduledBatches(RandomSampler(data), later))
+    assert [len(batch) for [batch] in again] == [64] * 6
+    assert len(again) == 6
+
+
+def test_a_loader_that_is_left_early_goes_on_where_the_training_stands():
+    """Batches that workers had fetched are not counted as trained on."""
+    data, schedule = TensorDataset(torch.arange(400)), BatchSchedule([(0, 8), (160, 16)])
+    loader = DataLoader(data, batch_sampler=ScheduledBatches(RandomSampler(data), schedule), num_workers=2)
+    sizes = []
+    for _ in range(3):
+        for place, [batch] in enumerate(loader):
+            if place == 8:
+                break
+            sizes.append(len(batch))
+            schedule.step()
+    assert sizes == [8] * 20 + [16] * 4
+    assert schedule.examples == sum(sizes)
+
+
+@pytest.mark.parametrize("epoch", [8, 9, 13, 32])
+@pytest.mark.parametrize("steps", [1, 5, 9, 14, 60])
+def test_passes_to_come_are_those_of_a_loop_in_epochs(epoch, steps):
+    schedule, made, done, longest = BatchSchedule(STAGES, micro_batch=8), 0, 0, 0
+    said = passes_of(schedule, steps, epoch)
+    for _ in range(steps):
+        taken = min(schedule.accumulation, epoch - made)
+        longest = max(longest, schedule.accumulation)
+        made, done = made + taken, done + taken
+        schedule.step(taken, lambda passes: made % passes == 0)  # noqa: B023
+        if made == epoch:
+            made = 0
+            schedule.switch()
+    assert said[1] == done
+    assert said[0] >= longest
 
 
 @pytest.mark.parametrize(
@@ -195,7 +233,14 @@ def test_a_loader_gives_the_schedules_batches(workers):
         (STAGES, {"beta2": "halflife"}, "give 'half-life'"),
         (STAGES, {"noise": Growing(), "most": 64}, "give the first batch alone"),
         (8, {"noise": Growing()}, "needs most="),
-        (8, {"every": 0}, "every 0"),
+        (8, {}, "nothing to follow"),
+        (8, {"noise": object(), "most": 64}, "a object measures none"),
+        (r.Run("", None), {}, "this record has no schedule"),
+        (STAGES, {"optimizer": model_and(torch.optim.SGD, lr=0.1)[1], "beta2": "half-life"}, "SGD has no betas"),
+        (8, {"noise": Growing(), "most": 64, "every": 0}, "every 0"),
+        (STAGES, {"base_batch": -4}, "base_batch -4"),
+        (STAGES, {"rate": "adam-sde"}, "rate 'adam-sde' is not known"),
+        (STAGES, {"rate": "tuned"}, "rate 'tuned' is not known"),
     ],
 )
 def test_bad_arguments(stages, more, says):

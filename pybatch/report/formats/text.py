@@ -204,8 +204,8 @@ def _rows(run: Run) -> list[dict[str, object]]:
     Of branches, one a batch size and checkpoint; of a noise trajectory, one a stretch of training.
     """
     measured = run.capacity or run.convergence
-    if measured is None and run.schedule is not None:
-        return [to_dict(stage) for stage in run.schedule.stages]
+    if measured is None and run.batch_schedule is not None:
+        return [to_dict(stage) for stage in run.batch_schedule.stages]
     if measured is None:
         return [to_dict(point) for point in run.trajectory.points] if run.trajectory is not None else []
     head = {

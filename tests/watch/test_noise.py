@@ -1,0 +1,68 @@
+"""How often the noise of a watched training is measured, and what stands when that changes."""
+
+import pytest
+import torch
+from torch import nn
+
+from pybatch.watch import noise as source
+from pybatch.watch.batching import find_batching
+from pybatch.watch.noise import NoiseWatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Training:
+    """Steps of two micro-batches by a clock of the test's own."""
+
+    def __init__(self, monkeypatch):
+        torch.manual_seed(0)
+        self.model = nn.Linear(8, 4)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
+        self.watch = NoiseWatch(self.model, self.optimizer, 2, None, False)
+        self.now = 0.0
+        monkeypatch.setattr(source.time, "perf_counter", lambda: self.now)
+
+    def steps(self, count, plain=0.1, watched=0.1):
+        for _ in range(count):
+            for _ in range(2):
+                x = torch.randn(4, 8)
+                y = (x[:, 0] > 0).long()
+                if not self.watch.begun:
+                    self.watch.begin(find_batching(((x,), {})), self.model, (x,), {})
+                nn.functional.cross_entropy(self.model(x), y).backward()
+            self.watch.stepping(8)
+            self.now += watched if self.watch.watched else plain
+            self.optimizer.step()
+            self.watch.stepped()
+            self.optimizer.zero_grad()
+
+
+def test_a_costly_source_measures_more_seldom(monkeypatch):
+    training = Training(monkeypatch)
+    training.steps(40, watched=0.15)
+    before = training.watch._every
+    assert before == pytest.approx(0.5 / source._COST, rel=0.05)  # half a step more, every so many
+
+
+def test_a_slow_spell_discards_nothing_that_was_measured(monkeypatch):
+    training = Training(monkeypatch)
+    training.steps(200)
+    assert training.watch._every == source._FIRST
+    known = training.watch.read()
+    assert known.status == "resolved"
+    training.steps(20, watched=0.3)
+    assert training.watch._every == source._FIRST  # half of what is compared was not slow
+    training.steps(20, watched=0.3)
+    assert training.watch._every > source._FIRST
+    training.steps(10)
+    assert training.watch.read().status == "resolved"
+    assert training.watch.read().steps >= known.steps
+
+
+def test_one_slow_step_is_no_cost(monkeypatch):
+    training = Training(monkeypatch)
+    for _ in range(10):
+        training.steps(16)
+        training.steps(2, plain=0.1, watched=1.0)
+    assert training.watch._every == source._FIRST
+    assert len(training.watch._others) <= source._LATEST
