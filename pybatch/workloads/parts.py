@@ -126,8 +126,10 @@ class Parts(Workload):
             rows = several(index) if several is not None else [data[i] for i in index]
             if len(index) < n:
                 again = [i % len(index) for i in range(n)]
-                whole = not isinstance(rows, list | tuple)  # a data set that makes a batch itself
-                rows = several([index[i] for i in again]) if whole else [_own(rows[i]) for i in again]
+                if several is not None and not isinstance(rows, list | tuple):  # a data set that makes a batch itself
+                    rows = several([index[i] for i in again])
+                else:
+                    rows = [_own(rows[i]) for i in again]
             return self._collate(rows)
 
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
