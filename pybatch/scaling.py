@@ -152,12 +152,22 @@ def adam_sde(group: Mapping[str, Any], batch: int, base: Base) -> Scaled:
 
 FOLLOWING = {  # what may follow the batch beside the rate, by name: how, and the argument it needs
     "beta2": {"constant": "as it is", "half-life": "the same half-life in examples"},
-    "decay": {"constant": "as it is", "linear": "in proportion to the batch"},
+    "decay": {
+        "constant": "as it is",
+        "linear": "in proportion to the batch",
+        "timescale": "in proportion to the batch over the rate",
+    },
 }
 
 
 def followed(
-    group: Mapping[str, Any], batch: int, base: int, beta2: str = "constant", decay: str = "constant"
+    group: Mapping[str, Any],
+    batch: int,
+    base: int,
+    beta2: str = "constant",
+    decay: str = "constant",
+    *,
+    rate: float = 1.0,
 ) -> dict[str, Any]:
     """A group whose second beta and weight decay follow the batch size, as rules of their own beside the rate's.
 
@@ -166,8 +176,11 @@ def followed(
         batch, base: examples.
         beta2: "constant", or "half-life": beta2^(B / B_0), which forgets after as many examples at every batch size
             (Marek et al. 2025, "Small Batch Size Training for Language Models", section 3.2).
-        decay: "constant", or "linear": times B / B_0 (Bergsma et al. 2025, "Power Lines", where the best decay grows
-            linearly with the batch at a fixed number of tokens).
+        decay: "constant"; "linear": times B / B_0 (Bergsma et al. 2025, "Power Lines", where the best decay grows
+            linearly with the batch at a fixed number of tokens); or "timescale": times (B / B_0) / rate, which keeps
+            the examples B / (rate x decay) over which AdamW averages its updates (Wang and Aitchison 2024, "How to set
+            AdamW's weight decay as you scale model and dataset size"). Both are one at a constant rate.
+        rate: the learning rate at this batch over that at the base batch.
 
     Raises:
         UsageError: no such rule, or the group has nothing for it to act on.
@@ -185,7 +198,7 @@ def followed(
             raise UsageError(
                 f"decay rule {decay!r}: the optimizer has no weight decay to scale. Give one, 'adamw:weight_decay=0.1'."
             )
-        found["weight_decay"] = group["weight_decay"] * batch / base
+        found["weight_decay"] = group["weight_decay"] * batch / base / (rate if decay == "timescale" else 1)
     return found
 
 

@@ -24,7 +24,7 @@ from pybatch.answer.schedule import RATES
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import said
 from pybatch.records import NoiseScale, Run, Schedule
-from pybatch.scaling import Base, scale
+from pybatch.scaling import Base, followed, scale
 
 __all__ = ["BatchSchedule", "ScheduledBatches"]
 
@@ -54,7 +54,7 @@ class BatchSchedule:
         rate: how the learning rate follows: "constant", "linear" or "sqrt" of `pybatch.scaling`; None: the
             schedule's, else "sqrt".
         beta2: "half-life" keeps that of Adam's second moment in examples (Marek et al. 2025): beta2^(B / base).
-        decay: "timescale" keeps that of weight decay in examples (Bergsma et al. 2025): B / (rate x decay) is constant.
+        decay: "timescale" keeps that of weight decay in examples: B / (rate x decay), see `pybatch.scaling.followed`.
         noise: what measures; the batch then doubles once `cost` times its noise scale asks for twice as many, with
             hysteresis, and never falls.
         cost: share of the noise scale that is the batch.
@@ -208,15 +208,17 @@ class BatchSchedule:
 
     def _scale(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._put_back(optimizer)  # of a step that raised
-        ratio, factor = self.batch / self._base, self.rate_factor
+        factor = self.rate_factor
         for group in optimizer.param_groups:
             self._kept.append({name: _copied(group[name]) for name in ("lr", "betas", "weight_decay") if name in group})
             _multiply(group, "lr", factor)
-            if self._beta2 is not None and "betas" in group:
-                first, second = group["betas"][:2]
-                group["betas"] = (first, second**ratio, *group["betas"][2:])
-            if self._decay is not None and group.get("weight_decay"):
-                _multiply(group, "weight_decay", ratio / factor)
+            beta2 = self._beta2 if "betas" in group else None  # groups without are left as they are
+            decay = self._decay if group.get("weight_decay") else None
+            found = followed(group, self.batch, self._base, beta2 or "constant", decay or "constant", rate=factor)
+            if beta2 is not None:
+                group["betas"] = found["betas"]
+            if decay is not None:
+                _multiply(group, "weight_decay", found["weight_decay"] / group["weight_decay"])
 
     def _put_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group, kept in zip(optimizer.param_groups, self._kept, strict=False):

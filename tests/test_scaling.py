@@ -130,6 +130,14 @@ def test_beta2_keeps_its_half_life_in_examples_and_decay_is_in_proportion():
     assert group["betas"] == (0.9, 0.95)
 
 
+def test_decays_timescale_in_examples_is_kept_at_every_rate():
+    group = {"lr": 0.1, "weight_decay": 0.2}
+    for batch, rate in ((4, 0.5), (64, 2.0), (64, 1.0)):
+        found = followed(group, batch, 16, decay="timescale", rate=rate)
+        assert batch / (0.1 * rate * found["weight_decay"]) == pytest.approx(16 / (0.1 * 0.2))
+    assert found == followed(group, 64, 16, decay="linear", rate=3.0)
+
+
 @pytest.mark.parametrize(
     ("group", "rules", "said"),
     [

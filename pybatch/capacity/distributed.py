@@ -179,7 +179,7 @@ class _Team:
         for _ in range(_VISITS):
             for i in order.permutation(len(kinds)):
                 batch, sync = kinds[i]
-                drawn = Reused(self.session.batch(batch))
+                drawn = Reused(self.session.timed_batch(batch))
                 step = self._step(drawn, sync)
                 warm = float(np.median(self._together(step, 2)))
                 times[kinds[i]] += self._together(step, max(_LEAST_STEPS, min(200, int(quantum / warm))))

@@ -41,7 +41,7 @@ class TrainingStep:
     def load(self, n: int) -> None:
         """Draw the batch that the following steps use, and compile for it; the one before is let go first."""
         self.clear()
-        self._batch, self.batch_size = Reused(self.session.batch(n), self.changes), n
+        self._batch, self.batch_size = Reused(self.session.timed_batch(n), self.changes), n
         if self.session.compiled and n not in self.compile_s:
             self.compile_s[n] = self._compile()
 

@@ -55,7 +55,7 @@ def sweep(
         str, typer.Option(help="Adam's second beta: constant, or half-life: the same in examples at every batch size.")
     ] = "constant",
     decay_rule: Annotated[
-        str, typer.Option(help="Weight decay: constant, or linear: in proportion to the batch size.")
+        str, typer.Option(help="Weight decay: constant; linear: with the batch size; timescale: with it over the rate.")
     ] = "constant",
     rates: Annotated[
         str | None, typer.Option(help="First learning rates: '0.01,0.1,1'. Default: 12, a factor of 2 apart.")

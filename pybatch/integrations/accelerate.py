@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +78,7 @@ def workload(
     plain = accelerator.unwrap_model(model)
     inner = getattr(optimizer, "optimizer", optimizer)
     groups = groups_by_place(inner, [p for p in plain.parameters() if p.requires_grad])
-    kind, defaults = type(inner), dict(inner.defaults)
+    kind, defaults = type(inner), copy.deepcopy(inner.defaults)
     size = int(getattr(loader, "total_batch_size", None) or loader.batch_size or Workload.reference_batch)
     return Workload.from_parts(
         model=plain,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,8 @@ def groups_by_place(optimizer: torch.optim.Optimizer, own: Sequence[Tensor]) -> 
     for group in optimizer.param_groups:
         if any(id(p) not in places for p in group["params"]):
             raise UsageError("the optimizer holds parameters that are not those of the model. Make it of its own.")
-        found.append({**group, "params": [places[id(p)] for p in group["params"]]})
+        settings = {key: value for key, value in group.items() if key != "params"}  # rates may be tensors, which change
+        found.append({**copy.deepcopy(settings), "params": [places[id(p)] for p in group["params"]]})
     return found
 
 
@@ -49,11 +51,11 @@ def made_again(
     arguments = {key: value for key, value in defaults.items() if free or key in taken}
     hidden = ("params", "initial_lr", "param_names")
     own = [
-        {key: value for key, value in group.items() if key not in hidden and (free or key in taken)}
+        copy.deepcopy({key: value for key, value in group.items() if key not in hidden and (free or key in taken)})
         | {"params": [params[i] for i in group["params"]]}
         for group in groups
     ]
-    return kind(own, **arguments)
+    return kind(own, **copy.deepcopy(arguments))
 
 
 def token_weights(batch: Any, ignored: int = -100) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 from pathlib import Path
@@ -217,7 +218,7 @@ def workload(trainer: Trainer, **more: Any) -> Workload:
     made: Any = trainer.create_optimizer()
     inner = getattr(made, "optimizer", made)
     trainer.optimizer = before
-    groups, kind, defaults = groups_by_place(inner, own), type(inner), dict(inner.defaults)
+    groups, kind, defaults = groups_by_place(inner, own), type(inner), copy.deepcopy(inner.defaults)
 
     def schedule(optimizer: torch.optim.Optimizer, steps: int) -> Any:
         kept, trainer.lr_scheduler = trainer.lr_scheduler, None

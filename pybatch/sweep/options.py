@@ -106,7 +106,7 @@ class SweepOptions:
             workload's. None: its own, else "constant". Under an anneal, steps to a target are the length of the
             shortest training that ends at it.
         beta2_rule: how Adam's second beta follows the batch size: "constant" or "half-life", see `scaling.followed`.
-        decay_rule: how weight decay follows it: "constant" or "linear".
+        decay_rule: how weight decay follows it: "constant", "linear" or "timescale".
         rates: first learning rates of a search; None: 12, a factor of 2 apart. Where the best
             one is the lowest or highest, more are tried; then two halfway beside it.
         search: "race" tries every rate with the first seed, and runs the other seeds at the rates that can still have
@@ -228,6 +228,11 @@ class SweepOptions:
                 raise unknown(f"{name} rule", rule, scaling.FOLLOWING[name])
         if self.beta2_rule != "constant" and "adam-sde" in self.rules:
             raise UsageError("beta2 rule: rule 'adam-sde' sets the betas itself. Leave one of the two out.")
+        if self.decay_rule == "timescale" and (unruled := {scaling.SEARCHED, "adascale"} & set(self.rules)):
+            raise UsageError(
+                f"decay rule 'timescale' goes by the rate that a rule gives, and rule {min(unruled)!r} gives none "
+                "ahead. Take decay rule 'linear', or leave that rule out."
+            )
         if self.search not in GRIDS:
             load_optuna(self.search)
 

@@ -39,9 +39,11 @@ def record_of(contents: Contents, sweep: int) -> Run:
     return Assembly(own, contents).run()
 
 
-def trial_of(options: SweepOptions, fingerprint: str, device: str, scaled: Scaled, batch: int, seed: int) -> Trial:
-    """A trial of a sweep."""
-    group = followed(scaled.group, batch, options.start_batch, options.beta2_rule, options.decay_rule)
+def trial_of(
+    options: SweepOptions, fingerprint: str, device: str, scaled: Scaled, batch: int, seed: int, rate: float = 1.0
+) -> Trial:
+    """A trial of a sweep, whose rate is `rate` times that of the base batch."""
+    group = followed(scaled.group, batch, options.start_batch, options.beta2_rule, options.decay_rule, rate=rate)
     scaled = dataclasses.replace(scaled, group=group)
     schedule = options.schedule or CONSTANT
     return Trial(fingerprint, options.trained_by, scaled, batch, seed, options.dtype, device, schedule)
@@ -63,7 +65,8 @@ def ruled_trials(
     """
     lr, steps = base
     scaled = scale(rule, {**options.options, "lr": lr}, batch, Base(options.start_batch, steps))
-    return [trial_of(options, fingerprint, device, scaled, batch, seed) for seed in seeds]
+    factor = scaled.group["lr"] / lr
+    return [trial_of(options, fingerprint, device, scaled, batch, seed, factor) for seed in seeds]
 
 
 @dataclass

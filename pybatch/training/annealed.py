@@ -15,6 +15,7 @@ from pybatch.training.replicas import Losses
 from pybatch.training.schedules import GAMMA, OWN, WSD, factor, tail
 from pybatch.training.trial import Trial
 from pybatch.workloads.base import Workload
+from pybatch.workloads.running.loss_scale import LossScale
 from pybatch.workloads.running.optimizers import rate_of
 
 
@@ -26,7 +27,7 @@ class _State:
     models: list[dict[str, Tensor]]
     optimizers: list[dict[str, Any]]
     gains: list[Gain | None]
-    scales: list[float]
+    scales: list[LossScale | None]
     generators: dict[int, Tensor]
 
 
@@ -110,7 +111,7 @@ class Annealed(Loop):
             [copy.deepcopy(session.model.state_dict()) for session in self.sessions],
             [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers],
             copy.deepcopy(self.gains),
-            [session.loss_scale for session in self.sessions],
+            [copy.copy(session.scaling) for session in self.sessions],
             {seed: session.generator.get_state() for seed, session in self.streams.items()},
         )
 
@@ -119,7 +120,7 @@ class Annealed(Loop):
         for i, session in enumerate(self.sessions):
             session.model.load_state_dict(state.models[i])
             self.optimizers[i].load_state_dict(copy.deepcopy(state.optimizers[i]))
-            session.loss_scale = state.scales[i]
+            session.scaling = copy.copy(state.scales[i])
         for seed, session in self.streams.items():
             session.generator.set_state(state.generators[seed])
 

@@ -8,7 +8,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,17 @@ _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 @contextmanager
-def put_back(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+def put_back(
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], apart: Iterable[Any] = ()
+) -> Iterator[None]:
     """In here steps may be made; afterwards all is as it was, and every tensor the same object.
 
     Parameters, gradients, buffers and other attributes of modules, with the tensors, containers, arrays and objects
-    inside of them to a depth of 8, hooks apart; states and groups of the optimizers likewise; and the random generators
-    of torch, NumPy, Python and of the modules. Rates are 0 in here, so that repeated steps over one batch lead nowhere,
-    and hooks of the optimizers' own do not run.
+    inside of them to a depth of 8, hooks and what is `apart` left out; states and groups of the optimizers likewise;
+    and the random generators of torch, NumPy, Python and of the modules. Rates are 0 in here, so that repeated steps
+    over one batch lead nowhere, and hooks of the optimizers' own do not run.
     """
-    kept: list[_Kept] = [_Model(model), *(_Optimizer(optimizer) for optimizer in optimizers), _Random(model)]
+    kept: list[_Kept] = [_Model(model, apart), *(_Optimizer(optimizer) for optimizer in optimizers), _Random(model)]
     try:
         yield
     finally:
@@ -78,12 +80,12 @@ def _unexpanded(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 class _Model:
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, apart: Iterable[Any]) -> None:
         self._modules = [(module, dict(vars(module))) for module in model.modules()]
         inside = [value for _, held in self._modules for name, value in held.items() if "_hooks" not in name]
         parameters = list(model.parameters())
         gradients = [(p, p.grad) for p in parameters]
-        self._contents = Contents(inside)
+        self._contents = Contents(inside, apart)
         self._values = _Values([*parameters, *model.buffers(), *self._contents.tensors])
         self._gradients = gradients
         for p in parameters:

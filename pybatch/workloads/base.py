@@ -74,6 +74,13 @@ class Workload(ABC):
         The workloads that ship draw uniformly with replacement, so n may exceed the data set.
         """
 
+    def timed_batch(self, n: int, generator: torch.Generator) -> Any:
+        """A training batch of n examples whose step is timed, and whose values count for nothing; as `batch`.
+
+        For data that are slow to read: capacity asks for the largest batch that fits, where examples may repeat.
+        """
+        return self.batch(n, generator)
+
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """Scalar loss: the mean over the examples of the batch, or over all its tokens: see `example_weights`."""
@@ -126,11 +133,12 @@ class Workload(ABC):
         """A workload of what a training has already.
 
         Args:
-            model: a function that makes one, or a module, which is copied: its weights are then every seed's start.
+            model: a function that makes one, or a module, copied at once: every seed starts from its weights now.
             train: a data set with `__len__` and `__getitem__`; its examples are drawn with replacement.
             test: likewise, held out; sweeps and branches need it.
             loss: of (model, batch); or a criterion of (output, target), such as `torch.nn.CrossEntropyLoss()`, for
-                batches that are pairs (input, target).
+                batches that are pairs (input, target). The names of its arguments say which; else modules and what
+                torch has are criteria.
             collate_fn: of a list of examples; None: torch's `default_collate`.
             optimizer: of the model's parameters, see `optimizer`; None: pybatch's AdamW at `learning_rate`.
             schedule: of (optimizer, steps), see `schedule`.
@@ -144,7 +152,9 @@ class Workload(ABC):
                 cannot be used.
         """
         # By name: it is made of this class, and no room has a circle of imports.
-        made: Workload = importlib.import_module("pybatch.workloads.parts").Parts(
+        parts = importlib.import_module("pybatch.workloads.parts").Parts
+        importlib.import_module("pybatch.workloads.given").check_names(more, parts)
+        made: Workload = parts(
             model=model,
             train=train,
             test=test,

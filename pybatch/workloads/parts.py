@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence
 from typing import Any, Literal
 
 import torch
-from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, default_collate
+from torch.utils.data import DataLoader, RandomSampler, default_collate
 
-from pybatch.base.errors import UsageError
+from pybatch.base.errors import UsageError, WorkloadError
 from pybatch.workloads.base import Split, Workload
+from pybatch.workloads.given import (
+    called,
+    check_data,
+    check_functions,
+    check_loading,
+    check_mappings,
+    kind_of,
+    misunderstood,
+    own_copy,
+)
+from pybatch.workloads.running.declared import check
 
 Model = torch.nn.Module | Callable[[], torch.nn.Module]
-_DISTINCT = 2048  # examples of a batch: of a larger one, whose time alone matters, they repeat
+_DISTINCT = 2048  # examples that are read for a batch whose time alone matters
 _ENDLESS = 2**31  # draws of a loader
 
 
@@ -50,59 +61,92 @@ class Parts(Workload):
             raise UsageError(f"model is a {type(model).__name__}. Give a function that makes it, or the module.")
         for which, data in (("train", train), ("test", test)):
             if data is not None or which == "train":
-                _check_data(which, data)
+                check_data(which, data)
         if not callable(loss):
             raise UsageError(f"loss is a {type(loss).__name__}. Give a function of (model, batch), or a criterion.")
-        if not isinstance(num_workers, int) or num_workers < 0:
-            raise UsageError(f"num_workers {num_workers!r}: give the number of processes that load, 0 or more.")
-        self._model, self._data, self._loss = model, {"train": train, "test": test}, loss
+        check_functions(
+            collate_fn=collate_fn,
+            optimizer=optimizer,
+            schedule=schedule,
+            example_weights=example_weights,
+            metrics=metrics,
+        )
+        check_mappings(target=target, better=better, loader_options=loader_options)
+        self._kind, self._sure = kind_of(loss)
+        self._model = own_copy(model) if isinstance(model, torch.nn.Module) else model
+        self._data, self._loss = {"train": train, "test": test}, loss
         self._collate = collate_fn or default_collate
         self._optimizer, self._schedule, self._weights = optimizer, schedule, example_weights
         self._metrics = metrics
         self.num_workers, self._loading = num_workers, dict(loader_options or {})
         own: dict[str, Any] = {
-            "name": name or (type(train).__name__.lower()),
+            "name": type(train).__name__.lower() if name is None else name,
             "unit": unit,
             "target": dict(target or {}),
             "better": dict(better or {}),
             "learning_rate": learning_rate,
             "reference_batch": reference_batch,
-            "evaluation_examples": evaluation_examples or min(Workload.evaluation_examples, len(train)),
+            "evaluation_examples": evaluation_examples,
             "steps": steps,
             "examples": len(train),
         }
+        if evaluation_examples is None:
+            own["evaluation_examples"] = min(Workload.evaluation_examples, len(train))
+        elif type(evaluation_examples) is not int or evaluation_examples < 1:
+            raise UsageError(f"evaluation_examples is {evaluation_examples!r}: give a whole number, at least 1.")
         for key, value in own.items():
             if value is not None:
                 setattr(self, key, value)
+        try:
+            check(self)
+        except WorkloadError as error:
+            raise UsageError(f"from_parts: {str(error).removeprefix('Parts.')}") from None
+        check_loading(num_workers, self._loading, lambda: self.loader(1, max(1, num_workers)))
 
     def model(self) -> torch.nn.Module:
         """A fresh model; of a module that was given, a copy."""
         return copy.deepcopy(self._model) if isinstance(self._model, torch.nn.Module) else self._model()
 
     def batch(self, n: int, generator: torch.Generator, split: Split = "train") -> Any:
-        """Draw n examples with replacement, and collate them. Above 2048 (or a reference or evaluation batch) their
-        tensors repeat examples: a batch so large is there for its time."""
+        """Draw n examples with replacement, and collate them."""
+        return self._collated(n, n, generator, split)
+
+    def timed_batch(self, n: int, generator: torch.Generator) -> Any:
+        """As `batch`, of 2048 examples at most, which a larger batch repeats: its values count for nothing."""
+        return self._collated(n, _DISTINCT, generator, "train")
+
+    def _collated(self, n: int, most: int, generator: torch.Generator, split: Split) -> Any:
         data = self._data[split]
         if data is None:
             raise UsageError(f"workload {self.name!r} was made without test data. Give from_parts(test=...).")
-        fetched = min(n, max(_DISTINCT, self.reference_batch, self.evaluation_examples))
-        index = torch.randint(len(data), (fetched,), generator=generator).tolist()
+        index = torch.randint(len(data), (min(n, most),), generator=generator).tolist()
         with torch.random.fork_rng(devices=[]):  # augmentations draw from it, for one seed the same
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             several = getattr(data, "__getitems__", None)  # as torch's own loaders ask
-            made = self._collate(several(index) if several is not None else [data[i] for i in index])
-        if fetched == n:
-            return made
-        again = torch.arange(n) % fetched
-        return tree_map(lambda leaf: leaf[again] if _along(leaf, fetched) else leaf, made)
+            rows = several(index) if several is not None else [data[i] for i in index]
+            if len(index) < n:
+                again = [i % len(index) for i in range(n)]
+                if several is not None and not isinstance(rows, list | tuple):  # a data set that makes a batch itself
+                    rows = several([index[i] for i in again])
+                else:
+                    rows = [_own(rows[i]) for i in again]
+            return self._collate(rows)
 
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """As given; a criterion of (output, target) for batches that are pairs (input, target)."""
-        if not _is_criterion(self._loss):
+        if self._sure:
+            return self._loss_of(model, batch)
+        try:
+            return self._loss_of(model, batch)
+        except (TypeError, AttributeError) as error:
+            raise misunderstood(self._loss, self._kind, error) from error
+
+    def _loss_of(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        if self._kind == "function":
             return self._loss(model, batch)
         if not (isinstance(batch, list | tuple) and len(batch) == 2):
             raise UsageError(
-                f"loss {_called(self._loss)} is a criterion of (output, target), and the batches are no pairs (input, "
+                f"loss {called(self._loss)} is a criterion of (output, target), and the batches are no pairs (input, "
                 "target). Give a function of (model, batch)."
             )
         inputs, target = batch
@@ -150,40 +194,19 @@ class Parts(Workload):
         return hashlib.sha256("\n".join(map(_code, parts)).encode()).hexdigest()[:16]
 
 
-def _check_data(which: str, data: Any) -> None:
-    if isinstance(data, DataLoader):
-        raise UsageError(
-            f"{which} is a DataLoader, whose batch size is fixed. Give its data set ({which}=loader.dataset), its "
-            "collate_fn and num_workers."
-        )
-    if isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        raise UsageError(
-            f"{which} is a {type(data).__name__} without indices: examples are drawn at random. Give a data set with "
-            "__len__ and __getitem__, such as a list of the examples it yields."
-        )
-    if not len(data):
-        raise UsageError(f"{which} has no example. Give a data set that has some.")
-
-
-def _is_criterion(loss: Callable[..., Any]) -> bool:
-    """Whether a loss is one of (output, target): a module, or a function of torch's."""
-    return isinstance(loss, torch.nn.Module) or str(getattr(loss, "__module__", "")).split(".")[0] == "torch"
-
-
-def _along(leaf: Any, n: int) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and len(leaf) == n
-
-
-def _called(given: Any) -> str:
-    return str(getattr(given, "__name__", type(given).__name__))
+def _own(row: Any) -> Any:
+    """A row for each time it is collated: collators take keys out of rows."""
+    return copy.copy(row) if isinstance(row, MutableMapping | MutableSequence) else row
 
 
 def _code(given: Any) -> str:
     """What a function does, in text: its source where there is one."""
     if isinstance(given, torch.nn.Module) or given is None:
         return repr(given)
+    if isinstance(given, functools.partial):
+        return f"{_code(given.func)}{given.args}{sorted(given.keywords.items())}"
     try:
         return inspect.getsource(given)
     except (OSError, TypeError):
         code = getattr(given, "__code__", None)
-        return repr((code.co_code, code.co_consts)) if code is not None else _called(given)
+        return repr((code.co_code, code.co_consts)) if code is not None else called(given)

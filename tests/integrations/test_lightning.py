@@ -1,5 +1,9 @@
 """Lightning: the noise scale in its loggers, a batch size that was always run, a module as a workload."""
 
+import copy
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -27,16 +31,22 @@ def data(n=512):
 class Module(pl.LightningModule):
     """Memory "runs out" past a batch."""
 
+    ran = []  # noqa: RUF012 - batch sizes of all modules
+
     def __init__(self, fits=10**9, batch_size=4, examples=512):
         super().__init__()
         torch.manual_seed(0)
         self.body = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 2))
         self.fits, self.batch_size, self.examples = fits, batch_size, examples
-        self.seen = []
+        self.seen, self.count, self.held = [], 0, {"ema": torch.zeros(2)}
+        self.body[1].eval()
 
     def training_step(self, batch, i):
         x, y = batch
         self.seen.append(len(x))
+        self.ran.append(len(x))
+        self.count += random.randrange(1, 9) + np.random.randint(1, 9)
+        self.held["ema"] += torch.rand(2)
         if len(x) > self.fits:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
         loss = nn.functional.cross_entropy(self.body(x), y)
@@ -124,11 +134,26 @@ def test_a_batch_size_is_found_that_was_run(tmp_path):
     fits, margin = 37, 0.05
     finder, module = BatchSizeFinder(margin=margin), Module(fits)
     before = [p.detach().clone() for p in module.parameters()]
-    trainer(tmp_path, [finder], steps=0).fit(module)
+    drawn = []
+
+    class Look(pl.Callback):
+        """What the search leaves, and what was before it."""
+
+        def on_fit_start(self, trainer, module):
+            modes = [each.training for each in module.modules()]
+            numbers = random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
+            drawn.append((modes, numbers, module.seen[:], module.count, module.held["ema"].tolist()))
+
+    Module.ran.clear()
+    made = trainer(tmp_path, [Look(), finder, Look()], steps=0)
+    made.fit(module)
+    assert drawn[0] == drawn[1]
+    assert module.trainer is made
+    assert "log" not in vars(module)
     assert all(torch.equal(p, q) for p, q in zip(before, module.parameters(), strict=True))
     assert module.batch_size == finder.batch_size
     assert finder.tried[finder.batch_size]
-    assert finder.batch_size in module.seen
+    assert finder.batch_size in Module.ran
     most = max(1, int(fits * (1 - margin)))
     assert (1 - 1.5 * RESOLUTION) * most - 1 <= finder.batch_size <= most
     assert not any(ran for n, ran in finder.tried.items() if n > fits)
@@ -212,7 +237,10 @@ def test_a_module_as_a_workload():
     from pybatch.integrations.lightning import workload
 
     module = Module()
-    session = Session(workload(module, unit="points"), CPU)
+    work = workload(module, unit="points")
+    before = copy.deepcopy(module)
+    nn.init.zeros_(module.body[0].weight)  # it is trained after
+    session, module = Session(work, CPU), before
     info = session.info
     assert (info.name, info.unit, info.examples, info.reference_batch) == ("module", "points", 512, 4)
     assert (info.optimizer, info.learning_rate) == ("adamw", 0.01)

@@ -105,6 +105,7 @@ def test_a_trainer_as_a_workload(tmp_path):
 
     made = trainer(tmp_path, lr_scheduler_type="linear", warmup_steps=2)
     work = workload(made, name="mine")
+    nn.init.zeros_(made.model.body[0].weight)  # it is trained after
     session = Session(work, CPU)
     info = session.info
     assert (info.name, info.examples, info.reference_batch) == ("mine", 64, 2 * EXAMPLES)
@@ -181,10 +182,19 @@ def test_accelerate(tmp_path):
     assert logged[-1][1]["noise/trace"] == log.noise.trace
     assert log.noise.source == "micro-batches"
     log.end()
-    session = Session(workload(accelerator, model, optimizer, loader, lambda m, b: m(**b)["loss"]), CPU)
+    optimizer.param_groups[0]["lr"] = rate = torch.tensor(0.1)
+    work = workload(accelerator, model, optimizer, loader, lambda m, b: m(**b)["loss"])
+    before = model.body[0].weight.detach().clone()
+    nn.init.zeros_(model.body[0].weight)  # it is trained after, at other rates
+    rate.fill_(0.7)
+    session = Session(work, CPU)
+    assert torch.equal(session.model.body[0].weight, before)
     assert session.info.reference_batch == 2 * EXAMPLES
     again = session.optimizer()
-    assert [(g["lr"], g["momentum"], len(g["params"])) for g in again.param_groups] == [(0.1, 0.5, 2), (0.1, 0, 2)]
+    assert [(float(g["lr"]), g["momentum"], len(g["params"])) for g in again.param_groups] == [
+        (pytest.approx(0.1), 0.5, 2),
+        (0.1, 0, 2),
+    ]
     with pytest.raises(UsageError, match="every 0"):
         NoiseLog(accelerator, model, optimizer, every=0)
 

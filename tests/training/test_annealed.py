@@ -14,6 +14,7 @@ from pybatch.base.errors import UsageError
 from pybatch.scaling import Scaled
 from pybatch.sweep.measurement import measure_convergence, measure_sweep
 from pybatch.sweep.options import SweepOptions
+from pybatch.sweep.record import ruled_trials
 from pybatch.training.choosing import choose
 from pybatch.training.loop import Loop
 from pybatch.training.schedules import GAMMA, next_length, tail
@@ -224,6 +225,16 @@ def test_beta2_and_decay_follow_the_batch_in_every_trial(tmp_path):
     assert (groups[2]["weight_decay"], groups[8]["weight_decay"]) == pytest.approx((0.1, 0.4))
 
 
+def test_a_sweeps_decay_follows_the_rate_of_its_rule():
+    """As that of a batch-size schedule: B / (rate x decay) is the same at every batch size."""
+    options = SweepOptions(
+        batches=(2, 8), rules=("sqrt",), optimizer="adamw", options={"weight_decay": 0.1}, decay_rule="timescale"
+    )
+    [trial] = ruled_trials(options, "of", "cpu", "sqrt", 8, (0.05, None), [0])
+    group = trial.scaled.group
+    assert 8 / (group["lr"] * group["weight_decay"]) == pytest.approx(2 / (0.05 * 0.1))
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -232,6 +243,7 @@ def test_beta2_and_decay_follow_the_batch_in_every_trial(tmp_path):
         ({"optimizer": "own"}, "workload 'points' has none"),
         ({"beta2_rule": "half-life"}, "has no second beta"),
         ({"decay_rule": "linear"}, "has no weight decay"),
+        ({"decay_rule": "timescale", "rules": ["sqrt", "tuned"]}, "rule 'tuned' gives none ahead"),
         ({"decay_rule": "lin"}, "decay rule 'lin' is not known"),
         ({"beta2_rule": "half-life", "optimizer": "adamw", "rules": ["adam-sde"]}, "sets the betas itself"),
     ],

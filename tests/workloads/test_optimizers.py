@@ -1,15 +1,22 @@
 """The optimizer of a workload: asked for, its own, or AdamW; its rates; fp16's loss scale; what is refused."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
+from pybatch import measure_noise
 from pybatch.base.errors import UsageError, WorkloadError
 from pybatch.capacity.step import TrainingStep
 from pybatch.commands.assignments import parse_optimizer
 from pybatch.optim import AdamW, Lion
+from pybatch.scaling import Scaled
+from pybatch.training.loop import Loop
+from pybatch.training.trial import Trial
 from pybatch.workloads.base import Workload
 from pybatch.workloads.running.choice import OptimizerChoice
+from pybatch.workloads.running.loss_scale import LEAST, SKIPPED, LossScale
 from pybatch.workloads.running.optimizers import Rates, adjusted, own_group
 from pybatch.workloads.running.session import Session
 
@@ -183,3 +190,59 @@ def test_an_update_whose_gradients_overflowed_is_left_out_and_the_scale_halved()
     assert (updated[0], updated[-1]) == (False, True)
     assert session.loss_scale <= 2.0 ** (16 - updated.index(True))
     assert all(p.isfinite().all() for p in session.parameters)
+    assert math.isfinite(session.evaluate(session.batch(8)))
+
+
+class Lost(Plain):
+    """Gradients that no scale brings into fp16, of losses that are finite."""
+
+    def loss(self, model, batch):
+        return super().loss(model, batch) + Steep.apply(model[0].weight).sum()
+
+
+class Steep(torch.autograd.Function):
+    """Zero, with a gradient of infinity."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
+
+
+def test_a_training_whose_updates_all_overflow_is_over_and_has_a_least_scale():
+    session = Session(Lost(), CPU, "fp16")
+    optimizer, batch = session.optimizer(), session.batch(8)
+    for done in range(200):
+        assert math.isfinite(session.evaluate(batch)) == (done < SKIPPED)
+        optimizer.zero_grad()
+        session.backward(batch)
+        assert not session.update(optimizer)
+    assert session.loss_scale == LEAST
+    with pytest.raises(WorkloadError, match=r"200 updates in a row were left out.*6.1e-05\. Take dtype bf16"):
+        session.check_finite(torch.zeros(()), "in step 3")
+
+
+def test_noise_and_trials_of_a_lost_fp16_training_say_so():
+    with pytest.raises(WorkloadError, match="updates in a row were left out"):
+        measure_noise(Lost(), device="cpu", dtype="fp16", time_budget=3, warmup_steps=SKIPPED)
+    group = {"lr": 0.1, "momentum": 0.0}
+    trial = Trial("lost", "sgd", Scaled(group), 4, 0, "fp16", "cpu")
+    loop = Loop(Lost(), [trial], CPU)
+    loop.advance(SKIPPED)
+    assert all(math.isnan(loss) for losses in loop.evaluate() for loss in losses)
+    kept = LossScale(skipped=SKIPPED)
+    assert kept.diverged
+    assert kept.update([torch.ones(3)])
+    assert not kept.diverged
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_an_update_without_gradients_or_by_sparse_ones_passes(dtype):
+    session = Session(Plain(), CPU, dtype)
+    assert session.update(torch.optim.SGD(session.parameters, lr=1))
+    for value in (1.0, math.inf):
+        sparse = torch.sparse_coo_tensor([[0, 0]], torch.tensor([1.0, value]), (4,), check_invariants=True)
+        assert LossScale().update([None, sparse]) == math.isfinite(value)

@@ -1,5 +1,6 @@
 """Workloads made of a model, a data set, a loss and an optimizer."""
 
+import functools
 import hashlib
 import re
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pybatch import Workload
 from pybatch.base.errors import UsageError, WorkloadError
+from pybatch.capacity.step import TrainingStep
 from pybatch.training.fingerprint import fingerprint
 from pybatch.workloads.running.finding import find
 from pybatch.workloads.running.packing import pack
@@ -67,19 +69,57 @@ def test_a_seed_says_what_is_drawn_augmentations_too(data):
     assert not torch.equal(first, other)
 
 
+class Counted(TensorDataset):
+    """Rows as dicts, and how many were read."""
+
+    asked = 0
+
+    def __getitem__(self, i):
+        self.asked += 1
+        x, y = super().__getitem__(i)
+        return {"x": x, "y": y}
+
+
+def popped(rows):
+    """As collators do that take a key out, and pad into lists."""
+    y = torch.tensor([row.pop("y") for row in rows])
+    return {"x": torch.stack([row["x"] for row in rows]), "y": y, "names": [f"{v}" for v in y.tolist()]}
+
+
+class Whole(Counted):
+    """A data set that makes its batches itself."""
+
+    def __getitems__(self, index):
+        return {"x": X[index], "y": Y[index], "names": [""] * len(index)}
+
+
 def test_a_batch_for_its_time_alone_repeats_examples(monkeypatch):
-    monkeypatch.setattr("pybatch.workloads.parts._DISTINCT", 32)
-    asked = []
+    monkeypatch.setattr("pybatch.workloads.parts._DISTINCT", 8)
+    data = Counted(X, Y)
+    for work in (parts(train=data, collate_fn=popped), parts(train=Whole(X, Y), collate_fn=lambda rows: rows)):
+        for n in (20, 3):
+            found = Session(work, CPU).timed_batch(n)
+            assert {len(found[name]) for name in ("x", "y", "names")} == {n}
+            assert torch.equal(found["x"][8:16], found["x"][: len(found["x"][8:16])])
+    assert data.asked == 8 + 3
 
-    class Counted(TensorDataset):
-        def __getitem__(self, i):
-            asked.append(i)
-            return super().__getitem__(i)
 
-    work = parts(train=Counted(X, Y), reference_batch=4)
-    x, _ = work.batch(1000, torch.Generator().manual_seed(0))
-    assert (len(x), len(asked)) == (1000, 32)
-    assert torch.equal(x[:32], x[32:64])
+def test_a_batch_of_any_size_is_of_so_many_draws():
+    """The mean of n draws has the variance of one over n: a batch that repeats 2048 would have twice that."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(20_000, 512, generator=generator)
+    work = parts(train=TensorDataset(rows - rows.mean(0)), loss=lambda model, batch: batch[0].mean())
+    session = Session(work, CPU)
+    assert float(session.batch(4096)[0].mean(0).var()) * 4096 == pytest.approx(1, abs=0.25)
+
+
+def test_capacity_asks_for_a_batch_whose_time_alone_counts(monkeypatch):
+    monkeypatch.setattr("pybatch.workloads.parts._DISTINCT", 8)
+    data = Counted(X, Y)
+    step = TrainingStep(Session(parts(train=data, loss=lambda model, batch: model(batch["x"]).mean()), CPU))
+    step.load(500)
+    step()
+    assert data.asked == 8
 
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.functional.cross_entropy])
@@ -94,12 +134,87 @@ def test_a_criterion_is_taken_as_one_and_a_function_as_it_is(loss):
         parts(loss=loss).loss(model, X)
 
 
-def test_a_module_is_copied():
+class Focal(nn.Module):
+    """A criterion of a user's own, whose arguments tell nothing."""
+
+    def forward(self, a, b):
+        return nn.functional.cross_entropy(a, b)
+
+
+class OfBatch(nn.Module):
+    """A loss of (model, batch) that is a module."""
+
+    def forward(self, model, batch):
+        return by_hand(model, batch)
+
+
+class Untold(nn.Module):
+    """One whose arguments do not say so."""
+
+    def forward(self, m, b):
+        return by_hand(m, b)
+
+
+def own(logits, targets):
+    return nn.functional.cross_entropy(logits, targets)
+
+
+def untold(a, b):
+    return nn.functional.cross_entropy(a, b)
+
+
+def weighed(factor, model, batch):
+    return factor * by_hand(model, batch)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        functools.partial(nn.functional.cross_entropy, label_smoothing=0.0),
+        functools.partial(functools.partial(nn.functional.cross_entropy, weight=None), reduction="mean"),
+        functools.partial(nn.CrossEntropyLoss()),
+        functools.partial(weighed, 1.0),
+        nn.CrossEntropyLoss().forward,
+        Focal(),
+        OfBatch(),
+        functools.partial(own),
+        own,
+        lambda m, b: by_hand(m, b),
+    ],
+)
+def test_what_a_loss_is_of_is_told_from_its_arguments(loss):
+    torch.manual_seed(0)
+    model = make()
+    assert torch.equal(parts(loss=loss).loss(model, (X, Y)), by_hand(model, (X, Y)))
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (Untold(), r"Untold was taken for a criterion .*TypeError.* of \(model, batch\), give lambda"),
+        (untold, r"untold was taken for a function of \(model, batch\).* of \(output, target\), give lambda"),
+    ],
+)
+def test_a_loss_that_was_taken_for_another_kind_is_told_how_to_say_it(loss, said):
+    with pytest.raises(UsageError, match=said):
+        Session(parts(loss=loss), CPU).loss((X, Y))
+
+
+def test_a_partial_loss_is_another_one_by_its_arguments():
+    def source(x):
+        return parts(loss=functools.partial(nn.functional.cross_entropy, label_smoothing=x)).source()
+
+    assert source(0.1) == source(0.1) != source(0.2)
+
+
+def test_a_module_is_copied_at_once():
     module = make()
+    before = module.weight.detach().clone()
     work = parts(model=module)
+    nn.init.zeros_(module.weight)
     first, second = work.model(), work.model()
     assert first is not second is not module
-    assert torch.equal(first.weight, module.weight)
+    assert torch.equal(first.weight, before)
 
 
 def test_what_was_given_is_what_is_run():
@@ -150,7 +265,26 @@ class Stream(IterableDataset):
         ({"test": Stream()}, "test is a Stream"),
         ({"model": "mlp"}, "model is a str"),
         ({"loss": None}, "loss is a NoneType"),
+        ({"train": {"x": X}}, "train is dict, .*TensorDataset"),
+        ({"loss": lambda one: one}, "cannot be called with two arguments"),
+        ({"loss": functools.partial(by_hand, 1)}, "by_hand.* cannot be called with two"),
         ({"num_workers": -1}, "num_workers -1"),
+        ({"num_workers": True}, "num_workers True"),
+        ({"targets": {"train": 1}}, "'targets' is not known. Did you mean 'target'"),
+        ({"target": 3}, "target is 3. Give a dict"),
+        ({"target": {"train": "low"}}, "target is .*low"),
+        ({"better": "higher"}, "better is 'higher'"),
+        ({"optimizer": torch.optim.SGD(make().parameters(), lr=1)}, "optimizer is a SGD.* makes a SGD"),
+        ({"collate_fn": 1}, "collate_fn is a int"),
+        ({"reference_batch": 0}, "reference_batch is 0: it must be"),
+        ({"evaluation_examples": 0}, "evaluation_examples is 0: give"),
+        ({"name": ""}, "name is '': it must be"),
+        ({"loader_options": [1]}, "loader_options is"),
+        ({"loader_options": {"batch_size": 4}}, "batch_size=4 is not free. Leave it out"),
+        ({"loader_options": {"shuffle": True}}, "shuffle=True is not free. Leave it out"),
+        ({"loader_options": {"collate_fn": 1}}, r"Give from_parts\(collate_fn=\)"),
+        ({"loader_options": {"prefetch": 4}}, "'prefetch' is not known. Did you mean 'prefetch_factor'"),
+        ({"loader_options": {"prefetch_factor": -1}}, "makes no DataLoader of them"),
     ],
 )
 def test_what_cannot_be_drawn_from_is_refused_with_the_remedy(more, said):

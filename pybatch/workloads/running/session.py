@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +24,9 @@ from pybatch.workloads.running.choice import is_own
 from pybatch.workloads.running.compiling import compiled
 from pybatch.workloads.running.declared import check
 from pybatch.workloads.running.finding import file_digest
+from pybatch.workloads.running.loss_scale import LossScale
 from pybatch.workloads.running.sharing import Lookout
 
-_LOSS_SCALE, _GROWTH = 2.0**16, 2000  # as torch's GradScaler begins, and steps after which it doubles
 EVALUATION_SEED = 2**31 - 1  # of the fixed batches; no training has it
 
 
@@ -67,9 +68,8 @@ class Session:
         if not self.parameters:
             raise self._error("model", "returned a model without a parameter to train")
         self._runs = self.model  # what the losses of training go through
-        self.loss_scale, self._fine = 1.0, 0  # by which fp16 losses are multiplied; steps since it last changed
-        if dtype == "fp16":
-            self.loss_scale = _LOSS_SCALE
+        self.scaling = LossScale() if dtype == "fp16" else None
+        if self.scaling is not None:
             for p in self.parameters:  # before a gradient is added to others, reduced, or seen by other hooks
                 p.register_hook(lambda grad: grad / self.loss_scale)  # type: ignore[no-untyped-call]
         self._optimizer: tuple[str, dict[str, str], float] | None = None  # as the record names it
@@ -165,19 +165,19 @@ class Session:
             return optimizers.of_group(self.own_optimizer(), group)
         return optimizers.named(name, self.parameters, group)
 
+    @property
+    def loss_scale(self) -> float:
+        """By which losses are multiplied: 1 but in fp16."""
+        return 1.0 if self.scaling is None else self.scaling.value
+
     def update(self, optimizer: torch.optim.Optimizer) -> bool:
         """One update; left out where fp16 gradients overflowed, after which the loss is scaled by half as much.
 
-        As torch's GradScaler does it. Only fp16 waits for the device.
+        As torch's GradScaler does it, down to a least scale. After 50 in a row that were left out the training has
+        diverged: `evaluate` gives NaN, and `check_finite` raises. Only fp16 waits for the device.
         """
-        if self.dtype == "fp16":
-            grads = [p.grad for p in self.parameters if p.grad is not None]
-            if not all(norm.isfinite() for norm in torch._foreach_norm(grads)):
-                self.loss_scale, self._fine = self.loss_scale / 2, 0
-                return False
-            self._fine += 1
-            if self._fine == _GROWTH:
-                self.loss_scale, self._fine = self.loss_scale * 2, 0
+        if self.scaling is not None and not self.scaling.update(p.grad for p in self.parameters):
+            return False
         optimizer.step()
         return True
 
@@ -199,6 +199,11 @@ class Session:
         """Draw n examples and move them to the device."""
         return self.moved(self._drawn(n, split))
 
+    def timed_batch(self, n: int) -> Any:
+        """As `batch`, for steps that are timed alone: see `Workload.timed_batch`."""
+        own = self.workload.brings("timed_batch")
+        return self.moved(self._checked("timed_batch", n) if own else self._drawn(n, "train"))
+
     def weighed_batch(self, n: int) -> tuple[Any, torch.Tensor | None]:
         """As `batch`, and what its examples count for in the loss: float64 [n] on the CPU; None: all alike."""
         batch = self._drawn(n, "train")
@@ -217,15 +222,18 @@ class Session:
         return weights
 
     def _drawn(self, n: int, split: Split) -> Any:
-        batch = self._call("batch", n, self.generator, split)
+        return self._checked("batch", n, split)
+
+    def _checked(self, method: str, n: int, *split: Split) -> Any:
+        batch = self._call(method, n, self.generator, *split)
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
         if not tensors:
-            raise self._error("batch", f"returned {type(batch).__name__} without a tensor in it")
+            raise self._error(method, f"returned {type(batch).__name__} without a tensor in it")
         sizes = {tuple(t.shape[:1]) for t in tensors if t.ndim}
         if (n,) not in sizes:
             shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
             raise self._error(
-                "batch", f"was asked for {n} examples and returned shapes {shapes}; dimension 0 must be {n}"
+                method, f"was asked for {n} examples and returned shapes {shapes}; dimension 0 must be {n}"
             )
         return batch
 
@@ -246,7 +254,12 @@ class Session:
 
     @torch.no_grad()
     def evaluate(self, batch: Any) -> torch.Tensor:
-        """The loss of a batch in evaluation mode, without a gradient. The batch stays as it is."""
+        """The loss of a batch in evaluation mode, without a gradient; NaN of a training that has diverged in fp16.
+
+        The batch stays as it is.
+        """
+        if self.scaling is not None and self.scaling.diverged:
+            return torch.tensor(math.nan)
         self.model.eval()
         try:
             return self._loss(self.model, copied(batch))
@@ -288,7 +301,13 @@ class Session:
         return loss.detach()
 
     def check_finite(self, loss: torch.Tensor, where: str) -> float:
-        """The loss as a number; a NaN or infinity is the workload's error. Synchronizes."""
+        """The loss as a number; the workload's error are NaN, infinity, and updates as of `update`. Synchronizes."""
+        if self.scaling is not None and self.scaling.diverged:
+            raise self._error(
+                "loss",
+                f"gives gradients that overflow fp16: {self.scaling.skipped} updates in a row were left out, the last "
+                f"with losses scaled by {self.scaling.value:.2g}. Take dtype bf16 or fp32, or a lower learning rate",
+            )
         value = float(loss)
         if not torch.isfinite(loss):
             raise self._error("loss", f"returned {value} {where}")
