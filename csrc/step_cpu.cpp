@@ -232,8 +232,8 @@ void update_chunk(const Table& t, const Call& call, int64_t i, double scale) {
     const Chunk chunk(t, i);
     if (!has_gradient(chunk.row, call)) return;
     switch (chunk.rule()) {
-#define PB_CASE(NUMBER, RULE)                                          \
-    case NUMBER:                                                       \
+#define PB_CASE(NUMBER, RULE)                                         \
+    case NUMBER:                                                      \
         update_rule<RULE>(t, call, chunk, scale, t.partials + 2 * i); \
         break;
         PB_FOR_EACH_RULE(PB_CASE)

@@ -75,14 +75,14 @@ def test_intervals_hold_the_planted_values(curve, half, samples):
     rng, held, chosen = np.random.default_rng(7), np.zeros(3), 0
     truth = fit_throughput(BATCHES, curve(BATCHES))
     planted = (5000, half, truth.saturation_batch)
-    for seed in range(100):
+    for seed in range(200):
         fit = fit_throughput(BATCHES, noisy(curve, BATCHES, rng, samples), seed=seed, resamples=200)
         low = (fit.ceiling_low, fit.half_low, fit.saturation_low)
         high = (fit.ceiling_high, fit.half_high, fit.saturation_high)
         held += [a <= p <= b for a, p, b in zip(low, planted, high, strict=True)]
         chosen += fit.model == truth.model
-    assert (held / 100 >= 0.90).all()
-    assert chosen / 100 >= 0.9
+    assert (held / 200 >= 0.90).all()
+    assert chosen / 200 >= 0.9
 
 
 def in_rounds(rng, common, own=0.005, rounds=8, visits=3):
