@@ -16,7 +16,7 @@ _LARGEST = 1e30  # an argument of an optimizer, in fp32
 def parse_targets(text: str) -> dict[str, float]:
     """Loss targets by split. Raises UsageError naming the part that is wrong."""
     found: dict[str, float] = {}
-    for key, value in _pairs(text, "target", "train=0.1,test=0.2"):
+    for key, value in _pairs(text, f"target {said(text)}", "train=0.1,test=0.2"):
         try:
             found[key] = float(value)
         except ValueError:
@@ -31,7 +31,7 @@ def parse_optimizer(text: str, rated: bool = False) -> tuple[str, dict[str, Any]
     0.9/0.95; `rated`: a rate may be among them."""
     name, colon, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for key, value in _pairs(rest, "optimizer", "sgd:momentum=0.9,nesterov=True") if colon else ():
+    for key, value in _pairs(rest, f"optimizer {said(text)}", "adamw:lr=3e-4,betas=0.9/0.95") if colon else ():
         try:
             parts = value.split("/")
             options[key] = ast.literal_eval(value) if len(parts) == 1 else tuple(map(ast.literal_eval, parts))
@@ -73,7 +73,7 @@ def _pairs(text: str, what: str, example: str) -> list[tuple[str, str]]:
     for part in parts:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not (key and equals and value):
-            raise UsageError(f"{what} {said(text)}: {said(part.strip())} is not KEY=VALUE. Write {example!r}.")
+            raise UsageError(f"{what}: {said(part.strip())} is not KEY=VALUE. Write {example!r}.")
         if key in dict(found):
             raise UsageError(f"{what} {said(text)}: {said(key)} is given twice. Give it once.")
         found.append((key, value))

@@ -62,7 +62,13 @@ def check_between(name: str, value: float | None, low: float, high: float, above
     if value is None or (low < value <= high if above else low <= value <= high):
         return
     least = f"above {low:g}" if above else f"from {low:g}"
-    raise UsageError(f"{name} {said(value)} is out of range. Give a number {least} to {high:g}.")
+    raise UsageError(f"{name} {said(value)} is out of range. Give a number {least} to {_bound(high)}.")
+
+
+def _bound(value: float) -> str:
+    """A bound as people write it."""
+    power = value.bit_length() - 1 if isinstance(value, int) and value > 0 else 0
+    return f"2^{power}" if power > 20 and value == 2**power else f"{value:g}"
 
 
 def check_budget(seconds: float) -> None:
