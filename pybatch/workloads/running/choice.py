@@ -9,9 +9,9 @@ from typing import Any
 OWN = "own"  # in place of a name: what Workload.optimizer() gives
 
 
-def is_own(name: str) -> bool:
+def is_own(name: object) -> bool:
     """Whether a name in a sweep stands for the workload's own optimizer: "own", and once it is known "own:adamw"."""
-    return name.partition(":")[0] == OWN
+    return isinstance(name, str) and name.partition(":")[0] == OWN
 
 
 @dataclass(frozen=True)
