@@ -11,7 +11,9 @@ from pybatch.jobs.options import BenchOptions, BranchOptions
 from pybatch.records import Convergence, Run
 from pybatch.workloads.running.finding import find
 
-OPTIONS = BenchOptions(100.0, "bf16", (8, 16), True, 7, True, True, "pybatch bench ...")
+OPTIONS = BenchOptions(
+    100.0, "bf16", (8, 16), thorough=True, seed=7, compile=True, graph=True, command="pybatch bench ..."
+)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,7 +122,10 @@ def test_trials_are_the_same_as_out_of_place(workload: type[Workload]) -> None:
 
 @pytest.mark.parametrize("workload", [Dividing, InModel])
 def test_stacked_trials_are_the_same_as_out_of_place(workload: type[Workload]) -> None:
-    assert trained(Stack, workload()) == trained(Stack, Plain())
+    found, plain = trained(Stack, workload()), trained(Stack, Plain())
+    np.testing.assert_allclose(
+        found, plain, rtol=1e-5
+    )  # torch's sums may differ in the last place by where tensors lie
 
 
 @pytest.mark.parametrize("workload", IN_PLACE)
