@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -140,9 +141,13 @@ class BatchScheduleCallback(Callback):
         if not size:
             raise UsageError("the loader has no batch_size. Give BatchScheduleCallback micro_batch=.")
         loader: Any = trainer.train_dataloader
-        if not getattr(loader, "drop_last", False) and len(loader.dataset) % (size * trainer.world_size):
+        try:
+            examples = len(loader.dataset)
+        except (AttributeError, TypeError):  # a stream: it has no epochs
+            examples = 0
+        if not getattr(loader, "drop_last", False) and examples % (size * trainer.world_size):
             raise UsageError(
-                f"the last batch of an epoch of {len(loader.dataset)} examples is smaller than {size}, and a schedule "
+                f"the last batch of an epoch of {examples} examples is smaller than {size}, and a schedule "
                 "counts whole ones. Make the loader with drop_last=True."
             )
         optimizer: Any = trainer.optimizers[0]
@@ -154,8 +159,8 @@ class BatchScheduleCallback(Callback):
         )
         if self._state is not None:
             self.schedule.load_state_dict(self._state)
-        batches = int(trainer.num_training_batches)
-        longest, _ = passes_of(self.schedule, trainer.max_steps, batches)
+        batches = trainer.num_training_batches
+        longest = passes_of(self.schedule, trainer.max_steps, int(batches))[0] if math.isfinite(batches) else 0
         if longest > batches:
             self.schedule.detach()
             raise UsageError(

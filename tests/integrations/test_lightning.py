@@ -298,6 +298,22 @@ def test_a_step_that_waits_for_its_epoch_is_not_put_off_for_good(tmp_path):
     assert callback.schedule.examples == 12 + 12 * 2 + 8  # epochs of 3 steps of 4, then of 8 and of the 4 that are left
 
 
+def test_a_stream_has_no_epochs_to_divide(tmp_path):
+    from pybatch.integrations.lightning import BatchScheduleCallback
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(data(512))
+
+    class Streaming(Module):
+        def train_dataloader(self):
+            return DataLoader(Stream(), batch_size=4)
+
+    callback = BatchScheduleCallback([(0, 4), (8, 16)])
+    trainer(tmp_path, [callback], steps=5).fit(Streaming())
+    assert (callback.schedule.batch, callback.schedule.examples) == (16, 4 * 4 + 16)
+
+
 @pytest.mark.parametrize(
     ("examples", "stages", "says"), [(14, [(0, 8)], "drop_last=True"), (12, [(0, 16)], "longer than an epoch of 3")]
 )
