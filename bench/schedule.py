@@ -12,8 +12,9 @@ sample, on other seeds (from 1000), these are trained to the same target, with r
     ramp       the same batch from an eighth of it on, linearly over the first half of the examples
     warm-up    the same batch, its rate rising linearly over a tenth of the steps
 
-Seconds are modelled: step times measured once, summed over the steps. What is measured goes to the store at once, and a
-second run goes on from there. Goal: 0.80 of the fixed batch's steps at 1.05 of its examples, on two of four problems.
+Seconds are modelled: step times measured once, in processor time of the one thread, which neighbours leave alone, and
+summed over the steps. What is measured goes to the store at once, and a second run goes on from there.
+Goal: 0.80 of the fixed batch's steps at 1.05 of its examples, on two of four problems.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from scipy.stats import bootstrap
 from pybatch.answer.course import course_of
 from pybatch.answer.schedule import plan_schedule
 from pybatch.base.codec import decode, encode
-from pybatch.capacity.measurement import measure_capacity
 from pybatch.device.identity import describe
 from pybatch.noise import Trajectory, attach
 from pybatch.records import NoisePoint, NoiseTrajectory, Run, Schedule
@@ -56,6 +56,7 @@ RAMP, RAMPED = 8, 0.5  # steps of a ramped batch, and the share of the examples 
 WARM = 0.1  # share of the steps in which a rate is warmed up
 ARMS = ("fixed", "schedule", "ramp", "warm-up")
 FIGURES = ("steps", "examples", "seconds")
+TIMINGS = 6  # rounds of step times, of two steps each
 CPU = torch.device("cpu")
 
 
@@ -69,15 +70,14 @@ class Problem:
     batches: tuple[int, ...]
     rates: tuple[float, ...] | None = None  # first ones of the search; None: the sweep's own
     options: tuple[str, ...] = ()
-    timing: float = 20.0  # s for the step times
 
 
 SHORT = ("length=32",)  # of the texts
 PROBLEMS = {
     "digits-mlp": Problem("digits", "mlp", 0.03, (16, 32, 64, 128, 256, 512, 1024)),
     "digits-cnn": Problem("digits", "cnn", 0.03, (16, 32, 64, 128, 256)),
-    "text-lstm": Problem("text", "lstm", 2.3, (8, 16, 32, 64, 128), (4e-3, 8e-3, 1.6e-2), SHORT),
-    "text-transformer": Problem("text", "transformer", 2.3, (8, 16, 32, 64, 128), (4e-3, 8e-3, 1.6e-2), SHORT),
+    "text-lstm": Problem("text", "lstm", 2.3, (8, 32, 128), (2e-3, 4e-3, 8e-3), SHORT),
+    "text-transformer": Problem("text", "transformer", 2.3, (8, 32, 128), (2e-3, 4e-3, 8e-3), SHORT),
 }
 
 
@@ -201,6 +201,24 @@ class Store:
         return own[name]
 
 
+def step_times(workload: Workload, batches: Sequence[int]) -> dict[int, float]:
+    """Median processor milliseconds of a step at each batch size, in rounds over all of them."""
+    session = Session(workload, CPU)
+    optimizer = session.optimizer_of(OPTIMIZER, {"lr": 1e-9})
+    seconds: dict[int, list[float]] = {batch: [] for batch in batches}
+    for _ in range(TIMINGS):
+        for batch in batches:
+            drawn = session.batch(batch)
+            for warm in (True, False, False):
+                begin = time.process_time()
+                optimizer.zero_grad()
+                session.backward(drawn)
+                optimizer.step()
+                if not warm:
+                    seconds[batch].append(time.process_time() - begin)
+    return {batch: 1e3 * statistics.median(own) for batch, own in seconds.items()}
+
+
 def train(
     workload: Workload,
     seed: int,
@@ -292,10 +310,7 @@ def measure(name: str, store: Store, seeds: int) -> dict[str, Any]:
 
     def timed() -> Any:
         batches = sorted({*problem.batches, problem.batches[-1] * 2, max(1, problem.batches[0] // 2)})
-        found = measure_capacity(
-            workload, device="cpu", batches=batches, time_budget=problem.timing, find_max_batch=False
-        )
-        return {"load": os.getloadavg()[0], "step_ms": {p.batch: p.step_ms for p in found.batches if p.step_ms}}
+        return {"load": os.getloadavg()[0], "step_ms": step_times(workload, batches)}
 
     points = store.piece(name, "sweep", swept)["points"]
     step_ms = store.piece(name, "times", timed)["step_ms"]
@@ -308,9 +323,9 @@ def measure(name: str, store: Store, seeds: int) -> dict[str, Any]:
 
     readings = []
     for seed in range(DERIVE, DERIVE + DERIVING):
-        run = store.piece(name, f"noise {seed}", lambda seed=seed: one(seed, [(0, base)], noise=True))  # type: ignore[misc]
+        run = store.piece(name, f"noise {base} {seed}", lambda seed=seed: one(seed, [(0, base)], noise=True))  # type: ignore[misc]
         readings.append([decode(NoisePoint, point, "noise") for point in run["noise"]])
-    made = store.piece(name, "derived", lambda: derived(base, steps, readings, clock))
+    made = store.piece(name, f"derived {base}", lambda: derived(base, steps, readings, clock))
     schedule = decode(Schedule, made["schedule"], "schedule")
     warm = {"warm-up": max(2, round(WARM * steps))}
     stages = {"schedule": schedule, "ramp": ramp(base, base * steps)}
@@ -319,7 +334,7 @@ def measure(name: str, store: Store, seeds: int) -> dict[str, Any]:
         for arm in ARMS:
             runs[arm][str(seed)] = store.piece(
                 name,
-                f"{arm} {seed}",
+                f"{arm} {base} {seed}",
                 lambda arm=arm, seed=seed: one(seed, stages.get(arm, [(0, base)]), warm=warm.get(arm, 0)),  # type: ignore[misc]
             )
     fixed = {batch: taken * clock(batch) for batch, taken, _ in points}
