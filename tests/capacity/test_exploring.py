@@ -3,12 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pybatch.capacity import measurement
 from pybatch.capacity.exploration import Explorer, Look, explore_doubling
 from pybatch.capacity.measurement import measure_capacity
 from pybatch.jobs.bench import _staged
-from pybatch.workloads.digits import Digits
+from pybatch.records import Ceilings
+from pybatch.workloads.base import Workload
 
 
 class Planted(Explorer):
@@ -55,6 +57,21 @@ def test_one_doubling_at_a_go_passes_nothing_over():
     assert "between" not in said
 
 
+class Linear(Workload):
+    """A step that takes next to nothing."""
+
+    name = "linear"
+
+    def model(self):
+        return torch.nn.Linear(4, 1)
+
+    def batch(self, n, generator, split="train"):
+        return torch.randn(n, 4, generator=generator)
+
+    def loss(self, model, batch):
+        return model(batch).square().mean()
+
+
 class Lines:
     """Progress with lines that stay."""
 
@@ -76,9 +93,10 @@ def test_too_few_batch_sizes_are_told_before_they_are_timed(monkeypatch, one_thr
         return "time ended before batch 4"
 
     monkeypatch.setattr(measurement, "explore_doubling", few)
+    monkeypatch.setattr(measurement, "measure_ceilings", lambda *given: Ceilings(1e11, 1e10))
     lines = Lines()
     measure_capacity(
-        Digits(), device="cpu", time_budget=0.2, find_max_batch=False, progress=_staged(lines, "capacity", 0.0, 1.0)
+        Linear(), device="cpu", time_budget=0.2, find_max_batch=False, progress=_staged(lines, "capacity", 0.0, 1.0)
     )
     told = [i for i, text in enumerate(lines.said) if text.startswith("line: ")]
     timing = next(i for i, text in enumerate(lines.said) if "rest" in text or "steady" in text)
