@@ -279,10 +279,8 @@ def _words(found: Schedule, doubt: str) -> tuple[str, str]:
         other = f", and batch {n.count(found.base_batch)} {n.count(found.base_steps)}" if verb == "Use" else ""
         past = ""
         if found.base_cost > 1.0:
-            mean = n.batch_size(found.base_batch / found.base_cost)
-            past = (
-                f"batch {n.count(found.base_batch)} is above the critical batch along the run, {mean} on average, and "
-            )
+            own, mean = n.count(found.base_batch), n.batch_size(found.base_batch / found.base_cost)
+            past = f"batch {own} is above the critical batch along the run, {mean} on average, and "
         return (
             f"{verb} batch {sizes} for the whole run.",
             f"{reaches}{other}; {past}no change along the run saves more.{doubt}",
