@@ -169,9 +169,9 @@ class Explorer:
         self.step.load(n)
         flops, moved = self._count(n)
         self.memory.start()  # the FLOP counter's own step holds more memory than a plain one
-        first = self.clock.time(self.step, 1)[0]
+        first = self.clock.undisturbed(self.step, 1)[0]
         self.step.check()
-        seconds = self._best(3) if first < 2 * _LOOK_S else min(first, *self.clock.time(self.step, 1))
+        seconds = self._best(3) if first < 2 * _LOOK_S else min(first, *self.clock.undisturbed(self.step, 1))
         return Look(n, "ok", None, seconds, self.memory.peak(), flops, moved_bytes=moved)
 
     def _count(self, n: int) -> tuple[int | None, int | None]:
@@ -194,8 +194,8 @@ class Explorer:
 
     def _best(self, least: int) -> float:
         """Best of a few steps, of more where they are short."""
-        best = min(self.clock.time(self.step, least))
-        return min(best, *self.clock.time(self.step, min(50, max(1, int(_LOOK_S / max(best, 1e-6))))))
+        best = min(self.clock.undisturbed(self.step, least))
+        return min(best, *self.clock.undisturbed(self.step, min(50, max(1, int(_LOOK_S / max(best, 1e-6))))))
 
 
 def _on_line(points: Sequence[tuple[int, int]], n: int) -> int | None:

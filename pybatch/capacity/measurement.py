@@ -25,7 +25,7 @@ from pybatch.capacity.timing import WARM_UP, Rounds, Series
 from pybatch.device.ceilings import measure_ceilings
 from pybatch.device.clock import Clock, clock_for
 from pybatch.device.counters import Region
-from pybatch.device.disturbance import Disturbance
+from pybatch.device.disturbance import Disturbance, threads_left
 from pybatch.device.identity import resolve
 from pybatch.device.memory import PeakMemory
 from pybatch.records import BatchPoint, Capacity, Note
@@ -98,17 +98,20 @@ def measure_capacity(
         raise UsageError(f"time budget {time_budget!r} s: give more than 0.")
     place, mode = resolve(device), Mode(compile, graph)
     mode.check(place, dtype)
-    run = _Measurement(workload, place, dtype, batches, time_budget, seed, clock_for(place), progress, on_point, mode)
-    run.on_partial, run.coarse = on_partial, coarse
-    if earlier is not None:
-        run.take_over(earlier)
-    try:
-        with short_collections():
+    with short_collections(), threads_left(place) as fewer:
+        clock = clock_for(place)
+        run = _Measurement(workload, place, dtype, batches, time_budget, seed, clock, progress, on_point, mode)
+        run.on_partial, run.coarse = on_partial, coarse
+        if earlier is not None:
+            run.take_over(earlier)
+        if fewer is not None:
+            run.found.disturbed += (fewer,)
+        try:
             run.measure(find_max_batch)
-    except KeyboardInterrupt:
-        run.found.untimed = "interrupted before it was timed"
-        run.found.notes.append(Note("capacity", "interrupted; what was measured until then stands"))
-        raise Interrupted(replace(run.found.capacity(), complete=False)) from None
+        except KeyboardInterrupt:
+            run.found.untimed = "interrupted before it was timed"
+            run.found.notes.append(Note("capacity", "interrupted; what was measured until then stands"))
+            raise Interrupted(replace(run.found.capacity(), complete=False)) from None
     return run.found.capacity()
 
 

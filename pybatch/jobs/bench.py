@@ -18,6 +18,7 @@ from pybatch.branch.measurement import measure_branches
 from pybatch.capacity.exploration import first_line
 from pybatch.capacity.measurement import measure_capacity
 from pybatch.capacity.modes import Mode
+from pybatch.device.disturbance import threads_left
 from pybatch.device.environment import capture
 from pybatch.device.identity import describe, resolve
 from pybatch.fits.noise import MIN_BLOCKS
@@ -69,7 +70,8 @@ def run_bench(
     found = _Found.begun(workload, place, options, earlier)
     interrupted = Note("run", INTERRUPTED)
     try:
-        lacking = _measure(workload, place, options, start, found, progress, on_partial)
+        with threads_left(place):
+            lacking = _measure(workload, place, options, start, found, progress, on_partial)
         return found.run(*lacking)
     except Interrupted as stop:
         found.take(stop.partial)

@@ -323,7 +323,6 @@ def test_a_model_that_does_not_fit_on_the_device_is_said_before_anything_is_writ
     assert "Take a smaller model" in err
 
 
-@pytest.mark.slow(seconds=16)
 def test_a_user_workload_runs_end_to_end(pybatch, user_file, tmp_path):
     path = tmp_path / "run.json"
     status, out, _ = pybatch(
@@ -340,7 +339,6 @@ def test_a_user_workload_runs_end_to_end(pybatch, user_file, tmp_path):
     assert run.verdict.because in said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["bench --time-budget 8", "sweep --batch 8,16 --rates 0.1 --seeds 1 --max-steps 9"])
 def test_what_a_workload_prints_stays_out_of_the_result(pybatch, user_file, command):
     kinds = [*shlex.split(command), *(["--target", "train=1e-9", "--noise-budget", "0"] if "sweep" in command else [])]
@@ -403,7 +401,6 @@ def test_memory_that_is_not_linear_gives_what_was_measured_and_a_batch_that_ran_
         assert why
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("planted_times")
 def test_a_batch_the_workload_refuses_is_never_advised(pybatch, user_file, tmp_path):
     path = tmp_path / "run.json"
@@ -443,7 +440,6 @@ def test_a_file_that_fails_at_the_end_loses_nothing(pybatch, measured, run):
     assert "'/dev/full' cannot be written: No space left on device. The result follows on stdout." in err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("format_", "first"), [("json", "{"), ("table", "digits (mlp, 4,810 parameters, fp32) on ")])
 def test_a_reader_that_leaves_early_is_no_failure(run, tmp_path, format_, first):
     (tmp_path / "record.json").write_text(run.to_json())
@@ -540,7 +536,6 @@ def test_ctrl_c_while_the_command_line_is_imported_shows_no_trace(tmp_path):
     assert done.stderr == "pybatch: interrupted before anything was measured; nothing was written\n"
 
 
-@pytest.mark.slow(seconds=13)
 def test_ctrl_c_writes_what_was_measured(user_file, tmp_path):
     """The real thing: a process, a signal, a file."""
     path = tmp_path / "run.json"

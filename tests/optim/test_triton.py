@@ -56,7 +56,6 @@ def failures():
     return interpreter.run(PROGRAMS)
 
 
-@pytest.mark.slow(seconds=45)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_in_the_interpreter(failures, name):
     assert not failures[name]
