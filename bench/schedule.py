@@ -38,7 +38,8 @@ from pybatch.answer.course import course_of
 from pybatch.answer.schedule import plan_schedule
 from pybatch.base.codec import decode, encode
 from pybatch.device.identity import describe
-from pybatch.noise import Trajectory, attach
+from pybatch.noise import Trajectory
+from pybatch.noise.attachment import NoiseSource, attach
 from pybatch.records import NoisePoint, NoiseTrajectory, Run, Schedule
 from pybatch.schedule import BatchSchedule
 from pybatch.sweep.measurement import measure_convergence
@@ -70,14 +71,15 @@ class Problem:
     batches: tuple[int, ...]
     rates: tuple[float, ...] | None = None  # first ones of the search; None: the sweep's own
     options: tuple[str, ...] = ()
+    parts: int = 1  # passes of a step whose noise is read; 1: that of its examples' own gradients
 
 
 SHORT = ("length=32",)  # of the texts
 PROBLEMS = {
     "digits-mlp": Problem("digits", "mlp", 0.03, (16, 32, 64, 128, 256, 512, 1024)),
     "digits-cnn": Problem("digits", "cnn", 0.03, (16, 32, 64, 128, 256)),
-    "text-lstm": Problem("text", "lstm", 2.3, (8, 32, 128), (2e-3, 4e-3, 8e-3), SHORT),
-    "text-transformer": Problem("text", "transformer", 2.3, (8, 32, 128), (2e-3, 4e-3, 8e-3), SHORT),
+    "text-lstm": Problem("text", "lstm", 2.3, (8, 32, 128), (2e-3, 4e-3, 8e-3), SHORT, 8),
+    "text-transformer": Problem("text", "transformer", 2.3, (8, 32, 128), (2e-3, 4e-3, 8e-3), SHORT, 8),
 }
 
 
@@ -229,21 +231,22 @@ def train(
     most: float,
     *,
     warm: int = 0,
-    noise: bool = False,
+    parts: int = 0,
 ) -> dict[str, Any]:
     """One training to the target, or to so many examples: the steps made of each batch size.
 
     Args:
         rate: at the base batch; it follows the batch by RULE.
         warm: steps in which the rate rises linearly from nothing.
-        noise: read the noise scale along it, from exact per-example gradients of every step.
+        parts: read the noise scale along it: of so many passes a step, or of exact per-example gradients where it is 1.
     """
     session = Session(workload, CPU, seed=seed)
     optimizer = session.optimizer_of(OPTIMIZER, {"lr": rate})
     warming = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, total_iters=warm - 1) if warm > 1 else None
     batches = [s.batch for s in stages.stages] if isinstance(stages, Schedule) else [batch for _, batch in stages]
     schedule = BatchSchedule(stages, optimizer, base_batch=base, micro_batch=math.gcd(*batches), rate=RULE)
-    handle = attach(session.model, optimizer, "per-example", every=1) if noise else None
+    source: NoiseSource = "micro-batches" if parts > 1 else "per-example"
+    handle = attach(session.model, optimizer, source, every=1) if parts else None
     along = Trajectory(handle, every=1) if handle is not None else None
     held, _ = fixed_batches(workload, CPU)
     course, due, reached = Course(), 0, None
@@ -254,7 +257,9 @@ def train(
             due = next_evaluation(due)
         batch = schedule.batch
         optimizer.zero_grad()
-        session.backward(session.batch(batch))
+        passes = max(1, parts)
+        for _ in range(passes):
+            session.backward(session.batch(batch // passes), 1 / passes)
         optimizer.step()
         schedule.step()
         course.stepped(batch)
@@ -277,7 +282,7 @@ def ramp(batch: int, examples: float) -> list[tuple[int, int]]:
 def derived(base: int, steps: float, readings: Sequence[Sequence[NoisePoint]], clock: Callable[[int], float]) -> Any:
     """The schedule from the readings of several runs together, at the examples of the fixed batch by the model."""
     points = sorted((p for run in readings for p in run), key=lambda p: p.first_step + p.last_step)
-    course = course_of(Run("", None, trajectory=NoiseTrajectory(tuple(points), "per-example")), base)
+    course = course_of(Run("", None, trajectory=NoiseTrajectory(tuple(points), "gradients")), base)
     cost = min(4.0, plan_schedule(course, steps=steps, rate_rule=RULE).base_cost)
     found = plan_schedule(course, steps=steps, cost=cost, rate_rule=RULE)
     modelled = spent([(s.batch, s.steps) for s in found.stages], clock)
@@ -323,7 +328,7 @@ def measure(name: str, store: Store, seeds: int) -> dict[str, Any]:
 
     readings = []
     for seed in range(DERIVE, DERIVE + DERIVING):
-        run = store.piece(name, f"noise {base} {seed}", lambda seed=seed: one(seed, [(0, base)], noise=True))  # type: ignore[misc]
+        run = store.piece(name, f"noise {base} {seed}", lambda seed=seed: one(seed, [(0, base)], parts=problem.parts))  # type: ignore[misc]
         readings.append([decode(NoisePoint, point, "noise") for point in run["noise"]])
     made = store.piece(name, f"derived {base}", lambda: derived(base, steps, readings, clock))
     schedule = decode(Schedule, made["schedule"], "schedule")
