@@ -1,20 +1,21 @@
-"""Does a batch-size schedule pay? Trainings to a target by a schedule against the best fixed batch, seed by seed.
+"""Does a batch-size schedule pay? Trainings to a target by a schedule against a fixed batch, seed by seed.
 
-    python bench/schedule.py [--problems digits-mlp ...] [--seeds N] [--store FILE] [--output FILE]
+    python bench/schedule.py [--problems digits-mlp ...] [--against fastest] [--seeds N] [--store FILE] [--output FILE]
 
-Each problem: a sweep with the rate tuned at every batch size (seeds from 0) and step times of one thread give the best
-fixed batch, that of the least steps times step time. Trainings at it read the noise scale along them (the same seeds),
-and `answer/schedule.py` makes a schedule of that, at the examples that the fixed batch takes by its model. Out of
-sample, on other seeds (from 1000), these are trained to the same target, with rates by the square root of the batch:
+Each problem: a sweep with the rate tuned at every batch size (seeds from 0) and step times of one thread give the
+fastest fixed batch, that of the least steps times step time, and a frugal one, about a fifth of the critical batch.
+Trainings at it read the noise scale along them (the same seeds), and `answer/schedule.py` makes a schedule of that, at
+the examples that the fixed batch takes by its model. Out of sample, on other seeds (from 1000), these are trained to
+the same target, with rates by the square root of the batch:
 
-    fixed      the best fixed batch at its tuned rate
+    fixed      that batch at its tuned rate
     schedule   the stages
     ramp       the same batch from an eighth of it on, linearly over the first half of the examples
     warm-up    the same batch, its rate rising linearly over a tenth of the steps
 
 Seconds are modelled: step times measured once, in processor time of the one thread, which neighbours leave alone, and
 summed over the steps. What is measured goes to the store at once, and a second run goes on from there.
-Goal: 0.80 of the fixed batch's steps at 1.05 of its examples, on two of four problems.
+Goal: 0.80 of the fastest batch's steps at 1.05 of its examples, on two of four problems.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.stats import bootstrap
+from paired import FIGURES, GOAL, Course, Store, against_fixed, clock_of, cut, spent
 
 from pybatch.answer.course import course_of
 from pybatch.answer.schedule import plan_schedule
@@ -43,20 +44,20 @@ from pybatch.noise.attachment import NoiseSource, attach
 from pybatch.records import NoisePoint, NoiseTrajectory, Run, Schedule
 from pybatch.schedule import BatchSchedule
 from pybatch.sweep.measurement import measure_convergence
-from pybatch.training.trajectory import crossing_at, next_evaluation
+from pybatch.training.trajectory import next_evaluation
 from pybatch.workloads.base import Workload
 from pybatch.workloads.running.finding import find
 from pybatch.workloads.running.session import Session, fixed_batches
 
-GOAL = {"steps": 0.80, "examples": 1.05}
 OPTIMIZER, RULE = "adamw", "sqrt"
 DERIVE, JUDGE = 0, 1000  # first seeds of what a schedule is derived from, and of what it is judged on
 DERIVING = 3
 LONGEST = 4.0  # times the examples of the fixed batch, after which a run is given up
 RAMP, RAMPED = 8, 0.5  # steps of a ramped batch, and the share of the examples that they are spread over
 WARM = 0.1  # share of the steps in which a rate is warmed up
-ARMS = ("fixed", "schedule", "ramp", "warm-up")
-FIGURES = ("steps", "examples", "seconds")
+ARMS = {"fastest": ("fixed", "schedule", "ramp", "warm-up"), "frugal": ("fixed", "schedule")}
+FRUGAL = 0.2  # times the critical batch: a fifth more examples than the fewest
+FEWER = 6  # seeds against the frugal batch
 TIMINGS = 6  # rounds of step times, of two steps each
 CPU = torch.device("cpu")
 
@@ -81,126 +82,6 @@ PROBLEMS = {
     "text-lstm": Problem("text", "lstm", 2.3, (8, 32, 128), (2e-3, 4e-3, 8e-3), SHORT, 8),
     "text-transformer": Problem("text", "transformer", 2.3, (8, 32, 128), (2e-3, 4e-3, 8e-3), SHORT, 8),
 }
-
-
-@dataclass
-class Course:
-    """A training on its way to a target: losses at its evaluations, and how many steps it made of each batch size."""
-
-    steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    made: list[tuple[int, int]] = field(default_factory=list)  # (batch, steps), in their order
-
-    def stepped(self, batch: int) -> None:
-        """A step was made."""
-        if self.made and self.made[-1][0] == batch:
-            self.made[-1] = (batch, self.made[-1][1] + 1)
-        else:
-            self.made.append((batch, 1))
-
-    def evaluated(self, step: int, loss: float, target: float) -> int | None:
-        """The step at which the smoothed loss met the target, once it has."""
-        self.steps.append(step)
-        self.losses.append(loss)
-        found = crossing_at(np.array(self.steps), np.array(self.losses), len(self.steps) - 1, target)
-        return int(found.steps) if found is not None else None
-
-
-def cut(made: Sequence[tuple[int, int]], steps: int) -> list[tuple[int, int]]:
-    """The first so many of the steps that were made."""
-    found = []
-    for batch, count in made:
-        if (taken := min(count, steps)) > 0:
-            found.append((batch, taken))
-            steps -= taken
-    return found
-
-
-def spent(made: Sequence[tuple[int, int]], step_s: Callable[[int], float]) -> dict[str, float]:
-    """Steps, examples and modelled seconds of (batch, steps) in turn."""
-    return {
-        "steps": sum(count for _, count in made),
-        "examples": sum(batch * count for batch, count in made),
-        "seconds": sum(step_s(batch) * count for batch, count in made),
-    }
-
-
-def clock_of(measured: Mapping[int, float]) -> Callable[[int], float]:
-    """Seconds of a step at any batch size: ln t over ln B between those measured, flat below, in proportion above."""
-    sizes = np.array(sorted(measured), dtype=float)
-    logs = np.log([measured[int(size)] for size in sizes])
-
-    def at(batch: int) -> float:
-        beyond = max(1.0, batch / sizes[-1])
-        return float(np.exp(np.interp(math.log(batch), np.log(sizes), logs)) * beyond)
-
-    return at
-
-
-def ratio(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> dict[str, Any]:
-    """Geometric mean of ours over theirs, paired by seed, with its 95 % interval over the seeds drawn anew.
-
-    Args:
-        ours, theirs: by seed; None: the target was not reached, after which there is no ratio but a reason.
-    """
-    seeds = sorted(ours.keys() & theirs.keys())
-    missed = [sum(side[seed] is None for seed in seeds) for side in (ours, theirs)]
-    if len(seeds) < 2 or any(missed):
-        why = f"{missed[0]} and {missed[1]} of {len(seeds)} did not reach the target"
-        return {"ratio": None, "low": None, "high": None, "seeds": len(seeds), "reason": why}
-    logs = np.array([math.log(float(ours[seed] or 0) / float(theirs[seed] or 0)) for seed in seeds])
-    drawn = bootstrap((logs,), np.mean, method="percentile", n_resamples=4000, rng=np.random.default_rng(0))
-    low, high = drawn.confidence_interval
-    ends = {"low": math.exp(low), "high": math.exp(high)}
-    return {"ratio": math.exp(float(logs.mean())), **ends, "seeds": len(seeds)}
-
-
-def against_fixed(runs: Mapping[str, Mapping[str, Any]], step_s: Callable[[int], float]) -> dict[str, Any]:
-    """For every arm but the fixed batch the ratio of each figure to it; and whether the schedule meets the goal."""
-    table: dict[str, dict[int, dict[str, float] | None]] = {
-        arm: {int(s): spent(run["made"], step_s) if run["reached"] else None for s, run in by_seed.items()}
-        for arm, by_seed in runs.items()
-    }
-
-    def column(arm: str, name: str) -> dict[int, float | None]:
-        return {seed: found[name] if found is not None else None for seed, found in table[arm].items()}
-
-    rows: dict[str, Any] = {
-        arm: {name: ratio(column(arm, name), column("fixed", name)) for name in FIGURES}
-        for arm in table
-        if arm != "fixed"
-    }
-    medians: dict[str, Any] = {}
-    for arm, by_seed in table.items():
-        whole = [found for found in by_seed.values() if found is not None]
-        medians[arm] = {name: statistics.median(found[name] for found in whole) if whole else None for name in FIGURES}
-    own = [(rows["schedule"][name]["ratio"], most) for name, most in GOAL.items()] if "schedule" in rows else []
-    return {
-        "against_fixed": rows,
-        "medians": medians,
-        "meets_goal": bool(own) and all(found is not None and found <= most for found, most in own),
-    }
-
-
-class Store:
-    """What was measured, by problem, in one JSON file that is written anew after every piece."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-
-    def piece(self, problem: str, name: str, measure: Callable[[], Any]) -> Any:
-        """A piece as it is stored; measured where it is not."""
-        own = self.found.setdefault(problem, {})
-        if name not in own:
-            begin = time.process_time()
-            made = measure()
-            own[name] = json.loads(json.dumps(made))
-            own.setdefault("processor_s", {})[name] = round(time.process_time() - begin, 2)
-            whole = self.path.with_suffix(".writing")
-            whole.write_text(json.dumps(self.found) + "\n")
-            whole.replace(self.path)
-        return own[name]
 
 
 def step_times(workload: Workload, batches: Sequence[int]) -> dict[int, float]:
@@ -289,8 +170,8 @@ def derived(base: int, steps: float, readings: Sequence[Sequence[NoisePoint]], c
     return {"schedule": encode(found), "cost": cost, "modelled": modelled, "readings": len(points)}
 
 
-def measure(name: str, store: Store, seeds: int) -> dict[str, Any]:
-    """All of one problem, as far as it is not stored; its row of the table."""
+def measure(name: str, store: Store, seeds: int, kinds: Sequence[str]) -> dict[str, Any]:
+    """All of one problem, as far as it is not stored; its rows of the table by the fixed batch."""
     problem = PROBLEMS[name]
     workload = find(problem.workload, model=problem.model, options=list(problem.options))
 
@@ -317,75 +198,109 @@ def measure(name: str, store: Store, seeds: int) -> dict[str, Any]:
         batches = sorted({*problem.batches, problem.batches[-1] * 2, max(1, problem.batches[0] // 2)})
         return {"load": os.getloadavg()[0], "step_ms": step_times(workload, batches)}
 
-    points = store.piece(name, "sweep", swept)["points"]
+    sweep = store.piece(name, "sweep", swept)
     step_ms = store.piece(name, "times", timed)["step_ms"]
     clock = clock_of({int(batch): ms / 1e3 for batch, ms in step_ms.items()})
-    base, steps, rate = min(points, key=lambda p: p[1] * clock(p[0]))
-    most = LONGEST * base * steps
-
-    def one(seed: int, stages: Any, **more: Any) -> dict[str, Any]:
-        return train(workload, seed, rate, base, stages, problem.target, most, **more)
-
-    readings = []
-    for seed in range(DERIVE, DERIVE + DERIVING):
-        run = store.piece(name, f"noise {base} {seed}", lambda seed=seed: one(seed, [(0, base)], parts=problem.parts))  # type: ignore[misc]
-        readings.append([decode(NoisePoint, point, "noise") for point in run["noise"]])
-    made = store.piece(name, f"derived {base}", lambda: derived(base, steps, readings, clock))
-    schedule = decode(Schedule, made["schedule"], "schedule")
-    warm = {"warm-up": max(2, round(WARM * steps))}
-    stages = {"schedule": schedule, "ramp": ramp(base, base * steps)}
-    runs: dict[str, dict[str, Any]] = {arm: {} for arm in ARMS}
-    for seed in range(JUDGE, JUDGE + seeds):
-        for arm in ARMS:
-            runs[arm][str(seed)] = store.piece(
-                name,
-                f"{arm} {base} {seed}",
-                lambda arm=arm, seed=seed: one(seed, stages.get(arm, [(0, base)]), warm=warm.get(arm, 0)),  # type: ignore[misc]
-            )
-    fixed = {batch: taken * clock(batch) for batch, taken, _ in points}
+    seconds = {batch: steps * clock(batch) for batch, steps, _ in sweep["points"]}
+    rows = {
+        kind: judge(name, workload, store, point, clock, seeds if kind == "fastest" else min(seeds, FEWER), ARMS[kind])
+        for kind, point in fixed_batches_of(sweep["points"], sweep["critical_batch"][0], clock).items()
+        if kind in kinds
+    }
     return {
         "problem": asdict(problem),
-        "fixed_batch": base,
-        "at_edge": base in (min(fixed), max(fixed)),
-        "rate": rate,
-        "seconds_by_batch": fixed,
-        "critical_batch": store.found[name]["sweep"]["critical_batch"],
+        "critical_batch": sweep["critical_batch"],
         "step_ms": step_ms,
+        "seconds_by_batch": seconds,
+        "against": rows,
+        "processor_s": sum(store.found[name]["processor_s"].values()),
+    }
+
+
+Point = tuple[int, float, float]  # batch, steps, rate
+
+
+def fixed_batches_of(points: Sequence[Point], critical: float, clock: Callable[[int], float]) -> dict[str, Point]:
+    """Those of a sweep that schedules are held against, by kind."""
+    ascending = sorted(points)
+    small = [point for point in ascending if point[0] <= FRUGAL * critical]
+    fastest = min(ascending, key=lambda point: point[1] * clock(point[0]))
+    frugal = small[-1] if small else ascending[0]
+    return {"fastest": fastest} | ({"frugal": frugal} if frugal != fastest else {})
+
+
+def judge(
+    name: str,
+    workload: Workload,
+    store: Store,
+    point: Point,
+    clock: Callable[[int], float],
+    seeds: int,
+    arms: Sequence[str],
+) -> dict[str, Any]:
+    """A schedule derived from runs at a fixed batch, and trainings by it and by others against that batch."""
+    problem, (base, steps, rate) = PROBLEMS[name], point
+
+    def one(seed: int, stages: Schedule | Sequence[tuple[int, int]], **more: int) -> dict[str, Any]:
+        most = LONGEST * base * steps
+        return train(workload, seed, rate, base, stages, problem.target, most, **more)
+
+    fixed, readings = [(0, base)], []
+    for seed in range(DERIVE, DERIVE + DERIVING):
+        run = store.piece(name, f"noise {base} {seed}", partial(one, seed, fixed, parts=problem.parts))
+        readings.append([decode(NoisePoint, each, "noise") for each in run["noise"]])
+    made = store.piece(name, f"derived {base}", partial(derived, base, steps, readings, clock))
+    schedule = decode(Schedule, made["schedule"], "schedule")
+    how: dict[str, Callable[[int], Any]] = {
+        "fixed": lambda seed: one(seed, fixed),
+        "schedule": lambda seed: one(seed, schedule),
+        "ramp": lambda seed: one(seed, ramp(base, base * steps)),
+        "warm-up": lambda seed: one(seed, fixed, warm=max(2, round(WARM * steps))),
+    }
+    runs: dict[str, dict[str, Any]] = {arm: {} for arm in arms}
+    for seed in range(JUDGE, JUDGE + seeds):
+        for arm in arms:
+            runs[arm][str(seed)] = store.piece(name, f"{arm} {base} {seed}", partial(how[arm], seed))
+    return {
+        "fixed_batch": base,
+        "at_edge": base in (min(problem.batches), max(problem.batches)),
+        "rate": rate,
         "schedule": [(s.first_example, s.batch) for s in schedule.stages],
         "steps_saved_modelled": [schedule.steps_saved, schedule.steps_saved_low, schedule.steps_saved_high],
         "cost": made["cost"],
         "answer": str(schedule),
-        "processor_s": sum(store.found[name]["processor_s"].values()),
         **against_fixed(runs, clock),
     }
 
 
-def told(name: str, row: Mapping[str, Any]) -> str:
-    """A row of the table in Markdown: an arm a line."""
+def told(name: str, kind: str, row: Mapping[str, Any]) -> str:
+    """Rows of the table in Markdown: an arm a line."""
     lines = []
     for arm, found in row["against_fixed"].items():
         cells = [
             f"{each['ratio']:.2f} [{each['low']:.2f}, {each['high']:.2f}]" if each["ratio"] else each["reason"]
             for each in (found[figure] for figure in FIGURES)
         ]
-        lines.append(f"| {name} | {row['fixed_batch']} | {arm} | {' | '.join(cells)} |")
+        sizes = " → ".join(str(batch) for _, batch in row["schedule"]) if arm == "schedule" else ""
+        lines.append(f"| {name} | {kind}, {row['fixed_batch']} | {arm} {sizes} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="*", choices=tuple(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--against", nargs="*", choices=tuple(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--store", type=Path, default=Path("schedule-store.json"))
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     store, rows = Store(given.store), {}
-    print("| problem | fixed | against it | steps | examples | device-seconds |\n|---|--:|---|--:|--:|--:|")
+    print("| problem | fixed batch | against it | steps | examples | device-seconds |\n|---|---|---|--:|--:|--:|")
     for name in given.problems:
-        rows[name] = measure(name, store, given.seeds)
-        print(told(name, rows[name]), flush=True)
-        print(f"  {name}: {rows[name]['answer']}", flush=True)
+        rows[name] = measure(name, store, given.seeds, given.against)
+        for kind, row in rows[name]["against"].items():
+            print(told(name, kind, row), flush=True)
         if given.output is not None:
             device = {"device": describe(CPU).name, "threads": 1, "torch": torch.__version__, "goal": GOAL}
             given.output.write_text(json.dumps({**device, "problems": rows}, indent=1) + "\n")
