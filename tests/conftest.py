@@ -33,7 +33,7 @@ def pytest_cmdline_main(config):
     if hasattr(config, "workerinput") or alone or getattr(option, "usepdb", False) or CORES == 1:
         return
     if getattr(option, "numprocesses", 0) is None and option.dist == "no":
-        option.numprocesses, option.dist = min(CORES, MOST_WORKERS), "loadfile"
+        option.numprocesses, option.dist = min(CORES + 1, MOST_WORKERS), "loadfile"  # one more: some wait
 
 
 @pytest.hookimpl(optionalhook=True)
