@@ -22,8 +22,8 @@ def minimize(p: Array, evaluate: Evaluate, low: Array, high: Array, rounds: int 
 
     Args:
         p: [R, P] starting points, in log-parameters.
-        evaluate: parameters [r, P] of some of the rows, and which -> cost [r], force [r, P] (minus the gradient), normal
-            matrix [r, P, P].
+        evaluate: parameters [r, P] of some of the rows, and which -> cost [r], force [r, P] (minus the gradient) and
+            normal matrix [r, P, P].
         low, high: [P] bounds, to which steps are clipped.
         rounds: most steps.
 
