@@ -11,11 +11,11 @@ import torch
 
 from pybatch.base.errors import Interrupted, UsageError
 from pybatch.base.numerals import counted
-from pybatch.base.progress import told
+from pybatch.base.progress import line_of, told
 from pybatch.capacity import largest
 from pybatch.capacity.burst import Settling
 from pybatch.capacity.energy import EnergyWindows
-from pybatch.capacity.exploration import Explorer, explore_doubling, explore_given
+from pybatch.capacity.exploration import FITTABLE, Explorer, explore_doubling, explore_given
 from pybatch.capacity.findings import Findings
 from pybatch.capacity.input import measure_input
 from pybatch.capacity.modes import EAGER, GraphedStep, Mode
@@ -220,6 +220,9 @@ class _Measurement:
             last = self._until(_EXPLORE_GIVEN)
             ended = explore_doubling(self.explorer, self._until(share), limit, last, at_a_go, self.runs)
             self.found.notes.append(Note("batches", f"{'quadrupled' if at_a_go > 1 else 'doubled'} from 1 on; {ended}"))
+            if (run := len(self.explorer.working)) < FITTABLE:
+                few = f"{counted(run, 'batch size')} of the {FITTABLE} that a fit needs: {ended}. Raise the time budget"
+                line_of(self.progress)(few)
         else:
             explore_given(self.explorer, self.batches, self._until(_EXPLORE_GIVEN), limit)
 
