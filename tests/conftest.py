@@ -22,7 +22,11 @@ from pybatch import records as r
 
 CORES = len(os.sched_getaffinity(0))
 MOST_WORKERS = 8  # each imports torch: half a gigabyte
-TOGETHER = {"tests/noise/test_closures.py": "tests/noise/test_distributed.py"}  # they ask the same processes
+TOGETHER = {  # they ask the same processes, or what the same compiler made
+    "tests/noise/test_closures.py": "tests/noise/test_distributed.py",
+    "tests/ptx/test_extremes.py": "tests/ptx/test_ptx.py",
+    "tests/kernels/test_extremes.py": "tests/kernels/test_cuda_on_host.py",
+}
 
 
 @pytest.hookimpl(tryfirst=True)
