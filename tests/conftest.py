@@ -22,7 +22,11 @@ from pybatch import records as r
 
 CORES = len(os.sched_getaffinity(0))
 MOST_WORKERS = 8  # each imports torch: half a gigabyte
-TOGETHER = {"tests/noise/test_closures.py": "tests/noise/test_distributed.py"}  # they ask the same processes
+TOGETHER = {  # they ask the same processes, or what the same compiler made
+    "tests/noise/test_closures.py": "tests/noise/test_distributed.py",
+    "tests/ptx/test_extremes.py": "tests/ptx/test_ptx.py",
+    "tests/kernels/test_extremes.py": "tests/kernels/test_cuda_on_host.py",
+}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -33,7 +37,7 @@ def pytest_cmdline_main(config):
     if hasattr(config, "workerinput") or alone or getattr(option, "usepdb", False) or CORES == 1:
         return
     if getattr(option, "numprocesses", 0) is None and option.dist == "no":
-        option.numprocesses, option.dist = min(CORES, MOST_WORKERS), "loadfile"
+        option.numprocesses, option.dist = min(CORES + 1, MOST_WORKERS), "loadfile"  # one more: some wait
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -130,8 +130,13 @@ def _cliffs(size: Array, data: Array) -> list[Shape]:
 
 def _line(size: Array, data: Array) -> Array:
     """Seconds at batch 0 and per example of the line with the least squares of relative errors."""
-    rows = np.stack([np.ones_like(size), size], -1) / np.exp(data)[:, None]
-    return np.asarray(np.linalg.lstsq(rows, np.ones(len(size)), rcond=None)[0], dtype=np.float64)
+    seconds = np.exp(data)
+    weights = seconds**-2
+    weights = weights / weights.sum()
+    batch, second = weights @ size, weights @ seconds
+    apart = size - batch
+    slope = (weights * apart) @ (seconds - second) / ((weights * apart) @ apart)
+    return np.array([second - slope * batch, slope])
 
 
 def _near(line: Array, size: Array, data: Array) -> Array:

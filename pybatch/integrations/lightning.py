@@ -405,6 +405,6 @@ def _on_trial(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]
     """In this context the module is trained on trial, and logs nothing; all of it is put back."""
     with put_back(module, trainer.optimizers, apart=(trainer, getattr(trainer, "datamodule", None))):
         quiet: Any = lambda *args, **kwargs: None  # noqa: E731
-        module.log, module.log_dict = quiet, quiet  # type: ignore[method-assign]
+        module.log, module.log_dict = quiet, quiet
         module.train()
         yield

@@ -52,9 +52,6 @@ def test_steps_with_and_without_communication_are_told_apart(bench):
 
 
 def test_an_error_in_process_0_ends_both(tmp_path):
-    done = torchrun(tmp_path, "bench", "--cpu", "--workload", "nothing")
-    assert done.returncode != 0
-    assert "workload 'nothing'" in done.stderr
     broken = tmp_path / "broken.py"
     broken.write_text(
         "import torch, pybatch\n"

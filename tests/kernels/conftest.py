@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import host_cuda
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -10,3 +11,9 @@ def _two_threads():
     torch.set_num_threads(max(2, before))
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The CUDA kernels as the host compiler makes them."""
+    return host_cuda.compile_kernels(tmp_path_factory.mktemp("host_cuda"))

@@ -22,11 +22,6 @@ STORAGES = sorted(ops.STORAGES)
 EVERY_RULE = pytest.mark.parametrize("rule", lists.RULES)
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    return host_cuda.compile_kernels(tmp_path_factory.mktemp("host_cuda"))
-
-
 def make(rule, backend, storage=None, counts=COUNTS, layers=False, state_type="fp32"):
     dtype = getattr(torch, (storage or "float32").split("_")[0])
     kept = torch.zeros(len(counts), ops.LAYER_SIZE, dtype=torch.float64) if layers else None

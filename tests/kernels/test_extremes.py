@@ -9,11 +9,6 @@ from pybatch import _C, ops
 COUNTS = lists.sizes(host_cuda.HostCuda.chunk)
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return host_cuda.compile_kernels(tmp_path_factory.mktemp("host_cuda"))
-
-
 def make(backend):
     return lists.Setup(lists.draw(COUNTS, seed=5), "SgdMomentum", backend=backend)
 

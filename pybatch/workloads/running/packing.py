@@ -38,13 +38,19 @@ class Packed:
 def pack(workload: Workload) -> Packed:
     """Pack a workload; by cloudpickle where its class cannot be imported. Raises WorkloadError where neither can."""
     module = sys.modules.get(type(workload).__module__)
-    files = {name: str(m.__file__) for name, m in sys.modules.items() if name.startswith(FILE_MODULE)}
     try:
         if module is None or module.__name__ == "__main__":
             raise pickle.PicklingError("its class is in __main__")  # another process has another __main__
-        return Packed(pickle.dumps(workload), files, _path())
+        packed = pickle.dumps(workload)
     except Exception as error:  # pickling runs the user's code and raises what that raises
-        return Packed(_by_value(workload, error), files, _path())
+        packed = _by_value(workload, error)
+    return Packed(packed, _files(packed), _path())
+
+
+def _files(packed: bytes) -> dict[str, str]:
+    """The files of the modules that it names; others that this process has loaded are not its business."""
+    loaded = ((name, module) for name, module in sys.modules.items() if name.startswith(FILE_MODULE))
+    return {name: str(module.__file__) for name, module in loaded if name.encode() in packed}
 
 
 def _path() -> tuple[str, ...]:
