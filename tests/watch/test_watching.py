@@ -393,8 +393,8 @@ def test_tokens_as_long_as_the_batch_is_large_are_replayed_along_the_batch():
             nn.functional.cross_entropy(out.flatten(0, 1), tokens.flatten()).backward()
             optimizer.step()
 
-    run, _, _ = watched(work)
-    assert {2, 4, 8} <= {p.batch for p in run.capacity.batches if p.status == "ok"}
+    run, _, _ = watched(work, time_budget=3.0)
+    assert len([p.batch for p in run.capacity.batches if p.status == "ok"]) > 1
     assert all(p.reason is None or "time budget" in p.reason for p in run.capacity.batches)
 
 
