@@ -100,7 +100,7 @@ class SweepOptions:
         seed: of the first of them; the others count up from it. With a store, more `seeds` add to those it holds, and
             another `seed`, at least `seeds` away, repeats the experiment; a report pools the two.
         target: losses to reach, by split, and metrics, as {"train": 0.1, "test:accuracy": 0.95}; None: the workload's.
-        optimizer: a name of `pybatch.optim`, in any case, or "own", the workload's. None: its own, else "sgd".
+        optimizer: a name of `pybatch.optim`, in any case, or "own", the workload's. None: its own, else `swept_by`.
         options: its arguments but the learning rate, such as {"momentum": 0.9}.
         schedule: a name of `training.schedules.SCHEDULES`: "constant", "cosine", "wsd", "average", or "own", the
             workload's. None: its own, else "constant". Under an anneal, steps to a target are the length of the
@@ -116,8 +116,8 @@ class SweepOptions:
         base_batch: where the rules start; None: the smallest of `batches`.
         base_rate: their learning rate there; None: the one of the fewest steps to each target, which is sought first.
         max_steps: a trial is given up then; earlier after 4 times the steps the base batch took (times B_0 / B below
-            it), and in a search after 1.5 times the median steps of the best rate, or sooner: see `search`. Where neither the base batch nor
-            the largest one reaches a target, the others are not tried.
+            it), and in a search after 1.5 times the median steps of the best rate, or sooner: see `search`. Where
+            neither the base batch nor the largest one reaches a target, the others are not tried.
         dtype: "fp32", "bf16" or "fp16" (autocast over fp32 parameters).
         gap_epochs: compare test losses after so many epochs too, and after the steps that the largest batch takes in
             them: when all else is done, the runs at each batch size's rate are made again, to that length. None: at

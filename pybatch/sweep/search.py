@@ -5,8 +5,8 @@ rate that is behind is given up: by one seed as soon as another has reached, as 
 when it has taken SURE times the least median. The rate chosen is that of the whole grid unless a rate's first seed is
 SURE times slower than the best median while the rate's own median is the best.
 
-Where the best rate of another batch size is known, a race begins near the rate that follows from it. The grid grows from
-there as it does past its edges, so that steps that fall and then rise with the rate have the same best one.
+Where the best rate of another batch size is known, a race begins near the rate that follows from it. The grid grows
+from there as it does past its edges, so that steps that fall and then rise with the rate have the same best one.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ SAMPLERS = {"tpe": "TPESampler", "qmc": "QMCSampler", "random": "RandomSampler",
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a search asks for next: runs to make together, the seeds over whose median a rate ends slower ones, and when."""
+    """What a search asks for next: runs to make together, and when a rate ends slower ones."""
 
     runs: tuple[tuple[float, int], ...]  # (rate, seed)
-    seeds: tuple[int, ...]
-    margin: float = SLACK  # times that median
+    seeds: tuple[int, ...]  # over whose median a rate ends slower ones
+    margin: float = SLACK  # times that median, after which they end
 
 
 class Search(ABC):

@@ -9,7 +9,7 @@ import pytest
 from pybatch.fits.steps import fit_steps
 from pybatch.scaling import Scaled
 from pybatch.sweep.search import EXTENSIONS, SURE, Grid, Racing, best_rate, nearest_rate
-from pybatch.sweep.summary import beyond, curve, nearest, point
+from pybatch.sweep.summary import beyond, curve, nearest, point, steps_of
 from pybatch.training.trajectory import Trajectory
 from pybatch.training.trial import Outcome, Study, Trial
 
@@ -194,6 +194,27 @@ def test_of_several_seeds_the_best_rates_late_ones_are_waited_for_and_no_others(
     assert (found.learning_rate, found.reached) == (0.5, 3)
     assert ended[0.5, 2].steps == 140
     assert ended[0.25, 2].steps == 120  # 100 is the least median
+
+
+def test_what_was_given_up_is_censored_where_it_was(monkeypatch):
+    seen = {}
+
+    def fit(batches, table, **options):
+        seen.update(options, steps=table)
+        return fit_steps(batches, table, **options)
+
+    monkeypatch.setattr("pybatch.sweep.summary.fit_steps", fit)
+    points, caps, ran = [], {}, {}
+    for batch in (8, 16, 32):
+        study, outcomes, _ = play(Racing(Grid(RATES)), lambda lr, seed: bowl(lr) + (40 if seed == 2 else 0), batch)
+        points.append(point(batch, "train", study, outcomes))
+        caps[batch], ran[batch] = study.limit("train"), steps_of(outcomes, SEEDS)
+    curve("tuned", "train", 0.1, points, caps, None, ran=ran)
+    cells = [(i, j, k) for i, j, k in np.argwhere(np.isinf(seen["steps"])) if seen["rates"][i, j] == 0.25]
+    assert {k for _, _, k in cells} == {1, 2}
+    assert {seen["cap"][cell] for cell in cells} == {120}  # 1.2 times the least median, and not 1.5 times it
+    late = [seen["cap"][i, j, k] for i, j, k in np.argwhere(seen["steps"] == 140) if seen["rates"][i, j] == 0.5]
+    assert min(late) >= 140
 
 
 @pytest.mark.parametrize("optimum", [0.5, 0.6, 3.0])
