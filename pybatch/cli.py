@@ -18,7 +18,7 @@ from typing import Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
-from pybatch.base import faults
+from pybatch.base import faults, terminal
 from pybatch.base.errors import PybatchError
 from pybatch.base.plain import shortened, visible
 
@@ -158,9 +158,7 @@ def _run() -> int:
             return faults.tell(error)
         _drop_stdout()
         what = repr(error.filename) if error.filename else "stdout"
-        print(
-            f"pybatch: {what} cannot be written: {error.strerror}. Free some space, or name another.", file=sys.stderr
-        )
+        terminal.tell(f"{what} cannot be written: {error.strerror}. Free some space, or name another.")
         return _INCOMPLETE
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # typer's way to say so
@@ -179,7 +177,7 @@ def _drop_stdout() -> None:
 
 
 def _refused(message: str) -> int:
-    print(f"pybatch: {shortened(visible(message, lines=True))}", file=sys.stderr)
+    terminal.tell(shortened(visible(message, lines=True)))
     return _BAD_INPUT
 
 
@@ -204,8 +202,6 @@ def _flushed(status: int) -> int:
         _drop_stdout()
     except OSError as error:
         _drop_stdout()
-        print(
-            f"pybatch: stdout cannot be written: {error.strerror}. Give -o FILE, or free some space.", file=sys.stderr
-        )
+        terminal.tell(f"stdout cannot be written: {error.strerror}. Give -o FILE, or free some space.")
         return status or _INCOMPLETE
     return status

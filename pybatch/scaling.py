@@ -176,10 +176,11 @@ def followed(
         batch, base: examples.
         beta2: "constant", or "half-life": beta2^(B / B_0), which forgets after as many examples at every batch size
             (Marek et al. 2025, "Small Batch Size Training for Language Models", section 3.2).
-        decay: "constant"; "linear": times B / B_0 (Bergsma et al. 2025, "Power Lines", where the best decay grows
-            linearly with the batch at a fixed number of tokens); or "timescale": times (B / B_0) / rate, which keeps
-            the examples B / (rate x decay) over which AdamW averages its updates (Wang and Aitchison 2024, "How to set
-            AdamW's weight decay as you scale model and dataset size"). Both are one at a constant rate.
+        decay: "constant"; "linear": times B / B_0 (Bergsma et al. 2025, "Power Lines", arXiv 2505.13738: the best decay
+            is linear in the batch for a fixed model and number of tokens); or "timescale": times (B / B_0) / rate,
+            which keeps the examples B / (rate x decay) over which AdamW averages its updates, best kept constant in
+            epochs (Wang and Aitchison 2024, "How to set AdamW's weight decay as you scale model and dataset size",
+            arXiv 2405.13698: 1 / (rate x decay) iterations of B of them). Both are one at a constant rate.
         rate: the learning rate at this batch over that at the base batch.
 
     Raises:

@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # for torch and what tests start;
 import sys
 
 import pytest
+import seconds
 
 from pybatch import records as r
 
@@ -32,7 +33,7 @@ def pytest_cmdline_main(config):
     if hasattr(config, "workerinput") or alone or getattr(option, "usepdb", False) or CORES == 1:
         return
     if getattr(option, "numprocesses", 0) is None and option.dist == "no":
-        option.numprocesses, option.dist = min(CORES, MOST_WORKERS), "loadfile"
+        option.numprocesses, option.dist = min(CORES + 1, MOST_WORKERS), "loadfile"  # one more: some wait
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -51,22 +52,31 @@ def pytest_xdist_make_scheduler(config, log):
     return Files(config, log)
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The longest files come first, so that no core is left alone with one of them at the end."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    seconds = {}
+    """Slow is what the table says took long; the longest files come first, so that no core ends alone with one."""
+    table, files = seconds.read(), {}
     for item in items:
-        file = item.location[0]
-        unit = TOGETHER.get(file, file)
-        slow = item.get_closest_marker("slow")
-        seconds[unit] = seconds.get(unit, 0.0) + (slow.kwargs.get("seconds", 5.0) if slow else 0.2)
-    items.sort(key=lambda item: -seconds[TOGETHER.get(item.location[0], item.location[0])])
+        file, function = seconds.place(item.nodeid)
+        unit = files.setdefault(TOGETHER.get(file, file), {})
+        if function in table.get(file, ()):
+            item.add_marker(pytest.mark.slow)
+            unit[file, function] = table[file][function]
+        else:
+            unit[item.nodeid] = seconds.OTHERS
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        whole = {file: sum(unit.values()) for file, unit in files.items()}
+        items.sort(key=lambda item: -whole[TOGETHER.get(item.location[0], item.location[0])])
 
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write tests/report/golden anew")
+    parser.addoption("--update-seconds", action="store_true", help="write tests/seconds.json of the files that run")
+
+
+def pytest_configure(config):
+    if config.getoption("--update-seconds") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(seconds.Recorder())
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ PAGES = sorted(DOCS.rglob("*.md"))
 WITHOUT_OPTIONS = {"doctor", "list"}
 
 
-@pytest.mark.slow(seconds=6)
 def test_it_builds_without_a_warning(tmp_path):
     command = [Path(sys.executable).parent / "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
     plain = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # of the theme, on its own future

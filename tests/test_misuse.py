@@ -60,7 +60,6 @@ def test_two_runs_are_compared(given: Any, says: str) -> None:
         pybatch.compare(given, given)
 
 
-@pytest.mark.slow(seconds=4)
 def test_what_a_user_writes_out_is_there_after_one_import():
     names = ["noise.attach", "optim.AdamW", "schedule.BatchSchedule", "integrations.writers.CSVWriter", "advise"]
     code = "import pybatch; " + "; ".join(f"print(pybatch.{name}.__name__)" for name in names)

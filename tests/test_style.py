@@ -12,7 +12,6 @@ CXX = sorted(
 )
 
 
-@pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize(
     "command",
     [

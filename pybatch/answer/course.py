@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
 
 from pybatch.base import numerals as n
 from pybatch.base.errors import UsageError
@@ -44,6 +43,8 @@ class Course:
 
     def at(self, examples: Array, values: Array | None = None) -> Array:
         """The critical batch after so many examples of the run: rising, on the log scale, held beyond the ends."""
+        from scipy.optimize import isotonic_regression  # takes long to import
+
         logs = np.log(self.critical if values is None else values)
         spread = np.log(self.high) - np.log(self.low)
         weights = np.where(np.isfinite(spread) & (spread > 0), spread, np.nanmax(np.append(spread, 1.0))) ** -2.0

@@ -277,9 +277,13 @@ def _words(found: Schedule, doubt: str) -> tuple[str, str]:
         [only] = found.stages
         verb = "Keep" if only.batch == found.base_batch else "Use"
         other = f", and batch {n.count(found.base_batch)} {n.count(found.base_steps)}" if verb == "Use" else ""
+        past = ""
+        if found.base_cost > 1.0:
+            own, mean = n.count(found.base_batch), n.batch_size(found.base_batch / found.base_cost)
+            past = f"batch {own} is above the critical batch along the run, {mean} on average, and "
         return (
             f"{verb} batch {sizes} for the whole run.",
-            f"{reaches}{other}; no change along the run saves more.{doubt}",
+            f"{reaches}{other}; {past}no change along the run saves more.{doubt}",
         )
     span = n.interval(found.steps_saved_low, found.steps_saved_high, n.share)
     saved = f"{n.share(found.steps_saved)} {span}".strip()

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import traceback
 
+from pybatch.base import terminal
 from pybatch.base.plain import shortened, visible
 
 STATUS = 70  # sysexits.h: EX_SOFTWARE
@@ -18,7 +19,7 @@ def tell(error: BaseException, stage: str = "") -> int:
     cause = shortened(visible(": ".join([type(error).__name__, *str(error).splitlines()[:1]])))
     path = _kept("".join(traceback.format_exception(error)))
     trace = f"Please report it {_WHERE}, with the traceback in {path}" if path else f"Please report it {_WHERE}"
-    print(f"pybatch: a fault of pybatch itself{stage} ({cause}). {trace}.", file=sys.stderr)
+    terminal.tell(f"a fault of pybatch itself{stage} ({cause}). {trace}.")
     return STATUS
 
 

@@ -57,6 +57,12 @@ class ProgressLine:
             self._console.print(f"pybatch: {visible(text)}", markup=False, highlight=False, soft_wrap=True)
 
 
+def line_of(progress: Callable[[str, float], None]) -> Callable[[str], None]:
+    """What says a line that stays, where this progress has that; else nothing."""
+    found: Callable[[str], None] = getattr(progress, "line", lambda text: None)
+    return found
+
+
 def looked_at() -> bool:
     """Whether somebody looks at stderr while it is written: on a terminal, or in a notebook."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()

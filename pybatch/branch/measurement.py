@@ -22,6 +22,7 @@ from pybatch.base.errors import Interrupted, PybatchError, UsageError, carry
 from pybatch.base.progress import told
 from pybatch.branch.run import BranchedRun, BranchPlan, rated
 from pybatch.branch.summary import WINDOW
+from pybatch.device.disturbance import threads_left
 from pybatch.device.identity import resolve
 from pybatch.records import Convergence, Note
 from pybatch.scaling import SEARCHED
@@ -121,7 +122,7 @@ def measure_branches(
     tunes = lr is None if tune is None else tune
     name = optimizer.lower()
     plan = BranchPlan(base, examples, name, group, rule, scaled, seeds, tolerance, deadline, shrinks, tunes)
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), threads_left(place):
         torch.manual_seed(seed)
         run = BranchedRun(workload, place, dtype, seed, plan, folder, progress)
         try:

@@ -6,8 +6,6 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
-from scipy.signal import savgol_filter
 
 from pybatch.base.numerals import number
 from pybatch.fits.solver import Array
@@ -86,6 +84,8 @@ def _smoothed(losses: Array) -> Array:
     A mean would lift a falling curve, and most where it bends. The first look is the checkpoint and stands for itself.
     A branch that diverged has no smoothed loss.
     """
+    from scipy.signal import savgol_filter  # takes as long to import as torch, which nothing else needs
+
     sound = np.isfinite(losses).all(-1)
     smooth = np.full_like(losses, np.nan)
     if sound.any():
@@ -99,6 +99,8 @@ def _steps_to(level: float, smooth: Array, window_steps: Array) -> Array:
 
     Infinite where it is not in the window, DIVERGED where the branch diverged first.
     """
+    from scipy.interpolate import PchipInterpolator  # likewise
+
     found = np.where(np.isnan(smooth).any(-1), DIVERGED, np.inf)  # [batches, repeats]
     between = np.linspace(0, WINDOW, WINDOW * _FINE + 1)
     for index in zip(*np.nonzero(np.isposinf(found)), strict=True):

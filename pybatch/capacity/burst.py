@@ -63,14 +63,14 @@ class Settling:
         self.load(n)
         self.clock.rest(_REST_S)
         self.clock.time(self.work, self.untimed)
-        self.bursts[n] = float(np.median(self.clock.time(self.work, count)))
+        self.bursts[n] = float(np.median(self.clock.undisturbed(self.work, count)))
 
     def _warm(self, n: int, guess: float, deadline: float) -> None:
         self.load(n)
         self.settled, began, before = False, self.clock.now(), math.inf
         count = max(_LEAST_STEPS, math.ceil(_WINDOW_S / guess))
         while self.clock.now() + count * guess <= deadline:
-            now = float(np.median(self.clock.time(self.work, count)))
+            now = float(np.median(self.clock.undisturbed(self.work, count)))
             if self.clock.now() - began >= _WARM_S and abs(now / before - 1) <= _SETTLED:
                 self.settled = True
                 return

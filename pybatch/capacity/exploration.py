@@ -22,7 +22,7 @@ _GAIN = 0.02  # a doubling that gains less throughput is not worth going on for
 _SCARCE = 5  # times the longest step allowed, while too few batch sizes for a fit have run
 _PATIENCE = 2  # such doublings in a row
 _LEAST = 6  # doublings at least, so that a floor can be told from a line
-_FITTABLE = 3  # batch sizes, the fewest a fit can be made of
+FITTABLE = 3  # batch sizes, the fewest a fit can be made of
 _LOOK_STEPS = 5  # that a look takes, at most, where steps are long
 _LOOK_S = 0.05  # of timed steps at a batch size, where they are short
 _LARGEST = 4  # batches tell how memory grows: small ones reuse what the allocator kept
@@ -169,9 +169,9 @@ class Explorer:
         self.step.load(n)
         flops, moved = self._count(n)
         self.memory.start()  # the FLOP counter's own step holds more memory than a plain one
-        first = self.clock.time(self.step, 1)[0]
+        first = self.clock.undisturbed(self.step, 1)[0]
         self.step.check()
-        seconds = self._best(3) if first < 2 * _LOOK_S else min(first, *self.clock.time(self.step, 1))
+        seconds = self._best(3) if first < 2 * _LOOK_S else min(first, *self.clock.undisturbed(self.step, 1))
         return Look(n, "ok", None, seconds, self.memory.peak(), flops, moved_bytes=moved)
 
     def _count(self, n: int) -> tuple[int | None, int | None]:
@@ -194,8 +194,8 @@ class Explorer:
 
     def _best(self, least: int) -> float:
         """Best of a few steps, of more where they are short."""
-        best = min(self.clock.time(self.step, least))
-        return min(best, *self.clock.time(self.step, min(50, max(1, int(_LOOK_S / max(best, 1e-6))))))
+        best = min(self.clock.undisturbed(self.step, least))
+        return min(best, *self.clock.undisturbed(self.step, min(50, max(1, int(_LOOK_S / max(best, 1e-6))))))
 
 
 def _on_line(points: Sequence[tuple[int, int]], n: int) -> int | None:
@@ -248,16 +248,24 @@ def explore_doubling(
     It ends when two doublings in a row gain less than 2 % throughput, when steps get too long for the budget, or when
     memory ends. A batch size that the workload refuses is passed over; where all below `runs` (which runs) are
     refused, doubling goes on from there: until some batch has run, nothing bounds the memory of the next. Until enough
-    batch sizes for a fit have run, longer steps are allowed, and `last_deadline` counts.
+    batch sizes for a fit have run, longer steps are allowed, `last_deadline` counts, and at last those are looked at
+    that several doublings at a go have passed over.
     """
     n, best, flat, gain = 1, 0.0, 0, (1 + _GAIN) ** doublings
-    while True:
-        seconds, scarce = explorer.predicted_s(n), len(explorer.working) < _FITTABLE
+
+    def late(n: int) -> str | None:
+        """Why there is no time for a look at this batch size."""
+        seconds, scarce = explorer.predicted_s(n), len(explorer.working) < FITTABLE
         if seconds > step_limit * (_SCARCE if scarce else 1):
             return f"a step of batch {n} would take too long for the time budget ({seconds:.2g} s)"
         end = last_deadline if scarce and last_deadline is not None else deadline
         if explorer.clock.now() + explorer.look_s(n) > end:
             return f"the share of the time budget for finding the range ended before batch {n}"
+        return None
+
+    while True:
+        if (ended := late(n)) is not None:
+            return ended if doublings == 1 else ended + _between(explorer, n, late)
         look = explorer.look(n)
         if look.status in ("oom", "predicted_oom"):
             return f"batch {n} does not fit in memory"
@@ -267,11 +275,22 @@ def explore_doubling(
             throughput = n / (look.step_s or math.inf)
             flat = 0 if throughput > best * gain else flat + doublings
             best = max(best, throughput)
-        if flat >= _PATIENCE and len(explorer.working) >= max(_LEAST // doublings, _FITTABLE + 1):
+        if flat >= _PATIENCE and len(explorer.working) >= max(_LEAST // doublings, FITTABLE + 1):
             return f"throughput gained less than {_GAIN:.0%} over two doublings up to batch {n}"
         before, n = n, n * 2**doublings
         if not explorer.working and before < runs < n:
             n = runs
+
+
+def _between(explorer: Explorer, n: int, late: Callable[[int], str | None]) -> str:
+    """Look at doublings below n that were passed over, the largest first, until a fit can be made; says which."""
+    passed = {n // 2, *(2 * look.batch for look in explorer.working)} - set(explorer.looks)
+    found = []
+    for m in sorted((m for m in passed if 1 <= m < n), reverse=True):
+        if len(explorer.working) < FITTABLE and late(m) is None:
+            explorer.look(m)
+            found.append(m)
+    return f", and batch {' and '.join(map(str, found))} between" if found else ""
 
 
 def failed(error: Exception) -> tuple[BatchStatus, str]:

@@ -11,11 +11,11 @@ import torch
 
 from pybatch.base.errors import Interrupted, UsageError
 from pybatch.base.numerals import counted
-from pybatch.base.progress import told
+from pybatch.base.progress import line_of, told
 from pybatch.capacity import largest
 from pybatch.capacity.burst import Settling
 from pybatch.capacity.energy import EnergyWindows
-from pybatch.capacity.exploration import Explorer, explore_doubling, explore_given
+from pybatch.capacity.exploration import FITTABLE, Explorer, explore_doubling, explore_given
 from pybatch.capacity.findings import Findings
 from pybatch.capacity.input import measure_input
 from pybatch.capacity.modes import EAGER, GraphedStep, Mode
@@ -25,7 +25,7 @@ from pybatch.capacity.timing import WARM_UP, Rounds, Series
 from pybatch.device.ceilings import measure_ceilings
 from pybatch.device.clock import Clock, clock_for
 from pybatch.device.counters import Region
-from pybatch.device.disturbance import Disturbance
+from pybatch.device.disturbance import Disturbance, threads_left
 from pybatch.device.identity import resolve
 from pybatch.device.memory import PeakMemory
 from pybatch.records import BatchPoint, Capacity, Note
@@ -98,17 +98,20 @@ def measure_capacity(
         raise UsageError(f"time budget {time_budget!r} s: give more than 0.")
     place, mode = resolve(device), Mode(compile, graph)
     mode.check(place, dtype)
-    run = _Measurement(workload, place, dtype, batches, time_budget, seed, clock_for(place), progress, on_point, mode)
-    run.on_partial, run.coarse = on_partial, coarse
-    if earlier is not None:
-        run.take_over(earlier)
-    try:
-        with short_collections():
+    with short_collections(), threads_left(place) as fewer:
+        clock = clock_for(place)
+        run = _Measurement(workload, place, dtype, batches, time_budget, seed, clock, progress, on_point, mode)
+        run.on_partial, run.coarse = on_partial, coarse
+        if earlier is not None:
+            run.take_over(earlier)
+        if fewer is not None:
+            run.found.disturbed += (fewer,)
+        try:
             run.measure(find_max_batch)
-    except KeyboardInterrupt:
-        run.found.untimed = "interrupted before it was timed"
-        run.found.notes.append(Note("capacity", "interrupted; what was measured until then stands"))
-        raise Interrupted(replace(run.found.capacity(), complete=False)) from None
+        except KeyboardInterrupt:
+            run.found.untimed = "interrupted before it was timed"
+            run.found.notes.append(Note("capacity", "interrupted; what was measured until then stands"))
+            raise Interrupted(replace(run.found.capacity(), complete=False)) from None
     return run.found.capacity()
 
 
@@ -217,6 +220,9 @@ class _Measurement:
             last = self._until(_EXPLORE_GIVEN)
             ended = explore_doubling(self.explorer, self._until(share), limit, last, at_a_go, self.runs)
             self.found.notes.append(Note("batches", f"{'quadrupled' if at_a_go > 1 else 'doubled'} from 1 on; {ended}"))
+            if (run := len(self.explorer.working)) < FITTABLE:
+                few = f"{counted(run, 'batch size')} of the {FITTABLE} that a fit needs: {ended}. Raise the time budget"
+                line_of(self.progress)(few)
         else:
             explore_given(self.explorer, self.batches, self._until(_EXPLORE_GIVEN), limit)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from scipy.stats import binom
+from scipy.special import bdtr
 
 _BLOCKS = 20  # of successive steps, once there are twice as many steps
 _Z95 = 1.96
@@ -84,5 +84,5 @@ class StoppingRule:
 @cache
 def _rank(n: int) -> int | None:
     """Largest r such that the r-th smallest and r-th largest (from 0) of n hold the median in >= 95 %; None below 6."""
-    fits = [r for r in range(n // 2) if binom.cdf(r, n, 0.5) <= 0.025]
+    fits = [r for r in range(n // 2) if bdtr(r, n, 0.5) <= 0.025]
     return fits[-1] if fits else None

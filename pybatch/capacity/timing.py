@@ -151,14 +151,14 @@ class Rounds:
         self.load(series.batch)
         if self.eager is not None and series.eager_s is None:
             self.clock.time(self.eager, warm_up)
-            series.eager_s = float(np.median(self.clock.time(self.eager, count)))
+            series.eager_s = float(np.median(self.clock.undisturbed(self.eager, count)))
         self.clock.time(self.work, warm_up)
         chunk = max(_LEAST_STEPS, math.ceil(_CHUNK_S / max(series.guess_s, 1e-6)))
         end = min(deadline, self.clock.now() + 2 * max(_QUANTUM_S, _LEAST_STEPS * series.guess_s))
         seconds: list[float] = []
         self.region.start()
         while len(seconds) < count and (not seconds or self.clock.now() < end):
-            seconds += self.clock.time(self.work, min(chunk, count - len(seconds)))
+            seconds += self.clock.undisturbed(self.work, min(chunk, count - len(seconds)))
             self.region.look()
         series.readings.append(self.region.stop())
         self.check()

@@ -12,7 +12,7 @@ import typer
 
 from pybatch.answer.plan import MOST_DEVICES, MOST_EXAMPLES, exact, of_record, plan_accumulation, sentence
 from pybatch.base.errors import UsageError, unknown
-from pybatch.base.numerals import count, counted
+from pybatch.base.numerals import count, counted, interval
 from pybatch.base.plain import visible
 from pybatch.commands.measuring import check_between
 from pybatch.commands.saved import read_run
@@ -81,9 +81,11 @@ def _planned(
             notes.append(
                 f"whether {count(largest)} fit a device is not known: give a record of 'pybatch bench', or --largest N"
             )
+        notes += _past_worth(run, devices)
         return plan_accumulation(capacity, wanted, devices, largest=largest), notes
     assert run is not None
     advised, devices = of_record(run, devices)
+    notes += _past_worth(run, devices)
     most = largest if largest is not None else capacity.max_batch if capacity is not None else None
     if most is None:
         raise UsageError("the record has no largest batch that fits, which bounds a micro-batch. Give --largest N.")
@@ -92,3 +94,14 @@ def _planned(
     if batch != advised:
         notes.append(f"{count(batch)} is the nearest to it that divides into equal micro-batches")
     return plan_accumulation(capacity, batch, devices, largest=largest), notes
+
+
+def _past_worth(run: Run | None, devices: int) -> list[str]:
+    """What to say where the record finds fewer devices worth it."""
+    verdict = run.verdict if run is not None else None
+    useful = verdict.useful_devices if verdict is not None else None
+    if verdict is None or useful is None or devices <= useful:
+        return []
+    span = interval(verdict.useful_devices_low, verdict.useful_devices_high, count)
+    found = f"{counted(useful, 'device')} {span}".strip()
+    return [f"{counted(devices, 'device')}: the record finds {found} worth it, not {count(devices)}"]

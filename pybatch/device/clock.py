@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pybatch.device.disturbance import WAITED, waited_s
+
 Work = Callable[[], object]
 
 
@@ -21,6 +23,13 @@ class Clock(ABC):
     @abstractmethod
     def time(self, work: Work, count: int) -> list[float]:
         """Seconds of each of `count` successive calls."""
+
+    def undisturbed(self, work: Work, count: int) -> list[float]:
+        """As `time`, but of calls that had to wait for a core the time is left out where others had not to.
+
+        Gives at least one time.
+        """
+        return self.time(work, count)
 
     def host_bound(self, work: Work, step_s: float) -> float | None:
         """Share of a step of `step_s` seconds during which the device waits for the host, 0..1; None for the reason."""
@@ -40,6 +49,9 @@ class WallClock(Clock):
 
     host_bound_reason = "on a CPU the host is the device"
 
+    def __init__(self) -> None:
+        self._disturbed = False  # when it last looked
+
     def time(self, work: Work, count: int) -> list[float]:
         """Seconds of each of `count` successive calls."""
         marks = [time.perf_counter()]
@@ -47,6 +59,31 @@ class WallClock(Clock):
             work()
             marks.append(time.perf_counter())
         return [after - before for before, after in itertools.pairwise(marks)]
+
+    def undisturbed(self, work: Work, count: int) -> list[float]:
+        """As `time`, of calls during which no thread of this process waited for a core, or of the shortest one.
+
+        A call of a millisecond that loses its core takes ten. Waits are read around each call only while there are
+        any: that takes longer than a short call, outside of what is timed.
+        """
+        if not self._disturbed:
+            before = waited_s()
+            seconds = self.time(work, count)
+            after = waited_s()
+            if before is None or after is None or after - before <= WAITED * sum(seconds):
+                return seconds
+            self._disturbed = True
+            return [min(seconds)]
+        calls = [self._with_wait(work) for _ in range(count)]
+        alone = [seconds for seconds, waited in calls if waited <= WAITED * seconds]
+        self._disturbed = len(alone) < count
+        return alone or [min(seconds for seconds, _ in calls)]
+
+    def _with_wait(self, work: Work) -> tuple[float, float]:
+        """Seconds of a call, and those that threads of this process waited for a core meanwhile."""
+        before = waited_s() or 0.0
+        (seconds,) = self.time(work, 1)
+        return seconds, (waited_s() or 0.0) - before
 
 
 class EventClock(Clock):

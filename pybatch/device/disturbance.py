@@ -1,11 +1,20 @@
-"""What disturbs a measurement from outside: other processes, the hypervisor, and waiting for a core."""
+"""What disturbs a measurement from outside: other processes, the hypervisor, and waiting for a core.
+
+Threads that wait for each other at the end of every operation take a hundred times as long where one of them must wait
+for its core: on a machine that others use there are no more of them than cores are left.
+"""
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import psutil
+import torch
 
 from pybatch.device.identity import usable_cores
 
@@ -13,6 +22,8 @@ from pybatch.device.identity import usable_cores
 # hypervisor, and of the time that this process wanted to run and waited.
 OTHERS, STOLEN, WAITED = 0.1, 0.02, 0.05
 _TASKS = Path("/proc/self/task")
+_LOOK_S = 0.2  # at rest, to see what others do; the counters count hundredths
+_looked: ContextVar[str | None] = ContextVar("looked", default=None)  # what the context around this one did, or ""
 
 
 class Disturbance:
@@ -56,11 +67,52 @@ class Disturbance:
         """Of others, of the hypervisor, and of this process's threads: run, and waited to run."""
         machine, own = psutil.cpu_times(), self._process.cpu_times()
         every = machine.user + machine.system + getattr(machine, "nice", 0.0)
-        ran = waited = 0.0
-        for task in _TASKS.glob("*/schedstat"):
-            try:
-                running, waiting, _ = task.read_text().split()
-            except (OSError, ValueError):  # the thread has ended, or the kernel keeps no such record
-                continue
-            ran, waited = ran + int(running) / 1e9, waited + int(waiting) / 1e9
+        ran, waited = _scheduled()
         return every - own.user - own.system, getattr(machine, "steal", 0.0), ran, waited
+
+
+def waited_s() -> float | None:
+    """Seconds that this process's threads together have waited for a core; None without Linux's schedstat."""
+    ran, waited = _scheduled()
+    return waited if ran > 0 else None
+
+
+@contextmanager
+def threads_left(device: torch.device) -> Iterator[str | None]:
+    """In this context torch takes no more threads than other processes leave cores; gives what was done, or None.
+
+    Threads that the user has asked for by OMP_NUM_THREADS stay. Contexts within one another look at others once.
+    """
+    if _looked.get() is not None:
+        yield _looked.get() or None
+        return
+    before, cores = torch.get_num_threads(), usable_cores()
+    others = 0.0
+    if device.type == "cpu" and before > 1 and "OMP_NUM_THREADS" not in os.environ:
+        seen = Disturbance()
+        time.sleep(_LOOK_S)
+        others = seen.figures()[0] or 0.0
+    left = min(before, max(1, cores - round(others)))
+    said = ""
+    if left < before:
+        said = f"other processes kept {others:.1f} of {cores} cores busy, so that {left} of {before} threads were used"
+        torch.set_num_threads(left)
+    token = _looked.set(said)
+    try:
+        yield said or None
+    finally:
+        _looked.reset(token)
+        if left < before:
+            torch.set_num_threads(before)
+
+
+def _scheduled() -> tuple[float, float]:
+    """Seconds that this process's threads have run, and waited to run; zeros without Linux's schedstat."""
+    ran = waited = 0.0
+    for task in _TASKS.glob("*/schedstat"):
+        try:
+            running, waiting, _ = task.read_text().split()
+        except (OSError, ValueError):  # the thread has ended, or the kernel keeps no such record
+            continue
+        ran, waited = ran + int(running) / 1e9, waited + int(waiting) / 1e9
+    return ran, waited

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar, nnls
 
 from pybatch.base.errors import UsageError
 from pybatch.records import CommunicationFit, DistributedPoint
@@ -43,6 +42,8 @@ def fit_communication(
     Raises:
         UsageError: no point on several devices, or fewer than two all-reduces.
     """
+    from scipy.optimize import minimize_scalar, nnls  # takes long to import, for what only several devices need
+
     several = [p for p in points if p.devices > 1]
     if not several or len(reduces) < 2:
         raise UsageError(

@@ -9,42 +9,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Evaluate = Callable[[Array], tuple[Array, Array, Array]]
+Rows = slice | NDArray[np.intp]
+Evaluate = Callable[[Array, Rows], tuple[Array, Array, Array]]
 
 _LONGEST = 2.0  # of one step in a log-parameter: farther than that, the linearization says nothing
+_GAINED = 1e-7  # of a row's cost, that counts as progress
+_IDLE = 4  # rounds without any, in which damping grows 600-fold: the row has arrived
 
 
 def minimize(p: Array, evaluate: Evaluate, low: Array, high: Array, rounds: int = 60) -> tuple[Array, Array]:
-    """Polish each row of p towards its least cost.
+    """Polish each row of p towards its least cost; a row that has arrived is looked at no more.
 
     Args:
         p: [R, P] starting points, in log-parameters.
-        evaluate: parameters [R, P] -> cost [R], force [R, P] (minus the gradient), normal matrix [R, P, P].
+        evaluate: parameters [r, P] of some of the rows, and which -> cost [r], force [r, P] (minus the gradient) and
+            normal matrix [r, P, P].
         low, high: [P] bounds, to which steps are clipped.
         rounds: most steps.
 
     Returns:
         Parameters [R, P] and cost [R].
     """
-    damping = np.full(len(p), 1e-3)
-    cost, force, normal = evaluate(p)
+    found, least = p.copy(), np.empty(len(p))
+    rows = np.arange(len(p))
+    damping, idle = np.full(len(p), 1e-3), np.zeros(len(p), dtype=int)
+    cost, force, normal = evaluate(p, slice(None))
+    least[:] = cost
     eye = np.eye(p.shape[-1])
-    idle = 0
     for _ in range(rounds):
         ridge = damping[:, None] * (np.diagonal(normal, axis1=-2, axis2=-1) + 1e-9)
         step = np.linalg.solve(normal + ridge[..., None] * eye, force[..., None])[..., 0]
         trial = np.clip(p + np.clip(step, -_LONGEST, _LONGEST), low, high)
-        trial_cost, trial_force, trial_normal = evaluate(trial)
+        trial_cost, trial_force, trial_normal = evaluate(trial, rows)
         better = trial_cost < cost
-        idle = 0 if bool(np.any(trial_cost < cost * (1 - 1e-7))) else idle + 1
+        idle = np.where(trial_cost < cost * (1 - _GAINED), 0, idle + 1)
         p = np.where(better[:, None], trial, p)
         force = np.where(better[:, None], trial_force, force)
         normal = np.where(better[:, None, None], trial_normal, normal)
         cost = np.where(better, trial_cost, cost)
         damping = np.clip(np.where(better, damping / 5, damping * 5), 1e-9, 1e9)
-        if idle == 4:  # damping has grown 600-fold and no row moved: all have arrived
+        found[rows], least[rows] = p, cost
+        on = idle < _IDLE
+        if not on.any():
             break
-    return p, cost
+        if not on.all():
+            rows, p, cost, force, normal = rows[on], p[on], cost[on], force[on], normal[on]
+            damping, idle = damping[on], idle[on]
+    return found, least
 
 
 def aicc(minus_two_log_likelihood: float | Array, n: Any, parameters: int) -> Any:

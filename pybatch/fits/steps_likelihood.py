@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
 from pybatch.fits import steps_model
-from pybatch.fits.solver import Array, Evaluate, aicc, minimize
+from pybatch.fits.solver import Array, Evaluate, Rows, aicc, minimize
 from pybatch.fits.steps_data import CENSORED, REACHED, Cells
 
 STUCK = 0.05  # of runs, before their steps are seen
@@ -78,30 +78,40 @@ def ordinary(residual: Array, variance: Array, late: NDArray[np.bool_]) -> Array
 
 def evaluator(model: str, size: Array, data: Cells, sigma: float) -> Evaluate:
     """Minus log likelihood, without its ln sigma, as `minimize` wants it."""
-    reached, censored = data.kind == REACHED, data.kind == CENSORED
-    any_censored = bool(censored.any())
-    error = np.sqrt(sigma**2 + data.variance)
-    stuck = np.log(STUCK * math.sqrt(2 * math.pi) / LATE * error)
-    level = np.log((1 - STUCK) + np.exp(stuck))  # where a run is on the curve, so that nothing jumps there
+    of_reached, of_censored = data.kind == REACHED, data.kind == CENSORED
+    any_censored = bool(of_censored.any())
+    errors = np.sqrt(sigma**2 + data.variance)
+    stucks = np.log(STUCK * math.sqrt(2 * math.pi) / LATE * errors)
+    levels = np.log((1 - STUCK) + np.exp(stucks))  # where a run is on the curve, so that nothing jumps there
     usual = math.log(1 - STUCK)
 
-    def evaluate(p: Array) -> tuple[Array, Array, Array]:
+    def own(table: NDArray[Any], rows: Rows) -> NDArray[Any]:
+        """Of these rows; one table may stand for all, where only the starts differ."""
+        return table[rows] if len(table) > 1 else table
+
+    def evaluate(p: Array, rows: Rows) -> tuple[Array, Array, Array]:
+        reached, late, error, stuck = (own(table, rows) for table in (of_reached, data.late, errors, stucks))
         value, slope = steps_model.log_steps(model, p, size)
-        z = (data.log - value[..., None]) / error
+        z = (own(data.log, rows) - value[..., None]) / error
         root = np.sqrt(1 + (z / SOFT) ** 2)
         square = SOFT**2 * (root - 1)
-        whole = np.where(z > 0, np.logaddexp(usual - square, stuck), level - square)
-        ordinary = np.where(data.late & (z > 0), np.exp(usual - square - whole), 1.0)
-        cost = np.sum(np.where(reached, np.where(data.late, -whole, square), 0.0), (-2, -1))
+        behind = late & (z > 0)
+        # As logaddexp(usual - square, stuck), where exp underflows nothing that counts: `stuck` is far above its limit.
+        on_curve = np.exp(usual - square)
+        both = on_curve + np.exp(stuck)
+        whole = np.where(z > 0, np.log(both), own(levels, rows) - square)
+        ordinary = np.where(behind, on_curve / both, 1.0)
+        cost = np.sum(np.where(reached, np.where(late, -whole, square), 0.0), (-2, -1))
         force = np.where(reached, ordinary * z / root, 0.0)
         weight = np.where(reached, ordinary / root, 0.0)
         if any_censored:
+            censored = own(of_censored, rows)
             at = np.where(censored, z, 0.0)
             log_survival = log_ndtr(-at)
             hazard = np.exp(-(at**2) / 2 - 0.5 * math.log(2 * math.pi) - log_survival)
             whole = np.logaddexp(usual + log_survival, math.log(STUCK))
-            ordinary = np.where(data.late, np.exp(usual + log_survival - whole), 1.0)
-            cost = cost - np.sum(np.where(censored, np.where(data.late, whole, log_survival), 0.0), (-2, -1))
+            ordinary = np.where(late, np.exp(usual + log_survival - whole), 1.0)
+            cost = cost - np.sum(np.where(censored, np.where(late, whole, log_survival), 0.0), (-2, -1))
             force = np.where(censored, ordinary * hazard, force)
             weight = np.where(censored, ordinary * hazard * (hazard - at), weight)
         pull, stiff = (force / error).sum(-1), (weight / error**2).sum(-1)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from pybatch.fits.solver import Array, minimize
+from pybatch.fits.solver import Array, Rows, minimize
 
 Model = Literal["affine", "floor", "wave"]
 
@@ -82,9 +82,9 @@ def solve(starts: Array, size: Array, data: Array) -> tuple[Array, float]:
 def polish(p: Array, size: Array, data: Array) -> tuple[Array, Array]:
     """All rows at once: parameters [R, P], ln seconds [R, n] -> parameters, cost [R]."""
 
-    def evaluate(trial: Array) -> tuple[Array, Array, Array]:
+    def evaluate(trial: Array, rows: Rows) -> tuple[Array, Array, Array]:
         value, slope = log_time(trial, size)
-        residual = data - value
+        residual = data[rows] - value
         scaled = slope / np.sqrt(1 + (residual / SOFT) ** 2)[..., None]
         normal = np.swapaxes(scaled, -1, -2) @ slope
         return cost(residual), np.sum(scaled * residual[..., None], axis=-2), normal

@@ -13,10 +13,12 @@ from pybatch.answer.input import with_input_bounds
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import Interrupted, PybatchError, carry
 from pybatch.base.numerals import count
+from pybatch.base.progress import line_of
 from pybatch.branch.measurement import measure_branches
 from pybatch.capacity.exploration import first_line
 from pybatch.capacity.measurement import measure_capacity
 from pybatch.capacity.modes import Mode
+from pybatch.device.disturbance import threads_left
 from pybatch.device.environment import capture
 from pybatch.device.identity import describe, resolve
 from pybatch.fits.noise import MIN_BLOCKS
@@ -68,7 +70,8 @@ def run_bench(
     found = _Found.begun(workload, place, options, earlier)
     interrupted = Note("run", INTERRUPTED)
     try:
-        lacking = _measure(workload, place, options, start, found, progress, on_partial)
+        with threads_left(place):
+            lacking = _measure(workload, place, options, start, found, progress, on_partial)
         return found.run(*lacking)
     except Interrupted as stop:
         found.take(stop.partial)
@@ -331,6 +334,21 @@ def _beyond(capacity: Capacity, n: int, left: float) -> str | None:
 
 def _staged(progress: Progress | None, stage: str, begin: float, end: float) -> Progress | None:
     """Progress of one stage as progress of the whole."""
-    if progress is None:
-        return None
-    return lambda text, share: progress(f"{stage}: {text}", begin + (end - begin) * share)
+    return _Stage(progress, stage, begin, end) if progress is not None else None
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One stage's part of the progress of all."""
+
+    whole: Progress
+    name: str
+    begin: float
+    end: float
+
+    def __call__(self, text: str, share: float) -> None:
+        self.whole(f"{self.name}: {text}", self.begin + (self.end - self.begin) * share)
+
+    def line(self, text: str) -> None:
+        """A line that stays, where the whole has those."""
+        line_of(self.whole)(f"{self.name}: {text}")

@@ -155,7 +155,7 @@ class Grid(Search):
         beyond += [high * self.ratio**step for step in range(1, _steps(high, near, self.ratio) + 1)]
         known = sorted({*self.rates, *self._named(beyond)}, key=lambda rate: abs(math.log(rate / near)))
         close = [rate for rate in known if abs(math.log(rate / near)) <= math.log(NEAR) + _SAME]
-        return sorted(max(close, known[:FEW], key=len))
+        return sorted(close if len(close) >= FEW else known[:FEW])
 
     def _try(self, rates: Sequence[float]) -> list[float]:
         wanted = self._named(rates)

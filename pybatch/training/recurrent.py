@@ -83,7 +83,8 @@ def _layers(shape: Shape, input: Tensor, hidden: Tensor, cell: Tensor, weights: 
         # All steps at once, for all that comes from below.
         steps, replicas, n, width = below.shape
         flat = below.transpose(0, 1).reshape(replicas, steps * n, width)
-        gates = torch.baddbmm(sum(biases).unsqueeze(1), flat, into.mT) if biases else flat @ into.mT
+        product = flat @ into.mT
+        gates = product + (biases[0] + biases[1]).unsqueeze(1) if biases else product
         gates = gates.view(replicas, steps, n, -1).transpose(0, 1)
         own = (each.to(gates.dtype) for each in (hidden[:, layer], cell[:, layer], within))  # under autocast
         below, final = _Cells.apply(gates, *own)  # type: ignore[no-untyped-call]
@@ -115,7 +116,7 @@ class _Cells(torch.autograd.Function):
         return outputs, cells[-1].clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, of_outputs: Tensor, of_last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         gates, cells, bent, outputs, hidden, cell, within = ctx.saved_tensors
         steps, width = len(gates), hidden.shape[-1]
@@ -127,7 +128,7 @@ class _Cells(torch.autograd.Function):
         )
         by_output, through = bent * leave * (1 - leave), leave * (1 - bent.square())
         found = torch.empty_like(gates)
-        parts = found.unflatten(-1, (GATES, width))
+        parts = found.view(*found.shape[:-1], GATES, width)
         of_cell, of_hidden = of_last.clone(), None
         for t in reversed(range(steps)):
             # The output goes to whoever reads it, and to the gates of the step after.

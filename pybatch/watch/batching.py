@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pybatch.base.errors import WorkloadError
+
+_ALTERNATIVES = 11  # that are tried, each by a pass
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,20 @@ def _dimension(leaf: Any, size: int, place: int) -> int | None:
     if not isinstance(leaf, Tensor) or size not in leaf.shape:
         return None
     return place if leaf.ndim > place and leaf.shape[place] == size else list(leaf.shape).index(size)
+
+
+def alternatives(arguments: Any, batching: Batching) -> list[Batching]:
+    """As many examples in other dimensions, where a tensor has that size twice, as tokens [20, 20] have.
+
+    A later tensor all of whose dimensions have it, such as a mask of lengths, may hold none at all.
+    """
+    leaves, choices = tree_flatten(arguments)[0], list[list[int | None]]()
+    for leaf, dim in zip(leaves, batching.dims, strict=True):
+        others = [d for d, n in enumerate(leaf.shape) if n == batching.size and d != dim] if dim is not None else []
+        square = len(others) > 0 and len(others) + 1 == leaf.ndim and any(d != [None] for d in choices)
+        choices.append([dim, *others, *([None] if square else [])])
+    found = itertools.islice(itertools.product(*choices), 1, 1 + _ALTERNATIVES)
+    return [Batching(batching.size, dims) for dims in found]
 
 
 def examples_in(arguments: Any, batching: Batching | None) -> int | None:
@@ -113,20 +130,27 @@ def resized_like(gradient: Tensor, output: Tensor) -> Tensor:
     return gradient
 
 
+_LAYERS = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerDecoder)
+
+
+def batch_in_layer(module: nn.Module, args: Any) -> tuple[int, bool] | None:
+    """Batch size of a layer's input, and whether it comes second, as in [length, batch, width]; None: not known."""
+    if not isinstance(module, _LAYERS) or not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
+        return None
+    first = getattr(module, "batch_first", None)
+    if first is None and isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        first = getattr(getattr(module.layers[0], "self_attn", None), "batch_first", True)
+    return int(args[0].shape[0 if first else 1]), not first
+
+
 class BatchSecond:
     """Notes the batch sizes that layers with `batch_first=False` meet, whose inputs are [length, batch, width]."""
-
-    KINDS = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerDecoder)
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
     def see(self, module: nn.Module, args: Any) -> None:
         """A forward pass of some layer begins."""
-        if not isinstance(module, self.KINDS) or not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
-            return
-        first = getattr(module, "batch_first", None)
-        if first is None and isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
-            first = getattr(getattr(module.layers[0], "self_attn", None), "batch_first", True)
-        if first is False and args[0].shape[1] not in self.sizes:
-            self.sizes.append(int(args[0].shape[1]))
+        found = batch_in_layer(module, args)
+        if found is not None and found[1] and found[0] not in self.sizes:
+            self.sizes.append(found[0])

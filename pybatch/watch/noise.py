@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -36,7 +35,7 @@ from pybatch.watch.batching import Batching
 
 _SINGLES = 3  # steps of one backward pass each, after which a loop of micro-batches is taken for an ordinary one
 _TRIED = 8  # watched steps, after which the cost of one is known; the first compiles and loads
-_SWIFT = 0.25  # quantile of their times that is compared: a slow spell that falls on them is not their cost
+_SWIFT = 0.25  # quantile of times that is compared: a slow spell that falls on watched steps is not their cost
 _LATEST = 64  # other steps that they are compared with
 _SHORT = 0.020  # s; of shorter steps hooks are felt anyway
 _COST = 0.012  # share of a training's time that watching may take
@@ -77,8 +76,9 @@ class NoiseWatch:
         self._every = self._spaced(EVERY if passes < 2 else _FIRST)
         self._before: float | None = None  # the end of the step before
         self._tried = False  # whether a step was watched: the first one takes longest
-        self._watched: list[float] = []  # seconds of watched steps, and of the others
+        self._watched: list[float] = []  # seconds of a watched step and the one after it, and of the others
         self._others: deque[float] = deque(maxlen=_LATEST)
+        self._last: float | None = None  # of a watched step, until the one after it is over
         self._seen = 0  # examples of steps whose noise the optimizer measures itself,
         self._counted = 0.0  # and what the script has told it of them
         self.watched = False  # whether the step under way is one whose examples' gradients are taken
@@ -220,12 +220,12 @@ class NoiseWatch:
         now, before = time.perf_counter(), self._before
         self._before = now
         if before is not None and self._tried:
-            (self._watched if self.watched else self._others).append(now - before)
+            self._take(now - before)
         self._tried |= self.watched
         if len(self._watched) < _TRIED or not self._others:
             return
-        plain = statistics.median(self._others)
-        extra = sorted(self._watched)[int(_SWIFT * len(self._watched))] - plain
+        plain = _swift(self._others)
+        extra = _swift(self._watched) - 2 * plain
         self._watched = []
         every = self._spaced(math.ceil(extra / (_COST * plain)) if plain > _SHORT else EVERY)
         if every > _OFTEN * self._every:
@@ -233,6 +233,26 @@ class NoiseWatch:
             handle.detach()
             self._ended = [handle]  # which stands until the new one has an interval too
             self._handle = self._make("per-example" if isinstance(handle, ExampleNoise) else "micro-batches")
+
+    def _take(self, seconds: float) -> None:
+        """A step's time: the one after a watched step pays for it too, as memory that was held is asked for anew."""
+        if self.watched:
+            if self._last is not None:  # every step is watched
+                self._watched.append(2 * self._last)
+            self._last = seconds
+            return
+        if self._last is not None:
+            self._watched.append(self._last + seconds)
+            self._last = None
+            if self._every > 2:
+                return
+        self._others.append(seconds)
+
+
+def _swift(seconds: Iterable[float]) -> float:
+    """The quantile of times that is compared."""
+    ordered = sorted(seconds)
+    return ordered[int(_SWIFT * len(ordered))]
 
 
 def _shared(model: nn.Module) -> bool:

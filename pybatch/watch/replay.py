@@ -29,6 +29,7 @@ from pybatch.device.identity import DTYPES, describe, last_level_cache_bytes
 from pybatch.device.memory import PeakMemory
 from pybatch.fits.memory import fit_memory
 from pybatch.records import Capacity, Ceilings, Device, Note, WorkloadInfo
+from pybatch.watch.dimensions import settled
 from pybatch.watch.passes import Loaded, Pass
 from pybatch.watch.state import put_back
 from pybatch.watch.together import CommonClock, RankFailed, Together
@@ -144,8 +145,10 @@ def replay(what: Replay) -> Capacity:
     notes = [Note("batches", f"steps {REPLAYED}, forward, backward and update; all was put back")]
     ceilings: Ceilings | None = None
     with short_collections(), put_back(what.kept.model, what.optimizers), what.kept.as_it_was():
-        memory = PeakMemory(device)
         what.progress("replay: first look", 0.0)
+        if together is None:  # several processes would have to try the same passes
+            what.kept.batching = settled(what.kept)
+        memory = PeakMemory(device)
         for n in sizes_around(own, what.world):
             known = [look for look in looks.values() if look.step_s is not None]
             predicted = max((n / look.batch * (look.step_s or 0.0) for look in known[-1:]), default=0.0)

@@ -127,6 +127,17 @@ def test_one_batch_is_told_with_its_cause():
     assert "and batch 8 20,000" in moved.because
 
 
+def test_a_run_past_its_critical_batch_is_told_that_it_is():
+    """What such a run could save by a schedule is little: its steps are near the fewest at any batch."""
+    course, taken = quadratic(batch=1024)
+    found = plan_schedule(course, steps=taken, least=1024)
+    mean = course.batch / found.base_cost
+    assert mean < 512
+    assert f"batch 1,024 is above the critical batch along the run, {mean:.0f} on average, and no" in found.because
+    below = plan_schedule(law(4096.0, 0.0, 1.6e5, 8), steps=20_000, most=8)
+    assert "above" not in below.because
+
+
 def test_a_cost_that_no_batch_keeps_is_told_as_it_is():
     found = plan_schedule(law(20.0, 0.0, 1e6, 64), examples=1e6, least=256)
     assert found.cost == pytest.approx(256 / 20, rel=0.01)

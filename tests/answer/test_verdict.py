@@ -192,7 +192,6 @@ def test_a_step_time_that_was_measured_overrules_a_model_that_misses_it():
     assert cliff.best_low <= 32
 
 
-@pytest.mark.slow
 def test_a_noisy_time_moves_the_advice_little():
     """Of many batches timed with 15 % error some looks faster by chance: that is no evidence."""
     rng, found = np.random.default_rng(5), []

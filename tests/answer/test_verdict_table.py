@@ -149,7 +149,6 @@ def test_a_bound_is_said_as_one(sweep, says):
     assert says in advise(capacity(), noise(40), Convergence((SWEEP[sweep][0],))).text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("most", [math.inf, 60.0])
 def test_the_best_batch_is_that_of_the_fitted_curve(model, most):
@@ -192,7 +191,6 @@ def test_time_doubling_and_frontier_follow_the_fitted_curve(model):
     assert unaccounted(verdict) == set()
 
 
-@pytest.mark.slow
 @given(
     alpha=st.floats(1e-6, 1.0),
     half=st.floats(0.5, 1e5),

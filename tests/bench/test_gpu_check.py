@@ -69,7 +69,6 @@ def test_every_stage_runs_whatever_the_others_do(checks, tmp_path, capsys):
         assert "gpu_check/last.log" in archive.getnames()
 
 
-@pytest.mark.slow(seconds=8)
 def test_a_stage_stopped_at_its_limit_says_what_it_found(checks, tmp_path):
     """Killed at once, pytest would not name a single failure."""
     source = tmp_path / "test_slow.py"
@@ -209,7 +208,6 @@ print(json.dumps(ends))
 """
 
 
-@pytest.mark.slow
 def test_every_script_starts_and_knows_its_flags_and_the_check_says_that_there_is_no_gpu():
     """One after the other in one process, which imports torch once."""
     names = ["gpu_check", "counters", "step", "per_example", "noise", "sweep_at_scale"]
@@ -298,7 +296,6 @@ def toy(tmp_path, monkeypatch):
     return start
 
 
-@pytest.mark.slow(seconds=60)
 def test_a_sweep_at_scale_that_is_killed_goes_on_and_answers_the_question(toy, tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -366,7 +363,6 @@ def _trials(store):
         return 0
 
 
-@pytest.mark.slow(seconds=14)
 def test_a_sweep_at_scale_is_interrupted_when_the_time_ends(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     endless = ("--batch", "4", "--seeds", "1", "--target", "train=0.0000001", "--max-steps", "100000000")

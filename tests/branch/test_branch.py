@@ -148,7 +148,6 @@ def steps_of_means(work: Quadratic, theta: np.ndarray, level: float, batch: int,
     return steps
 
 
-@pytest.mark.slow
 def test_branches_of_the_quadratic_take_the_steps_of_the_closed_form() -> None:
     """Real training from a real checkpoint, against the exact recursion of E theta^2 from the same point."""
     work, rate = Quadratic(d=30, noise=0.2), 0.2
@@ -378,7 +377,6 @@ def test_an_interrupted_run_keeps_its_finished_checkpoints(monkeypatch: pytest.M
     assert not caught.value.partial.complete
 
 
-@pytest.mark.slow
 def test_branches_are_saved_in_the_record_and_reach_the_verdict(run: Run) -> None:
     steps = short(checkpoints=[10, 30], factors=[0.25, 0.5, 1, 2, 4, 8])
     saved = Run(run.created, run.environment, convergence=steps)

@@ -399,7 +399,6 @@ def test_arguments_that_cannot_work_are_refused(arguments: dict[str, Any], value
         measure_capacity(Linear(), device="cpu", **arguments)
 
 
-@pytest.mark.slow(seconds=15)
 def test_a_real_run_fills_the_record_and_gives_a_reason_for_every_null() -> None:
     told: list[float] = []
     found = measure_capacity(

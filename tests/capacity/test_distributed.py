@@ -32,7 +32,6 @@ def bench(tmp_path_factory):
     return done, Run.from_json((folder / "run.json").read_text())
 
 
-@pytest.mark.slow(seconds=30)
 def test_process_0_alone_prints_and_writes(bench):
     done, run = bench
     assert done.stdout.count("Several devices (gloo)") == 1
@@ -40,7 +39,6 @@ def test_process_0_alone_prints_and_writes(bench):
     assert run.distributed.devices == 2
 
 
-@pytest.mark.slow
 def test_steps_with_and_without_communication_are_told_apart(bench):
     _, run = bench
     points, fit = run.distributed.points, run.distributed.fit
@@ -53,7 +51,6 @@ def test_steps_with_and_without_communication_are_told_apart(bench):
     assert any("share this machine" in note.text for note in run.distributed.notes)
 
 
-@pytest.mark.slow(seconds=30)
 def test_an_error_in_process_0_ends_both(tmp_path):
     done = torchrun(tmp_path, "bench", "--cpu", "--workload", "nothing")
     assert done.returncode != 0

@@ -77,7 +77,6 @@ def test_the_planted_power_is_found_behind_a_counter_that_lags(measured: Any, up
     assert not [note for note in found.notes if note.figure == "batches.joules_per_sample"]
 
 
-@pytest.mark.slow
 def test_the_same_counter_misleads_windows_that_are_short_or_begin_cold(
     measured: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,7 +258,6 @@ def tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.slow
 @compiler
 @pytest.mark.usefixtures("tracing")
 def test_compiled_steps_are_told_from_compiling(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,6 @@ def test_branch_prints_a_row_for_each_checkpoint_and_writes_the_record(typed: Ty
     assert "branches at step" in err
 
 
-@pytest.mark.slow
 def test_branch_on_a_dialled_workload_in_json(typed: Typed) -> None:
     command = ("branch", "--workload", "quadratic", "--option", "d=10", "--option", "noise=0.5", *SHORT)
     status, out, _ = typed(

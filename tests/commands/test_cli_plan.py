@@ -1,5 +1,6 @@
 """`pybatch plan`: the plan in words on stderr, the options alone on stdout."""
 
+import dataclasses
 import json
 import re
 
@@ -58,6 +59,23 @@ def test_a_record_is_enough(run, tmp_path):
     assert "33 is the nearest" in done.stderr
     done = planned(str(path), "--global-batch", "163840")
     assert done.stdout.startswith("163,840 = 81,920 images × 2 passes × 1 device; about")
+
+
+@pytest.mark.parametrize("batch", [[], ["--global-batch", "4096"]])
+def test_more_devices_than_the_record_finds_worth_it_are_told(run, tmp_path, batch):
+    verdict = dataclasses.replace(run.verdict, useful_devices=2, useful_devices_low=1, useful_devices_high=4)
+    path = tmp_path / "run.json"
+    path.write_text(dataclasses.replace(run, verdict=verdict).to_json())
+    done = planned(str(path), "--devices", "8", *batch)
+    assert "8 devices: the record finds 2 devices [1 to 4] worth it, not 8" in done.stderr
+    for few in ("2", "1"):
+        assert "worth it" not in planned(str(path), "--devices", few, *batch).stderr
+
+
+def test_a_record_that_does_not_know_the_devices_worth_it_says_nothing_of_them(run, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(dataclasses.replace(run, verdict=None).to_json())
+    assert "worth it" not in planned(str(path), "--devices", "8", "--global-batch", "4096").stderr
 
 
 def test_without_a_limit_it_is_said_that_none_is_known():

@@ -120,7 +120,6 @@ def rows(path):
     return found
 
 
-@pytest.mark.slow(seconds=13)
 def test_a_killed_sweep_keeps_its_trials_and_is_resumed(pybatch, tmp_path):
     path, out = tmp_path / "runs.db", tmp_path / "run.json"
     flags = f"sweep --cpu -q --batch 32,64,128 --seeds 2 --rates 0.4,0.8,100 --target train=0.7 --store {path}"

@@ -11,8 +11,6 @@ from cases.paths import ROOT
 
 from pybatch import _C
 
-pytestmark = pytest.mark.slow
-
 # pip puts cmake and ninja beside the Python of the environment, which need not be on PATH.
 TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 

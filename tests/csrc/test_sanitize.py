@@ -10,8 +10,6 @@ from cases.paths import ROOT
 
 from pybatch import ops
 
-pytestmark = pytest.mark.slow
-
 FLAGS = ("-std=c++20", "-g1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 ENVIRONMENT = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}  # the core allocates nothing
 X86 = platform.machine() in ("x86_64", "AMD64")

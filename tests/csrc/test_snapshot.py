@@ -197,7 +197,6 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not without and not
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no table")
 def test_all_of_it_without_the_table():
     """As torch before 2.10, where the tensors' methods are called, and where imprints say nothing."""

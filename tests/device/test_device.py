@@ -238,7 +238,6 @@ def test_the_environment_names_the_commit_and_whether_it_changed(
     assert "numpy" in found.libraries
 
 
-@pytest.mark.slow
 def test_memory_that_is_kept_stays_with_the_process_until_it_is_released():
     text = """
 import ctypes, torch

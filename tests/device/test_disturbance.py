@@ -5,9 +5,13 @@ import sys
 import time
 
 import pytest
+import torch
 
-from pybatch.device import disturbance
-from pybatch.device.disturbance import Disturbance
+from pybatch.device import clock, disturbance
+from pybatch.device.clock import WallClock
+from pybatch.device.disturbance import Disturbance, threads_left, waited_s
+
+CPU = torch.device("cpu")
 
 
 def work(seconds):
@@ -52,3 +56,80 @@ def test_other_processes_are_seen_and_this_one_is_not():
     assert before.figures()[0] is None or before.figures()[0] > 0.3 * cores
     assert taken is None or taken > 0.4 * cores
     assert waited is None or waited > 0.2  # of three that want each core
+
+
+class Shared:
+    """A machine on which calls of a millisecond, but for every third, lose their core and wait nine times as long."""
+
+    def __init__(self, monkeypatch, every=3):
+        self.now = self.waited = 0.0
+        self.calls, self.every = 0, every
+        monkeypatch.setattr(clock.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(clock, "waited_s", lambda: self.waited)
+
+    def call(self):
+        self.calls += 1
+        self.now += 1e-3
+        if self.calls % self.every:
+            self.now += 9e-3
+            self.waited += 9e-3
+
+
+def test_calls_that_lose_their_core_are_left_out_where_others_keep_it(monkeypatch):
+    machine, wall = Shared(monkeypatch), WallClock()
+    assert wall.undisturbed(machine.call, 6) == pytest.approx([1e-3])  # seen together: the shortest
+    assert wall.undisturbed(machine.call, 6) == pytest.approx([1e-3, 1e-3])
+    assert len(wall.time(machine.call, 6)) == 6  # whoever counts calls gets all of them
+    assert machine.calls == 18
+    machine.every = 10**9
+    assert wall.undisturbed(machine.call, 5) == pytest.approx([1e-2])  # none kept it
+    machine.every = 1
+    assert wall.undisturbed(machine.call, 5) == pytest.approx([1e-3] * 5)
+    looks = []
+    monkeypatch.setattr(clock, "waited_s", lambda: looks.append(machine.calls) or 0.0)
+    assert wall.undisturbed(machine.call, 5) == pytest.approx([1e-3] * 5)
+    assert len(looks) == 2  # quiet again: not one for each call
+
+
+def test_without_the_kernels_record_all_calls_count(monkeypatch):
+    machine, wall = Shared(monkeypatch), WallClock()
+    monkeypatch.setattr(clock, "waited_s", lambda: None)
+    assert len(wall.undisturbed(machine.call, 6)) == 6
+
+
+def test_waits_are_counted_for_all_threads():
+    assert waited_s() is None or 0.0 <= waited_s() <= waited_s()
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """Other processes keep so many of eight cores busy; torch has eight threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(disturbance, "usable_cores", lambda: 8)
+    monkeypatch.setattr(disturbance, "_LOOK_S", 0.0)
+    yield lambda cores: monkeypatch.setattr(Disturbance, "figures", lambda self: (cores, None, None))
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("cores", "left"), [(None, 8), (0.4, 8), (0.6, 7), (2.9, 5), (7.0, 1), (30.0, 1)])
+def test_no_more_threads_than_cores_are_left(busy, cores, left):
+    busy(cores)
+    with threads_left(CPU) as said:
+        assert torch.get_num_threads() == left
+        assert (said is None) == (left == 8)
+        with threads_left(CPU) as again:  # a part of a whole: no other look, the same words
+            assert (torch.get_num_threads(), again) == (left, said)
+        if said:
+            assert said == f"other processes kept {cores} of 8 cores busy, so that {left} of 8 threads were used"
+    assert torch.get_num_threads() == 8
+
+
+def test_threads_that_were_asked_for_stay(busy, monkeypatch):
+    busy(6.0)
+    with threads_left(torch.device("cuda")) as said:
+        assert (torch.get_num_threads(), said) == (8, None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    with threads_left(CPU) as said:
+        assert (torch.get_num_threads(), said) == (8, None)

@@ -62,7 +62,6 @@ def test_it_is_short_is_run_here_and_names_commands_that_are_there(path):
     assert any(path.name in word for words in typed for word in words)
 
 
-@pytest.mark.slow(seconds=4)
 def test_a_script_that_is_watched_trains_as_without(ran, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(replay, "measure_ceilings", lambda *given: Ceilings(1e11, 1e10))
     plain = ran("train.py", "--epochs", "4")
@@ -94,26 +93,22 @@ def test_noise_in_a_loop(ran, tmp_path):
     assert len((tmp_path / "noise.jsonl").read_text().splitlines()) > 10
 
 
-@pytest.mark.slow(seconds=4)
 def test_a_workload_from_a_dataset(ran):
     assert "critical batch is" in ran("from_dataset.py", "2")
 
 
-@pytest.mark.slow(seconds=4)
 def test_padded_sentences_are_weighed_by_their_tokens(ran):
     said = ran("padded_language_model.py", "2")
     assert scale(said) > 1
     assert re.search(r"or [\d.]+ tokens, [\d.]+ of them a sentence", said)
 
 
-@pytest.mark.slow(seconds=6)
 @pytest.mark.filterwarnings("default")  # the trainer warns of other people's packages
 def test_the_hugging_face_recipe(ran):
     said = ran("hugging_face.py", "--steps", "24")
     assert scale(said) > 1
 
 
-@pytest.mark.slow(seconds=5)
 def test_a_sweep_finds_a_critical_batch_and_goes_on_from_its_store(ran, tmp_path):
     said = ran("sweep.py", "--store", "runs.db", "--largest", "32", "--seeds", "1")
     assert "tuned, train loss 0.3:" in said

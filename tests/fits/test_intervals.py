@@ -42,7 +42,6 @@ def test_moments_of_steps_between_two_evaluations(share):
     assert variance == pytest.approx(np.log(u).var(), rel=2e-3, abs=1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "noise"), [(3, 0.1), (3, 0.02), (1, 0.1)])
 def test_sparse_evaluations_leave_the_critical_batch_where_it_is(seeds, noise):
     """Every 10 % of the steps of a run: unbiased, and 95 % intervals that hold what they say."""
@@ -57,7 +56,6 @@ def test_sparse_evaluations_leave_the_critical_batch_where_it_is(seeds, noise):
     assert abs(np.mean(errors)) < 3 * np.std(errors) / math.sqrt(len(errors)) + 0.005
 
 
-@pytest.mark.slow(seconds=13)
 def test_one_spacing_for_all_batches_would_bias_the_critical_batch_by_a_quarter():
     """Every 50 steps: a few per cent at the smallest batch, half of the steps at the largest."""
     rng, held, errors, naive = np.random.default_rng(6), 0, [], []
@@ -130,7 +128,6 @@ def test_a_verdict_takes_a_critical_batch_without_interval(run):
     assert verdict.critical_batch == pytest.approx(100, rel=1e-3)
 
 
-@pytest.mark.slow
 def test_few_points_do_not_favour_the_larger_model():
     """AICc has no correction for k >= n - 1; taken as none, five points of one seed chose three unknowns."""
     assert aicc(0.0, 5, 3) == INF
@@ -142,7 +139,6 @@ def test_few_points_do_not_favour_the_larger_model():
     assert chosen.count("hyperbola") >= 36
 
 
-@pytest.mark.slow(seconds=12)
 def test_the_hyperbola_stands_against_a_model_that_is_about_as_good(monkeypatch):
     """Planted hyperbolas with the misfit of chosen rates: without the margin some are another model's."""
     rng, errors = np.random.default_rng(11), {0.0: [], steps_likelihood.SUPPORT: []}
@@ -171,7 +167,6 @@ def test_the_hyperbola_stands_against_a_model_that_is_about_as_good(monkeypatch)
     assert fit_steps(BATCHES, runs(rng, 3, 0.05, 0.05, bent), resamples=20).model == "smooth"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 5, 6])
 def test_a_bend_is_seen_by_one_seed_whatever_the_number_of_batch_sizes(count):
     """Steps with 10 % of noise that double from B_c = 32 on: one batch size more must not hide the bend."""

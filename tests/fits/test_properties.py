@@ -42,7 +42,6 @@ def in_order(fit: StepsFit) -> None:
     assert fit.critical_batch is not None or any(note.figure == "critical_batch" for note in fit.notes)
 
 
-@pytest.mark.slow
 @SOME
 @given(st.data())
 def test_any_table_gives_a_fit_in_order_or_a_usage_error(data: st.DataObject) -> None:
@@ -52,7 +51,6 @@ def test_any_table_gives_a_fit_in_order_or_a_usage_error(data: st.DataObject) ->
     in_order(fitted(batches, steps))
 
 
-@pytest.mark.slow
 @SOME
 @given(st.data())
 def test_any_numbers_at_all_give_a_fit_or_a_usage_error(data: st.DataObject) -> None:
@@ -90,7 +88,6 @@ def same(a: StepsFit, b: StepsFit, batch: float = 1.0, steps: float = 1.0) -> No
     assert [label for _, label in a.regimes] == [label for _, label in b.regimes]
 
 
-@pytest.mark.slow(seconds=10)
 @SOME
 @given(CURVES, st.sampled_from([1 / 64, 3.0, 1000.0]), st.sampled_from([0.01, 7.0, 1e4]))
 def test_units_of_batch_and_step_carry_over(
@@ -101,7 +98,6 @@ def test_units_of_batch_and_step_carry_over(
     same(fitted(batches, steps), fitted(per_batch * batches, per_step * steps), per_batch, per_step)
 
 
-@pytest.mark.slow(seconds=15)
 @SOME
 @given(CURVES, st.randoms(use_true_random=False))
 def test_the_order_of_batches_seeds_and_rates_is_free(data: tuple[np.ndarray, np.ndarray], random: object) -> None:
@@ -119,7 +115,6 @@ def test_the_order_of_batches_seeds_and_rates_is_free(data: tuple[np.ndarray, np
     same(fitted(batches, slower, rates=rates), fitted(batches, slower[::-1], rates=rates[::-1]))
 
 
-@pytest.mark.slow
 @SOME
 @given(CURVES)
 def test_steps_that_never_fall_have_no_critical_batch_above_the_smallest(data: tuple[np.ndarray, np.ndarray]) -> None:
@@ -130,7 +125,6 @@ def test_steps_that_never_fall_have_no_critical_batch_above_the_smallest(data: t
     assert fit.low is None or fit.low <= batches[0]
 
 
-@pytest.mark.slow
 @SOME
 @given(CURVES)
 def test_steps_that_fall_as_one_over_the_batch_have_none_below_the_largest(data: tuple[np.ndarray, np.ndarray]) -> None:
@@ -140,7 +134,6 @@ def test_steps_that_fall_as_one_over_the_batch_have_none_below_the_largest(data:
     assert fit.low == batches[-1]
 
 
-@pytest.mark.slow
 @SOME
 @given(CURVES, st.floats(0.0, 0.99))
 def test_evaluations_just_before_change_nothing_and_early_ones_widen(
@@ -161,7 +154,6 @@ def test_whole_numbers_and_floats_and_lists_and_arrays_are_the_same() -> None:
     assert fitted(np.array([8, 16, 32, 64], dtype=np.int16), np.array(steps, dtype=np.int64)) == fit
 
 
-@pytest.mark.slow
 def test_noise_that_grows_or_falls_with_the_batch_is_no_obstacle() -> None:
     """The error is taken as the same at every batch size; where it is not, the interval still holds the truth."""
     batches, held = 2.0 ** np.arange(2, 12), {1: 0, -1: 0}

@@ -93,7 +93,6 @@ def test_jacobians(model):
     assert value.shape == (2, len(BATCHES))
 
 
-@pytest.mark.slow(seconds=9)
 @pytest.mark.parametrize(("model", "parameters"), [("hyperbola", (100, 100)), ("smooth", (100, 100, 2))])
 def test_the_interval_holds_the_planted_critical_batch(model, parameters):
     """60 repeats of each model: 5 % of the runs diverge, the cap cuts off half of those at the smallest batch."""
@@ -115,7 +114,6 @@ def test_the_interval_holds_the_planted_critical_batch(model, parameters):
     assert cut > 60
 
 
-@pytest.mark.slow(seconds=3)
 def test_one_seed_has_an_interval_that_holds_too():
     rng, held = np.random.default_rng(2), 0
     for seed in range(100):
@@ -321,7 +319,6 @@ def test_steps_that_fall_and_then_fail_are_not_flat(fall):
     assert not any("saves no steps" in n.text for n in fit.notes)
 
 
-@pytest.mark.slow
 def test_flat_steps_are_still_flat():
     rng, size = np.random.default_rng(3), 2.0 ** np.arange(3, 11)
     for seeds in (1, 3):

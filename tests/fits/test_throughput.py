@@ -69,7 +69,6 @@ def noisy(curve, batches, rng, samples):
     ]
 
 
-@pytest.mark.slow(seconds=6)
 @pytest.mark.parametrize(("curve", "half", "samples"), [(affine, 40, 1), (affine, 40, 12), (floored, 20, 12)])
 def test_intervals_hold_the_planted_values(curve, half, samples):
     rng, held, chosen = np.random.default_rng(7), np.zeros(3), 0
@@ -94,7 +93,6 @@ def in_rounds(rng, common, own=0.005, rounds=8, visits=3):
     return times, [np.repeat(np.arange(rounds), visits).tolist() for _ in BATCHES]
 
 
-@pytest.mark.slow(seconds=12)
 def test_a_speed_that_changes_from_round_to_round_is_in_the_intervals():
     rng, held = np.random.default_rng(3), {True: 0, False: 0}
     for seed in range(80):
@@ -106,7 +104,6 @@ def test_a_speed_that_changes_from_round_to_round_is_in_the_intervals():
     assert held[False] / 80 < 0.5  # samples drawn one by one do not know of it
 
 
-@pytest.mark.slow
 def test_rounds_of_one_speed_change_nothing_much():
     rng = np.random.default_rng(4)
     wide = []
@@ -149,7 +146,6 @@ def test_throughput_falling_at_large_batches_shows_as_misfit():
     assert fit.ceiling_high > 1.05 * fit.ceiling
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("curve", "half"),
     [
@@ -271,7 +267,6 @@ def test_a_step_quantized_device_names_its_waves(wave):
     assert fit.step_s(2 * wave) == pytest.approx(waved(2 * wave, wave), rel=0.02)
 
 
-@pytest.mark.slow
 def test_a_smooth_device_has_no_waves():
     batches, rng = np.arange(4, 200, 6), np.random.default_rng(1)
     named = [fit_throughput(batches, noisy(affine, batches, rng, 1), resamples=20).wave for _ in range(20)]

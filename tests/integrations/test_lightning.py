@@ -16,7 +16,6 @@ from pybatch.workloads.running.session import Session
 
 pl = pytest.importorskip("lightning.pytorch")
 pytestmark = [
-    pytest.mark.slow(seconds=12),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("default"),
 ]
@@ -187,7 +186,6 @@ def test_memory_that_shrinks_while_it_is_looked_at_gives_no_size_that_failed():
     assert ran[largest(fits, 2, 1024, 0.05)]
 
 
-@pytest.mark.slow(seconds=15)
 def test_under_ddp_all_devices_agree(tmp_path):
     """Two processes, of which one has less memory: the answer fits both."""
     from pybatch.integrations.lightning import BatchSizeFinder

@@ -12,7 +12,6 @@ from pybatch.workloads.running.session import Session
 
 pytest.importorskip("transformers")
 pytestmark = [
-    pytest.mark.slow(seconds=12),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("default"),  # trainers warn of each other's packages
 ]

@@ -472,7 +472,6 @@ def test_a_full_disk_does_not_end_the_run(
     assert capsys.readouterr().err.count("could not be continued") == 1
 
 
-@pytest.mark.slow(seconds=20)
 def test_killed_in_the_middle_and_continued(tmp_path: Path) -> None:
     """A process, kill -9 once two batch sizes stand on disk, and the command again; its figures are planted."""
     path, partial = tmp_path / "run.json", tmp_path / "run.json.partial"

@@ -192,7 +192,6 @@ def failures():
     return interpreter.run({name: LISTS + program for name, program in PROGRAMS.items()})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_in_the_interpreter(failures, name):
     assert not failures[name]

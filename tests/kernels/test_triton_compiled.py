@@ -84,7 +84,6 @@ def assert_enough_under_way(kernel, loads):
     assert sum(i.bytes for i in loads) * 256 * resident >= NEEDED
 
 
-@pytest.mark.slow(seconds=3)
 @pytest.mark.parametrize("storage", ["float32", "bfloat16_master"])
 def test_update_loads_eight_elements_a_thread_by_vectors_before_it_stores(machine_code, storage):
     """AdamW: parameter or master, gradient, two moments; of each all that a thread takes at a time."""
@@ -101,7 +100,6 @@ def test_update_loads_eight_elements_a_thread_by_vectors_before_it_stores(machin
     assert_enough_under_way(kernel, loads)
 
 
-@pytest.mark.slow(seconds=2)
 def test_accumulate_and_norm_read_by_vectors(machine_code):
     from pybatch.kernels import accumulate, phases, rules
 
@@ -118,7 +116,6 @@ def test_accumulate_and_norm_read_by_vectors(machine_code):
     assert max(map(len, wide)) >= 2
 
 
-@pytest.mark.slow(seconds=15)
 def test_every_kernel_compiles_for_a_gpu(build):
     """The interpreter accepts programs the compiler does not, such as variables that change their type in a branch."""
     from pybatch.kernels import accumulate, ledger, phases, rules

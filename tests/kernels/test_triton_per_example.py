@@ -124,7 +124,6 @@ def failures():
     return interpreter.run({name: SETUP + program for name, program in PROGRAMS.items()})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_in_the_interpreter(failures, name):
     assert not failures[name]
@@ -169,7 +168,6 @@ build(k.norm_backward_kernel, "*fp32", centred=False, affine=True, block=1024)
 """
 
 
-@pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)

@@ -39,6 +39,6 @@ def processes(tmp_path_factory):
     return of
 
 
-@pytest.fixture(params=[2, 4])
+@pytest.fixture(params=[2, 3])
 def ranks(request, processes):
     return processes(request.param)

@@ -419,7 +419,6 @@ def fed(model, optimizer, gradients):
         optimizer.step()
 
 
-@pytest.mark.slow(seconds=6)
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, AdamW])
 def test_moments_against_a_closed_form_stream(kind):
     """A constant gradient with independent noise: |G|^2 = 25 * 0.04, tr(Sigma) = 25 * 4, so B_simple = 100."""
@@ -440,7 +439,6 @@ def test_moments_against_a_closed_form_stream(kind):
     assert any("averages over windows" in n.text for n in noise.notes)
 
 
-@pytest.mark.slow
 def test_moments_window_forgets_what_v_remembers():
     """v alone remembers a large early gradient for 1000 steps and calls it noise; the window does not."""
     torch.manual_seed(0)

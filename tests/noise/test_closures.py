@@ -227,7 +227,6 @@ def test_a_wrong_implementation_is_caught(monkeypatch, mutation):
     assert not (noise.steps == STEPS and right(noise, grad_sq, trace))
 
 
-@pytest.mark.slow
 def test_ddp_takes_the_first_evaluation(ranks):
     found, want = ranks[0]["ddp_closure"]
     same(found, want)

@@ -3,8 +3,6 @@
 import pytest
 from cases.noise_models import same
 
-pytestmark = pytest.mark.slow(seconds=2)
-
 
 def test_ddp_equals_one_process(ranks):
     """Total and every parameter, in several buckets, with unequal batches; training is untouched."""

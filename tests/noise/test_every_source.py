@@ -37,7 +37,6 @@ def measure(workload, source, **options):
     return measure_noise(workload, device="cpu", **({"warmup_steps": 0} | SOURCES[source] | options))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_quadratic_in_closed_form(source):
     """Its loss is written example by example, so that per-example norms hold too."""
@@ -51,7 +50,6 @@ class Deep(Regression):
         return nn.Sequential(nn.Linear(15, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 1))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_layers_are_every_parameters_share_and_only_where_asked_for(source):
     found = measure(Deep(), source, layers=True)
@@ -69,7 +67,6 @@ class Dropping(Regression):
         return nn.Sequential(nn.Dropout(0.5), super().model())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_dropout_in_both_modes(source):
     found = measure(Dropping(), source, mode="both", time_budget=16)
@@ -151,7 +148,6 @@ class Blown(torch.autograd.Function):
         return grad * ctx.saved_tensors[0], None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_gradients_that_overflow_are_left_out_and_counted(source):
     found = measure(Overflows(), source, time_budget=60, seed=2)

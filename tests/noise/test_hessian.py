@@ -52,7 +52,6 @@ def seeded(one_thread):
     torch.manual_seed(0)
 
 
-@pytest.mark.slow(seconds=12)
 def test_anisotropic_closed_form():
     """Both noise scales at once: they differ here, and each interval holds its own truth."""
     trace, grad_sq, b_noise = Anisotropic().truth()
@@ -70,7 +69,6 @@ def test_anisotropic_closed_form():
     assert found.hessian.high < b_simple  # one taken for the other would be seen
 
 
-@pytest.mark.slow(seconds=10)
 def test_pairs_are_unbiased():
     """The means over many pairs are G^T H G and tr(H Sigma), for more than one micro-batch per gradient too."""
     lam = Anisotropic.scales.double()

@@ -19,7 +19,6 @@ from pybatch.workloads.running.session import Session
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.slow
 def test_interval_holds_the_closed_form():
     """Stopping on a look at the interval costs some of the 95 %; not more than to 90 % of repeats.
 
@@ -37,7 +36,6 @@ def test_interval_holds_the_closed_form():
     assert all(n.loss == pytest.approx(0.5 * 63 / 4, rel=0.25) for n in found)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 64])
 def test_micro_batch_does_not_move_the_answer(size):
     found = measure_noise(Regression(), device="cpu", warmup_steps=0, micro_batch=size, seed=3)
@@ -61,7 +59,6 @@ def exact_scale(session):
     return (float(flat.square().sum(1).mean()) - mean_sq) / mean_sq
 
 
-@pytest.mark.slow
 def test_digits_against_exact_per_example_gradients(monkeypatch):
     """After the warm-up, the whole training set's per-example gradients give the scale exactly."""
     from pybatch.workloads import digits
@@ -117,7 +114,6 @@ def test_budget_too_short_for_an_answer_says_so():
     assert "before the first group" in nothing.notes[0].text
 
 
-@pytest.mark.slow
 def test_groups_grow_to_the_scale():
     """A small |G|^2 needs groups about as large as the scale: 1664 here, from groups of 64 to begin with."""
     found = measure_noise(Weak(), device="cpu", warmup_steps=0, micro_batch=16)
@@ -227,7 +223,6 @@ class Smaller(Regression):
     d = 31
 
 
-@pytest.mark.slow(seconds=12)
 @pytest.mark.parametrize(
     "options", [{"layers": True, "preconditioned": True, "mode": "both"}, {"preconditioned": True, "hessian": True}]
 )

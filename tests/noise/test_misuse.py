@@ -124,7 +124,6 @@ class Checkpointed(nn.Module):
         return self.body[3](checkpoint(self.body[1:3], x, use_reentrant=self.reentrant))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["checkpoint", "reentrant", "compiled"])
 def test_checkpoints_and_compiled_models(kind):
     model = mlp()

@@ -43,7 +43,6 @@ def rows_by_example(rng, scales, noise, n, pairs):
     return np.column_stack([np.ones(pairs), *pair(small, (mean**2).sum(-1), 1, n)])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_interval_holds_the_truth(case):
     rng, truth = np.random.default_rng(7), closed_form(*CASES[case][:2])
@@ -58,7 +57,6 @@ def test_closed_form_of_the_isotropic_case():
     assert closed_form(np.ones(63), 0.0) == pytest.approx(64)
 
 
-@pytest.mark.slow
 def test_measure_noise_on_the_closed_form():
     options = {"device": "cpu", "warmup_steps": 0, "micro_batch": 32, "source": "per-example", "layers": True}
     found = [measure_noise(Regression(), seed=seed, **options) for seed in range(12)]

@@ -19,7 +19,6 @@ class Falling(Regression):
     learning_rate = 3e-2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", ["micro-batches", "per-example"])
 def test_the_closed_form_holds_while_the_loss_falls(source):
     found = [
@@ -35,7 +34,6 @@ def test_the_closed_form_holds_while_the_loss_falls(source):
     assert min(f.loss for f in found) < 0.8 * held.loss  # the loss is that of the stretch, which fell
 
 
-@pytest.mark.slow
 def test_runs_from_different_seeds_agree_along_a_stretch_and_not_at_a_point():
     """At a point |G|^2 is what the last steps happened to leave: seeds 1 and 3 of the digits are ten times apart."""
 
@@ -57,7 +55,6 @@ def test_training_steps_are_no_pairs_whichever_source():
         assert not any("one micro-batch" in note.text for note in found.notes)
 
 
-@pytest.mark.slow
 def test_a_wide_interval_says_that_the_stretch_ended():
     found = measure_noise(find("digits", options=["subset=0.25"]), device="cpu")
     assert found.stretch_steps == STRETCH_STEPS

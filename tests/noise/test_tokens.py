@@ -84,7 +84,6 @@ WAYS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_closed_form_in_both_units(way):
     options = {"device": "cpu", "warmup_steps": 0, "layers": True} | WAYS[way]

@@ -12,8 +12,6 @@ from cases.paths import TESTS
 
 from pybatch import optim
 
-pytestmark = pytest.mark.slow(seconds=1)
-
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):

@@ -45,7 +45,6 @@ def accumulate_arguments(dtype=torch.float32):
     return {"sums": sums, "grads": grads, "ledger": ledger.values, "ring": ledger.ring, "examples": 4.0, "weight": 0.5}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "bfloat16_master"])
 def test_step_passes_opcheck(storage):
     torch.library.opcheck(library.step, (), step_arguments(storage), test_utils=CHECKS)

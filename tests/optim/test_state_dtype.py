@@ -241,7 +241,6 @@ def test_a_block_with_an_infinity_is_no_number(bad):
     assert kept(opt, p, "momentum_buffer").isnan().equal((torch.arange(600) // 256) == 1)
 
 
-@pytest.mark.slow(seconds=3)
 def test_training_ends_where_fp32_states_end():
     """On digits, from the same weights and batches: far within what two seeds differ by."""
     workload = find("digits")

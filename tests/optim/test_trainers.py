@@ -18,7 +18,6 @@ STEPS, EXAMPLES, CLIP = 12, 6, 0.5
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}
 
 pytestmark = [
-    pytest.mark.slow(seconds=25),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("default"),  # trainers warn of each other's packages
 ]

@@ -66,7 +66,6 @@ def test_scheduler_drives_it_as_it_drives_the_twin(case, name, tensor):
         np.testing.assert_allclose(problem.double(p), problem.double(q), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.slow
 def test_ten_thousand_tensors():
     """More than any table of kernel arguments or pool of handles holds."""
     runs = []

@@ -16,11 +16,9 @@ def check(case, update, options, dtype=torch.float32, clip=None, **more):
     result = problem.follow(params, options, update, case.LR, 2, clip, optimizer=opt)
     problem.assert_follows(result, dtype)
 
-for case in EXACT:
-    for options in case.VARIANTS:
-        check(case, case.reference, options, clip=5.0)
-    for dtype in problem.DTYPES[1:]:
-        check(case, case.reference, whole(case), dtype)
+for case in EXACT:  # what options do to a rule is the same code for every backend
+    check(case, case.reference, case.VARIANTS[-1], clip=5.0)
+    check(case, case.reference, whole(case), torch.bfloat16)
     for wrong, options in case.WRONG:
         try:
             check(case, wrong, options)
@@ -56,7 +54,6 @@ def failures():
     return interpreter.run(PROGRAMS)
 
 
-@pytest.mark.slow(seconds=45)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_in_the_interpreter(failures, name):
     assert not failures[name]

@@ -10,7 +10,7 @@ from pybatch import ops, optim
 from pybatch.base.errors import UsageError
 from pybatch.ops import tensors
 
-SIZES = pytest.mark.parametrize("count", [1, 148, 1000, pytest.param(10_000, marks=pytest.mark.slow(seconds=3))])
+SIZES = pytest.mark.parametrize("count", [1, 148, 1000, 10_000])
 
 # The entry points of the CUDA part as they are, over launches that are counted and do nothing.
 COUNTING = """

@@ -45,7 +45,6 @@ def rows(path):
     return keys
 
 
-@pytest.mark.slow(seconds=40)
 @pytest.mark.filterwarnings("ignore")
 def test_a_sweep_survives_the_loss_of_a_node(cluster, tmp_path, monkeypatch):
     path = tmp_path / "runs.db"

@@ -15,7 +15,6 @@ def is_wrong(library, programs):
     return False
 
 
-@pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize("name", planted_faults.SAMPLE)
 def test_a_fault_in_the_source_is_found(library, programs, tmp_path, name):
     file, old, new, kind = planted_faults.SOURCE[name]
@@ -27,7 +26,6 @@ def test_none_is_found_where_none_is(library, programs):
     assert ptx.faults_of(library, programs, RULE, STORAGE, SCENARIO) == set()
 
 
-@pytest.mark.slow(seconds=10)
 def test_a_shifted_access_and_a_fence_left_out_are_found(library, programs):
     """A sample of what bench/ptx.py plants, of accesses that the scenario makes: by a fault, or by a wrong value."""
     ran = ptx.check(library, programs, RULE, STORAGE, SCENARIO).lines(list(programs).index("accumulate"))

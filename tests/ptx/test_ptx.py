@@ -27,13 +27,11 @@ def test_the_sample_has_every_rule_storage_and_scenario():
     assert (rules, storages, scenarios) == (set(ops.RULES), set(ops.STORAGES), set(ptx.SCENARIOS))
 
 
-@pytest.mark.slow(seconds=40)
 @pytest.mark.parametrize(("rule", "storage", "scenario"), SAMPLE)
 def test_device_code_does_what_the_core_does(library, programs, rule, storage, scenario):
     ptx.check(library, programs, rule, storage, scenario)
 
 
-@pytest.mark.slow(seconds=10)
 @pytest.mark.parametrize("state_type", ["bf16", "8bit"])
 @pytest.mark.parametrize(
     ("rule", "storage"), [("Adan", "float32"), ("Lamb", "bfloat16_remainder"), ("Lars", "float16")]

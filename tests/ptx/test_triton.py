@@ -19,7 +19,6 @@ def make(backend, storage):
     return made
 
 
-@pytest.mark.slow(seconds=15)
 def test_device_code_does_what_the_core_does(library, monkeypatch, tmp_path):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -35,7 +34,6 @@ def test_device_code_does_what_the_core_does(library, monkeypatch, tmp_path):
     assert_same(*setups, storage)
 
 
-@pytest.mark.slow(seconds=5)
 def test_states_in_eight_bits(library, monkeypatch, tmp_path):
     """Scales are read by every thread of a block and written by one."""
     pytest.importorskip("triton")

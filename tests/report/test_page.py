@@ -257,7 +257,6 @@ def visit(browser, path, width, scheme="light"):
     return browser.get_log("browser"), [u for u in urls if not u.startswith(("data:", "blob:", path.as_uri()))]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(browser, judged, tmp_path, width, scheme):

@@ -23,7 +23,6 @@ def needs_browser():
         pytest.skip("no Chrome or Chromium is installed")
 
 
-@pytest.mark.slow(seconds=13)
 @pytest.mark.usefixtures("needs_browser")
 def test_every_figure_becomes_a_picture(run, tmp_path):
     runs = [hostile(with_samples(run)), Run("", None, noise=run.noise)]

@@ -105,7 +105,6 @@ def cut_after(monkeypatch, count, stored, options, path, noise=None):
     return None
 
 
-@pytest.mark.slow(seconds=11)
 @settings(derandomize=True, max_examples=16, deadline=None, database=None)
 @given(sweeps(), st.integers(0, 60), st.booleans(), st.sampled_from([None, NOISE]))
 def test_what_a_sweep_returns_is_what_its_store_says(tmp_path_factory, options, count, stored, noise):
@@ -138,7 +137,6 @@ def tried(run):
     return [(split, p.batch, [rate.learning_rate for rate in p.rates]) for split, points in tuned for p in points]
 
 
-@pytest.mark.slow(seconds=11)
 @settings(derandomize=True, max_examples=12, deadline=None, database=None)
 @given(st.lists(sweeps(), min_size=2, max_size=3), st.booleans())
 def test_sweeps_share_a_store_and_not_their_searches(tmp_path_factory, several, same):

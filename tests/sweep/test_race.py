@@ -84,7 +84,6 @@ def fitted(kind, steps):
     return curve("tuned", "train", 0.1, points, caps, None), ran, best
 
 
-@pytest.mark.slow(seconds=30)
 def test_the_interval_of_a_race_holds_the_planted_critical_batch_as_often_as_the_grids(monkeypatch):
     """Coverage and bias of both, one rate for both nearly always, and under three quarters of the grid's steps."""
     monkeypatch.setattr("pybatch.sweep.summary.fit_steps", partial(fit_steps, resamples=100))  # as the fit's own tests

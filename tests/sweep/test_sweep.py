@@ -59,7 +59,6 @@ def expected_steps(batch, rate, target):
     return math.log(target / (0.125 * D)) / math.log((1 - rate) ** 2 + rate**2 * (D + 1) / batch)
 
 
-@pytest.mark.slow
 def test_isotropic_regression_takes_the_steps_of_its_closed_form():
     """Smoothing delays every crossing by the same share, so the curve's shape and its critical batch remain."""
     found = measure(batches=[2, 4, 8, 16, 32], target={"train": 1e-4}, rates=[0.05 * 2**k for k in range(5)])
@@ -72,7 +71,6 @@ def test_isotropic_regression_takes_the_steps_of_its_closed_form():
     assert rates[0] < rates[2] < rates[-1]
 
 
-@pytest.mark.slow
 def test_every_rule_starts_at_the_tuned_base():
     found = measure(rules=["constant", "sqrt", "linear", "adascale", "tuned"])
     by_rule = {curve.rule: curve for curve in found.curves}
@@ -87,7 +85,6 @@ def test_every_rule_starts_at_the_tuned_base():
         assert curve.points[3].steps is None or tuned <= 1.05 * curve.points[3].steps
 
 
-@pytest.mark.slow
 def test_one_store_answers_every_easier_target(tmp_path):
     path = tmp_path / "runs.db"
     measure(store=path)
@@ -102,7 +99,6 @@ def test_one_store_answers_every_easier_target(tmp_path):
     assert [s for _, s in ours] == pytest.approx([p.steps for p in fresh.curves[0].points], rel=0.02)
 
 
-@pytest.mark.slow
 def test_resume_runs_only_what_is_missing(tmp_path):
     path = tmp_path / "runs.db"
     whole = measure(store=path)
@@ -119,7 +115,6 @@ def test_resume_runs_only_what_is_missing(tmp_path):
     assert [p.steps for p in again.curves[0].points] == pytest.approx([p.steps for p in whole.curves[0].points])
 
 
-@pytest.mark.slow
 def test_a_finished_sweep_trains_nothing_when_resumed(tmp_path, monkeypatch):
     path = tmp_path / "runs.db"
     whole = measure(store=path, rules=["tuned", "sqrt"])
@@ -128,7 +123,6 @@ def test_a_finished_sweep_trains_nothing_when_resumed(tmp_path, monkeypatch):
     assert again == whole
 
 
-@pytest.mark.slow
 def test_more_seeds_add_to_those_of_the_store(tmp_path, monkeypatch):
     path = tmp_path / "runs.db"
     batches = [4, 32]
@@ -151,7 +145,6 @@ def test_more_seeds_add_to_those_of_the_store(tmp_path, monkeypatch):
     assert [p.steps for p in found.curves[0].points] == [p.steps for p in fresh.curves[0].points]
 
 
-@pytest.mark.slow
 def test_another_seed_repeats_the_experiment_independently():
     first, again, other = measure(batches=[4, 32]), measure(batches=[4, 32], seed=0), measure(batches=[4, 32], seed=50)
     # Stacked or one by one, which the machine's speed decides, gives losses that differ in their last digits.
@@ -191,7 +184,6 @@ def test_a_batch_with_trials_in_other_hands_is_waited_for(tmp_path, monkeypatch)
     assert found.complete
 
 
-@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(tmp_path):
     path = tmp_path / "runs.db"
     said = []
@@ -214,7 +206,6 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     assert before <= set(rows(path))
 
 
-@pytest.mark.slow
 def test_processes_give_what_this_process_gives(tmp_path):
     alone, path = measure(batches=[4, 16]), tmp_path / "runs.db"
     shared = measure(batches=[4, 16], jobs=2, store=path)
@@ -224,7 +215,6 @@ def test_processes_give_what_this_process_gives(tmp_path):
     assert len(rows(path)) == shared.trials
 
 
-@pytest.mark.slow
 def test_a_killed_worker_has_its_trials_run_again(tmp_path, monkeypatch):
     from pybatch.processes.child import Child
 
@@ -244,7 +234,6 @@ def test_a_killed_worker_has_its_trials_run_again(tmp_path, monkeypatch):
     assert len(rows(path)) == found.trials
 
 
-@pytest.mark.slow
 def test_a_worker_that_always_dies_is_said_and_the_rest_goes_on(monkeypatch):
     from pybatch.processes.child import Child
 
@@ -273,7 +262,6 @@ def test_how_a_worker_ended_is_said(ends, said):
     assert said in workers._ending(done.returncode)
 
 
-@pytest.mark.slow
 def test_the_record_reads_back(run):
     found = measure(batches=[4, 8, 16], rules=["constant", "tuned"])
     whole = Run(run.created, run.environment, convergence=found)
@@ -286,7 +274,6 @@ def test_the_record_reads_back(run):
     assert back.convergence.workload.target == {"train": 0.1}
 
 
-@pytest.mark.slow
 def test_the_ratio_to_the_noise_scale_has_an_interval():
     noise = NoiseScale(16.0, 14.0, 18.0, 1.0, 16.0, "resolved", "test", 100)
     [curve] = measure(noise=noise).curves
@@ -296,7 +283,6 @@ def test_the_ratio_to_the_noise_scale_has_an_interval():
         assert curve.noise_ratio_low < curve.noise_ratio < curve.noise_ratio_high
 
 
-@pytest.mark.slow
 def test_a_noise_scale_in_tokens_has_no_ratio_to_a_batch_in_examples():
     noise = NoiseScale(1600.0, 1400.0, 1800.0, 1.0, 1600.0, "resolved", "test", 100, unit="tokens")
     [curve] = measure(noise=noise).curves
@@ -335,7 +321,6 @@ def test_fixed_rules_without_a_base_are_said():
     assert any("no rate reached the target at the base batch 4" in note.text for note in curve.notes)
 
 
-@pytest.mark.slow
 def test_all_trials_diverged_is_said():
     assert {p.status for p in measure(batches=[4, 8], rates=[50.0, 100.0]).curves[0].points} == {
         "reached"

@@ -131,7 +131,6 @@ def test_plain_optimizers_have_a_batched_form():
     assert isinstance(update_for("sgd", trials(maximize=True)[0].scaled.group), Views)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("model", "target", "cap"), [("mlp", 1.0, 150), ("cnn", 2.29, 30)])
 def test_digits_reach_the_target_at_the_same_steps(model, target, cap):
     some = tuple(trials((0.1, 0.4, 100.0), (0, 1), batch=16))
@@ -440,7 +439,6 @@ def test_memory_that_runs_out_on_the_way_halves_what_is_left(monkeypatch):
         run_task(Points(), task, found.append, device=CPU, how="stacked")
 
 
-@pytest.mark.slow
 @pytest.mark.isa
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_in_bf16_rounding_is_no_fault_and_a_fault_is_still_seen(monkeypatch, optimizer):

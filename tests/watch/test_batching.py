@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pybatch.base.errors import WorkloadError
-from pybatch.watch.batching import BatchSecond, examples_in, find_batching, resized, resized_like
+from pybatch.watch.batching import BatchSecond, alternatives, examples_in, find_batching, resized, resized_like
 
 T = torch.zeros
 IMAGES = ((T(16, 3, 8, 8),), {})
@@ -29,6 +29,15 @@ def test_batch_dimension(arguments, size, dims):
     found = find_batching(arguments)
     assert (found.size, found.dims) == (size, dims)
     assert examples_in(arguments, found) == size
+
+
+def test_alternatives_are_where_the_size_stands_twice():
+    def dims(arguments):
+        return [found.dims for found in alternatives(arguments, find_batching(arguments))]
+
+    assert dims(SQUARE) == [(1, 1)]
+    assert dims(((T(20, 20), T(20, 20)), {})) == [(0, 1), (0, None), (1, 0), (1, 1), (1, None)]
+    assert dims(IMAGES) == dims(TOKENS) == dims(MASKED) == []
 
 
 def test_a_mask_of_lengths_is_left_alone():

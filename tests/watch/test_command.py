@@ -11,8 +11,6 @@ import pytest
 
 from pybatch.records import Run
 
-pytestmark = pytest.mark.slow(seconds=12)
-
 SCRIPT = """
 import os, sys
 os.environ["OMP_NUM_THREADS"] = "1"  # holds, as torch is not imported before

@@ -1,5 +1,6 @@
 """How often the noise of a watched training is measured, and what stands when that changes."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,7 +23,8 @@ class Training:
         self.now = 0.0
         monkeypatch.setattr(source.time, "perf_counter", lambda: self.now)
 
-    def steps(self, count, plain=0.1, watched=0.1):
+    def steps(self, count, plain=0.1, watched=0.1, after=None, noise=None):
+        before = False
         for _ in range(count):
             for _ in range(2):
                 x = torch.randn(4, 8)
@@ -31,7 +33,9 @@ class Training:
                     self.watch.begin(find_batching(((x,), {})), self.model, (x,), {})
                 nn.functional.cross_entropy(self.model(x), y).backward()
             self.watch.stepping(8)
-            self.now += watched if self.watch.watched else plain
+            usual = after if before and after else plain
+            self.now += (watched if self.watch.watched else usual) * (next(noise) if noise else 1.0)
+            before = self.watch.watched
             self.optimizer.step()
             self.watch.stepped()
             self.optimizer.zero_grad()
@@ -42,6 +46,24 @@ def test_a_costly_source_measures_more_seldom(monkeypatch):
     training.steps(40, watched=0.15)
     before = training.watch._every
     assert before == pytest.approx(0.5 / source._COST, rel=0.05)  # half a step more, every so many
+
+
+def test_the_step_after_a_watched_one_counts_as_its_cost(monkeypatch):
+    training = Training(monkeypatch)
+    training.steps(40, watched=0.15, after=0.11)
+    assert training.watch._every > 4
+    training.steps(20 * training.watch._every, watched=0.15, after=0.14)
+    assert training.watch._every == pytest.approx(0.9 / source._COST, rel=0.05)
+
+
+def test_times_that_scatter_do_not_hide_the_cost(monkeypatch):
+    """A tenth of a step, where steps scatter by as much: quantiles of both sides are compared."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        noise = iter(np.exp(0.1 * rng.standard_normal(600)))
+        training = Training(monkeypatch)
+        training.steps(200, watched=0.11, noise=noise)
+        assert training.watch._every >= 0.8 * 0.1 / source._COST
 
 
 def test_a_slow_spell_discards_nothing_that_was_measured(monkeypatch):

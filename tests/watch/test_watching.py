@@ -368,6 +368,36 @@ REFUSED = {
 }
 
 
+class Words(nn.Module):
+    """As word_language_model: tokens [length, batch] and a hidden state."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.recurrent, self.head = nn.Embedding(9, 4), nn.LSTM(4, 8), nn.Linear(8, 9)
+
+    def forward(self, tokens, hidden):
+        out, hidden = self.recurrent(self.embedding(tokens), hidden)
+        return self.head(out), hidden
+
+
+def test_tokens_as_long_as_the_batch_is_large_are_replayed_along_the_batch():
+    model = Words()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def work():
+        hidden = (torch.zeros(1, 8, 8), torch.zeros(1, 8, 8))
+        for _ in range(12):
+            tokens = torch.randint(9, (8, 8))
+            optimizer.zero_grad()
+            out, hidden = model(tokens, tuple(h.detach() for h in hidden))
+            nn.functional.cross_entropy(out.flatten(0, 1), tokens.flatten()).backward()
+            optimizer.step()
+
+    run, _, _ = watched(work)
+    assert {2, 4, 8} <= {p.batch for p in run.capacity.batches if p.status == "ok"}
+    assert all(p.reason is None or "time budget" in p.reason for p in run.capacity.batches)
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_inputs_that_cannot_be_resized(what):
     """Throughput at the batch of the script alone, and the reason."""

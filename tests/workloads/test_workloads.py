@@ -45,7 +45,6 @@ def test_batches_follow_from_the_generator_and_may_exceed_the_data(name: str, mo
         assert all(len(part) == work.examples + 1 for part in big)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "model"), [case for case in EVERY[1:] if case[1] != "resnet50"])  # half a minute
 def test_the_first_loss_is_that_of_knowing_nothing_and_training_lowers_it(name: str, model: str) -> None:
     session = Session(find(name, model=model), CPU, seed=0)
@@ -127,7 +126,6 @@ def test_a_file_that_cannot_be_the_text_is_named(tmp_path: Path, content: bytes 
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.slow
 def test_docstrings_stand_in_where_the_language_reference_is_stripped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     prose = text.python_prose.__wrapped__()

@@ -12,7 +12,7 @@ from pybatch.base.errors import UsageError
 from pybatch.base.numerals import counted
 from pybatch.noise.closures import Evaluations
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, combine, trainable
-from pybatch.noise.norms import SMALL, Places, squares
+from pybatch.noise.norms import SMALL, Places, square, squares
 from pybatch.noise.preconditioner import Preconditioner
 from pybatch.records import Note
 
@@ -83,6 +83,7 @@ class MicroBatchNoise(Collector):
         self._evaluations = Evaluations(optimizer, self.close, self._drop, self._hold)
         self._held: list[tuple[int, torch.Tensor]] = []
         self._held_bytes = 0
+        self._taken: list[tuple[int, torch.Tensor]] = []  # squared norms of large gradients, which have a launch each
         self._in_backward = False
         self.pairs = self.singles = 0  # steps of two or more backward passes, and of one
         self._several = 0  # backward passes after more than one counted forward pass
@@ -140,7 +141,7 @@ class MicroBatchNoise(Collector):
         self._refuse_changed(frozen=False)
         if self._in_backward and torch._C._current_graph_task_id() < 0:
             self._in_backward = False
-            self._held, self._held_bytes = [], 0
+            self._held, self._held_bytes, self._taken = [], 0, []
 
     def _watch(self, index: int) -> Any:
         param = self._params[index]
@@ -152,6 +153,9 @@ class MicroBatchNoise(Collector):
                 self._begin()
             if param.grad is None:
                 self._fresh.add(index)  # becomes `.grad` itself: holding it would force a copy
+                return
+            if grad.numel() > SMALL and self._precondition is None:
+                self._taken.append((index, square(grad, self._scaled)))  # held, its memory would be missed
                 return
             self._held.append((index, grad))
             self._held_bytes += grad.numel() * grad.element_size()
@@ -182,6 +186,9 @@ class MicroBatchNoise(Collector):
         if self._held:
             self._own = self._add(self._own, [i for i, _ in self._held], [grad for _, grad in self._held])
             self._held, self._held_bytes = [], 0
+        if self._taken:
+            self._own[0, self._places([i for i, _ in self._taken])] += torch.stack([norm for _, norm in self._taken])
+            self._taken = []
 
     def _add(self, sums: Any, index: list[int], grads: list[torch.Tensor]) -> Any:
         """The sums with the squared norms of the gradients of these parameters added to them."""
