@@ -1,7 +1,10 @@
 """Sweeps: trials per second of replicas against the plain loop, what store and workers cost, the tuned digits sweep.
 
-    python bench/sweep.py [--parts replicas,store,workers,digits] [--models mlp,cnn] [--batches 8,16,32,64] [--quick]
-                          [--threads N] [--jobs N] [--ray] [--output FILE]
+    python bench/sweep.py [--parts replicas,store,workers,digits,domains] [--models mlp,cnn] [--batches 8,16,32,64]
+                          [--quick] [--threads N] [--jobs N] [--ray] [--output FILE]
+
+The part "domains" is tuned sweeps of both models of `text` and `scenes` to their targets: batch 8, 32 and 128 with one
+seed (goal: 100 s on two cores) and, but with --quick, seven batch sizes with three (6 minutes).
 
 The loop is pybatch's own, one optimizer step a replica, with the same batches; both sides do the same evaluations, and
 their losses are compared before they are timed. Samples of the two are interleaved. Both run on --threads threads: a
@@ -150,6 +153,40 @@ def digits(batches: list[int], jobs: int, search: str) -> dict[str, Any]:
     }
 
 
+DOMAINS = (("text", "lstm"), ("text", "transformer"), ("scenes", "unet"), ("scenes", "dilated"))
+
+
+def domains(whole: bool, jobs: int) -> list[dict[str, Any]]:
+    """Seconds of the tuned sweeps, starts included, with what they found; CPU seconds are of the workers too."""
+    rows = []
+    for name, model in DOMAINS:
+        for batches, seeds in (([8, 32, 128], 1), *([([8 * 2**k for k in range(7)], SEEDS)] if whole else [])):
+            begin, cpu = time.perf_counter(), sum(os.times()[:4])
+            found = measure_convergence(find(name, model=model), batches, ["tuned"], seeds, device="cpu", jobs=jobs)
+            [curve] = [c for c in found.curves if c.split == "train"]
+            row = {
+                "workload": name,
+                "model": model,
+                "seeds": seeds,
+                "seconds": time.perf_counter() - begin,
+                "cpu_seconds": sum(os.times()[:4]) - cpu,
+                "trials": found.trials,
+                "steps": {p.batch: p.steps for p in curve.points},
+                "rates": {p.batch: p.learning_rate for p in curve.points},
+                "critical_batch": curve.critical_batch,
+                "low": curve.low,
+                "high": curve.high,
+            }
+            rows.append(row)
+            print(
+                f"{name} {model}, {len(batches)} batch sizes, {seeds} seeds: {row['seconds']:.1f} s, "
+                f"{row['cpu_seconds']:.0f} CPU s, {found.trials} trials, steps {row['steps']}, rates {row['rates']}, "
+                f"critical batch {curve.critical_batch} [{curve.low}, {curve.high}]",
+                flush=True,
+            )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="replicas,store,workers,digits")
@@ -185,6 +222,8 @@ def main() -> None:
         print("store:", ", ".join(f"{key} {value:.2f}" for key, value in result["store"].items()), flush=True)
     if "workers" in parts:
         result["workers"] = workers(given.ray)
+    if "domains" in parts:
+        result["domains"] = domains(not given.quick, given.jobs)
     result["digits"] = []
     for search in given.searches.split(",") if "digits" in parts else ():
         row = digits([16, 64, 256] if given.quick else [8 * 2**k for k in range(11)], given.jobs, search)

@@ -52,7 +52,7 @@ class Scale:
 
 
 GPU = Scale(
-    workload=("--workload", "text", "--option", "size=small", "--dtype", "bf16"),
+    workload=("--workload", "text", "--option", "size=small", "--option", "length=64", "--dtype", "bf16"),
     sweep=(
         "--optimizer",
         "adamw",

@@ -120,7 +120,9 @@ def catalogue() -> Findings:
     for name, kind in sorted(shipped().items()):
         models = f" Models: {', '.join(kind.models)}." if kind.models else ""
         sizes = f" Sizes: {', '.join(kind.sizes)}." if kind.sizes else ""
-        workloads.append((name, _summary(kind) + models + sizes))
+        aims = ", ".join(f"{split} {loss:g}" for split, loss in kind.target.items())
+        aim = f" Swept by {kind.swept_by} to {aims}." if aims else ""
+        workloads.append((name, _summary(kind) + models + sizes + aim))
         workloads += [(f"  {dial}=", what) for dial, what in kind.dials.items()]
     workloads.append(("FILE.py:CLASS", "A pybatch.Workload of your own."))
     names = sorted((name for name in optim.__all__ if name != "FusedOptimizer"), key=str.casefold)

@@ -42,7 +42,7 @@ def sweep(
     ] = None,
     optimizer: Annotated[
         str | None,
-        typer.Option(help="One of 'pybatch list', as 'sgd:momentum=0.9'. Default: the workload's own, else sgd."),
+        typer.Option(help="One of 'pybatch list', as 'sgd:momentum=0.9'. Default: the workload's."),
     ] = None,
     schedule: Annotated[
         str | None,

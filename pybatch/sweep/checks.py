@@ -34,7 +34,7 @@ def settled(options: SweepOptions, workload: Workload) -> SweepOptions:
     """
     checked_dtype(options.dtype)
     session = Session(workload, torch.device("cpu"), seed=options.seed)  # on which its own optimizer shows itself
-    optimizer = options.optimizer or (OWN if has_own(workload) else "sgd")
+    optimizer = options.optimizer or (OWN if has_own(workload) else workload.swept_by)
     group = arguments_of(session, optimizer, options.options)
     if is_own(optimizer):
         optimizer = f"{OWN}:{public(optimizer, session.own_optimizer())}"

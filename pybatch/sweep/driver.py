@@ -10,7 +10,7 @@ from pybatch.base.errors import StoreError, UsageError, WorkloadError
 from pybatch.base.numerals import counted
 from pybatch.processes.workers import Ending, LostWorkerError, Submission, Workers
 from pybatch.records import Run
-from pybatch.scaling import SEARCHED, Scaled
+from pybatch.scaling import SEARCHED, Base, Scaled, scale
 from pybatch.sweep.budget import NEVER, Budget
 from pybatch.sweep.cell import Cell
 from pybatch.sweep.contents import GIVEN, LONGER, WHOLE, CellName, Subject
@@ -121,7 +121,7 @@ class Sweep:
             if not largest.failed and not self._reached(largest):
                 self._leave_out(sought, base, largest)
                 return []
-        return [self._search(b, self._cap(base, b)) for b in sought]
+        return [self._search(b, self._cap(base, b), self._expected(base, b)) for b in sought]
 
     def _reached(self, cell: Cell) -> bool:
         return any(p.steps is not None for p in cell.points(self.seeds).values())
@@ -133,8 +133,18 @@ class Sweep:
         for batch in batches:
             self._fail(self._search(batch, steps), text)
 
-    def _search(self, batch: int, cap: int) -> Cell:
-        cell = Cell((SEARCHED, WHOLE, batch), self.options.targets, cap, self.options.searcher())
+    def _expected(self, base: Cell, batch: int) -> float | None:
+        """The rate that is expected to do well at a batch size, from the base batch's best by the square root rule.
+
+        From that one alone, not from a neighbour: which of them are done depends on the workers.
+        """
+        best = self._base(base, self.options.compared)
+        if best is None:
+            return None
+        return float(scale("sqrt", {"lr": best[0]}, batch, Base(base.batch)).group["lr"])
+
+    def _search(self, batch: int, cap: int, near: float | None = None) -> Cell:
+        cell = Cell((SEARCHED, WHOLE, batch), self.options.targets, cap, self.options.searcher(near))
         self.cells.append(cell)
         return cell
 
@@ -249,14 +259,15 @@ class Sweep:
                 known = tuple(stored.values())
                 metrics = any(map(metric_of, self.options.targets))
                 search = cell.search is not None
-                return Task(tuple(fresh), dict(cell.targets), cell.seeds, cell.cap, search, known, metrics)
+                return Task(tuple(fresh), dict(cell.targets), cell.seeds, cell.cap, search, cell.margin, known, metrics)
             outcomes = list(stored.values())
             study = cell.study(self.seeds, outcomes)
             proposal = cell.search.propose(study) if cell.search is not None else None
             if proposal is None:
                 self._end(cell, outcomes)
                 return None
-            cell.begin((self._trial(lr, cell.batch, seed) for lr, seed in proposal.runs), proposal.seeds)
+            runs = (self._trial(lr, cell.batch, seed) for lr, seed in proposal.runs)
+            cell.begin(runs, proposal.seeds, proposal.margin)
             self.store.seek(self.number, cell.batch, cell.now)
 
     def _end(self, cell: Cell, outcomes: list[Outcome]) -> None:

@@ -100,7 +100,7 @@ class SweepOptions:
         seed: of the first of them; the others count up from it. With a store, more `seeds` add to those it holds, and
             another `seed`, at least `seeds` away, repeats the experiment; a report pools the two.
         target: losses to reach, by split, and metrics, as {"train": 0.1, "test:accuracy": 0.95}; None: the workload's.
-        optimizer: a name of `pybatch.optim`, in any case, or "own", the workload's. None: its own, else "sgd".
+        optimizer: a name of `pybatch.optim`, in any case, or "own", the workload's. None: its own, else `swept_by`.
         options: its arguments but the learning rate, such as {"momentum": 0.9}.
         schedule: a name of `training.schedules.SCHEDULES`: "constant", "cosine", "wsd", "average", or "own", the
             workload's. None: its own, else "constant". Under an anneal, steps to a target are the length of the
@@ -109,14 +109,15 @@ class SweepOptions:
         decay_rule: how weight decay follows it: "constant", "linear" or "timescale".
         rates: first learning rates of a search; None: 12, a factor of 2 apart. Where the best
             one is the lowest or highest, more are tried; then two halfway beside it.
-        search: "race" tries every rate with the first seed, and runs the other seeds at the rates that can still have
-            the least median; "grid" runs every seed at every rate; or an Optuna sampler ("tpe", "qmc", "random",
-            "cmaes") between the ends of `rates`.
+        search: "race" tries every rate with the first seed at the base batch, and at the others those near the rate
+            that follows from its best by the square root of the batch size; it gives up what is behind, and runs the
+            other seeds at the rates that can still have the least median. "grid" runs every seed at every rate; or an
+            Optuna sampler ("tpe", "qmc", "random", "cmaes") between the ends of `rates`.
         base_batch: where the rules start; None: the smallest of `batches`.
         base_rate: their learning rate there; None: the one of the fewest steps to each target, which is sought first.
         max_steps: a trial is given up then; earlier after 4 times the steps the base batch took (times B_0 / B below
-            it), and in a search after 1.5 times the median steps of the best rate. Where neither the base batch nor
-            the largest one reaches a target, the others are not tried.
+            it), and in a search after 1.5 times the median steps of the best rate, or sooner: see `search`. Where
+            neither the base batch nor the largest one reaches a target, the others are not tried.
         dtype: "fp32", "bf16" or "fp16" (autocast over fp32 parameters).
         gap_epochs: compare test losses after so many epochs too, and after the steps that the largest batch takes in
             them: when all else is done, the runs at each batch size's rate are made again, to that length. None: at
@@ -274,12 +275,12 @@ class SweepOptions:
         """The split whose target chooses the rates at which test losses are compared; of settled options."""
         return ordered(self.targets)[0]
 
-    def searcher(self) -> Search:
-        """A search for one batch size; of settled options."""
+    def searcher(self, near: float | None = None) -> Search:
+        """A search for one batch size, with a rate that a race begins at; of settled options."""
         assert self.rates is not None
         if self.search in SAMPLERS:
             return Sampled(self.search, min(self.rates), max(self.rates), max(len(self.rates), 12), self.seed)
-        return Racing(Grid(self.rates)) if self.search == "race" else Grid(self.rates)
+        return Racing(Grid(self.rates, near)) if self.search == "race" else Grid(self.rates)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; `SweepOptions(**data)` reads them back."""

@@ -12,7 +12,7 @@ from pybatch.sweep.budget import with_losses
 from pybatch.sweep.contents import Contents
 from pybatch.sweep.experiment import experiments, pool_name
 from pybatch.sweep.record import Assembly, point_of
-from pybatch.sweep.summary import curve
+from pybatch.sweep.summary import curve, steps_of
 from pybatch.training.trajectory import Split
 from pybatch.training.trial import Outcome
 
@@ -110,11 +110,12 @@ def _curve(
         for batch, outcomes in member.stood.get((rule, split), {}).items():
             stood.setdefault(batch, []).extend(outcomes)
     first = members[0].experiment
-    points, caps = [], {}
+    points, caps, ran = [], {}, {}
     for batch, outcomes in sorted(stood.items()):
         found, caps[batch] = point_of(first.targets, rule, split, batch, seeds, outcomes)
+        ran[batch] = steps_of(outcomes, seeds)
         budget = first.budget if alike and split == first.splits[0] else None
         points.append(found if budget is None else with_losses(found, outcomes, seeds, budget))
     notes = dict.fromkeys(note for member in members for note in member.unanswered.get((rule, split), ()))
     higher = any(outcome.trajectory.sign(split) < 0 for outcomes in stood.values() for outcome in outcomes)
-    return curve(rule, split, first.targets[split], points, caps, noise, list(notes), higher=higher)
+    return curve(rule, split, first.targets[split], points, caps, noise, list(notes), higher=higher, ran=ran)

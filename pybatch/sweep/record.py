@@ -24,7 +24,7 @@ from pybatch.sweep.contents import GIVEN, LONGER, NOISE, WHOLE, Contents, Row
 from pybatch.sweep.experiment import Experiment, changed, experiments
 from pybatch.sweep.options import SweepOptions
 from pybatch.sweep.search import best_rate
-from pybatch.sweep.summary import bare_reason, beyond, curve, nearest, point, unanswered
+from pybatch.sweep.summary import Ran, bare_reason, beyond, curve, nearest, point, steps_of, unanswered
 from pybatch.training.schedules import CONSTANT
 from pybatch.training.trajectory import Split
 from pybatch.training.trial import Outcome, Study, Trial
@@ -131,6 +131,7 @@ class Assembly:
     def _curve(self, rule: str, split: Split) -> Curve:
         points: list[ConvergencePoint] = []
         caps: dict[int, float] = {}
+        ran: dict[int, Ran] = {}
         failed: dict[str, list[int]] = {}
         near: list[Outcome] = []
         for batch in self.experiment.batches:
@@ -150,6 +151,7 @@ class Assembly:
             self.found.used.update(outcome.trial.key for outcome in outcomes)
             self.stood.setdefault((rule, split), {})[batch] = outcomes
             found, caps[batch] = point_of(self.experiment.targets, rule, split, batch, self.seeds, outcomes)
+            ran[batch] = steps_of(outcomes, self.seeds)
             points.append(self._lengthened(rule, split, found, outcomes))
             near += outcomes
         notes = unanswered(failed)
@@ -160,7 +162,7 @@ class Assembly:
             rates = beyond(split, near) if rule == SEARCHED else None
         target = self.experiment.targets[split]
         higher = any(outcome.trajectory.sign(split) < 0 for outcome in near)
-        return curve(rule, split, target, points, caps, self.experiment.noise, notes, rates, higher)
+        return curve(rule, split, target, points, caps, self.experiment.noise, notes, rates, higher, ran)
 
     def _trials(self, rule: str, split: Split, batch: int) -> list[str] | None:
         """Keys of the trials that a point stands on; None where they are not known yet.

@@ -1,8 +1,12 @@
 """Which trials to run at a batch size: a log grid of rates that grows past its edges, a race over it, or Optuna.
 
-In a race the first seed tries every rate, and the other seeds run only those that can still have the least median.
-What it saves are the seeds of rates that are out; the rate chosen is that of the whole grid unless a rate's first seed
-is SURE times slower than the best median while the rate's own median is the best.
+In a race the first seed tries the rates, and the other seeds run only those that can still have the least median. A
+rate that is behind is given up: by one seed as soon as another has reached, as it cannot be first any more; by several
+when it has taken SURE times the least median. The rate chosen is that of the whole grid unless a rate's first seed is
+SURE times slower than the best median while the rate's own median is the best.
+
+Where the best rate of another batch size is known, a race begins near the rate that follows from it. The grid grows
+from there as it does past its edges, so that steps that fall and then rise with the rate have the same best one.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any
 
 from pybatch.base.errors import UsageError, unknown
 from pybatch.training.trajectory import lowest
-from pybatch.training.trial import Study, rounded
+from pybatch.training.trial import SLACK, Study, rounded
 from pybatch.workloads.running.choice import is_own
 
 RATES = 12  # of the first grid, a factor of 2 apart: 2000-fold from the lowest to the highest
@@ -24,6 +28,9 @@ EXTENSIONS = 4  # of two rates each, past an edge at which the best rate lies
 ASKED = 4  # rates asked of a sampler at a time: they are trained together
 REACH = 1.35  # times the first seed's best: rates that all seeds run at once, as the least median is not known yet
 SURE = 1.2  # times the least median: a rate whose first seed takes longer is out; seeds differ by some 5 to 10 %
+FIRST = 1.0  # times the only seed's best: whoever has not reached by then is not the best
+NEAR = 4.0  # times an expected rate, up and down: rates that a race tries there first
+FEW = 3  # rates that a search begins with at least
 _SAME = 1e-4  # relative: rates that differ by rounding only
 GRIDS = ("race", "grid")
 SAMPLERS = {"tpe": "TPESampler", "qmc": "QMCSampler", "random": "RandomSampler", "cmaes": "CmaEsSampler"}
@@ -31,10 +38,11 @@ SAMPLERS = {"tpe": "TPESampler", "qmc": "QMCSampler", "random": "RandomSampler",
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a search asks for next: runs to make together, and the seeds over whose median a rate ends slower ones."""
+    """What a search asks for next: runs to make together, and when a rate ends slower ones."""
 
     runs: tuple[tuple[float, int], ...]  # (rate, seed)
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # over whose median a rate ends slower ones
+    margin: float = SLACK  # times that median, after which they end
 
 
 class Search(ABC):
@@ -50,8 +58,8 @@ class Search(ABC):
         return _proposal([(rate, seed) for rate in self.next_rates(study) for seed in seeds], seeds)
 
 
-def _proposal(runs: Sequence[tuple[float, int]], seeds: tuple[int, ...]) -> Proposal | None:
-    return Proposal(tuple(dict.fromkeys(runs)), seeds) if runs else None
+def _proposal(runs: Sequence[tuple[float, int]], seeds: tuple[int, ...], margin: float = SLACK) -> Proposal | None:
+    return Proposal(tuple(dict.fromkeys(runs)), seeds, margin) if runs else None
 
 
 def best_rate(study: Study, split: str, rates: Sequence[float]) -> float | None:
@@ -92,13 +100,20 @@ class Grid(Search):
 
     Where no rate reaches the target, that of the lowest loss stands for the best at first: a grid that lies too low, or
     too high, is left, so that every batch size gets a search around its own best rate.
+
+    Args:
+        rates: the first ones.
+        near: a rate that is expected to do well: of more than FEW `rates`, those within NEAR times it, or the FEW
+            nearest, are the first.
     """
 
-    def __init__(self, rates: Sequence[float]) -> None:
+    def __init__(self, rates: Sequence[float], near: float | None = None) -> None:
         self.exact: dict[float, float] = {}  # by a rate as it is trained, rounded: what it is reckoned with
         self.rates = sorted(self._named(rates))
         first, last = self.exact[self.rates[0]], self.exact[self.rates[-1]]
         self.ratio = (last / first) ** (1 / (len(self.rates) - 1)) if len(self.rates) > 1 else 2.0
+        if near is not None and len(self.rates) > FEW:
+            self.rates = self._around(near)
         self.tried: list[float] = []
         self.extensions = {False: 0, True: 0}  # towards a rate that reaches, and past an edge that did
         self.refined: set[str] = set()
@@ -133,6 +148,15 @@ class Grid(Search):
                 wanted += [self.exact[best] / math.sqrt(self.ratio), self.exact[best] * math.sqrt(self.ratio)]
         return self._try(wanted)
 
+    def _around(self, near: float) -> list[float]:
+        """The rates nearest to one; beyond the ends of the grid its steps go on."""
+        low, high = self.exact[self.rates[0]], self.exact[self.rates[-1]]
+        beyond = [low * self.ratio**-step for step in range(1, _steps(near, low, self.ratio) + 1)]
+        beyond += [high * self.ratio**step for step in range(1, _steps(high, near, self.ratio) + 1)]
+        known = sorted({*self.rates, *self._named(beyond)}, key=lambda rate: abs(math.log(rate / near)))
+        close = [rate for rate in known if abs(math.log(rate / near)) <= math.log(NEAR) + _SAME]
+        return sorted(close if len(close) >= FEW else known[:FEW])
+
     def _try(self, rates: Sequence[float]) -> list[float]:
         wanted = self._named(rates)
         fresh = sorted(rate for rate in wanted if all(abs(rate / other - 1) > _SAME for other in self.tried))
@@ -144,6 +168,11 @@ class Grid(Search):
         for rate in rates:
             self.exact.setdefault(rounded(rate), rate)
         return {rounded(rate) for rate in rates}
+
+
+def _steps(low: float, high: float, ratio: float) -> int:
+    """Steps of a grid from one rate to another, 0 where that is no way up."""
+    return max(0, round(math.log(high / low) / math.log(ratio)))
 
 
 class Racing(Search):
@@ -166,11 +195,11 @@ class Racing(Search):
         """As `Search.propose`."""
         seeds = tuple(study.seeds)
         if len(seeds) == 1:
-            return super().propose(study)
+            return _proposal([(rate, seeds[0]) for rate in self.next_rates(study)], seeds, FIRST)
         first = replace(study, seeds=seeds[:1])
         fresh = self.grid.outward(first) or self.grid.outward(study)
         if fresh:
-            return _proposal([(rate, seeds[0]) for rate in fresh], seeds[:1])
+            return _proposal([(rate, seeds[0]) for rate in fresh], seeds[:1], REACH)
         begun = any(self._whole(study, rate) for rate in self.grid.tried)
         runs = [run for split in study.targets for run in self._contenders(study, first, split)]
         if not begun and not runs:
@@ -178,7 +207,7 @@ class Racing(Search):
         beside = [] if begun and runs else self.grid.halfway(study if begun else first)
         if not begun:
             self.grid.refined.clear()  # the medians may ask for other rates than the first seed
-        proposal = _proposal(runs + [(rate, seed) for rate in beside for seed in seeds], seeds)
+        proposal = _proposal(runs + [(rate, seed) for rate in beside for seed in seeds], seeds, SURE)
         if proposal == self.last:
             return None  # nothing of it was left to run
         self.last = proposal

@@ -27,6 +27,7 @@ _STATUS: dict[str | None, PointStatus] = {
 }
 _CODES = {"not_reached": math.inf, "diverged": DIVERGED, "not_run": math.nan}  # as the fit has them
 _HARDER = {False: "lower", True: "higher"}  # to reach, of a figure of which higher is better
+Ran = Mapping[float, Sequence[float]]  # by rate: the steps that each seed's trial ran, nan where it was not made
 FEW_STEPS = 4  # a target met within so few steps says more of the first evaluations than of the batch size
 
 
@@ -79,6 +80,12 @@ def _failure(statuses: Sequence[PointStatus]) -> PointStatus:
     return "diverged" if statuses and 2 * statuses.count("diverged") >= len(statuses) else "not_reached"
 
 
+def steps_of(outcomes: Sequence[Outcome], seeds: Sequence[int]) -> Ran:
+    """The steps that the trials of a batch size ran."""
+    ran = {(outcome.trial.lr, outcome.trial.seed): float(outcome.steps) for outcome in outcomes}
+    return {lr: [ran.get((lr, seed), math.nan) for seed in seeds] for lr, _ in ran}
+
+
 def curve(
     rule: str,
     split: Split,
@@ -89,17 +96,20 @@ def curve(
     notes: Sequence[Note] = (),
     rates: str | None = None,
     higher: bool = False,
+    ran: Mapping[int, Ran] | None = None,
 ) -> Curve:
     """The points of one rule and split with their fit.
 
     Args:
         rule, split, target: what the curve is of.
         points: of the batch sizes that were run, ascending.
-        caps: steps after which a trial was given up, by batch size.
+        caps: steps up to which reaching counts, by batch size.
         noise: the gradient noise scale, for the ratio to it.
         notes: on batch sizes that have no point.
         rates: "higher" or "lower", where such may reach a target that none has.
         higher: of a metric, whether that is better.
+        ran: by batch size, how far its trials ran: one of a rate that was behind was given up sooner, and is censored
+            there. None: to `caps`.
     """
     found = [*notes, *_remarks(rule, points, caps, rates, higher)]
     bare = Curve(rule, split, tuple(points), None, None, None, None, target, higher=higher, notes=tuple(found))
@@ -110,14 +120,15 @@ def curve(
     if any(p.steps == 0 for p in points):
         text = f"the target {target:g} is met before the first step. Give a {_HARDER[higher]} one"
         return dataclasses.replace(bare, cap=cap, notes=(*found, Note("critical_batch", text)))
-    table, grid = _table(points)
+    table, grid, ends = _table(points, ran or {})
     batches = [p.batch for p in points]
-    ceilings = [max(caps[p.batch], *_reached(p), 1.0) for p in points]
+    ceilings = np.array([max(caps[p.batch], *_reached(p), 1.0) for p in points])
+    ends = np.fmin(ends, ceilings[:, None])  # past it, reaching does not count
     try:
         if len(grid) == 1:
-            fit = fit_steps(batches, table[0], cap=ceilings)
+            fit = fit_steps(batches, table[0], cap=ends)
         else:
-            fit = fit_steps(batches, table, cap=ceilings, rates=grid)
+            fit = fit_steps(batches, table, cap=ends, rates=grid)
     except UsageError as error:
         return dataclasses.replace(bare, cap=cap, notes=(*found, Note("critical_batch", str(error))))
     # What the remarks have said already, with its remedy, need not be said again by the fit.
@@ -191,19 +202,23 @@ def _reached(p: ConvergencePoint) -> list[float]:
     return [steps for rate in p.rates for steps in rate.steps if steps is not None] or [1.0]
 
 
-def _table(points: Sequence[ConvergencePoint]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [rates, batches, seeds] and rates [rates, batches], nan where a batch has fewer rates, or a rate was not
-    run with a seed."""
+def _table(points: Sequence[ConvergencePoint], ran: Mapping[int, Ran]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps [rates, batches, seeds], rates [rates, batches] and the steps that were run [rates, batches, seeds].
+
+    All are nan where a batch has fewer rates, or a rate was not run with a seed.
+    """
     most = max(len(p.rates) for p in points)
     seeds = max((len(rate.steps) for p in points for rate in p.rates), default=0)
     steps, rates = np.full((most, len(points), seeds), np.nan), np.full((most, len(points)), np.nan)
+    ends = np.full_like(steps, np.nan)
     for j, p in enumerate(points):
         # Whole rates first: where none reaches, the fit takes the first one, and must find all seeds in it.
         for i, rate in enumerate(sorted(p.rates, key=lambda rate: rate.statuses.count("not_run"))):
             rates[i, j] = rate.learning_rate
+            ends[i, j, : len(rate.steps)] = ran.get(p.batch, {}).get(rate.learning_rate, math.inf)
             for k, (value, status) in enumerate(zip(rate.steps, rate.statuses, strict=True)):
                 steps[i, j, k] = value if value is not None else _CODES[status]
-    return steps, rates
+    return steps, rates, ends
 
 
 def _remarks(

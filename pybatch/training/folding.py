@@ -11,6 +11,8 @@ Attention: torch has no rule to `vmap` its CPU kernel, and runs replicas one by 
 torch's rule has them join it too, but its kernels take only so large a batch, which a stack exceeds: here it is parted.
 In torch's `multi_head_attention_forward` a mode does not see it: there it is made of products on a CPU, which have a
 rule, and left to torch on a GPU.
+
+LSTMs: see `recurrent.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from pybatch.training.recurrent import Recurrent, recurrent
 
 # Blocks along the second and third dimension of a CUDA grid, where torch's attention kernels have batch and heads.
 GRID = 2**16 - 1
@@ -41,7 +45,7 @@ class Folding(TorchFunctionMode):
     see the same images as without it, in another order of memory. `used` tells whether there was one.
 
     Args:
-        images: whether to fold them; attention is always.
+        images: whether to fold them; attention and LSTMs are always.
     """
 
     def __init__(self, images: bool = True) -> None:
@@ -60,6 +64,8 @@ class Folding(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func is functional.embedding:
             return _embedding(*args, **kwargs)
+        if func is torch.lstm and (run := recurrent(*args, **kwargs)) is not None:
+            return Recurrent.apply(*run)  # type: ignore[no-untyped-call]
         if self.images and args and _is(args[0], 4, ("cpu",)):
             if (fold := _FOLDS.get(func)) is not None:
                 self.used = True

@@ -20,7 +20,7 @@ from pybatch.training.trajectory import Crossing, Trajectory
 
 DIVERGED = 3.0  # times the initial loss, once warm-up and GRACE steps are over
 GRACE = 16  # steps: a run at a high rate may overshoot at once and then settle
-SLACK = 1.5  # times the best rate's median steps, after which the other rates of a search are given up
+SLACK = 1.5  # times the best rate's median steps, after which its own late seeds are given up, and every other rate
 FACTOR = 4.0  # times the steps at the base batch, after which a rule is taken to have failed
 
 End = Literal["met", "capped", "diverged"]
@@ -119,14 +119,16 @@ def middle(values: Iterable[float]) -> float:
 class Study:
     """Trials of one batch size that are compared: when each of them reached each target.
 
-    A rate that takes SLACK times the best one's steps cannot be the best. `cap` bounds every trial. Without `search`
-    there is nothing to compare with, and the cap alone ends a trial.
+    A rate that takes SLACK times the best one's steps cannot be the best, nor one that takes `margin` times them where
+    less is beyond noise: it is given up then, and counts as one that takes longer. `cap` bounds every trial. Without
+    `search` there is nothing to compare with, and the cap alone ends a trial.
     """
 
     targets: dict[str, float]
     seeds: Sequence[int]
     cap: int
     search: bool = True
+    margin: float = SLACK  # times the best rate's median steps, after which the others are given up
     # split -> rate -> seed -> the crossing
     found: dict[str, dict[float, dict[int, Crossing]]] = field(default_factory=dict)
     ended: dict[tuple[float, int], Outcome] = field(default_factory=dict)  # (rate, seed) -> what came of the trial
@@ -149,12 +151,13 @@ class Study:
         for rates in self.found.values():
             rates.get(lr, {}).pop(seed, None)
 
-    def limit(self, split: str) -> float:
-        """Steps after which a trial of this study is given up for this split's target."""
+    def limit(self, split: str, lr: float | None = None) -> float:
+        """Steps up to which a crossing counts for this split's target; those after which a trial of rate `lr` ends."""
         if not self.search:
             return float(self.cap)
-        best = min((self._upper(split, lr) for lr in self.found.get(split, {})), default=math.inf)
-        return min(float(self.cap), max(SLACK * best, best + 1))
+        best = min((self._upper(split, rate) for rate in self.found.get(split, {})), default=math.inf)
+        behind = lr is not None and self._upper(split, lr) > best
+        return min(float(self.cap), self.margin * best if behind else max(SLACK * best, best + 1))
 
     def _upper(self, split: str, lr: float) -> float:
         """The upper middle of a rate's steps: one of two seeds must not cut the other one off."""
@@ -162,9 +165,9 @@ class Study:
         steps = sorted(crossings[seed].steps if seed in crossings else math.inf for seed in self.seeds)
         return steps[len(steps) // 2]
 
-    def limits(self) -> dict[str, float]:
+    def limits(self, lr: float | None = None) -> dict[str, float]:
         """The limit of each target's split."""
-        return {split: self.limit(split) for split in self.targets}
+        return {split: self.limit(split, lr) for split in self.targets}
 
     def median(self, split: str, lr: float) -> float:
         """Median steps of a rate over the seeds, infinite where fewer than half have reached the target."""
@@ -185,7 +188,9 @@ class Study:
 
     def over(self, lr: float, seed: int, step: int) -> bool:
         """Whether a trial at this step has nothing left to show."""
-        return all(step >= self.limit(split) or seed in self.found.get(split, {}).get(lr, {}) for split in self.targets)
+        return all(
+            seed in self.found.get(split, {}).get(lr, {}) or step >= self.limit(split, lr) for split in self.targets
+        )
 
     def met(self, lr: float, seed: int) -> bool:
         """Whether a trial has reached every target."""
@@ -201,12 +206,13 @@ class Task:
     seeds: tuple[int, ...]  # of the whole study
     cap: int
     search: bool = True
+    margin: float = SLACK  # see `Study`
     known: tuple[Outcome, ...] = ()  # of the same study, from earlier
     metrics: bool = False  # whether the workload's metrics are taken: all of them, as some target names one
 
     def study(self) -> Study:
         """The study as it stands before this task runs."""
-        study = Study(dict(self.targets), self.seeds, self.cap, self.search)
+        study = Study(dict(self.targets), self.seeds, self.cap, self.search, self.margin)
         for outcome in self.known:
             study.take(outcome)
         return study

@@ -32,6 +32,7 @@ class Workload(ABC):
             `optimizer` is given, its own rate counts.
         steps: of a whole training at the reference batch, for which `schedule` is made outside a sweep.
         examples: size of the training set, or None where it is unlimited or unknown.
+        swept_by: name of the optimizer that sweeps train with where none is asked for and `optimizer` gives none.
         evaluation_examples: size of the fixed batch of each split on which sweeps and branches take losses, often. Give
             as many as make its loss known within some 2 %: 512 digits, or 64 sequences of 64 tokens.
         weight_unit: what `example_weights` counts.
@@ -52,6 +53,7 @@ class Workload(ABC):
     reference_batch: int = 32
     steps: int = 5000
     examples: int | None = None
+    swept_by: str = "sgd"
     evaluation_examples: int = 512
     weight_unit: str = "tokens"
     model_name: str | None = None

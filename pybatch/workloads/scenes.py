@@ -42,6 +42,7 @@ class Scenes(Workload):
     dials: ClassVar[dict[str, str]] = {
         "classes": "digits told apart, 2 to 10 (4)",
         "clutter": "digits in a scene (4)",
+        "extent": "width of the largest digits, as a share of the side; the smallest have half of it (0.5)",
         "noise": "standard deviation of the pixel noise, full ink being 1 (0.1)",
         "resolution": "pixels a side, a multiple of 4 from 16 on (32); of 2 to the power (levels - 1) for a deep U-Net",
         "scenes": "training scenes; 0: composed anew for each batch (4096)",
@@ -60,6 +61,7 @@ class Scenes(Workload):
         *,
         classes: int = 4,
         clutter: int = 4,
+        extent: float = 0.5,
         noise: float = 0.1,
         resolution: int = _SIDE,
         scenes: int = 4096,
@@ -69,6 +71,7 @@ class Scenes(Workload):
         self.model_name = chosen_model(self.name, model, self.models)
         check_dial(self.name, "classes", classes, 2, 10, "2 to 10")
         check_dial(self.name, "clutter", clutter, 1, 1000, "1 to 1000")
+        check_dial(self.name, "extent", extent, 1e-3, 1.0, "a share above 0, at most 1")
         check_dial(self.name, "noise", noise, 0.0, 100.0, "0 or more")
         check_dial(self.name, "levels", levels, 2, 8, "2 to 8")
         step = max(4, 2 ** (levels - 1))
@@ -78,11 +81,11 @@ class Scenes(Workload):
         check_dial(self.name, "resolution", resolution, whole, whole, wanted)
         check_dial(self.name, "scenes", scenes, 0, 10_000_000, "0 to 10000000")
         check_dial(self.name, "width", width, 4, 4096, "a whole number from 4 to 4096")
-        self.classes, self.clutter, self.noise, self.side = classes, clutter, noise, resolution
+        self.classes, self.clutter, self.extent, self.noise, self.side = classes, clutter, extent, noise, resolution
         self.width, self.levels = width, levels
         self.examples = scenes or None
-        self.options = {"classes": classes, "clutter": clutter, "noise": noise, "resolution": resolution,
-                        "scenes": scenes, "width": width, "levels": levels}  # fmt: skip
+        self.options = {"classes": classes, "clutter": clutter, "extent": extent, "noise": noise,
+                        "resolution": resolution, "scenes": scenes, "width": width, "levels": levels}  # fmt: skip
 
     def model(self) -> nn.Module:
         """A fresh model: [n, 1, side, side] to logits [n, classes + 1, side, side], ground first."""
@@ -93,7 +96,7 @@ class Scenes(Workload):
         if split == "train" and self.examples is None:
             return self.compose(n, generator, split)
         count = self.examples if split == "train" and self.examples else _TEST
-        kept = _composed(self.classes, self.clutter, self.noise, self.side, count, split)
+        kept = _composed(self.classes, self.clutter, self.extent, self.noise, self.side, count, split)
         chosen = torch.randint(len(kept.labels), (n,), generator=generator)
         return kept.pixels[chosen], kept.labels[chosen].long()
 
@@ -104,20 +107,27 @@ class Scenes(Workload):
 
     def compose(self, n: int, generator: torch.Generator, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
         """n new scenes: pixels [n, 1, side, side] and classes [n, side, side]."""
-        return _compose(n, generator, split, self.classes, self.clutter, self.noise, self.side)
+        return _compose(n, generator, split, self.classes, self.clutter, self.extent, self.noise, self.side)
 
 
 @lru_cache(4)  # of the process, not of the workload: this may be sent to other processes
-def _composed(classes: int, clutter: int, noise: float, side: int, count: int, split: Split) -> Images:
+def _composed(classes: int, clutter: int, extent: float, noise: float, side: int, count: int, split: Split) -> Images:
     """The scenes of a split, from its fixed seed, in parts so that memory stays small."""
     fixed = torch.Generator().manual_seed(_SEEDS[split])
     sizes = [min(_CHUNK, count - done) for done in range(0, count, _CHUNK)]
-    parts = [_compose(size, fixed, split, classes, clutter, noise, side) for size in sizes]
+    parts = [_compose(size, fixed, split, classes, clutter, extent, noise, side) for size in sizes]
     return Images(torch.cat([p for p, _ in parts]), torch.cat([labels.to(torch.uint8) for _, labels in parts]))
 
 
 def _compose(
-    n: int, generator: torch.Generator, split: Split, classes: int, clutter: int, noise: float, side: int
+    n: int,
+    generator: torch.Generator,
+    split: Split,
+    classes: int,
+    clutter: int,
+    extent: float,
+    noise: float,
+    side: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     ink = digits.load()[split]
     known = ink.labels < classes
@@ -132,7 +142,7 @@ def _compose(
     along = torch.arange(side, dtype=torch.float32) + 0.5
     for _ in range(clutter):
         which = torch.randint(len(names), (n,), generator=generator)
-        scale = uniform(0.25, 0.5) * side  # pixels a digit is wide
+        scale = uniform(extent / 2, extent) * side  # pixels a digit is wide
         corner = uniform(0.0, 1.0, 2) * (side - scale)[:, None]
         brightness = uniform(0.6, 1.2)
         # Where each pixel of the scene lies in the digit's own square, -1..1; outside, there is no ink.

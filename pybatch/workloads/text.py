@@ -19,31 +19,33 @@ from pybatch.workloads.base import Split, Workload, check_dial, chosen_model, re
 _BYTES = 256
 _GPT2_VOCABULARY = 50_304  # GPT-2's 50 257 tokens, padded to a multiple of 64: an odd width halves a GPU's matrix rate
 # Width, layers and heads. "base" has the shape of GPT-2's smallest (Radford et al. 2019), 124M with its vocabulary.
-TRANSFORMERS = {"tiny": (64, 2, 4), "small": (384, 6, 6), "base": (768, 12, 12)}
-LSTMS = {"tiny": (64, 2), "small": (512, 2), "base": (1536, 3)}  # width, layers
+TRANSFORMERS = {"tiny": (32, 1, 4), "small": (384, 6, 6), "base": (768, 12, 12)}
+LSTMS = {"tiny": (32, 1), "small": (512, 2), "base": (1536, 3)}  # width, layers
 _LEAST = 100  # sequences; the test tenth must hold some
 
 
 @register
 class Text(Workload):
-    """Predict the next byte. One example is a sequence of 64 predictions from a random place of the text.
+    """Predict the next byte. One example is a sequence of 16 predictions from a random place of the text.
 
     Text: the language reference in CPython's `pydoc_data.topics` (about 0.5 MB), or, where a distribution strips it,
     the standard library's docstrings; or any UTF-8 file (`data`). The first nine tenths train, the last tests.
-    Models: "transformer" (2 layers of width 64, 4 heads; the default) and "lstm" (2 layers of width 64), or larger.
+    Models: "transformer" (a layer of width 32, 4 heads; the default) and "lstm" (a layer of width 32), or larger. As
+    they ship, AdamW takes both to the target in some hundreds of steps at batch 8, and in a fifth of them at batch 128.
     --size base is GPT-2 124M: its 12 layers, 1024 positions and vocabulary, of which bytes use the first 256 tokens.
     """
 
     name = "text"
     unit = "sequences"
     weight_unit = "bytes"
-    target: dict[str, float] = {"train": 2.0, "test": 2.1}  # noqa: RUF012
+    target: dict[str, float] = {"train": 2.45, "test": 2.6}  # noqa: RUF012
     learning_rate = 3e-3
     reference_batch = 32
+    swept_by = "adamw"
     models: ClassVar[tuple[str, ...]] = ("transformer", "lstm")
     dials: ClassVar[dict[str, str]] = {
         "size": "of the model: tiny, small, base (tiny); base has the shape of GPT-2's smallest",
-        "length": "bytes predicted per sequence (64)",
+        "length": "bytes predicted per sequence (16)",
         "vocabulary": "rows of the embedding (256); more than 256 are shared with the read-out, as in GPT-2",
         "subset": "share of the training text used, above 0 to 1 (1)",
     }
@@ -58,7 +60,7 @@ class Text(Workload):
         data: str | None = None,
         *,
         size: str = "tiny",
-        length: int = 64,
+        length: int = 16,
         vocabulary: int = _BYTES,
         subset: float = 1.0,
     ) -> None:
@@ -81,7 +83,7 @@ class Text(Workload):
                     f"need ten times as many. Give more text, or a smaller length."
                 )
         self.examples = len(train) // length
-        self.evaluation_examples = max(8, 4096 // length)  # a loss per byte then is known within 2 %
+        self.evaluation_examples = max(8, 2048 // length)  # a loss per byte then is known within 3 %
         self.options = {"size": size, "length": length, "vocabulary": vocabulary, "subset": subset}
 
     def model(self) -> nn.Module:

@@ -18,7 +18,7 @@ class TextFile(Text):
         model: str | None = None,
         *,
         size: str = "tiny",
-        length: int = 64,
+        length: int = 16,
         vocabulary: int = 256,
         subset: float = 1.0,
     ) -> None:

@@ -9,7 +9,7 @@ import pytest
 from pybatch.fits.steps import fit_steps
 from pybatch.scaling import Scaled
 from pybatch.sweep.search import EXTENSIONS, SURE, Grid, Racing, best_rate, nearest_rate
-from pybatch.sweep.summary import beyond, curve, nearest, point
+from pybatch.sweep.summary import beyond, curve, nearest, point, steps_of
 from pybatch.training.trajectory import Trajectory
 from pybatch.training.trial import Outcome, Study, Trial
 
@@ -46,12 +46,12 @@ def play(search, planted, batch, seeds=SEEDS, cap=CAP):
         if proposal is None:
             return study, list(outcomes.values()), proposals
         proposals.append(proposal)
-        running = Study({"train": 0.1}, proposal.seeds, cap)
+        running = Study({"train": 0.1}, proposal.seeds, cap, margin=proposal.margin)
         for each in outcomes.values():
             running.take(each)
         for lr, seed in sorted(proposal.runs, key=lambda run: planted(*run)):
             steps = planted(lr, seed)
-            ended = outcome(batch, lr, seed, steps, math.ceil(running.limit("train")))
+            ended = outcome(batch, lr, seed, steps, math.ceil(running.limit("train", lr)))
             running.take(ended)
             outcomes[lr, seed] = ended
 
@@ -175,6 +175,69 @@ def test_one_seed_races_as_the_grid():
     grid, others, _ = play(Grid(RATES), lambda lr, seed: bowl(lr), 8, (0,))
     assert {o.trial.lr for o in outcomes} == {o.trial.lr for o in others}
     assert study.limits() == grid.limits()
+
+
+def test_one_seeds_race_ends_with_whoever_is_first():
+    """All go in step: who has not reached by then is not the best, and need not be trained on."""
+    _, outcomes, _ = play(Racing(Grid(RATES)), lambda lr, seed: bowl(lr), 8, (0,))
+    assert {o.steps for o in outcomes} == {100}
+    _, outcomes, _ = play(Grid(RATES), lambda lr, seed: bowl(lr), 8, (0,))
+    assert max(o.steps for o in outcomes) == 150
+
+
+def test_of_several_seeds_the_best_rates_late_ones_are_waited_for_and_no_others():
+    def steps(lr, seed):
+        return bowl(lr) + (40 if seed == 2 else 0)
+
+    found, ended, _ = raced(steps)
+    assert (found.learning_rate, found.reached) == (0.5, 3)
+    assert ended[0.5, 2].steps == 140
+    assert ended[0.25, 2].steps == 120  # 100 is the least median
+
+
+def test_what_was_given_up_is_censored_where_it_was(monkeypatch):
+    seen = {}
+
+    def fit(batches, table, **options):
+        seen.update(options, steps=table)
+        return fit_steps(batches, table, **options)
+
+    monkeypatch.setattr("pybatch.sweep.summary.fit_steps", fit)
+    points, caps, ran = [], {}, {}
+    for batch in (8, 16, 32):
+        study, outcomes, _ = play(Racing(Grid(RATES)), lambda lr, seed: bowl(lr) + (40 if seed == 2 else 0), batch)
+        points.append(point(batch, "train", study, outcomes))
+        caps[batch], ran[batch] = study.limit("train"), steps_of(outcomes, SEEDS)
+    curve("tuned", "train", 0.1, points, caps, None, ran=ran)
+    cells = [(i, j, k) for i, j, k in np.argwhere(np.isinf(seen["steps"])) if seen["rates"][i, j] == 0.25]
+    assert {k for _, _, k in cells} == {1, 2}
+    assert {seen["cap"][cell] for cell in cells} == {120}  # 1.2 times the least median, and not 1.5 times it
+    late = [seen["cap"][i, j, k] for i, j, k in np.argwhere(seen["steps"] == 140) if seen["rates"][i, j] == 0.5]
+    assert min(late) >= 140
+
+
+@pytest.mark.parametrize("optimum", [0.5, 0.6, 3.0])
+@pytest.mark.parametrize("off", [2**-6, 0.2, 1.0, 3.0, 2**6])
+@pytest.mark.parametrize("seeds", [(0,), SEEDS])
+def test_a_race_begun_near_an_expected_rate_finds_the_grids_best(optimum, off, seeds):
+    def steps(lr, seed):
+        away = math.log(lr / optimum)
+        return math.nan if away > 2 else round(1000 * (1 + 0.5 * away**2))
+
+    _, whole, _ = play(Racing(Grid(RATES)), steps, 8, seeds)
+    study, some, proposals = play(Racing(Grid(RATES, optimum * off)), steps, 8, seeds)
+    best = [best_rate(study, "train", sorted({o.trial.lr for o in each})) for each in (whole, some)]
+    assert best[0] == best[1]
+    assert 3 <= len({rate for rate, _ in proposals[0].runs}) <= 5
+    if off == 1.0:
+        assert sum(o.steps for o in some) < (0.75 if len(seeds) == 1 else 0.9) * sum(o.steps for o in whole)
+
+
+def test_the_rates_tried_first_are_the_grids_own():
+    assert Grid(RATES, 0.6).rates == [0.25, 0.5, 1.0, 2.0]
+    assert Grid(RATES, 2.0**9).rates == [2.0**7, 2.0**8, 2.0**9]  # the grid goes on past its end
+    assert Grid([0.001, 0.1, 10.0], 1.0).rates == [0.001, 0.1, 10.0]
+    assert Grid([0.3], 5.0).rates == [0.3]  # of so few, all
 
 
 def test_two_targets_have_their_own_contenders():

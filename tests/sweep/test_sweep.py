@@ -146,7 +146,9 @@ def test_more_seeds_add_to_those_of_the_store(tmp_path, monkeypatch):
 
 
 def test_another_seed_repeats_the_experiment_independently():
-    first, again, other = measure(batches=[4, 32]), measure(batches=[4, 32], seed=0), measure(batches=[4, 32], seed=50)
+    # In a race rates that are behind are given up, and have no steps to compare.
+    seeds = {}, {"seed": 0}, {"seed": 50}
+    first, again, other = (measure(batches=[4, 32], search="grid", **seed) for seed in seeds)
     # Stacked or one by one, which the machine's speed decides, gives losses that differ in their last digits.
     assert [p.steps for p in again.curves[0].points] == pytest.approx(
         [p.steps for p in first.curves[0].points], rel=0.02

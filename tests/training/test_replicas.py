@@ -511,3 +511,42 @@ def test_a_stack_trains_in_the_form_whose_losses_were_compared(monkeypatch):
     monkeypatch.setattr(choosing, "_timed", timed)
     made, _ = choose(Points(), trials(), CPU)
     assert (made.folded, made.together) == (True, False)
+
+
+class Steep(Points):
+    """At a high rate a step leads hundreds of waves on, and what is off by a rounding grows ten thousandfold."""
+
+    def model(self):
+        return nn.Sequential(nn.Linear(8, 1))
+
+    def loss(self, model, batch):
+        x, _ = batch
+        return 1 + 1e-3 * (100 * model(x)).sin().mean()
+
+
+def test_rounding_that_grows_at_a_high_rate_refuses_no_stack(monkeypatch):
+    """Begun one rounding away the loop comes as far from itself; a fault of the same size is still seen elsewhere."""
+    some = trials((1e-3, 1e3), (0, 1))
+    real = choosing._timed
+
+    def taken(made, index):
+        losses, gradients, _ = real(made, index)
+        return losses, gradients, 0.0 if isinstance(made, Stack) else 1.0
+
+    def off(rate, by):
+        """A stack whose losses are off at one rate."""
+
+        def timed(made, index):
+            losses, gradients, seconds = taken(made, index)
+            if isinstance(made, Stack):
+                where = [by if t.lr == rate else 0.0 for t in made.trials]
+                losses = tuple([x + d for x, d in zip(own, where, strict=True)] for own in losses)
+            return losses, gradients, seconds
+
+        monkeypatch.setattr(choosing, "_timed", timed)
+        return choose(Steep(), some, CPU)
+
+    monkeypatch.setattr(choosing, "AGREE", 1e-6)
+    assert isinstance(off(1e3, 1e-5)[0], Stack)
+    assert "differ" in off(1e-3, 1e-5)[1]  # at a rate at which nothing grows it is a fault
+    assert "differ" in off(1e3, 0.1)[1]  # and so is what is more than it grows

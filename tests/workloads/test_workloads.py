@@ -85,14 +85,14 @@ def test_digits_split_is_fixed_disjoint_and_whole() -> None:
 
 def test_text_targets_are_the_following_bytes() -> None:
     inputs, following = find("text").batch(3, seeded())
-    assert inputs.shape == following.shape == (3, 64)
+    assert inputs.shape == following.shape == (3, 16)
     assert torch.equal(inputs[:, 1:], following[:, :-1])
     assert text.python_prose().decode()
 
 
 def test_the_transformer_does_not_look_ahead() -> None:
     torch.manual_seed(0)
-    model = find("text").model().eval()
+    model = find("text", options=["length=64"]).model().eval()
     inputs = torch.randint(256, (1, 64))
     changed = inputs.clone()
     changed[0, 40] += 1
@@ -106,7 +106,7 @@ def test_text_reads_a_users_file(tmp_path: Path) -> None:
     path.write_bytes(b"ab" * 5000)
     work = find("text", data=str(path))
     assert set(work.batch(4, seeded())[0].unique().tolist()) == {ord("a"), ord("b")}
-    assert work.examples == 9000 // 64
+    assert work.examples == 9000 // 16
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_number_of_evaluation_examples_that_is_none_names_value_and_remedy(cou
         fixed_batches(workload, CPU)
 
 
-@pytest.mark.parametrize(("name", "count"), [("digits", 512), ("scenes", 32), ("text", 64)])
+@pytest.mark.parametrize(("name", "count"), [("digits", 512), ("scenes", 32), ("text", 128)])
 def test_losses_are_taken_on_as_many_examples_as_the_workload_says(name: str, count: int) -> None:
     workload = find(name)
     train, test = fixed_batches(workload, CPU)
