@@ -61,13 +61,12 @@ def pytest_collection_modifyitems(items):
     """Slow is what the table says took long; the longest files come first, so that no core ends alone with one."""
     table, files = seconds.read(), {}
     for item in items:
-        file, function = seconds.place(item.nodeid)
+        file = item.location[0]
         unit = files.setdefault(TOGETHER.get(file, file), {})
-        if function in table.get(file, ()):
+        found = seconds.of(item, table)
+        if found:
             item.add_marker(pytest.mark.slow)
-            unit[file, function] = table[file][function]
-        else:
-            unit[item.nodeid] = seconds.OTHERS
+        unit |= found or {item.nodeid: seconds.OTHERS}
     if "PYTEST_XDIST_WORKER" in os.environ:
         whole = {file: sum(unit.values()) for file, unit in files.items()}
         items.sort(key=lambda item: -whole[TOGETHER.get(item.location[0], item.location[0])])
@@ -79,7 +78,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("--update-seconds") and not hasattr(config, "workerinput"):
+    if config.getoption("--update-seconds"):
         config.pluginmanager.register(seconds.Recorder())
 
 

@@ -1,12 +1,16 @@
 """What each test took: which are slow, and in what order files are run. Written by `pytest --update-seconds`."""
 
 import json
+import time
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 TABLE = Path(__file__).with_name("seconds.json")
-SLOW = 0.4  # seconds of all cases of a test function together
+SLOW = 0.5  # seconds of all cases of a test function together, or of a fixture that several tests share
 OTHERS = 0.02  # a case of what is not in the table
+SHARED = pytest.StashKey()  # fixtures set up for the test that is being set up: [file or folder, name, seconds]
 
 
 def place(nodeid):
@@ -16,21 +20,51 @@ def place(nodeid):
 
 
 def read():
-    """{file: {function: seconds}} of the functions that are slow."""
+    """{file or folder: {function or fixture: seconds}} of those that are slow."""
     return json.loads(TABLE.read_text())
 
 
+def of(item, table):
+    """{(file, name): seconds} of a test's function and of the fixtures it shares with others; empty of a fast test."""
+    asked = [(found[-1].baseid, name) for name, found in item._fixtureinfo.name2fixturedefs.items()]
+    return {key: table[key[0]][key[1]] for key in (place(item.nodeid), *asked) if key[1] in table.get(key[0], {})}
+
+
 class Recorder:
-    """Adds up set-up, call and teardown by function, over all workers."""
+    """Adds up by function and by shared fixture, over all workers."""
 
     def __init__(self):
         self.seconds = defaultdict(lambda: defaultdict(float))
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef, request):
+        begin = time.perf_counter()
+        try:
+            return (yield)
+        finally:
+            taken = time.perf_counter() - begin
+            if fixturedef.scope != "function" and taken >= SLOW:
+                request.session.stash.setdefault(SHARED, []).append([fixturedef.baseid, fixturedef.argname, taken])
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item):
+        try:
+            return (yield)
+        finally:
+            shared = item.session.stash.get(SHARED, [])
+            item.user_properties += [("shared", found) for found in shared]
+            item.session.stash[SHARED] = []
+
     def pytest_runtest_logreport(self, report):
         file, function = place(report.nodeid)
-        self.seconds[file][function] += report.duration
+        shared = [found for name, found in report.user_properties if name == "shared"] if report.when == "setup" else []
+        for base, name, taken in shared:
+            self.seconds[base][name] = max(taken, self.seconds[base][name])
+        self.seconds[file][function] += report.duration - sum(taken for *_, taken in shared)
 
     def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "workerinput"):
+            return
         table = read() if TABLE.exists() else {}
         table.update(self.seconds)  # files that did not run keep what they had
         root = TABLE.parents[1]

@@ -164,7 +164,10 @@ def mutated(rng, text):
     """A record with some places changed, as text."""
     tree = json.loads(text)
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
-        *above, last = rng.choice([path for path in places(tree) if path])
+        paths = [path for path in places(tree) if path]
+        if not paths:  # all was deleted
+            break
+        *above, last = rng.choice(paths)
         inner = tree
         for key in above:
             inner = inner[key]
