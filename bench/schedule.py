@@ -75,7 +75,7 @@ class Problem:
     parts: int = 1  # passes of a step whose noise is read; 1: that of its examples' own gradients
 
 
-SHORT = ("length=32",)  # of the texts
+SHORT = ("length=32", "width=64", "layers=2")  # of the texts
 PROBLEMS = {
     "digits-mlp": Problem("digits", "mlp", 0.03, (16, 32, 64, 128, 256, 512, 1024)),
     "digits-cnn": Problem("digits", "cnn", 0.03, (16, 32, 64, 128, 256)),

@@ -66,7 +66,8 @@ class Recorder:
         if hasattr(session.config, "workerinput"):
             return
         table = read() if TABLE.exists() else {}
-        table.update(self.seconds)  # files that did not run keep what they had
+        for file, functions in self.seconds.items():  # what did not run keeps what it had
+            table[file] = table.get(file, {}) | functions
         root = TABLE.parents[1]
         kept = {
             file: {name: round(taken, 1) for name, taken in sorted(functions.items()) if taken >= SLOW}

@@ -29,6 +29,7 @@ CELLS = 2000  # stretches of the run that batches are chosen for
 WORTH = 0.02  # share of the steps that a schedule saves at least, to be worth its switches
 SHORTEST = 0.02  # share of all steps: a shorter stage is not worth a switch
 RATES = ("constant", "linear", "sqrt")  # rules of `pybatch.scaling` that need a rate and nothing else
+_PAST = 1.25  # critical batches: a run's batch that is larger, on average, is said to be past it
 _WIDEST = 1024.0  # times the critical batch: what lies beyond is an open end
 _LOOKS = 60  # halvings in the search for the price of an example
 _FACTORS: dict[ScheduleSource, float] = {"noise": FACTORS["noise"], "branches": FACTORS["branch"], "law": 1.0}
@@ -278,7 +279,7 @@ def _words(found: Schedule, doubt: str) -> tuple[str, str]:
         verb = "Keep" if only.batch == found.base_batch else "Use"
         other = f", and batch {n.count(found.base_batch)} {n.count(found.base_steps)}" if verb == "Use" else ""
         past = ""
-        if found.base_cost > 1.0:
+        if found.base_cost > _PAST:
             own, mean = n.count(found.base_batch), n.batch_size(found.base_batch / found.base_cost)
             past = f"batch {own} is above the critical batch along the run, {mean} on average, and "
         return (

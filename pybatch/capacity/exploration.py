@@ -268,7 +268,7 @@ def explore_doubling(
             return ended if doublings == 1 else ended + _between(explorer, n, late)
         look = explorer.look(n)
         if look.status in ("oom", "predicted_oom"):
-            return f"batch {n} does not fit in memory"
+            return f"batch {n} does not fit in memory{_between(explorer, n, late) if doublings > 1 else ''}"
         if look.step_s is not None:
             if n / look.step_s <= best * gain:
                 look = explorer.look_again(n)

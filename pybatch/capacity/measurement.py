@@ -38,6 +38,7 @@ _EXPLORE = 0.30
 _EXPLORE_GIVEN = 0.60  # batches that were asked for, and the fewest a fit needs, come before precision
 _BURSTS = _WARM_UP = 0.08  # each, of the time for timing
 _INPUT = 0.12  # of the time budget, for a workload that brings a loader
+_LOST = 0.01  # of the steps: from so many left out on it is said
 _STEP = 1 / 60  # of the time budget; a step that takes more of it leaves no room for ten at every batch size
 _NOT_ASKED = Note("capacity.max_batch", "not asked for")
 _NONE_RAN = Note("capacity.max_batch", "no batch size ran, so that nothing is known of memory")
@@ -99,8 +100,9 @@ def measure_capacity(
     place, mode = resolve(device), Mode(compile, graph)
     mode.check(place, dtype)
     with short_collections(), threads_left(place) as fewer:
-        clock = clock_for(place)
-        run = _Measurement(workload, place, dtype, batches, time_budget, seed, clock, progress, on_point, mode)
+        run = _Measurement(
+            workload, place, dtype, batches, time_budget, seed, clock_for(place), progress, on_point, mode
+        )
         run.on_partial, run.coarse = on_partial, coarse
         if earlier is not None:
             run.take_over(earlier)
@@ -221,7 +223,8 @@ class _Measurement:
             ended = explore_doubling(self.explorer, self._until(share), limit, last, at_a_go, self.runs)
             self.found.notes.append(Note("batches", f"{'quadrupled' if at_a_go > 1 else 'doubled'} from 1 on; {ended}"))
             if (run := len(self.explorer.working)) < FITTABLE:
-                few = f"{counted(run, 'batch size')} of the {FITTABLE} that a fit needs: {ended}. Raise the time budget"
+                few = f"{counted(run, 'batch size')} of the {FITTABLE} that a fit needs: {ended}"
+                few += ". Take a smaller model" if "fit in memory" in ended else ". Raise the time budget"
                 line_of(self.progress)(few)
         else:
             explore_given(self.explorer, self.batches, self._until(_EXPLORE_GIVEN), limit)
@@ -264,6 +267,8 @@ class _Measurement:
         timed.clear()
         if self.device.type == "cpu":
             found.disturbed += disturbance.told()
+            if self.clock.left_out > _LOST:
+                found.disturbed += (f"{self.clock.left_out:.0%} of the steps lost their core and were left out",)
         if control is not None:
             self._compare(rounds.series.pop(control))
         for series in rounds.series.values():

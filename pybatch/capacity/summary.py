@@ -161,7 +161,7 @@ def summarize(
             notes.append(Note("capacity.model", text))
     disturbed = (*disturbed, *_unsteady(timed, drift))
     if disturbed:
-        text = f"{'; '.join(disturbed)}: times are of a disturbed machine, of steps that kept their core if any did"
+        text = f"{'; '.join(disturbed)}: times are those of a disturbed machine"
         notes.append(Note("batches.step_ms", text))
     points = with_input_bounds(with_bounds(points, place, fit), pipeline)
     if any(p.status == "ok" and p.bound_by is None for p in points):

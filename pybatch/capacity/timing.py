@@ -29,6 +29,7 @@ class Series:
     batch: int
     guess_s: float  # step time expected, to plan the next visit
     seconds: list[float] = field(default_factory=list)
+    spent_s: float = 0.0  # with steps that were left out
     errors: list[float] = field(default_factory=list)  # relative error of the median after each visit
     readings: list[Reading] = field(default_factory=list)
     host_bound: float | None = None
@@ -156,11 +157,13 @@ class Rounds:
         chunk = max(_LEAST_STEPS, math.ceil(_CHUNK_S / max(series.guess_s, 1e-6)))
         end = min(deadline, self.clock.now() + 2 * max(_QUANTUM_S, _LEAST_STEPS * series.guess_s))
         seconds: list[float] = []
+        began = self.clock.now()
         self.region.start()
         while len(seconds) < count and (not seconds or self.clock.now() < end):
             seconds += self.clock.undisturbed(self.work, min(chunk, count - len(seconds)))
             self.region.look()
         series.readings.append(self.region.stop())
+        series.spent_s += self.clock.now() - began
         self.check()
         first = not series.seconds
         series.seconds += seconds
@@ -171,7 +174,7 @@ class Rounds:
         if series.host_bound is None:
             series.host_bound = self.clock.host_bound(self.work, series.guess_s)
         series.errors.append(series.median.relative_error)
-        series.stopped = self.rule.met(len(series.seconds), sum(series.seconds), series.errors)
+        series.stopped = self.rule.met(len(series.seconds), series.spent_s, series.errors)
 
 
 def unfinished(series: Sequence[Series]) -> list[int]:

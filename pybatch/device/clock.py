@@ -19,6 +19,7 @@ class Clock(ABC):
     """Times calls of a piece of work. It knows nothing of when to stop: that is `capacity.stopping`."""
 
     host_bound_reason: str | None = None  # why `host_bound` gives no figure
+    left_out: float = 0.0  # share of the calls that `undisturbed` has left out
 
     @abstractmethod
     def time(self, work: Work, count: int) -> list[float]:
@@ -51,6 +52,12 @@ class WallClock(Clock):
 
     def __init__(self) -> None:
         self._disturbed = False  # when it last looked
+        self._calls = self._left = 0
+
+    @property
+    def left_out(self) -> float:  # type: ignore[override]
+        """Share of the calls of `undisturbed` that lost their core and were left out."""
+        return self._left / max(self._calls, 1)
 
     def time(self, work: Work, count: int) -> list[float]:
         """Seconds of each of `count` successive calls."""
@@ -61,29 +68,36 @@ class WallClock(Clock):
         return [after - before for before, after in itertools.pairwise(marks)]
 
     def undisturbed(self, work: Work, count: int) -> list[float]:
-        """As `time`, of calls during which no thread of this process waited for a core, or of the shortest one.
+        """As `time`, of calls during which no thread of this process waited for a core; of all where none was such.
 
         A call of a millisecond that loses its core takes ten. Waits are read around each call only while there are
         any: that takes longer than a short call, outside of what is timed.
         """
+        self._calls += count
         if not self._disturbed:
             before = waited_s()
             seconds = self.time(work, count)
             after = waited_s()
-            if before is None or after is None or after - before <= WAITED * sum(seconds):
+            if before is None or after is None or _kept_core(sum(seconds), after - before):
                 return seconds
-            self._disturbed = True
-            return [min(seconds)]
         calls = [self._with_wait(work) for _ in range(count)]
-        alone = [seconds for seconds, waited in calls if waited <= WAITED * seconds]
+        alone = [seconds for seconds, waited in calls if _kept_core(seconds, waited)]
         self._disturbed = len(alone) < count
-        return alone or [min(seconds for seconds, _ in calls)]
+        if not alone:
+            return [seconds for seconds, _ in calls]
+        self._left += count - len(alone)
+        return alone
 
     def _with_wait(self, work: Work) -> tuple[float, float]:
         """Seconds of a call, and those that threads of this process waited for a core meanwhile."""
         before = waited_s() or 0.0
         (seconds,) = self.time(work, 1)
         return seconds, (waited_s() or 0.0) - before
+
+
+def _kept_core(seconds: float, waited: float) -> bool:
+    """Whether a thread waited for a core for no more than a small share of so many seconds, on average."""
+    return waited <= WAITED * seconds * torch.get_num_threads()
 
 
 class EventClock(Clock):

@@ -22,7 +22,7 @@ from pybatch.device.identity import usable_cores
 # hypervisor, and of the time that this process wanted to run and waited.
 OTHERS, STOLEN, WAITED = 0.1, 0.02, 0.05
 _TASKS = Path("/proc/self/task")
-_LOOK_S = 0.2  # at rest, to see what others do; the counters count hundredths
+_LOOK_S, _LOOKS = 0.25, 2  # at rest, to see what others do; the counters count hundredths
 _looked: ContextVar[str | None] = ContextVar("looked", default=None)  # what the context around this one did, or ""
 
 
@@ -78,32 +78,57 @@ def waited_s() -> float | None:
 
 
 @contextmanager
-def threads_left(device: torch.device) -> Iterator[str | None]:
+def threads_left(device: torch.device, earlier: int | None = None) -> Iterator[str | None]:
     """In this context torch takes no more threads than other processes leave cores; gives what was done, or None.
 
     Threads that the user has asked for by OMP_NUM_THREADS stay. Contexts within one another look at others once.
+
+    Args:
+        device: nothing is done where it is no CPU.
+        earlier: threads of a run that goes on, which are taken without a look.
     """
     if _looked.get() is not None:
         yield _looked.get() or None
         return
-    before, cores = torch.get_num_threads(), usable_cores()
-    others = 0.0
+    before, left, said = torch.get_num_threads(), torch.get_num_threads(), ""
     if device.type == "cpu" and before > 1 and "OMP_NUM_THREADS" not in os.environ:
-        seen = Disturbance()
-        time.sleep(_LOOK_S)
-        others = seen.figures()[0] or 0.0
-    left = min(before, max(1, cores - round(others)))
-    said = ""
-    if left < before:
-        said = f"other processes kept {others:.1f} of {cores} cores busy, so that {left} of {before} threads were used"
-        torch.set_num_threads(left)
+        if earlier is not None:
+            left = min(earlier, before)
+            said = f"{left} of {before} threads were used, as in the run that goes on" if left < before else ""
+        elif (others := _busy()) is not None and round(others) > 0:
+            cores = usable_cores()
+            left = min(before, max(1, cores - round(others)))
+            said = f"other processes kept {others:.1f} of {cores} cores busy"
+            said = f"{said}, so that {left} of {before} threads were used" if left < before else ""
+    torch.set_num_threads(left)
     token = _looked.set(said)
     try:
         yield said or None
     finally:
         _looked.reset(token)
-        if left < before:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
+
+
+def _busy() -> float | None:
+    """Cores that others keep busy, the lesser of two looks: a passing one must not count; None where it can't be read.
+
+    Processes that are nice would yield them.
+    """
+    found = []
+    for _ in range(_LOOKS):
+        if usable_cores() != psutil.cpu_count():
+            return None
+        seen, nice = Disturbance(), getattr(psutil.cpu_times(), "nice", 0.0)
+        began = time.perf_counter()
+        time.sleep(_LOOK_S)
+        others = seen.figures()[0]
+        if others is None:
+            return None
+        yielding = (getattr(psutil.cpu_times(), "nice", 0.0) - nice) / max(time.perf_counter() - began, 1e-9)
+        found.append(max(0.0, others - yielding))
+        if round(found[-1]) == 0:
+            break
+    return min(found)
 
 
 def _scheduled() -> tuple[float, float]:
@@ -111,8 +136,8 @@ def _scheduled() -> tuple[float, float]:
     ran = waited = 0.0
     for task in _TASKS.glob("*/schedstat"):
         try:
-            running, waiting, _ = task.read_text().split()
+            running, waiting, _ = map(int, task.read_text().split())
         except (OSError, ValueError):  # the thread has ended, or the kernel keeps no such record
             continue
-        ran, waited = ran + int(running) / 1e9, waited + int(waiting) / 1e9
+        ran, waited = ran + running / 1e9, waited + waiting / 1e9
     return ran, waited

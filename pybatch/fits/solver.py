@@ -14,7 +14,9 @@ Evaluate = Callable[[Array, Rows], tuple[Array, Array, Array]]
 
 _LONGEST = 2.0  # of one step in a log-parameter: farther than that, the linearization says nothing
 _GAINED = 1e-7  # of a row's cost, that counts as progress
-_IDLE = 4  # rounds without any, in which damping grows 600-fold: the row has arrived
+_IDLE = 4  # rounds without any, none of whose steps was too long: the row has arrived
+_DAMPED = 0.5  # times the diagonal: from here on a step that fails was not too long
+_REJECTED = 1e-3  # damping at least, after a step that was too long
 
 
 def minimize(p: Array, evaluate: Evaluate, low: Array, high: Array, rounds: int = 60) -> tuple[Array, Array]:
@@ -42,12 +44,13 @@ def minimize(p: Array, evaluate: Evaluate, low: Array, high: Array, rounds: int 
         trial = np.clip(p + np.clip(step, -_LONGEST, _LONGEST), low, high)
         trial_cost, trial_force, trial_normal = evaluate(trial, rows)
         better = trial_cost < cost
-        idle = np.where(trial_cost < cost * (1 - _GAINED), 0, idle + 1)
+        idle = np.where(better | (damping >= _DAMPED), idle + 1, idle)
+        idle[trial_cost < cost * (1 - _GAINED)] = 0
         p = np.where(better[:, None], trial, p)
         force = np.where(better[:, None], trial_force, force)
         normal = np.where(better[:, None, None], trial_normal, normal)
         cost = np.where(better, trial_cost, cost)
-        damping = np.clip(np.where(better, damping / 5, damping * 5), 1e-9, 1e9)
+        damping = np.clip(np.where(better, damping / 5, np.maximum(damping * 5, _REJECTED)), 1e-9, 1e9)
         found[rows], least[rows] = p, cost
         on = idle < _IDLE
         if not on.any():

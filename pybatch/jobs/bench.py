@@ -67,36 +67,35 @@ def run_bench(
     """
     start = time.monotonic()
     place, workload = resolve(device), adjusted(workload, options.optimizer, options.reference_batch)
-    found = _Found.begun(workload, place, options, earlier)
-    interrupted = Note("run", INTERRUPTED)
-    try:
-        with threads_left(place):
+    with threads_left(place, earlier.environment.threads if earlier is not None and earlier.environment else None):
+        found = _Found.begun(workload, place, options, earlier)
+        interrupted = Note("run", INTERRUPTED)
+        try:
             lacking = _measure(workload, place, options, start, found, progress, on_partial)
-        return found.run(*lacking)
-    except Interrupted as stop:
-        found.take(stop.partial)
-        raise Interrupted(found.run(interrupted)) from None
-    except KeyboardInterrupt:
-        if found.capacity is None:
-            raise
-        raise Interrupted(found.run(interrupted)) from None
-    except PybatchError as error:
-        if not found.anything:
-            raise
-        return found.run(Note(found.stage, str(error)))
-    except Exception as error:
-        if not found.anything:
-            raise
-        if not is_out_of_memory(error):
-            carry(error, found.run(Note(found.stage, f"cut by a fault of pybatch: {first_line(error)}")))
-            raise
-        text = f"memory ran out: {first_line(error)}"
-        if found.stage == "noise":
-            n = workload.reference_batch
-            text = (
-                f"memory ran out in steps of batch {n}, the workload's reference_batch: make that or the model smaller"
-            )
-        return found.run(Note(found.stage, text))
+            return found.run(*lacking)
+        except Interrupted as stop:
+            found.take(stop.partial)
+            raise Interrupted(found.run(interrupted)) from None
+        except KeyboardInterrupt:
+            if found.capacity is None:
+                raise
+            raise Interrupted(found.run(interrupted)) from None
+        except PybatchError as error:
+            if not found.anything:
+                raise
+            return found.run(Note(found.stage, str(error)))
+        except Exception as error:
+            if not found.anything:
+                raise
+            if not is_out_of_memory(error):
+                carry(error, found.run(Note(found.stage, f"cut by a fault of pybatch: {first_line(error)}")))
+                raise
+            text = f"memory ran out: {first_line(error)}"
+            if found.stage == "noise":
+                n = workload.reference_batch
+                text = f"memory ran out in steps of batch {n}, the workload's reference_batch: make that or the model "
+                text += "smaller"
+            return found.run(Note(found.stage, text))
 
 
 def _measure(

@@ -74,7 +74,7 @@ def heat_map(curve: Curve, goal: str, number: str, unit: str) -> Plot:
         f"rates-{number}",
         f"Learning rates tried, rule {curve.rule}: steps to {goal}",
         "Median steps over seeds at each batch size and learning rate. Circles are the best rate of a batch size, "
-        "crosses diverged; empty cells did not reach the target or were not tried.",
+        "crosses diverged; empty cells were not tried, or had not reached the target when they were given up.",
         tuple(traces),
         {
             "xaxis": {"type": "category", "title": {"text": safe(f"batch size ({unit})")}},

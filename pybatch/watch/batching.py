@@ -139,7 +139,9 @@ def batch_in_layer(module: nn.Module, args: Any) -> tuple[int, bool] | None:
         return None
     first = getattr(module, "batch_first", None)
     if first is None and isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
-        first = getattr(getattr(module.layers[0], "self_attn", None), "batch_first", True)
+        first = getattr(getattr(module.layers[0], "self_attn", None), "batch_first", None)
+    if first is None:
+        return None
     return int(args[0].shape[0 if first else 1]), not first
 
 

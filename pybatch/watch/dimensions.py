@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -11,17 +12,28 @@ from torch import nn
 from pybatch.watch.batching import Batching, alternatives, batch_in_layer
 from pybatch.watch.passes import Loaded, Pass
 
+_HALVED = 4  # examples: of fewer, half would be a single one, which batch normalization refuses
 
-def settled(kept: Pass) -> Batching:
+
+def on_gpu(kept: Pass) -> bool:
+    """Whether an index past a table would end all that this process can do with the device."""
+    return any(p.is_cuda for p in kept.model.parameters())
+
+
+def settled(kept: Pass, late: Callable[[], bool] = lambda: False) -> Batching:
     """The batch dimensions of the kept pass, which is run where a tensor has the batch size in two of them.
 
     Tokens [20, 20] may be [length, batch] or [batch, length]. What the model doesn't take in one of them is the other;
     where it takes both, recurrent and attention layers tell, which know the place of the batch in their input. To be
     called where all that a pass changes is put back; gradients are let go.
+
+    Args:
+        kept: the pass.
+        late: whether there is no time for one more.
     """
     ran: list[Batching] = []
     for batching in (kept.batching, *(others := alternatives(kept.arguments, kept.batching))):
-        if not others:
+        if not others or late() or (kept.batching.size < _HALVED and on_gpu(kept)):
             break
         found = _takes(replace(kept, batching=batching))
         if found:
@@ -33,7 +45,7 @@ def settled(kept: Pass) -> Batching:
 def _takes(kept: Pass) -> bool | None:
     """Whether the model takes half of the batch, and its layers meet so many; None: it does not."""
     size = kept.batching.size
-    n = size // 2 if size >= 4 else 2 * size  # no single example: batch normalization has none
+    n = size // 2 if size >= _HALVED else 2 * size
     met: list[int] = []
 
     def see(module: nn.Module, args: Any) -> None:

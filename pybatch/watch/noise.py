@@ -8,6 +8,7 @@ What fails ends the source, never the training.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections import deque
@@ -225,7 +226,9 @@ class NoiseWatch:
         if len(self._watched) < _TRIED or not self._others:
             return
         plain = _swift(self._others)
-        extra = _swift(self._watched) - 2 * plain
+        # Two steps with two steps: a sum scatters relatively less, so that its quantile is not twice that of one.
+        pairs = [a + b for a, b in itertools.pairwise(self._others)]
+        extra = _swift(self._watched) - (_swift(pairs) if pairs else 2 * plain)
         self._watched = []
         every = self._spaced(math.ceil(extra / (_COST * plain)) if plain > _SHORT else EVERY)
         if every > _OFTEN * self._every:

@@ -37,6 +37,7 @@ from pybatch.workloads.base import Progress
 from pybatch.workloads.running.session import is_out_of_memory
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of the batch of a pass
+_SETTLING = 0.2  # of the time budget, to find out which dimension is the batch
 _LONGEST = 1 / 12  # of the time budget: a step that takes more leaves no room for the others
 _LOOKS = 0.5  # of the time budget, after which no further batch size is looked at
 _TIMED = 0.4  # of the time budget for timing, also where the first looks took longer than they should
@@ -147,7 +148,7 @@ def replay(what: Replay) -> Capacity:
     with short_collections(), put_back(what.kept.model, what.optimizers), what.kept.as_it_was():
         what.progress("replay: first look", 0.0)
         if together is None:  # several processes would have to try the same passes
-            what.kept.batching = settled(what.kept)
+            what.kept.batching = settled(what.kept, lambda: clock.now() - started > _SETTLING * budget)
         memory = PeakMemory(device)
         for n in sizes_around(own, what.world):
             known = [look for look in looks.values() if look.step_s is not None]

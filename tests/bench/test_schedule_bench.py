@@ -51,8 +51,8 @@ def test_an_interval_is_of_pairs_and_holds_the_truth():
         found = paired.ratio(dict(enumerate(ours)), dict(enumerate(theirs)))
         held += found["low"] <= 0.8 <= found["high"]
         widths.append(math.log(found["high"] / found["low"]))
-    assert held >= 80  # of eight pairs a bootstrap holds some 89 %
-    assert 0.04 < np.mean(widths) < 0.08
+    assert held >= 90
+    assert 0.05 < np.mean(widths) < 0.1
 
 
 def runs(factor, more=1.0):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -77,12 +78,14 @@ class Shared:
 
 def test_calls_that_lose_their_core_are_left_out_where_others_keep_it(monkeypatch):
     machine, wall = Shared(monkeypatch), WallClock()
-    assert wall.undisturbed(machine.call, 6) == pytest.approx([1e-3])  # seen together: the shortest
+    assert wall.undisturbed(machine.call, 6) == pytest.approx([1e-3, 1e-3])  # seen together, and then one by one
+    assert machine.calls == 12
     assert wall.undisturbed(machine.call, 6) == pytest.approx([1e-3, 1e-3])
-    assert len(wall.time(machine.call, 6)) == 6  # whoever counts calls gets all of them
     assert machine.calls == 18
+    assert wall.left_out == 8 / 12
+    assert len(wall.time(machine.call, 6)) == 6  # whoever counts calls gets all of them
     machine.every = 10**9
-    assert wall.undisturbed(machine.call, 5) == pytest.approx([1e-2])  # none kept it
+    assert wall.undisturbed(machine.call, 5) == pytest.approx([1e-2] * 5)  # none kept it: all count
     machine.every = 1
     assert wall.undisturbed(machine.call, 5) == pytest.approx([1e-3] * 5)
     looks = []
@@ -97,8 +100,23 @@ def test_without_the_kernels_record_all_calls_count(monkeypatch):
     assert len(wall.undisturbed(machine.call, 6)) == 6
 
 
-def test_waits_are_counted_for_all_threads():
-    assert waited_s() is None or 0.0 <= waited_s() <= waited_s()
+def test_waits_are_counted_for_all_threads(monkeypatch, tmp_path):
+    for name, text in (("1", "5000000000 2000000000 7"), ("2", "1000000000 500000000 3"), ("3", "not a record")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "schedstat").write_text(text)
+    monkeypatch.setattr(disturbance, "_TASKS", tmp_path)
+    assert waited_s() == 2.5
+    monkeypatch.setattr(disturbance, "_TASKS", tmp_path / "none")
+    assert waited_s() is None
+
+
+def test_a_wake_up_of_each_of_many_threads_is_no_lost_core(monkeypatch):
+    """0.8 us each, of 64 threads, in a call of 1 ms: 5 % of it together."""
+    machine, wall = Shared(monkeypatch, every=1), WallClock()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(clock, "waited_s", lambda: machine.calls * 64 * 0.8e-6)
+    assert len(wall.undisturbed(machine.call, 6)) == 6
+    assert (wall.left_out, machine.calls) == (0.0, 6)
 
 
 @pytest.fixture
@@ -108,8 +126,17 @@ def busy(monkeypatch):
     torch.set_num_threads(8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(disturbance, "usable_cores", lambda: 8)
+    monkeypatch.setattr(disturbance.psutil, "cpu_count", lambda: 8)
+    idle = types.SimpleNamespace(user=0.0, system=0.0, nice=0.0, steal=0.0)
+    monkeypatch.setattr(disturbance.psutil, "cpu_times", lambda: idle)
     monkeypatch.setattr(disturbance, "_LOOK_S", 0.0)
-    yield lambda cores: monkeypatch.setattr(Disturbance, "figures", lambda self: (cores, None, None))
+
+    def keep(*cores):
+        looks = iter(cores)
+        last = cores[-1]
+        monkeypatch.setattr(Disturbance, "figures", lambda self: (next(looks, last), None, None))
+
+    yield keep
     torch.set_num_threads(before)
 
 
@@ -124,6 +151,24 @@ def test_no_more_threads_than_cores_are_left(busy, cores, left):
         if said:
             assert said == f"other processes kept {cores} of 8 cores busy, so that {left} of 8 threads were used"
     assert torch.get_num_threads() == 8
+
+
+def test_what_passes_counts_for_nothing_and_more_threads_than_cores_are_the_users(busy, monkeypatch):
+    busy(3.0, 0.1)
+    with threads_left(CPU) as said:
+        assert (torch.get_num_threads(), said) == (8, None)
+    busy(0.2)
+    monkeypatch.setattr(disturbance, "usable_cores", lambda: 2)  # a quota of a container, say
+    with threads_left(CPU) as said:
+        assert (torch.get_num_threads(), said) == (8, None)
+
+
+def test_a_run_that_goes_on_takes_the_threads_that_it_had(busy):
+    busy(6.0)
+    with threads_left(CPU, 5) as said:
+        assert (torch.get_num_threads(), said) == (5, "5 of 8 threads were used, as in the run that goes on")
+    with threads_left(CPU, 8) as said:
+        assert (torch.get_num_threads(), said) == (8, None)
 
 
 def test_threads_that_were_asked_for_stay(busy, monkeypatch):
