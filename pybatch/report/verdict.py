@@ -39,9 +39,9 @@ def section(verdict: Verdict, capacity: Capacity | None = None, price: float | N
     twice = next((reason.inputs for reason in verdict.reasons if reason.figure == "doubling"), None)
     if twice is not None:
         factors = ", ".join(
-            f"{n.number(float(twice[f'{name}_factor'] or 0), 2)} times the {name}"
+            f"{n.number(factor, 2)} times the {name}"
             for name in ("steps", "examples", "time", "energy")
-            if twice.get(f"{name}_factor") is not None
+            if (factor := _number(twice.get(f"{name}_factor"))) is not None
         )
         low, high = (_number(twice.get(f"time_factor_{end}")) for end in ("low", "high"))
         ends = n.interval(low, high, lambda value: n.number(value, 2))
@@ -63,7 +63,8 @@ def rest_of(verdict: Verdict) -> str:
 
 
 def _number(value: float | str | None) -> float | None:
-    return value if isinstance(value, float) else None
+    """What a reason rests on, where that is a number: names are the record's own."""
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _cost(verdict: Verdict, capacity: Capacity | None, price: float) -> str:
@@ -94,10 +95,10 @@ def first_figures(verdict: Verdict) -> list[tuple[str, str, str]]:
 def communication(verdict: Verdict) -> str:
     """What the verdict's figures of several devices stand on."""
     inputs = next((r.inputs for r in verdict.reasons if r.figure == "useful_devices"), {})
-    measured = inputs.get("measured_devices")
+    measured = _number(inputs.get("measured_devices"))
     if measured is None:
         return "modelled, without communication"
-    return f"modelled, with the communication measured on {n.count(float(measured))} devices"
+    return f"modelled, with the communication measured on {n.count(measured)} devices"
 
 
 def goodput_plots(run: Run) -> list[Plot]:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pybatch.base import numerals
 from pybatch.base.errors import UsageError
-from pybatch.records import BatchPoint, Convergence, ConvergencePoint, Curve, Note, Run, figure, to_dict
+from pybatch.records import BatchPoint, Convergence, ConvergencePoint, Curve, Note, Reason, Run, figure, to_dict
 from pybatch.records.figure import figures
 from pybatch.report import layout
 from pybatch.report.formats.html import page
@@ -247,3 +247,14 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path):
         Output(tmp_path / "file" / "run.json")
     with pytest.raises(UsageError, match="is a folder"):
         Output(tmp_path)
+
+
+def test_what_a_verdict_rests_on_may_be_no_number(run):
+    """Inputs of a reason are a table of names: where a number is looked for and none is there, none is said."""
+    reasons = tuple(
+        Reason(figure, "why", "modelled", {name: "modelled"})
+        for figure, name in (("doubling", "time_factor"), ("useful_devices", "measured_devices"))
+    )
+    shown = render(dataclasses.replace(run, verdict=dataclasses.replace(run.verdict, reasons=reasons)), "md")
+    assert "modelled, without communication" in shown
+    assert "times the time" not in shown
