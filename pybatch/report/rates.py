@@ -59,10 +59,11 @@ def heat_map(curve: Curve, goal: str, number: str, unit: str) -> Plot:
             "colorbar": {"title": {"text": "steps"}, **_ticks(z), "thickness": 12},
         }
     ]
+    best = [(p.batch, p.learning_rate) for p in curve.points if p.steps and (p.batch, p.learning_rate) in found]
     for sign, color, label, marked in (
         ("x-thin-open", "@ink", "diverged", [key for key, cell in found.items() if cell[1] == "diverged"]),
         # A white disk with a dark edge is seen on every shade of the map, in both themes.
-        ("circle", "#ffffff", "best", [(p.batch, p.learning_rate) for p in curve.points if p.steps and p.rates]),
+        ("circle", "#ffffff", "best", best),
     ):
         if marked:
             edge = "#1b1f24" if sign == "circle" else color

@@ -12,16 +12,19 @@ from pybatch.records import (
     Branching,
     BranchPoint,
     Convergence,
+    ConvergencePoint,
     Curve,
     NoisePoint,
     NoiseScale,
     NoiseTrajectory,
     Note,
+    RateSteps,
     Run,
     StepsFit,
 )
 from pybatch.report import noise as noise_report
 from pybatch.report.formats.text import FORMATS, render
+from pybatch.report.rates import heat_map
 
 
 @pytest.fixture
@@ -136,3 +139,12 @@ def test_a_watched_run_says_of_which_steps_its_scale_is_and_draws_the_run():
     text = render(Run("", None, trajectory=NoiseTrajectory(stretches, "ddp")), "table")
     assert "newest" in text
     assert "over steps 401 to 800" in text
+
+
+@pytest.mark.parametrize("rate", [None, 0.3])
+def test_a_best_rate_that_was_not_tried_is_not_drawn(rate):
+    """As a record of somebody else may have it; of those tried the map stands."""
+    tried = RateSteps(0.1, (50.0,), ("reached",))
+    points = [ConvergencePoint(8, 50.0, "reached", 1, of, reached=1, rates=(tried,)) for of in (rate, 0.1)]
+    plots = [heat_map(Curve("tuned", "train", (p,), None, None, None, None), "train", "1", "images") for p in points]
+    assert [len(plot.traces) for plot in plots] == [1, 2]
