@@ -19,7 +19,7 @@ class Clock(ABC):
     """Times calls of a piece of work. It knows nothing of when to stop: that is `capacity.stopping`."""
 
     host_bound_reason: str | None = None  # why `host_bound` gives no figure
-    left_out: float = 0.0  # share of the calls that `undisturbed` has left out
+    left_out = 0.0  # share of the calls of `undisturbed` that lost their core and were left out
 
     @abstractmethod
     def time(self, work: Work, count: int) -> list[float]:
@@ -54,11 +54,6 @@ class WallClock(Clock):
         self._disturbed = False  # when it last looked
         self._calls = self._left = 0
 
-    @property
-    def left_out(self) -> float:  # type: ignore[override]
-        """Share of the calls of `undisturbed` that lost their core and were left out."""
-        return self._left / max(self._calls, 1)
-
     def time(self, work: Work, count: int) -> list[float]:
         """Seconds of each of `count` successive calls."""
         marks = [time.perf_counter()]
@@ -74,6 +69,7 @@ class WallClock(Clock):
         any: that takes longer than a short call, outside of what is timed.
         """
         self._calls += count
+        self.left_out = self._left / self._calls
         if not self._disturbed:
             before = waited_s()
             seconds = self.time(work, count)
@@ -86,6 +82,7 @@ class WallClock(Clock):
         if not alone:
             return [seconds for seconds, _ in calls]
         self._left += count - len(alone)
+        self.left_out = self._left / self._calls
         return alone
 
     def _with_wait(self, work: Work) -> tuple[float, float]:

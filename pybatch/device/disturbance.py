@@ -90,23 +90,27 @@ def threads_left(device: torch.device, earlier: int | None = None) -> Iterator[s
     if _looked.get() is not None:
         yield _looked.get() or None
         return
-    before, left, said = torch.get_num_threads(), torch.get_num_threads(), ""
+    before = torch.get_num_threads()
+    left, said = before, ""
     if device.type == "cpu" and before > 1 and "OMP_NUM_THREADS" not in os.environ:
         if earlier is not None:
-            left = min(earlier, before)
-            said = f"{left} of {before} threads were used, as in the run that goes on" if left < before else ""
+            left, said = earlier, f"{earlier} of {before} threads were used, as in the run that goes on"
         elif (others := _busy()) is not None and round(others) > 0:
             cores = usable_cores()
-            left = min(before, max(1, cores - round(others)))
-            said = f"other processes kept {others:.1f} of {cores} cores busy"
-            said = f"{said}, so that {left} of {before} threads were used" if left < before else ""
-    torch.set_num_threads(left)
+            left = max(1, cores - round(others))
+            said = (
+                f"other processes kept {others:.1f} of {cores} cores busy, so that {left} of {before} threads were used"
+            )
+    said = said if left < before else ""
     token = _looked.set(said)
     try:
+        if said:
+            torch.set_num_threads(left)
         yield said or None
     finally:
         _looked.reset(token)
-        torch.set_num_threads(before)
+        if said:
+            torch.set_num_threads(before)
 
 
 def _busy() -> float | None:
