@@ -29,13 +29,16 @@ class Judged:
     high: float | None
     goal: float
     remark: str  # why the goal is missed or the figure is lacking; empty: it is met
+    disturbed: bool = (
+        False  # the machine, as the judge's steps were timed: the interval, which is of its seeds, lacks that
+    )
 
     @property
     def met(self) -> str:
-        """Against the goal, where the interval leaves no doubt."""
+        """Against the goal, where interval and step times leave no doubt."""
         if self.regret is None or self.low is None or self.high is None:
             return "not measured"
-        if wide(self.low, self.high) or self.low <= self.goal < self.high:
+        if self.disturbed or wide(self.low, self.high) or self.low <= self.goal < self.high:
             return "undetermined"
         return "met" if self.high <= self.goal else "missed"
 
@@ -76,6 +79,7 @@ def _judged(by: str, level: str, row: dict[str, Any], best: int, adviser: Run, j
         row.get("regret_high"),
         GOALS[level],
         row.get("reason", ""),
+        disturbed(clock.capacity),
     )
     if made.regret is None or made.met == "met":
         return made
@@ -96,7 +100,7 @@ def _causes(made: Judged, verdict: Verdict | None, judge: Run, clock: Run) -> li
     if (seeds := judge.convergence.seeds or 0) < 3:
         causes.append(f"{n.counted(seeds, 'seed')} judge{'s' * (seeds == 1)}")
     if disturbed(clock.capacity):
-        causes.append("machine disturbed as the judge's steps were timed")
+        causes.append("the machine was disturbed as the judge's steps were timed, which its interval lacks")
     return causes
 
 

@@ -64,7 +64,7 @@ def below_capacity(problems: Mapping[str, Records]) -> Answer:
         capacity = capacity_of(records)
         for run, curve in tuned(records):
             found = _claims(run, capacity)[f"{curve.split} below capacity"]
-            finding = _finding(found, curve.low, curve.high)
+            finding = _finding(found, found.low, found.high)
             walls = (
                 (n.number(capacity.saturation_batch), n.interval(capacity.saturation_low, capacity.saturation_high))
                 if capacity is not None

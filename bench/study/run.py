@@ -4,6 +4,7 @@
     python bench/study/run.py --part digits           # one part; several: --part digits --part text
     python bench/study/run.py                         # all parts but the quick one, one after the other
     python bench/study/run.py --list [--part NAME]    # the commands, and which records are there
+    python bench/study/run.py --quick --disturbed     # time again, on a quiet machine, what was timed on a busy one
 
 Every record is made by a command of pybatch that can be typed as well. Sweeps keep their trainings in --stores, so that
 a part that is cut goes on; a record that is whole is not made again. Then `python bench/study/page.py` writes
@@ -29,6 +30,7 @@ from study.declaration import PARTS, Record
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = Path("bench/results/study")  # from the root, as the commands in the records have them
 STORES = Path("bench/study/stores")
+TIMED = ("bench", "thorough", "times")  # kinds with step times
 
 
 def command(record: Record, jobs: int, stores: Path = STORES) -> list[str]:
@@ -37,7 +39,7 @@ def command(record: Record, jobs: int, stores: Path = STORES) -> list[str]:
     if record.kind == "advice":
         bench, own = (str(output).replace("-advice.json", f"-{kind}.json") for kind in ("bench", "own"))
         return ["report", bench, own, "-o", str(output)]
-    if record.kind in ("bench", "thorough", "times"):
+    if record.kind in TIMED:
         return ["bench", *record.problem.flags, *record.flags, "-o", str(output)]
     store = stores / f"{store_of(record)}.db"
     kept = ["--store", str(store), "--resume", "--jobs", str(jobs)]
@@ -59,6 +61,12 @@ def whole(path: Path) -> bool:
         return False
 
 
+def disturbed(path: Path) -> bool:
+    """Whether a record has step times of a machine that was busy with something else."""
+    capacity = json.loads(path.read_text()).get("capacity") if whole(path) else None
+    return bool(capacity and capacity["disturbed"])
+
+
 def compact(path: Path) -> None:
     """The same record on one line: a repository keeps it."""
     path.write_text(json.dumps(json.loads(path.read_text()), separators=(",", ":")) + "\n")
@@ -67,6 +75,8 @@ def compact(path: Path) -> None:
 def make(record: Record, jobs: int, stores: Path) -> bool:
     """Measure one record; whether it is whole."""
     path = ROOT / RECORDS / record.path
+    if record.kind in ("bench", "own"):  # an advice is made of both
+        path.with_name(f"{record.problem.name}-advice.json").unlink(missing_ok=True)
     if record.kind.startswith("along"):
         from study.along import measure
 
@@ -92,8 +102,17 @@ def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def run(records: Sequence[Record], jobs: int, stores: Path) -> int:
-    """Make what is missing of these; the exit status, 3 where something is missing still."""
+def run(records: Sequence[Record], jobs: int, stores: Path, again: bool = False) -> int:
+    """Make what is missing of these; the exit status, 3 where something is missing still.
+
+    Args:
+        records, jobs, stores: what, and how.
+        again: whether what was timed on a disturbed machine counts as missing.
+    """
+    if again:
+        for record in records:
+            if record.kind in TIMED and disturbed(path := ROOT / RECORDS / record.path):
+                path.unlink()
     missing = 0
     for record in records:
         if whole(ROOT / RECORDS / record.path):
@@ -117,6 +136,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="records whose name holds this")
     parser.add_argument("--jobs", type=int, default=2, help="processes of a sweep")
     parser.add_argument("--stores", type=Path, default=STORES, help="folder of the sweeps' stores")
+    parser.add_argument("--disturbed", action="store_true", help="time again what was timed on a busy machine")
     parser.add_argument("--list", action="store_true", help="say what would run, and stop")
     given = parser.parse_args()
     parts = given.part or (["quick"] if given.quick else [name for name in PARTS if name != "quick"])
@@ -135,7 +155,7 @@ def main() -> int:
     (ROOT / given.stores).mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, interrupted)
     try:
-        return run(records, given.jobs, given.stores)
+        return run(records, given.jobs, given.stores, given.disturbed)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on", file=sys.stderr)
         return 130

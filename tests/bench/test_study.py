@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from cases.points import curve
 from cases.verdicts import capacity
 from study import advice, claims
 from study import page as writer
+from study import run as runner
 from study.declaration import DOMAINS, JUDGE, PARTS
 from study.records import Study, read
 from study.run import RECORDS, command, store_of, whole
@@ -82,6 +84,7 @@ def test_steps_level_off_where_every_problem_says_so(changes, finding):
         (2000.0, 20, (40.0, 60.0), "does not hold"),  # what is full first is memory
         (55.0, 100_000, (40.0, 60.0), "undetermined"),
         (2000.0, 100_000, (1.0, 110.0), "undetermined"),  # it spans a factor of 100
+        (50_000.0, 100_000, (5.0, 400.0), "undetermined"),  # with the saturation batch's own error it does
     ],
 )
 def test_the_critical_batch_is_held_against_what_is_full_first(saturation, most, ends, finding):
@@ -233,6 +236,15 @@ def test_a_goal_inside_the_interval_is_neither_met_nor_missed():
         assert dataclasses.replace(row, low=low, high=high).met.startswith(said)
 
 
+def test_a_judge_that_was_disturbed_decides_nothing():
+    records = records_of(256)
+    busy = dataclasses.replace(records["times"].capacity, disturbed=("others kept 1 of 2 cores busy",))
+    row = advice.judged(records | {"times": Run("", None, capacity=busy)})[0]
+    assert row.regret == pytest.approx(1.5625)
+    assert row.met == "undetermined"
+    assert "disturbed" in row.remark
+
+
 # What is run.
 
 
@@ -269,6 +281,21 @@ def test_a_record_that_was_cut_is_made_again(tmp_path):
     for text, is_whole in (('{"complete": false}', False), ('{"complete": true}', True), ('{"complete": tr', False)):
         path.write_text(text)
         assert whole(path) == is_whole
+
+
+def test_only_step_times_of_a_busy_machine_are_measured_again(tmp_path, monkeypatch):
+    bench_, sweep_ = (next(r for r in PARTS["quick"] if r.kind == kind) for kind in ("bench", "sweep"))
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    asked = []
+    monkeypatch.setattr(runner, "make", lambda record, *_: asked.append(record.kind) or True)
+    paths = [tmp_path / RECORDS / record.path for record in (bench_, sweep_)]
+    paths[0].parent.mkdir(parents=True)
+    for words, again, made in ((["busy"], True, ["bench"]), (["busy"], False, []), ([], True, [])):
+        asked.clear()
+        for path in paths:
+            path.write_text(json.dumps({"complete": True, "capacity": {"disturbed": words}}))
+        assert runner.run([bench_, sweep_], 1, tmp_path, again) == 0
+        assert asked == made
 
 
 # The page.
