@@ -1,7 +1,7 @@
 """Regret of an advice, from records: time to the target at the batch advised over that at the best one. Pure.
 
 T(B) = S(B) t(B), of a sweep and of step times at the same batches. Between batches measured, ln S and ln t are
-interpolated in ln B. The interval is 95 % over the sweep's seeds, drawn anew.
+interpolated in ln B. The interval is 95 %: the sweep's seeds drawn anew, and step times within their errors.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pybatch.answer.ensemble import variance_of
 from pybatch.records import Capacity, Convergence, Verdict
 
 GOALS = {"noise": 1.25, "branch": 1.10, "sweep": 1.05, "disturbed": 1.15}
@@ -26,19 +27,19 @@ def times(capacity: Capacity, steps: Convergence) -> dict[int, float]:
 
 
 def resampled(capacity: Capacity, steps: Convergence) -> list[dict[int, float]]:
-    """`times` as other seeds could have given them: at each batch size its seeds drawn anew."""
+    """`times` as they could have been: at each batch size its seeds drawn anew, and its step time within its error."""
     [curve] = [c for c in steps.curves if c.split == "train"]
-    step = {p.batch: p.step_ms / 1e3 for p in capacity.batches if p.step_ms is not None}
-    rng, drawn = np.random.default_rng(0), []
-    runs = {}
-    for p in curve.points:
+    timed = {p.batch: p for p in capacity.batches if p.step_ms is not None}
+    rng, drawn = np.random.default_rng(0), {}
+    for p in sorted(curve.points, key=lambda p: p.batch):
         own = next((r.steps for r in p.rates if r.learning_rate == p.learning_rate), ())
-        if p.status == "reached" and p.batch in step and own:
-            runs[p.batch] = np.array([math.inf if s is None else s for s in own])
-    for _ in range(RESAMPLES):
-        medians = {n: float(np.median(rng.choice(own, len(own)))) * step[n] for n, own in runs.items()}
-        drawn.append({n: seconds for n, seconds in medians.items() if math.isfinite(seconds)})
-    return [table for table in drawn if len(table) > 1]
+        if p.status == "reached" and p.batch in timed and own:
+            runs = np.array([math.inf if s is None else s for s in own])
+            medians = np.median(rng.choice(runs, (RESAMPLES, len(runs))), axis=1)
+            error = math.sqrt(variance_of(timed[p.batch])) * rng.standard_normal(RESAMPLES)
+            drawn[p.batch] = medians * (timed[p.batch].step_ms or math.nan) / 1e3 * np.exp(error)
+    tables = [{n: float(s[i]) for n, s in drawn.items() if math.isfinite(s[i])} for i in range(RESAMPLES)]
+    return [table for table in tables if len(table) > 1]
 
 
 def at(batch: float, measured: dict[int, float]) -> float | None:

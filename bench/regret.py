@@ -6,8 +6,8 @@
 The judge is an exhaustive sweep with the optimizer that `pybatch bench` trains with, its rate tuned at every batch
 size, and step times measured at the same batches: T(B) = S(B) t(B). Against it stand the batches recommended on the
 noise scale alone, on branched runs, and on a sweep of other seeds: nothing is judged on the runs it was advised from.
-Between batches measured, ln S and ln t are interpolated in ln B. The interval is 95 % over the judge's seeds, drawn
-anew.
+Between batches measured, ln S and ln t are interpolated in ln B. The interval is 95 %: the judge's seeds drawn anew,
+and step times within their errors.
 Goals: 1.25, 1.10 and 1.05. With --disturbed the advice of the noise scale is asked for so many times more with
 --busy processes beside it that never rest; the judge's own times are taken without them. Goal: 1.15 in each.
 """

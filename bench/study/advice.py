@@ -29,9 +29,7 @@ class Judged:
     high: float | None
     goal: float
     remark: str  # why the goal is missed or the figure is lacking; empty: it is met
-    disturbed: bool = (
-        False  # the machine, as the judge's steps were timed: the interval, which is of its seeds, lacks that
-    )
+    disturbed: bool = False  # the machine, as the judge's steps were timed
 
     @property
     def met(self) -> str:
@@ -100,7 +98,7 @@ def _causes(made: Judged, verdict: Verdict | None, judge: Run, clock: Run) -> li
     if (seeds := judge.convergence.seeds or 0) < 3:
         causes.append(f"{n.counted(seeds, 'seed')} judge{'s' * (seeds == 1)}")
     if disturbed(clock.capacity):
-        causes.append("the machine was disturbed as the judge's steps were timed, which its interval lacks")
+        causes.append("the machine was disturbed as the judge's steps were timed")
     return causes
 
 

@@ -110,11 +110,10 @@ def rules_fail(problems: Mapping[str, Records]) -> Answer:
                 breaks.setdefault((curve.rule, curve.split), {})[name] = held.broken
     heads = ("problem", "target", "rule", "beats constant", "holds to", "fails at", "of the saturation batch", "")
     found = _answer("rules that scale the rate fail past some batch size", heads, rows)
-    spans = [
-        f"{rule} to the {split} target fails at {n.count(min(at.values()))} to {n.count(max(at.values()))}"
-        for (rule, split), at in breaks.items()
-        if len(at) > 1
-    ]
+    spans = []
+    for (rule, split), at in breaks.items():
+        ends = dict.fromkeys((n.count(min(at.values())), n.count(max(at.values()))))
+        spans += [f"{rule} to the {split} target fails at {' to '.join(ends)}"] if len(at) > 1 else []
     return replace(found, text="; ".join([found.text, *spans]))
 
 

@@ -102,8 +102,8 @@ DOMAINS = {"digits": (MLP, CNN), "text": (LSTM, TRANSFORMER), "scenes": (UNET, D
 
 RULES = "constant,linear,sqrt,tuned"
 # By domain: batch sizes of the whole study and of the quick one.
-BATCHES = {"digits": "2-2048*2", "text": "2-512*2", "scenes": "1-256*2"}
-QUICK = {"digits": "8-2048*4", "text": "2-512*4", "scenes": "1-256*4"}
+BATCHES = {"digits": "2-2048*2", "text": "2-512*2", "scenes": "2-512*2"}
+QUICK = {"digits": "8-2048*4", "text": "2-512*4", "scenes": "2-512*4"}
 SEEDS, QUICK_SEEDS = 3, 2
 
 # Architecture x data complexity x data size. One target for all of them: a train loss that wrong labels leave in

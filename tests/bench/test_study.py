@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 
+import judging
+import numpy as np
 import pytest
 from cases.points import curve
 from cases.verdicts import capacity
@@ -177,6 +179,8 @@ def test_muon_is_held_against_adamw_to_the_same_target():
     assert claims.optimizers_differ({"one": {"own": by("adamw", 50.0)}}).finding == "not measured"
     ratio, low, high = claims.ratio_of(hyperbola(low=25.0, high=100.0), hyperbola(low=50.0, high=50.0))
     assert (ratio, low, high) == pytest.approx((1, 0.5, 2))
+    ratio, low, high = claims.ratio_of(hyperbola(low=50.0, high=50.0), hyperbola(low=25.0, high=50.0))
+    assert (ratio, low, high) == pytest.approx((1, 1, 2))  # what may be less below the line is more above it
 
 
 @pytest.mark.parametrize(
@@ -219,6 +223,26 @@ def test_regret_is_time_at_the_batch_advised_over_the_least():
     assert "times apart" not in at_256.remark  # doublings
 
 
+def test_an_interval_is_of_seeds_and_of_step_times():
+    """Seeds of one batch and step times known exactly leave nothing open; 20 % on each time leave about that."""
+    exact = hyperbola(critical=64.0)
+    points = tuple(
+        dataclasses.replace(p, rates=(RateSteps(0.5, (p.steps,) * 3, ("reached",) * 3),)) for p in exact.points
+    )
+    steps = swept(dataclasses.replace(exact, points=points)).convergence
+    widths = []
+    for error in (0.0, 0.2):
+        timed = tuple(
+            BatchPoint(b, "ok", t, t / math.exp(error), t * math.exp(error), samples=10)
+            for b, t in ((b, 1 + b / 64) for b in BATCHES)
+        )
+        drawn = judging.resampled(dataclasses.replace(capacity(), batches=timed), steps)
+        logs = [math.log(table[256] / table[8]) for table in drawn]
+        widths.append(float(np.quantile(logs, 0.975) - np.quantile(logs, 0.025)))
+    assert widths[0] == pytest.approx(0, abs=1e-9)
+    assert widths[1] == pytest.approx(2 * 0.2 * math.sqrt(2), rel=0.1)
+
+
 def test_what_is_not_run_has_a_reason_and_no_figure():
     rows = {row.by: row for row in advice.judged(records_of(64))}
     assert rows["`bench --thorough`"].regret is None
@@ -226,6 +250,8 @@ def test_what_is_not_run_has_a_reason_and_no_figure():
     assert rows["a sweep"].met == "not measured"
     alone = advice.judged({"bench": advised(64)})[0]
     assert (alone.regret, alone.remark) == (None, "not run: judge, times")
+    beyond = advice.judged(records_of(4096))[0]
+    assert (beyond.regret, beyond.remark) == (None, "batch 4096 is outside those the sweep measured, 8 to 1024")
     none = advice.judged(records_of(None))[0]
     assert (none.met, none.remark) == ("not measured", "no batch was recommended")
 
