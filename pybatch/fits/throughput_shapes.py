@@ -87,8 +87,8 @@ def spread(
         turns = [rounds[i] for i in own] if rounds is not None else None
         size = shape.size[own]
         again = resample(shape.p, size, data[own], entries, turns, count, rng)
-        rows = (np.broadcast_to(row, (count, len(row))) for row in (shape.p, size))
-        alike[len(shape.p), len(own)].append((*rows, again))
+        p, sizes = (np.broadcast_to(row, (count, len(row))) for row in (shape.p, size))
+        alike[len(shape.p), len(own)].append((p, sizes, again))
     drawn = [polish(*map(np.concatenate, zip(*each, strict=True)))[0] for each in alike.values()]
     result: Array = np.concatenate([figures(p, gain) for p in drawn])
     return result
@@ -101,7 +101,7 @@ def _score(least: float, n: int, unknowns: int) -> float:
 def _waves(size: Array, data: Array) -> list[Shape]:
     """The best wave size that the batch sizes show, and the best of those that they cannot."""
     waves, hidden = _partings(tuple(np.unique(size).tolist()))
-    whole = waves[:, None] * np.ceil(size / waves[:, None])
+    whole: Array = waves[:, None] * np.ceil(size / waves[:, None])
     order = np.argsort(_relative_misfit(whole, data), kind="stable")
     chosen = [order[hidden[order] == kind][:most] for kind, most in ((False, 1), (True, HIDDEN))]
     tried = np.concatenate(chosen)
