@@ -101,7 +101,7 @@ def _score(least: float, n: int, unknowns: int) -> float:
 def _waves(size: Array, data: Array) -> list[Shape]:
     """The best wave size that the batch sizes show, and the best of those that they cannot."""
     waves, hidden = _partings(tuple(np.unique(size).tolist()))
-    whole: Array = waves[:, None] * np.ceil(size / waves[:, None])
+    whole = waves[:, None] * np.ceil(size / waves[:, None])
     order = np.argsort(_relative_misfit(whole, data), kind="stable")
     chosen = [order[hidden[order] == kind][:most] for kind, most in ((False, 1), (True, HIDDEN))]
     tried = np.concatenate(chosen)
@@ -118,12 +118,12 @@ def _waves(size: Array, data: Array) -> list[Shape]:
 
 
 @lru_cache(maxsize=16)
-def _partings(distinct: tuple[float, ...]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _partings(distinct: tuple[float, ...]) -> tuple[Array, NDArray[np.bool_]]:
     """Wave sizes [W], one of all that part these batch sizes alike, and which of them they cannot show.
 
     Waves that part the sizes alike fit alike: it is the one whose multiples are most often among them.
     """
-    waves = np.fromiter(_tried(int(distinct[-1] / 2)), dtype=np.int64)
+    waves = np.fromiter(_tried(int(distinct[-1] / 2)), dtype=np.float64)
     sizes = np.array(distinct)
     begun = np.ceil(sizes / waves[:, None])
     ends = np.sum(sizes % waves[:, None] == 0, axis=1)
