@@ -80,9 +80,9 @@ def advised(
         seconds: for the step times that judge.
         thorough: whether `bench --thorough` advises too.
     """
-    train = {"optimizer": JUDGED_BY}
-    yield sweep(part, problem, "own", batches, "tuned", seeds, **train)
-    yield sweep(part, problem, "judge", batches, "tuned", seeds, first_seed=JUDGE, **train)
+    target = TRAIN[problem.workload]
+    yield sweep(part, problem, "own", batches, "tuned", seeds, optimizer=JUDGED_BY, target=target)
+    yield sweep(part, problem, "judge", batches, "tuned", seeds, optimizer=JUDGED_BY, target=target, first_seed=JUDGE)
     yield Record(part, problem, "times", ("--batch", batches, "--time-budget", str(seconds or 60)))
     yield Record(part, problem, "bench", ())
     if thorough:
@@ -105,6 +105,7 @@ RULES = "constant,linear,sqrt,tuned"
 BATCHES = {"digits": "2-2048*2", "text": "2-512*2", "scenes": "2-512*2"}
 QUICK = {"digits": "8-2048*4", "text": "2-512*4", "scenes": "2-512*4"}
 SEEDS, QUICK_SEEDS = 3, 2
+TRAIN = {"digits": "train=0.1", "text": "train=2.45", "scenes": "train=0.3"}  # the workloads' own
 
 # Architecture x data complexity x data size. One target for all of them: a train loss that wrong labels leave in
 # reach, ln of the right class given 1 in 20 wrong being 0.31.
@@ -135,8 +136,8 @@ def optimizers() -> Iterator[Record]:
     """SGD, AdamW and Muon on one architecture a domain; AdamW's sweep is `own` of the advice."""
     for domain, (problem, _) in DOMAINS.items():
         for name in ("sgd", "muon"):
-            target = {"target": "train=0.1"} if domain == "digits" else {}
-            yield sweep("optimizers", problem, name, BATCHES[domain], "tuned", SEEDS, optimizer=name, **target)
+            batches, target = BATCHES[domain], TRAIN[domain]
+            yield sweep("optimizers", problem, name, batches, "tuned", SEEDS, optimizer=name, target=target)
 
 
 def quick() -> Iterator[Record]:

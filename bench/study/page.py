@@ -50,45 +50,73 @@ def page(study: Study) -> str:
     problems = study.problems()
     drawn = pictures(problems)
     questions = [
-        _question("RQ1: do steps stop falling?", claims.levels_off(problems), "digits"),
+        _question("RQ1: do steps stop falling?", claims.levels_off(problems), "digits", "in every network it trained"),
         _picture([plot for plot in drawn if plot.name != "headline"]),
         _question(
-            "RQ2: is the critical batch below what this machine can take?", claims.below_capacity(problems), "digits"
+            "RQ2: is the critical batch below what this machine can take?",
+            claims.below_capacity(problems),
+            "digits",
+            "on its GPUs, mostly far below",
         ),
         _picture([plot for plot in drawn if plot.name == "headline"]),
-        _question("RQ3: do rules fail, and where?", claims.rules_fail(problems), "digits"),
-        _question("RQ4: what moves the critical batch?", claims.size_matters_least(study.factorial()), "factorial"),
+        _question(
+            "RQ3: do rules fail, and where?",
+            claims.rules_fail(problems),
+            "digits",
+            "before the device is full, and each domain at a place of its own",
+        ),
+        _question(
+            "RQ4: what moves the critical batch?",
+            claims.size_matters_least(study.factorial()),
+            "factorial",
+            "comparing data sets and networks",
+        ),
         "The factorial is of `digits` alone: on `text` and `scenes` two architectures are swept, and RQ4 is open in "
-        "size and complexity there.\n",
+        "size and complexity there. Its target is the train loss, taken on the images that are trained on.\n",
         _question(
             f"Counter-arm, Shallue et al. 2018: the gap at equal train loss, {GAP_EPOCHS} epochs and equal steps",
             claims.generalizes_worse(problems),
             "digits",
+            "where rates were tuned at each batch size",
         ),
-        _question("Optimizers: SGD, AdamW, Muon", claims.optimizers_differ(problems), "optimizers"),
+        _question(
+            "Optimizers: SGD, AdamW, Muon",
+            claims.optimizers_differ(problems),
+            "optimizers",
+            "of language models (arXiv:2505.02222)",
+        ),
     ]
-    body = [_HEAD, _parts(study), _regret(problems), *questions, _noise(problems), _OWN]
+    body = [_HEAD, _state(study), _regret(problems), *questions, _noise(problems), _OWN, _parts(study)]
     return "\n".join(part for part in body if part)
 
 
-def _parts(study: Study) -> str:
-    """What was run, when and where."""
-    rows = [(part, *map(str, study.measured(part))) for part in PARTS]
-    told = "".join(f"{part} {done} of {whole}, " for part, done, whole in rows).removesuffix(", ")
+def _state(study: Study) -> str:
+    """When and where it was run, and how much of it."""
     runs = list(study.found.values())
     if not runs:
-        return f"**Not run yet**: {told} records.\n"
+        return "**Not run yet.**\n"
     device = next((m.device for r in runs if (m := r.capacity or r.convergence) is not None and m.device), None)
     where = f"{device.name}, {device.cores} cores" if device is not None else "a device that no record names"
     days = sorted({run.created[:10] for run in runs if run.created})
-    busy = sum(advice.disturbed(run.capacity) for run in runs)
-    timed = sum(run.capacity is not None for run in runs)
-    text = (
-        f"Measured on {where}, {days[0]} to {days[-1]}. Records that are whole: {told}; what is not run is said below. "
+    timed = [run.capacity for run in runs if run.capacity is not None]
+    busy = sum(map(advice.disturbed, timed))
+    when = " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "no day that a record names"
+    text = f"Measured on {where}, {when}; [what was run](#what-was-run) is at the end. The quick part stands in for "
+    text += "a whole one that is not run: fewer batch sizes, 2 seeds, wider intervals. Steps do not depend on the "
+    text += (
+        f"machine's load; {busy} of {n.counted(len(timed), 'record')} with step times {'is' if busy == 1 else 'are'} "
     )
-    text += "The quick part stands in for a whole one that is not run: fewer batch sizes, 2 seeds, wider intervals. "
-    text += f"Steps do not depend on the machine's load; of {n.counted(timed, 'record')} with step times {busy} "
-    return text + f"{'was' if busy == 1 else 'were'} disturbed by other processes, as pybatch itself noticed.\n"
+    return text + "of a machine busy with other work, as pybatch itself noticed, and judge nothing.\n"
+
+
+def _parts(study: Study) -> str:
+    """How much of each part there is."""
+    rows = []
+    for part in PARTS:
+        done, whole = study.measured(part)
+        state = "whole" if done == whole else f"`python bench/study/run.py --part {part}` measures what is missing"
+        rows.append((part, f"{done} of {whole}", state))
+    return f"## What was run\n\n{_table(('part', 'records', ''), rows)}"
 
 
 def _regret(problems: Mapping[str, Records]) -> str:
@@ -117,8 +145,16 @@ def _regret(problems: Mapping[str, Records]) -> str:
     return f"## Does the advice pay?\n\n{text}{met.capitalize()}.\n\n{_table(heads, rows)}"
 
 
-def _question(title: str, answer: Answer, part: str) -> str:
-    said = f"**{answer.finding.capitalize()}**: {answer.claim} ({answer.text})."
+def _question(title: str, answer: Answer, part: str, paper: str) -> str:
+    """A claim with its evidence.
+
+    Args:
+        title, answer: of the question.
+        part: which measures it.
+        paper: where the claim's own paper found it.
+    """
+    said = f"**{answer.finding.capitalize()}**: {answer.claim} ({answer.text}). The paper found so {paper}"
+    said += "; here the rows that say otherwise speak against it." if answer.finding == "does not hold" else "."
     if not answer.rows:
         return f"## {title}\n\n{said} Not run: `python bench/study/run.py --part {part}`.\n"
     return f"## {title}\n\n{said}\n\n{_table(answer.heads, [row.cells for row in answer.rows])}"

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import math
+import re
+import shlex
 
 import judging
 import numpy as np
@@ -13,7 +15,7 @@ from cases.verdicts import capacity
 from study import advice, claims
 from study import page as writer
 from study import run as runner
-from study.declaration import DOMAINS, JUDGE, PARTS
+from study.declaration import DOMAINS, JUDGE, PARTS, TRAIN
 from study.records import Study, read
 from study.run import RECORDS, command, store_of, whole
 
@@ -28,6 +30,7 @@ from pybatch.records import (
     Verdict,
     WorkloadInfo,
 )
+from pybatch.workloads.running.finding import find
 
 BATCHES = tuple(8 * 2**k for k in range(8))
 SEEDS = (0.98, 1.0, 1.03)
@@ -279,6 +282,25 @@ def test_every_command_is_one_that_pybatch_takes():
     commands = {" ".join(r.flags[::2]): r for records in PARTS.values() for r in records if "along" not in r.kind}
     for name, *words in (command(record, 2) for record in commands.values()):
         cli.Commands().get_command(None, name).make_context(name, words)
+
+
+def test_records_were_made_by_the_commands_of_the_declaration(study):
+    for record in (record for records in PARTS.values() for record in records if record.path in study.found):
+        if record.kind == "advice" or record.kind.startswith("along"):
+            continue
+        made = shlex.split(study.found[record.path].environment.command)
+        assert measured(made) == measured(["pybatch", *command(record, 2)]), record.path
+
+
+def measured(words):
+    """A command without what changes no figure: how many processes trained, whether it went on."""
+    text = re.sub(r" --(jobs \d+|quiet|resume)\b", "", " ".join(words))
+    return text.split()
+
+
+def test_the_targets_are_the_workloads_own():
+    for domain, problems in DOMAINS.items():
+        assert TRAIN[domain] == f"train={find(domain, model=problems[0].model).target['train']:g}"
 
 
 def test_what_advises_does_not_judge():
