@@ -65,14 +65,13 @@ def below_capacity(problems: Mapping[str, Records]) -> Answer:
         for run, curve in tuned(records):
             found = _claims(run, capacity)[f"{curve.split} below capacity"]
             finding = _finding(found, found.low, found.high)
-            walls = (
-                (n.number(capacity.saturation_batch), n.interval(capacity.saturation_low, capacity.saturation_high))
-                if capacity is not None
-                else (n.MISSING, "")
-            )
+            full = n.MISSING
+            if capacity is not None:
+                ends = n.interval(capacity.saturation_low, capacity.saturation_high)
+                full = f"{n.number(capacity.saturation_batch)} {ends}{', disturbed' * bool(capacity.disturbed)}"
             fits = n.count(capacity.max_batch) if capacity is not None else n.MISSING
             ratio = _figure(found)
-            cells = (name, goal(curve), critical(curve), " ".join(walls).strip(), fits, ratio, finding)
+            cells = (name, goal(curve), critical(curve), full, fits, ratio, finding)
             rows.append(Row(cells, finding))
     heads = ("problem", "target", "critical batch", "saturation batch", "fits in memory", "critical over the less", "")
     return _answer("the critical batch lies below what the device can take", heads, rows)
