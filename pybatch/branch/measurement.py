@@ -23,6 +23,7 @@ from pybatch.base.progress import told
 from pybatch.branch.run import BranchedRun, BranchPlan, rated
 from pybatch.branch.summary import WINDOW
 from pybatch.device.disturbance import threads_left
+from pybatch.device.generators import seeded
 from pybatch.device.identity import resolve
 from pybatch.records import Convergence, Note
 from pybatch.scaling import SEARCHED
@@ -122,8 +123,7 @@ def measure_branches(
     tunes = lr is None if tune is None else tune
     name = optimizer.lower()
     plan = BranchPlan(base, examples, name, group, rule, scaled, seeds, tolerance, deadline, shrinks, tunes)
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), threads_left(place):
-        torch.manual_seed(seed)
+    with seeded(seed, place), threads_left(place):
         run = BranchedRun(workload, place, dtype, seed, plan, folder, progress)
         try:
             for index, step in enumerate(sorted(set(checkpoints))):

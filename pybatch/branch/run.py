@@ -17,6 +17,7 @@ from pybatch.base.numerals import number
 from pybatch.branch import checkpoint
 from pybatch.branch import summary as branch_summary
 from pybatch.branch.summary import WINDOW, Losses
+from pybatch.device.generators import seeded
 from pybatch.device.identity import describe
 from pybatch.fits.solver import Array
 from pybatch.records import Branching, Convergence, Note
@@ -267,8 +268,7 @@ class BranchedRun:
         found = np.full(looks + 1, np.nan)
         found[0] = initial
         seed = self.seed + 1 + repeat
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)  # dropout: the base run's own goes on as if it had not branched
+        with seeded(seed, self.device):  # dropout: the base run's own goes on as if it had not branched
             trained = self._trained(seed, scaled)
             self._restore(trained)
             for look in range(1, looks + 1):

@@ -26,7 +26,7 @@ def minimize(p: Array, evaluate: Evaluate, low: Array, high: Array, rounds: int 
         p: [R, P] starting points, in log-parameters.
         evaluate: parameters [r, P] of some of the rows, and which -> cost [r], force [r, P] (minus the gradient) and
             normal matrix [r, P, P].
-        low, high: [P] bounds, to which steps are clipped.
+        low, high: [P] or [R, P] bounds, to which steps are clipped.
         rounds: most steps.
 
     Returns:
@@ -34,6 +34,7 @@ def minimize(p: Array, evaluate: Evaluate, low: Array, high: Array, rounds: int 
     """
     found, least = p.copy(), np.empty(len(p))
     rows = np.arange(len(p))
+    low, high = np.broadcast_to(low, p.shape), np.broadcast_to(high, p.shape)
     damping, idle = np.full(len(p), 1e-3), np.zeros(len(p), dtype=int)
     cost, force, normal = evaluate(p, slice(None))
     least[:] = cost
@@ -57,7 +58,7 @@ def minimize(p: Array, evaluate: Evaluate, low: Array, high: Array, rounds: int 
             break
         if not on.all():
             rows, p, cost, force, normal = rows[on], p[on], cost[on], force[on], normal[on]
-            damping, idle = damping[on], idle[on]
+            damping, idle, low, high = damping[on], idle[on], low[on], high[on]
     return found, least
 
 

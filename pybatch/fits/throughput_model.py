@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ Model = Literal["affine", "floor", "wave"]
 
 SOFT = 0.05  # log time: residuals past 5 % count linearly; repeats of a steady step agree within that
 RESOLUTION = 1e-5  # log time: smaller residuals are rounding, and a perfect fit must not drive AICc to minus infinity
+AROUND = (-4, -2, -1, 0, 1, 2, 4)  # places on the grid of starts beside a good one: a floor's cost has kinks
 REACH = 1e3  # half batch is sought within this factor of the batches measured; beyond, they say nothing about it
 
 
@@ -51,7 +53,10 @@ def limits(size: Array) -> tuple[float, float]:
 
 
 def starts(model: Model, size: Array, data: Array) -> Array:
-    """Starting points [S, P]: half batches over all decades; for a floor also each number of batch sizes on it."""
+    """Starting points [S, P]: half batches over all decades; for a floor also each number of batch sizes on it.
+
+    Of the half batches those about one that costs no more than its neighbours: the others lead there.
+    """
     grid = np.linspace(*limits(size), 40)
     order = np.argsort(size)
     starts = []
@@ -59,7 +64,10 @@ def starts(model: Model, size: Array, data: Array) -> Array:
         rest = order[flat:]
         level = [] if model == "affine" else [np.full_like(grid, data[order[:flat]].mean())]
         beta = np.median(data[rest] - np.log(np.exp(grid)[:, None] + size[rest]), axis=-1)
-        starts.append(np.stack([beta, grid, *level], axis=-1))
+        tried = np.stack([beta, grid, *level], axis=-1)
+        around = np.pad(cost(data - log_time(tried, size)[0]), 1, constant_values=np.inf)
+        lowest = np.flatnonzero((around[1:-1] <= around[:-2]) & (around[1:-1] <= around[2:]))
+        starts.append(tried[np.unique(np.clip(lowest[:, None] + AROUND, 0, len(grid) - 1))])
     return np.concatenate(starts)
 
 
@@ -74,21 +82,27 @@ def cost(residual: Array) -> Array:
 
 def solve(starts: Array, size: Array, data: Array) -> tuple[Array, float]:
     """The best of all polished starts [P], and its cost."""
-    p, cost = polish(starts, size, np.broadcast_to(data, (len(starts), len(data))))
-    best = int(np.argmin(cost))
-    return p[best], float(cost[best])
+    return solve_each([starts], size[None], data)[0]
+
+
+def solve_each(starts: Sequence[Array], sizes: Array, data: Array) -> list[tuple[Array, float]]:
+    """`solve` for each of several ways [W, n] to take the batch sizes, all at once."""
+    owner = np.repeat(np.arange(len(starts)), [len(each) for each in starts])
+    p, cost = polish(np.concatenate(starts), sizes[owner], np.broadcast_to(data, (len(owner), len(data))))
+    best = [int(min(np.flatnonzero(owner == i), key=cost.__getitem__)) for i in range(len(starts))]
+    return [(p[i], float(cost[i])) for i in best]
 
 
 def polish(p: Array, size: Array, data: Array) -> tuple[Array, Array]:
-    """All rows at once: parameters [R, P], ln seconds [R, n] -> parameters, cost [R]."""
+    """All rows at once: parameters [R, P], batch sizes and ln seconds [R, n] -> parameters, cost [R]."""
 
     def evaluate(trial: Array, rows: Rows) -> tuple[Array, Array, Array]:
-        value, slope = log_time(trial, size)
+        value, slope = log_time(trial, size[rows])
         residual = data[rows] - value
         scaled = slope / np.sqrt(1 + (residual / SOFT) ** 2)[..., None]
         normal = np.swapaxes(scaled, -1, -2) @ slope
         return cost(residual), np.sum(scaled * residual[..., None], axis=-2), normal
 
-    low, high = (np.full(p.shape[-1], end) for end in (-np.inf, np.inf))
-    low[1], high[1] = limits(size)
+    low, high = (np.full(p.shape, end) for end in (-np.inf, np.inf))
+    low[:, 1], high[:, 1] = np.log(size.min(axis=1) / REACH), np.log(size.max(axis=1) * REACH)
     return minimize(p, evaluate, low, high)

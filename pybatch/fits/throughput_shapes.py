@@ -8,17 +8,30 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pybatch.fits.solver import Array, aicc
-from pybatch.fits.throughput_model import SOFT, Model, cost, figures, limits, log_time, polish, solve, starts
+from pybatch.fits.throughput_model import (
+    SOFT,
+    Model,
+    cost,
+    figures,
+    limits,
+    log_time,
+    polish,
+    solve,
+    solve_each,
+    starts,
+)
 from pybatch.fits.throughput_resampling import resample
 
-FINE = 256  # wave sizes up to here are tried one by one, larger ones in eights
+FINE = 256  # wave sizes up to here are tried one by one, larger ones in eights, and far larger in so many-th parts
 WAVE_LEAST = 3  # batch sizes that share a wave with another, past the first wave: fewer show no steps
 FLOOR_LEAST = 6  # AICc of four unknowns (alpha, beta, floor and the error) is defined from six batch sizes on
 HIDDEN = 4  # waves that the batch sizes cannot show but may have: so many of the best
@@ -65,7 +78,7 @@ def spread(
     scores = np.array([shape.score for shape in found])
     weights = np.exp(-(scores - scores.min()) / 2) if np.isfinite(scores.min()) else np.ones(len(found))
     counts = rng.multinomial(resamples, weights / weights.sum())
-    drawn = []
+    alike: dict[tuple[int, int], list[tuple[Array, Array, Array]]] = defaultdict(list)  # are polished together
     for shape, count in zip(found, counts.tolist(), strict=True):
         if not count:
             continue
@@ -74,8 +87,10 @@ def spread(
         turns = [rounds[i] for i in own] if rounds is not None else None
         size = shape.size[own]
         again = resample(shape.p, size, data[own], entries, turns, count, rng)
-        drawn.append(figures(polish(np.repeat(shape.p[None], count, axis=0), size, again)[0], gain))
-    result: Array = np.concatenate(drawn)
+        p, sizes = (np.broadcast_to(row, (count, len(row))) for row in (shape.p, size))
+        alike[len(shape.p), len(own)].append((p, sizes, again))
+    drawn = [polish(*map(np.concatenate, zip(*each, strict=True)))[0] for each in alike.values()]
+    result: Array = np.concatenate([figures(p, gain) for p in drawn])
     return result
 
 
@@ -85,28 +100,50 @@ def _score(least: float, n: int, unknowns: int) -> float:
 
 def _waves(size: Array, data: Array) -> list[Shape]:
     """The best wave size that the batch sizes show, and the best of those that they cannot."""
-    most, distinct = int(size.max() / 2), np.unique(size)
-    found: dict[tuple[int, ...], tuple[bool, float, int, int]] = {}  # by which sizes share a wave
-    for wave in (w for w in range(2, most + 1) if w <= FINE or w % 8 == 0):
-        begun = np.ceil(distinct / wave)
-        shared = int(np.sum(begun > 1)) - len(np.unique(begun[begun > 1]))
-        # Waves that part the sizes alike fit alike: take the one whose multiples were measured.
-        key = tuple(begun.astype(int))
-        ends = int(np.sum(distinct % wave == 0))
-        if key not in found or ends > -found[key][2]:
-            misfit = _relative_misfit(wave * np.ceil(size / wave), data)
-            found[key] = (shared < WAVE_LEAST, misfit, -ends, wave)
-    made = []
-    for hidden, most_of in ((False, 1), (True, HIDDEN)):
-        own = sorted(entry[1:] for entry in found.values() if entry[0] == hidden)
-        for _, _, wave in own[:most_of]:
-            whole = wave * np.ceil(size / wave)
-            p, least = solve(_near(_line(whole, data), whole, data), whole, data)
-            # The best of many: what choosing among them explains of pure noise is not evidence of waves.
-            least *= len(own) ** (2 / len(size))
-            every = np.ones(len(size), dtype=bool)
-            made.append(Shape("wave", p, _score(least, len(size), 3), whole, every, wave, not hidden))
+    waves, hidden = _partings(tuple(np.unique(size).tolist()))
+    whole = waves[:, None] * np.ceil(size / waves[:, None])
+    order = np.argsort(_relative_misfit(whole, data), kind="stable")
+    chosen = [order[hidden[order] == kind][:most] for kind, most in ((False, 1), (True, HIDDEN))]
+    tried = np.concatenate(chosen)
+    if not len(tried):
+        return []
+    near = [_near(_line(row, data), row, data) for row in whole[tried]]
+    every, made = np.ones(len(size), dtype=bool), []
+    for i, (p, least) in zip(tried, solve_each(near, whole[tried], data), strict=True):
+        # The best of many: what choosing among them explains of pure noise is not evidence of waves.
+        least *= int(np.sum(hidden == hidden[i])) ** (2 / len(size))
+        score = _score(least, len(size), 3)
+        made.append(Shape("wave", p, score, whole[i], every, int(waves[i]), not hidden[i]))
     return made
+
+
+@lru_cache(maxsize=16)
+def _partings(distinct: tuple[float, ...]) -> tuple[Array, NDArray[np.bool_]]:
+    """Wave sizes [W], one of all that part these batch sizes alike, and which of them they cannot show.
+
+    Waves that part the sizes alike fit alike: it is the one whose multiples are most often among them.
+    """
+    waves = np.fromiter(_tried(int(distinct[-1] / 2)), dtype=np.float64)
+    sizes = np.array(distinct)
+    begun = np.ceil(sizes / waves[:, None])
+    ends = np.sum(sizes % waves[:, None] == 0, axis=1)
+    later = begun > 1
+    shared = later.sum(axis=1) - np.sum(later & (np.diff(begun, axis=1, prepend=0) > 0), axis=1)
+    alike: dict[bytes, int] = {}
+    for i, row in enumerate(begun):
+        key = row.tobytes()
+        if key not in alike or ends[i] > ends[alike[key]]:
+            alike[key] = i
+    own = sorted(alike.values(), key=lambda i: (-ends[i], i))
+    return waves[own], shared[own] < WAVE_LEAST
+
+
+def _tried(most: int) -> Iterator[int]:
+    """Wave sizes from 2 to `most`."""
+    wave = 2
+    while wave <= most:
+        yield wave
+        wave += 1 if wave < FINE else max(8, wave // FINE // 8 * 8)
 
 
 def _cliffs(size: Array, data: Array) -> list[Shape]:
@@ -129,14 +166,14 @@ def _cliffs(size: Array, data: Array) -> list[Shape]:
 
 
 def _line(size: Array, data: Array) -> Array:
-    """Seconds at batch 0 and per example of the line with the least squares of relative errors."""
+    """Seconds at batch 0 and per example [..., 2] of the line with the least squares of relative errors."""
     seconds = np.exp(data)
     weights = seconds**-2
     weights = weights / weights.sum()
-    batch, second = weights @ size, weights @ seconds
-    apart = size - batch
-    slope = (weights * apart) @ (seconds - second) / ((weights * apart) @ apart)
-    return np.array([second - slope * batch, slope])
+    batch, second = size @ weights, weights @ seconds
+    apart = size - batch[..., None]
+    slope = (apart @ (weights * (seconds - second))) / (apart**2 @ weights)
+    return np.stack([second - slope * batch, slope], axis=-1)
 
 
 def _near(line: Array, size: Array, data: Array) -> Array:
@@ -147,8 +184,9 @@ def _near(line: Array, size: Array, data: Array) -> Array:
     return np.array([[np.log(line[1]), half]])
 
 
-def _relative_misfit(size: Array, data: Array) -> float:
-    """Sum of squared relative errors of the best affine curve, which is linear in its unknowns: for screening."""
+def _relative_misfit(size: Array, data: Array) -> Array:
+    """Sum of squared relative errors [...] of the best affine curve, which is linear in its unknowns: for screening."""
     line = _line(size, data)
-    residual = (line[0] + line[1] * size) / np.exp(data) - 1
-    return float(np.sum(np.minimum(residual**2, SOFT**2)))
+    residual = (line[..., :1] + line[..., 1:] * size) / np.exp(data) - 1
+    misfit: Array = np.sum(np.minimum(residual**2, SOFT**2), axis=-1)
+    return misfit

@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pybatch.base.errors import WorkloadError
+from pybatch.device.generators import forked
 from pybatch.noise.labels import ignored_in, ragged
 from pybatch.records import Note
 from pybatch.workloads.running.session import Session
@@ -37,7 +38,7 @@ def coupling(session: Session) -> tuple[Note, ...]:
     training = session.model.training
     session.model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with forked(session.device):
             apart, size = _apart(session, batch, share)
     except WorkloadError:
         return ()  # a loss that one example does not have

@@ -21,6 +21,7 @@ from pybatch.base.errors import Interrupted, UsageError, unknown
 from pybatch.base.numerals import counted
 from pybatch.base.progress import told
 from pybatch.device.disturbance import threads_left
+from pybatch.device.generators import seeded
 from pybatch.device.identity import resolve
 from pybatch.fits.noise import INTERRUPTED, noiseless
 from pybatch.noise.confounds import confounds
@@ -118,8 +119,7 @@ def measure_noise(
     if preconditioned and source != "micro-batches":
         raise UsageError("preconditioned=True: per-example norms come without a preconditioner. Use micro-batches.")
     place = resolve(device)
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), threads_left(place):
-        torch.manual_seed(seed)
+    with seeded(seed, place), threads_left(place):
         run = _Measurement(workload, place, dtype, seed, time_budget, progress, source, layers, preconditioned)
         run.held = warmup_steps == 0 if hold is None else hold
         try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pybatch.device.generators import seed_generators
 from pybatch.scaling import gain
 from pybatch.training.pooling import Pooling
 from pybatch.training.replicas import Losses, Replicas
@@ -40,7 +41,8 @@ class Loop(Replicas):
             rates = self.rates()
             last = {trial.seed: i for i, trial in enumerate(self.trials)}  # the others leave the batch as it is
             for i, trial in enumerate(self.trials):
-                torch.manual_seed(hash((trial.seed, self.done)) % 2**63)  # dropout: the same whatever ran before
+                # dropout: the same whatever ran before
+                seed_generators(hash((trial.seed, self.done)) % 2**63, self.device)
                 session, optimizer, measured = self.sessions[i], self.optimizers[i], self.gains[i]
                 batch = batches[trial.seed] if last[trial.seed] == i else copied(batches[trial.seed])
                 optimizer.zero_grad()

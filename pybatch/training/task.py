@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pybatch.base.errors import PybatchError, WorkloadError
+from pybatch.device.generators import forked
 from pybatch.training.choosing import StackTooLargeError, choose, chunks, memory_for
 from pybatch.training.loop import Loop
 from pybatch.training.replicas import Replicas
@@ -80,7 +81,7 @@ def run_task(
         return why
 
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with forked(device):
             groups = deque(chunks(task.trials, size, memory_for(device)))
             while groups:
                 group, failed = groups.popleft(), None

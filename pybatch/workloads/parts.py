@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, default_collate
 
 from pybatch.base.errors import UsageError, WorkloadError
+from pybatch.device.generators import seeded
 from pybatch.workloads.base import Split, Workload
 from pybatch.workloads.given import (
     called,
@@ -120,8 +121,8 @@ class Parts(Workload):
         if data is None:
             raise UsageError(f"workload {self.name!r} was made without test data. Give from_parts(test=...).")
         index = torch.randint(len(data), (min(n, most),), generator=generator).tolist()
-        with torch.random.fork_rng(devices=[]):  # augmentations draw from it, for one seed the same
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        drawn = int(torch.randint(2**31, (), generator=generator))
+        with seeded(drawn, torch.device("cpu")):  # augmentations draw from it, for one seed the same
             several = getattr(data, "__getitems__", None)  # as torch's own loaders ask
             rows = several(index) if several is not None else [data[i] for i in index]
             if len(index) < n:

@@ -1,4 +1,4 @@
-"""One process of a distributed run: measures, and computes the same from float64 gradients of all processes' examples.
+"""Distributed runs: each process measures, and computes the same from float64 gradients of all processes' examples.
 
 Every case returns plain numbers; the tests in tests/noise/test_distributed.py judge them.
 """
@@ -10,10 +10,12 @@ import json
 import os
 import runpy
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which torch's optimizers import
 import torch.distributed as dist
 from cases.noise_models import (
     Uphill,
@@ -522,5 +524,23 @@ def main(rank, world, folder):
     os._exit(0)
 
 
+def started(world, folder):
+    """Processes of one run, which have imported torch before they part."""
+    folder.mkdir()
+    for rank in range(world):
+        if not (child := os.fork()):
+            try:
+                main(rank, world, folder)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        yield child
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    *worlds, place = sys.argv[1:]
+    for world in worlds:
+        running = list(started(int(world), Path(place, world)))
+        if any(os.waitpid(child, 0)[1] for child in running):
+            sys.exit(f"a process of {world} failed")

@@ -1,4 +1,4 @@
-"""Processes that measure noise together, started once for all files that ask."""
+"""Processes that measure noise together, made once for all files that ask."""
 
 import json
 import os
@@ -11,34 +11,22 @@ from cases.paths import TESTS
 WORKER = TESTS / "cases" / "noise_worker.py"
 
 
-def run(world, folder):
-    """Start the processes, wait, and return what each wrote."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, str(WORKER)]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(world)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0] * world, "\n".join(errors)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+WORLDS = (2, 4)
 
 
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
-    """What so many processes found."""
-    found = {}
+    """What each of so many processes found, by how many they are."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    command = [sys.executable, str(WORKER), *map(str, WORLDS), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    return {
+        world: [json.loads((folder / f"{world}/{rank}.json").read_text()) for rank in range(world)] for world in WORLDS
+    }
 
-    def of(world):
-        if world not in found:
-            found[world] = run(world, tmp_path_factory.mktemp("ranks"))
-        return found[world]
 
-    return of
-
-
-@pytest.fixture(params=[2, 4])
+@pytest.fixture(params=WORLDS)
 def ranks(request, processes):
-    return processes(request.param)
+    return processes[request.param]

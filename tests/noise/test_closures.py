@@ -236,7 +236,7 @@ def test_ddp_takes_the_first_evaluation(ranks):
 
 
 def test_fsdp_takes_the_first_evaluation(processes):
-    found, want = processes(2)[0]["fsdp_closure"]
+    found, want = processes[2][0]["fsdp_closure"]
     same(found, want)
     assert found["steps"] == want["steps"]
     assert any("3 steps of the optimizer evaluated the model again" in text for text in found["notes"])

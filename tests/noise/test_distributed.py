@@ -71,7 +71,7 @@ def test_moments_are_of_the_mean_over_processes(ranks):
 
 
 def test_fsdp_equals_one_process(processes):
-    found, want = processes(2)[0]["fsdp"]
+    found, want = processes[2][0]["fsdp"]
     same(found, want)
     assert found["steps"] == 3
     for name, values in want["layers"].items():
@@ -79,7 +79,7 @@ def test_fsdp_equals_one_process(processes):
 
 
 def test_fsdp_accumulation(processes):
-    found, want = processes(2)[0]["fsdp_accumulated"]
+    found, want = processes[2][0]["fsdp_accumulated"]
     same(found, want)
     assert (found["steps"], found["skipped"]) == (3, 1)
 
@@ -98,7 +98,7 @@ def test_loss_scale_that_overflows_under_ddp(ranks):
 
 
 def test_loss_scale_that_overflows_under_fsdp(processes):
-    scaled(processes(2)[0], "fsdp_scaled")
+    scaled(processes[2][0], "fsdp_scaled")
 
 
 def dropout(rank, case):
@@ -120,13 +120,13 @@ def test_dropout_under_ddp(ranks, case):
 
 @pytest.mark.parametrize("case", ["fsdp_dropout", "fsdp_dropout_eval"])
 def test_dropout_under_fsdp(processes, case):
-    dropout(processes(2)[0], case)
+    dropout(processes[2][0], case)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_watched_training_of_several_processes(processes, kind):
     """All processes replay the same sizes by one clock, and the training goes on to the bit as unwatched."""
-    found = [rank[f"{kind}_watched"][0] for rank in processes(2)]
+    found = [rank[f"{kind}_watched"][0] for rank in processes[2]]
     assert all(one["same"] for one in found)
     assert found[0]["batches"] == found[1]["batches"] == [2, 4, 8, 16, 32, 64, 128]  # of 4 + 6 examples: 4 each
     assert found[0]["step_ms"] == found[1]["step_ms"]
@@ -137,7 +137,7 @@ def test_a_watched_training_of_several_processes(processes, kind):
 
 
 def test_the_example_measures_the_same_under_ddp_and_fsdp2(processes):
-    ddp, fsdp = (processes(2)[0][case] for case in ("ddp_example", "fsdp_example"))
+    ddp, fsdp = (processes[2][0][case] for case in ("ddp_example", "fsdp_example"))
     assert ddp.startswith("ddp: B_simple ")
     assert "(resolved, by ddp" in ddp
     assert fsdp == ddp.replace("ddp", "fsdp")

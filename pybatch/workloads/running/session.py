@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pybatch.base.errors import DeviceError, UsageError, WorkloadError
 from pybatch.base.numerals import memory
 from pybatch.device.abilities import refused_layer
+from pybatch.device.generators import seeded
 from pybatch.device.identity import DTYPES, cpu_name
 from pybatch.device.memory import upload
 from pybatch.records import WorkloadInfo
@@ -57,8 +58,7 @@ class Session:
         self.workload, self.device, self.dtype = workload, device, dtype
         self.generator = torch.Generator().manual_seed(seed)
         self._lookout = Lookout()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed, device):
             model = self._call("model")
         if not isinstance(model, torch.nn.Module):
             raise self._error("model", f"returned {type(model).__name__}, not a torch.nn.Module")
