@@ -3,8 +3,9 @@
     python bench/sweep.py [--parts replicas,store,workers,digits,domains] [--models mlp,cnn] [--batches 8,16,32,64]
                           [--quick] [--threads N] [--jobs N] [--ray] [--output FILE]
 
-The part "domains" is tuned sweeps of both models of `text` and `scenes` to their targets: batch 8, 32 and 128 with one
-seed (goal: 100 s on two cores) and, but with --quick, seven batch sizes with three (6 minutes).
+The part "domains" is tuned sweeps of both models of `text` and `scenes` to their targets: batch 8, 32 and 128 (4, 16
+and 64 of `scenes`, where its steps fall most) with one seed (goal: 100 s on two cores) and, but with --quick, seven
+batch sizes with three (6 minutes).
 
 The loop is pybatch's own, one optimizer step a replica, with the same batches; both sides do the same evaluations, and
 their losses are compared before they are timed. Samples of the two are interleaved. Both run on --threads threads: a
@@ -153,14 +154,16 @@ def digits(batches: list[int], jobs: int, search: str) -> dict[str, Any]:
     }
 
 
-DOMAINS = (("text", "lstm"), ("text", "transformer"), ("scenes", "unet"), ("scenes", "dilated"))
+# Workload, model, the least batch size.
+DOMAINS = (("text", "lstm", 8), ("text", "transformer", 8), ("scenes", "unet", 4), ("scenes", "dilated", 4))
 
 
 def domains(whole: bool, jobs: int) -> list[dict[str, Any]]:
     """Seconds of the tuned sweeps, starts included, with what they found; CPU seconds are of the workers too."""
     rows = []
-    for name, model in DOMAINS:
-        for batches, seeds in (([8, 32, 128], 1), *([([8 * 2**k for k in range(7)], SEEDS)] if whole else [])):
+    for name, model, least in DOMAINS:
+        few, many = [least * 4**k for k in range(3)], [least * 2**k for k in range(7)]
+        for batches, seeds in ((few, 1), *([(many, SEEDS)] if whole else [])):
             begin, cpu = time.perf_counter(), sum(os.times()[:4])
             found = measure_convergence(find(name, model=model), batches, ["tuned"], seeds, device="cpu", jobs=jobs)
             [curve] = [c for c in found.curves if c.split == "train"]

@@ -167,8 +167,8 @@ def test_scenes_follow_from_the_seed_and_label_what_they_show() -> None:
     pixels, labels = work.compose(200, seeded(), "train")
     same, _ = Scenes(noise=0.0, classes=10).compose(200, seeded(), "train")
     assert torch.equal(pixels, same)
-    assert pixels.shape == (200, 1, 32, 32)
-    assert labels.shape == (200, 32, 32)
+    assert pixels.shape == (200, 1, 8, 8)
+    assert labels.shape == (200, 8, 8)
     assert set(labels.unique().tolist()) == set(range(11))
     # Without noise the ground stays below 0.5, and ink is what is labelled.
     assert float(pixels[:, 0][labels == 0].max()) <= 0.5
@@ -179,7 +179,7 @@ def test_scenes_follow_from_the_seed_and_label_what_they_show() -> None:
 
 def test_dials_of_scenes_do_what_they_say() -> None:
     def shown(**dials: float) -> torch.Tensor:
-        return Scenes(**dials).compose(100, seeded(), "test")[1]  # type: ignore[arg-type]
+        return Scenes(extent=0.5, **dials).compose(100, seeded(), "test")[1]  # type: ignore[arg-type]
 
     assert int(shown(classes=3).max()) == 3
     assert float((shown(clutter=8) > 0).float().mean()) > 1.3 * float((shown(clutter=4) > 0).float().mean())
