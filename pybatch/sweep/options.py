@@ -109,10 +109,11 @@ class SweepOptions:
         decay_rule: how weight decay follows it: "constant", "linear" or "timescale".
         rates: first learning rates of a search; None: 12, a factor of 2 apart. Where the best
             one is the lowest or highest, more are tried; then two halfway beside it.
-        search: "race" tries every rate with the first seed at the base batch, and at the others those near the rate
-            that follows from its best by the square root of the batch size; it gives up what is behind, and runs the
-            other seeds at the rates that can still have the least median. "grid" runs every seed at every rate; or an
-            Optuna sampler ("tpe", "qmc", "random", "cmaes") between the ends of `rates`.
+        search: "race" tries every rate with the first seed at the base batch (with one seed every second rate, then
+            those beside the best), and at the others those near the rate that follows from its best by the square root
+            of the batch size; it gives up what is behind, and runs the other seeds at the rates that can still have the
+            least median. "grid" runs every seed at every rate; or an Optuna sampler ("tpe", "qmc", "random", "cmaes")
+            between the ends of `rates`.
         base_batch: where the rules start; None: the smallest of `batches`.
         base_rate: their learning rate there; None: the one of the fewest steps to each target, which is sought first.
         max_steps: a trial is given up then; earlier after 4 times the steps the base batch took (times B_0 / B below
@@ -280,7 +281,10 @@ class SweepOptions:
         assert self.rates is not None
         if self.search in SAMPLERS:
             return Sampled(self.search, min(self.rates), max(self.rates), max(len(self.rates), 12), self.seed)
-        return Racing(Grid(self.rates, near)) if self.search == "race" else Grid(self.rates)
+        if self.search == "grid":
+            return Grid(self.rates)
+        # The neighbours that a sparse grid tries later would be run by all seeds: of several it spares nothing.
+        return Racing(Grid(self.rates, near, sparse=self.seeds == 1))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; `SweepOptions(**data)` reads them back."""

@@ -5,8 +5,9 @@ rate that is behind is given up: by one seed as soon as another has reached, as 
 when it has taken SURE times the least median. The rate chosen is that of the whole grid unless a rate's first seed is
 SURE times slower than the best median while the rate's own median is the best.
 
-Where the best rate of another batch size is known, a race begins near the rate that follows from it. The grid grows
-from there as it does past its edges, so that steps that fall and then rise with the rate have the same best one.
+Where the best rate of another batch size is known, a race begins near the rate that follows from it; elsewhere, with
+one seed, with every second rate, and those between are tried beside the best alone. The grid grows from there as it
+does past its edges, so that steps that fall and then rise with the rate have the same best one.
 """
 
 from __future__ import annotations
@@ -105,18 +106,23 @@ class Grid(Search):
         rates: the first ones.
         near: a rate that is expected to do well: of more than FEW `rates`, those within NEAR times it, or the FEW
             nearest, are the first.
+        sparse: begin, where no such rate is known, with every second of at least 2 FEW `rates`; those next to the best
+            are tried together with those halfway.
     """
 
-    def __init__(self, rates: Sequence[float], near: float | None = None) -> None:
+    def __init__(self, rates: Sequence[float], near: float | None = None, *, sparse: bool = False) -> None:
         self.exact: dict[float, float] = {}  # by a rate as it is trained, rounded: what it is reckoned with
         self.rates = sorted(self._named(rates))
         first, last = self.exact[self.rates[0]], self.exact[self.rates[-1]]
         self.ratio = (last / first) ** (1 / (len(self.rates) - 1)) if len(self.rates) > 1 else 2.0
         if near is not None and len(self.rates) > FEW:
             self.rates = self._around(near)
+        self.skipped: list[float] = []  # of `rates`
+        if sparse and near is None and len(self.rates) >= 2 * FEW:
+            self.skipped, self.rates = self.rates[::2], self.rates[1::2]
         self.tried: list[float] = []
         self.extensions = {False: 0, True: 0}  # towards a rate that reaches, and past an edge that did
-        self.refined: set[str] = set()
+        self.refined: dict[str, int] = {}  # how often, by split
 
     def next_rates(self, study: Study) -> list[float]:
         """As `Search.next_rates`."""
@@ -139,12 +145,22 @@ class Grid(Search):
         return self._try(wanted)
 
     def halfway(self, study: Study) -> list[float]:
-        """Two rates halfway beside each split's best, once a split, where it lies within those tried."""
+        """Two rates halfway beside each split's best, once a split, where it lies within those tried.
+
+        Of a sparse grid its neighbours with them, and once more: the best may be one of those. Its neighbours are tried
+        where no rate reached the target, too: one between may be the only one that does.
+        """
         wanted: list[float] = []
         for split in study.targets:
-            best = best_rate(study, split, self.tried)
-            if best is not None and min(self.tried) < best < max(self.tried) and split not in self.refined:
-                self.refined.add(split)
+            done, reached = self.refined.get(split, 0), best_rate(study, split, self.tried)
+            between = self.skipped if not done else []
+            best = nearest_rate(study, split, self.tried) if between else reached
+            if best is None or not min(self.tried) < best < max(self.tried) or done > bool(self.skipped):
+                continue
+            self.refined[split] = done + 1
+            below, above = (max(r for r in self.tried if r < best), min(r for r in self.tried if r > best))
+            wanted += [self.exact[rate] for rate in between if below < rate < above]
+            if reached is not None:
                 wanted += [self.exact[best] / math.sqrt(self.ratio), self.exact[best] * math.sqrt(self.ratio)]
         return self._try(wanted)
 

@@ -51,7 +51,7 @@ class Scenes(Workload):
         "width": "channels of the first level (8)",
         "levels": "resolutions of the U-Net, 2 to 8 (2)",
     }
-    sizes: ClassVar[dict[str, dict[str, int | str]]] = {
+    sizes: ClassVar[dict[str, dict[str, int | float | str]]] = {
         "tiny": {},
         # The paper's U-Net. Fewer scenes than usual: they are large, and are kept in memory.
         "base": {

@@ -272,10 +272,10 @@ def test_of_two_seeds_a_rate_that_one_alone_reaches_puts_no_other_out():
         assert (each.learning_rate, each.steps, each.reached) == (0.5, 100, 2)
 
 
-def losing(grid, loss, seeds=(0,), cap=100, target=0.1):
+def losing(grid, loss, seeds=(0,), cap=100, target=0.1, search=None):
     """Play a grid over final losses(lr); a run at or below the target reaches it at its last step."""
     ended = {}
-    search = Racing(Grid(grid))
+    search = search or Racing(Grid(grid))
     while True:
         study = Study({"train": target}, seeds, cap)
         for each in ended.values():
@@ -327,3 +327,40 @@ def test_a_loss_that_is_lowest_within_the_grid_asks_for_no_other_rates():
     _, ended = losing([0.1, 0.2, 0.4, 0.8], lambda lr: 0.3 + abs(math.log2(lr / 0.3)))
     assert len(ended) == 4
     assert beyond("train", list(ended.values())) is None
+
+
+def sparse():
+    return Racing(Grid(RATES, sparse=True))
+
+
+@pytest.mark.parametrize(("optimum", "wall"), [(2 ** (k / 4), 8.0) for k in range(-4, 5)] + [(1.4, 1.6)])
+def test_every_second_rate_first_finds_the_grids_best_by_fewer_steps(optimum, wall):
+    """Rates beyond the wall diverge: where it hides the optimum from the first rates, it is found in a third turn."""
+
+    def steps(lr, seed):
+        away = math.log(lr / optimum)
+        return math.nan if lr > wall else round(1000 * (1 + 0.5 * away**2))
+
+    _, whole, _ = play(Racing(Grid(RATES)), steps, 8, (0,))
+    _, some, proposals = play(sparse(), steps, 8, (0,))
+    best = [min((steps(o.trial.lr, 0), o.trial.lr) for o in each if o.end == "met") for each in (whole, some)]
+    assert best[0] == best[1]
+    assert [rate for rate, _ in proposals[0].runs] == RATES[1::2]
+    assert sum(o.steps for o in some) < (0.95 if wall > 2 else 1.05) * sum(o.steps for o in whole)
+
+
+def test_the_only_rate_that_reaches_is_found_between_two_that_were_tried_first():
+    """Reached within a twentieth of 1.03; elsewhere the loss at the end tells how far away that is."""
+    study, ended = losing(RATES, lambda lr: 0.05 + abs(math.log(lr / 1.03)), search=sparse())
+    assert 1.0 not in RATES[1::2]
+    assert best_rate(study, "train", sorted({lr for lr, _ in ended})) == 1.0
+    assert len({lr for lr, _ in ended}) <= 10
+
+
+def test_of_uneven_rates_those_that_were_left_out_are_tried():
+    rates, optimum = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2], 2e-3
+    search = Racing(Grid(rates, sparse=True))
+    _, outcomes, _ = play(search, lambda lr, seed: round(1000 * (1 + math.log(lr / optimum) ** 2)), 8, (0,))
+    tried = {o.trial.lr for o in outcomes}
+    assert tried > {3e-4, 1e-3, 3e-3, 1e-2, 3e-2}
+    assert 1e-4 not in tried
