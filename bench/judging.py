@@ -16,6 +16,7 @@ from pybatch.records import Capacity, Convergence, Verdict
 
 GOALS = {"noise": 1.25, "branch": 1.10, "sweep": 1.05, "disturbed": 1.15}
 RESAMPLES = 400
+LEAST_SEEDS = 3  # for an interval
 
 
 def times(capacity: Capacity, steps: Convergence) -> dict[int, float]:
@@ -27,27 +28,39 @@ def times(capacity: Capacity, steps: Convergence) -> dict[int, float]:
 
 
 def resampled(capacity: Capacity, steps: Convergence) -> list[dict[int, float]]:
-    """`times` as they could have been: at each batch size its seeds drawn anew, and its step time within its error."""
+    """`times` as they could have been: seeds drawn anew with the rate chosen anew, and step times within their errors.
+
+    Infinite where the median of the seeds drawn does not reach. Empty below LEAST_SEEDS, of which no interval is made.
+    """
     [curve] = [c for c in steps.curves if c.split == "train"]
     timed = {p.batch: p for p in capacity.batches if p.step_ms is not None}
     rng, drawn = np.random.default_rng(0), {}
     for p in sorted(curve.points, key=lambda p: p.batch):
-        own = next((r.steps for r in p.rates if r.learning_rate == p.learning_rate), ())
-        if p.status == "reached" and p.batch in timed and own:
-            runs = np.array([math.inf if s is None else s for s in own])
-            medians = np.median(rng.choice(runs, (RESAMPLES, len(runs))), axis=1)
-            error = math.sqrt(variance_of(timed[p.batch])) * rng.standard_normal(RESAMPLES)
-            drawn[p.batch] = medians * (timed[p.batch].step_ms or math.nan) / 1e3 * np.exp(error)
-    tables = [{n: float(s[i]) for n, s in drawn.items() if math.isfinite(s[i])} for i in range(RESAMPLES)]
-    return [table for table in tables if len(table) > 1]
+        if p.status != "reached" or p.batch not in timed or not p.rates:
+            continue
+        if p.seeds < LEAST_SEEDS:
+            return []
+        runs = np.array([[math.inf if s is None else s for s in rate.steps] for rate in p.rates])
+        chosen = rng.integers(runs.shape[1], size=(RESAMPLES, runs.shape[1]))
+        medians = np.median(runs[:, chosen], axis=2).min(axis=0)
+        error = math.sqrt(variance_of(timed[p.batch])) * rng.standard_normal(RESAMPLES)
+        drawn[p.batch] = medians * (timed[p.batch].step_ms or math.nan) / 1e3 * np.exp(error)
+    tables = [{n: float(s[i]) for n, s in drawn.items()} for i in range(RESAMPLES)]
+    return [table for table in tables if len(table) > 1 and math.isfinite(min(table.values()))]
 
 
 def at(batch: float, measured: dict[int, float]) -> float | None:
-    """Time at this batch; None beyond those measured, where nothing is known."""
+    """Time at this batch; None beyond those measured, where nothing is known. Beside an infinite one it is infinite."""
     sizes = np.array(list(measured))
     if not sizes[0] <= batch <= sizes[-1]:
         return None
-    return math.exp(np.interp(math.log(batch), np.log(sizes), np.log(list(measured.values()))))
+    if batch in measured:
+        return measured[int(batch)]
+    right = int(np.searchsorted(sizes, batch))
+    ends = [measured[int(n)] for n in sizes[right - 1 : right + 1]]
+    if not all(map(math.isfinite, ends)):
+        return math.inf
+    return math.exp(np.interp(math.log(batch), np.log(sizes[right - 1 : right + 1]), np.log(ends)))
 
 
 def regret(verdict: Verdict | None, measured: dict[int, float], drawn: list[dict[int, float]]) -> dict[str, Any]:
@@ -62,7 +75,8 @@ def regret(verdict: Verdict | None, measured: dict[int, float], drawn: list[dict
     }
     again = [seconds / min(table.values()) for table in drawn if batch and (seconds := at(batch, table)) is not None]
     if found is not None and again:
-        row["regret_low"], row["regret_high"] = np.quantile(again, [0.025, 0.975]).tolist()
+        low, high = np.quantile(again, [0.025, 0.975], method="inverted_cdf").tolist()
+        row["regret_low"], row["regret_high"] = low, high if math.isfinite(high) else None  # None: open
     if batch is None:
         row["reason"] = "no batch was recommended"
     elif found is None:

@@ -10,11 +10,15 @@ from typing import Any
 from judging import GOALS, regret, resampled, times
 
 from pybatch.base import numerals as n
-from pybatch.records import Capacity, Curve, Run, Verdict
+from pybatch.records import Capacity, Curve, Run
 from study.claims import Records, critical, wide
 
 # By evidence: the kind of record that advises, and how a user asks for it.
-ADVISERS = {"noise": ("bench", "`bench`"), "branch": ("thorough", "`bench --thorough`"), "sweep": ("advice", "a sweep")}
+ADVISERS = {
+    "noise": ("bench", "`bench`"),
+    "branch": ("thorough", "`bench --thorough`"),
+    "sweep": ("advice", "`bench` and a sweep"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,11 @@ class Judged:
     @property
     def met(self) -> str:
         """Against the goal, where interval and step times leave no doubt."""
-        if self.regret is None or self.low is None or self.high is None:
+        if self.regret is None:
             return "not measured"
-        if self.disturbed or wide(self.low, self.high) or self.low <= self.goal < self.high:
+        if self.disturbed or self.low is None or self.high is None or wide(self.low, self.high):
+            return "undetermined"
+        if self.low <= self.goal < self.high:
             return "undetermined"
         return "met" if self.high <= self.goal else "missed"
 
@@ -81,11 +87,12 @@ def _judged(by: str, level: str, row: dict[str, Any], best: int, adviser: Run, j
     )
     if made.regret is None or made.met == "met":
         return made
-    return Judged(**{**made.__dict__, "remark": "; ".join(_causes(made, adviser.verdict, judge, clock))})
+    return Judged(**{**made.__dict__, "remark": "; ".join(_causes(made, adviser, judge, clock))})
 
 
-def _causes(made: Judged, verdict: Verdict | None, judge: Run, clock: Run) -> list[str]:
+def _causes(made: Judged, adviser: Run, judge: Run, clock: Run) -> list[str]:
     """What speaks for the regret: the critical batch taken and the judge's, the grid, the machine."""
+    verdict = adviser.verdict
     assert verdict is not None
     assert judge.convergence is not None
     causes = []
@@ -96,7 +103,9 @@ def _causes(made: Judged, verdict: Verdict | None, judge: Run, clock: Run) -> li
     if gap > 2:
         causes.append(f"the judge's batches lie {n.number(gap)} times apart: between them its time is a chord")
     if (seeds := judge.convergence.seeds or 0) < 3:
-        causes.append(f"{n.counted(seeds, 'seed')} judge{'s' * (seeds == 1)}")
+        causes.append(f"{n.counted(seeds, 'seed')} judge{'s' * (seeds == 1)}: no interval")
+    if disturbed(adviser.capacity):
+        causes.append("the machine was disturbed as it advised")
     if disturbed(clock.capacity):
         causes.append("the machine was disturbed as the judge's steps were timed")
     return causes

@@ -65,6 +65,8 @@ def below_capacity(problems: Mapping[str, Records]) -> Answer:
         for run, curve in tuned(records):
             found = _claims(run, capacity)[f"{curve.split} below capacity"]
             finding = _finding(found, found.low, found.high)
+            if capacity is not None and capacity.disturbed and finding != "not measured":
+                finding = "undetermined"  # what was timed on a busy machine judges nothing
             full = n.MISSING
             if capacity is not None:
                 ends = n.interval(capacity.saturation_low, capacity.saturation_high)
@@ -93,6 +95,7 @@ def rules_fail(problems: Mapping[str, Records]) -> Answer:
             helps = [c.finding for c in rules.beats_constant(curve, beside, steps.base_batch)]
             full = capacity.saturation_batch if capacity is not None else None
             share = n.share(held.broken / full) if held.broken and full else n.MISSING
+            share += ", disturbed" * bool(held.broken and full and capacity is not None and capacity.disturbed)
             finding = None if curve.rule == rules.CONSTANT else _FOUND.get(held.finding, _open(held.finding))
             cells = (
                 name,
@@ -108,7 +111,8 @@ def rules_fail(problems: Mapping[str, Records]) -> Answer:
             if finding is not None and held.broken:
                 breaks.setdefault((curve.rule, curve.split), {})[name] = held.broken
     heads = ("problem", "target", "rule", "beats constant", "holds to", "fails at", "of the saturation batch", "")
-    found = _answer("rules that scale the rate fail past some batch size", heads, rows)
+    ran = ", ".join(dict.fromkeys(row.cells[2] for row in rows if row.finding is not None))
+    found = _answer(f"rules that scale the rate ({ran or 'none was run'}) fail past some batch size", heads, rows)
     spans = []
     for (rule, split), at in breaks.items():
         ends = dict.fromkeys((n.count(min(at.values())), n.count(max(at.values()))))
@@ -135,13 +139,16 @@ def size_matters_least(runs: Sequence[Run]) -> Answer:
     for both in interactions.interactions(runs):
         ends = f"{n.number(both.ratio)} {n.interval(both.low, both.high) or '(no interval)'}"
         told = "interact" if both.determined else "undetermined"
-        rows.append(Row((" × ".join(both.dials), "", "", ends, f"{both.squares} squares", told), None))
+        rows.append(Row((" × ".join(both.dials), "", "", ends, n.counted(both.squares, "square"), told), None))
     orders = interactions.rankings(runs)
     if not orders:
         why = "fewer than two dials were turned in sweeps that have a critical batch"
         return Answer(said, heads, tuple(rows), "not measured", why)
     findings = [_by_size(order) for order in orders]
     text = "; ".join(_order(order) for order in orders)
+    turned = {ranked.kind for order in orders for ranked in order.dials}
+    if missing := [kind for kind in ("architecture", "data complexity", "data size") if kind not in turned]:
+        text += f"; {', '.join(missing)} not turned yet"
     if lost := factors.without_value(runs):
         text += f"; {n.counted(lost, 'sweep')} without a critical batch left out"
     return Answer(said, heads, tuple(rows), overall(findings), text)
@@ -187,7 +194,34 @@ def optimizers_differ(problems: Mapping[str, Records]) -> Answer:
             cells = (name, goal(curve), optimizer, critical(curve), critical(first), times)
             rows.append(Row(cells, finding if optimizer == "muon" else None))
     heads = ("problem", "target", "optimizer", "its critical batch", "that of adamw", "ratio")
-    return _answer("Muon's critical batch is larger than AdamW's", heads, rows)
+    found = _answer("Muon's critical batch is larger than AdamW's", heads, rows)
+    return (
+        found if found.finding != "not measured" else replace(found, text="no sweep with Muon; beside it stand others")
+    )
+
+
+def noise_predicts(problems: Mapping[str, Records]) -> Answer:
+    """Whether the critical batch that a noise scale gives agrees with a measured one: both with AdamW, train target."""
+    rows = []
+    for name, records in problems.items():
+        bench, judge = records.get("bench"), records.get("judge")
+        verdict, steps = (bench.verdict, judge.convergence) if bench is not None and judge is not None else (None, None)
+        curve = next((c for c in steps.curves if c.split == "train"), None) if steps is not None else None
+        if verdict is None or curve is None or not verdict.critical_batch or not curve.critical_batch:
+            continue
+        low, high = verdict.critical_low or 0.0, verdict.critical_high or math.inf
+        least, most = curve.low or 0.0, curve.high or math.inf
+        finding: Finding = "undetermined"
+        if most < low or least > high:
+            finding = "does not hold"
+        elif low <= curve.critical_batch <= high and not wide(least, most) and not wide(low, high):
+            finding = "holds"
+        told = f"{n.number(verdict.critical_batch)} {n.interval(verdict.critical_low, verdict.critical_high)}"
+        rows.append(Row((name, told.strip(), critical(curve), finding), finding))
+    heads = ("problem", "by the noise scale", "by the sweep that judges", "")
+    return _answer(
+        "the critical batch that the noise scale gives is the measured one, within its interval", heads, rows
+    )
 
 
 def ratio_of(curve: Curve, base: Curve) -> tuple[float | None, float | None, float | None]:
@@ -204,13 +238,13 @@ def _hypot(a: float | None, b: float | None, c: float | None, d: float | None) -
     return math.hypot(math.log(a / b), math.log(c / d)) if a and b and c and d else None
 
 
-def along(records: Records) -> list[tuple[NoisePoint, NoisePoint]]:
-    """First and last noise scale with an interval, of each training along which it was read."""
+def along(records: Records) -> list[tuple[NoisePoint, NoisePoint, int]]:
+    """First and last noise scale with an interval, of each training along which it was read; and stretches left out."""
     found = []
     for kind, run in records.items():
         if kind.startswith("along") and run.trajectory is not None:
             resolved = [p for p in run.trajectory.points if p.status == "resolved"]
-            found += [(resolved[0], resolved[-1])] if len(resolved) > 1 else []
+            found += [(resolved[0], resolved[-1], len(run.trajectory.points) - 2)] if len(resolved) > 1 else []
     return found
 
 
@@ -270,7 +304,9 @@ def _answer(said: str, heads: tuple[str, ...], rows: Sequence[Row]) -> Answer:
     counts = {finding: findings.count(finding) for finding in dict.fromkeys(findings)}
     parts = [f"{finding} in {count}" for finding, count in counts.items()]
     domains = dict.fromkeys(row.cells[0].partition("-")[0] for row in told)
-    text = f"{n.counted(len(told), 'case')} of {', '.join(domains)}: {', '.join(parts)}" if told else "nothing measured"
+    problems = n.counted(len({row.cells[0] for row in told}), "problem")
+    cases = f"{n.counted(len(told), 'case')} of {problems} in {', '.join(domains)}"
+    text = f"{cases}: {', '.join(parts)}" if told else "nothing measured"
     return Answer(said, heads, tuple(rows), overall(findings), text)
 
 

@@ -17,7 +17,7 @@ from pybatch.base import numerals as n
 from pybatch.report.plot import Plot
 from study import advice, claims
 from study.claims import Answer, Records
-from study.declaration import DOMAINS, GAP_EPOCHS, PARTS
+from study.declaration import DOMAINS, PARTS, QUICK_SEEDS
 from study.pictures import pictures
 from study.records import Study, read
 
@@ -33,15 +33,16 @@ Golmant et al. 2018 ([arXiv:1811.12941](https://arxiv.org/abs/1811.12941)) asked
 image classification, segmentation and language modelling. Here they are asked of pybatch's own workloads on one
 machine, by its own commands: `python bench/study/run.py` measures, `--list` prints the commands, and
 `python bench/study/page.py` writes this page. *Holds* and *does not hold* are said where 95 % intervals leave no doubt,
-and never of an interval that spans a factor of 100; all else is *undetermined*.
+or runs that did not reach leave 5 % to chance, and never of an interval that spans a factor of 100 or of times taken on
+a busy machine; all else is *undetermined*.
 """
 _OWN = """## What to do with your own model
 
 1. `pybatch watch train.py`, or `pybatch bench --workload mymodel.py:MyWorkload`: a batch and its interval in a minute.
 2. Where the interval is wide or confidence is low, give it a quiet machine, then `--thorough`.
 3. Before a long training, `pybatch sweep --batch '8-512*4' --store runs.db`, then `pybatch report run.json runs.db`.
-4. When you change the batch, tune the rate again: a rule holds to some batch size and fails past it, see RQ3.
-5. Past the critical batch buy fewer devices, not a larger batch; `pybatch schedule` grows it where the noise does.
+4. When you change the batch, tune the rate again: a rule may hold to some batch size and fail past it, see RQ3.
+5. Past the critical batch buy fewer devices, not a larger batch; `pybatch schedule` may grow it with the noise.
 """
 
 
@@ -71,13 +72,19 @@ def page(study: Study) -> str:
             "factorial",
             "comparing data sets and networks",
         ),
-        "The factorial is of `digits` alone: on `text` and `scenes` two architectures are swept, and RQ4 is open in "
-        "size and complexity there. Its target is the train loss, taken on the images that are trained on.\n",
+        "The factorial is declared for `digits` alone: elsewhere RQ4 stays open in size and complexity. Its target is "
+        "the train loss, taken on the images that are trained on.\n",
         _question(
-            f"Counter-arm, Shallue et al. 2018: the gap at equal train loss, {GAP_EPOCHS} epochs and equal steps",
+            "Counter-arm, Shallue et al. 2018: the gap of test and train loss",
             claims.generalizes_worse(problems),
             "digits",
             "where rates were tuned at each batch size",
+        ),
+        _question(
+            "Does the noise scale predict the critical batch?",
+            claims.noise_predicts(problems),
+            "digits-advice",
+            "within a factor of its own on each task (arXiv:1812.06162)",
         ),
         _question(
             "Optimizers: SGD, AdamW, Muon",
@@ -95,17 +102,24 @@ def _state(study: Study) -> str:
     runs = list(study.found.values())
     if not runs:
         return "**Not run yet.**\n"
-    device = next((m.device for r in runs if (m := r.capacity or r.convergence) is not None and m.device), None)
-    where = f"{device.name}, {device.cores} cores" if device is not None else "a device that no record names"
+    devices = {m.device for r in runs if (m := r.capacity or r.convergence) is not None and m.device}
+    places = sorted({f"{device.name}, {device.cores} cores" for device in devices})
+    if len(places) > 1:
+        raise SystemExit(
+            f"records of several devices, {'; '.join(places)}: a study is of one. Measure the others again."
+        )
+    where = places[0] if places else "a device that no record names"
+    commits = sorted({r.environment.commit[:7] for r in runs if r.environment is not None and r.environment.commit})
     days = sorted({run.created[:10] for run in runs if run.created})
-    timed = [run.capacity for run in runs if run.capacity is not None]
+    timed = [r.capacity for path, r in study.found.items() if r.capacity is not None and "-advice." not in path]
     busy = sum(map(advice.disturbed, timed))
     when = " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "no day that a record names"
-    text = f"Measured on {where}, {when}; [what was run](#what-was-run) is at the end. The quick part stands in for "
-    text += "a whole one that is not run: fewer batch sizes, 2 seeds, wider intervals. Steps do not depend on the "
-    text += (
-        f"machine's load; {busy} of {n.counted(len(timed), 'record')} with step times {'is' if busy == 1 else 'are'} "
-    )
+    dirty = any(r.environment is not None and (r.environment.commit or "").endswith("-dirty") for r in runs)
+    at = f"{', '.join(commits) or 'that no record names'}{', some with changes not committed' * dirty}"
+    text = f"Measured on {where}, {when}, at commits {at}; "
+    text += "[what was run](#what-was-run) is at the end. The quick part stands in for a whole one that is not run: "
+    text += f"fewer batch sizes, {QUICK_SEEDS} seeds, wider intervals. Steps hardly depend on the machine's load; "
+    text += f"{busy} of {n.counted(len(timed), 'record')} with step times {'is' if busy == 1 else 'are'} "
     text += "of a machine busy with other work, as pybatch itself noticed, and judge nothing."
     there = study.problems()
     lacking = [problem.name for problems in DOMAINS.values() for problem in problems if problem.name not in there]
@@ -143,7 +157,8 @@ def _regret(problems: Mapping[str, Records]) -> str:
     met = advice.goals_met([row for judged in found.values() for row in judged])
     text = (
         "Regret is the time to the train target at the batch advised over that at the best one: by a sweep of other "
-        "seeds, with AdamW and its rate tuned at each batch size, and step times measured apart. "
+        "seeds, with AdamW and its rate tuned at each batch size, and step times measured apart. The goal is what the "
+        "kind of evidence is meant to come to. "
     )
     return f"## Does the advice pay?\n\n{text}{met.capitalize()}.\n\n{_table(heads, rows)}"
 
@@ -167,7 +182,7 @@ def _noise(problems: Mapping[str, Records]) -> str:
     """The noise scale at both ends of the trainings along which it was read."""
     rows = []
     for name, records in problems.items():
-        for i, (first, last) in enumerate(claims.along(records)):
+        for i, (first, last, others) in enumerate(claims.along(records)):
             ends = [
                 (
                     f"{n.count(p.first_step)} to {n.count(p.last_step)}",
@@ -175,10 +190,10 @@ def _noise(problems: Mapping[str, Records]) -> str:
                 )
                 for p in (first, last)
             ]
-            rows.append((name, str(i), *ends[0], *ends[1]))
+            rows.append((name, str(i), *ends[0], *ends[1], str(others)))
     if not rows:
         return ""
-    heads = ("problem", "seed", "steps", "B_simple", "steps", "B_simple")
+    heads = ("problem", "seed", "steps", "B_simple", "steps", "B_simple", "stretches not shown")
     text = (
         "At about the critical batch, AdamW at the tuned rate: the first and the last stretch that gives an interval."
     )

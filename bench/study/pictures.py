@@ -35,7 +35,7 @@ def headline(problems: Mapping[str, Records]) -> Plot:
     name, title = "headline", "What the problem wants and what the device can take"
     caption = (
         "Critical batch to the train target with rates tuned at each batch size (95 % interval), the batch that "
-        "saturates this device, and the largest that fits in its memory."
+        "saturates this device, and the largest that fits in its memory. Problems that are not shown were not swept."
     )
     wanted = {problem: found for problem, records in problems.items() if (found := _critical(records)) is not None}
     if not wanted:
@@ -52,6 +52,8 @@ def headline(problems: Mapping[str, Records]) -> Plot:
         )
         if found
     ]
+    if busy := [p for p in full if (found := capacity_of(problems[p])) is not None and found.disturbed]:
+        caption += f" The machine was disturbed as it was saturated: {', '.join(busy)}."
     ends = [end for found in (wanted, full, most) for span in found.values() for end in span if end]
     table = columns(
         {

@@ -1,6 +1,6 @@
 """The study: measures what its declaration lists, record by record, and goes on where it was cut.
 
-    python bench/study/run.py --quick                 # 15 minutes on two quiet cores
+    python bench/study/run.py --quick                 # meant for 15 minutes on two quiet cores; not yet timed there
     python bench/study/run.py --part digits           # one part; several: --part digits --part text
     python bench/study/run.py                         # all parts but the quick one, one after the other
     python bench/study/run.py --list [--part NAME]    # the commands, and which records are there
@@ -30,6 +30,7 @@ from study.declaration import PARTS, Record
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = Path("bench/results/study")  # from the root, as the commands in the records have them
 STORES = Path("bench/study/stores")
+FROM = {"bench": ("advice",), "own": ("advice", "along-0", "along-1")}  # kinds made of another's record
 TIMED = ("bench", "thorough", "times")  # kinds with step times
 
 
@@ -75,8 +76,8 @@ def compact(path: Path) -> None:
 def make(record: Record, jobs: int, stores: Path) -> bool:
     """Measure one record; whether it is whole."""
     path = ROOT / RECORDS / record.path
-    if record.kind in ("bench", "own"):  # an advice is made of both
-        path.with_name(f"{record.problem.name}-advice.json").unlink(missing_ok=True)
+    for kind in FROM.get(record.kind, ()):  # what is made of it is stale
+        path.with_name(f"{record.problem.name}-{kind}.json").unlink(missing_ok=True)
     if record.kind.startswith("along"):
         from study.along import measure
 
@@ -109,13 +110,12 @@ def run(records: Sequence[Record], jobs: int, stores: Path, again: bool = False)
         records, jobs, stores: what, and how.
         again: whether what was timed on a disturbed machine counts as missing.
     """
-    if again:
-        for record in records:
-            if record.kind in TIMED and disturbed(path := ROOT / RECORDS / record.path):
-                path.unlink()
     missing = 0
     for record in records:
-        if whole(ROOT / RECORDS / record.path):
+        path = ROOT / RECORDS / record.path
+        if again and record.kind in TIMED and disturbed(path):
+            path.unlink()
+        if whole(path):
             print(f"there     {record.path}", flush=True)
             continue
         (ROOT / RECORDS / record.path).parent.mkdir(parents=True, exist_ok=True)

@@ -99,6 +99,31 @@ def test_the_critical_batch_is_held_against_what_is_full_first(saturation, most,
     assert claims.below_capacity({"one": {"sweep": records["sweep"]}}).finding == "not measured"
 
 
+def test_a_saturation_timed_on_a_busy_machine_decides_nothing():
+    records = {"sweep": swept(hyperbola()), "bench": bench(2000.0, disturbed=("others kept 1 of 2 cores busy",))}
+    found = claims.below_capacity({"one": records})
+    assert found.finding == "undetermined"
+    assert "disturbed" in found.rows[0].cells[3]
+
+
+@pytest.mark.parametrize(
+    ("taken", "ends", "finding"),
+    [
+        (60.0, (15.0, 240.0), "holds"),
+        (200.0, (65.0, 800.0), "does not hold"),  # apart
+        (100.0, (55.0, 400.0), "undetermined"),  # the measured interval reaches into it, the value does not
+        (60.0, (5.0, 600.0), "undetermined"),  # it spans a factor of 100
+    ],
+)
+def test_a_noise_scale_agrees_where_it_holds_the_measured_value(taken, ends, finding):
+    verdict = dataclasses.replace(
+        advised(64).verdict, critical_batch=taken, critical_low=ends[0], critical_high=ends[1]
+    )
+    problem = {"bench": Run("", None, verdict=verdict), "judge": swept(hyperbola(), optimizer="adamw")}
+    assert claims.noise_predicts({"one": problem}).finding == finding
+    assert claims.noise_predicts({"one": {"bench": problem["bench"]}}).finding == "not measured"
+
+
 def test_rules_fail_where_they_do_not_reach_and_each_problem_says_where():
     constant = hyperbola(rule="constant", times=1.1)
     tables = {
@@ -250,7 +275,7 @@ def test_what_is_not_run_has_a_reason_and_no_figure():
     rows = {row.by: row for row in advice.judged(records_of(64))}
     assert rows["`bench --thorough`"].regret is None
     assert rows["`bench --thorough`"].remark == "not run: thorough"
-    assert rows["a sweep"].met == "not measured"
+    assert rows["`bench` and a sweep"].met == "not measured"
     alone = advice.judged({"bench": advised(64)})[0]
     assert (alone.regret, alone.remark) == (None, "not run: judge, times")
     beyond = advice.judged(records_of(4096))[0]
@@ -263,6 +288,49 @@ def test_a_goal_inside_the_interval_is_neither_met_nor_missed():
     row = advice.judged(records_of(64))[0]
     for low, high, said in ((1.0, 1.2, "met"), (1.0, 1.3, "undetermined"), (1.3, 1.4, "missed"), (1.0, 150.0, "unde")):
         assert dataclasses.replace(row, low=low, high=high).met.startswith(said)
+
+
+def seeds_of(*tables):
+    """A judge with these steps by seed at batch 16, 64 and 256."""
+    points = tuple(
+        ConvergencePoint(b, 100.0, "reached", len(own), 0.5, reached=len(own), rates=(RateSteps(0.5, own, ()),))
+        for b, own in zip((16, 64, 256), tables, strict=True)
+    )
+    return swept(dataclasses.replace(hyperbola(), points=points)).convergence
+
+
+def flat(step_ms=1.0):
+    points = tuple(BatchPoint(b, "ok", step_ms, step_ms, step_ms, samples=10) for b in (16, 64, 256))
+    return dataclasses.replace(capacity(), batches=points)
+
+
+def test_seeds_that_do_not_reach_are_infinite_in_their_draws_and_not_interpolated_over():
+    """Of three seeds at batch 64 one does not reach: draws in which it is the median take for ever there."""
+    drawn = judging.resampled(flat(), seeds_of((400.0,) * 3, (300.0, None, 300.0), (100.0,) * 3))
+    assert len(drawn) == judging.RESAMPLES
+    lost = sum(math.isinf(judging.at(64, table)) for table in drawn) / len(drawn)
+    assert lost == pytest.approx(7 / 27, abs=0.07)  # two or three of three draws
+    table = next(table for table in drawn if math.isinf(table[64]))
+    assert judging.at(32, table) == judging.at(100, table) == math.inf
+    row = judging.regret(advised(64).verdict, {16: 0.4, 64: 0.3, 256: 0.1}, drawn)
+    assert (row["regret"], row["regret_high"]) == (pytest.approx(3), None)
+
+
+def test_two_seeds_give_no_interval():
+    assert judging.resampled(flat(), seeds_of((400.0,) * 2, (300.0,) * 2, (100.0,) * 2)) == []
+    row = dataclasses.replace(advice.judged(records_of(64))[0], low=None, high=None)
+    assert row.met == "undetermined"
+
+
+def test_the_rate_is_chosen_anew_in_each_draw():
+    """Two rates that are each best by two of four seeds: a draw takes the better one, and both occur."""
+    one, other = (100.0, 100.0, 200.0, 200.0), (200.0, 200.0, 100.0, 100.0)
+    rates = (RateSteps(0.5, one, ()), RateSteps(1.0, other, ()))
+    steps = seeds_of((400.0,) * 4, (100.0,) * 4, (100.0,) * 4)
+    points = tuple(dataclasses.replace(p, rates=rates) if p.batch == 64 else p for p in steps.curves[0].points)
+    curves = (dataclasses.replace(steps.curves[0], points=points),)
+    drawn = judging.resampled(flat(), dataclasses.replace(steps, curves=curves))
+    assert max(table[64] for table in drawn) < 0.16  # one rate alone would take 0.2 in some draws
 
 
 def test_a_judge_that_was_disturbed_decides_nothing():
