@@ -6,8 +6,8 @@
 The judge is an exhaustive sweep with the optimizer that `pybatch bench` trains with, its rate tuned at every batch
 size, and step times measured at the same batches: T(B) = S(B) t(B). Against it stand the batches recommended on the
 noise scale alone, on branched runs, and on a sweep of other seeds: nothing is judged on the runs it was advised from.
-Between batches measured, ln S and ln t are interpolated in ln B. The interval is 95 % over the judge's seeds, drawn
-anew.
+Between batches measured, ln S and ln t are interpolated in ln B. The interval is 95 %: the judge's seeds drawn anew,
+and step times within their errors.
 Goals: 1.25, 1.10 and 1.05. With --disturbed the advice of the noise scale is asked for so many times more with
 --busy processes beside it that never rest; the judge's own times are taken without them. Goal: 1.15 in each.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import sys
@@ -26,73 +25,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from judging import GOALS, regret, resampled, times
 
 from pybatch.answer.verdict import advise
 from pybatch.base.ranges import parse_batches
 from pybatch.capacity.measurement import measure_capacity
 from pybatch.jobs.bench import run_bench
 from pybatch.jobs.options import BenchOptions
-from pybatch.records import Capacity, Convergence, Verdict
+from pybatch.records import Convergence
 from pybatch.sweep.measurement import measure_convergence
 from pybatch.workloads.running.finding import find
 
-GOALS = {"noise": 1.25, "branch": 1.10, "sweep": 1.05, "disturbed": 1.15}
 OPTIMIZER = "adamw"  # of `bench`'s own training
 JUDGE = 1000  # first seed of the runs that judge; those that advise count from 0
-RESAMPLES = 400
-
-
-def times(capacity: Capacity, steps: Convergence) -> dict[int, float]:
-    """Seconds to the train target by batch size, where the target was reached and the step timed."""
-    [curve] = [c for c in steps.curves if c.split == "train"]
-    reached = {p.batch: p.steps for p in curve.points if p.status == "reached" and p.steps is not None}
-    step = {p.batch: p.step_ms / 1e3 for p in capacity.batches if p.step_ms is not None}
-    return {n: reached[n] * step[n] for n in sorted(reached.keys() & step.keys())}
-
-
-def resampled(capacity: Capacity, steps: Convergence) -> list[dict[int, float]]:
-    """`times` as other seeds could have given them: at each batch size its seeds drawn anew."""
-    [curve] = [c for c in steps.curves if c.split == "train"]
-    step = {p.batch: p.step_ms / 1e3 for p in capacity.batches if p.step_ms is not None}
-    rng, drawn = np.random.default_rng(0), []
-    runs = {}
-    for p in curve.points:
-        own = next((r.steps for r in p.rates if r.learning_rate == p.learning_rate), ())
-        if p.status == "reached" and p.batch in step and own:
-            runs[p.batch] = np.array([math.inf if s is None else s for s in own])
-    for _ in range(RESAMPLES):
-        medians = {n: float(np.median(rng.choice(own, len(own)))) * step[n] for n, own in runs.items()}
-        drawn.append({n: seconds for n, seconds in medians.items() if math.isfinite(seconds)})
-    return [table for table in drawn if len(table) > 1]
-
-
-def at(batch: float, measured: dict[int, float]) -> float | None:
-    """Time at this batch; None beyond those measured, where nothing is known."""
-    sizes = np.array(list(measured))
-    if not sizes[0] <= batch <= sizes[-1]:
-        return None
-    return math.exp(np.interp(math.log(batch), np.log(sizes), np.log(list(measured.values()))))
-
-
-def regret(verdict: Verdict | None, measured: dict[int, float], drawn: list[dict[int, float]]) -> dict[str, Any]:
-    """What following this verdict costs, and why there is no figure where there is none."""
-    batch = verdict.best_batch if verdict is not None else None
-    found = at(batch, measured) if batch is not None else None
-    row: dict[str, Any] = {
-        "critical_batch": verdict.critical_batch if verdict is not None else None,
-        "best_batch": batch,
-        "seconds_to_target": found,
-        "regret": found / min(measured.values()) if found is not None else None,
-    }
-    again = [seconds / min(table.values()) for table in drawn if batch and (seconds := at(batch, table)) is not None]
-    if found is not None and again:
-        row["regret_low"], row["regret_high"] = np.quantile(again, [0.025, 0.975]).tolist()
-    if batch is None:
-        row["reason"] = "no batch was recommended"
-    elif found is None:
-        row["reason"] = f"batch {batch} is outside those the sweep measured, {min(measured)} to {max(measured)}"
-    return row
 
 
 def spin() -> None:

@@ -77,6 +77,11 @@ class Ranking:
         return all(pair in self.above for pair in pairwise(order))
 
 
+def kind_of(dial: str) -> str:
+    """What a dial stands for: architecture, data complexity, data size; a dial of the user's for itself."""
+    return _KINDS.get(dial, dial)
+
+
 def interactions(runs: Sequence[Run]) -> tuple[Interaction, ...]:
     """Of every two dials for which four sweeps make a square, all else alike.
 
@@ -164,7 +169,7 @@ def _ranked(dial: str, found: Sequence[Effect]) -> Ranked:
     most = max(abs(low), abs(high))
     return Ranked(
         dial,
-        _KINDS.get(dial, dial),
+        kind_of(dial),
         effect,
         math.exp(abs(log)),
         math.exp(least),

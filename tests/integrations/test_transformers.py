@@ -1,5 +1,7 @@
 """The real Trainer: the noise scale in its logs, the trainer as a workload, the plans' options; and accelerate."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
@@ -10,8 +12,8 @@ from pybatch.records import AccumulationPlan
 from pybatch.report.snippets import snippet
 from pybatch.workloads.running.session import Session
 
-pytest.importorskip("transformers")
 pytestmark = [
+    pytest.mark.skipif(find_spec("transformers") is None, reason="no transformers"),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("default"),  # trainers warn of each other's packages
 ]

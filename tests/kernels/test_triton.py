@@ -14,7 +14,8 @@ from pybatch import _C, ops
 class Triton(ops.TritonBackend):
     chunk = 64  # two blocks of a chunk's loops
 
-COUNTS = [5, 0, 1, 63, 64, 65, 64 * 3 + 33]
+# By vectors and a tail, element by element over two chunks (odd ones are not aligned), none, one, a whole chunk.
+COUNTS = [33, 64 + 33, 0, 1, 64]
 
 def make(backend, rule, storage=None, layered=False):
     dtype = getattr(torch, (storage or "float32").split("_")[0])
@@ -45,7 +46,7 @@ for rule in ops.RULES:
     own, twin = both(rule)
     for setup in (own, twin):
         grads = lists.draw(COUNTS, torch.bfloat16, seed=1)
-        grads[2] = None
+        grads[3] = None
         setup.step(grads, norm=True, clip=True, max_norm=3.0)
         setup.step(lists.draw(COUNTS, seed=2), lambda tensors: None, norm=True)
     assert_same(own, twin)
@@ -59,12 +60,11 @@ for rule in ops.RULES:
 
 STORAGES = """
 for storage in ops.STORAGES:
-    for rule in ("MuonMove", "Lars"):  # without and with a norm of what was stored
-        own, twin = both(rule, storage)
-        for setup in (own, twin):
-            for seed in (1, 2):
-                setup.step(lists.draw(COUNTS, seed=seed), norm=True)
-        assert_same(own, twin, storage)
+    own, twin = both("Lars", storage)  # which reads what it stored once more, for its norm
+    for setup in (own, twin):
+        for seed in (1, 2):
+            setup.step(lists.draw(COUNTS, seed=seed), norm=True)
+    assert_same(own, twin, storage)
     if storage.endswith("_stochastic"):
         own, twin = both("MuonMove", storage)
         for setup in (own, twin):
@@ -89,9 +89,9 @@ for rule in ("Lars", "Lamb"):
             for i in range(3):
                 grads = lists.draw(COUNTS, torch.bfloat16 if step else torch.float32, seed=9 * step + i)
                 if i:
-                    grads[4 - i] = None
+                    grads[5 - 2 * i] = None
                 if step == 1 and i == 1:
-                    grads[5][7] = math.inf
+                    grads[4][7] = math.inf
                 setup.accumulate(grads, 4.0, first=not i, weight=1.0 + i)
             setup.step([None] * len(COUNTS), sum=True, known=True, noise=True, clip=True, max_norm=9.0,
                        inverse=1 / 6, examples=12.0, micro_batches=3.0)
@@ -109,6 +109,7 @@ for rule in ("Lars", "Lamb"):
 EXTREMES = """
 from cases import extremes
 
+COUNTS[:] = [1, 0, 3, 0, 64 + 33]
 for name in extremes.NAMES:
     found = [extremes.check(setup, name, accumulated=of) for of in (False, True) for setup in both("Sgd")]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(found[:1] * 4), rtol=1e-6, atol=0.0, equal_nan=True)
@@ -121,8 +122,9 @@ class Wide(ops.TritonBackend):
     chunk = 2 * ops.STATE_BLOCK
 
 counts = [Wide.chunk + 300, 0, 1, 255]
-for rule in ("SgdMomentum", "AdamW", "NAdam", "Adan", "Lamb"):  # states are stored alike, however many
-    for state_type in ("bf16", "8bit"):
+NARROWED = {"SgdMomentum": ["bf16"], "AdamW": ["8bit"], "NAdam": ["bf16"], "Adan": ["8bit"], "Lamb": ["bf16", "8bit"]}
+for rule, state_types in NARROWED.items():  # states are stored alike, however many
+    for state_type in state_types:
         setups = [lists.Setup(lists.draw(counts, seed=5), rule, state_type=state_type, backend=backend)
                   for backend in (ops.CppBackend(), Wide())]
         for setup in setups:
@@ -135,12 +137,12 @@ for rule in ("SgdMomentum", "AdamW", "NAdam", "Adan", "Lamb"):  # states are sto
 UNSCALE = """
 from cases import agreement
 
-for rule in ("Sgd", "Lars", "Lamb"):
-    for dtype in ops.DTYPES:
-        own, twin = both(rule)
-        for setup in (own, twin):
-            lists.unscale(setup, dtype)
-        agreement.assert_same(own, twin)
+dtypes = list(ops.DTYPES)
+for i, rule in enumerate(("Sgd", "Lars", "Lamb")):
+    own, twin = both(rule)
+    for setup in (own, twin):
+        lists.unscale(setup, dtypes[i % len(dtypes)])
+    agreement.assert_same(own, twin)
 """
 
 SAME_AS_CPP = """

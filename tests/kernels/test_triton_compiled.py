@@ -1,7 +1,9 @@
 """Every Triton kernel compiled for sm_90, and what the compiler made of the hot ones: loads, registers, no spills."""
 
+from functools import partial
+
 import pytest
-from cases import sass
+from cases import for_sm_90, sass
 
 from pybatch import ops
 
@@ -9,6 +11,7 @@ pytest.importorskip("triton")
 
 REGISTERS = 64  # a thread: four blocks of 256 threads on a multiprocessor
 NEEDED = 26_000  # bytes under way there, as in test_compiled.py
+TOGETHER = 4  # kinds of a kernel; of all of them the compiler takes twice as long for each
 SHAPE = {"block": 2048, "chunk_size": 8192}
 DECISION = {"taken": True, "clip": True, "follow": False}
 
@@ -23,29 +26,13 @@ def numbers(*kinds):
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """Compiles a kernel with these constants, as a launch would."""
-    from pybatch.kernels import table
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    pointers = {"rows": "*i64", "chunks": "*i64", "starts": "*i64", "steps": "*fp32", "scalars": "*fp32"}
-    pointers |= dict.fromkeys(["partials", "hyper", "ledger", "ring", "share", "norms", "carried", "layers"], "*fp64")
-    pointers["codes"] = "*fp32"
-
-    def build(kernel, warps=8, **constants):
-        types = {
-            p.name: "constexpr" if p.name in constants else pointers.get(p.name) or p.annotation_type or "i32"
-            for p in kernel.params
-        }
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-        made = compile(source, target=GPUTarget("cuda", 90, 32), options=table.LAUNCH | {"num_warps": warps})
-        assert made.asm["cubin"]
-        return made
-
+    """Compiles a kernel with these constants."""
+    types = {"rows": "*i64", "chunks": "*i64", "starts": "*i64", "steps": "*fp32", "scalars": "*fp32"}
+    types |= dict.fromkeys(["partials", "hyper", "ledger", "ring", "share", "norms", "carried", "layers"], "*fp64")
+    types["codes"] = "*fp32"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield build
+        yield partial(for_sm_90.compile_kernel, arguments=types)
 
 
 @pytest.fixture
@@ -125,12 +112,15 @@ def test_every_kernel_compiles_for_a_gpu(build):
     tiny = {"block": 64, "chunk_size": 128, "warps": 2, "source": 1}  # an element a thread: quick to compile
     lars, lamb = rules.with_norms("gradient", rules.RULES), rules.with_norms("direction", rules.RULES)
     small = {"block": 256, "chunk_size": 512, "warps": 4, "source": 1}
-    kinds = rules.kinds(numbers(*(("Lars", storage, storages[i % 3]) for i, storage in enumerate(storages))))
-    build(phases.norm_kernel, kinds=kinds, gradients=True, **tiny)
+    carried = [("Lars", storage, storages[i % 3]) for i, storage in enumerate(storages)]
+    for i in range(0, len(carried), TOGETHER):
+        build(phases.norm_kernel, kinds=rules.kinds(numbers(*carried[i : i + TOGETHER])), gradients=True, **tiny)
     kinds = rules.kinds(numbers(("Lamb", "bfloat16_remainder", "float16")))
     build(phases.prepare_kernel, kinds=kinds, state_type=ops.STATE_TYPES["8bit"], **small, **DECISION)
-    kinds = rules.kinds(numbers(*every))
-    build(phases.update_kernel, kinds=kinds, state_type=ops.STATE_TYPES["fp32"], unscale=False, **tiny, **DECISION)
+    plain = {"state_type": ops.STATE_TYPES["fp32"], "unscale": False}
+    for i in range(0, len(every), TOGETHER):
+        kinds = rules.kinds(numbers(*every[i : i + TOGETHER]))
+        build(phases.update_kernel, kinds=kinds, **plain, **tiny, **DECISION)
     kinds = rules.kinds(numbers(("SgdMomentum", "float16_stochastic", "bfloat16")))
     for name in ("bf16", "8bit"):
         build(phases.update_kernel, kinds=kinds, state_type=ops.STATE_TYPES[name], unscale=True, **small, **DECISION)

@@ -7,13 +7,9 @@ import warnings
 
 import pytest
 
-ray = pytest.importorskip("ray")
-pytest.importorskip("cloudpickle")  # the workload below is defined in a test
-
-from pybatch.base.errors import UsageError  # noqa: E402
-from pybatch.processes.ray import Cluster  # noqa: E402
-from pybatch.sweep.measurement import measure_convergence  # noqa: E402
-from pybatch.workloads.running.finding import find  # noqa: E402
+from pybatch.base.errors import UsageError
+from pybatch.sweep.measurement import measure_convergence
+from pybatch.workloads.running.finding import find
 
 ARGUMENTS = {
     "batches": [16, 64],
@@ -23,6 +19,15 @@ ARGUMENTS = {
     "max_steps": 150,
     "device": "cpu",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported():
+    """Not above: every worker collects this file, and one runs it."""
+    global ray, Cluster
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("cloudpickle")  # the workload below is defined in a test
+    from pybatch.processes.ray import Cluster
 
 
 @pytest.fixture(scope="module")

@@ -34,12 +34,20 @@ def write_pngs(runs: Sequence[Run], folder: str | Path) -> list[Path]:
     """Write every plot of the runs as FOLDER/<name>.png, 2000 x 1200 dots; returns the paths.
 
     Raises:
-        UsageError: kaleido or a browser for it is not installed or fails, there is nothing to draw, or the folder
-            can't be written.
+        UsageError: there is nothing to draw, or as `write_plots`.
     """
     drawn = [plot for number, run in enumerate(runs) for plot in plots(run, number) if plot.missing is None]
     if not drawn:
         raise UsageError("there is no figure to draw in these records. Give a run with capacity or a sweep.")
+    return write_plots(drawn, folder)
+
+
+def write_plots(drawn: Sequence[Plot], folder: str | Path) -> list[Path]:
+    """Write these plots as FOLDER/<name>.png; returns the paths.
+
+    Raises:
+        UsageError: kaleido or a browser for it is not installed or fails, or the folder can't be written.
+    """
     try:
         import kaleido  # noqa: F401 - asked before a folder is made
         from choreographer.browsers.chromium import Chromium

@@ -1,0 +1,312 @@
+"""The seed paper's four questions over several problems: what was found of each. Pure: records in, answers out.
+
+A question holds where it holds on every problem measured, does not hold where one surely speaks against it, and is
+undetermined otherwise. An interval that spans a factor of WIDE says nothing, whatever its ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pybatch.answer import claim, claims, factors, gap, interactions, rules
+from pybatch.base import numerals as n
+from pybatch.records import Capacity, Curve, NoisePoint, Run, aim_of
+from pybatch.scaling import SEARCHED
+
+Finding = Literal["holds", "does not hold", "undetermined", "not measured"]
+WIDE = 100.0  # high over low of a critical batch
+_FOUND: dict[claim.Finding, Finding] = {"yes": "holds", "no": "does not hold"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a question's table, with what it says of the question; None: it is told beside."""
+
+    cells: tuple[str, ...]
+    finding: Finding | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A claim with its evidence and what was found of it."""
+
+    claim: str
+    heads: tuple[str, ...]
+    rows: tuple[Row, ...]
+    finding: Finding
+    text: str
+
+
+Records = Mapping[str, Run]  # by kind, of one problem
+
+
+def levels_off(problems: Mapping[str, Records]) -> Answer:
+    """RQ1: past some batch size a larger one saves no more steps, for train and for test loss."""
+    rows = []
+    for name, records in problems.items():
+        for run, curve in tuned(records):
+            found = _claims(run, None)
+            stagnant, cost = found[f"{curve.split} steps level off"], found[f"{curve.split} cost rises"]
+            finding = _finding(stagnant, stagnant.low, stagnant.high)
+            cells = (name, trainer(run), goal(curve), critical(curve), _figure(stagnant), _figure(cost), finding)
+            rows.append(Row(cells, finding))
+    heads = ("problem", "optimizer", "target", "critical batch", "levels off at", "examples a doubling", "")
+    return _answer("past some batch size a larger one hardly saves steps, for train and for test loss", heads, rows)
+
+
+def below_capacity(problems: Mapping[str, Records]) -> Answer:
+    """RQ2: the critical batch lies below what the device can take: the batch that saturates it, or fills its memory."""
+    rows = []
+    for name, records in problems.items():
+        capacity = capacity_of(records)
+        for run, curve in tuned(records):
+            found = _claims(run, capacity)[f"{curve.split} below capacity"]
+            finding = _finding(found, found.low, found.high)
+            full = n.MISSING
+            if capacity is not None:
+                ends = n.interval(capacity.saturation_low, capacity.saturation_high)
+                full = f"{n.number(capacity.saturation_batch)} {ends}{', disturbed' * bool(capacity.disturbed)}"
+            fits = n.count(capacity.max_batch) if capacity is not None else n.MISSING
+            ratio = _figure(found)
+            cells = (name, goal(curve), critical(curve), full, fits, ratio, finding)
+            rows.append(Row(cells, finding))
+    heads = ("problem", "target", "critical batch", "saturation batch", "fits in memory", "critical over the less", "")
+    return _answer("the critical batch lies below what the device can take", heads, rows)
+
+
+def rules_fail(problems: Mapping[str, Records]) -> Answer:
+    """RQ3: rules that scale the rate with the batch help at first and then fail, each problem at another batch size."""
+    rows, breaks = [], {}
+    for name, records in problems.items():
+        run, capacity = records.get("sweep"), capacity_of(records)
+        steps = run.convergence if run is not None else None
+        if run is None or steps is None:
+            continue
+        for curve in steps.curves:
+            if curve.rule == SEARCHED:
+                continue
+            beside = [other for other in steps.curves if other.split == curve.split]
+            held = rules.hold(curve, beside, steps.base_batch)
+            helps = [c.finding for c in rules.beats_constant(curve, beside, steps.base_batch)]
+            full = capacity.saturation_batch if capacity is not None else None
+            share = n.share(held.broken / full) if held.broken and full else n.MISSING
+            finding = None if curve.rule == rules.CONSTANT else _FOUND.get(held.finding, _open(held.finding))
+            cells = (
+                name,
+                goal(curve),
+                curve.rule,
+                helps[0] if helps else n.MISSING,
+                n.count(held.held),
+                n.count(held.broken),
+                share,
+                finding or n.MISSING,
+            )
+            rows.append(Row(cells, finding))
+            if finding is not None and held.broken:
+                breaks.setdefault((curve.rule, curve.split), {})[name] = held.broken
+    heads = ("problem", "target", "rule", "beats constant", "holds to", "fails at", "of the saturation batch", "")
+    found = _answer("rules that scale the rate fail past some batch size", heads, rows)
+    spans = []
+    for (rule, split), at in breaks.items():
+        ends = dict.fromkeys((n.count(min(at.values())), n.count(max(at.values()))))
+        spans += [f"{rule} to the {split} target fails at {' to '.join(ends)}"] if len(at) > 1 else []
+    return replace(found, text="; ".join([found.text, *spans]))
+
+
+def size_matters_least(runs: Sequence[Run]) -> Answer:
+    """RQ4: architecture and data complexity move the critical batch more than the size of the data set.
+
+    Args:
+        runs: tuned sweeps of a factorial experiment.
+    """
+    said = "architecture and data complexity move the critical batch more than data size"
+    heads = ("dial", "from", "to", "critical batch, times", "pairs", "")
+    rows = []
+    for effect in factors.effects(runs):
+        ends = f"{n.number(effect.ratio)} {n.interval(effect.low, effect.high) or '(no interval)'}"
+        clear = effect.determined and not (effect.low and effect.high and wide(effect.low, effect.high))
+        kind = interactions.kind_of(effect.dial)
+        told = "moves it" if clear else "undetermined"
+        cells = (f"{kind} ({effect.dial})", n.plain(effect.old), n.plain(effect.new), ends, str(effect.pairs), told)
+        rows.append(Row(cells, None))
+    for both in interactions.interactions(runs):
+        ends = f"{n.number(both.ratio)} {n.interval(both.low, both.high) or '(no interval)'}"
+        told = "interact" if both.determined else "undetermined"
+        rows.append(Row((" × ".join(both.dials), "", "", ends, f"{both.squares} squares", told), None))
+    orders = interactions.rankings(runs)
+    if not orders:
+        why = "fewer than two dials were turned in sweeps that have a critical batch"
+        return Answer(said, heads, tuple(rows), "not measured", why)
+    findings = [_by_size(order) for order in orders]
+    text = "; ".join(_order(order) for order in orders)
+    if lost := factors.without_value(runs):
+        text += f"; {n.counted(lost, 'sweep')} without a critical batch left out"
+    return Answer(said, heads, tuple(rows), overall(findings), text)
+
+
+def generalizes_worse(problems: Mapping[str, Records]) -> Answer:
+    """The counter-arm, Shallue et al. (2018): with rates tuned at each batch size larger ones generalize no worse."""
+    rows = []
+    for name, records in problems.items():
+        run = records.get("sweep")
+        steps = run.convergence if run is not None else None
+        if run is None or steps is None:
+            continue
+        for curve in steps.curves:
+            if curve.split != "train":
+                continue
+            for found in gap.gap_claims(steps, curve):
+                budget = found.name.partition("gap")[2].lstrip(", ") or "equal train loss"
+                # Of tuned rates the counter-claim is tested: that the gap does not grow.
+                finding = _FOUND.get(found.finding, _open(found.finding))
+                counter: Finding | None = {"holds": "does not hold", "does not hold": "holds"}.get(finding, finding)
+                arm = counter if curve.rule == SEARCHED else None
+                word = {"holds": "grows", "does not hold": "does not grow"}.get(finding, finding)
+                rows.append(Row((name, curve.rule, budget, _figure(found), word), arm))
+    heads = ("problem", "rates", "compared at", "gap, added a doubling", "")
+    said = "with rates tuned at each batch size, larger batches do not generalize worse"
+    return _answer(said, heads, rows)
+
+
+def optimizers_differ(problems: Mapping[str, Records]) -> Answer:
+    """The critical batch by optimizer; of Muon the claim that it is larger than AdamW's (2505.02222)."""
+    rows = []
+    for name, records in problems.items():
+        curves = {trainer(run): curve for run, curve in tuned(records, every=True) if curve.split == "train"}
+        first = curves.get("adamw")
+        for optimizer, curve in curves.items():
+            if first is None or optimizer == "adamw" or curve.target != first.target:
+                continue
+            ratio, low, high = ratio_of(curve, first)
+            larger: Finding = "holds" if low and low > 1 else "does not hold" if high and high < 1 else "undetermined"
+            finding = larger if ratio is not None else "not measured"
+            times = f"{n.number(ratio)} {n.interval(low, high)}".strip()
+            cells = (name, goal(curve), optimizer, critical(curve), critical(first), times)
+            rows.append(Row(cells, finding if optimizer == "muon" else None))
+    heads = ("problem", "target", "optimizer", "its critical batch", "that of adamw", "ratio")
+    return _answer("Muon's critical batch is larger than AdamW's", heads, rows)
+
+
+def ratio_of(curve: Curve, base: Curve) -> tuple[float | None, float | None, float | None]:
+    """Of two critical batches with its 95 % interval: errors of the logarithms added in quadrature."""
+    if not curve.critical_batch or not base.critical_batch:
+        return None, None, None
+    ratio = curve.critical_batch / base.critical_batch
+    down = _hypot(curve.critical_batch, curve.low, base.high, base.critical_batch)
+    up = _hypot(curve.high, curve.critical_batch, base.critical_batch, base.low)
+    return ratio, ratio / math.exp(down) if down is not None else None, ratio * math.exp(up) if up is not None else None
+
+
+def _hypot(a: float | None, b: float | None, c: float | None, d: float | None) -> float | None:
+    return math.hypot(math.log(a / b), math.log(c / d)) if a and b and c and d else None
+
+
+def along(records: Records) -> list[tuple[NoisePoint, NoisePoint]]:
+    """First and last noise scale with an interval, of each training along which it was read."""
+    found = []
+    for kind, run in records.items():
+        if kind.startswith("along") and run.trajectory is not None:
+            resolved = [p for p in run.trajectory.points if p.status == "resolved"]
+            found += [(resolved[0], resolved[-1])] if len(resolved) > 1 else []
+    return found
+
+
+def tuned(records: Records, every: bool = False) -> list[tuple[Run, Curve]]:
+    """Curves with rates tuned at each batch size, of the sweep of rules, or of `every` one that does not judge."""
+    kinds = [kind for kind in records if every and kind in ("own", "sgd", "muon")]
+    return [
+        (run, curve)
+        for kind in ("sweep", *kinds)
+        if (run := records.get(kind)) is not None and run.convergence is not None
+        for curve in run.convergence.curves
+        if curve.rule == SEARCHED
+    ]
+
+
+def capacity_of(records: Records) -> Capacity | None:
+    """What the device does with the problem, by the run of `pybatch bench`."""
+    run = records.get("bench")
+    return run.capacity if run is not None else None
+
+
+def trainer(run: Run) -> str:
+    steps = run.convergence
+    return steps.optimizer or n.MISSING if steps is not None else n.MISSING
+
+
+def goal(curve: Curve) -> str:
+    return f"{aim_of(curve.split)} {n.number(curve.target)}"
+
+
+def critical(curve: Curve) -> str:
+    """The critical batch of a curve with its interval, or what bounds it."""
+    if curve.critical_batch is None:
+        return n.interval(curve.low, curve.high) or n.MISSING
+    return f"{n.number(curve.critical_batch)} {n.interval(curve.low, curve.high)}".strip()
+
+
+def wide(low: float, high: float) -> bool:
+    """Whether an interval spans so much that it says nothing."""
+    return low <= 0 or high / low >= WIDE
+
+
+def overall(findings: Iterable[Finding | None]) -> Finding:
+    """Of several problems together."""
+    told = [finding for finding in findings if finding not in (None, "not measured")]
+    if not told:
+        return "not measured"
+    if "does not hold" in told:
+        return "does not hold"
+    return "holds" if all(finding == "holds" for finding in told) else "undetermined"
+
+
+def _answer(said: str, heads: tuple[str, ...], rows: Sequence[Row]) -> Answer:
+    """What the rows say together, with the domains that they are of: the first word of a problem's name."""
+    told = [row for row in rows if row.finding not in (None, "not measured")]
+    findings = [row.finding for row in told]
+    counts = {finding: findings.count(finding) for finding in dict.fromkeys(findings)}
+    parts = [f"{finding} in {count}" for finding, count in counts.items()]
+    domains = dict.fromkeys(row.cells[0].partition("-")[0] for row in told)
+    text = f"{n.counted(len(told), 'case')} of {', '.join(domains)}: {', '.join(parts)}" if told else "nothing measured"
+    return Answer(said, heads, tuple(rows), overall(findings), text)
+
+
+def _claims(run: Run, capacity: Capacity | None) -> dict[str, claim.Claim]:
+    return {found.name: found for found in claims.check_claims(replace(run, capacity=capacity))}
+
+
+def _finding(found: claim.Claim, low: float | None, high: float | None) -> Finding:
+    """Of a claim that stands on a figure with this interval."""
+    if found.finding in _FOUND and low is not None and high is not None and wide(low, high):
+        return "undetermined"
+    return _FOUND.get(found.finding, _open(found.finding))
+
+
+def _open(finding: claim.Finding) -> Finding:
+    return "not measured" if finding == "not measured" else "undetermined"
+
+
+def _figure(found: claim.Claim) -> str:
+    if found.value is None:
+        return n.interval(found.low, found.high) or n.MISSING
+    return f"{n.number(found.value)} {n.interval(found.low, found.high) or '(no interval)'}"
+
+
+def _by_size(order: interactions.Ranking) -> Finding:
+    """Whether data size surely moves the critical batch less than both others, or more than one of them."""
+    kinds = {ranked.dial: ranked.kind for ranked in order.dials}
+    above = {(kinds[more], kinds[less]) for more, less in order.above}
+    others = ("architecture", "data complexity")
+    if not {"data size", *others} <= set(kinds.values()):
+        return "not measured"
+    if any(("data size", other) in above for other in others):
+        return "does not hold"
+    return "holds" if all((other, "data size") in above for other in others) else "undetermined"
+
+
+def _order(order: interactions.Ranking) -> str:
+    sizes = [f"{r.kind} {n.number(r.size)} {n.interval(r.low, r.high)}" for r in order.dials]
+    return f"to {order.split} loss {n.number(order.target)}, times up or down: " + ", ".join(sizes)

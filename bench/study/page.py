@@ -1,0 +1,206 @@
+"""Writes docs/study.md and its pictures from the records of the study.
+
+    python bench/study/page.py            # the pictures need Chromium: pip install '.[png]'
+
+A test writes the page again and compares.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts beside this folder
+
+from pybatch.base import numerals as n
+from pybatch.report.plot import Plot
+from study import advice, claims
+from study.claims import Answer, Records
+from study.declaration import GAP_EPOCHS, PARTS
+from study.pictures import pictures
+from study.records import Study, read
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "bench" / "results" / "study"
+PAGE = ROOT / "docs" / "study.md"
+PICTURES = PAGE.with_suffix("")
+
+_HEAD = """<!-- Written by bench/study/page.py from bench/results/study. -->
+# The study: the seed paper's claims, and whether our advice pays
+
+Golmant et al. 2018 ([arXiv:1811.12941](https://arxiv.org/abs/1811.12941)) asked four questions of large batches, in
+image classification, segmentation and language modelling. Here they are asked of pybatch's own workloads on one
+machine, by its own commands: `python bench/study/run.py` measures, `--list` prints the commands, and
+`python bench/study/page.py` writes this page. *Holds* and *does not hold* are said where 95 % intervals leave no doubt,
+and never of an interval that spans a factor of 100; all else is *undetermined*.
+"""
+_OWN = """## What to do with your own model
+
+1. `pybatch watch train.py`, or `pybatch bench --workload mymodel.py:MyWorkload`: a batch and its interval in a minute.
+2. Where the interval is wide or confidence is low, give it a quiet machine, then `--thorough`.
+3. Before a long training, `pybatch sweep --batch '8-512*4' --store runs.db`, then `pybatch report run.json runs.db`.
+4. When you change the batch, tune the rate again: a rule holds to some batch size and fails past it, see RQ3.
+5. Past the critical batch buy fewer devices, not a larger batch; `pybatch schedule` grows it where the noise does.
+"""
+
+
+def page(study: Study) -> str:
+    """The whole page as Markdown."""
+    problems = study.problems()
+    drawn = pictures(problems)
+    questions = [
+        _question("RQ1: do steps stop falling?", claims.levels_off(problems), "digits", "in every network it trained"),
+        _picture([plot for plot in drawn if plot.name != "headline"]),
+        _question(
+            "RQ2: is the critical batch below what this machine can take?",
+            claims.below_capacity(problems),
+            "digits",
+            "on its GPUs, mostly far below",
+        ),
+        _picture([plot for plot in drawn if plot.name == "headline"]),
+        _question(
+            "RQ3: do rules fail, and where?",
+            claims.rules_fail(problems),
+            "digits",
+            "before the device is full, and each domain at a place of its own",
+        ),
+        _question(
+            "RQ4: what moves the critical batch?",
+            claims.size_matters_least(study.factorial()),
+            "factorial",
+            "comparing data sets and networks",
+        ),
+        "The factorial is of `digits` alone: on `text` and `scenes` two architectures are swept, and RQ4 is open in "
+        "size and complexity there. Its target is the train loss, taken on the images that are trained on.\n",
+        _question(
+            f"Counter-arm, Shallue et al. 2018: the gap at equal train loss, {GAP_EPOCHS} epochs and equal steps",
+            claims.generalizes_worse(problems),
+            "digits",
+            "where rates were tuned at each batch size",
+        ),
+        _question(
+            "Optimizers: SGD, AdamW, Muon",
+            claims.optimizers_differ(problems),
+            "optimizers",
+            "of language models (arXiv:2505.02222)",
+        ),
+    ]
+    body = [_HEAD, _state(study), _regret(problems), *questions, _noise(problems), _OWN, _parts(study)]
+    return "\n".join(part for part in body if part)
+
+
+def _state(study: Study) -> str:
+    """When and where it was run, and how much of it."""
+    runs = list(study.found.values())
+    if not runs:
+        return "**Not run yet.**\n"
+    device = next((m.device for r in runs if (m := r.capacity or r.convergence) is not None and m.device), None)
+    where = f"{device.name}, {device.cores} cores" if device is not None else "a device that no record names"
+    days = sorted({run.created[:10] for run in runs if run.created})
+    timed = [run.capacity for run in runs if run.capacity is not None]
+    busy = sum(map(advice.disturbed, timed))
+    when = " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "no day that a record names"
+    text = f"Measured on {where}, {when}; [what was run](#what-was-run) is at the end. The quick part stands in for "
+    text += "a whole one that is not run: fewer batch sizes, 2 seeds, wider intervals. Steps do not depend on the "
+    text += (
+        f"machine's load; {busy} of {n.counted(len(timed), 'record')} with step times {'is' if busy == 1 else 'are'} "
+    )
+    return text + "of a machine busy with other work, as pybatch itself noticed, and judge nothing.\n"
+
+
+def _parts(study: Study) -> str:
+    """How much of each part there is."""
+    rows = []
+    for part in PARTS:
+        done, whole = study.measured(part)
+        state = "whole" if done == whole else f"`python bench/study/run.py --part {part}` measures what is missing"
+        rows.append((part, f"{done} of {whole}", state))
+    return f"## What was run\n\n{_table(('part', 'records', ''), rows)}"
+
+
+def _regret(problems: Mapping[str, Records]) -> str:
+    """First what a user is owed: what following the advice costs."""
+    heads = ("problem", "advised by", "batch", "fastest measured", "regret", "goal", "", "why")
+    found = {name: advice.judged(records) for name, records in problems.items()}
+    rows = [
+        (
+            name,
+            row.by,
+            n.count(row.batch),
+            n.count(row.best),
+            f"{n.number(row.regret)} {n.interval(row.low, row.high)}".strip(),
+            f"{row.goal:.2f}",
+            row.met,
+            row.remark,
+        )
+        for name, judged in found.items()
+        for row in judged
+    ]
+    met = advice.goals_met([row for judged in found.values() for row in judged])
+    text = (
+        "Regret is the time to the train target at the batch advised over that at the best one: by a sweep of other "
+        "seeds, with AdamW and its rate tuned at each batch size, and step times measured apart. "
+    )
+    return f"## Does the advice pay?\n\n{text}{met.capitalize()}.\n\n{_table(heads, rows)}"
+
+
+def _question(title: str, answer: Answer, part: str, paper: str) -> str:
+    """A claim with its evidence.
+
+    Args:
+        title, answer: of the question.
+        part: which measures it.
+        paper: where the claim's own paper found it.
+    """
+    said = f"**{answer.finding.capitalize()}**: {answer.claim} ({answer.text}). The paper found so {paper}"
+    said += "; here the rows that say otherwise speak against it." if answer.finding == "does not hold" else "."
+    if not answer.rows:
+        return f"## {title}\n\n{said} Not run: `python bench/study/run.py --part {part}`.\n"
+    return f"## {title}\n\n{said}\n\n{_table(answer.heads, [row.cells for row in answer.rows])}"
+
+
+def _noise(problems: Mapping[str, Records]) -> str:
+    """The noise scale at both ends of the trainings along which it was read."""
+    rows = []
+    for name, records in problems.items():
+        for i, (first, last) in enumerate(claims.along(records)):
+            ends = [
+                (
+                    f"{n.count(p.first_step)} to {n.count(p.last_step)}",
+                    f"{n.number(p.b_simple)} {n.interval(p.low, p.high)}",
+                )
+                for p in (first, last)
+            ]
+            rows.append((name, str(i), *ends[0], *ends[1]))
+    if not rows:
+        return ""
+    heads = ("problem", "seed", "steps", "B_simple", "steps", "B_simple")
+    text = (
+        "At about the critical batch, AdamW at the tuned rate: the first and the last stretch that gives an interval."
+    )
+    return f"## The noise scale along a training\n\n{text}\n\n{_table(heads, rows)}"
+
+
+def _picture(drawn: Sequence[Plot]) -> str:
+    return "\n".join(f"![{plot.title}]({PICTURES.name}/{plot.name}.png)\n\n*{plot.caption}*\n" for plot in drawn)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def main() -> None:
+    from pybatch.report.formats.png import write_plots
+
+    study = read(RECORDS)
+    PAGE.write_text(page(study))
+    for old in PICTURES.glob("*.png"):
+        old.unlink()
+    if drawn := pictures(study.problems()):
+        write_plots(drawn, PICTURES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The study's pictures, by the figures of pybatch's own reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pybatch.base import numerals as n
+from pybatch.report import steps
+from pybatch.report.layout import columns
+from pybatch.report.plot import MARKERS, Plot, batch_axis, points
+from study.claims import Records, capacity_of, tuned
+
+Span = tuple[float, float | None, float | None]  # a value and the ends of its interval
+
+
+def pictures(problems: Mapping[str, Records]) -> list[Plot]:
+    """The paper's question in one picture, and a sweep of each domain; only what can be drawn."""
+    made = [headline(problems)]
+    domains: set[str] = set()
+    for name, records in problems.items():
+        domain = name.partition("-")[0]
+        run = records.get("sweep")
+        if domain in domains or run is None or run.convergence is None or run.convergence.workload is None:
+            continue
+        domains.add(domain)
+        found = steps.plots(run.convergence, run.convergence.workload.unit)
+        made += [replace(plot, name=f"steps-{name}", title=f"{name}: {plot.title}") for plot in found[:1]]
+    return [plot for plot in made if plot.missing is None]
+
+
+def headline(problems: Mapping[str, Records]) -> Plot:
+    """Critical batches beside what the device can take, a line a problem."""
+    name, title = "headline", "What the problem wants and what the device can take"
+    caption = (
+        "Critical batch to the train target with rates tuned at each batch size (95 % interval), the batch that "
+        "saturates this device, and the largest that fits in its memory."
+    )
+    wanted = {problem: found for problem, records in problems.items() if (found := _critical(records)) is not None}
+    if not wanted:
+        return Plot(name, title, caption, missing="No critical batch was measured.")
+    row = {problem: float(place) for place, problem in enumerate(reversed(wanted))}
+    full = {p: found for p in wanted if (found := _saturation(problems[p])) is not None}
+    most = {p: found for p in wanted if (found := _largest(problems[p])) is not None}
+    traces = [
+        _trace(label, [(span, row[problem]) for problem, span in found.items()], color, marker)
+        for label, found, color, marker in (
+            ("critical batch", wanted, "@orange", MARKERS[0]),
+            ("saturation batch", full, "@blue", MARKERS[1]),
+            ("fits in memory", most, "@gray", MARKERS[2]),
+        )
+        if found
+    ]
+    ends = [end for found in (wanted, full, most) for span in found.values() for end in span if end]
+    table = columns(
+        {
+            "problem": list(wanted),
+            "critical batch": [_told(wanted[p]) for p in wanted],
+            "saturation batch": [_told(full.get(p)) for p in wanted],
+            "fits in memory": [_told(most.get(p)) for p in wanted],
+        }
+    )
+    layout = {
+        "xaxis": batch_axis(min(ends), max(ends), "batch size (images or sequences)"),
+        "yaxis": {"tickvals": list(row.values()), "ticktext": list(row), "range": [-0.6, len(row) - 0.4]},
+    }
+    return Plot(name, title, caption, tuple(traces), layout, table)
+
+
+def _trace(label: str, found: Sequence[tuple[Span, float]], color: str, marker: str) -> dict[str, Any]:
+    up = [(high or value) - value for (value, _, high), _ in found]
+    down = [value - (low or value) for (value, low, _), _ in found]
+    error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "color": color}
+    sizes, rows = [span[0] for span, _ in found], [place for _, place in found]
+    return points(label, sizes, rows, color, marker=marker, error_x=error)
+
+
+def _critical(records: Records) -> Span | None:
+    for _, curve in tuned(records):
+        if curve.split == "train" and curve.critical_batch:
+            return curve.critical_batch, curve.low, curve.high
+    return None
+
+
+def _saturation(records: Records) -> Span | None:
+    capacity = capacity_of(records)
+    if capacity is None or capacity.saturation_batch is None:
+        return None
+    return capacity.saturation_batch, capacity.saturation_low, capacity.saturation_high
+
+
+def _largest(records: Records) -> Span | None:
+    capacity = capacity_of(records)
+    return (float(capacity.max_batch), None, None) if capacity is not None and capacity.max_batch else None
+
+
+def _told(span: Span | None) -> str:
+    return f"{n.number(span[0])} {n.interval(*span[1:])}".strip() if span is not None else n.MISSING

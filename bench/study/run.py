@@ -1,0 +1,165 @@
+"""The study: measures what its declaration lists, record by record, and goes on where it was cut.
+
+    python bench/study/run.py --quick                 # 15 minutes on two quiet cores
+    python bench/study/run.py --part digits           # one part; several: --part digits --part text
+    python bench/study/run.py                         # all parts but the quick one, one after the other
+    python bench/study/run.py --list [--part NAME]    # the commands, and which records are there
+    python bench/study/run.py --quick --disturbed     # time again, on a quiet machine, what was timed on a busy one
+
+Every record is made by a command of pybatch that can be typed as well. Sweeps keep their trainings in --stores, so that
+a part that is cut goes on; a record that is whole is not made again. Then `python bench/study/page.py` writes
+docs/study.md from the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts beside this folder
+
+from study.declaration import PARTS, Record
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = Path("bench/results/study")  # from the root, as the commands in the records have them
+STORES = Path("bench/study/stores")
+TIMED = ("bench", "thorough", "times")  # kinds with step times
+
+
+def command(record: Record, jobs: int, stores: Path = STORES) -> list[str]:
+    """What is typed behind `pybatch` to make a record, in the root of the repository."""
+    output = RECORDS / record.path
+    if record.kind == "advice":
+        bench, own = (str(output).replace("-advice.json", f"-{kind}.json") for kind in ("bench", "own"))
+        return ["report", bench, own, "-o", str(output)]
+    if record.kind in TIMED:
+        return ["bench", *record.problem.flags, *record.flags, "-o", str(output)]
+    store = stores / f"{store_of(record)}.db"
+    kept = ["--store", str(store), "--resume", "--jobs", str(jobs)]
+    return ["sweep", *record.problem.flags, *record.flags, *kept, "-o", str(output)]
+
+
+def store_of(record: Record) -> str:
+    """The name of a sweep's store. Sweeps of one problem share theirs, and with it the trainings that both need; those
+    that judge stand apart, as seeds of one experiment in one store are pooled."""
+    names = ["quick"] * (record.part == "quick") + [record.problem.name] + ["judge"] * (record.kind == "judge")
+    return "-".join(names)
+
+
+def whole(path: Path) -> bool:
+    """Whether a record is there, and was not cut."""
+    try:
+        return bool(json.loads(path.read_text())["complete"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def disturbed(path: Path) -> bool:
+    """Whether a record has step times of a machine that was busy with something else."""
+    capacity = json.loads(path.read_text()).get("capacity") if whole(path) else None
+    return bool(capacity and capacity["disturbed"])
+
+
+def compact(path: Path) -> None:
+    """The same record on one line: a repository keeps it."""
+    path.write_text(json.dumps(json.loads(path.read_text()), separators=(",", ":")) + "\n")
+
+
+def make(record: Record, jobs: int, stores: Path) -> bool:
+    """Measure one record; whether it is whole."""
+    path = ROOT / RECORDS / record.path
+    if record.kind in ("bench", "own"):  # an advice is made of both
+        path.with_name(f"{record.problem.name}-advice.json").unlink(missing_ok=True)
+    if record.kind.startswith("along"):
+        from study.along import measure
+
+        return measure(record, path)
+    words = command(record, jobs, stores)
+    if words[0] == "bench" and path.exists():
+        words.append("--resume")
+    words += ["--quiet"] * (words[0] != "report")
+    asked = subprocess.Popen([sys.executable, "-m", "pybatch", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        asked.wait()
+    except KeyboardInterrupt:
+        asked.terminate()  # pybatch writes what it has
+        asked.wait()
+        raise
+    finally:
+        if path.exists():
+            compact(path)
+    return whole(path)
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def run(records: Sequence[Record], jobs: int, stores: Path, again: bool = False) -> int:
+    """Make what is missing of these; the exit status, 3 where something is missing still.
+
+    Args:
+        records, jobs, stores: what, and how.
+        again: whether what was timed on a disturbed machine counts as missing.
+    """
+    if again:
+        for record in records:
+            if record.kind in TIMED and disturbed(path := ROOT / RECORDS / record.path):
+                path.unlink()
+    missing = 0
+    for record in records:
+        if whole(ROOT / RECORDS / record.path):
+            print(f"there     {record.path}", flush=True)
+            continue
+        (ROOT / RECORDS / record.path).parent.mkdir(parents=True, exist_ok=True)
+        begin, load = time.perf_counter(), os.getloadavg()[0]
+        good = make(record, jobs, stores)
+        missing += not good
+        print(
+            f"{'made' if good else 'cut':9} {record.path}  {time.perf_counter() - begin:.0f} s, load {load:.1f}",
+            flush=True,
+        )
+    return 3 if missing else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the part of 15 minutes alone")
+    parser.add_argument("--part", action="append", choices=PARTS, help="any number; default: all but quick")
+    parser.add_argument("--only", default="", help="records whose name holds this")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of a sweep")
+    parser.add_argument("--stores", type=Path, default=STORES, help="folder of the sweeps' stores")
+    parser.add_argument("--disturbed", action="store_true", help="time again what was timed on a busy machine")
+    parser.add_argument("--list", action="store_true", help="say what would run, and stop")
+    given = parser.parse_args()
+    parts = given.part or (["quick"] if given.quick else [name for name in PARTS if name != "quick"])
+    records = [record for part in parts for record in PARTS[part] if given.only in record.path]
+    if not records:
+        parser.error(f"--only {given.only!r}: no record of {', '.join(parts)} has that in its name. See --list.")
+    if given.list:
+        for record in records:
+            words = (
+                "noise scale along runs"
+                if record.kind.startswith("along")
+                else "pybatch " + " ".join(command(record, given.jobs, given.stores))
+            )
+            print(f"{'there  ' if whole(ROOT / RECORDS / record.path) else 'missing'} {words}")
+        return 0
+    (ROOT / given.stores).mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        return run(records, given.jobs, given.stores, given.disturbed)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,394 @@
+"""The study: its claims on planted records, its regret, its commands, and its page against its records."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import shlex
+
+import judging
+import numpy as np
+import pytest
+from cases.points import curve
+from cases.verdicts import capacity
+from study import advice, claims
+from study import page as writer
+from study import run as runner
+from study.declaration import DOMAINS, JUDGE, PARTS, TRAIN
+from study.records import Study, read
+from study.run import RECORDS, command, store_of, whole
+
+from pybatch import cli
+from pybatch.records import (
+    BatchPoint,
+    Convergence,
+    ConvergencePoint,
+    Curve,
+    RateSteps,
+    Run,
+    Verdict,
+    WorkloadInfo,
+)
+from pybatch.workloads.running.finding import find
+
+BATCHES = tuple(8 * 2**k for k in range(8))
+SEEDS = (0.98, 1.0, 1.03)
+
+
+def point(batch, steps, **more):
+    """A point whose seeds take these steps, up to a factor of their own; None: not reached."""
+    own = tuple(steps * f if steps else None for f in SEEDS)
+    status = "reached" if steps else "not_reached"
+    rates = (RateSteps(0.5, own, (status,) * 3),)
+    return ConvergencePoint(batch, steps, status, 3, 0.5, reached=3 * bool(steps), rates=rates, **more)
+
+
+def swept(*curves, optimizer="sgd", base=8, **more):
+    info = WorkloadInfo("digits", "images", 100, "fp32")
+    steps = Convergence(tuple(curves), optimizer=optimizer, base_batch=base, seeds=3, workload=info, **more)
+    return Run("2026-11-29T21:00:00+00:00", None, convergence=steps)
+
+
+def hyperbola(s_min=100.0, critical=50.0, rule="tuned", cut=math.inf, times=1.0, **fit):
+    """A curve of steps `times` S_min (1 + B_c / B), not reached past a batch size."""
+    steps = {b: times * s_min * (1 + critical / b) if b <= cut else None for b in BATCHES}
+    return curve(rule, [point(b, s) for b, s in steps.items()], **fit)
+
+
+def bench(saturation=2000.0, most=100_000, **more):
+    found = capacity(max_batch=most)
+    ends = {"saturation_low": saturation / 1.2, "saturation_high": saturation * 1.2}
+    found = dataclasses.replace(found, saturation_batch=saturation, **ends, **more)
+    return Run("2026-11-29T21:00:00+00:00", None, capacity=found)
+
+
+# The four questions.
+
+
+@pytest.mark.parametrize(
+    ("changes", "finding"),
+    [
+        ({}, "holds"),
+        ({"b_stag_low": 2.0, "b_stag_high": 260.0}, "undetermined"),  # it spans a factor of 100
+        ({"b_stag_high": 5000.0}, "undetermined"),
+        ({"b_stag": 5000.0, "b_stag_low": 3000.0, "b_stag_high": 9000.0}, "does not hold"),
+    ],
+)
+def test_steps_level_off_where_every_problem_says_so(changes, finding):
+    found = claims.levels_off({"one": {"sweep": swept(hyperbola())}, "other": {"sweep": swept(hyperbola(**changes))}})
+    assert found.finding == finding
+    assert [row.finding for row in found.rows] == ["holds", finding]
+
+
+@pytest.mark.parametrize(
+    ("saturation", "most", "ends", "finding"),
+    [
+        (2000.0, 100_000, (40.0, 60.0), "holds"),
+        (10.0, 100_000, (40.0, 60.0), "does not hold"),
+        (2000.0, 20, (40.0, 60.0), "does not hold"),  # what is full first is memory
+        (55.0, 100_000, (40.0, 60.0), "undetermined"),
+        (2000.0, 100_000, (1.0, 110.0), "undetermined"),  # it spans a factor of 100
+        (50_000.0, 100_000, (5.0, 400.0), "undetermined"),  # with the saturation batch's own error it does
+    ],
+)
+def test_the_critical_batch_is_held_against_what_is_full_first(saturation, most, ends, finding):
+    low, high = ends
+    records = {"sweep": swept(hyperbola(low=low, high=high)), "bench": bench(saturation, most)}
+    assert claims.below_capacity({"one": records}).finding == finding
+    assert claims.below_capacity({"one": {"sweep": records["sweep"]}}).finding == "not measured"
+
+
+def test_rules_fail_where_they_do_not_reach_and_each_problem_says_where():
+    constant = hyperbola(rule="constant", times=1.1)
+    tables = {
+        name: {
+            "sweep": swept(hyperbola(), hyperbola(rule="linear", cut=cut, times=0.99), constant),
+            "bench": bench(1280.0),
+        }
+        for name, cut in (("one", 32), ("other", 128))
+    }
+    found = claims.rules_fail(tables)
+    assert found.finding == "holds"
+    rows = {(row.cells[0], row.cells[2]): row for row in found.rows}
+    assert rows["one", "linear"].cells[4:7] == ("32", "64", "5.0 %")
+    assert rows["other", "linear"].cells[4:7] == ("128", "256", "20.0 %")
+    assert rows["one", "constant"].finding is None  # it scales nothing, and may hold
+    assert "linear to the train target fails at 64 to 256" in found.text
+
+
+def test_a_rule_that_holds_everywhere_speaks_against_the_claim():
+    tables = {"one": {"sweep": swept(hyperbola(), hyperbola(rule="sqrt", times=1.01))}}
+    assert claims.rules_fail(tables).finding == "does not hold"
+    assert claims.rules_fail({}).finding == "not measured"
+
+
+def factorial(architecture, complexity, size, half=0.2):
+    """Eight sweeps whose critical batches differ by these factors, with intervals of half a width in the logarithm."""
+    runs = []
+    for a, b, c in itertools.product((0, 1), repeat=3):
+        critical = 50 * architecture**a * complexity**b * size**c
+        dials = {"label_noise": (0.0, 0.05)[b], "subset": (0.25, 1.0)[c]}
+        info = WorkloadInfo("digits", "images", 100, "fp32", model=("cnn", "mlp")[a], options=dials)
+        ends = critical * math.exp(-half), critical * math.exp(half)
+        one = Curve("tuned", "train", (), 50.0, critical, *ends, target=0.5)
+        runs.append(Run("", None, convergence=Convergence((one,), optimizer="sgd", workload=info)))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("planted", "finding"),
+    [
+        ((3.0, 4.0, 1.0), "holds"),
+        ((1 / 3, 4.0, 1.05), "holds"),
+        ((1.0, 1.0, 1.0), "undetermined"),
+        ((2.0, 2.0, 2.0), "undetermined"),
+        ((3.0, 1.0, 1.0), "undetermined"),  # complexity is not told from size
+        ((1.0, 1.0, 4.0), "does not hold"),
+        ((9.0, 1.0, 4.0), "does not hold"),
+    ],
+)
+def test_data_size_matters_least_only_where_both_others_surely_matter_more(planted, finding):
+    assert claims.size_matters_least(factorial(*planted)).finding == finding
+
+
+def test_wide_intervals_leave_the_order_open_and_too_few_dials_give_none():
+    assert claims.size_matters_least(factorial(3.0, 4.0, 1.0, half=1.5)).finding == "undetermined"
+    assert claims.size_matters_least(factorial(3.0, 4.0, 1.0)[:2]).finding == "not measured"
+
+
+@pytest.mark.parametrize(("rise", "finding"), [(0.05, "does not hold"), (-0.05, "holds"), (0.0, "undetermined")])
+def test_the_counter_arm_is_of_tuned_rates_alone(rise, finding):
+    """Test losses at equal train loss that rise with the batch speak against Shallue, whatever a fixed rule does."""
+
+    def arm(rule, slope):
+        losses = {b: tuple(0.2 + slope * math.log2(b) + noise for noise in (0, 0.001, -0.001)) for b in BATCHES}
+        return curve(rule, [point(b, 100.0, other_losses=losses[b]) for b in BATCHES])
+
+    found = claims.generalizes_worse({"one": {"sweep": swept(arm("tuned", rise), arm("linear", 0.1))}})
+    assert found.finding == finding
+    assert [row.finding for row in found.rows if row.cells[1] == "linear"] == [None]
+
+
+def test_muon_is_held_against_adamw_to_the_same_target():
+    def by(optimizer, critical):
+        ends = {"low": critical / 1.2, "high": critical * 1.2}
+        one = dataclasses.replace(hyperbola(**ends), critical_batch=critical)
+        return swept(one, optimizer=optimizer)
+
+    for critical, finding in ((150.0, "holds"), (20.0, "does not hold"), (50.0, "undetermined")):
+        problem = {"sweep": by("sgd", 30.0), "own": by("adamw", 50.0), "muon": by("muon", critical)}
+        assert claims.optimizers_differ({"one": problem}).finding == finding
+    assert claims.optimizers_differ({"one": {"own": by("adamw", 50.0)}}).finding == "not measured"
+    ratio, low, high = claims.ratio_of(hyperbola(low=25.0, high=100.0), hyperbola(low=50.0, high=50.0))
+    assert (ratio, low, high) == pytest.approx((1, 0.5, 2))
+    ratio, low, high = claims.ratio_of(hyperbola(low=50.0, high=50.0), hyperbola(low=25.0, high=50.0))
+    assert (ratio, low, high) == pytest.approx((1, 1, 2))  # what may be less below the line is more above it
+
+
+@pytest.mark.parametrize(
+    ("findings", "finding"),
+    [
+        (("holds", "holds", "not measured"), "holds"),
+        (("holds", "undetermined"), "undetermined"),
+        (("holds", "undetermined", "does not hold"), "does not hold"),
+        (("not measured",), "not measured"),
+        ((), "not measured"),
+    ],
+)
+def test_a_claim_holds_only_where_no_problem_leaves_it_open(findings, finding):
+    assert claims.overall(findings) == finding
+
+
+# Regret.
+
+
+def advised(batch, reason=None):
+    """A bench whose verdict is this batch, with its critical batch 50."""
+    verdict = Verdict(50.0, 40.0, 60.0, "noise", None, batch, None, None, "noise", None, None, "")
+    return Run("", None, verdict=verdict)
+
+
+def records_of(batch, step_ms=lambda b: 1 + b / 64):
+    """A judge with S = 100 (1 + 64 / B) and step times of 1 + B / 64 ms: least time at batch 64."""
+    points = tuple(BatchPoint(b, "ok", step_ms(b), samples=10) for b in BATCHES)
+    times = dataclasses.replace(capacity(), batches=points)
+    judge = swept(hyperbola(critical=64.0), optimizer="adamw")
+    return {"bench": advised(batch), "judge": judge, "times": Run("", None, capacity=times)}
+
+
+def test_regret_is_time_at_the_batch_advised_over_the_least():
+    best, at_256 = advice.judged(records_of(64))[0], advice.judged(records_of(256))[0]
+    assert (best.regret, best.best, best.met, best.remark) == (1.0, 64, "met", "")
+    assert at_256.regret == pytest.approx((1 + 64 / 256) * (1 + 256 / 64) / 4)
+    assert at_256.met == "missed"
+    assert "critical batch taken for 50 [40 to 60], judged 50 [40 to 60]" in at_256.remark
+    assert "times apart" not in at_256.remark  # doublings
+
+
+def test_an_interval_is_of_seeds_and_of_step_times():
+    """Seeds of one batch and step times known exactly leave nothing open; 20 % on each time leave about that."""
+    exact = hyperbola(critical=64.0)
+    points = tuple(
+        dataclasses.replace(p, rates=(RateSteps(0.5, (p.steps,) * 3, ("reached",) * 3),)) for p in exact.points
+    )
+    steps = swept(dataclasses.replace(exact, points=points)).convergence
+    widths = []
+    for error in (0.0, 0.2):
+        timed = tuple(
+            BatchPoint(b, "ok", t, t / math.exp(error), t * math.exp(error), samples=10)
+            for b, t in ((b, 1 + b / 64) for b in BATCHES)
+        )
+        drawn = judging.resampled(dataclasses.replace(capacity(), batches=timed), steps)
+        logs = [math.log(table[256] / table[8]) for table in drawn]
+        widths.append(float(np.quantile(logs, 0.975) - np.quantile(logs, 0.025)))
+    assert widths[0] == pytest.approx(0, abs=1e-9)
+    assert widths[1] == pytest.approx(2 * 0.2 * math.sqrt(2), rel=0.1)
+
+
+def test_what_is_not_run_has_a_reason_and_no_figure():
+    rows = {row.by: row for row in advice.judged(records_of(64))}
+    assert rows["`bench --thorough`"].regret is None
+    assert rows["`bench --thorough`"].remark == "not run: thorough"
+    assert rows["a sweep"].met == "not measured"
+    alone = advice.judged({"bench": advised(64)})[0]
+    assert (alone.regret, alone.remark) == (None, "not run: judge, times")
+    beyond = advice.judged(records_of(4096))[0]
+    assert (beyond.regret, beyond.remark) == (None, "batch 4096 is outside those the sweep measured, 8 to 1024")
+    none = advice.judged(records_of(None))[0]
+    assert (none.met, none.remark) == ("not measured", "no batch was recommended")
+
+
+def test_a_goal_inside_the_interval_is_neither_met_nor_missed():
+    row = advice.judged(records_of(64))[0]
+    for low, high, said in ((1.0, 1.2, "met"), (1.0, 1.3, "undetermined"), (1.3, 1.4, "missed"), (1.0, 150.0, "unde")):
+        assert dataclasses.replace(row, low=low, high=high).met.startswith(said)
+
+
+def test_a_judge_that_was_disturbed_decides_nothing():
+    records = records_of(256)
+    busy = dataclasses.replace(records["times"].capacity, disturbed=("others kept 1 of 2 cores busy",))
+    row = advice.judged(records | {"times": Run("", None, capacity=busy)})[0]
+    assert row.regret == pytest.approx(1.5625)
+    assert row.met == "undetermined"
+    assert "disturbed" in row.remark
+
+
+# What is run.
+
+
+def test_every_command_is_one_that_pybatch_takes():
+    """Parsed, not run: a flag or a value's form that is gone is found here, and not after an hour."""
+    commands = {" ".join(r.flags[::2]): r for records in PARTS.values() for r in records if "along" not in r.kind}
+    for name, *words in (command(record, 2) for record in commands.values()):
+        cli.Commands().get_command(None, name).make_context(name, words)
+
+
+def test_records_were_made_by_the_commands_of_the_declaration(study):
+    for record in (record for records in PARTS.values() for record in records if record.path in study.found):
+        if record.kind == "advice" or record.kind.startswith("along"):
+            continue
+        made = shlex.split(study.found[record.path].environment.command)
+        assert measured(made) == measured(["pybatch", *command(record, 2)]), record.path
+
+
+def measured(words):
+    """A command without what changes no figure: how many processes trained, whether it went on."""
+    text = re.sub(r" --(jobs \d+|quiet|resume)\b", "", " ".join(words))
+    return text.split()
+
+
+def test_the_targets_are_the_workloads_own():
+    for domain, problems in DOMAINS.items():
+        assert TRAIN[domain] == f"train={find(domain, model=problems[0].model).target['train']:g}"
+
+
+def test_what_advises_does_not_judge():
+    for record in (record for records in PARTS.values() for record in records):
+        first = int(record.flags[record.flags.index("--seed") + 1]) if "--seed" in record.flags else 0
+        assert first == (JUDGE if record.kind == "judge" else 0)
+        assert store_of(record).endswith("-judge") == (record.kind == "judge")
+
+
+def test_records_have_names_of_their_own_and_problems_one_store():
+    paths = [record.path for records in PARTS.values() for record in records]
+    assert len(set(paths)) == len(paths)
+    sweeps = [r for r in PARTS["text"] + PARTS["text-advice"] if r.kind in ("sweep", "own")]
+    assert len({store_of(r) for r in sweeps}) == len({r.problem for r in sweeps}) == 2
+
+
+def test_the_factorial_has_every_corner():
+    corners = {(r.problem.model, *r.problem.options) for r in PARTS["factorial"]}
+    assert len(corners) == len(PARTS["factorial"]) == 8
+    assert len({r.flags for r in PARTS["factorial"]}) == 1  # all else is alike
+
+
+def test_a_record_that_was_cut_is_made_again(tmp_path):
+    path = tmp_path / "run.json"
+    assert not whole(path)
+    for text, is_whole in (('{"complete": false}', False), ('{"complete": true}', True), ('{"complete": tr', False)):
+        path.write_text(text)
+        assert whole(path) == is_whole
+
+
+def test_only_step_times_of_a_busy_machine_are_measured_again(tmp_path, monkeypatch):
+    bench_, sweep_ = (next(r for r in PARTS["quick"] if r.kind == kind) for kind in ("bench", "sweep"))
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    asked = []
+    monkeypatch.setattr(runner, "make", lambda record, *_: asked.append(record.kind) or True)
+    paths = [tmp_path / RECORDS / record.path for record in (bench_, sweep_)]
+    paths[0].parent.mkdir(parents=True)
+    for words, again, made in ((["busy"], True, ["bench"]), (["busy"], False, []), ([], True, [])):
+        asked.clear()
+        for path in paths:
+            path.write_text(json.dumps({"complete": True, "capacity": {"disturbed": words}}))
+        assert runner.run([bench_, sweep_], 1, tmp_path, again) == 0
+        assert asked == made
+
+
+# The page.
+
+
+@pytest.fixture(scope="module")
+def study():
+    return read(writer.RECORDS)
+
+
+def test_the_page_is_that_of_the_records(study):
+    assert writer.page(study) == writer.PAGE.read_text(), "run: python bench/study/page.py"
+
+
+def test_its_pictures_are_those_that_can_be_drawn(study):
+    drawn = {f"{plot.name}.png" for plot in writer.pictures(study.problems())}
+    assert {path.name for path in writer.PICTURES.glob("*.png")} == drawn
+
+
+def test_a_page_without_records_says_what_is_not_run():
+    text = writer.page(Study({}))
+    assert "Not run yet" in text
+    assert text.count("Not measured") >= 4
+    for part in ("digits", "factorial", "optimizers"):
+        assert f"run.py --part {part}`" in text
+
+
+def test_a_whole_part_takes_the_place_of_the_quick_one_and_is_not_mixed_with_it():
+    mlp = DOMAINS["digits"][0]
+    named = {r.path: Run(r.path, None) for part in PARTS.values() for r in part if r.problem == mlp}
+    assert {run.created.split("/")[0] for run in Study(named).problems()[mlp.name].values()} == {
+        "digits",
+        "digits-advice",
+        "optimizers",
+    }
+    quick = {path: run for path, run in named.items() if path.startswith(("quick/", "digits-advice/"))}
+    found = Study(quick).problems()[mlp.name]
+    assert found["sweep"].created.startswith("quick/")
+    assert {found[kind].created.split("/")[0] for kind in ("own", "judge", "times", "bench")} == {"digits-advice"}
+
+
+def test_the_records_are_declared_and_small():
+    folder = writer.RECORDS
+    files = list(folder.rglob("*.json"))
+    declared = {record.path for records in PARTS.values() for record in records}
+    assert {str(path.relative_to(folder)) for path in files} <= declared
+    assert sum(path.stat().st_size for path in files) < 5e6
+    assert folder == writer.ROOT / RECORDS
