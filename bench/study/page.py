@@ -17,7 +17,7 @@ from pybatch.base import numerals as n
 from pybatch.report.plot import Plot
 from study import advice, claims
 from study.claims import Answer, Records
-from study.declaration import GAP_EPOCHS, PARTS
+from study.declaration import DOMAINS, GAP_EPOCHS, PARTS
 from study.pictures import pictures
 from study.records import Study, read
 
@@ -106,7 +106,10 @@ def _state(study: Study) -> str:
     text += (
         f"machine's load; {busy} of {n.counted(len(timed), 'record')} with step times {'is' if busy == 1 else 'are'} "
     )
-    return text + "of a machine busy with other work, as pybatch itself noticed, and judge nothing.\n"
+    text += "of a machine busy with other work, as pybatch itself noticed, and judge nothing."
+    there = study.problems()
+    lacking = [problem.name for problems in DOMAINS.values() for problem in problems if problem.name not in there]
+    return text + (f" **Not run yet**: {', '.join(lacking)}.\n" if lacking else "\n")
 
 
 def _parts(study: Study) -> str:

@@ -119,12 +119,12 @@ def run(records: Sequence[Record], jobs: int, stores: Path, again: bool = False)
             print(f"there     {record.path}", flush=True)
             continue
         (ROOT / RECORDS / record.path).parent.mkdir(parents=True, exist_ok=True)
-        begin, load = time.perf_counter(), os.getloadavg()[0]
+        begin, busy, load = time.perf_counter(), sum(os.times()[:4]), os.getloadavg()[0]
         good = make(record, jobs, stores)
         missing += not good
+        took, work = time.perf_counter() - begin, sum(os.times()[:4]) - busy  # processor time of children too
         print(
-            f"{'made' if good else 'cut':9} {record.path}  {time.perf_counter() - begin:.0f} s, load {load:.1f}",
-            flush=True,
+            f"{'made' if good else 'cut':9} {record.path}  {took:.0f} s, {work:.0f} CPU s, load {load:.1f}", flush=True
         )
     return 3 if missing else 0
 

@@ -371,6 +371,15 @@ def test_a_page_without_records_says_what_is_not_run():
         assert f"run.py --part {part}`" in text
 
 
+def test_a_record_that_was_cut_speaks_of_nothing(tmp_path):
+    record = PARTS["quick"][0]
+    path = tmp_path / record.path
+    path.parent.mkdir()
+    for is_whole in (True, False):
+        path.write_text(dataclasses.replace(bench(), complete=is_whole).to_json())
+        assert list(read(tmp_path).found) == [record.path] * is_whole
+
+
 def test_a_whole_part_takes_the_place_of_the_quick_one_and_is_not_mixed_with_it():
     mlp = DOMAINS["digits"][0]
     named = {r.path: Run(r.path, None) for part in PARTS.values() for r in part if r.problem == mlp}
