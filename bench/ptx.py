@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["cases", "faults"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        library = ptx.compile_emulator(Path(folder))
+        library = ptx.compile_emulator()
         programs = ptx.compile_kernels(Path(folder))
         report: dict[str, object] = {
             "architecture": ptx.ARCHITECTURE,

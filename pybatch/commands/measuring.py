@@ -20,6 +20,7 @@ from pybatch.base import faults
 from pybatch.base.errors import Interrupted, PybatchError, UsageError, carried
 from pybatch.base.plain import said, visible
 from pybatch.base.progress import ProgressLine
+from pybatch.base.terminal import tell
 from pybatch.commands.interrupting import interrupts_heard, termination_heard
 from pybatch.commands.printing import ResultConsole, stdout_to_stderr
 from pybatch.records import Run
@@ -167,7 +168,7 @@ class Delivery:
             self.target.discard()
         if kind is KeyboardInterrupt:
             when = "while the result was written" if self.run else "before anything was measured; nothing was written"
-            print(visible(f"pybatch: interrupted {when}"), file=sys.stderr)
+            tell(visible(f"interrupted {when}"))
             raise typer.Exit(INTERRUPTED) from None
 
     @contextmanager
@@ -245,7 +246,7 @@ def deliver(run: Run, format_: str, target: Output | None, verbose: bool = False
             written = True
         except OSError as error:
             what = f"output {str(target.path)!r} cannot be written: {error.strerror}"
-            print(visible(f"pybatch: {what}. The result follows on stdout."), file=sys.stderr)
+            tell(visible(f"{what}. The result follows on stdout."))
     console = ResultConsole()
     try:
         if format_ == "table" or (target is not None and written):
@@ -257,7 +258,7 @@ def deliver(run: Run, format_: str, target: Output | None, verbose: bool = False
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         console.on_broken_pipe()
     if console.cut and target is None:
-        print("pybatch: stdout was closed before the end of the result. Give -o FILE to keep it.", file=sys.stderr)
+        tell("stdout was closed before the end of the result. Give -o FILE to keep it.")
     if target is not None and written:
         print(visible(f"pybatch: wrote {target.path}"), file=sys.stderr)
     return written

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import visible
+from pybatch.base.terminal import tell
 from pybatch.commands.saved import read_run
 from pybatch.records import Run
 from pybatch.report.formats.text import format_of
@@ -30,10 +30,7 @@ class PartialRecord:
                 file.write(run.to_json() + "\n")
         except (OSError, UsageError) as error:
             self._works = False
-            print(
-                visible(f"pybatch: the run goes on, but could not be continued after a crash: {error}"),
-                file=sys.stderr,
-            )
+            tell(visible(f"the run goes on, but could not be continued after a crash: {error}"))
 
     def earlier(self) -> Run | None:
         """The run to go on with: what a crash left or the output, whichever is newer; None where there is neither.
@@ -44,7 +41,7 @@ class PartialRecord:
         there = [path for path in (self.path, self.output) if path.exists()]
         if there:
             return read_run(max(there, key=lambda path: path.stat().st_mtime_ns))  # the first of equals
-        print(visible(f"pybatch: there is no {self.output.name} to go on with; the run starts anew"), file=sys.stderr)
+        tell(visible(f"there is no {self.output.name} to go on with; the run starts anew"))
         return None
 
     def discard(self) -> None:

@@ -14,6 +14,7 @@ from pybatch.answer.plan import MOST_DEVICES, MOST_EXAMPLES, exact, of_record, p
 from pybatch.base.errors import UsageError, unknown
 from pybatch.base.numerals import count, counted, interval
 from pybatch.base.plain import visible
+from pybatch.base.terminal import tell
 from pybatch.commands.measuring import check_between
 from pybatch.commands.saved import read_run
 from pybatch.records import AccumulationPlan, Run
@@ -57,13 +58,13 @@ def plan(
         sys.stdout.write(snippet(made, for_))
         if made.devices > 1 and for_ in LAUNCHED:
             notes.append(f"{LAUNCHED[for_]} must be {made.devices}")
-        print(visible(f"pybatch: {told}"), file=sys.stderr)
+        tell(visible(told))
     elif format_ == "json":
         print(json.dumps(asdict(made), indent=2))
     else:
         print(visible(told))
     for note in notes:
-        print(visible(f"pybatch: {note}"), file=sys.stderr)
+        tell(visible(note))
 
 
 def _planned(

@@ -16,6 +16,7 @@ from pybatch.answer.changes import Condition, broken, parse_condition
 from pybatch.answer.merge import join
 from pybatch.base.errors import UsageError, unknown
 from pybatch.base.plain import visible
+from pybatch.base.terminal import tell
 from pybatch.commands import flags
 from pybatch.commands.assignments import parse_targets
 from pybatch.commands.interrupting import termination_heard
@@ -132,7 +133,7 @@ def _report_format(output: Path) -> str:
 
 def _told(path: Path, records: Sequence[Run | NoiseTrajectory]) -> Sequence[Run | NoiseTrajectory]:
     if len(records) > 1:
-        print(visible(f"pybatch: {path} holds {len(records)} sweeps; each has a part of its own"), file=sys.stderr)
+        tell(visible(f"{path} holds {len(records)} sweeps; each has a part of its own"))
     return records
 
 
@@ -164,5 +165,5 @@ def tell_changes(old: Run, new: Run, conditions: Sequence[Condition], format_: s
     else:
         print_sections(parts, ResultConsole())
     for failure in failures:
-        print(visible(f"pybatch: {failure}"), file=sys.stderr)
+        tell(visible(failure))
     return BROKEN if failures else DONE

@@ -15,6 +15,7 @@ from pybatch.answer.course import Course, course_of, law
 from pybatch.answer.schedule import COST, plan_schedule, rate_rule_of
 from pybatch.base.errors import UsageError, unknown
 from pybatch.base.plain import said, visible
+from pybatch.base.terminal import tell
 from pybatch.commands import flags
 from pybatch.commands.measuring import Delivery, check_between
 from pybatch.commands.saved import read_records
@@ -88,7 +89,7 @@ def schedule(
             status = delivery.deliver()
         else:
             sys.stdout.write(staged(found, for_, sequence))
-            print(visible(f"pybatch: {found}"), file=sys.stderr)
+            tell(visible(str(found)))
             status = delivery.keep()
         if html is not None:
             from pybatch.report.formats.html import write_report

@@ -17,6 +17,7 @@ from pybatch.base import faults
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import visible
 from pybatch.base.progress import LiveLine, ProgressLine
+from pybatch.base.terminal import tell
 from pybatch.commands import flags
 from pybatch.commands.interrupting import interrupts_heard
 from pybatch.commands.measuring import INCOMPLETE, INTERRUPTED, check_between, check_price, checked_format, typed
@@ -178,7 +179,7 @@ class _Out:
 
     def say(self, text: str) -> None:
         """A line of pybatch's own."""
-        print(visible(f"pybatch: {text}"), file=sys.stderr)
+        tell(visible(text))
 
     def deliver(self, run: Run, shown: bool = True) -> int:
         """Write and print; the status where it can't be written."""

@@ -11,13 +11,19 @@ import torch
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed the CPU's and, of a GPU, its own.
 
-    `torch.manual_seed` keeps every call, with the stack it came from, for each kind of accelerator that is not in use:
-    three stacks printed a call, which take longer than the step of a small model, and are never let go of.
+    `torch.manual_seed` keeps the stack it was called from for each kind of accelerator that is not in use: to print
+    three stacks takes longer than the step of a small model.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+
+
+def place_in_use() -> torch.device:
+    """The current GPU where CUDA has begun, else the CPU: for what may draw on either."""
+    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.device("cuda", torch.cuda.current_device()) if begun else torch.device("cpu")
 
 
 def forked(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -9,7 +9,7 @@ it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,7 +31,8 @@ from pybatch.fits.throughput_model import (
 )
 from pybatch.fits.throughput_resampling import resample
 
-FINE = 256  # wave sizes up to here are tried one by one, larger ones in eights, and far larger in so many-th parts
+FINE = 256  # wave sizes up to here are tried one by one, larger ones in eights
+LARGEST_WAVE = 1 << 17  # no device takes so many examples at once
 WAVE_LEAST = 3  # batch sizes that share a wave with another, past the first wave: fewer show no steps
 FLOOR_LEAST = 6  # AICc of four unknowns (alpha, beta, floor and the error) is defined from six batch sizes on
 HIDDEN = 4  # waves that the batch sizes cannot show but may have: so many of the best
@@ -123,7 +124,8 @@ def _partings(distinct: tuple[float, ...]) -> tuple[Array, NDArray[np.bool_]]:
 
     Waves that part the sizes alike fit alike: it is the one whose multiples are most often among them.
     """
-    waves = np.fromiter(_tried(int(distinct[-1] / 2)), dtype=np.float64)
+    most = min(int(distinct[-1] / 2), LARGEST_WAVE)
+    waves = np.concatenate([np.arange(2.0, min(most, FINE) + 1), np.arange(FINE + 8.0, most + 1, 8)])
     sizes = np.array(distinct)
     begun = np.ceil(sizes / waves[:, None])
     ends = np.sum(sizes % waves[:, None] == 0, axis=1)
@@ -136,14 +138,6 @@ def _partings(distinct: tuple[float, ...]) -> tuple[Array, NDArray[np.bool_]]:
             alike[key] = i
     own = sorted(alike.values(), key=lambda i: (-ends[i], i))
     return waves[own], shared[own] < WAVE_LEAST
-
-
-def _tried(most: int) -> Iterator[int]:
-    """Wave sizes from 2 to `most`."""
-    wave = 2
-    while wave <= most:
-        yield wave
-        wave += 1 if wave < FINE else max(8, wave // FINE // 8 * 8)
 
 
 def _cliffs(size: Array, data: Array) -> list[Shape]:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, default_collate
 
 from pybatch.base.errors import UsageError, WorkloadError
-from pybatch.device.generators import seeded
+from pybatch.device.generators import place_in_use, seeded
 from pybatch.workloads.base import Split, Workload
 from pybatch.workloads.given import (
     called,
@@ -122,7 +122,7 @@ class Parts(Workload):
             raise UsageError(f"workload {self.name!r} was made without test data. Give from_parts(test=...).")
         index = torch.randint(len(data), (min(n, most),), generator=generator).tolist()
         drawn = int(torch.randint(2**31, (), generator=generator))
-        with seeded(drawn, torch.device("cpu")):  # augmentations draw from it, for one seed the same
+        with seeded(drawn, place_in_use()):  # augmentations draw from it, for one seed the same
             several = getattr(data, "__getitems__", None)  # as torch's own loaders ask
             rows = several(index) if several is not None else [data[i] for i in index]
             if len(index) < n:

@@ -3,8 +3,8 @@
 import ctypes
 import os
 import shlex
-import subprocess
 
+from cases.compilers import compile_once
 from cases.paths import ROOT
 
 from pybatch import ops
@@ -13,17 +13,12 @@ from pybatch.base.errors import DeviceError
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 
 
-def compile_kernels(folder, source=ROOT / "tests/kernels/cuda_on_host/kernels.cpp"):
-    """Build the kernels, or another source, into a folder; returns the library."""
-    library = folder / "cuda_on_host.so"
+def compile_kernels(source=ROOT / "tests/kernels/cuda_on_host/kernels.cpp"):
+    """Build the kernels, or another source; returns the library."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    includes = [f"-I{ROOT / name}" for name in ("tests/kernels/cuda_on_host", "kernels", "csrc")]
-    options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *WARNINGS, *includes]
-    done = subprocess.run(
-        [*compiler, *options, "-o", library, source], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(library))
+    includes = [ROOT / name for name in ("tests/kernels/cuda_on_host", "kernels", "csrc")]
+    options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *WARNINGS]
+    return ctypes.CDLL(str(compile_once(compiler, options, [source], ".so", includes)))
 
 
 class HostCuda(ops.CudaBackend):

@@ -55,10 +55,11 @@ def hasten():
     been changed by the kernel, where both see the same modules. NumPy's type of a dtype, and a tensor's shape as
     constants, are kept.
     """
+    import triton
     from triton import language as tl
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter, "_LangPatchScope"):  # another version: it stays as it is
+    if not triton.__version__.startswith("3.9."):  # what is changed is that version's
         return
     patch, changed, seen_by = interpreter._patch_lang, set(), {}
 

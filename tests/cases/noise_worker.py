@@ -9,6 +9,7 @@ import io
 import json
 import os
 import runpy
+import signal
 import sys
 import traceback
 import warnings
@@ -542,5 +543,10 @@ if __name__ == "__main__":
     *worlds, place = sys.argv[1:]
     for world in worlds:
         running = list(started(int(world), Path(place, world)))
-        if any(os.waitpid(child, 0)[1] for child in running):
-            sys.exit(f"a process of {world} failed")
+        while running:  # the first that fails ends the others, which wait for it
+            child, failed = os.wait()
+            running.remove(child)
+            if failed:
+                for other in running:
+                    os.kill(other, signal.SIGKILL)
+                sys.exit(f"a process of {world} failed")

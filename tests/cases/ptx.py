@@ -5,12 +5,13 @@ import math
 import os
 import shlex
 import shutil
-import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from cases import lists
 from cases.agreement import assert_same, assert_same_but_for_codes
+from cases.compilers import compile_once
 from cases.paths import ROOT
 from cases.problem import same_bits
 
@@ -27,11 +28,10 @@ def nvcc():
     return os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 
-def _run_all(commands):
-    """Side by side."""
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    errors = [process.communicate(timeout=300)[1] for process in running]
-    assert not any(process.returncode for process in running), errors
+def _compile_all(compiler, options, sources, suffix, includes):
+    """Side by side; the files in the order of their sources."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda source: compile_once(compiler, options, [source], suffix, includes), sources))
 
 
 def compile_kernels(folder, patches=(), kernels=KERNELS):
@@ -43,24 +43,18 @@ def compile_kernels(folder, patches=(), kernels=KERNELS):
         assert old in text, f"{name} has no {old!r}"
         (source / name).write_text(text.replace(old, new))
     options = ["-std=c++17", f"-arch={ARCHITECTURE}", "-ptx", "--expt-relaxed-constexpr"]
-    includes = [f"-I{source}", f"-I{ROOT / 'csrc'}"]
-    _run_all([nvcc(), *options, *includes, source / f"{name}.cu", "-o", folder / f"{name}.ptx"] for name in kernels)
-    return {name: (folder / f"{name}.ptx").read_text() for name in kernels}
+    sources = [source / f"{name}.cu" for name in kernels]
+    made = _compile_all([nvcc()], options, sources, ".ptx", [source, ROOT / "csrc"])
+    return {name: path.read_text() for name, path in zip(kernels, made, strict=True)}
 
 
-def compile_emulator(folder):
-    """Build the emulator into a folder; returns the library."""
+def compile_emulator():
+    """Build the emulator; returns the library."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    includes = [f"-I{ROOT / name}" for name in ("tests/kernels/cuda_on_host", "kernels", "csrc")]
+    includes = [EMULATOR, *(ROOT / name for name in ("tests/kernels/cuda_on_host", "kernels", "csrc"))]
     options = ["-std=c++20", "-O1", "-march=native", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-    sources = sorted(EMULATOR.glob("*.cpp"))
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    _run_all(
-        [*compiler, *options, *includes, "-c", source, "-o", to] for source, to in zip(sources, objects, strict=True)
-    )
-    library = folder / "emulator.so"
-    _run_all([[*compiler, "-shared", *objects, "-o", library]])
-    library = ctypes.CDLL(str(library))
+    objects = _compile_all(compiler, [*options, "-c"], sorted(EMULATOR.glob("*.cpp")), ".o", includes)
+    library = ctypes.CDLL(str(compile_once(compiler, ["-shared"], objects, ".so")))
     library.ptx_new.restype = ctypes.c_void_p
     library.ptx_faults.restype = library.ptx_error.restype = library.ptx_lines.restype = ctypes.c_char_p
     return library

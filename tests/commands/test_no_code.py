@@ -69,8 +69,14 @@ def test_gloo_of_one_machine_stays_on_it(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
-    with distributed._on_loopback():
+    met = []
+    group = distributed.dist
+    monkeypatch.setattr(group, "init_process_group", lambda *_, **__: met.append(os.environ.get("GLOO_SOCKET_IFNAME")))
+    monkeypatch.setattr(group, "get_rank", lambda: 0)
+    monkeypatch.setattr(group, "destroy_process_group", lambda: None)
+    with distributed.process_group(torch.device("cpu")):
         assert os.environ["GLOO_SOCKET_IFNAME"] == distributed._loopback() == "lo"
+    assert met == ["lo"]
     assert "GLOO_SOCKET_IFNAME" not in os.environ
     monkeypatch.setenv("WORLD_SIZE", "4")  # of two machines
     with distributed._on_loopback():

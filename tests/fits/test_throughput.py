@@ -7,6 +7,7 @@ import pytest
 from scipy.optimize import brentq, least_squares
 
 from pybatch.base.errors import UsageError
+from pybatch.fits import throughput_model as model
 from pybatch.fits.throughput import fit_throughput
 
 BATCHES = 2 ** np.arange(13)
@@ -256,7 +257,7 @@ def waved(batch, wave=24):
     return ALPHA + BETA * wave * np.ceil(np.asarray(batch, dtype=float) / wave)
 
 
-@pytest.mark.parametrize("wave", [16, 24, 132])
+@pytest.mark.parametrize("wave", [16, 24, 132, 8192, 16_896])
 def test_a_step_quantized_device_names_its_waves(wave):
     batches = np.arange(wave // 4, 6 * wave, wave // 4)
     rng = np.random.default_rng(0)
@@ -265,6 +266,32 @@ def test_a_step_quantized_device_names_its_waves(wave):
     assert fit.beta_s == pytest.approx(BETA, rel=0.05)
     assert fit.step_s(wave + 1) == pytest.approx(fit.step_s(2 * wave))
     assert fit.step_s(2 * wave) == pytest.approx(waved(2 * wave, wave), rel=0.02)
+
+
+def every_start(name, size, data):
+    """All half batches of the grid, for each number of batch sizes on the floor."""
+    grid, order, made = np.linspace(*model.limits(size), 40), np.argsort(size), []
+    for flat in range(1) if name == "affine" else range(1, len(size) - 1):
+        level = [] if name == "affine" else [np.full_like(grid, data[order[:flat]].mean())]
+        beta = np.median(data[order[flat:]] - np.log(np.exp(grid)[:, None] + size[order[flat:]]), axis=-1)
+        made.append(np.stack([beta, grid, *level], axis=-1))
+    return np.concatenate(made)
+
+
+def test_starts_that_are_left_out_lead_nowhere_better():
+    rng, worse = np.random.default_rng(2), []
+    for draw in range(24):
+        size = np.sort(rng.choice(2.0 ** np.arange(14), 6 + draw % 8, replace=False))
+        times = np.exp(rng.uniform(-8, 0)) + np.exp(rng.uniform(-12, -4)) * size
+        cliff, nothing = times * np.where(size > size[3], 1.5, 1), np.exp(rng.normal(size=len(size)))
+        shape = (times, np.maximum(times, times[3]), cliff, nothing)[draw % 4]
+        data = np.log(shape) + rng.choice([0.001, 0.05, 0.2]) * rng.standard_normal(len(size))
+        for name in ("affine", "floor"):
+            both = (starts(name, size, data) for starts in (model.starts, every_start))
+            found, whole = (model.solve(own, size, data)[1] for own in both)
+            worse.append(np.log(found / whole))
+    assert max(worse) < 0.02  # AICc moves by this times the number of batch sizes
+    assert np.mean(worse) < 1e-3
 
 
 def test_a_smooth_device_has_no_waves():

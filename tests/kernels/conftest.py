@@ -14,6 +14,6 @@ def _two_threads():
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
+def library():
     """The CUDA kernels as the host compiler makes them."""
-    return host_cuda.compile_kernels(tmp_path_factory.mktemp("host_cuda"))
+    return host_cuda.compile_kernels()

@@ -115,6 +115,7 @@ def test_every_kernel_compiles_for_a_gpu(build):
     carried = [("Lars", storage, storages[i % 3]) for i, storage in enumerate(storages)]
     for i in range(0, len(carried), TOGETHER):
         build(phases.norm_kernel, kinds=rules.kinds(numbers(*carried[i : i + TOGETHER])), gradients=True, **tiny)
+    build(phases.norm_kernel, kinds=rules.kinds(numbers(*carried)), gradients=True, **tiny)  # all kinds in one list
     kinds = rules.kinds(numbers(("Lamb", "bfloat16_remainder", "float16")))
     build(phases.prepare_kernel, kinds=kinds, state_type=ops.STATE_TYPES["8bit"], **small, **DECISION)
     plain = {"state_type": ops.STATE_TYPES["fp32"], "unscale": False}

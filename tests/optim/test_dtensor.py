@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ def sharded(tmp_path_factory):
     return torch.load(output, weights_only=False)
 
 
+@cache
 def single(kind, accumulate):
+    """The same for every placement."""
     params = [torch.nn.Parameter(p.detach().clone()) for p in worker.model().parameters()]
     return worker.outcome(worker.train(kind, params, accumulate=accumulate), params)
 

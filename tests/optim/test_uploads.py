@@ -40,7 +40,7 @@ def library(tmp_path_factory):
         pytest.skip("no C++ compiler on PATH")
     folder = tmp_path_factory.mktemp("counting")
     (folder / "counting.cpp").write_text(COUNTING)
-    return host_cuda.compile_kernels(folder, folder / "counting.cpp")
+    return host_cuda.compile_kernels(folder / "counting.cpp")
 
 
 class Counted:

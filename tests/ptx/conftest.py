@@ -5,10 +5,10 @@ from cases import ptx
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
+def library():
     if not ptx.nvcc():
         pytest.skip("nvcc was not found: put the CUDA toolkit's bin directory on PATH or set CUDACXX")
-    return ptx.compile_emulator(tmp_path_factory.mktemp("emulator"))
+    return ptx.compile_emulator()
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,19 @@
 
 namespace {
 
+// Parsed when a launch or a question first needs it.
+struct Source {
+    std::string text;
+    std::unique_ptr<ptx::Program> parsed;
+
+    ptx::Program& program() {
+        if (!parsed) parsed = ptx::parse(text);
+        return *parsed;
+    }
+};
+
 struct Emulator {
-    std::vector<std::unique_ptr<ptx::Program>> programs;
+    std::vector<Source> programs;
     ptx::Memory memory;
     ptx::Faults faults;
     ptx::Counts counts;
@@ -35,17 +46,20 @@ int guarded(Emulator* emulator, const Call& call) {
 }
 
 void launch(Emulator& e, const std::string& kernel, std::vector<uint8_t> params, uint32_t blocks, uint32_t shared) {
-    for (const auto& program : e.programs)
-        for (const auto& [name, function] : program->functions) {
+    for (auto& source : e.programs) {
+        if (source.text.find(kernel) == std::string::npos) continue;
+        const auto& program = source.program();
+        for (const auto& [name, function] : program.functions) {
             if (name.find(kernel) == std::string::npos) continue;
             params.resize(function->param_bytes);
             e.memory.translate();
             e.memory.translate(params);
-            ptx::run({program.get(), function.get(), params, blocks, function->threads, program->shared_bytes + shared,
+            ptx::run({&program, function.get(), params, blocks, function->threads, program.shared_bytes + shared,
                       e.resident, e.seed++},
                      e.memory, e.faults, e.counts);
             return;
         }
+    }
     throw std::invalid_argument("no program has a kernel " + kernel);
 }
 
@@ -87,7 +101,7 @@ PTX_EXPORT Emulator* ptx_new(uint32_t seed, uint32_t resident) {
 PTX_EXPORT void ptx_delete(Emulator* e) { delete e; }
 
 PTX_EXPORT int ptx_load(Emulator* e, const char* text) {
-    return guarded(e, [&] { e->programs.push_back(ptx::parse(text)); });
+    return guarded(e, [&] { e->programs.push_back({text, nullptr}); });
 }
 
 // All memory of the launches that follow; `addresses`: its words may be addresses of others.
@@ -119,7 +133,7 @@ PTX_EXPORT const char* ptx_faults(Emulator* e) { return (e->message = e->faults.
 // PTX lines of the program of this number whose instructions some thread ran (else: none did), separated by blanks.
 PTX_EXPORT const char* ptx_lines(Emulator* e, uint32_t program, bool ran) {
     e->message.clear();
-    for (const auto& [name, function] : e->programs.at(program)->functions)
+    for (const auto& [name, function] : e->programs.at(program).program().functions)
         for (const auto& i : function->body)
             if (i.line && i.ran == ran) e->message += std::to_string(i.line) + " ";
     return e->message.c_str();
