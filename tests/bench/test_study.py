@@ -312,6 +312,7 @@ def test_seeds_that_do_not_reach_are_infinite_in_their_draws_and_not_interpolate
     assert lost == pytest.approx(7 / 27, abs=0.07)  # two or three of three draws
     table = next(table for table in drawn if math.isinf(table[64]))
     assert judging.at(32, table) == judging.at(100, table) == math.inf
+    assert judging.at(100, table | {256: math.inf}) == math.inf
     row = judging.regret(advised(64).verdict, {16: 0.4, 64: 0.3, 256: 0.1}, drawn)
     assert (row["regret"], row["regret_high"]) == (pytest.approx(3), None)
 
