@@ -94,7 +94,8 @@ def solve_each(starts: Sequence[Array], sizes: Array, data: Array) -> list[tuple
 
 
 def polish(p: Array, size: Array, data: Array) -> tuple[Array, Array]:
-    """All rows at once: parameters [R, P], batch sizes and ln seconds [R, n] -> parameters, cost [R]."""
+    """All rows at once: parameters [R, P], batch sizes [n] or [R, n], ln seconds [R, n] -> parameters, cost [R]."""
+    size = np.broadcast_to(size, data.shape)
 
     def evaluate(trial: Array, rows: Rows) -> tuple[Array, Array, Array]:
         value, slope = log_time(trial, size[rows])
