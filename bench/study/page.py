@@ -120,7 +120,7 @@ def _state(study: Study) -> str:
     text += "[what was run](#what-was-run) is at the end. The quick part stands in for a whole one that is not run: "
     text += f"fewer batch sizes, {QUICK_SEEDS} seeds, wider intervals. Steps hardly depend on the machine's load; "
     text += f"{busy} of {n.counted(len(timed), 'record')} with step times {'is' if busy == 1 else 'are'} "
-    text += "of a machine busy with other work, as pybatch itself noticed, and judge nothing."
+    text += "of a machine whose speed changed meanwhile, as pybatch itself noticed, and judge nothing."
     there = study.problems()
     lacking = [problem.name for problems in DOMAINS.values() for problem in problems if problem.name not in there]
     return text + (f" **Not run yet**: {', '.join(lacking)}.\n" if lacking else "\n")
