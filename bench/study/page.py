@@ -34,7 +34,7 @@ image classification, segmentation and language modelling. Here they are asked o
 machine, by its own commands: `python bench/study/run.py` measures, `--list` prints the commands, and
 `python bench/study/page.py` writes this page. *Holds* and *does not hold* are said where 95 % intervals leave no doubt,
 or runs that did not reach leave 5 % to chance, and never of an interval that spans a factor of 100 or of times taken on
-a busy machine; all else is *undetermined*.
+a disturbed machine; all else is *undetermined*.
 """
 _OWN = """## What to do with your own model
 
