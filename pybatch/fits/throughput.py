@@ -20,6 +20,7 @@ from pybatch.fits.throughput_model import cost, figures, limits, log_time
 from pybatch.fits.throughput_shapes import FLOOR_LEAST, shapes, spread
 from pybatch.records import Note, ThroughputFit
 
+MOST = 1e18  # examples: far past it the arithmetic overflows
 FAR = 4  # times the largest batch: a half batch past it lets times rise by a quarter at most over all that was measured
 
 
@@ -163,8 +164,8 @@ def _checked(batches: Any, seconds: Any, gain: float, resamples: int) -> tuple[A
     size = np.asarray(batches, dtype=np.float64)
     samples = [np.atleast_1d(np.asarray(entry, dtype=np.float64)) for entry in seconds]
     for value, sample in zip(batches, samples, strict=True):
-        if not (np.isfinite(value) and value > 0):
-            raise UsageError(f"batch {value} is not a batch size. Give positive numbers.")
+        if not 0 < value <= MOST:
+            raise UsageError(f"batch {value} is not a batch size. Give positive numbers up to {MOST:g}.")
         if not sample.size:
             raise UsageError(f"batch {value} has no step time. Leave the batch out.")
         if sample.ndim != 1 or not (np.isfinite(sample).all() and (sample > 0).all()):

@@ -227,6 +227,8 @@ def test_a_ceiling_in_sight_keeps_its_figures(half):
         ([1, 2, 4], [[1.0], [1.0, -2.0], [3.0]], "batch 2 has step time -2.0"),
         ([1, 2, 4], [[1.0], [], [3.0]], "batch 2 has no step time"),
         ([0, 2, 4], [1.0, 1.0, 2.0], "batch 0 is not a batch size"),
+        ([1, 2, 1e306], [1.0, 1.0, 2.0], "is not a batch size. Give positive numbers up to 1e"),
+        ([1, 2, math.inf], [1.0, 1.0, 2.0], "batch inf is not a batch size"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(batches, seconds, says):

@@ -128,6 +128,13 @@ def test_a_model_that_cannot_be_moved_is_an_error_with_its_size(error: Exception
     assert is_out_of_memory(caught.value) == memory  # where running out is a measurement, it still is
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cuda:7"])
+def test_a_gpu_that_is_not_there_is_such_an_error(name: str) -> None:
+    with pytest.raises(DeviceError, match=f"cannot be moved to {name}: .*Name another device"):
+        Session(Planted(), torch.device(name))
+
+
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
 def test_running_out_of_memory_passes_unchanged(error: BaseException) -> None:
     def planted(*_: Any) -> None:
