@@ -28,6 +28,7 @@ from typing import Any
 from judging import GOALS, regret, resampled, times
 
 from pybatch.answer.verdict import advise
+from pybatch.base.numerals import interval
 from pybatch.base.ranges import parse_batches
 from pybatch.capacity.measurement import measure_capacity
 from pybatch.jobs.bench import run_bench
@@ -141,16 +142,16 @@ def main() -> None:
             name, parse_batches(given.batch), given.seeds, given.store, given.jobs, given.busy, given.disturbed
         )
         result["workloads"].append(row)
+        if given.output is not None:
+            given.output.write_text(json.dumps(result, indent=2) + "\n")
         beside = [("disturbed", found) for found in row.get("disturbed", [])]
         for level, found in [*row.get("verdicts", {}).items(), *beside]:
             value = f"{found['regret']:.2f}" if found["regret"] is not None else found["reason"]
-            if "regret_low" in found:
-                value += f" [{found['regret_low']:.2f}, {found['regret_high']:.2f}]"
-            print(f"{name:10} {level:9} batch {found['best_batch']}: regret {value} (goal {GOALS[level]})", flush=True)
+            ends = interval(found.get("regret_low"), found.get("regret_high"), "{:.2f}".format)
+            said = f"{value} {ends}".strip()
+            print(f"{name:10} {level:9} batch {found['best_batch']}: regret {said} (goal {GOALS[level]})", flush=True)
         if "reason" in row:
             print(f"{name}: {row['reason']}")
-        if given.output is not None:
-            given.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
