@@ -160,6 +160,18 @@ class Mixing(nn.Module):
         return y @ y.t()
 
 
+class Before(Mixing):
+    """Examples that enter the outputs of those before them."""
+
+    def forward(self, x):
+        return self.layer(x).flip(0).cumsum(0).flip(0)
+
+
+class After(Mixing):
+    def forward(self, x):
+        return self.layer(x).cumsum(0)
+
+
 class Lossy(Mixing):
     def forward(self, x):
         return self.layer(x).square().mean()
@@ -183,7 +195,7 @@ def steps(model, count=5, twice=False):
     return noise
 
 
-@pytest.mark.parametrize("model", [Mixing, Lossy])
+@pytest.mark.parametrize("model", [Mixing, Before, After, Lossy])
 def test_outputs_that_have_no_examples_are_refused(model):
     assert "can't be parted by examples" in str(steps(model()).broken)
 
