@@ -449,6 +449,30 @@ def test_gradients_that_add_up_are_not_clipped_ones(micro, clip):
     assert ("gradient clipping" in run.training.wrapped) == clip
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_gradients_scaled_through_data_are_clipped_ones(factor, scaled):
+    """They keep their version."""
+    model, optimizer = plain(norm=False, kind="sgd")
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+
+    def script():
+        for _ in range(8):
+            optimizer.zero_grad()
+            x, y = batch()
+            loss = nn.functional.cross_entropy(model(x)["logits"], y)
+            (scaler.scale(loss) if scaler else loss).backward()
+            if scaler:
+                scaler.unscale_(optimizer)
+            for p in model.parameters():
+                p.grad.data.mul_(factor)
+            scaler.step(optimizer) if scaler else optimizer.step()
+            scaler.update() if scaler else None
+
+    run, _, _ = watched(script, time_budget=0.01)
+    assert ("gradient clipping" in run.training.wrapped) == (factor != 1.0)
+
+
 def test_a_script_that_ends_with_an_evaluation_is_replayed_as_it_trained():
     """Each layer in its own mode of the pass, a frozen one's too, and all as the script left it afterwards."""
     model, optimizer = plain()
