@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_leaves
 
 from pybatch.base.errors import UsageError
 from pybatch.noise.handle import Collector, combine, trainable
@@ -25,6 +24,7 @@ from pybatch.noise.per_example.refusals import refuse_undefined
 from pybatch.noise.sources.examples import EVERY
 from pybatch.records import Note
 from pybatch.watch.batching import Batching, examples_in
+from pybatch.watch.outputs import leaves_in
 from pybatch.watch.parting import Parting, find_parting
 
 _CHECKED = 3  # measured passes, of which the halves are compared with the gradient of the training's own
@@ -97,7 +97,7 @@ class HalvesNoise(Collector):
             return
         if self.parting is None:
             self._met = _Met((args, kwargs), n)
-        for leaf, value in enumerate(tree_leaves(output)):
+        for leaf, value in enumerate(leaves_in(output)):
             if isinstance(value, Tensor) and value.requires_grad:
                 # Of the output as it is now: what the script writes into it is after the model.
                 self._awaited.append(_Arrival(self, leaf, n, get_gradient_edge(value)))

@@ -46,6 +46,7 @@ _ALIKE = 0.01  # share by which what a script counts may differ from the example
 _FIRST = 2  # steps from one to the next whose micro-batches are measured, until it is known what that costs
 _PAIRS = 2 * MIN_BLOCKS  # of a training whose length is known, at least, whatever that costs
 _OFTEN = 1.2  # times more seldom, from which on the source is made anew
+_KNOWN = ("unresolved", "lower_bound", "resolved")
 _WITHIN = ("per-example", "adam-moments", "halves")  # sources of one backward pass a step
 _Spaced = ExampleNoise | MicroBatchNoise | HalvesNoise  # those that are of every so many steps
 REMEDY = "Give the training two or more backward passes a step (gradient accumulation), or train with Adam or AdamW"
@@ -127,7 +128,7 @@ class NoiseWatch:
         error = getattr(handle, "broken", None) or getattr(handle, "refused", None)
         if error is not None and isinstance(handle, Collector) and handle.noise.status == "resolved":
             self._offers = []  # what was measured until then stands
-            self._ended = [handle]
+            self._ended.append(handle)
             self._leave(f"{error}")
         elif error is not None:
             self._leave(str(error))
@@ -144,18 +145,17 @@ class NoiseWatch:
 
     def read(self) -> NoiseScale | None:
         """The noise scale of the newest stretch, with the run as its trajectory; waits for the device."""
-        handle = self._handle or next(iter(self._ended), None)
-        if handle is None:
-            return None
-        try:
-            if isinstance(handle, OptimizerNoise):
-                return self._in_examples(handle.noise)
-            found = handle.noise
-            before = self._ended[0].noise if self._ended and found.status != "resolved" else found
-        except PybatchError as error:
-            self.reasons.append(str(error).removesuffix("."))
-            return None
-        return before if before.status == "resolved" else found
+        handles = [*self._ended, *([self._handle] if self._handle is not None else [])]
+        best: NoiseScale | None = None
+        for handle in handles:
+            try:
+                found = self._in_examples(handle.noise) if isinstance(handle, OptimizerNoise) else handle.noise
+            except PybatchError as error:
+                self.reasons.append(str(error).removesuffix("."))
+                continue
+            if best is None or _KNOWN.index(found.status) >= _KNOWN.index(best.status):
+                best = found
+        return best
 
     def _in_examples(self, noise: NoiseScale) -> NoiseScale:
         """An optimizer's own noise scale is in what the script gave `accumulate(n)`, which may be tokens."""
@@ -224,7 +224,7 @@ class NoiseWatch:
         if self._compiled:
             raise UsageError("halves of a batch: the model is compiled, and its backward pass can't be run twice")
         kind = guarded(HalvesNoise, ("_leave", "arrived", "_compare", "_step"))
-        parting = handle.parting if isinstance(handle := next(iter(self._ended), None), HalvesNoise) else None
+        parting = next((one.parting for one in self._ended if isinstance(one, HalvesNoise)), None)
         every = self._spaced(max(EVERY, self._every))
         return kind(model, self._optimizer, self._batching, scaler=self._scaler, every=every, parting=parting)
 
@@ -250,7 +250,7 @@ class NoiseWatch:
         if every > _OFTEN * self._every:
             self._every = every
             handle.detach()
-            self._ended = [handle]  # which stands until the new one has an interval too
+            self._ended.append(handle)  # which stands until the new one knows as much
             self._handle = self._make(handle.source)
 
     def _take(self, seconds: float) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_leaves
 
 from pybatch.noise.hooks import Hook
 from pybatch.optim import FusedOptimizer
@@ -26,6 +25,7 @@ from pybatch.watch.finding import Finder, Trained, compiled, kinds_of, scaler_of
 from pybatch.watch.loader import LoaderWatch
 from pybatch.watch.marks import marks_for
 from pybatch.watch.noise import NoiseWatch
+from pybatch.watch.outputs import leaves_in
 from pybatch.watch.passes import Pass
 from pybatch.watch.steps import Steps
 from pybatch.watch.together import together
@@ -295,7 +295,7 @@ class Observer:
         if not self._in_pass:
             return
         self._in_pass = False
-        leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
+        leaves = leaves_in(output)
         kept, examples, begun = self._pass, self._pending, False
 
         def arrived(leaf: int, gradient: Tensor) -> None:
@@ -311,7 +311,7 @@ class Observer:
             if isinstance(value, Tensor) and value.requires_grad:
                 value.register_hook(lambda gradient, leaf=leaf: arrived(leaf, gradient))  # type: ignore[no-untyped-call]
                 found = True
-                if kept is None and not isinstance(output, tuple | dict):
+                if kept is None and isinstance(output, Tensor):
                     break
         if kept is not None:
             kept.outputs = len(leaves)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pybatch.base.errors import UsageError
 from pybatch.watch.batching import Batching, alternatives
+from pybatch.watch.outputs import leaves_in
 from pybatch.watch.state import put_back
 
 
@@ -116,7 +117,7 @@ class _Repeated:
             draw()
         args, kwargs = arguments
         try:
-            output = tree_leaves(self._model(*args, **kwargs))[self._leaf]
+            output = leaves_in(self._model(*args, **kwargs))[self._leaf]
         except Exception:  # whatever a model makes of a wrong dimension
             return None
         return output.detach().clone() if isinstance(output, Tensor) else None

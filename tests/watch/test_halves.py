@@ -259,8 +259,47 @@ def test_it_is_what_a_watch_turns_to_last():
         handles.add(watch._handle)
     found = watch.read()
     assert (found.source, found.status) == ("halves", "resolved"), watch.reasons
+    assert not any(p._backward_hooks for p in model.parameters())  # of the source that was tried before
     watch._every, watch._ended = 10 * sources.EVERY, [watch._handle]
     assert watch._make("halves").parting is watch._handle.parting is not None
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return 2 * x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return 2 * grad @ weight, 2 * grad.t() @ x
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return Doubled.apply(x, self.layer.weight) + self.layer.bias
+
+
+def test_a_source_that_gave_up_in_a_pass_leaves_no_hook_in_the_way():
+    model = Custom()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    watch = NoiseWatch(model, optimizer, 1, None, False)
+    for _ in range(30):
+        x = torch.randn(8, 4)
+        if not watch.begun:
+            watch.begin(find_batching(((x,), {})), model, (x,), {})
+        (model(x) - 1).square().mean().backward()
+        watch.stepping(8)
+        optimizer.step()
+        watch.stepped()
+        optimizer.zero_grad()
+    assert watch._handle.source == "halves", watch.reasons
+    assert not any(p._backward_hooks for p in model.parameters())
 
 
 @pytest.mark.parametrize(
