@@ -8,13 +8,14 @@ gradient, dropout and state included, and their sum is the gradient of the batch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.modules.module import register_module_forward_hook
 
 from pybatch.base.errors import UsageError
 from pybatch.noise.handle import Collector, combine, trainable
@@ -78,7 +79,7 @@ class HalvesNoise(Collector):
         self._inside = False  # a backward pass of our own
         self._checked = 0
         self._removals = [
-            model.register_forward_hook(Hook(self._leave), with_kwargs=True).remove,
+            _after(model, self._leave),
             optimizer.register_step_post_hook(lambda *_: self._step()).remove,
         ]
 
@@ -183,6 +184,18 @@ class HalvesNoise(Collector):
         if self._every == 1:
             return self._notes
         return (*self._notes, Note("noise.steps", f"one step in {self._every} is measured"))
+
+
+def _after(model: nn.Module, call: Callable[[nn.Module, Any, Any, Any], None]) -> Callable[[], None]:
+    """Call it after each forward pass of this model; one of torch.jit takes no hooks but the global ones."""
+    if not isinstance(model, torch.jit.ScriptModule):
+        return model.register_forward_hook(Hook(call), with_kwargs=True).remove
+
+    def own(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if module is model:
+            call(module, args, kwargs, output)
+
+    return register_module_forward_hook(own, with_kwargs=True).remove
 
 
 @dataclass

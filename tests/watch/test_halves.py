@@ -285,6 +285,28 @@ class Custom(nn.Module):
         return Doubled.apply(x, self.layer.weight) + self.layer.bias
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+def test_a_scripted_model_is_measured_too():
+    """Which takes no hooks of its own."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    found = []
+    for model in (copy.deepcopy(plain), torch.jit.script(copy.deepcopy(plain))):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        noise = HalvesNoise(model, optimizer, find_batching(((torch.randn(6, 4),), {})), every=1)
+        rows = rows_of(noise)
+        torch.manual_seed(1)
+        for _ in range(6):
+            model(torch.randn(6, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        noise._readback.drain()
+        noise.detach()
+        found.append(torch.tensor(rows))
+    assert len(found[0]) == 5
+    assert torch.allclose(*found, rtol=1e-4)
+
+
 def test_a_source_that_gave_up_in_a_pass_leaves_no_hook_in_the_way():
     model = Custom()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
