@@ -7,10 +7,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from pybatch.watch.batching import Batching, alternatives, batch_in_layer
 from pybatch.watch.passes import Loaded, Pass
+from pybatch.watch.together import Together
 
 _HALVED = 4  # examples: of fewer, half would be a single one, which batch normalization refuses
 
@@ -40,6 +44,33 @@ def settled(kept: Pass, late: Callable[[], bool] = lambda: False) -> Batching:
             return batching
         ran += [batching] if found is False else []
     return ran[0] if ran else kept.batching
+
+
+def agreed(kept: Pass, together: Together, late: Callable[[], bool] = lambda: False) -> Batching:
+    """The batch dimensions of a pass that several processes run together, each on examples of its own.
+
+    Where one has a square, and another's sequences are longer or shorter, the other knows. Under DDP each tries its own
+    passes besides, on the module inside, which waits for nobody; of a sharded model they would have to be the same.
+
+    Args:
+        kept: the pass of this process.
+        together: all of them.
+        late: as of `settled`.
+    """
+    model, own = kept.model, kept.batching
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    if not any(isinstance(module, FSDPModule) for module in inner.modules()):
+        own = settled(replace(kept, model=inner), late)
+    square = bool(alternatives(kept.arguments, kept.batching))
+    found: list[tuple[bool, tuple[int | None, ...]]] = together.all((square, own.dims))
+    dims = min(found, key=lambda one: one[0])[1]  # the first that is no square, or the first of all
+    leaves = tree_leaves(kept.arguments)
+    sizes = {
+        leaf.shape[dim]
+        for leaf, dim in zip(leaves, dims, strict=False)
+        if dim is not None and isinstance(leaf, Tensor) and leaf.ndim > dim
+    }
+    return Batching(sizes.pop(), dims) if len(leaves) == len(dims) and len(sizes) == 1 else own
 
 
 def _takes(kept: Pass) -> bool | None:

@@ -7,6 +7,7 @@ is the gradient that came into the outputs.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +30,7 @@ from pybatch.device.identity import DTYPES, describe, last_level_cache_bytes
 from pybatch.device.memory import PeakMemory
 from pybatch.fits.memory import fit_memory
 from pybatch.records import Capacity, Ceilings, Device, Note, WorkloadInfo
-from pybatch.watch.dimensions import settled
+from pybatch.watch.dimensions import agreed, settled
 from pybatch.watch.passes import Loaded, Pass
 from pybatch.watch.state import put_back
 from pybatch.watch.together import CommonClock, RankFailed, Together
@@ -147,8 +148,11 @@ def replay(what: Replay) -> Capacity:
     ceilings: Ceilings | None = None
     with short_collections(), put_back(what.kept.model, what.optimizers), what.kept.as_it_was():
         what.progress("replay: first look", 0.0)
-        if together is None:  # several processes would have to try the same passes
-            what.kept.batching = settled(what.kept, lambda: clock.now() - started > _SETTLING * budget)
+        until = time.monotonic() + _SETTLING * budget  # each process by its own clock
+        if together is None:
+            what.kept.batching = settled(what.kept, lambda: time.monotonic() > until)
+        else:
+            what.kept.batching = agreed(what.kept, together, lambda: time.monotonic() > until)
         memory = PeakMemory(device)
         for n in sizes_around(own, what.world):
             known = [look for look in looks.values() if look.step_s is not None]

@@ -6,6 +6,8 @@ their collectives need, without being told to.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -30,6 +32,12 @@ class Together:
         found = torch.tensor([value], dtype=torch.float64, device=self._device)
         dist.broadcast(found, 0)
         return float(found.item())
+
+    def all(self, one: Any) -> list[Any]:
+        """What each process has, in their order: plain numbers and tuples."""
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, one)
+        return found
 
     def any(self, one: bool) -> bool:
         """Whether it is so in some process."""

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pybatch.watch.batching import find_batching
-from pybatch.watch.dimensions import settled
+from pybatch.watch.dimensions import agreed, settled
 from pybatch.watch.passes import Pass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,3 +97,56 @@ def test_where_nothing_is_square_no_pass_is_run():
     arguments = ((torch.zeros(4, SIZE),), {})
     kept = Pass.begun(model, arguments, find_batching(arguments))
     assert settled(kept) is kept.batching  # a pass would fail: no gradient was kept
+
+
+class Others:
+    """Processes that run a pass together, each with what it has."""
+
+    def __init__(self, *others):
+        self.others = list(others)
+
+    def all(self, one):
+        return [one, *self.others]
+
+
+def kept_of(model, tokens):
+    arguments = ((tokens,), {})
+    kept = Pass.begun(model, arguments, find_batching(arguments, [SIZE]))
+    outputs = model(tokens)
+    kept.outputs = 1
+    kept.keep(0, torch.ones_like(outputs))
+    return kept
+
+
+class Either(nn.Module):
+    """It takes either dimension, and no layer tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+
+    def forward(self, tokens):
+        return self.embedding(tokens)
+
+
+@pytest.mark.parametrize(
+    ("others", "dim"),
+    [
+        ([(False, (1,))], 1),  # whose sequences are longer: it knows
+        ([(True, (1,)), (False, (1,))], 1),
+        ([(True, (1,))], 0),  # all alike: as the first one
+        ([(False, (None, 1))], 0),  # other arguments
+        ([], 0),
+    ],
+)
+def test_a_process_without_a_square_tells_the_others(others, dim):
+    found = agreed(kept_of(Either(), TOKENS), Others(*others))
+    assert (found.size, found.dims) == (SIZE, (dim,))
+
+
+def test_what_passes_tell_holds_in_several_processes_too():
+    kept = kept_of(Words(), TOKENS)
+    assert kept.batching.first == 0
+    assert agreed(kept, Others((True, (0,)))).first == 1
+    longer = kept_of(Either(), torch.zeros(SIZE + 2, SIZE, dtype=torch.long))
+    assert agreed(longer, Others((True, (0,)))).dims == (1,)
