@@ -135,7 +135,7 @@ class Either(nn.Module):
         ([(False, (1,))], 1),  # whose sequences are longer: it knows
         ([(True, (1,)), (False, (1,))], 1),
         ([(True, (1,))], 0),  # all alike: as the first one
-        ([(False, (None, 1))], 0),  # other arguments
+        ([(False, (1, 1))], 0),  # other arguments
         ([], 0),
     ],
 )
