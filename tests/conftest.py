@@ -2,6 +2,11 @@
 
 import os
 import signal
+import sys
+
+# Some environments forbid bytecode: every process that tests start would then compile all of pybatch again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests of it would hang.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -12,8 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # for torch and what tests start; who needs more threads sets them
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
-
-import sys
 
 import pytest
 import seconds
@@ -54,6 +57,16 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False  # pytest_collection_modifyitems has ordered them
     return Files(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session):
+    """Each worker first imports files of its own, whose rewritten assertions the others then find as bytecode."""
+    if "PYTEST_XDIST_WORKER" in os.environ and session.config.args == ["tests"]:
+        number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        files = sorted((session.config.rootpath / "tests").rglob("test_*.py"))
+        for file in files[number :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]:
+            pytest.Module.from_parent(session, path=file).obj  # noqa: B018
 
 
 @pytest.hookimpl(tryfirst=True)
