@@ -2,11 +2,11 @@
 
 import os
 import signal
+import subprocess
 import sys
 
 # Some environments forbid bytecode: every process that tests start would then compile all of pybatch again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 
 # A shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests of it would hang.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -20,9 +20,11 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # for torch and what tests start;
 
 import pytest
 import seconds
+from cases import warm
 
 from pybatch import records as r
 
+sys.dont_write_bytecode = False
 CORES = len(os.sched_getaffinity(0))
 MOST_WORKERS = 8  # each imports torch: half a gigabyte
 TOGETHER = {  # they ask the same processes, or what the same compiler made
@@ -112,6 +114,20 @@ def _freed_memory_goes_back():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pybatch.device.memory.keep_freed", lambda: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory):
+    """What stands for `sys.executable` in a command where torch may have been imported before: see `cases.warm`."""
+    folder = tmp_path_factory.mktemp("warm")
+    warm.executable(folder / "python", folder / "socket")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with subprocess.Popen(
+        [sys.executable, warm.__file__, "serve", folder / "socket"], stdout=subprocess.PIPE, env=environment
+    ) as server:
+        assert server.stdout.readline() == b"serving\n"
+        yield str(folder / "python")
+        server.kill()
 
 
 @pytest.fixture
