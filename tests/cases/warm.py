@@ -10,6 +10,7 @@ in its environment a process starts others in the same way; pybatch's own childr
 import array
 import atexit
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -79,6 +80,7 @@ def serve(path):
                 _, streams, _, _ = socket.recv_fds(asking, 1, 4)
                 if not (child := os.fork()):
                     os.setpgid(0, 0)
+                    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the server
                     signal.set_wakeup_fd(-1)
                     for own in (listening, asking, *running):
                         own.close()
