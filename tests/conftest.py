@@ -131,6 +131,12 @@ def warm_python(tmp_path_factory):
 
 
 @pytest.fixture
+def warm_children(warm_python, monkeypatch):
+    """pybatch's own children begin with torch imported."""
+    monkeypatch.setattr(sys, "executable", warm_python)
+
+
+@pytest.fixture
 def one_thread():
     """For models of a few kilobytes: a second thread only waits."""
     import torch

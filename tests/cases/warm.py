@@ -4,7 +4,7 @@ The file that `executable` writes stands where a test's command has `sys.executa
 that hands its streams, folder, environment and arguments to the server's fork, passes signals on, and ends as that
 ends. KILL has the other killed, and what it started, before its own end: SIGKILL itself would end it first. What is
 read while torch is imported (ATEN_CPU_CAPABILITY, ...) cannot be set so: such tests start Python itself. With CHILDREN
-in its environment a process starts others in the same way; pybatch's own children begin as always.
+in its environment a process starts others in the same way.
 """
 
 import array
@@ -30,7 +30,7 @@ def executable(path, server):
     """Write what stands for `sys.executable`; `server` is the path of its socket."""
     python = shlex.quote(sys.executable)
     asks = f"{python} -I -S {shlex.quote(__file__)} ask {shlex.quote(str(server))}"
-    path.write_text(f'#!/bin/sh\ncase "$1" in -P) exec {python} "$@";; -u) shift;; esac\nexec {asks} "$@"\n')
+    path.write_text(f'#!/bin/sh\ncase "$1" in -P|-u) shift;; esac\nexec {asks} "$@"\n')
     path.chmod(0o700)
 
 
@@ -45,7 +45,7 @@ def ask(path, arguments):
     server.sendmsg([b"?"], streams)
     os.close(reads)
     with open(writes, "w") as request:
-        json.dump([arguments, os.getcwd(), dict(os.environ)], request)
+        json.dump([arguments, os.getcwd(), dict(os.environ), os.getppid()], request)
     for number in PASSED_ON:
         signal.signal(number, lambda number, _: server.sendall(bytes([PASSED_ON[number]])))
     for stream in (0, 1, 2):
@@ -116,7 +116,7 @@ def received(*streams):
     """In the forked process: take the streams, the folder and the environment; the arguments."""
     *streams, asked = streams
     with open(asked) as request:
-        arguments, folder, environment = json.load(request)
+        arguments, folder, environment, parent = json.load(request)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -125,6 +125,7 @@ def received(*streams):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    os.getppid = lambda: parent  # not the server
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
