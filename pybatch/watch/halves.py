@@ -154,7 +154,10 @@ class HalvesNoise(Collector):
         expected, found = float(self._square(own)), float(large)
         if expected == expected and abs(found - expected) > _ALIKE * expected + 1e-30:  # not where it overflowed
             self._found = None
-            raise UsageError("halves of a batch: their gradients do not add up to the step's own")
+            raise UsageError(
+                "halves of a batch: their gradients do not add up to the step's own. Some of the loss does not come "
+                "from the model's output (a penalty on weights, say), or a hook changes gradients"
+            )
 
     def _step(self) -> None:
         """A step is over."""

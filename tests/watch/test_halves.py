@@ -226,6 +226,19 @@ def test_what_does_not_add_up_is_refused():
     assert not noise.noise.steps
 
 
+def test_a_penalty_on_weights_is_no_part_of_any_example():
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    kind = guarded(HalvesNoise, ("_leave", "arrived", "_compare", "_step"))
+    noise = kind(model, optimizer, find_batching(((torch.randn(6, 4),), {})), every=1)
+    for _ in range(3):
+        (model(torch.randn(6, 4)).square().mean() + model.weight.square().sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert "a penalty on weights" in str(noise.broken)
+    assert not noise.noise.steps
+
+
 def test_hooks_and_batch_norm_are_refused_at_once():
     model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
     with pytest.raises(UsageError, match="BatchNorm1d"):

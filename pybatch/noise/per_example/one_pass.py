@@ -122,8 +122,9 @@ class Pass(TorchFunctionMode):
             return
         if self._through.get(name) != grad.data_ptr():
             raise UsageError(
-                f"per-example norms: parameter {name!r} is also used where it can't be seen (a custom autograd "
-                f"function, compiled code), or a hook changes its gradient. {MICRO_BATCHES}."
+                f"per-example norms: parameter {name!r} is also used where it can't be seen (another pass of "
+                "the model, a custom autograd function, compiled code), or a hook changes its gradient. "
+                f"{MICRO_BATCHES}."
             )
         if grad.numel() <= SMALL and grad.dtype != torch.float64:
             self._small[name] = grad  # held: `.grad` becomes a copy of it, which is small
