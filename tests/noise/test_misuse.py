@@ -53,6 +53,7 @@ def test_gradients_cleared_in_place_begin_a_step_anew(monkeypatch, noticed):
     """A step thrown away with zero_grad(set_to_none=False); not noticing it gives a wrong number."""
     if not noticed:
         monkeypatch.setattr(micro_batches, "_mark", lambda param: None)
+        monkeypatch.setattr(micro_batches.MicroBatchNoise, "_printed", lambda handle: None)
     model, optimizer, handle = attached()
     passes(model)
     optimizer.zero_grad(set_to_none=False)
@@ -72,6 +73,28 @@ def test_clipping_between_passes_is_left_out_and_said():
     train(model, optimizer, 1)
     assert (handle.noise.steps, handle.noise.skipped) == (1, 1)
     assert any("left out: 1 step, because" in n.text for n in handle.noise.notes)
+
+
+@pytest.mark.parametrize("light", [True, False])
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_gradients_scaled_through_data_between_passes_are_left_out_and_said(light, factor, monkeypatch):
+    """They keep their version: their values tell."""
+    if not light:
+        monkeypatch.setattr(micro_batches, "SMALL", 0)
+    model, optimizer, handle = attached(source="micro-batches")
+    assert handle._light == light
+
+    def scale():
+        for p in model.parameters():
+            p.grad.data.mul_(factor)
+
+    passes(model, between=scale)
+    optimizer.step()
+    optimizer.zero_grad()
+    train(model, optimizer, 1)
+    skipped = int(factor != 1.0)
+    assert (handle.noise.steps, handle.noise.skipped) == (2 - skipped, skipped)
+    assert any("left out: 1 step, because" in n.text for n in handle.noise.notes) == bool(skipped)
 
 
 def test_gradients_left_from_the_step_before():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,7 @@ class MicroBatchNoise(Collector):
             in ({torch.float32}, {torch.float64})  # others NumPy lacks, or squares overflow
         )
         self._places = Places(self._device)
+        self._smallest = min(range(len(self._params)), key=lambda i: self._params[i].numel() or math.inf)
         self._counter = Count(model, examples, started=self._recover)
         self._evaluations = Evaluations(optimizer, self.close, self._drop, self._hold)
         self._held: list[tuple[int, torch.Tensor]] = []
@@ -109,6 +111,7 @@ class MicroBatchNoise(Collector):
         """Leave out the micro-batches since the last step."""
         self._members, self._inverse, self._examples = 0, 0.0, 0.0
         self._squares, self._large = self._zeros(), self._zeros()
+        self._print: Any = None  # what `_printed` said after the last pass
         self._doubt: torch.Tensor | None = None  # NaN where the step began with gradients of unknown origin
         self._before: tuple[Any, ...] | None = None  # the passes before a closure, until they are known to go on in it
         self._cleared = False  # whether the closure cleared their gradients
@@ -173,6 +176,8 @@ class MicroBatchNoise(Collector):
         if not grads:
             return
         changed = any(_mark(self._params[i]) not in (None, mark) for i, mark in self._left)
+        if self._members and not changed and self._print is not None:
+            changed = self._moved(self._print)
         if changed if self._members else grads:
             # Zeros begin a step; gradients of the step before, or clipped ones, are no sum of this step's passes.
             if self._members:
@@ -181,6 +186,27 @@ class MicroBatchNoise(Collector):
                 left = squares(grads).sum()
             self._altered = self._altered + (left != 0.0)
             self._doubt = torch.where(left == 0.0, 1.0, torch.nan).double()
+
+    def _moved(self, before: Any) -> bool:
+        """Whether gradients were changed through `.data`, which leaves no mark; on a GPU the step is put in doubt."""
+        now = self._printed()
+        if isinstance(before, float) or now is None:
+            return bool(now != before)
+        with torch.no_grad():
+            doubt = torch.ones_like(before) if self._doubt is None else self._doubt
+            self._altered = self._altered + ((now != before) & ~doubt.isnan())
+            self._doubt = torch.where(now == before, doubt, torch.nan)
+        return False
+
+    def _printed(self) -> Any:
+        """The squared norm of the smallest gradient, a number or on the device; None where it has none."""
+        grad = self._params[self._smallest].grad
+        if grad is None or grad.is_sparse:
+            return None
+        if not self._light:
+            return square(grad)
+        wide = grad.detach().reshape(-1).numpy(force=True)
+        return float(wide.dot(wide))
 
     def _flush(self) -> None:
         if self._held:
@@ -252,7 +278,7 @@ class MicroBatchNoise(Collector):
         self._members += 1
         self._inverse += 1.0 / size
         self._examples += size
-        self._left = marks
+        self._left, self._print = marks, self._printed()
 
     def _abandon(self) -> None:
         """Gradients were cleared without a step; under a scaler because they were not finite."""
