@@ -1,48 +1,82 @@
 """The CUDA kernels' PTX on the emulator of tests/ptx: every rule in every storage and scenario, and planted faults.
 
-python bench/ptx.py --every 10 --faults-every 40 --output bench/results/ptx.json
-
-All of it takes hours of one core; these samples some ten minutes of two that others use too.
+python bench/ptx.py --store /tmp/ptx.json --faults-every 4 --output bench/results/ptx.json
 
 Needs nvcc and a C++ compiler, no GPU. A case runs on the C++ core and on the emulator, which must agree without a
-fault. Then every instruction that the scenarios ran and that can be spoilt is: barriers and fences left out, accesses
-shifted by their own size either way (`cases.planted_faults`). Such a fault is found by the emulator, or by a value that
-is then wrong; what neither finds is listed, with its PTX line.
+fault. Then instructions that the scenarios ran are spoilt: barriers and fences left out, accesses shifted by their own
+size either way (`cases.planted_faults`). Such a fault is found by the emulator, or by a value that is then wrong, in
+one of the kernel's cases. Of one that none finds, the memory is compared with that of the kernel as it is: "nothing"
+where no bit of it differs in any case, "missed" where one does; both are listed with their PTX line.
+
+A case takes half a second of one core, a fault two. With --store what was done is kept, and the next run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import hashlib
 import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import torch
 from cases import lists, planted_faults, ptx
+from cases.problem import same_bits
 
 from pybatch import ops
 
-# Which case shows the faults of a kernel, and the program that holds it.
+# Which cases show the faults of a kernel, and the program that holds it.
 COVERING = {
-    "accumulate": ("accumulate", "Lars", "bfloat16", "layers"),
-    "norm": ("step", "Lars", "float32", "clip"),
-    "prepare": ("step", "Lamb", "float32", "clip"),
-    "update": ("step", "AdamW", "float32", "layers"),
+    "accumulate": ("accumulate", [("Lars", "bfloat16", "layers")]),
+    "norm": ("step", [("Lars", "float32", "clip"), ("Lars", "bfloat16", "scaler"), ("Lars", "float32", "layers")]),
+    "prepare": ("step", [("Lamb", "float32", "clip"), ("Lamb", "float32", "skip"), ("Lamb", "bfloat16", "layers")]),
+    "update": ("step", [("AdamW", "float32", "layers"), ("AdamW", "bfloat16", "scaler"), ("AdamW", "float32", "clip")]),
 }
-
+SOURCE_FAULTS_ON = ("Lars", "bfloat16", "layers")
 
 WIDE = ("float32", "bfloat16_master", "bfloat16_remainder")  # where a code that moved on shows as such
 RUNS = [*((scenario, "fp32") for scenario in ptx.SCENARIOS), ("clip", "bf16"), ("clip", "8bit")]
+ADDRESSES = ("rows", "_host")  # which are others in every run
+SAVE_S = 20.0  # between two writings of the store: what is lost at most where a run is cut short
 
 
-def run_cases(library, programs, every):
+class Store:
+    """What was done to these programs, in a JSON file, or nowhere; of other programs nothing is known."""
+
+    def __init__(self, path, programs):
+        self.path, self._saved = path, time.perf_counter()
+        of = hashlib.sha256("".join(programs.values()).encode()).hexdigest()
+        self.found = {"of": of, "cases": {}, "ran": {}, "source": {}, "faults": {}, "seconds": 0.0}
+        if path and path.exists() and (kept := json.loads(path.read_text()))["of"] == of:
+            self.found = kept
+
+    def piece(self, kind, name, work):
+        """A piece as it is stored; done where it is not."""
+        of = self.found[kind]
+        if name not in of:
+            began = time.process_time()
+            of[name] = work()
+            self.found["seconds"] += time.process_time() - began
+            if time.perf_counter() - self._saved > SAVE_S:
+                self.save()
+        return of[name]
+
+    def save(self):
+        self._saved = time.perf_counter()
+        if self.path:
+            whole = self.path.with_suffix(".writing")
+            whole.write_text(json.dumps(self.found))
+            whole.replace(self.path)
+
+
+def run_cases(library, programs, every, store):
     """Every n-th case: figures, and which lines of each program no case ran."""
-    began, instructions, launches, cases = time.perf_counter(), 0, 0, 0
-    ran = {name: set() for name in programs}
     all_cases = [
         (rule, storage, *run)
         for rule in lists.RULES
@@ -50,59 +84,84 @@ def run_cases(library, programs, every):
         for run in RUNS
         if run[1] == "fp32" or storage in WIDE
     ]
-    for case in all_cases[::every]:
+    ran = store.found["ran"]
+
+    def run(case):
         emulator = ptx.check(library, programs, *case)
-        counts = emulator.counts
-        cases, instructions, launches = cases + 1, instructions + counts[0], launches + counts[1]
         for i, name in enumerate(programs):
-            ran[name] |= emulator.lines(i)
-        print(f"{cases} cases, {instructions:,} instructions; {case}", file=sys.stderr)
-    whole = {name: emulator.lines(i) | emulator.lines(i, ran=False) for i, name in enumerate(programs)}
+            ran[name] = sorted({*ran.get(name, ()), *emulator.lines(i)})
+            ran[f"{name}, all"] = len(emulator.lines(i)) + len(emulator.lines(i, ran=False))
+        return emulator.counts
+
+    for case in all_cases[::every]:
+        store.piece("cases", " ".join(case), partial(run, case))
+        print(f"{len(store.found['cases'])} cases; {case}", file=sys.stderr)
+    store.save()
+    done = store.found["cases"].values()
     return {
-        "cases": cases,
+        "cases": len(done),
         "of": len(all_cases),
-        "launches": launches,
-        "instructions": instructions,
-        "minutes": round((time.perf_counter() - began) / 60, 1),
-        "share_of_instructions_run": {name: round(len(ran[name]) / len(whole[name]), 4) for name in programs},
+        "launches": sum(launches for _, launches in done),
+        "instructions": sum(instructions for instructions, _ in done),
+        "share_of_instructions_run": {name: round(len(ran[name]) / ran[f"{name}, all"], 4) for name in programs},
     }
 
 
-def verdict(library, programs, case):
-    """What shows that something is wrong: "fault", "value", or None."""
-    try:
-        ptx.check(library, programs, *case)
-    except AssertionError as error:
-        return "fault" if str(error).startswith("[") else "value"
-    return None
-
-
-def run_source_faults(library, programs, folder):
+def run_source_faults(library, programs, folder, store):
     """Faults planted into the CUDA source: the kinds of fault seen, by name."""
-    seen = {}
-    for i, (name, (file, old, new, kind)) in enumerate(planted_faults.SOURCE.items()):
+
+    def run(i, name):
+        file, old, new, kind = planted_faults.SOURCE[name]
         place = folder / f"patched-{i}"
         place.mkdir()
         patched = ptx.compile_kernels(place, [(file, old, new)], ["accumulate"])
-        seen[name] = sorted(ptx.faults_of(library, programs | patched, *COVERING["accumulate"][1:]))
-        assert kind in seen[name], name
-    return seen
+        seen = sorted(ptx.faults_of(library, programs | patched, *SOURCE_FAULTS_ON))
+        assert kind in seen, name
+        return seen
+
+    return {name: store.piece("source", name, partial(run, i, name)) for i, name in enumerate(planted_faults.SOURCE)}
 
 
-def run_faults(library, programs, every):
+def memory_after(library, programs, case):
+    """All that a case leaves on the emulated device, whatever it computes."""
+    rule, storage, scenario = case
+    made = ptx.setup(rule, ptx.PtxCuda(library, programs), storage, layers=scenario == "layers")
+    ptx.SCENARIOS[scenario](made)
+    left = ptx.memory_of(made.list, made)
+    return [left[name].clone().reshape(-1).view(torch.uint8) for name in sorted(left) if name not in ADDRESSES]
+
+
+def verdict(library, programs, spoilt, cases):
+    """What shows that something is wrong: "fault", "value"; else "missed", or "nothing" where nothing is wrong."""
+    for case in cases:
+        try:
+            ptx.check(library, spoilt, *case)
+        except AssertionError as error:
+            return "fault" if str(error).startswith("[") else "value"
+    same = all(same_bits(memory_after(library, programs, case), memory_after(library, spoilt, case)) for case in cases)
+    return "nothing" if same else "missed"
+
+
+def run_faults(library, programs, every, store):
     """Every n-th planted fault of each kernel: how many were found by what, and those that were not."""
     report = {}
-    for kernel, (program, *case) in COVERING.items():
-        ran = ptx.check(library, programs, *case).lines(list(programs).index(program))
-        found, missed = collections.Counter(), []
-        faults = [of for of in planted_faults.planted(programs[program], f"{kernel}_kernel") if of[0] in ran]
+    for kernel, (program, cases) in COVERING.items():
+        place = list(programs).index(program)
+        ran = [ptx.check(library, programs, *case).lines(place) for case in cases]
+        found, unfound = collections.Counter(), []
+        faults = [
+            of for of in planted_faults.planted(programs[program], f"{kernel}_kernel") if of[0] in set().union(*ran)
+        ]
         for line, what, text in faults[::every]:
-            by = verdict(library, programs | {program: text}, case)
-            found[by or "missed"] += 1
-            if by is None:
-                missed.append(f"line {line}, {what}: {programs[program].splitlines()[line - 1].strip()}")
-        report[kernel] = {"case": case, **found, "not found": missed}
-        print(kernel, dict(found), file=sys.stderr)
+            own = [case for case, of in zip(cases, ran, strict=True) if line in of]
+            name = f"{kernel}, line {line}, {what}"
+            by = store.piece("faults", name, partial(verdict, library, programs, programs | {program: text}, own))
+            found[by] += 1
+            if by in ("missed", "nothing"):
+                unfound.append(f"{by}: line {line}, {what}: {programs[program].splitlines()[line - 1].strip()}")
+            print(name, by, dict(found), file=sys.stderr)
+        store.save()
+        report[kernel] = {"cases": cases, "planted": sum(found.values()), "of": len(faults), **found, "list": unfound}
     return report
 
 
@@ -110,6 +169,7 @@ def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--store", type=Path, help="what was done is kept here, for a run that goes on")
     parser.add_argument("--every", type=int, default=1, help="run only every n-th case")
     parser.add_argument("--faults-every", type=int, default=1, help="plant only every n-th fault")
     parser.add_argument("--only", choices=["cases", "faults"])
@@ -117,6 +177,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         library = ptx.compile_emulator()
         programs = ptx.compile_kernels(Path(folder))
+        store = Store(options.store, programs)
         report: dict[str, object] = {
             "architecture": ptx.ARCHITECTURE,
             "rules": len(ops.RULES),
@@ -125,12 +186,11 @@ def main() -> None:
             "every_fault": options.faults_every,
         }
         if options.only != "faults":
-            report |= run_cases(library, programs, options.every)
+            report |= run_cases(library, programs, options.every, store)
         if options.only != "cases":
-            began = time.perf_counter()
-            report["planted_in_source"] = run_source_faults(library, programs, Path(folder))
-            report["planted"] = run_faults(library, programs, options.faults_every)
-            report["planted_minutes"] = round((time.perf_counter() - began) / 60, 1)
+            report["planted_in_source"] = run_source_faults(library, programs, Path(folder), store)
+            report["planted"] = run_faults(library, programs, options.faults_every, store)
+        report["processor_minutes"] = round(store.found["seconds"] / 60, 1)
     text = json.dumps(report, indent=1)
     print(text)
     if options.output:

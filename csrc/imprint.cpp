@@ -2,6 +2,8 @@
 
 #include <pybind11/eval.h>
 
+#include <utility>
+
 namespace py = pybind11;
 
 namespace pybatch::imprint {
@@ -10,18 +12,32 @@ namespace {
 using Word = uint64_t;
 
 // In words of 8 bytes: a Python object holds torch's tensor after Python's own two words; that holds its storage after
-// two of its own, then sizes, strides and offset, and at last dtype, device and what kind of tensor it is; a storage
-// holds its memory after two words. Where words end that matter is what usable() tries.
-constexpr int kFirst = 2, kLast = 22, kKind = 20, kStorageLast = 7;
+// two of its own, then what autograd keeps and the like, then sizes, strides and offset, and at last dtype, device and
+// what kind of tensor it is; a storage holds its memory after two words. Where words end that matter is what usable()
+// tries.
+constexpr int kFirst = 2, kAutograd = 3, kShape = 7, kKind = 20, kLast = 22, kStorageLast = 7;
+constexpr Word kMostDimensions = 5;  // their number is the first word of the shape; of more, sizes lie elsewhere
 
 const Word* follow(const Word* words) { return reinterpret_cast<const Word*>(words[kFirst]); }
 const Word* about(PyObject* tensor) { return follow(reinterpret_cast<const Word*>(tensor)); }
 
-// Odd factors: a change of one word always shows, of several by all odds.
-Word mixed(const Word* words, int from, int to, Word sum) {
-    Word factor = 0x9e3779b97f4a7c15u;
-    for (int i = from; i < to; ++i, factor += 0x632be59bd9b4e01au) sum += (words[i] ^ (words[i] >> 29)) * (factor | 1u);
-    return sum ^ (sum >> 31);
+// Of the word at this place: odd, and without a pattern that changes of neighbours could follow (splitmix64's mixing).
+constexpr Word factor(int place) {
+    Word x = Word(place + 1) * 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return (x ^ (x >> 31)) | 1u;
+}
+
+// A change of one word always shows, of several by all odds. The factors are in the code: a word costs three
+// instructions, and it is the instructions that a look at four thousand tensors waits for.
+template <int kFactor, int... Place>
+Word sum_of(const Word* words, std::integer_sequence<int, Place...>) {
+    return ((words[Place] * std::integral_constant<Word, factor(kFactor + Place)>::value) + ...);
+}
+template <int kFrom, int kTo, int kFactor>
+Word mixed(const Word* words) {
+    return sum_of<kFactor + kFrom>(words + kFrom, std::make_integer_sequence<int, kTo - kFrom>());
 }
 
 // Each is done to a tensor of shape (2, 3) named t, in eight words of memory.
@@ -78,15 +94,17 @@ bool usable() {
 Place place(PyObject* tensor) {
     const Word* words = about(tensor);
     return {reinterpret_cast<const char*>(tensor), reinterpret_cast<const char*>(words),
-            reinterpret_cast<const char*>(follow(words))};
+            reinterpret_cast<const char*>(follow(words)), reinterpret_cast<const char*>(words[kAutograd])};
 }
 
 Imprint of(PyObject* tensor) {
     const Word* words = about(tensor);
     const Word* storage = follow(words);
-    if (!storage) return {};
-    const Word kind = mixed(words, kKind, kLast, 1);
-    return {mixed(storage, kFirst, kStorageLast, mixed(words, kFirst, kKind, kind)), kind};
+    if (!storage || words[kShape] > kMostDimensions) return {};
+    // The address of the storage itself is left out: it says nothing that its memory and size do not.
+    const Word kind = mixed<kKind, kLast, 0>(words);
+    const Word all = kind + mixed<kShape, kKind, 0>(words) + mixed<kFirst, kStorageLast, kLast>(storage);
+    return {all ? all : 1, kind ? kind : 1};
 }
 
 }  // namespace pybatch::imprint

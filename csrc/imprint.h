@@ -11,13 +11,14 @@ namespace pybatch::imprint {
 
 // Where torch keeps what it knows of a tensor. 0: this torch is laid out otherwise, and imprints say nothing.
 struct Place {
-    const char *object = nullptr, *about = nullptr, *storage = nullptr;
+    const char *object = nullptr, *about = nullptr, *storage = nullptr, *autograd = nullptr;
 
     // All of it, some tensors before it is read: most of the time goes into waiting for memory.
     void prefetch() const {
         __builtin_prefetch(object);
         for (int line = 0; line < 3; ++line) __builtin_prefetch(about + 64 * line);
         __builtin_prefetch(storage + 16);
+        __builtin_prefetch(storage + 55);  // the last byte that is read, often of the next line
     }
 };
 

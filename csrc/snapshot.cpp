@@ -284,6 +284,7 @@ std::pair<int64_t, int64_t> Snapshot::gradients(const py::list& params, const py
     for (size_t i = 0; i < views_.size(); ++i) {
         if (i + kAhead < views_.size()) {
             memory_[i + kAhead].place.prefetch();
+            __builtin_prefetch(memory_[i + kAhead].place.autograd);
             gradients_[i + kAhead].place.prefetch();
         }
         const py::object grad = torch().grad.of(PyList_GET_ITEM(params.ptr(), py::ssize_t(i)));

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <utility>
+#include <variant>
 
 #include "backend.h"
 #include "chunk.h"
@@ -112,6 +113,28 @@ void with_states(const Table& t, const Chunk& chunk, int64_t first, int64_t n, S
     }(std::make_integer_sequence<int, Rule::states>());
 }
 
+// The rule that a thread made last. Tensors of one group at one step have the same, and its powers and roots take as
+// long as the update of a hundred elements.
+template <class Rule>
+struct Last {
+    Tensor of{};  // nowhere: no tensor's hyper-parameters are there
+    Rule rule;
+
+    const Rule& made(const Tensor& at) {
+        if (at.hyper != of.hyper || at.step != of.step || at.scalar != of.scalar || at.param_sq != of.param_sq ||
+            at.other_sq != of.other_sq) {
+            of = at;
+            rule = Rule::make(at);
+        }
+        return rule;
+    }
+};
+
+// One of each kind; for the time of one pass, as hyper-parameters change where they lie.
+#define PB_BASE(NUMBER, RULE) Last<RULE>,
+struct LastRules : PB_FOR_EACH_RULE(PB_BASE) std::monostate {};
+#undef PB_BASE
+
 // Of a chunk whose parameter or states are rounded stochastically in the step at hand.
 uint32_t chunk_key(const Table& t, const Call& call, const Chunk& chunk, const Tensor& at) {
     const bool random = is_stochastic(chunk.storage()) || t.states == kStateBFloat16;
@@ -122,10 +145,11 @@ uint32_t chunk_key(const Table& t, const Call& call, const Chunk& chunk, const T
 float gradient_factor(const Tensor& at, double scale) { return float(at.hyper[kMaximize] != 0.0 ? -scale : scale); }
 
 template <class Rule>
-void prepare_rule(const Table& t, const Call& call, const Chunk& chunk, double scale, double* squares) {
+void prepare_rule(const Table& t, const Call& call, const Chunk& chunk, double scale, double* squares,
+                  Last<Rule>& last) {
     if constexpr (Rule::norms == Norms::direction) {
         const Tensor at = tensor_of(t, chunk.row, chunk.index);
-        const Rule rule = Rule::make(at);
+        const Rule rule = last.made(at);
         const float factor = gradient_factor(at, scale);
         const uint32_t key = chunk_key(t, call, chunk, at);
         Lanes param, direction;
@@ -145,13 +169,13 @@ void prepare_rule(const Table& t, const Call& call, const Chunk& chunk, double s
     }
 }
 
-void prepare_chunk(const Table& t, const Call& call, int64_t i, double scale) {
+void prepare_chunk(const Table& t, const Call& call, int64_t i, double scale, LastRules& last) {
     const Chunk chunk(t, i);
     if (!has_gradient(chunk.row, call)) return;
     switch (chunk.rule()) {
 #define PB_CASE(NUMBER, RULE) \
     case NUMBER:              \
-        return prepare_rule<RULE>(t, call, chunk, scale, t.partials + 2 * i);
+        return prepare_rule<RULE>(t, call, chunk, scale, t.partials + 2 * i, last);
         PB_FOR_EACH_RULE(PB_CASE)
 #undef PB_CASE
     }
@@ -159,9 +183,10 @@ void prepare_chunk(const Table& t, const Call& call, int64_t i, double scale) {
 
 void prepare_pass(const Table& t, const Call& call, const Verdict& verdict) {
     if (!call.prepare || verdict.skip) return;
+    LastRules last;
     // Backwards: the gradients read last are still in the cache.
 #pragma omp for schedule(dynamic)
-    for (int64_t i = t.chunk_count - 1; i >= 0; --i) prepare_chunk(t, call, i, verdict.unscaled * verdict.clip);
+    for (int64_t i = t.chunk_count - 1; i >= 0; --i) prepare_chunk(t, call, i, verdict.unscaled * verdict.clip, last);
 #pragma omp single
     for (int64_t row = 0; row < t.row_count; ++row) {
         const int64_t* columns = t.rows + row * kColumns;
@@ -191,12 +216,13 @@ void update_block(const Rule rule, float* __restrict p, const float* __restrict 
 }
 
 template <class Rule>
-void update_rule(const Table& t, const Call& call, const Chunk& chunk, double scale, double* squares) {
+void update_rule(const Table& t, const Call& call, const Chunk& chunk, double scale, double* squares,
+                 Last<Rule>& last) {
     Tensor at = tensor_of(t, chunk.row, chunk.index);
     const double* norms = t.norms + chunk.index * kRowNorms;
     at.param_sq = norms[kParamSq];
     at.other_sq = (Rule::norms == Norms::gradient ? scale * scale : 1.0) * norms[kDirectionSq];
-    const Rule rule = Rule::make(at);
+    const Rule rule = last.made(at);
     const float factor = gradient_factor(at, scale);
     const uint32_t key = chunk_key(t, call, chunk, at);
     Lanes param;
@@ -228,13 +254,13 @@ void unscale(const Chunk& chunk, float scale) {
     });
 }
 
-void update_chunk(const Table& t, const Call& call, int64_t i, double scale) {
+void update_chunk(const Table& t, const Call& call, int64_t i, double scale, LastRules& last) {
     const Chunk chunk(t, i);
     if (!has_gradient(chunk.row, call)) return;
     switch (chunk.rule()) {
-#define PB_CASE(NUMBER, RULE)                                         \
-    case NUMBER:                                                      \
-        update_rule<RULE>(t, call, chunk, scale, t.partials + 2 * i); \
+#define PB_CASE(NUMBER, RULE)                                               \
+    case NUMBER:                                                            \
+        update_rule<RULE>(t, call, chunk, scale, t.partials + 2 * i, last); \
         break;
         PB_FOR_EACH_RULE(PB_CASE)
 #undef PB_CASE
@@ -245,10 +271,11 @@ void update_chunk(const Table& t, const Call& call, int64_t i, double scale) {
 void update_pass(const Table& t, const Call& call, const Verdict& verdict) {
     if (verdict.skip) return;
     const double scale = verdict.unscaled * verdict.clip;
-    const int64_t last = t.chunk_count - 1;
+    const int64_t end = t.chunk_count - 1;
     const bool backwards = !call.prepare;  // against the order of the pass before
+    LastRules last;
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i <= last; ++i) update_chunk(t, call, backwards ? last - i : i, scale);
+    for (int64_t i = 0; i <= end; ++i) update_chunk(t, call, backwards ? end - i : i, scale, last);
 }
 
 // After the last element was written, by one thread.

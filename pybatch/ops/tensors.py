@@ -114,6 +114,7 @@ class TensorList:
             if entry.master is not None:
                 row[column["master"]] = entry.master.data_ptr()
         self._host, self._columns, self._stale = host, host.numpy(), True
+        self._filled: dict[str, bytes] = {}  # by `set`: in one piece, where a column is spread over all rows
         chunks = torch.from_numpy(core.plan([entry.param.numel() for entry in entries], chunk))
         device = self.device
         self.rows = host
@@ -149,9 +150,11 @@ class TensorList:
 
         "grad_type" is from DTYPES, and the parameter's dtype until it is set.
         """
-        column = self._columns[:, core.columns[name]]
-        if not np.array_equal(column, values):
-            column[:] = values
+        given = np.asarray(values, dtype=np.int64)
+        content = given.tobytes()
+        if self._filled.get(name) != content:
+            self._columns[:, core.columns[name]] = given
+            self._filled[name] = content
             self._stale = self._unseen = True
 
     def kinds(self, rules: Iterable[int] | None = None, *, accumulated: bool) -> tuple[tuple[int, int], ...]:

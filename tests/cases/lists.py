@@ -76,11 +76,14 @@ def sizes(chunk=ops.CppBackend.chunk):
     return [5, 0, 1, chunk - 1, chunk, chunk + 1, 37, 2 * chunk + 33]
 
 
-def draw(counts, dtype=torch.float32, seed=0):
-    """Random tensors of these sizes; every other one does not start at a vector's boundary."""
+def draw(counts, dtype=torch.float32, seed=0, turn=0):
+    """Random tensors of these sizes; every other one, from the second on, does not start at a vector's boundary.
+
+    turn: 1: from the first on.
+    """
     generator = torch.Generator().manual_seed(seed)
-    made = [torch.randn(n + i % 2, generator=generator).to(dtype) for i, n in enumerate(counts)]
-    return [tensor[i % 2 :] for i, tensor in enumerate(made)]
+    made = [torch.randn(n + (i + turn) % 2, generator=generator).to(dtype) for i, n in enumerate(counts)]
+    return [tensor[(i + turn) % 2 :] for i, tensor in enumerate(made)]
 
 
 @dataclass
@@ -96,6 +99,7 @@ class Setup:
     maximize: bool = False
     state_type: str = "fp32"
     backend: ops.Backend = field(default_factory=ops.CppBackend)
+    shifted: tuple = ()  # indices of tensors whose states do not start at a vector's boundary
     ledger: ops.Ledger = field(init=False)
     grads: list = field(init=False, default_factory=list)  # of the last call
     sums: list = field(init=False, default_factory=list)
@@ -105,7 +109,11 @@ class Setup:
         storage = self.storage or ""
         self.ledger = ops.Ledger(CPU)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[self.state_type]
-        self.states = [tuple(torch.zeros(len(p), dtype=dtype) for _ in range(count)) for p in self.params]
+        firsts = [int(i in self.shifted) for i in range(len(self.params))]
+        self.states = [
+            tuple(torch.zeros(len(p) + first, dtype=dtype)[first:] for _ in range(count))
+            for p, first in zip(self.params, firsts, strict=True)
+        ]
         scaled = count if self.state_type == "8bit" else 0
         self.scales = [tuple(torch.zeros(ops.scale_count(len(p))) for _ in range(scaled)) for p in self.params]
         self.masters = [None] * len(self.params)

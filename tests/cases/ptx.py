@@ -149,33 +149,38 @@ def memory_of(tensors, setup):
     return found
 
 
-# Two chunks and a bit, aligned; odd ones are not: a few, a chunk's end, one.
+# Two chunks and a bit, aligned; odd ones are not: a few, a chunk's end, one. Of one of each the states are not.
 COUNTS = [PtxCuda.chunk + 37, 6, 0, PtxCuda.chunk // 4 - 1, 39, 1]
+SHIFTED = (3, 4)
 
 
 def setup(rule, backend, storage=None, layers=False, state_type="fp32", counts=COUNTS):
     """A list of tensors for a backend; an emulated one is shown its memory."""
     dtype = getattr(torch, (storage or "float32").split("_")[0])
     kept = torch.zeros(len(counts), ops.LAYER_SIZE, dtype=torch.float64) if layers else None
-    how = {"layers": kept, "backend": backend, "state_type": state_type}
+    how = {"layers": kept, "backend": backend, "state_type": state_type, "shifted": SHIFTED}
     made = lists.Setup(lists.draw(counts, dtype, seed=5), rule, storage, **how)
     backend.setup = made
     return made
 
 
 def clip(made):
-    """Two clipped steps, on gradients of the parameters' dtype and in fp32."""
+    """Two clipped steps, on gradients of the parameters' dtype and in fp32, those aligned where parameters are not."""
     for step, dtype in enumerate((made.params[0].dtype, torch.float32)):
-        made.step(lists.draw(COUNTS, dtype, seed=step), norm=True, clip=True, max_norm=300.0)
+        made.step(lists.draw(COUNTS, dtype, seed=step, turn=step), norm=True, clip=True, max_norm=300.0)
 
 
 def accumulate(made, noise=False):
-    """Two steps on sums of two micro-batches of two dtypes, one of which does not touch a tensor."""
+    """Two steps on sums of two micro-batches of two dtypes, one of which does not touch a tensor.
+
+    The second step has more examples, so that no statistic of both is a multiple of another.
+    """
     for step in range(2):
+        n = 4.0 + 2.0 * step
         for i, dtype in enumerate((torch.bfloat16, torch.float32)[:: 1 - 2 * step]):
             grads = lists.draw(COUNTS, dtype, seed=2 * step + i)
-            made.accumulate([None if i and j == 3 else g for j, g in enumerate(grads)], 4.0, first=not i)
-        how = {"noise": noise, "inverse": 0.5, "examples": 8.0, "micro_batches": 2.0}
+            made.accumulate([None if i and j == 3 else g for j, g in enumerate(grads)], n, first=not i)
+        how = {"noise": noise, "inverse": 0.5, "examples": 2 * n, "micro_batches": 2.0}
         made.step([None] * len(COUNTS), sum=True, known=True, clip=True, max_norm=20.0, **how)
 
 

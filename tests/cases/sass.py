@@ -28,6 +28,11 @@ class Instruction:
         return self.opcode.split(".")[0]
 
     @property
+    def is_double(self):
+        """Whether it computes in fp64, or converts to or from it."""
+        return self.name in ("DADD", "DMUL", "DFMA", "DSETP") or "F64" in self.opcode or "64H" in self.opcode
+
+    @property
     def bytes(self):
         """Of one access to memory."""
         widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}

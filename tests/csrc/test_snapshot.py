@@ -168,6 +168,24 @@ def test_strides_of_dimensions_of_one_element_do_not_matter():
     assert snapshot.gradients([p], DTYPES, address, dtype) == (-1, 1)
 
 
+def test_six_dimensions_are_looked_at_too():
+    """torch keeps more than five sizes apart from the tensor, where they change without it."""
+    p = torch.nn.Parameter(torch.zeros(2, 2, 1, 3, 1, 1))
+    p.grad = torch.ones_like(p)
+    snapshot = ops.Snapshot([[p]], [p], [], {})
+    address, dtype = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    for _ in range(2):
+        assert snapshot.stands([[p]], [p], {})
+        assert snapshot.gradients([p], DTYPES, address, dtype) == (-1, 1)
+    p.grad.resize_(2, 1, 2, 3, 1, 1)
+    assert snapshot.gradients([p], DTYPES, address, dtype) == (0, 1)
+    moved = torch.zeros(2, 2, 1, 3, 1, 1)
+    snapshot = ops.Snapshot([[moved]], [moved], [], {})
+    assert snapshot.stands([[moved]], [moved], {})
+    moved.resize_(2, 1, 2, 3, 1, 1)
+    assert not snapshot.stands([[moved]], [moved], {})
+
+
 def test_versions():
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     seen = np.zeros(3, dtype=np.int64)

@@ -60,6 +60,19 @@ def test_no_loop_over_elements_calls_a_slow_path(kernels, part):
         assert not any(i.name == "CALL" for i in loop)
 
 
+@pytest.mark.parametrize("part", ["prepare", "update"])
+def test_a_rules_scalars_are_made_outside_the_loops_over_elements(kernels, part):
+    """They are in double: bias corrections, roots, rates. Loops that store doubles alone fold the noise ring."""
+    loops = [
+        loop
+        for loop in kernels[part].innermost_loops()
+        if any(i.name in ("ST", "STG") and i.bytes != 8 for i in loop)
+    ]
+    assert len(loops) >= 6
+    for loop in loops:
+        assert not [i.opcode for i in loop if i.is_double]
+
+
 def test_accumulate_has_twice_the_bytes_needed_under_way(kernels):
     """Four packs of the sum and of the gradient, loaded before one is stored, for each of three types of gradients."""
     staged = list(vector_loops(kernels["accumulate"], stores=4))

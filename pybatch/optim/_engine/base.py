@@ -274,7 +274,7 @@ class FusedOptimizer(SavedOptimizer):
         """Add the gradients to the sums; whether there were any."""
         tables = self._current()
         found = None if tables is None else tables.gradients()
-        if tables is None or found is None or not found.count:
+        if tables is None or found is None or not found.present:
             return False
         accumulation.add(self._sums, tables, found, self._call, n, partly=partly)
         return True
@@ -325,7 +325,7 @@ class FusedOptimizer(SavedOptimizer):
         else:
             sources = found.addresses
             tables.first.set("grad_type", found.codes)
-        if not sources.any():
+        if not np.count_nonzero(sources):
             return
         call, limit, noise = self._call, self._options.max_grad_norm, self._options.noise
         accumulation.prepare(call, self._sums, limit, noise)

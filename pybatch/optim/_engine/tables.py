@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,20 +24,19 @@ _DTYPES = [torch.zeros(1, dtype=dtype) for dtype in sorted(ops.DTYPES, key=ops.D
 MAX_PARTS = 64
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """The gradients of a moment, by slot.
 
     Attributes:
         addresses: 0 where there is none, 1 where it has no elements.
         codes: their dtypes, as in ops.DTYPES.
-        count: how many there are.
+        present: how many there are.
         copies: those that had to be copied into their parameter's layout; keeps them alive.
     """
 
     addresses: NDArray[np.int64]
     codes: NDArray[np.int64]
-    count: int
+    present: int
     copies: dict[int, torch.Tensor]
 
 
@@ -194,7 +192,8 @@ class Tables:
 
     def _written(self, sources: NDArray[np.int64]) -> None:
         """Count the pass's own write, so that autograd refuses a graph that saved the parameters as they were."""
-        updated = self.params if sources.all() else [self.params[i] for i in np.flatnonzero(sources)]
+        every = np.count_nonzero(sources) == len(sources)
+        updated = self.params if every else [self.params[i] for i in np.flatnonzero(sources)]
         torch.autograd.graph.increment_version(updated)
         if self._versioned:
             ops.Snapshot.versions(self.params, self._versions)
