@@ -4,7 +4,8 @@
 
 A truth is a curve of steps S(B) and a curve of step times t(B), of families drawn with random parameters; the best
 batch is the argmin of S(B) t(B) over every whole batch size that fits. What pybatch would see of it is drawn: a sweep
-of three seeds, branches, or a noise scale; step times with drift and samples. `advise` answers, and
+of three seeds, branches, or a noise scale; step times with drift and samples, and the closer looks of `pybatch bench`
+(a sweep's with `--sweep`). `advise` answers, and
 
     coverage   its interval of the best batch holds the true one
     regret     true time at the batch it advises over the least there is
@@ -20,11 +21,12 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from pybatch.answer.best import LOOKS, closer
 from pybatch.answer.verdict import advise
 from pybatch.fits.steps import fit_steps
 from pybatch.fits.throughput import fit_throughput
@@ -111,15 +113,8 @@ def timed(truth: Truth, rng: np.random.Generator) -> Capacity:
     size = size[size <= truth.most]
     if truth.most < MOST and size[-1] < truth.most:
         size = np.append(size, truth.most)
-    seen = truth.t(size.astype(float)) * np.exp(truth.drift * rng.standard_normal(len(size)))
-    samples = seen[:, None] * np.exp(0.01 * rng.standard_normal((len(size), 10)))
-    middle = np.median(samples, axis=1)
-    error = 1.96 * 1.25 * 0.01 / math.sqrt(10)
+    samples, points = sampled(truth, size, rng)
     fit = fit_throughput(size, samples, resamples=200)
-    points = tuple(
-        BatchPoint(int(b), "ok", 1e3 * t, 1e3 * t * (1 - error), 1e3 * t * (1 + error), float(b / t), samples=10)
-        for b, t in zip(size, middle, strict=True)
-    )
     return Capacity(
         t0_ms=1e3 * fit.t0_s,
         ceiling_samples_per_s=fit.ceiling,
@@ -132,6 +127,17 @@ def timed(truth: Truth, rng: np.random.Generator) -> Capacity:
         max_batch_verified=True,
         model=fit,
         batches=points,
+    )
+
+
+def sampled(truth: Truth, size: Array, rng: np.random.Generator) -> tuple[Array, tuple[BatchPoint, ...]]:
+    """Step times at these batch sizes as they are timed, each with a drift of its own; and as points of a record."""
+    timed = truth.t(size.astype(float)) * np.exp(truth.drift * rng.standard_normal(len(size)))
+    samples = timed[:, None] * np.exp(0.01 * rng.standard_normal((len(size), 10)))
+    error = 1.96 * 1.25 * 0.01 / math.sqrt(10)
+    return samples, tuple(
+        BatchPoint(int(b), "ok", 1e3 * t, 1e3 * t * (1 - error), 1e3 * t * (1 + error), float(b / t), samples=10)
+        for b, t in zip(size, np.median(samples, axis=1), strict=True)
     )
 
 
@@ -183,9 +189,20 @@ def seen(truth: Truth, level: str, rng: np.random.Generator) -> tuple[Capacity, 
     return timed(truth, rng), noise, steps[level]()
 
 
-def judged(truth: Truth, records: tuple[Capacity, NoiseScale | None, Convergence | None]) -> dict[str, float | bool]:
-    """What the advice on these records is worth."""
-    verdict, time = advise(*records), truth.time
+def judged(
+    truth: Truth, records: tuple[Capacity, NoiseScale | None, Convergence | None], rng: np.random.Generator
+) -> dict[str, float | bool]:
+    """What the advice on these records is worth, after the closer looks that `pybatch bench` takes."""
+    capacity, noise, steps = records
+    for _ in range(LOOKS):
+        advised = advise(capacity, noise, steps).best_batch
+        sizes = np.array(closer(capacity, advised)) if advised is not None else np.array([])
+        sizes = sizes[sizes <= truth.most]
+        if not len(sizes):
+            break
+        points = (*capacity.batches, *sampled(truth, sizes, rng)[1])
+        capacity = replace(capacity, batches=tuple(sorted(points, key=lambda point: point.batch)))
+    verdict, time = advise(capacity, noise, steps), truth.time
     best = int(np.argmin(time)) + 1
     low, high = verdict.best_low or 1, verdict.best_high if verdict.best_high is not None else math.inf
     batch = verdict.best_batch
@@ -208,7 +225,7 @@ def main() -> None:
         rng = np.random.default_rng(given.seed)
         drawn: list[tuple[Truth, dict[str, float | bool]]] = []
         while len(drawn) < given.draws:
-            drawn += [(truth, judged(truth, seen(truth, level, rng))) for truth in truths(rng)]
+            drawn += [(truth, judged(truth, seen(truth, level, rng), rng)) for truth in truths(rng)]
         result[level] = report(level, drawn)
         if given.output is not None:  # as each level ends
             given.output.write_text(json.dumps(result, indent=2) + "\n")

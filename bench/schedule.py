@@ -21,6 +21,7 @@ Goal: 0.80 of the fastest batch's steps at 1.05 of its examples, on two of four 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -74,13 +75,17 @@ class Problem:
     options: tuple[str, ...] = ()
     parts: int = 1  # passes of a step whose noise is read; 1: that of its examples' own gradients
 
+    @property
+    def digest(self) -> str:
+        """Of all of it: what was measured of a problem that has changed since is not taken for this one's."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
 
-SHORT = ("length=32", "width=64", "layers=2")  # of the texts
+
 PROBLEMS = {
     "digits-mlp": Problem("digits", "mlp", 0.03, (16, 32, 64, 128, 256, 512, 1024)),
     "digits-cnn": Problem("digits", "cnn", 0.03, (16, 32, 64, 128, 256)),
-    "text-lstm": Problem("text", "lstm", 2.3, (8, 32, 128), (2e-3, 4e-3, 8e-3), SHORT, 8),
-    "text-transformer": Problem("text", "transformer", 2.3, (8, 32, 128), (2e-3, 4e-3, 8e-3), SHORT, 8),
+    "text-lstm": Problem("text", "lstm", 2.1, (8, 16, 32, 64, 128, 256), parts=8),
+    "text-transformer": Problem("text", "transformer", 2.1, (8, 16, 32, 64, 128, 256), parts=8),
 }
 
 
@@ -173,7 +178,9 @@ def derived(base: int, steps: float, readings: Sequence[Sequence[NoisePoint]], c
 def measure(name: str, store: Store, seeds: int, kinds: Sequence[str]) -> dict[str, Any]:
     """All of one problem, as far as it is not stored; its rows of the table by the fixed batch."""
     problem = PROBLEMS[name]
+    kept = f"{name}-{problem.digest}"  # under which name it is stored
     workload = find(problem.workload, model=problem.model, options=list(problem.options))
+    piece = partial(store.piece, kept)
 
     def swept() -> Any:
         found = measure_convergence(
@@ -186,7 +193,7 @@ def measure(name: str, store: Store, seeds: int, kinds: Sequence[str]) -> dict[s
             optimizer=OPTIMIZER,
             rates=problem.rates,
             device="cpu",
-            store=store.path.with_suffix(f".{name}.db"),
+            store=store.path.with_suffix(f".{kept}.db"),
             resume=True,
             found=lambda line: print(f"{name} {line}", flush=True),
         )
@@ -198,12 +205,14 @@ def measure(name: str, store: Store, seeds: int, kinds: Sequence[str]) -> dict[s
         batches = sorted({*problem.batches, problem.batches[-1] * 2, max(1, problem.batches[0] // 2)})
         return {"load": os.getloadavg()[0], "step_ms": step_times(workload, batches)}
 
-    sweep = store.piece(name, "sweep", swept)
-    step_ms = store.piece(name, "times", timed)["step_ms"]
+    sweep = piece("sweep", swept)
+    step_ms = piece("times", timed)["step_ms"]
     clock = clock_of({int(batch): ms / 1e3 for batch, ms in step_ms.items()})
     seconds = {batch: steps * clock(batch) for batch, steps, _ in sweep["points"]}
     rows = {
-        kind: judge(name, workload, store, point, clock, seeds if kind == "fastest" else min(seeds, FEWER), ARMS[kind])
+        kind: judge(
+            problem, workload, piece, point, clock, seeds if kind == "fastest" else min(seeds, FEWER), ARMS[kind]
+        )
         for kind, point in fixed_batches_of(sweep["points"], sweep["critical_batch"][0], clock).items()
         if kind in kinds
     }
@@ -213,7 +222,7 @@ def measure(name: str, store: Store, seeds: int, kinds: Sequence[str]) -> dict[s
         "step_ms": step_ms,
         "seconds_by_batch": seconds,
         "against": rows,
-        "processor_s": sum(store.found[name]["processor_s"].values()),
+        "processor_s": sum(store.found[kept]["processor_s"].values()),
     }
 
 
@@ -230,16 +239,16 @@ def fixed_batches_of(points: Sequence[Point], critical: float, clock: Callable[[
 
 
 def judge(
-    name: str,
+    problem: Problem,
     workload: Workload,
-    store: Store,
+    piece: Callable[[str, Callable[[], Any]], Any],
     point: Point,
     clock: Callable[[int], float],
     seeds: int,
     arms: Sequence[str],
 ) -> dict[str, Any]:
     """A schedule derived from runs at a fixed batch, and trainings by it and by others against that batch."""
-    problem, (base, steps, rate) = PROBLEMS[name], point
+    base, steps, rate = point
 
     def one(seed: int, stages: Schedule | Sequence[tuple[int, int]], **more: int) -> dict[str, Any]:
         most = LONGEST * base * steps
@@ -247,9 +256,9 @@ def judge(
 
     fixed, readings = [(0, base)], []
     for seed in range(DERIVE, DERIVE + DERIVING):
-        run = store.piece(name, f"noise {base} {seed}", partial(one, seed, fixed, parts=problem.parts))
+        run = piece(f"noise {base} {seed}", partial(one, seed, fixed, parts=problem.parts))
         readings.append([decode(NoisePoint, each, "noise") for each in run["noise"]])
-    made = store.piece(name, f"derived {base}", partial(derived, base, steps, readings, clock))
+    made = piece(f"derived {base}", partial(derived, base, steps, readings, clock))
     schedule = decode(Schedule, made["schedule"], "schedule")
     how: dict[str, Callable[[int], Any]] = {
         "fixed": lambda seed: one(seed, fixed),
@@ -260,7 +269,7 @@ def judge(
     runs: dict[str, dict[str, Any]] = {arm: {} for arm in arms}
     for seed in range(JUDGE, JUDGE + seeds):
         for arm in arms:
-            runs[arm][str(seed)] = store.piece(name, f"{arm} {base} {seed}", partial(how[arm], seed))
+            runs[arm][str(seed)] = piece(f"{arm} {base} {seed}", partial(how[arm], seed))
     return {
         "fixed_batch": base,
         "at_edge": base in (min(problem.batches), max(problem.batches)),
@@ -295,15 +304,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    store, rows = Store(given.store), {}
+    store = Store(given.store)
+    output: Path | None = given.output
+    rows = json.loads(output.read_text())["problems"] if output is not None and output.exists() else {}
     print("| problem | fixed batch | against it | steps | examples | device-seconds |\n|---|---|---|--:|--:|--:|")
     for name in given.problems:
         rows[name] = measure(name, store, given.seeds, given.against)
         for kind, row in rows[name]["against"].items():
             print(told(name, kind, row), flush=True)
-        if given.output is not None:
+        if output is not None:
             device = {"device": describe(CPU).name, "threads": 1, "torch": torch.__version__, "goal": GOAL}
-            given.output.write_text(json.dumps({**device, "problems": rows}, indent=1) + "\n")
+            output.write_text(json.dumps({**device, "problems": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
+
+# Some environments forbid bytecode: every process that tests start would then compile all of pybatch again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests of it would hang.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -13,13 +18,13 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # for torch and what tests start;
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
 
-import sys
-
 import pytest
 import seconds
+from cases import warm
 
 from pybatch import records as r
 
+sys.dont_write_bytecode = False
 CORES = len(os.sched_getaffinity(0))
 MOST_WORKERS = 8  # each imports torch: half a gigabyte
 TOGETHER = {  # they ask the same processes, or what the same compiler made
@@ -54,6 +59,16 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False  # pytest_collection_modifyitems has ordered them
     return Files(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session):
+    """Each worker first imports files of its own, whose rewritten assertions the others then find as bytecode."""
+    if "PYTEST_XDIST_WORKER" in os.environ and session.config.args == ["tests"]:
+        number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        files = sorted((session.config.rootpath / "tests").rglob("test_*.py"))
+        for file in files[number :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]:
+            pytest.Module.from_parent(session, path=file).obj  # noqa: B018
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -99,6 +114,26 @@ def _freed_memory_goes_back():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pybatch.device.memory.keep_freed", lambda: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory):
+    """What stands for `sys.executable` in a command where torch may have been imported before: see `cases.warm`."""
+    folder = tmp_path_factory.mktemp("warm")
+    warm.executable(folder / "python", folder / "socket")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with subprocess.Popen(
+        [sys.executable, warm.__file__, "serve", folder / "socket"], stdout=subprocess.PIPE, env=environment
+    ) as server:
+        assert server.stdout.readline() == b"serving\n"
+        yield str(folder / "python")
+        server.kill()
+
+
+@pytest.fixture
+def warm_children(warm_python, monkeypatch):
+    """pybatch's own children begin with torch imported."""
+    monkeypatch.setattr(sys, "executable", warm_python)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -32,7 +32,7 @@ class Judged:
     low: float | None
     high: float | None
     goal: float
-    remark: str  # why the goal is missed or the figure is lacking; empty: it is met
+    remark: str  # what it stands on, or why the figure is lacking
     disturbed: bool = False  # the machine, as the judge's steps were timed
 
     @property
@@ -69,11 +69,11 @@ def judged(records: Records) -> list[Judged]:
             continue
         row = regret(adviser.verdict, measured, drawn)
         best = min(measured, key=measured.__getitem__)
-        found.append(_judged(words, level, row, best, adviser, judge, clock))
+        found.append(_judged(words, level, row, best, adviser, clock))
     return found
 
 
-def _judged(by: str, level: str, row: dict[str, Any], best: int, adviser: Run, judge: Run, clock: Run) -> Judged:
+def _judged(by: str, level: str, row: dict[str, Any], best: int, adviser: Run, clock: Run) -> Judged:
     made = Judged(
         by,
         row["best_batch"],
@@ -85,30 +85,29 @@ def _judged(by: str, level: str, row: dict[str, Any], best: int, adviser: Run, j
         row.get("reason", ""),
         disturbed(clock.capacity),
     )
-    if made.regret is None or made.met == "met":
+    if made.regret is None:
         return made
-    return Judged(**{**made.__dict__, "remark": "; ".join(_causes(made, adviser, judge, clock))})
+    assert adviser.verdict is not None
+    taken = n.number(adviser.verdict.critical_batch)
+    ends = n.interval(adviser.verdict.critical_low, adviser.verdict.critical_high)
+    told = f"critical batch {taken} {ends}".strip()
+    return replace(made, remark=told + ", on a disturbed machine" * disturbed(adviser.capacity))
 
 
-def _causes(made: Judged, adviser: Run, judge: Run, clock: Run) -> list[str]:
-    """What speaks for the regret: the critical batch taken and the judge's, the grid, the machine."""
-    verdict = adviser.verdict
-    assert verdict is not None
-    assert judge.convergence is not None
-    causes = []
+def judge_of(records: Records) -> list[str]:
+    """What the judge of a problem found, and what takes from its word: its grid, its seeds, its machine."""
+    judge, clock = records.get("judge"), records.get("times")
+    if judge is None or clock is None or judge.convergence is None:
+        return []
     [curve] = [c for c in judge.convergence.curves if c.split == "train"]
-    taken = f"{n.number(verdict.critical_batch)} {n.interval(verdict.critical_low, verdict.critical_high)}".strip()
-    causes.append(f"critical batch taken for {taken}, judged {critical(curve)}")
+    seeds = judge.convergence.seeds or 0
+    said = [f"critical batch {critical(curve)}", n.counted(seeds, "seed") + ", too few for an interval" * (seeds < 3)]
     gap = _gap(curve)
     if gap > 2:
-        causes.append(f"the judge's batches lie {n.number(gap)} times apart: between them its time is a chord")
-    if (seeds := judge.convergence.seeds or 0) < 3:
-        causes.append(f"{n.counted(seeds, 'seed')} judge{'s' * (seeds == 1)}: no interval")
-    if disturbed(adviser.capacity):
-        causes.append("the machine was disturbed as it advised")
+        said.append(f"batches {n.number(gap)} times apart: between them its time is a chord")
     if disturbed(clock.capacity):
-        causes.append("the machine was disturbed as the judge's steps were timed")
-    return causes
+        said.append("its steps were timed on a disturbed machine")
+    return said
 
 
 def _gap(curve: Curve) -> float:

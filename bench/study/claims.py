@@ -81,7 +81,7 @@ def below_capacity(problems: Mapping[str, Records]) -> Answer:
 
 def rules_fail(problems: Mapping[str, Records]) -> Answer:
     """RQ3: rules that scale the rate with the batch help at first and then fail, each problem at another batch size."""
-    rows, breaks = [], {}
+    rows, breaks, seeds = [], {}, set()
     for name, records in problems.items():
         run, capacity = records.get("sweep"), capacity_of(records)
         steps = run.convergence if run is not None else None
@@ -110,13 +110,15 @@ def rules_fail(problems: Mapping[str, Records]) -> Answer:
             rows.append(Row(cells, finding))
             if finding is not None and held.broken:
                 breaks.setdefault((curve.rule, curve.split), {})[name] = held.broken
+                seeds.add(max(p.seeds for p in curve.points))
     heads = ("problem", "target", "rule", "beats constant", "holds to", "fails at", "of the saturation batch", "")
     ran = ", ".join(dict.fromkeys(row.cells[2] for row in rows if row.finding is not None))
     found = _answer(f"rules that scale the rate ({ran or 'none was run'}) fail past some batch size", heads, rows)
     spans = []
+    behind = f" ({' to '.join(str(e) for e in dict.fromkeys((min(seeds), max(seeds))))} seeds each)" if seeds else ""
     for (rule, split), at in breaks.items():
         ends = dict.fromkeys((n.count(min(at.values())), n.count(max(at.values()))))
-        spans += [f"{rule} to the {split} target fails at {' to '.join(ends)}"] if len(at) > 1 else []
+        spans += [f"{rule} to the {split} target fails at {' to '.join(ends)}{behind}"] if len(at) > 1 else []
     return replace(found, text="; ".join([found.text, *spans]))
 
 
@@ -328,7 +330,8 @@ def _open(finding: claim.Finding) -> Finding:
 def _figure(found: claim.Claim) -> str:
     if found.value is None:
         return n.interval(found.low, found.high) or n.MISSING
-    return f"{n.number(found.value)} {n.interval(found.low, found.high) or '(no interval)'}"
+    lacking = f"({n.counted(found.seeds, 'seed')}, no interval)" if found.seeds is not None else "(no interval)"
+    return f"{n.number(found.value)} {n.interval(found.low, found.high) or lacking}"
 
 
 def _by_size(order: interactions.Ranking) -> Finding:

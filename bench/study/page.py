@@ -7,6 +7,7 @@ A test writes the page again and compares.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +19,14 @@ from pybatch.report.plot import Plot
 from study import advice, claims
 from study.claims import Answer, Records
 from study.declaration import DOMAINS, PARTS, QUICK_SEEDS
-from study.pictures import pictures
+from study.pictures import digest, pictures
 from study.records import Study, read
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "bench" / "results" / "study"
 PAGE = ROOT / "docs" / "study.md"
 PICTURES = PAGE.with_suffix("")
+DRAWN = PICTURES / "drawn.json"  # digests of what the pictures show, written after them
 
 _HEAD = """<!-- Written by bench/study/page.py from bench/results/study. -->
 # The study: the seed paper's claims, and whether our advice pays
@@ -138,7 +140,7 @@ def _parts(study: Study) -> str:
 
 def _regret(problems: Mapping[str, Records]) -> str:
     """First what a user is owed: what following the advice costs."""
-    heads = ("problem", "advised by", "batch", "fastest measured", "regret", "goal", "", "why")
+    heads = ("problem", "advised by", "batch", "fastest measured", "regret", "goal", "", "it took")
     found = {name: advice.judged(records) for name, records in problems.items()}
     rows = [
         (
@@ -160,7 +162,9 @@ def _regret(problems: Mapping[str, Records]) -> str:
         "seeds, with AdamW and its rate tuned at each batch size, and step times measured apart. The goal is what the "
         "kind of evidence is meant to come to. "
     )
-    return f"## Does the advice pay?\n\n{text}{met.capitalize()}.\n\n{_table(heads, rows)}"
+    judges = {name: told for name, records in problems.items() if (told := advice.judge_of(records))}
+    below = "".join(f"- {name}, the judge: {'; '.join(told)}.\n" for name, told in judges.items())
+    return f"## Does the advice pay?\n\n{text}{met.capitalize()}.\n\n{_table(heads, rows)}\n{below}"
 
 
 def _question(title: str, answer: Answer, part: str, paper: str) -> str:
@@ -218,6 +222,7 @@ def main() -> None:
         old.unlink()
     if drawn := pictures(study.problems()):
         write_plots(drawn, PICTURES)
+    DRAWN.write_text(json.dumps({plot.name: digest(plot) for plot in drawn}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +32,20 @@ def pictures(problems: Mapping[str, Records]) -> list[Plot]:
     return [plot for plot in made if plot.missing is None]
 
 
+def digest(plot: Plot) -> str:
+    """Of all that is drawn, to six digits: tells a picture of other records from this one's."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: short(each) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [short(each) for each in value]
+        return f"{value:.6g}" if isinstance(value, float) else value
+
+    drawn = json.dumps(short([plot.title, plot.traces, plot.layout]), sort_keys=True)
+    return hashlib.sha256(drawn.encode()).hexdigest()[:16]
+
+
 def headline(problems: Mapping[str, Records]) -> Plot:
     """Critical batches beside what the device can take, a line a problem."""
     name, title = "headline", "What the problem wants and what the device can take"
@@ -43,16 +59,23 @@ def headline(problems: Mapping[str, Records]) -> Plot:
     row = {problem: float(place) for place, problem in enumerate(reversed(wanted))}
     full = {p: found for p in wanted if (found := _saturation(problems[p])) is not None}
     most = {p: found for p in wanted if (found := _largest(problems[p])) is not None}
+    busy = [p for p in full if (capacity := capacity_of(problems[p])) is not None and capacity.disturbed]
     traces = [
         _trace(label, [(span, row[problem]) for problem, span in found.items()], color, marker)
         for label, found, color, marker in (
             ("critical batch", wanted, "@orange", MARKERS[0]),
-            ("saturation batch", full, "@blue", MARKERS[1]),
+            ("saturation batch", {p: s for p, s in full.items() if p not in busy}, "@blue", MARKERS[1]),
+            (
+                "saturation batch, machine disturbed",
+                {p: s for p, s in full.items() if p in busy},
+                "@blue",
+                f"{MARKERS[1]}-open",
+            ),
             ("fits in memory", most, "@gray", MARKERS[2]),
         )
         if found
     ]
-    if busy := [p for p in full if (found := capacity_of(problems[p])) is not None and found.disturbed]:
+    if busy:
         caption += f" The machine was disturbed as it was saturated: {', '.join(busy)}."
     ends = [end for found in (wanted, full, most) for span in found.values() for end in span if end]
     table = columns(

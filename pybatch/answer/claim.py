@@ -20,3 +20,4 @@ class Claim:
     value: float | None = None
     low: float | None = None
     high: float | None = None
+    seeds: int | None = None  # that the figure stands on, where it is one of seeds compared with themselves

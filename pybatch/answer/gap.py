@@ -103,7 +103,7 @@ def _gap(curve: Curve, budget: _Budget) -> Claim:
         text += f"; {len(kept)} of {n.counted(count, 'seed')}"
     text += shortfall(points) if budget.train is None else diverged
     low, high = (gap.low, gap.high) if gap.seeds > 1 else (None, None)
-    return Claim(name, claim, finding, text, gap.value, low, high)
+    return Claim(name, claim, finding, text, gap.value, low, high, len(kept))
 
 
 def _of_seed(

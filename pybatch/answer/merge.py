@@ -8,7 +8,8 @@ from typing import Any
 
 from pybatch.answer.critical import with_noise_ratio
 from pybatch.answer.verdict import advise
-from pybatch.records import Capacity, Convergence, Note, Run
+from pybatch.base.errors import UsageError
+from pybatch.records import Capacity, Convergence, Device, Note, Run, WorkloadInfo
 
 
 def join(runs: Sequence[Run]) -> list[Run]:
@@ -25,7 +26,7 @@ def join(runs: Sequence[Run]) -> list[Run]:
     for bench in benches:
         own = [sweep for sweep in sweeps if _alike(bench.capacity, sweep.convergence)]
         if len(own) == 1 and sum(_alike(other.capacity, own[0].convergence) for other in benches) == 1:
-            joined[id(bench)] = _joined(bench, own[0])
+            joined[id(bench)] = with_sweep(bench, own[0])
             gone.add(id(own[0]))
     return [joined.get(id(run), run) for run in runs if id(run) not in gone]
 
@@ -53,21 +54,43 @@ def _changed(run: Run) -> str:
 
 
 def _alike(capacity: Capacity | None, steps: Convergence | None) -> bool:
-    """Whether both are of one workload in one precision, on a device of one name."""
-    if capacity is None or steps is None or None in (capacity.workload, capacity.device, steps.workload, steps.device):
+    return capacity is not None and steps is not None and alike(capacity.workload, capacity.device, steps)
+
+
+def alike(workload: WorkloadInfo | None, device: Device | None, steps: Convergence) -> bool:
+    """Whether a sweep is of this workload in its precision, on a device of this name."""
+    if workload is None or device is None or steps.workload is None or steps.device is None:
         return False
-    assert capacity.workload is not None  # for the type checker, here and below
-    assert steps.workload is not None
-    assert capacity.device is not None
-    assert steps.device is not None
     # What a sweep chooses itself.
     apart: dict[str, Any] = {"target": {}, "learning_rate": None, "reference_batch": None}
     apart |= {"optimizer": None, "optimizer_options": {}}
-    same = replace(capacity.workload, **apart) == replace(steps.workload, **apart)
-    return same and (capacity.device.kind, capacity.device.name) == (steps.device.kind, steps.device.name)
+    same = replace(workload, **apart) == replace(steps.workload, **apart)
+    return same and (device.kind, device.name) == (steps.device.kind, steps.device.name)
 
 
-def _joined(bench: Run, sweep: Run) -> Run:
+def check_sweep(sweep: Run, workload: WorkloadInfo, device: Device) -> None:
+    """Raise UsageError where a record has no sweep, or one of another workload, precision or device."""
+    steps = sweep.convergence
+    if steps is None or not steps.curves:
+        raise UsageError("--sweep: the record has no steps to a target. Give one made by 'pybatch sweep'.")
+    if alike(workload, device, steps):
+        return
+    own, other = _words(workload, device), _words(steps.workload, steps.device)
+    rest = " with other options or another model file" if own == other else ""
+    raise UsageError(
+        f"--sweep: it is of {other}{rest}, and this run of {own}. Sweep what is measured, or leave it out."
+    )
+
+
+def _words(workload: WorkloadInfo | None, device: Device | None) -> str:
+    if workload is None or device is None:
+        return "a workload or device that it does not name"
+    model = f" ({workload.model})" if workload.model else ""
+    return f"{workload.name}{model}, {workload.dtype}, on {device.name}"
+
+
+def with_sweep(bench: Run, sweep: Run) -> Run:
+    """A bench run with the steps of a sweep that is `alike`, and a verdict on both."""
     assert sweep.convergence is not None  # the caller has looked
     before = bench.convergence
     noise = bench.noise if bench.noise is not None else sweep.noise

@@ -20,7 +20,7 @@ from pybatch.commands.assignments import parse_optimizer
 from pybatch.commands.measuring import BUDGET, RATE, Delivery, Subject, check_between, check_budget, check_seed, typed
 from pybatch.commands.partial import partial_record
 from pybatch.commands.printing import stdout_to_stderr
-from pybatch.commands.saved import read_run, tell_changes
+from pybatch.commands.saved import read_run, read_sweep, tell_changes
 from pybatch.jobs.options import BenchOptions
 from pybatch.records import Run, StepMode
 from pybatch.report.output import Output
@@ -63,6 +63,10 @@ def bench(
     thorough: Annotated[
         bool, typer.Option("--thorough", help="Take the critical batch from short branched runs, not from noise alone.")
     ] = False,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(help="A sweep of this workload, RUN.json or its store: the verdict stands on its steps."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="25 s and the start-up: fewer batch sizes.")] = False,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Time the model under torch.compile; compiling is told apart.")
@@ -116,6 +120,7 @@ def bench(
     conditions = [parse_condition(text) for text in fail_on or []]
     page = html.absolute() if html is not None else None  # a workload may change the working directory
     before = read_run(compare) if compare is not None else None
+    steps = read_sweep(sweep) if sweep is not None else None
     partial = partial_record(output, format_, resume)
     earlier = partial.earlier() if partial is not None and resume else None
     # What can't be written is said now, not after measuring.
@@ -135,7 +140,7 @@ def bench(
             print("\n".join(_dry_run(found, device, options, mode.name, earlier)))
             return
         with delivery.measuring(options.time_budget) as progress:
-            delivery.run = _run(found, device, options, progress, earlier, partial.write if partial else None)
+            delivery.run = _run(found, device, options, progress, earlier, partial.write if partial else None, steps)
         delivery.kept = html
         status = delivery.deliver()
         run = delivery.run
@@ -159,6 +164,7 @@ def _run(
     progress: Progress,
     earlier: Run | None,
     on_partial: Callable[[Run], None] | None,
+    sweep: Run | None,
 ) -> Run | None:
     """The job on this device, or on all that `torchrun` started a process for."""
     from pybatch.capacity.distributed import launched
@@ -166,7 +172,7 @@ def _run(
     from pybatch.jobs.distributed import run_bench_together
 
     job = run_bench_together if launched() else run_bench
-    return job(workload, options, device=device, progress=progress, earlier=earlier, on_partial=on_partial)
+    return job(workload, options, device=device, progress=progress, earlier=earlier, on_partial=on_partial, sweep=sweep)
 
 
 def _optimizer(workload: Workload, asked: BenchOptions) -> str:

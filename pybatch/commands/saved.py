@@ -59,6 +59,17 @@ def read_records(path: Path, targets: Mapping[str, float] | None = None) -> Sequ
         raise UsageError(f"{error} A run saved as .jsonl is for other programs: save it as .json too.") from None
 
 
+def read_sweep(path: Path) -> Run:
+    """The one sweep that a saved run or a store holds; raises UsageError where it holds none or several."""
+    found = [run for run in read_records(path) if isinstance(run, Run) and run.convergence and run.convergence.curves]
+    if len(found) != 1:
+        many = f"{len(found)} sweeps" if found else "no sweep"
+        raise UsageError(
+            f"{str(path)!r} holds {many}. Give the record of one, as 'pybatch sweep -o RUN.json' writes it."
+        )
+    return found[0]
+
+
 def _at(path: Path, run: Run, targets: Mapping[str, float] | None) -> Run:
     """A saved run; raises UsageError where it has steps to other targets than those asked for."""
     curves = run.convergence.curves if run.convergence is not None else ()

@@ -20,6 +20,16 @@ def seed_generators(seed: int, device: torch.device) -> None:
             torch.cuda.manual_seed(seed)
 
 
+def seed_all(seed: int) -> None:
+    """Seed what a model may draw from wherever it is made, also on a GPU that it is the first to use."""
+    if torch.backends.cuda.is_built() and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.manual_seed(seed)  # which a GPU's generators take over when CUDA begins
+        return
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+
+
 def place_in_use() -> torch.device:
     """The current GPU where CUDA has begun, else the CPU: for what may draw on either."""
     begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

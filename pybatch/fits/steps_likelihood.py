@@ -79,10 +79,13 @@ def ordinary(residual: Array, variance: Array, late: NDArray[np.bool_]) -> Array
 def evaluator(model: str, size: Array, data: Cells, sigma: float) -> Evaluate:
     """Minus log likelihood, without its ln sigma, as `minimize` wants it."""
     of_reached, of_censored = data.kind == REACHED, data.kind == CENSORED
-    any_censored = bool(of_censored.any())
+    any_censored, all_reached = bool(of_censored.any()), bool(of_reached.all())
     errors = np.sqrt(sigma**2 + data.variance)
-    stucks = np.log(STUCK * math.sqrt(2 * math.pi) / LATE * errors)
-    levels = np.log((1 - STUCK) + np.exp(stucks))  # where a run is on the curve, so that nothing jumps there
+    if (errors == errors.flat[0]).all():
+        errors = errors[:1, :1, :1]  # one number for all
+    rivals = STUCK * math.sqrt(2 * math.pi) / LATE * errors  # the density of a stuck run
+    levels = np.log((1 - STUCK) + rivals)  # where a run is on the curve, so that nothing jumps there
+    offsets = np.where(data.late & of_reached, levels, 0.0)
     usual = math.log(1 - STUCK)
 
     def own(table: NDArray[Any], rows: Rows) -> NDArray[Any]:
@@ -90,20 +93,25 @@ def evaluator(model: str, size: Array, data: Cells, sigma: float) -> Evaluate:
         return table[rows] if len(table) > 1 else table
 
     def evaluate(p: Array, rows: Rows) -> tuple[Array, Array, Array]:
-        reached, late, error, stuck = (own(table, rows) for table in (of_reached, data.late, errors, stucks))
+        late, error = own(data.late, rows), own(errors, rows)
         value, slope = steps_model.log_steps(model, p, size)
         z = (own(data.log, rows) - value[..., None]) / error
-        root = np.sqrt(1 + (z / SOFT) ** 2)
-        square = SOFT**2 * (root - 1)
-        behind = late & (z > 0)
-        # As logaddexp(usual - square, stuck), where exp underflows nothing that counts: `stuck` is far above its limit.
-        on_curve = np.exp(usual - square)
-        both = on_curve + np.exp(stuck)
-        whole = np.where(z > 0, np.log(both), own(levels, rows) - square)
-        ordinary = np.where(behind, on_curve / both, 1.0)
-        cost = np.sum(np.where(reached, np.where(late, -whole, square), 0.0), (-2, -1))
-        force = np.where(reached, ordinary * z / root, 0.0)
-        weight = np.where(reached, ordinary / root, 0.0)
+        reached = None if all_reached else own(of_reached, rows)
+        met = z if reached is None else np.where(reached, z, 0.0)
+        root = np.sqrt(1 + met * met / SOFT**2)
+        costs = SOFT**2 * (root - 1)
+        weight = 1 / root
+        behind = np.flatnonzero(late & (met > 0))
+        # As logaddexp(usual - square, ln rival), where exp underflows nothing that counts: a rival is far above that.
+        on_curve = np.exp(usual - costs.take(behind))
+        both = on_curve + np.broadcast_to(own(rivals, rows), z.shape).take(behind)
+        costs -= own(offsets, rows)
+        costs.put(behind, -np.log(both))
+        weight.put(behind, weight.take(behind) * (on_curve / both))
+        if reached is not None:
+            weight = np.where(reached, weight, 0.0)
+        force = weight * met
+        cost = costs.sum((-2, -1))
         if any_censored:
             censored = own(of_censored, rows)
             at = np.where(censored, z, 0.0)
@@ -116,7 +124,7 @@ def evaluator(model: str, size: Array, data: Cells, sigma: float) -> Evaluate:
             weight = np.where(censored, ordinary * hazard * (hazard - at), weight)
         pull, stiff = (force / error).sum(-1), (weight / error**2).sum(-1)
         normal = np.swapaxes(slope, -1, -2) @ (slope * stiff[..., None])
-        return cost, np.sum(slope * pull[..., None], -2), normal
+        return cost, (slope * pull[..., None]).sum(-2), normal
 
     return evaluate
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import torch
 
+from pybatch.answer.best import LOOKS, closer
 from pybatch.answer.input import with_input_bounds
+from pybatch.answer.merge import check_sweep, with_sweep
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import Interrupted, PybatchError, carry
 from pybatch.base.numerals import count
@@ -45,6 +47,7 @@ def run_bench(
     progress: Progress | None = None,
     earlier: Run | None = None,
     on_partial: Callable[[Run], None] | None = None,
+    sweep: Run | None = None,
 ) -> Run:
     """Measure capacity and noise of a workload on a device, and give the verdict on both.
 
@@ -56,19 +59,21 @@ def run_bench(
         earlier: a record of the same run that was cut: what stands of it is not measured again. Its steps on several
             devices are kept as they are.
         on_partial: called with the record so far whenever it has grown, for a caller who keeps it.
+        sweep: steps to target of this workload on this device: the verdict stands on them.
 
     Returns:
         The whole record. `complete` is False where a part is missing; a note says why.
 
     Raises:
-        UsageError: `earlier` is of another workload, device, dtype, seed or version.
+        UsageError: `earlier` is of another workload, device, dtype, seed or version, or `sweep` of another workload,
+            device or dtype.
         Interrupted: on Ctrl-C, with the run so far in `.partial`; KeyboardInterrupt where nothing is measured yet.
         WorkloadError: where the workload fails before anything was measured.
     """
     start = time.monotonic()
     place, workload = resolve(device), adjusted(workload, options.optimizer, options.reference_batch)
     with threads_left(place, earlier.environment.threads if earlier is not None and earlier.environment else None):
-        found = _Found.begun(workload, place, options, earlier)
+        found = _Found.begun(workload, place, options, earlier, sweep)
         interrupted = Note("run", INTERRUPTED)
         try:
             lacking = _measure(workload, place, options, start, found, progress, on_partial)
@@ -149,20 +154,26 @@ def _measure(
             progress=_staged(progress, "noise", capacity_share, branches_from),
         )
         save(found.capacity)
-    if options.thorough and found.steps is None and left() > 0:
+    look_s = max(_LEAST_LOOK, _LOOK * options.time_budget)
+    if options.thorough and found.steps is None and left() > look_s:
         found.steps = measure_branches(
             workload,
             device=place,
             dtype=options.dtype,
             checkpoints=[found.noise.warmup_steps or 1],
             seed=options.seed,
-            time_budget=left(),
+            time_budget=left() - look_s,
             progress=_staged(progress, "branches", branches_from, 1.0),
         )
-    elif left() >= max(_LEAST_LOOK, _LOOK * options.time_budget):
+    for _ in range(LOOKS):
+        if left() < look_s:
+            break
+        before = found.capacity
         found.capacity = _closer(
             workload, place, options, found, left(), _staged(progress, "advised batch", branches_from, 1.0)
         )
+        if found.capacity is before:
+            break
     return ()
 
 
@@ -174,23 +185,28 @@ def _closer(
     seconds: float,
     progress: Progress | None,
 ) -> Capacity:
-    """The capacity with the advised batch timed, where it was not; on a disturbed machine its neighbours again, too.
+    """The capacity with the advised batch timed, where it was not, else with what is beside it; on a disturbed machine
+    its neighbours again, too.
 
     The fit stays that of the batch sizes it was made of; the verdict asks all that were timed.
     """
     capacity = found.capacity
     assert capacity is not None
-    batch = advise(capacity, found.noise, found.steps).best_batch
-    timed = {p.batch: p for p in capacity.batches if p.status == "ok"}
-    if batch is None or options.batches is not None or (batch in timed and not capacity.disturbed):
+    verdict = found.run().verdict
+    batch = verdict.best_batch if verdict is not None else None
+    if batch is None or options.batches is not None:
         return capacity
+    timed = {p.batch: p for p in capacity.batches if p.status == "ok"}
     near = [n for n in timed if 0.5 <= n / batch <= 2.0] if capacity.disturbed else []
+    asked = sorted({*closer(capacity, batch), *near})
+    if not asked:
+        return capacity
     try:
         again = measure_capacity(
             workload,
             device=place,
             dtype=options.dtype,
-            batches=sorted({batch, *near}),
+            batches=asked,
             time_budget=seconds,
             seed=options.seed,
             find_max_batch=False,
@@ -202,7 +218,8 @@ def _closer(
     except Interrupted:  # what was measured before stands
         raise KeyboardInterrupt from None
     except PybatchError as error:
-        note = Note("batches", f"batch {batch}, which the first verdict advised, was not timed: {error}")
+        text = f"batch {_told(asked)} was not timed after the verdict advised {count(batch)}: {error}"
+        note = Note("batches", text)
         return replace(capacity, notes=(*capacity.notes, note))
     longer = {p.batch: p for p in again.batches if p.status == "ok"}
     # What a step takes of memory shows in a process's first steps only: an earlier figure stands.
@@ -213,8 +230,7 @@ def _closer(
     }
     if not kept:
         return capacity
-    sizes = ", ".join(map(count, sorted(kept)))
-    text = f"batch {sizes} timed after the first verdict, which advised {count(batch)}; memory is not measured then"
+    text = f"batch {_told(sorted(kept))} timed after the verdict advised {count(batch)}; memory is not measured then"
     note = Note("batches", text)
     points = timed | kept | {p.batch: p for p in capacity.batches if p.status != "ok"}
     return replace(
@@ -223,6 +239,10 @@ def _closer(
         disturbed=tuple(dict.fromkeys((*capacity.disturbed, *again.disturbed))),
         notes=(*capacity.notes, note),
     )
+
+
+def _told(batches: Sequence[int]) -> str:
+    return ", ".join(map(count, batches))
 
 
 @dataclass
@@ -234,6 +254,7 @@ class _Found:
     environment: Environment
     past: tuple[Note, ...]  # of the cut run that goes on
     earlier: Run | None
+    sweep: Run | None = None  # beside it
     capacity: Capacity | None = None
     noise: NoiseScale | None = None
     steps: Convergence | None = None
@@ -241,16 +262,22 @@ class _Found:
     partial: Capacity | None = None  # what there is of a measurement on its way
 
     @staticmethod
-    def begun(workload: Workload, place: torch.device, options: BenchOptions, earlier: Run | None) -> _Found:
-        """With what stands of an earlier run; raises UsageError where that is another one."""
+    def begun(
+        workload: Workload, place: torch.device, options: BenchOptions, earlier: Run | None, sweep: Run | None = None
+    ) -> _Found:
+        """With what stands of an earlier run; raises UsageError where that, or the sweep, is of something else."""
         environment = capture(seed=options.seed, command=options.command)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        if earlier is None:
+        if earlier is None and sweep is None:
             return _Found(options, now, environment, (), None)
         info = Session(workload, place, options.dtype, options.seed).info
+        if sweep is not None:
+            check_sweep(sweep, info, describe(place))
+        if earlier is None:
+            return _Found(options, now, environment, (), None, sweep)
         continuation.check_same(earlier, info, describe(place), environment, Mode(options.compile, options.graph).name)
         past = continuation.notes(earlier, now)
-        found = _Found(options, earlier.created, environment, past, earlier)
+        found = _Found(options, earlier.created, environment, past, earlier, sweep)
         found.noise, found.steps = continuation.standing_noise(earlier), continuation.standing_branches(earlier)
         return found
 
@@ -296,7 +323,8 @@ class _Found:
             noise, steps = noise or self.earlier.noise, steps or self.earlier.convergence
             together = self.earlier.distributed
         verdict = advise(capacity, noise, steps, together) if judged and capacity is not None else None
-        return Run(self.created, self.environment, capacity, noise, steps, verdict, complete, notes, together)
+        made = Run(self.created, self.environment, capacity, noise, steps, verdict, complete, notes, together)
+        return with_sweep(made, self.sweep) if verdict is not None and self.sweep is not None else made
 
     def _lacking(self) -> tuple[Note, ...]:
         """A note for each part that is missing, with what may help."""

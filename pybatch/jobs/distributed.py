@@ -29,6 +29,7 @@ def run_bench_together(
     progress: Progress | None = None,
     earlier: Run | None = None,
     on_partial: Callable[[Run], None] | None = None,
+    sweep: Run | None = None,
 ) -> Run | None:
     """As `run_bench`, with its arguments, and then steps on 2, 4, ..., all devices.
 
@@ -45,7 +46,13 @@ def run_bench_together(
         if rank == 0:
             try:
                 run = run_bench(
-                    workload, alone, device=device, progress=progress, earlier=earlier, on_partial=on_partial
+                    workload,
+                    alone,
+                    device=device,
+                    progress=progress,
+                    earlier=earlier,
+                    on_partial=on_partial,
+                    sweep=sweep,
                 )
             except BaseException as caught:  # also Ctrl-C: the others wait for an answer
                 error = caught

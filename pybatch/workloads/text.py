@@ -19,6 +19,7 @@ from pybatch.workloads.base import Split, Workload, check_dial, chosen_model, re
 _BYTES = 256
 _GPT2_VOCABULARY = 50_304  # GPT-2's 50 257 tokens, padded to a multiple of 64: an odd width halves a GPU's matrix rate
 # Width, layers and heads. "base" has the shape of GPT-2's smallest (Radford et al. 2019), 124M with its vocabulary.
+RATES = {"transformer": 0.01, "lstm": 0.03}  # of the tiny ones: about those that a sweep tunes at batch 128
 TRANSFORMERS = {"tiny": (32, 1, 4), "small": (384, 6, 6), "base": (768, 12, 12)}
 LSTMS = {"tiny": (32, 1), "small": (512, 2), "base": (1536, 3)}  # width, layers
 _LEAST = 100  # sequences; the test tenth must hold some
@@ -71,6 +72,8 @@ class Text(Workload):
         check_dial(self.name, "vocabulary", vocabulary, _BYTES, 1_000_000, f"{_BYTES} to 1000000")
         check_dial(self.name, "subset", subset, 1e-9, 1.0, "a share above 0, at most 1")
         self.data, self.size, self.length, self.vocabulary = data, size, length, vocabulary
+        if size == "tiny":
+            self.learning_rate = RATES[self.model_name]
         if size == "base":
             self.learning_rate = 6e-4  # GPT-3's table for this size (Brown et al. 2020)
         train, test = _splits(data)

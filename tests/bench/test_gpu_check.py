@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import per_example
 import pytest
 import sweep_at_scale
 import torch
+from cases import warm
 from cases.paths import TESTS
 from gpu_check import Check, Outcome
 
@@ -277,11 +277,11 @@ def test_the_copy_that_ncu_counts_is_a_kernel(monkeypatch):
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
+def toy(tmp_path, monkeypatch, warm_python):
     """A way to run the sweep at scale at a toy scale, in `tmp_path`, as a stage does."""
     found = Check(None, tmp_path, tmp_path / "site", 300.0)
-    environment = found.environment | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, BENCH / "sweep_at_scale.py", "--device", "cpu", "--kept", "kept", "--output", "o.json"]
+    environment = found.environment | {"OMP_NUM_THREADS": "1", warm.CHILDREN: warm_python}
+    command = [warm_python, BENCH / "sweep_at_scale.py", "--device", "cpu", "--kept", "kept", "--output", "o.json"]
 
     def start(seconds=240.0):
         return subprocess.Popen(
@@ -306,7 +306,7 @@ def test_a_sweep_at_scale_that_is_killed_goes_on_and_answers_the_question(toy, t
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.send_signal(warm.KILL)
     process.wait()
     before = _trials(store)
     measured = (kept / "sweep_at_scale_capacity.json").read_bytes()
@@ -363,7 +363,8 @@ def _trials(store):
         return 0
 
 
-def test_a_sweep_at_scale_is_interrupted_when_the_time_ends(tmp_path, monkeypatch):
+def test_a_sweep_at_scale_is_interrupted_when_the_time_ends(tmp_path, monkeypatch, warm_python):
+    monkeypatch.setattr(sys, "executable", warm_python)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     endless = ("--batch", "4", "--seeds", "1", "--target", "train=0.0000001", "--max-steps", "100000000")
     scale = dataclasses.replace(sweep_at_scale.TOY, sweep=(), passes=(endless, ("--batch", "8")))

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from cases import warm
 
 import pybatch
 from pybatch.base.errors import UsageError
@@ -16,9 +17,9 @@ from pybatch.records import Run
 from pybatch.workloads.running.finding import find
 
 
-def torchrun(folder, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pybatch"]
+def torchrun(python, folder, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", warm.CHILDREN: python}
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pybatch"]
     return subprocess.run(
         [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
@@ -27,7 +28,9 @@ def torchrun(folder, *arguments):
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
-    done = torchrun(folder, "bench", "--cpu", "--batch", "8,128", "--time-budget", "20", "-o", "run.json")
+    done = torchrun(
+        sys.executable, folder, "bench", "--cpu", "--batch", "8,128", "--time-budget", "20", "-o", "run.json"
+    )
     assert (folder / "run.json").exists(), done.stderr
     return done, Run.from_json((folder / "run.json").read_text())
 
@@ -51,7 +54,7 @@ def test_steps_with_and_without_communication_are_told_apart(bench):
     assert any("share this machine" in note.text for note in run.distributed.notes)
 
 
-def test_an_error_in_process_0_ends_both(tmp_path):
+def test_an_error_in_process_0_ends_both(tmp_path, warm_python):
     broken = tmp_path / "broken.py"
     broken.write_text(
         "import torch, pybatch\n"
@@ -61,7 +64,7 @@ def test_an_error_in_process_0_ends_both(tmp_path):
         "    def batch(self, n, generator, split='train'): raise ValueError('no data here')\n"
         "    def loss(self, model, batch): return model(batch).mean()\n"
     )
-    done = torchrun(tmp_path, "bench", "--cpu", "--workload", "broken.py:Broken")
+    done = torchrun(warm_python, tmp_path, "bench", "--cpu", "--workload", "broken.py:Broken")
     assert done.returncode != 0
     assert done.stderr.count("no data here") >= 1
 

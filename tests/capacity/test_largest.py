@@ -299,12 +299,14 @@ def test_a_fresh_process_runs_full_steps_of_a_users_file(tmp_path: Path) -> None
     assert outcome.peak_bytes == pytest.approx(160 * MB, rel=0.25)
 
 
+@pytest.mark.usefixtures("warm_children")
 def test_an_overshoot_is_an_error_in_the_child_and_not_a_machine_out_of_memory() -> None:
     outcome = probe.run_probe(request(Wide(), 100_000, 300 * MB), 60)
     assert outcome.status == "oom"
     assert "memory" in (outcome.reason or "").lower()
 
 
+@pytest.mark.usefixtures("warm_children")
 def test_a_prediction_that_runs_out_of_memory_ends_in_a_verified_batch_and_a_living_parent() -> None:
     """The real thing: an example takes about 8 kB, the line says 5 kB, and the address space ends at 300 MB."""
     found = explorer(per_example=5_000)

@@ -538,10 +538,10 @@ def test_ctrl_c_while_the_command_line_is_imported_shows_no_trace(tmp_path):
     assert done.stderr == "pybatch: interrupted before anything was measured; nothing was written\n"
 
 
-def test_ctrl_c_writes_what_was_measured(user_file, tmp_path):
+def test_ctrl_c_writes_what_was_measured(user_file, tmp_path, warm_python):
     """The real thing: a process, a signal, a file."""
     path = tmp_path / "run.json"
-    command = [sys.executable, "-m", "pybatch", "bench", "--cpu", "--workload", f"{user_file}:Slow"]
+    command = [warm_python, "-m", "pybatch", "bench", "--cpu", "--workload", f"{user_file}:Slow"]
     command += ["--batch", "1-4096*2", "--time-budget", "40", "-o", str(path)]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ

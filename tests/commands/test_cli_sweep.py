@@ -4,13 +4,13 @@ import json
 import os
 import re
 import shlex
-import signal
 import sqlite3
 import subprocess
 import sys
 import time
 
 import pytest
+from cases import warm
 
 from pybatch import cli
 from pybatch.base.errors import Interrupted
@@ -120,10 +120,10 @@ def rows(path):
     return found
 
 
-def test_a_killed_sweep_keeps_its_trials_and_is_resumed(pybatch, tmp_path):
+def test_a_killed_sweep_keeps_its_trials_and_is_resumed(pybatch, tmp_path, warm_python):
     path, out = tmp_path / "runs.db", tmp_path / "run.json"
     flags = f"sweep --cpu -q --batch 32,64,128 --seeds 2 --rates 0.4,0.8,100 --target train=0.7 --store {path}"
-    command = [sys.executable, "-m", "pybatch", *shlex.split(flags), "--noise-budget", "0"]
+    command = [warm_python, "-m", "pybatch", *shlex.split(flags), "--noise-budget", "0"]
     with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL) as child:
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
@@ -134,7 +134,7 @@ def test_a_killed_sweep_keeps_its_trials_and_is_resumed(pybatch, tmp_path):
                         break
                 except sqlite3.OperationalError:  # its tables are not there yet
                     continue
-        child.send_signal(signal.SIGKILL)
+        child.send_signal(warm.KILL)
     before = rows(path)
     assert before
     status, _, _ = pybatch(f"{flags} --noise-budget 0 --resume -o {out}")

@@ -1,16 +1,18 @@
-"""After the first verdict the advised batch is timed, where it was not: by a measurement that is planted here."""
+"""After the verdict the advised batch is timed, or what is beside it: by a measurement that is planted here."""
 
 import dataclasses
 
 import pytest
 import torch
-from cases.verdicts import BATCHES, capacity, noise, throughput
+from cases.verdicts import BATCHES, SWEEP, capacity, noise, throughput
 
-from pybatch.base.errors import Interrupted, WorkloadError
+from pybatch.base.errors import Interrupted, UsageError, WorkloadError
+from pybatch.device.identity import describe
 from pybatch.jobs import bench
 from pybatch.jobs.options import BenchOptions
-from pybatch.records import BatchPoint
+from pybatch.records import BatchPoint, Convergence, Run
 from pybatch.workloads.quadratic import Quadratic
+from pybatch.workloads.running.session import Session
 
 
 @pytest.fixture
@@ -44,22 +46,36 @@ def test_the_advised_batch_is_timed(asked):
     assert (given["find_max_batch"], given["time_budget"]) == (False, 3.0)
     assert after.model == before.model
     assert [p.batch for p in after.batches] == sorted((*BATCHES[::2], batch))
-    assert "timed after the first verdict" in after.notes[-1].text
+    assert "timed after the verdict advised" in after.notes[-1].text
     assert bench.advise(after, noise(400)).why("best_batch").inputs["largest_measured"] == 4096
 
 
-def test_one_that_was_timed_is_not_timed_again_but_on_a_disturbed_machine(asked):
+def test_what_is_beside_one_that_was_timed_is_timed_and_then_nothing(asked):
+    """Of the sizes people use, four an octave: on a disturbed machine those within an octave again, too."""
     best = bench.advise(capacity(), noise(400)).best_batch
     known = capacity(batches=sorted({*BATCHES, best}))
-    assert closer(known) is known
+    beside = closer(known)
+    [(batches, _, _)] = asked
+    assert len(batches) == 2
+    assert 0.75 <= batches[0] / best < 1 < batches[1] / best <= 1.25
+    asked.clear()
+    assert bench.advise(beside, noise(400)).best_batch == best
+    assert closer(beside) is beside
     assert closer(capacity(), batches=BATCHES) == capacity()  # the user chose
     assert asked == []
-    disturbed = dataclasses.replace(known, disturbed=("other processes kept 1.9 of 2 cores busy",))
+    disturbed = dataclasses.replace(beside, disturbed=("other processes kept 1.9 of 2 cores busy",))
     again = closer(disturbed)
     [(batches, _, _)] = asked
     assert best / 2 <= min(batches) <= max(batches) <= 2 * best
-    assert len(batches) >= 3
+    assert len(batches) >= 5
     assert {p.batch: p.samples for p in again.batches if p.batch in batches} == dict.fromkeys(batches, 20)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(160, [112, 160]), (150, [112]), (128, [112])])
+def test_nothing_is_timed_beside_it_that_does_not_fit(most, expected):
+    known = dataclasses.replace(capacity(batches=[32, 64, 128]), max_batch=most)
+    assert bench.closer(known, 96) == [96]
+    assert bench.closer(known, 128) == expected
 
 
 @pytest.mark.parametrize("failure", [WorkloadError("it broke"), Interrupted(None), KeyboardInterrupt()])
@@ -72,7 +88,48 @@ def test_what_was_measured_stands_when_the_look_fails(monkeypatch, failure):
     if isinstance(failure, WorkloadError):
         after = closer(known)
         assert after.batches == known.batches
-        assert "was not timed: it broke" in after.notes[-1].text
+        assert after.notes[-1].text.endswith("it broke")
+        assert "was not timed after the verdict advised" in after.notes[-1].text
     else:
         with pytest.raises(KeyboardInterrupt):
             closer(known)
+
+
+CPU = torch.device("cpu")
+
+
+def sweep_of(**other):
+    """A sweep of the quadratic here with critical batch 200, as one that chose its own optimizer and target."""
+    info = Session(Quadratic(), CPU).info
+    swept = dataclasses.replace(info, **({"target": {"train": 0.3}, "optimizer": "sgd", "learning_rate": 0.5} | other))
+    steps = Convergence((SWEEP["fitted"][0],), optimizer="sgd", device=describe(CPU), workload=swept)
+    return Run("2026-01-03T00:00:00+00:00", None, convergence=steps)
+
+
+def test_what_is_timed_again_and_the_verdict_stand_on_a_sweep_that_is_given(asked):
+    before = capacity(batches=BATCHES)
+    found = bench._Found.begun(Quadratic(), CPU, BenchOptions(), None, sweep_of())
+    info, device = found.sweep.convergence.workload, found.sweep.convergence.device
+    found.capacity, found.noise = dataclasses.replace(before, workload=info, device=device), noise(4000)
+    bench._closer(Quadratic(), CPU, BenchOptions(), found, 3.0, None)
+    [(batches, _, _)] = asked
+    run = found.run()
+    assert run.verdict.critical_source == "sweep"
+    assert run.convergence.curves == sweep_of().convergence.curves or run.convergence.curves[0].noise_ratio is not None
+    assert batches == bench.closer(found.capacity, run.verdict.best_batch)
+    alone = bench.advise(found.capacity, found.noise).best_batch
+    assert batches != bench.closer(found.capacity, alone)  # that of the noise scale is elsewhere
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"dtype": "bf16"}, "it is of quadratic, bf16, on"),
+    ({"name": "text", "model": "lstm"}, "it is of text (lstm), fp32, on"),
+    ({"options": {"d": 7}}, "with other options or another model file"),
+])  # fmt: skip
+def test_a_sweep_of_something_else_is_refused_before_anything_is_measured(change, told):
+    with pytest.raises(UsageError, match="--sweep: ") as refused:
+        bench.run_bench(Quadratic(), BenchOptions(), device="cpu", sweep=sweep_of(**change))
+    assert told in str(refused.value)
+    without = dataclasses.replace(sweep_of(), convergence=None)
+    with pytest.raises(UsageError, match="no steps to a target"):
+        bench.run_bench(Quadratic(), BenchOptions(), device="cpu", sweep=without)

@@ -472,12 +472,12 @@ def test_a_full_disk_does_not_end_the_run(
     assert capsys.readouterr().err.count("could not be continued") == 1
 
 
-def test_killed_in_the_middle_and_continued(tmp_path: Path) -> None:
+def test_killed_in_the_middle_and_continued(tmp_path: Path, warm_python: str) -> None:
     """A process, kill -9 once two batch sizes stand on disk, and the command again; its figures are planted."""
     path, partial = tmp_path / "run.json", tmp_path / "run.json.partial"
     (tmp_path / "own.py").write_text(OWN.replace("PARTIAL", repr(str(partial))) + TIMES)
     environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-m", "pybatch", "bench", "--cpu", "--workload", f"{tmp_path}/own.py:Kept"]
+    command = [warm_python, "-m", "pybatch", "bench", "--cpu", "--workload", f"{tmp_path}/own.py:Kept"]
     command += ["--batch", "8-64*2", "-q", "-o", str(path), "--time-budget"]
     killed = subprocess.run([*command, "90"], capture_output=True, check=False, env=environment | {"SUICIDE": "1"})
     assert killed.returncode == -signal.SIGKILL

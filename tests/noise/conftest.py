@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 from cases.paths import TESTS
@@ -15,11 +14,11 @@ WORLDS = (2, 4)
 
 
 @pytest.fixture(scope="session")
-def processes(tmp_path_factory):
+def processes(tmp_path_factory, warm_python):
     """What each of so many processes found, by how many they are."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, str(WORKER), *map(str, WORLDS), str(folder)]
+    command = [warm_python, str(WORKER), *map(str, WORLDS), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     return {

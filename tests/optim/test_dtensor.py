@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from functools import cache
 
 import numpy as np
@@ -15,11 +14,11 @@ from pybatch import optim
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
+def sharded(tmp_path_factory, warm_python):
     """What two processes found, all in one start of them."""
     folder = tmp_path_factory.mktemp("dtensor")
     output = folder / "found.pt"
-    command = [sys.executable, worker.__file__]
+    command = [warm_python, worker.__file__]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
     running = [
         subprocess.Popen(

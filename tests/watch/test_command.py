@@ -33,7 +33,7 @@ finally:
 if "--status" in sys.argv:
     sys.exit(5)
 """
-COMMAND = [sys.executable, "-m", "pybatch", "watch", "--time-budget", "2"]
+WATCH = ["-m", "pybatch", "watch", "--time-budget", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def ran(folder, *command):
 
 def test_stdout_and_status_are_the_scripts(folder):
     plain = ran(folder, sys.executable, "train.py", "250", "--status")
-    done = ran(folder, *COMMAND, "-o", "run.json", "--html", "page.html", "train.py", "250", "--status")
+    done = ran(folder, sys.executable, *WATCH, "-o", "run.json", "--html", "page.html", "train.py", "250", "--status")
     assert done.stdout == plain.stdout
     assert done.returncode == plain.returncode == 5
     assert "pybatch: watching Sequential (178 parameters) with AdamW" in done.stderr
@@ -67,8 +67,8 @@ def test_stdout_and_status_are_the_scripts(folder):
     assert not (folder / "run.json.partial").exists()
 
 
-def test_a_script_that_fails_keeps_its_traceback_and_what_was_measured(folder):
-    done = ran(folder, *COMMAND, "-o", "failed.json", "train.py", "250", "--fail")
+def test_a_script_that_fails_keeps_its_traceback_and_what_was_measured(folder, warm_python):
+    done = ran(folder, warm_python, *WATCH, "-o", "failed.json", "train.py", "250", "--fail")
     assert done.stdout.splitlines()[-1].startswith("end 100")
     assert done.returncode == 1
     line = next(i for i, text in enumerate(SCRIPT.splitlines(), 1) if "raise" in text)
@@ -81,12 +81,12 @@ def test_a_script_that_fails_keeps_its_traceback_and_what_was_measured(folder):
     assert any("RuntimeError" in note.text for note in run.notes)
 
 
-def test_ctrl_c_leads_to_the_verdict_and_a_second_one_to_the_record(folder):
+def test_ctrl_c_leads_to_the_verdict_and_a_second_one_to_the_record(folder, warm_python):
     """One process each: the first Ctrl-C in the training, a second one in the replays."""
     for output, twice in (("once.json", False), ("twice.json", True)):
         budget = ["--time-budget", "60"] if twice else []
         process = subprocess.Popen(
-            [*COMMAND, *budget, "-o", output, "train.py", "100000000"],
+            [warm_python, *WATCH, *budget, "-o", output, "train.py", "100000000"],
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

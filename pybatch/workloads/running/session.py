@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pybatch.base.errors import DeviceError, UsageError, WorkloadError
 from pybatch.base.numerals import memory
 from pybatch.device.abilities import refused_layer
-from pybatch.device.generators import forked, place_in_use
+from pybatch.device.generators import forked, place_in_use, seed_all
 from pybatch.device.identity import DTYPES, cpu_name
 from pybatch.device.memory import upload
 from pybatch.records import WorkloadInfo
@@ -59,7 +59,7 @@ class Session:
         self.generator = torch.Generator().manual_seed(seed)
         self._lookout = Lookout()
         with forked(place_in_use()):
-            torch.manual_seed(seed)  # also of a GPU that the model is the first to use
+            seed_all(seed)
             model = self._call("model")
         if not isinstance(model, torch.nn.Module):
             raise self._error("model", f"returned {type(model).__name__}, not a torch.nn.Module")
