@@ -39,6 +39,19 @@ class Case(NamedTuple):
     model: Callable[[], nn.Module]
     shape: tuple[int, ...]  # of a batch
     micro_batches: int = 1
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+
+
+class Recurrent(nn.Module):
+    """Layers whose examples can't be told apart inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.LSTM(64, 128, batch_first=True), nn.Linear(128, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.body(x)[0][:, -1])
+        return found
 
 
 def mlp() -> nn.Module:
@@ -57,6 +70,7 @@ CASES = {
     "per-example": Case(mlp, (64, 1024)),
     "micro-batches": Case(mlp, (32, 1024), 2),
     "adam-moments": Case(cnn, (16, 3, 32, 32)),  # batch normalization has no gradient of one example
+    "halves": Case(Recurrent, (64, 32, 64), optimizer=torch.optim.SGD),
 }
 
 
@@ -66,7 +80,7 @@ class Training:
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
         self.case, self.model = case, case.model()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.optimizer = case.optimizer(self.model.parameters(), lr=1e-4)
         self.x, self.y = torch.randn(*case.shape), torch.randint(10, (case.shape[0],))
 
     def run(self, steps: int) -> tuple[float, float]:

@@ -82,7 +82,8 @@ class Commands(TyperGroup):
         alone = typer.Typer(**_STYLE)
         named = importlib.import_module(f"pybatch.commands.{module}")
         settings = getattr(named, "CONTEXT", None)  # of a command that leaves arguments to another program
-        alone.command(cmd_name, context_settings=settings)(getattr(named, function))
+        kind = getattr(named, "COMMAND", None)
+        alone.command(cmd_name, cls=kind, context_settings=settings)(getattr(named, function))
         return typer.main.get_command(alone)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from pybatch.records import Branching, Convergence, Note
 from pybatch.scaling import Base, Scaled, scale
 from pybatch.training.fingerprint import fingerprint
 from pybatch.workloads.base import Progress, Workload
+from pybatch.workloads.running.loss_scale import LossScale
 from pybatch.workloads.running.optimizers import Rates, public
 from pybatch.workloads.running.session import Session, fixed_batches
 
@@ -158,6 +159,7 @@ class BranchedRun:
             "model": _copied(session.model.state_dict()),
             "optimizer": _copied(self.base.optimizer.state_dict()),
             "generator": session.generator.get_state(),
+            "loss_scale": asdict(session.scaling) if session.scaling is not None else None,
         }
         if path is not None:
             checkpoint.save(path, self.state)
@@ -190,6 +192,8 @@ class BranchedRun:
         trained.optimizer.load_state_dict(_copied(self.state["optimizer"]))
         for group, kept in zip(trained.optimizer.param_groups, own, strict=True):
             group.update({key: value for key, value in kept.items() if key != "params"})
+        if (scale := self.state.get("loss_scale")) is not None:  # of fp16: found once, by updates that were left out
+            trained.session.scaling = LossScale(**scale)
         if trained is self.base:
             trained.session.generator.set_state(self.state["generator"])
             trained.done = int(self.state["step"])

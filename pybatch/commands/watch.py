@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from pybatch.base import faults
 from pybatch.base.errors import UsageError
@@ -32,9 +33,42 @@ from pybatch.watch.importing import AfterTorch
 if TYPE_CHECKING:  # it imports torch
     from pybatch.jobs.watch import Watching
 
+_MODULE = ("-m", "--module")
 CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": False}  # what follows the script is its own
 _BUDGET = 30.0  # seconds
 _REFUSED = 2  # the status of a script whose argparse knows an argument not
+
+
+class Watch(TyperCommand):
+    """A command line that is the script's own behind `-m MODULE`, as Python's is."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As click's."""
+        flags = {name for p in self.params for name in p.opts if getattr(p, "is_flag", False)}
+        end = _module_ends(args, flags)
+        return super().parse_args(ctx, args if end is None else [*args[:end], "--", *args[end:]])
+
+
+def _module_ends(args: Sequence[str], flags: Container[str]) -> int | None:
+    """Where the script's own arguments begin that follow `-m MODULE`; None where there is none before a script.
+
+    Args:
+        args: what was typed.
+        flags: options that take no value.
+    """
+    at = 0
+    while at < len(args) and args[at].startswith("-") and args[at] != "--":
+        name, equals, _ = args[at].partition("=")
+        while name[:2] not in _MODULE and len(name) > 2 and name[1] != "-" and name[:2] in flags:
+            name = f"-{name[2:]}"  # -qm package
+        joined = bool(equals) or (len(name) > 2 and name[1] != "-")  # --module=package, -mpackage
+        at += 1 if joined or name in flags else 2
+        if name[:2] == _MODULE[0] or name == _MODULE[1]:
+            return at if at <= len(args) else None
+    return None
+
+
+COMMAND = Watch
 
 
 def watch(

@@ -166,10 +166,13 @@ class Watching:
         steps = self._observer.steps
         assert steps is not None
         now = time.monotonic()
-        if self.rank == 0 and now - self._saved >= self._save_after:
-            self._save(now)
-        elif now - self._told >= _TELL_EVERY:
-            self._tell(now)
+        try:
+            if self.rank == 0 and now - self._saved >= self._save_after:
+                self._save(now)
+            elif now - self._told >= _TELL_EVERY:
+                self._tell(now)
+        except Exception as error:
+            self._observer.fault = error  # which ends the observation, and not the training
         if self.options.steps is not None and steps.count >= self.options.steps:
             raise Enough(0)
 

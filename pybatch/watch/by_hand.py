@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from pybatch.noise.hooks import Hook
+from pybatch.watch.outputs import leaves_in
 
 BACKWARDS = 8  # backward passes of one model with no optimizer's step, after which its update is taken to be by hand
 
@@ -60,7 +60,7 @@ class ByHand(torch.optim.Optimizer):
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        first = next((v for v in tree_leaves(output) if isinstance(v, Tensor) and v.requires_grad), None)
+        first = next((v for v in leaves_in(output) if isinstance(v, Tensor) and v.requires_grad), None)
         if first is not None:
             first.register_hook(self._arrived)  # type: ignore[no-untyped-call]
 

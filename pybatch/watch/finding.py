@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
 from pybatch.watch.batching import BatchSecond
 from pybatch.watch.by_hand import BACKWARDS, ByHand
+from pybatch.watch.outputs import leaves_in
 
 
 @dataclass(eq=False)
@@ -141,7 +141,7 @@ class Finder:
         self._depth = max(0, self._depth - 1)
         if self._depth or self.trained or not torch.is_grad_enabled():
             return
-        first = next((v for v in tree_leaves(output) if isinstance(v, Tensor) and v.requires_grad), None)
+        first = next((v for v in leaves_in(output) if isinstance(v, Tensor) and v.requires_grad), None)
         if first is not None and any(p.requires_grad for p in module.parameters()):
             first.register_hook(lambda gradient: self._passed(module))  # type: ignore[no-untyped-call]
 

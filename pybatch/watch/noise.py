@@ -1,7 +1,8 @@
 """The noise scale of a training that is watched, by the best source that its loop, model and optimizer offer.
 
 DDP or FSDP2 where there are several processes; micro-batches where a step has several; else exact per-example
-gradients; else Adam's moments. The second and the third are of every so many steps, as seldom as their cost asks for.
+gradients; else Adam's moments; else the halves of a batch. All but the first and Adam's are of every so many steps, as
+seldom as their cost asks for.
 What fails ends the source, never the training.
 """
 
@@ -33,6 +34,7 @@ from pybatch.noise.sources.micro_batches import MicroBatchNoise
 from pybatch.optim import FusedOptimizer
 from pybatch.records import NoiseScale
 from pybatch.watch.batching import Batching
+from pybatch.watch.halves import HalvesNoise
 
 _SINGLES = 3  # steps of one backward pass each, after which a loop of micro-batches is taken for an ordinary one
 _TRIED = 8  # watched steps, after which the cost of one is known; the first compiles and loads
@@ -44,6 +46,9 @@ _ALIKE = 0.01  # share by which what a script counts may differ from the example
 _FIRST = 2  # steps from one to the next whose micro-batches are measured, until it is known what that costs
 _PAIRS = 2 * MIN_BLOCKS  # of a training whose length is known, at least, whatever that costs
 _OFTEN = 1.2  # times more seldom, from which on the source is made anew
+_KNOWN = ("unresolved", "lower_bound", "resolved")
+_WITHIN = ("per-example", "adam-moments", "halves")  # sources of one backward pass a step
+_Spaced = ExampleNoise | MicroBatchNoise | HalvesNoise  # those that are of every so many steps
 REMEDY = "Give the training two or more backward passes a step (gradient accumulation), or train with Adam or AdamW"
 
 
@@ -73,6 +78,7 @@ class NoiseWatch:
         self._ended: list[Handle] = []  # a source that ended early, with what it had measured
         self._offers: list[str] = []
         self._common: dict[str, Any] = {}
+        self._batching: Batching | None = None
         self._steps = steps
         self._every = self._spaced(EVERY if passes < 2 else _FIRST)
         self._before: float | None = None  # the end of the step before
@@ -93,10 +99,10 @@ class NoiseWatch:
             self.reasons.append("the model's forward() gets no tensor to count examples in")
             return
         examples: Examples = None if batching.first == 0 else batching.size
-        self._common = {"examples": examples}
+        self._common, self._batching = {"examples": examples}, batching
         self._offers = ["own"]
         if self._passes < 2:
-            self._offers += ["per-example", "adam-moments"]
+            self._offers += _WITHIN
         self._next()
         if isinstance(self._handle, Collector):
             self._handle.begin(module, args, kwargs)
@@ -111,7 +117,7 @@ class NoiseWatch:
             self._seen += examples
             self._counted += self._optimizer._sums.examples
         handle = self._handle
-        self.watched = isinstance(handle, ExampleNoise | MicroBatchNoise) and handle.watching
+        self.watched = isinstance(handle, _Spaced) and handle.watching
         return self.watched and self._every > 1
 
     def stepped(self) -> None:
@@ -122,14 +128,14 @@ class NoiseWatch:
         error = getattr(handle, "broken", None) or getattr(handle, "refused", None)
         if error is not None and isinstance(handle, Collector) and handle.noise.status == "resolved":
             self._offers = []  # what was measured until then stands
-            self._ended = [handle]
+            self._ended.append(handle)
             self._leave(f"{error}")
         elif error is not None:
             self._leave(str(error))
         elif isinstance(handle, MicroBatchNoise) and handle.singles >= _SINGLES and not handle.pairs:
-            self._offers = ["per-example", "adam-moments"]
+            self._offers = list(_WITHIN)
             self._leave("")
-        elif isinstance(handle, ExampleNoise | MicroBatchNoise):
+        elif isinstance(handle, _Spaced):
             self._weigh(handle)
 
     def detach(self) -> None:
@@ -139,18 +145,17 @@ class NoiseWatch:
 
     def read(self) -> NoiseScale | None:
         """The noise scale of the newest stretch, with the run as its trajectory; waits for the device."""
-        handle = self._handle or next(iter(self._ended), None)
-        if handle is None:
-            return None
-        try:
-            if isinstance(handle, OptimizerNoise):
-                return self._in_examples(handle.noise)
-            found = handle.noise
-            before = self._ended[0].noise if self._ended and found.status != "resolved" else found
-        except PybatchError as error:
-            self.reasons.append(str(error).removesuffix("."))
-            return None
-        return before if before.status == "resolved" else found
+        handles = [*self._ended, *([self._handle] if self._handle is not None else [])]
+        best: NoiseScale | None = None
+        for handle in handles:
+            try:
+                found = self._in_examples(handle.noise) if isinstance(handle, OptimizerNoise) else handle.noise
+            except PybatchError as error:
+                self.reasons.append(str(error).removesuffix("."))
+                continue
+            if best is None or _KNOWN.index(found.status) >= _KNOWN.index(best.status):
+                best = found
+        return best
 
     def _in_examples(self, noise: NoiseScale) -> NoiseScale:
         """An optimizer's own noise scale is in what the script gave `accumulate(n)`, which may be tokens."""
@@ -189,6 +194,8 @@ class NoiseWatch:
             return kind(model, optimizer, **self._common, **own)
         if offer == "micro-batches":
             return self._micro_batches(model)
+        if offer == "halves":
+            return self._halves(model)
         return guarded(MomentsNoise, ("_began", "_stepped"))(model, optimizer, **self._common)
 
     def _own(self, model: nn.Module) -> Handle | None:
@@ -212,11 +219,20 @@ class NoiseWatch:
         kind = guarded(MicroBatchNoise, ("_recover", "close", "_drop", "_hold", "_end", "_begin", "_take_back"))
         return kind(model, self._optimizer, **self._common, scaler=self._scaler, every=self._every)
 
+    def _halves(self, model: nn.Module) -> Handle:
+        assert self._batching is not None  # `begin` has looked
+        if self._compiled:
+            raise UsageError("halves of a batch: the model is compiled, and its backward pass can't be run twice")
+        kind = guarded(HalvesNoise, ("_leave", "arrived", "_compare", "_step"))
+        parting = next((one.parting for one in self._ended if isinstance(one, HalvesNoise)), None)
+        every = self._spaced(max(EVERY, self._every))
+        return kind(model, self._optimizer, self._batching, scaler=self._scaler, every=every, parting=parting)
+
     def _spaced(self, every: int) -> int:
         """Steps from one that is measured to the next: no more than leave a short training its interval."""
         return every if self._steps is None else max(1, min(every, self._steps // _PAIRS))
 
-    def _weigh(self, handle: ExampleNoise | MicroBatchNoise) -> None:
+    def _weigh(self, handle: _Spaced) -> None:
         """Watch more seldom where a watched step takes much longer than others."""
         now, before = time.perf_counter(), self._before
         self._before = now
@@ -234,8 +250,8 @@ class NoiseWatch:
         if every > _OFTEN * self._every:
             self._every = every
             handle.detach()
-            self._ended = [handle]  # which stands until the new one has an interval too
-            self._handle = self._make("per-example" if isinstance(handle, ExampleNoise) else "micro-batches")
+            self._ended.append(handle)  # which stands until the new one knows as much
+            self._handle = self._make(handle.source)
 
     def _take(self, seconds: float) -> None:
         """A step's time: the one after a watched step pays for it too, as memory that was held is asked for anew."""
@@ -277,12 +293,12 @@ def guarded(kind: type[_Kind], names: Iterable[str]) -> Callable[..., Collector]
         @functools.wraps(plain)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if self.broken is not None:
-                return False
+                return None  # of a hook: go on as you were
             try:
                 return plain(self, *args, **kwargs)
             except Exception as error:
                 self.broken = error
-                return False
+                return None
 
         return call
 

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_leaves
 
 from pybatch.noise.hooks import Hook
 from pybatch.optim import FusedOptimizer
 from pybatch.watch.batching import Batching, examples_in, find_batching
 from pybatch.watch.by_hand import ByHand
+from pybatch.watch.clipping import Left
 from pybatch.watch.finding import Finder, Trained, compiled, kinds_of, scaler_of
 from pybatch.watch.loader import LoaderWatch
 from pybatch.watch.marks import marks_for
 from pybatch.watch.noise import NoiseWatch
+from pybatch.watch.outputs import leaves_in
 from pybatch.watch.passes import Pass
 from pybatch.watch.steps import Steps
 from pybatch.watch.together import together
@@ -104,7 +105,7 @@ class Observer:
         self._in_pass = self._in_step = self._done = False
         self._evaluations = 0  # backward passes within the optimizer's step
         self._first: Tensor | None = None  # a parameter that is trained
-        self._versions: list[tuple[Tensor, int]] = []
+        self._left: Left | None = None
         self._looked_until = 0  # steps, up to which it is looked whether gradients are clipped
 
     def start(self) -> None:
@@ -146,10 +147,9 @@ class Observer:
         if self.subject is None or self.steps is None or optimizer is not self.subject.optimizer:
             return
         self._in_step, self._evaluations = True, 0
-        if self._versions:
-            changes = [p.grad._version - version for p, version in self._versions if p.grad is not None]
-            self.subject.clipped = bool(changes) and min(changes) > (self.subject.scaler is not None)
-            self._versions = []
+        if self._left is not None:
+            self.subject.clipped = self._left.clipped(self.subject.scaler)
+            self._left = None
         if self.noise is not None and self.noise.stepping(self.steps.examples):
             self.steps.unusual()
         self.steps.updating()
@@ -295,7 +295,7 @@ class Observer:
         if not self._in_pass:
             return
         self._in_pass = False
-        leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
+        leaves = leaves_in(output)
         kept, examples, begun = self._pass, self._pending, False
 
         def arrived(leaf: int, gradient: Tensor) -> None:
@@ -311,7 +311,7 @@ class Observer:
             if isinstance(value, Tensor) and value.requires_grad:
                 value.register_hook(lambda gradient, leaf=leaf: arrived(leaf, gradient))  # type: ignore[no-untyped-call]
                 found = True
-                if kept is None and not isinstance(output, tuple | dict):
+                if kept is None and isinstance(output, Tensor):
                     break
         if kept is not None:
             kept.outputs = len(leaves)
@@ -345,7 +345,7 @@ class Observer:
         # At every pass of a step, as the next one adds to the same gradients. DDP writes gradients after this.
         if self.steps.count < self._looked_until and self.subject.world == 1:
             params = [p for group in self.subject.optimizer.param_groups for p in group["params"]]
-            self._versions = [(p, p.grad._version) for p in params if p.grad is not None]
+            self._left = Left([p for p in params if p.grad is not None])
 
     @harmless
     def _waited(self, seconds: float) -> None:

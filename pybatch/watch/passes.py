@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from pybatch.base.errors import WorkloadError
 from pybatch.watch.batching import Batching, resized, resized_like
+from pybatch.watch.outputs import leaves_in
 
 HELD_BYTES = 64 << 20  # of a gradient at an output: a larger one is drawn anew, which takes as long a step
 
@@ -97,7 +97,7 @@ class Loaded:
     def _forward(self) -> list[Any]:
         args, kwargs = self._arguments
         with torch.enable_grad(), _autocast(self._pass.autocast):
-            return tree_leaves(self._pass.model(*args, **kwargs))
+            return leaves_in(self._pass.model(*args, **kwargs))
 
     def _sized(self, outputs: list[Any]) -> dict[int, Tensor]:
         kept, made = self._pass, {}

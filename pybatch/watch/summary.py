@@ -103,6 +103,10 @@ def training(name: str, subject: Subject, observer: Observer, meter: Meter | Non
     if uneven and steps.micro_batch is not None:
         other = sum(steps.sizes.values()) - steps.sizes[steps.micro_batch]
         notes.append(Note("training.batch", f"{other} of {sum(steps.sizes.values())} passes had another size"))
+    if len(stepped := observer.optimizers) > 1 and subject.optimizer in stepped:
+        at = next(i for i, one in enumerate(stepped) if one is subject.optimizer)
+        text = f"number {at} of the {len(stepped)} that stepped, from 0 on; --optimizer-index takes another"
+        notes.append(Note("training.optimizer", text))
     joules = None
     if meter is not None and meter.joules is not None and batch:
         joules = meter.joules / (batch * max(1, steps.count))

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pybatch.branch.summary import WINDOW, summarize
 from pybatch.records import Convergence, Note, Run
 from pybatch.workloads.digits import Digits
 from pybatch.workloads.quadratic import Quadratic
+from pybatch.workloads.running.loss_scale import LossScale
 from pybatch.workloads.running.session import Session
 
 BASE, BATCHES = 16, [4, 8, 16, 32, 64, 128, 256, 512]
@@ -236,7 +238,38 @@ def test_checkpoints_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytes
 def test_a_checkpoint_holds_tensors_and_plain_values_alone(tmp_path: Path) -> None:
     short(folder=tmp_path)
     state = torch.load(tmp_path / "step-10.pt", weights_only=True)
-    assert {"model", "optimizer", "generator", "step", "identity", "format"} == set(state)
+    assert {"model", "optimizer", "generator", "loss_scale", "step", "identity", "format"} == set(state)
+
+
+class Loud(Digits):
+    """Gradients that overflow fp16 at the first scale."""
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        return 1000 * super().loss(model, batch)
+
+
+@pytest.mark.parametrize("again", [False, True])  # from the folder
+def test_branches_in_fp16_go_on_at_the_loss_scale_of_the_run(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each would leave its first updates out, the more the fewer steps it has."""
+    begun: list[tuple[int, LossScale]] = []
+    advance = branched_run.Trained.advance
+
+    def watched(self: Any, batch: int, rate: Any, steps: int) -> Any:
+        begun.append((self.done, replace(self.session.scaling)))
+        return advance(self, batch, rate, steps)
+
+    options: dict[str, Any] = {"device": "cpu", "dtype": "fp16", "checkpoints": [12], "factors": [1, 2]}
+    options |= {"seeds": 1, "folder": tmp_path, "base_batch": 8, "lr": 1e-4}
+    if again:
+        measure_branches(Loud(), **options)
+    monkeypatch.setattr(branched_run.Trained, "advance", watched)
+    measure_branches(Loud(), **options)
+    branches = begun[not again :]  # before them stands the base run, where it is not in the folder
+    kept = torch.load(tmp_path / "step-12.pt", weights_only=True)["loss_scale"]["value"]
+    assert kept < 2.0**16
+    assert [scale.value for done, scale in branches if not done] == [kept] * 2
 
 
 class Harm:

@@ -111,9 +111,48 @@ def test_ctrl_c_leads_to_the_verdict_and_a_second_one_to_the_record(folder, warm
         assert json.loads((folder / output).read_text())["training"]["batch"] == 16
 
 
+ARGUED = """
+import sys
+print(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["-m", "argued"],
+        ["-q", "--time-budget", "2", "-m", "argued"],
+        ["--time-budget=2", "--module=argued"],
+        ["-margued"],
+        ["-qm", "argued"],
+        ["-o", "m.json", "--module", "argued"],
+        ["argued.py"],
+        ["-q", "--", "argued.py"],
+    ],
+)
+def test_what_follows_the_script_or_module_is_its_own(folder, typed, capsys, monkeypatch):
+    """Options of pybatch's names too, as Python leaves them to `-m`."""
+    from pybatch import cli
+
+    (folder / "argued.py").write_text(ARGUED)
+    own = ["--lr", "3e-4", "-q", "x", "--steps", "7", "--", "-m", "y"]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    for name in ("path", "excepthook"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    monkeypatch.setattr(sys, "argv", ["pybatch", "watch", *typed, *own])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr()
+    assert (stop.value.code, said.out) == (0, f"{own}\n"), said.err
+
+
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
+        (["-m"], "requires an argument"),
+        (["--what", "-m", "x"], "No such option"),
         ([], "no script was given"),
         (["nothing.py"], "'nothing.py' is not there"),
         (["--steps", "1", "train.py"], "steps 1"),

@@ -1,11 +1,13 @@
 """How often the noise of a watched training is measured, and what stands when that changes."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from pybatch.noise.handle import Collector
 from pybatch.watch import noise as source
 from pybatch.watch.batching import find_batching
 from pybatch.watch.noise import NoiseWatch
@@ -86,3 +88,20 @@ def test_one_slow_step_is_no_cost(monkeypatch):
         training.steps(2, plain=0.1, watched=1.0)
     assert training.watch._every == source._FIRST
     assert len(training.watch._others) <= source._LATEST
+
+
+def test_what_a_source_knew_stands_until_the_next_one_knows_as_much(monkeypatch):
+    """Also a lower bound, and though the source was made anew more than once."""
+    training = Training(monkeypatch)
+    training.steps(24, watched=0.11)
+    first = training.watch._ended[0]
+    training.steps(10 * training.watch._every, watched=0.15)
+    assert training.watch._ended[0] is first  # of two
+    assert len(training.watch._ended) == 2
+    bound = replace(first.noise, status="lower_bound", b_simple=None, low=7.0, high=None)
+    monkeypatch.setattr(Collector, "noise", property(lambda one: bound if one is first else unknown))
+    unknown = replace(bound, status="unresolved", low=None)
+    assert training.watch.read() is bound
+    newer = replace(bound, low=8.0)
+    monkeypatch.setattr(Collector, "noise", property(lambda one: bound if one is first else newer))
+    assert training.watch.read() is newer

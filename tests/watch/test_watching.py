@@ -1,7 +1,9 @@
 """A training under observation: what is found, measured and told, and that it goes on to the bit as without."""
 
 import copy
+import dataclasses
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -442,11 +444,81 @@ def test_gradients_that_the_optimizer_takes_away_are_no_cleared_ones(noise, coun
         assert any("noise=True" in note.text for note in run.notes if note.figure == "noise")
 
 
+@dataclasses.dataclass
+class Output:
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [Output, lambda loss, logits: SimpleNamespace(parts=Output(loss, logits)), tuple])
+def test_outputs_in_objects_are_seen(kind):
+    """As a Hugging Face model gives them, in a class of the script's own."""
+
+    class Lossy(Net):
+        def forward(self, x, y):
+            logits = super().forward(x)["logits"]
+            loss = nn.functional.cross_entropy(logits, y)
+            return kind((loss, logits)) if kind is tuple else kind(loss, logits)
+
+    model = Lossy(norm=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def script():
+        for _ in range(10):
+            output = model(*batch())
+            output = getattr(output, "parts", output)
+            (output[0] if kind is tuple else output.loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    run, _, _ = watched(script, time_budget=0.2)
+    assert run.training.batch == 16
+    assert len(run.capacity.batches) == 7  # replayed: a busy machine leaves some no time, but none is refused
+    assert all("time budget" in (p.reason or "time budget") for p in run.capacity.batches)
+
+
+def test_trainings_one_after_another_are_told():
+    """The first of those of one size is watched."""
+
+    def script():
+        for _ in range(3):
+            train(*plain(norm=False, kind="sgd"), 6)
+
+    run, _, _ = watched(script, time_budget=0.01)
+    assert run.training.steps == 6
+    note = next(n.text for n in run.training.notes if n.figure == "training.optimizer")
+    assert note.startswith("number 0 of the 3 that stepped")
+
+
 @pytest.mark.parametrize(("micro", "clip"), [(6, False), (6, True), (4, False), (1, True)])
 def test_gradients_that_add_up_are_not_clipped_ones(micro, clip):
     model, optimizer = plain(norm=False, kind="sgd")
     run, _, _ = watched(lambda: train(model, optimizer, 8, micro=micro, clip=clip), time_budget=0.01)
     assert ("gradient clipping" in run.training.wrapped) == clip
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_gradients_scaled_through_data_are_clipped_ones(factor, scaled):
+    """They keep their version."""
+    model, optimizer = plain(norm=False, kind="sgd")
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+
+    def script():
+        for _ in range(8):
+            optimizer.zero_grad()
+            x, y = batch()
+            loss = nn.functional.cross_entropy(model(x)["logits"], y)
+            (scaler.scale(loss) if scaler else loss).backward()
+            if scaler:
+                scaler.unscale_(optimizer)
+            for p in model.parameters():
+                p.grad.data.mul_(factor)
+            scaler.step(optimizer) if scaler else optimizer.step()
+            scaler.update() if scaler else None
+
+    run, _, _ = watched(script, time_budget=0.01)
+    assert ("gradient clipping" in run.training.wrapped) == (factor != 1.0)
 
 
 def test_a_script_that_ends_with_an_evaluation_is_replayed_as_it_trained():

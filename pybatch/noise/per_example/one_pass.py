@@ -54,11 +54,15 @@ class Pass(TorchFunctionMode):
         self._operations = Operations(n, self._gates, products, route, self._arrived, unbatched, settled, probing)
         self._hooks = [hook(p, partial(self._leaf, name)) for name, p in self.names.items()]
 
+    def unhook(self) -> None:
+        """Take the hooks off the parameters."""
+        for handle in self._hooks:
+            handle.remove()
+
     def close(self) -> None:
         """Let go of everything but the results."""
         self.open = False
-        for handle in self._hooks:
-            handle.remove()
+        self.unhook()
         for name, norms in dense_norms(self._dense).items():
             self.squares[name] = norms
         self._dense.clear()

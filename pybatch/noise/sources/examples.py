@@ -183,6 +183,7 @@ class ExampleNoise(Collector):
         error = watch.refused
         if error is None:
             return True
+        watch.unhook()
         self.refused, self._watch = error, None
         if not self._yielding:
             raise error
