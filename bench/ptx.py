@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gc
 import hashlib
 import json
 import sys
@@ -63,6 +64,7 @@ class Store:
             began = time.process_time()
             of[name] = work()
             self.found["seconds"] += time.process_time() - began
+            gc.collect()  # a list and its backend know each other
             if time.perf_counter() - self._saved > SAVE_S:
                 self.save()
         return of[name]

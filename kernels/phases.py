@@ -154,116 +154,57 @@ def norm_kernel(
     tl.store(partials + 2 * chunk + 1, gradient_sq)
 
 
+# What the blocks of a chunk share is a tuple `chunk`: (addresses as `memory_of` gives them, codes, key, first element,
+# size, the rule's scalars, factor of the stored gradient).
+
+
 @triton.jit
 def prepare_block(
-    made,
-    factor,
-    at,
-    codes,
-    key,
-    begin,
-    start,
-    size,
-    kinds: tl.constexpr,
-    i: tl.constexpr,
-    state_type: tl.constexpr,
-    block: tl.constexpr,
-    vectors: tl.constexpr,
+    chunk, start, kinds: tl.constexpr, i: tl.constexpr, kind: tl.constexpr, block: tl.constexpr, vectors: tl.constexpr
 ):
     """The states of a block of elements; returns (parameter, direction), 0 where there is no element."""
+    at, codes, key, begin, size, made, factor = chunk
     offset, mask = lanes(start, size, block, vectors)
     p = load_param(at[0], at[1], kinds[i][STORAGE_OF], begin, offset, mask, vectors)
     g = load_as_f32(at[2], kinds[i][TYPE_OF], begin, offset, mask, vectors) * factor
-    s = load_states(at, codes, kinds, i, state_type, begin, offset, mask, vectors)
+    s = load_states(at, codes, kinds, i, kind, begin, offset, mask, vectors)
     s = kinds[i][RULE_OF + PREPARE](made, g, s)
-    store_states(at, s, key, kinds, i, state_type, begin, start, size, block, vectors)
+    store_states(at, s, key, kinds, i, kind, begin, start, size, block, vectors)
     return p, tl.where(mask, kinds[i][RULE_OF + DIRECTION](made, p, s), 0.0)
 
 
 @triton.jit
-def prepare_kernel(
-    rows,
-    chunks,
-    hyper,
-    steps,
-    scalars,
-    partials,
-    ledger,
-    codes,
-    inverse: tl.float64,
-    max_norm: tl.float64,
-    grad_scale: tl.int64,
-    found_inf: tl.int64,
-    seed_low: tl.int64,
-    seed_high: tl.int64,
-    kinds: tl.constexpr,
-    source: tl.constexpr,
-    state_type: tl.constexpr,
-    taken: tl.constexpr,
-    clip: tl.constexpr,
-    follow: tl.constexpr,
-    block: tl.constexpr,
-    chunk_size: tl.constexpr,
-):
-    """One program a chunk: the states, and the sums of squares of parameter and direction."""
-    chunk, index, row, begin, size = locate(rows, chunks, chunk_size)
-    skip, _norm, coefficient, unscaled = judge(ledger, inverse, max_norm, grad_scale, found_inf, taken, clip, follow)
-    has_gradient = (tl.load(row + source) != 0) & (skip == 0)
-    group = hyper + tl.load(row + GROUP) * HYPER_COLUMNS
-    for i in tl.static_range(len(kinds)):
-        if has_gradient & is_of(kinds, i, row, source == SUM):
-            step = tl.load(steps + index).to(tl.float64) + 1.0
-            factor = (tl.where(tl.load(group + MAXIMIZE) != 0.0, -unscaled, unscaled) * coefficient).to(tl.float32)
-            zero = coefficient * 0.0
-            made = kinds[i][RULE_OF + MAKE](group, step, tl.load(scalars + index).to(tl.float64), zero, zero)
-            at, joined = memory_of(row, source, kinds, i, state_type)
-            key = chunk_key(row, seed_low, seed_high, step, begin, state_type == STATES_BF16)
-            a0, a1, a2 = tl.zeros((block,), tl.float32), tl.zeros((block,), tl.float32), tl.zeros((block,), tl.float32)
-            b0, b1, b2 = tl.zeros((block,), tl.float32), tl.zeros((block,), tl.float32), tl.zeros((block,), tl.float32)
-            whole = in_vectors(joined, size, block)
-            for start in range(0, whole, block):
-                p, direction = prepare_block(
-                    made, factor, at, codes, key, begin, start, size, kinds, i, state_type, block, True
-                )
-                a0, a1, a2 = add_squares(a0, a1, a2, p)
-                b0, b1, b2 = add_squares(b0, b1, b2, direction)
-            for start in range(whole, size, block):
-                p, direction = prepare_block(
-                    made, factor, at, codes, key, begin, start, size, kinds, i, state_type, block, False
-                )
-                a0, a1, a2 = add_squares(a0, a1, a2, p)
-                b0, b1, b2 = add_squares(b0, b1, b2, direction)
-            tl.store(partials + 2 * chunk, total_squares(a0, a1, a2))
-            tl.store(partials + 2 * chunk + 1, total_squares(b0, b1, b2))
+def prepare_chunk(chunk, whole, kinds: tl.constexpr, i: tl.constexpr, kind: tl.constexpr, block: tl.constexpr):
+    """The states of a chunk, `whole` of its elements by vectors; returns sums of squares of parameter and direction."""
+    a0, a1, a2 = tl.zeros((block,), tl.float32), tl.zeros((block,), tl.float32), tl.zeros((block,), tl.float32)
+    b0, b1, b2 = tl.zeros((block,), tl.float32), tl.zeros((block,), tl.float32), tl.zeros((block,), tl.float32)
+    for start in range(0, whole, block):
+        p, direction = prepare_block(chunk, start, kinds, i, kind, block, True)
+        a0, a1, a2 = add_squares(a0, a1, a2, p)
+        b0, b1, b2 = add_squares(b0, b1, b2, direction)
+    for start in range(whole, chunk[4], block):
+        p, direction = prepare_block(chunk, start, kinds, i, kind, block, False)
+        a0, a1, a2 = add_squares(a0, a1, a2, p)
+        b0, b1, b2 = add_squares(b0, b1, b2, direction)
+    return total_squares(a0, a1, a2), total_squares(b0, b1, b2)
 
 
 @triton.jit
 def update_block(
-    made,
-    factor,
-    at,
-    codes,
-    key,
-    begin,
-    start,
-    size,
-    kinds: tl.constexpr,
-    i: tl.constexpr,
-    state_type: tl.constexpr,
-    block: tl.constexpr,
-    vectors: tl.constexpr,
+    chunk, start, kinds: tl.constexpr, i: tl.constexpr, kind: tl.constexpr, block: tl.constexpr, vectors: tl.constexpr
 ):
     """The whole update of a block of elements."""
+    at, codes, key, begin, size, made, factor = chunk
     offset, mask = lanes(start, size, block, vectors)
     p = load_param(at[0], at[1], kinds[i][STORAGE_OF], begin, offset, mask, vectors)
     g = p
     if not kinds[i][RULE_OF + PREPARED]:  # else the states are final and no gradient is needed
         g = load_as_f32(at[2], kinds[i][TYPE_OF], begin, offset, mask, vectors) * factor
-    s = load_states(at, codes, kinds, i, state_type, begin, offset, mask, vectors)
+    s = load_states(at, codes, kinds, i, kind, begin, offset, mask, vectors)
     p, s = kinds[i][RULE_OF + UPDATE](made, p, g, s)
     store_param(at[0], at[1], kinds[i][STORAGE_OF], begin, offset, p, mask, key, vectors)
     if not kinds[i][RULE_OF + PREPARED]:
-        store_states(at, s, key, kinds, i, state_type, begin, start, size, block, vectors)
+        store_states(at, s, key, kinds, i, kind, begin, start, size, block, vectors)
 
 
 @triton.jit
@@ -275,7 +216,18 @@ def unscale_block(grad, scale, dtype: tl.constexpr, begin, start, size, block: t
 
 
 @triton.jit
-def update_kernel(
+def unscale_chunk(grad, grad_scale, dtype: tl.constexpr, begin, size, block: tl.constexpr):
+    """Leave a chunk's gradient as torch's fused optimizers do; what was just read comes from the cache."""
+    scale = tl.load(grad_scale.to(tl.pointer_type(tl.float32)))
+    whole = in_vectors(grad, size, block)
+    for start in range(0, whole, block):
+        unscale_block(grad, scale, dtype, begin, start, size, block, True)
+    for start in range(whole, size, block):
+        unscale_block(grad, scale, dtype, begin, start, size, block, False)
+
+
+@triton.jit
+def step_kernel(
     rows,
     chunks,
     hyper,
@@ -294,6 +246,7 @@ def update_kernel(
     kinds: tl.constexpr,
     source: tl.constexpr,
     state_type: tl.constexpr,
+    preparing: tl.constexpr,
     unscale: tl.constexpr,
     taken: tl.constexpr,
     clip: tl.constexpr,
@@ -301,8 +254,9 @@ def update_kernel(
     block: tl.constexpr,
     chunk_size: tl.constexpr,
 ):
-    """One program a chunk: the whole update of its elements."""
-    chunk, index, row, begin, size = locate(rows, chunks, chunk_size)
+    """One program a chunk: where `preparing` its states, and the sums of squares of parameter and direction; else the
+    whole update of its elements."""
+    number, index, row, begin, size = locate(rows, chunks, chunk_size)
     skip, _norm, coefficient, unscaled = judge(ledger, inverse, max_norm, grad_scale, found_inf, taken, clip, follow)
     has_gradient = (tl.load(row + source) != 0) & (skip == 0)
     group, own = hyper + tl.load(row + GROUP) * HYPER_COLUMNS, norms + index * ROW_NORMS
@@ -310,28 +264,31 @@ def update_kernel(
         if has_gradient & is_of(kinds, i, row, source == SUM):
             step = tl.load(steps + index).to(tl.float64) + 1.0
             factor = tl.where(tl.load(group + MAXIMIZE) != 0.0, -unscaled, unscaled) * coefficient
-            param_sq, other_sq = tl.load(own + PARAM_SQ), tl.load(own + DIRECTION_SQ)
+            param_sq, other_sq = coefficient * 0.0, coefficient * 0.0
+            if not preparing:
+                param_sq, other_sq = tl.load(own + PARAM_SQ), tl.load(own + DIRECTION_SQ)
             if kinds[i][RULE_OF + CARRIED]:  # the norm of the gradient as this rule sees it
                 other_sq = other_sq * factor * factor
             held = tl.load(scalars + index).to(tl.float64)
             made = kinds[i][RULE_OF + MAKE](group, step, held, param_sq, other_sq)
-            size_of = factor.to(tl.float32)
             at, joined = memory_of(row, source, kinds, i, state_type)
-            random = state_type == STATES_BF16 or is_stochastic(kinds[i][STORAGE_OF])
+            random = state_type == STATES_BF16 or (not preparing and is_stochastic(kinds[i][STORAGE_OF]))
             key = chunk_key(row, seed_low, seed_high, step, begin, random)
+            chunk = (at, codes, key, begin, size, made, factor.to(tl.float32))
             whole = in_vectors(joined, size, block)
-            for start in range(0, whole, block):
-                update_block(made, size_of, at, codes, key, begin, start, size, kinds, i, state_type, block, True)
-            for start in range(whole, size, block):
-                update_block(made, size_of, at, codes, key, begin, start, size, kinds, i, state_type, block, False)
-            if kinds[i][RULE_OF + CARRIED]:
-                tl.debug_barrier()  # the parameter is read again as it was stored
-                tl.store(partials + 2 * chunk, param_squares(at[0], at[1], kinds[i][STORAGE_OF], begin, size, block))
-            if unscale:  # as torch's fused optimizers leave it; what was just read comes from the cache
-                tl.debug_barrier()  # every warp has read the gradient
-                scale = tl.load(grad_scale.to(tl.pointer_type(tl.float32)))
-                vectors = in_vectors(at[2], size, block)
-                for start in range(0, vectors, block):
-                    unscale_block(at[2], scale, kinds[i][TYPE_OF], begin, start, size, block, True)
-                for start in range(vectors, size, block):
-                    unscale_block(at[2], scale, kinds[i][TYPE_OF], begin, start, size, block, False)
+            if preparing:
+                a, b = prepare_chunk(chunk, whole, kinds, i, state_type, block)
+                tl.store(partials + 2 * number, a)
+                tl.store(partials + 2 * number + 1, b)
+            else:
+                for start in range(0, whole, block):
+                    update_block(chunk, start, kinds, i, state_type, block, True)
+                for start in range(whole, size, block):
+                    update_block(chunk, start, kinds, i, state_type, block, False)
+                if kinds[i][RULE_OF + CARRIED]:
+                    tl.debug_barrier()  # the parameter is read again as it was stored
+                    after = param_squares(at[0], at[1], kinds[i][STORAGE_OF], begin, size, block)
+                    tl.store(partials + 2 * number, after)
+                if unscale:
+                    tl.debug_barrier()  # every warp has read the gradient
+                    unscale_chunk(at[2], grad_scale, kinds[i][TYPE_OF], begin, size, block)

@@ -7,7 +7,7 @@ that finishes last: Triton gives no ordering between the programs of one launch.
 from typing import Any
 
 from pybatch.kernels.ledger import collect_kernel, collect_rows_kernel, settle_kernel, settle_rows_kernel
-from pybatch.kernels.phases import norm_kernel, prepare_kernel, update_kernel
+from pybatch.kernels.phases import norm_kernel, step_kernel
 from pybatch.kernels.rules import kinds, selection, with_norms, with_scalar
 from pybatch.kernels.table import GRAD, LAUNCH, SUM
 
@@ -105,50 +105,44 @@ def collect(tensors: Any, examples: float, micro: bool) -> None:
     )
 
 
-def prepare(tensors: Any, call: Any) -> None:
-    """The prepare phase, where the call needs it."""
-    count, prepared = len(tensors.chunks), with_norms("direction", tensors.rules)
-    if not call.prepare or not count:
-        return
-    prepare_kernel[(count,)](
+def _launch(
+    tensors: Any, call: Any, decision: dict[str, Any], only: tuple[int, ...] | None, *, preparing: bool
+) -> None:
+    """Launch `step_kernel`; only: the numbers of the rules whose tensors it is for; None: all."""
+    step_kernel[(len(tensors.chunks),)](
         tensors.rows,
         tensors.chunks,
         tensors.hyper,
         tensors.steps,
         tensors.scalars,
+        tensors.norms,
         tensors.partials,
         tensors.ledger.values,
-        kinds=kinds(tensors.kinds(prepared, accumulated=call.sum)),
+        kinds=kinds(tensors.kinds(only, accumulated=call.sum)),
         source=_source(call),
+        preparing=preparing,
+        unscale=call.unscale and not preparing,
         **_states(tensors, call),
         **shape(tensors),
-        **_decision(call),
+        **decision,
         **LAUNCH,
     )
+
+
+def prepare(tensors: Any, call: Any) -> None:
+    """The prepare phase, where the call needs it."""
+    prepared = with_norms("direction", tensors.rules)
+    if not call.prepare or not len(tensors.chunks):
+        return
+    _launch(tensors, call, _decision(call), prepared, preparing=True)
     collect_rows(tensors, _source(call), prepared=prepared)
 
 
 def update(tensors: Any, call: Any) -> None:
     """The update phase and the bookkeeping."""
-    count, decision = len(tensors.chunks), _decision(call)
-    if count:
-        update_kernel[(count,)](
-            tensors.rows,
-            tensors.chunks,
-            tensors.hyper,
-            tensors.steps,
-            tensors.scalars,
-            tensors.norms,
-            tensors.partials,
-            tensors.ledger.values,
-            kinds=kinds(tensors.kinds(accumulated=call.sum)),
-            source=_source(call),
-            unscale=call.unscale,
-            **_states(tensors, call),
-            **shape(tensors),
-            **decision,
-            **LAUNCH,
-        )
+    decision = _decision(call)
+    if len(tensors.chunks):
+        _launch(tensors, call, decision, None, preparing=False)
     noise = {"examples": call.examples, "micro_batches": call.micro_batches, "noise": call.noise}
     settle_rows_kernel[(tensors.table.row_count,)](
         tensors.rows,

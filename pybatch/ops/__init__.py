@@ -33,6 +33,7 @@ from pybatch.ops.compiled import (
 )
 from pybatch.ops.ledger import Ledger
 from pybatch.ops.narrow import from_codes, scale_count, to_codes
+from pybatch.ops.pages import empty_like, zeros_like
 from pybatch.ops.tensors import Entry, TensorList, refuse_capture
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "UpdateRule",
     "build",
     "choose_backend",
+    "empty_like",
     "example_kernels",
     "from_codes",
     "on_device",
@@ -66,4 +68,5 @@ __all__ = [
     "scale_count",
     "to_codes",
     "why_not",
+    "zeros_like",
 ]

@@ -26,10 +26,14 @@ class Replicas(ABC):
         self.wanted: tuple[str, ...] = ()  # metrics that `evaluate` takes too, as "test:accuracy"
         self.measured: dict[str, list[float]] = {}  # by it, a number for each replica
         self.streams: dict[int, Session] = {}
-        self.sessions = [Session(workload, device, t.dtype, t.seed) for t in trials]
+        self.sessions = self._made(workload, trials, device)
         for trial, session in zip(trials, self.sessions, strict=True):
             self.streams.setdefault(trial.seed, session)
         self.held_out = fixed_batches(workload, device, trials[0].dtype)
+
+    def _made(self, workload: Workload, trials: Sequence[Trial], device: torch.device) -> list[Session]:
+        """A session a trial."""
+        return [Session(workload, device, t.dtype, t.seed) for t in trials]
 
     @abstractmethod
     def advance(self, steps: int) -> None:

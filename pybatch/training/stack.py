@@ -27,6 +27,7 @@ from pybatch.training.updates import Update, update_for
 from pybatch.workloads.base import Workload
 from pybatch.workloads.running.batches import copied
 from pybatch.workloads.running.choice import is_own
+from pybatch.workloads.running.session import Session
 
 ROUNDING = torch.finfo(torch.float32).eps ** 0.5  # share of a gradient's norm, in fp32
 
@@ -53,6 +54,12 @@ class Stack(Replicas):
         # Whether to fold images, and to evaluate all replicas at once; None: not yet measured.
         self.folded: bool | None = None if device.type == "cpu" else False
         self.together: bool | None = None
+
+    def _made(self, workload: Workload, trials: Sequence[Trial], device: torch.device) -> list[Session]:
+        """A session a seed, which its trials share: their models begin equal, and only copies of them are trained."""
+        seeds = dict.fromkeys(trial.seed for trial in trials)
+        own = {seed: Session(workload, device, trials[0].dtype, seed) for seed in seeds}
+        return [own[t.seed] for t in trials]
 
     def _autocast(self) -> torch.autocast:
         dtype = self.trials[0].dtype

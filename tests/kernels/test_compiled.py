@@ -64,9 +64,7 @@ def test_no_loop_over_elements_calls_a_slow_path(kernels, part):
 def test_a_rules_scalars_are_made_outside_the_loops_over_elements(kernels, part):
     """They are in double: bias corrections, roots, rates. Loops that store doubles alone fold the noise ring."""
     loops = [
-        loop
-        for loop in kernels[part].innermost_loops()
-        if any(i.name in ("ST", "STG") and i.bytes != 8 for i in loop)
+        loop for loop in kernels[part].innermost_loops() if any(i.name in ("ST", "STG") and i.bytes != 8 for i in loop)
     ]
     assert len(loops) >= 6
     for loop in loops:

@@ -14,6 +14,7 @@ NEEDED = 26_000  # bytes under way there, as in test_compiled.py
 TOGETHER = 4  # kinds of a kernel; of all of them the compiler takes twice as long for each
 SHAPE = {"block": 2048, "chunk_size": 8192}
 DECISION = {"taken": True, "clip": True, "follow": False}
+PREPARE, UPDATE = {"preparing": True, "unscale": False}, {"preparing": False, "unscale": False}
 
 
 def numbers(*kinds):
@@ -78,8 +79,8 @@ def test_update_loads_eight_elements_a_thread_by_vectors_before_it_stores(machin
 
     dtype = storage.split("_")[0]
     kinds = rules.kinds(numbers(("AdamW", storage, dtype)))
-    constants = {"kinds": kinds, "source": 1, "state_type": 0, "unscale": False}
-    kernel = machine_code(phases.update_kernel, **constants, **DECISION)
+    constants = {"kinds": kinds, "source": 1, "state_type": 0, **UPDATE}
+    kernel = machine_code(phases.step_kernel, **constants, **DECISION)
     assert_is_lean(kernel)
     (loads,) = vectors(kernel, stores=6)
     assert sum(i.bytes for i in loads) == 8 * (4 + (4 if dtype == "float32" else 2) + 4 + 4)
@@ -117,18 +118,19 @@ def test_every_kernel_compiles_for_a_gpu(build):
         build(phases.norm_kernel, kinds=rules.kinds(numbers(*carried[i : i + TOGETHER])), gradients=True, **tiny)
     build(phases.norm_kernel, kinds=rules.kinds(numbers(*carried)), gradients=True, **tiny)  # all kinds in one list
     kinds = rules.kinds(numbers(("Lamb", "bfloat16_remainder", "float16")))
-    build(phases.prepare_kernel, kinds=kinds, state_type=ops.STATE_TYPES["8bit"], **small, **DECISION)
-    plain = {"state_type": ops.STATE_TYPES["fp32"], "unscale": False}
+    build(phases.step_kernel, kinds=kinds, state_type=ops.STATE_TYPES["8bit"], **small, **DECISION, **PREPARE)
+    plain = {"state_type": ops.STATE_TYPES["fp32"], **UPDATE}
     for i in range(0, len(every), TOGETHER):
         kinds = rules.kinds(numbers(*every[i : i + TOGETHER]))
-        build(phases.update_kernel, kinds=kinds, **plain, **tiny, **DECISION)
+        build(phases.step_kernel, kinds=kinds, **plain, **tiny, **DECISION)
     kinds = rules.kinds(numbers(("SgdMomentum", "float16_stochastic", "bfloat16")))
     for name in ("bf16", "8bit"):
-        build(phases.update_kernel, kinds=kinds, state_type=ops.STATE_TYPES[name], unscale=True, **small, **DECISION)
+        unscaling = {"state_type": ops.STATE_TYPES[name], **UPDATE, "unscale": True}
+        build(phases.step_kernel, kinds=kinds, **unscaling, **small, **DECISION)
     follow = DECISION | {"taken": False, "clip": False, "follow": True}
     kinds = rules.kinds(numbers(("MuonMove", "float32", "float32")))
     of_sums = tiny | {"source": 2, "state_type": 0}
-    build(phases.update_kernel, kinds=kinds, unscale=False, **of_sums, **follow)
+    build(phases.step_kernel, kinds=kinds, **UPDATE, **of_sums, **follow)
     build(accumulate.accumulate_kernel, types=(0, 1, 2), block=64, chunk_size=128, warps=2)
     build(ledger.collect_kernel, block=1024, micro=True)
     rows = {"block": 64, "source": 1, "layered": True}

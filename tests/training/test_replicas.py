@@ -169,6 +169,24 @@ def test_seeds_have_models_and_batches_of_their_own_and_rates_share_them():
     assert not torch.equal(drawn[0][0], drawn[1][0])
 
 
+def test_a_stack_makes_the_model_of_a_seed_once_and_trains_copies():
+    made = []
+
+    class Told(Points):
+        def model(self):
+            made.append(super().model())
+            return made[-1]
+
+    stacked = Stack(Told(), trials((0.01, 0.02, 0.03)), CPU)
+    first = stacked.params[stacked.trained[0]].detach().clone()
+    assert len(made) == 3  # the last is for the fixed batches
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[0], first[1])
+    stacked.advance(2)
+    assert len(stacked.params[stacked.trained[0]].detach().flatten(1).unique(dim=0)) == 6
+    assert torch.equal(made[0].weight, first[0])
+
+
 @pytest.mark.parametrize(
     ("workload", "why"),
     [(Dropped(), "vmap"), (Branching(), "vmap"), (Counted(), "differ")],

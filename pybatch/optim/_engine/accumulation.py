@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from pybatch import ops
 from pybatch.base.errors import UsageError
 from pybatch.optim._engine.slots import Slot, addresses, fit_sum, own_storage
 from pybatch.optim._engine.tables import Gradients, Tables
@@ -79,7 +80,7 @@ class Sums:
                 assert grad is not None
                 usable = unshared and not slots[i].sharded and grad.dtype == torch.float32 and own_storage(grad)
                 if not usable and i not in self._own:
-                    self._own[i] = torch.empty_like(slots[i].dense, dtype=torch.float32)
+                    self._own[i] = ops.empty_like(slots[i].dense, torch.float32)
                 self.tensors[i] = grad if usable else self._own[i]
                 fresh[i] = 1
         return fresh

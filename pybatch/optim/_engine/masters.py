@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pybatch import ops
 from pybatch.base.errors import UsageError
 from pybatch.optim._engine.options import Options
 from pybatch.optim._engine.slots import Slot, fit_state
@@ -45,7 +46,7 @@ def fit_master(slot: Slot, name: str, own: dict[str, Any]) -> torch.Tensor:
     if saved is None and (remainder := own.get("remainder")) is not None:
         return _joined(slot.dense, fit_state(slot, "remainder", remainder, torch.int16))
     if saved is None:
-        return slot.dense.to(torch.float32)
+        return ops.empty_like(slot.dense, torch.float32).copy_(slot.dense)
     master = fit_state(slot, name, saved)
     _follow(master, slot.dense)
     return master

@@ -149,7 +149,7 @@ def own_storage(grad: torch.Tensor) -> bool:
 def fit_state(slot: Slot, name: str, saved: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A state of a parameter in the layout of its memory: zeros, or what was saved, copied where it must be."""
     if saved is None:
-        return torch.zeros_like(slot.dense, dtype=dtype)
+        return ops.zeros_like(slot.dense, dtype)
     if slot.sharded and sharding.is_sharded(saved):
         saved = sharding.local(saved)
     if saved.shape != slot.shape:
@@ -159,7 +159,7 @@ def fit_state(slot: Slot, name: str, saved: torch.Tensor | None, dtype: torch.dt
         )
     if saved.dtype == dtype and saved.device == slot.device and saved.stride() == slot.stride:
         return saved
-    return torch.empty_like(slot.dense, dtype=dtype).copy_(saved)
+    return ops.empty_like(slot.dense, dtype).copy_(saved)
 
 
 def fit_sum(slot: Slot, total: torch.Tensor | None) -> torch.Tensor | None:

@@ -43,7 +43,7 @@ def fit(slot: Slot, own: Mapping[str, Any], rule: ParamRule, name: str, kind: st
         return fit(slot, {name: saved}, rule, name, kind)
     if saved is None:
         blocks = torch.zeros(ops.scale_count(slot.dense.numel()), device=slot.device)
-        return Kept(torch.zeros_like(slot.dense, dtype=torch.uint8), blocks)
+        return Kept(ops.zeros_like(slot.dense, torch.uint8), blocks)
     return Kept(*ops.to_codes(fit_state(slot, name, saved), has_sign=has_sign(rule, name)))
 
 
