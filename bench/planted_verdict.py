@@ -194,6 +194,12 @@ def judged(
 ) -> dict[str, float | bool]:
     """What the advice on these records is worth, after the closer looks that `pybatch bench` takes."""
     capacity, noise, steps = records
+    time = truth.time
+
+    def lost(batch: int | None) -> float:
+        return float(time[min(batch, truth.most) - 1] / time.min()) if batch is not None else math.nan
+
+    first = lost(advise(capacity, noise, steps).best_batch)
     for _ in range(LOOKS):
         advised = advise(capacity, noise, steps).best_batch
         sizes = np.array(closer(capacity, advised)) if advised is not None else np.array([])
@@ -202,14 +208,14 @@ def judged(
             break
         points = (*capacity.batches, *sampled(truth, sizes, rng)[1])
         capacity = replace(capacity, batches=tuple(sorted(points, key=lambda point: point.batch)))
-    verdict, time = advise(capacity, noise, steps), truth.time
+    verdict = advise(capacity, noise, steps)
     best = int(np.argmin(time)) + 1
     low, high = verdict.best_low or 1, verdict.best_high if verdict.best_high is not None else math.inf
-    batch = verdict.best_batch
     return {
         "holds": low <= best <= high,
         "width": math.log2(high / low) if math.isfinite(high) else math.nan,
-        "regret": float(time[min(batch, truth.most) - 1] / time.min()) if batch is not None else math.nan,
+        "regret": lost(verdict.best_batch),
+        "without": first,
     }
 
 
@@ -222,10 +228,10 @@ def main() -> None:
     given = parser.parse_args()
     result = {}
     for level in given.levels.split(","):
-        rng = np.random.default_rng(given.seed)
+        rng, looks = np.random.default_rng(given.seed), np.random.default_rng([given.seed, 1])
         drawn: list[tuple[Truth, dict[str, float | bool]]] = []
         while len(drawn) < given.draws:
-            drawn += [(truth, judged(truth, seen(truth, level, rng), rng)) for truth in truths(rng)]
+            drawn += [(truth, judged(truth, seen(truth, level, rng), looks)) for truth in truths(rng)]
         result[level] = report(level, drawn)
         if given.output is not None:  # as each level ends
             given.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -233,26 +239,30 @@ def main() -> None:
 
 def report(level: str, drawn: list[tuple[Truth, dict[str, float | bool]]]) -> dict[str, dict[str, float]]:
     """Prints a row a family, and all of them together."""
-    print(f"\n{level}: {len(drawn)} truths{'':12} coverage  width  regret mean    95 %  advised")
+    print(f"\n{level}: {len(drawn)} truths{'':12} coverage  width  regret mean    95 %   no looks    95 %  advised")
     families = sorted({truth.steps for truth, _ in drawn}) + sorted({truth.times for truth, _ in drawn})
     rows = {}
     for family in [*families, "all"]:
         own = [row for truth, row in drawn if family in (truth.steps, truth.times) or family == "all"]
         regret = np.array([row["regret"] for row in own], dtype=float)
         known = regret[np.isfinite(regret)]
+        without = np.array([row["without"] for row in own], dtype=float)
+        without = without[np.isfinite(without)]
         rows[family] = {
             "truths": len(own),
             "coverage": float(np.mean([row["holds"] for row in own])),
             "width_doublings": float(np.nanmedian([row["width"] for row in own])),
             "regret_mean": float(known.mean()),
             "regret_p95": float(np.quantile(known, 0.95)),
+            "without_looks_mean": float(without.mean()),
+            "without_looks_p95": float(np.quantile(without, 0.95)),
             "advised": len(known) / len(own),
         }
         found = rows[family]
         held, width = 100 * found["coverage"], found["width_doublings"]
         print(
             f"  {family:30} {held:6.1f} % {width:6.2f} {found['regret_mean']:12.3f} {found['regret_p95']:7.3f}"
-            f" {found['advised']:8.2f}"
+            f" {found['without_looks_mean']:9.3f} {found['without_looks_p95']:7.3f} {found['advised']:8.2f}"
         )
     mean, p95 = GOALS[level]
     print(f"  goals: coverage 93 to 97 %, no family under 88 %; regret {mean} and {p95}")

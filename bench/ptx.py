@@ -44,15 +44,20 @@ SOURCE_FAULTS_ON = ("Lars", "bfloat16", "layers")
 WIDE = ("float32", "bfloat16_master", "bfloat16_remainder")  # where a code that moved on shows as such
 RUNS = [*((scenario, "fp32") for scenario in ptx.SCENARIOS), ("clip", "bf16"), ("clip", "8bit")]
 ADDRESSES = ("rows", "_host")  # which are others in every run
+TESTS = Path(__file__).parents[1] / "tests"
+JUDGES = [Path(__file__), *(TESTS / "cases" / f"{name}.py" for name in ("ptx", "lists", "planted_faults", "problem"))]
+JUDGES += sorted((TESTS / "ptx" / "emulator").iterdir())
 SAVE_S = 20.0  # between two writings of the store: what is lost at most where a run is cut short
 
 
 class Store:
-    """What was done to these programs, in a JSON file, or nowhere; of other programs nothing is known."""
+    """What was done to these programs, in a JSON file, or nowhere; of other programs, cases or another emulator nothing
+    is known."""
 
     def __init__(self, path, programs):
         self.path, self._saved = path, time.perf_counter()
-        of = hashlib.sha256("".join(programs.values()).encode()).hexdigest()
+        judged = "".join(path.read_text() for path in JUDGES)
+        of = hashlib.sha256("".join([*programs.values(), judged]).encode()).hexdigest()
         self.found = {"of": of, "cases": {}, "ran": {}, "source": {}, "faults": {}, "seconds": 0.0}
         if path and path.exists() and (kept := json.loads(path.read_text()))["of"] == of:
             self.found = kept

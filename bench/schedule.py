@@ -75,11 +75,6 @@ class Problem:
     options: tuple[str, ...] = ()
     parts: int = 1  # passes of a step whose noise is read; 1: that of its examples' own gradients
 
-    @property
-    def digest(self) -> str:
-        """Of all of it: what was measured of a problem that has changed since is not taken for this one's."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
-
 
 PROBLEMS = {
     "digits-mlp": Problem("digits", "mlp", 0.03, (16, 32, 64, 128, 256, 512, 1024)),
@@ -87,6 +82,13 @@ PROBLEMS = {
     "text-lstm": Problem("text", "lstm", 2.1, (8, 16, 32, 64, 128, 256), parts=8),
     "text-transformer": Problem("text", "transformer", 2.1, (8, 16, 32, 64, 128, 256), parts=8),
 }
+
+
+def digest(problem: Problem, workload: Workload) -> str:
+    """Of all that trainings depend on: what was measured of a problem that has changed is not taken for this one's."""
+    info = asdict(Session(workload, CPU).info)
+    how = [OPTIMIZER, RULE, DERIVE, JUDGE, DERIVING, LONGEST, RAMP, RAMPED, WARM]
+    return hashlib.sha256(json.dumps([asdict(problem), info, how], default=str).encode()).hexdigest()[:8]
 
 
 def step_times(workload: Workload, batches: Sequence[int]) -> dict[int, float]:
@@ -178,8 +180,8 @@ def derived(base: int, steps: float, readings: Sequence[Sequence[NoisePoint]], c
 def measure(name: str, store: Store, seeds: int, kinds: Sequence[str]) -> dict[str, Any]:
     """All of one problem, as far as it is not stored; its rows of the table by the fixed batch."""
     problem = PROBLEMS[name]
-    kept = f"{name}-{problem.digest}"  # under which name it is stored
     workload = find(problem.workload, model=problem.model, options=list(problem.options))
+    kept = f"{name}-{digest(problem, workload)}"  # under which name it is stored
     piece = partial(store.piece, kept)
 
     def swept() -> Any:
@@ -295,6 +297,11 @@ def told(name: str, kind: str, row: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def declared(name: str) -> Any:
+    """A problem as a record has it."""
+    return json.loads(json.dumps(asdict(PROBLEMS[name])))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="*", choices=tuple(PROBLEMS), default=list(PROBLEMS))
@@ -306,7 +313,8 @@ def main() -> None:
     torch.set_num_threads(1)
     store = Store(given.store)
     output: Path | None = given.output
-    rows = json.loads(output.read_text())["problems"] if output is not None and output.exists() else {}
+    before = json.loads(output.read_text())["problems"] if output is not None and output.exists() else {}
+    rows = {name: row for name, row in before.items() if name in PROBLEMS and declared(name) == row.get("problem")}
     print("| problem | fixed batch | against it | steps | examples | device-seconds |\n|---|---|---|--:|--:|--:|")
     for name in given.problems:
         rows[name] = measure(name, store, given.seeds, given.against)

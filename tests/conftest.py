@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 # Some environments forbid bytecode: every process that tests start would then compile all of pybatch again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -119,15 +120,17 @@ def _freed_memory_goes_back():
 @pytest.fixture(scope="session")
 def warm_python(tmp_path_factory):
     """What stands for `sys.executable` in a command where torch may have been imported before: see `cases.warm`."""
-    folder = tmp_path_factory.mktemp("warm")
-    warm.executable(folder / "python", folder / "socket")
+    python = tmp_path_factory.mktemp("warm") / "python"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    with subprocess.Popen(
-        [sys.executable, warm.__file__, "serve", folder / "socket"], stdout=subprocess.PIPE, env=environment
-    ) as server:
-        assert server.stdout.readline() == b"serving\n"
-        yield str(folder / "python")
-        server.kill()
+    with tempfile.TemporaryDirectory() as folder:  # of a short name: that of a socket has 108 characters at most
+        server = os.path.join(folder, "socket")
+        warm.executable(python, server)
+        with subprocess.Popen(
+            [sys.executable, warm.__file__, "serve", server], stdout=subprocess.PIPE, env=environment
+        ) as process:
+            assert process.stdout.readline() == b"serving\n", "the server of warm processes did not start"
+            yield str(python)
+            process.kill()
 
 
 @pytest.fixture

@@ -99,7 +99,10 @@ def judge_of(records: Records) -> list[str]:
     judge, clock = records.get("judge"), records.get("times")
     if judge is None or clock is None or judge.convergence is None:
         return []
-    [curve] = [c for c in judge.convergence.curves if c.split == "train"]
+    curves = [c for c in judge.convergence.curves if c.split == "train"]
+    if len(curves) != 1:
+        return [f"{n.counted(len(curves), 'curve')} to a train target, where one judges"]
+    [curve] = curves
     seeds = judge.convergence.seeds or 0
     said = [f"critical batch {critical(curve)}", n.counted(seeds, "seed") + ", too few for an interval" * (seeds < 3)]
     gap = _gap(curve)

@@ -7,8 +7,11 @@ A test writes the page again and compares.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "bench" / "results" / "study"
 PAGE = ROOT / "docs" / "study.md"
 PICTURES = PAGE.with_suffix("")
-DRAWN = PICTURES / "drawn.json"  # digests of what the pictures show, written after them
+DRAWN = PICTURES / "drawn.json"  # digests of what each picture shows and of its file, written after them
 
 _HEAD = """<!-- Written by bench/study/page.py from bench/results/study. -->
 # The study: the seed paper's claims, and whether our advice pays
@@ -217,12 +220,21 @@ def main() -> None:
     from pybatch.report.formats.png import write_plots
 
     study = read(RECORDS)
-    PAGE.write_text(page(study))
-    for old in PICTURES.glob("*.png"):
-        old.unlink()
-    if drawn := pictures(study.problems()):
-        write_plots(drawn, PICTURES)
-    DRAWN.write_text(json.dumps({plot.name: digest(plot) for plot in drawn}, indent=1) + "\n")
+    text, drawn = page(study), pictures(study.problems())
+    with tempfile.TemporaryDirectory() as folder:
+        made = write_plots(drawn, folder) if drawn else []  # before anything that was there goes
+        PAGE.write_text(text)
+        PICTURES.mkdir(exist_ok=True)
+        for old in PICTURES.glob("*.png"):
+            old.unlink()
+        for path in made:
+            shutil.copy(path, PICTURES / path.name)
+    DRAWN.write_text(json.dumps({plot.name: [digest(plot), of_file(plot)] for plot in drawn}, indent=1) + "\n")
+
+
+def of_file(plot: Plot) -> str:
+    """Digest of a picture as it lies in the folder."""
+    return hashlib.sha256((PICTURES / f"{plot.name}.png").read_bytes()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

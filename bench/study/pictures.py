@@ -42,7 +42,7 @@ def digest(plot: Plot) -> str:
             return [short(each) for each in value]
         return f"{value:.6g}" if isinstance(value, float) else value
 
-    drawn = json.dumps(short([plot.title, plot.traces, plot.layout]), sort_keys=True)
+    drawn = json.dumps(short([plot.title, plot.caption, plot.traces, plot.layout]), sort_keys=True)
     return hashlib.sha256(drawn.encode()).hexdigest()[:16]
 
 

@@ -85,8 +85,7 @@ def best_of(critical: Critical, capacity: Capacity, distributed: Distributed | N
 def closer(capacity: Capacity, batch: int) -> list[int]:
     """What to time once a batch is advised: it, where that was not done; else the sizes to either side of it.
 
-    Step times of whole waves and of cliffs between the sizes timed show in no other way (bench/planted_verdict.py:
-    the 95 % point of the time lost by the advice on a sweep is 1.14 without and LOOKED with it).
+    Waves and cliffs of step times lie between the sizes timed, and show in no other way (bench/planted_verdict.py).
     """
     timed = {p.batch for p in capacity.batches if p.status != "skipped"}
     if batch not in timed:

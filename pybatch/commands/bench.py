@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pybatch.answer.changes import parse_condition
+from pybatch.answer.merge import check_sweep
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import visible
 from pybatch.base.ranges import LARGEST, parse_batches
@@ -22,7 +23,7 @@ from pybatch.commands.partial import partial_record
 from pybatch.commands.printing import stdout_to_stderr
 from pybatch.commands.saved import read_run, read_sweep, tell_changes
 from pybatch.jobs.options import BenchOptions
-from pybatch.records import Run, StepMode
+from pybatch.records import Run, StepMode, WorkloadInfo
 from pybatch.report.output import Output
 from pybatch.workloads.running.choice import OptimizerChoice
 
@@ -137,7 +138,7 @@ def bench(
         mode = Mode(options.compile, options.graph)
         mode.check(device, options.dtype)
         if dry_run:
-            print("\n".join(_dry_run(found, device, options, mode.name, earlier)))
+            print("\n".join(_dry_run(found, device, options, mode.name, earlier, steps)))
             return
         with delivery.measuring(options.time_budget) as progress:
             delivery.run = _run(found, device, options, progress, earlier, partial.write if partial else None, steps)
@@ -175,25 +176,37 @@ def _run(
     return job(workload, options, device=device, progress=progress, earlier=earlier, on_partial=on_partial, sweep=sweep)
 
 
-def _optimizer(workload: Workload, asked: BenchOptions) -> str:
-    """The optimizer in words."""
+def _info(workload: Workload, asked: BenchOptions) -> WorkloadInfo:
     import torch
 
     from pybatch.workloads.running.optimizers import adjusted
     from pybatch.workloads.running.session import Session
 
     with stdout_to_stderr():
-        info = Session(adjusted(workload, asked.optimizer, asked.reference_batch), torch.device("cpu")).info
+        adjusted_ = adjusted(workload, asked.optimizer, asked.reference_batch)
+        return Session(adjusted_, torch.device("cpu"), asked.dtype).info
+
+
+def _optimizer(info: WorkloadInfo) -> str:
+    """The optimizer in words."""
     options = "".join(f", {key} {value}" for key, value in info.optimizer_options.items())
     return f"{info.optimizer}, rate {info.learning_rate:g} at batch {info.reference_batch}{options}"
 
 
 def _dry_run(
-    workload: Workload, device: torch.device, options: BenchOptions, mode: StepMode, earlier: Run | None
+    workload: Workload,
+    device: torch.device,
+    options: BenchOptions,
+    mode: StepMode,
+    earlier: Run | None,
+    sweep: Run | None,
 ) -> list[str]:
-    """What a run would do, in words."""
+    """What a run would do, in words; raises UsageError where the sweep is of something else."""
     from pybatch.device.identity import describe
 
+    info = _info(workload, options)
+    if sweep is not None:
+        check_sweep(sweep, info, describe(device))
     chosen = f"{'quadrupled' if options.coarse else 'doubled'} from 1 on until throughput no longer grows"
     sizes = ", ".join(map(str, options.batches)) if options.batches is not None else chosen
     branches = ", short branched runs" if options.thorough else ""
@@ -202,9 +215,10 @@ def _dry_run(
         f"workload  {workload.name}{model}, {options.dtype}",
         f"device    {describe(device).name} ({device})",
         f"batches   {sizes}",
-        f"optimizer {_optimizer(workload, options)}",
+        f"optimizer {_optimizer(info)}",
         f"steps     {mode}",
         f"stages    capacity, gradient noise scale{branches}, verdict",
         f"time      {options.time_budget:g} s at most, and the start-up",
+        *([f"verdict   on the sweep of {sweep.created}"] if sweep is not None else []),
         *([f"continues the run begun {earlier.created}"] if earlier is not None else []),
     ]

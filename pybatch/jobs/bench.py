@@ -165,14 +165,13 @@ def _measure(
             time_budget=left() - look_s,
             progress=_staged(progress, "branches", branches_from, 1.0),
         )
-    for _ in range(LOOKS):
+    for look in range(LOOKS):
         if left() < look_s:
             break
-        before = found.capacity
-        found.capacity = _closer(
-            workload, place, options, found, left(), _staged(progress, "advised batch", branches_from, 1.0)
-        )
-        if found.capacity is before:
+        timed = found.capacity.batches
+        advised = _staged(progress, "advised batch", branches_from, 1.0)
+        found.capacity = _closer(workload, place, options, found, left(), advised, again=look == 0)
+        if found.capacity.batches == timed:
             break
     return ()
 
@@ -184,9 +183,10 @@ def _closer(
     found: _Found,
     seconds: float,
     progress: Progress | None,
+    again: bool = True,
 ) -> Capacity:
     """The capacity with the advised batch timed, where it was not, else with what is beside it; on a disturbed machine
-    its neighbours again, too.
+    also `again` with those within an octave.
 
     The fit stays that of the batch sizes it was made of; the verdict asks all that were timed.
     """
@@ -197,12 +197,12 @@ def _closer(
     if batch is None or options.batches is not None:
         return capacity
     timed = {p.batch: p for p in capacity.batches if p.status == "ok"}
-    near = [n for n in timed if 0.5 <= n / batch <= 2.0] if capacity.disturbed else []
+    near = [n for n in timed if 0.5 <= n / batch <= 2.0] if capacity.disturbed and again else []
     asked = sorted({*closer(capacity, batch), *near})
     if not asked:
         return capacity
     try:
-        again = measure_capacity(
+        seen = measure_capacity(
             workload,
             device=place,
             dtype=options.dtype,
@@ -221,7 +221,7 @@ def _closer(
         text = f"batch {_told(asked)} was not timed after the verdict advised {count(batch)}: {error}"
         note = Note("batches", text)
         return replace(capacity, notes=(*capacity.notes, note))
-    longer = {p.batch: p for p in again.batches if p.status == "ok"}
+    longer = {p.batch: p for p in seen.batches if p.status == "ok"}
     # What a step takes of memory shows in a process's first steps only: an earlier figure stands.
     kept = {
         n: replace(p, memory_bytes=timed[n].memory_bytes if n in timed else None)
@@ -236,7 +236,7 @@ def _closer(
     return replace(
         capacity,
         batches=tuple(with_input_bounds([points[n] for n in sorted(points)], capacity.input)),
-        disturbed=tuple(dict.fromkeys((*capacity.disturbed, *again.disturbed))),
+        disturbed=tuple(dict.fromkeys((*capacity.disturbed, *seen.disturbed))),
         notes=(*capacity.notes, note),
     )
 
@@ -276,6 +276,7 @@ class _Found:
         if earlier is None:
             return _Found(options, now, environment, (), None, sweep)
         continuation.check_same(earlier, info, describe(place), environment, Mode(options.compile, options.graph).name)
+        earlier = continuation.own(earlier)
         past = continuation.notes(earlier, now)
         found = _Found(options, earlier.created, environment, past, earlier, sweep)
         found.noise, found.steps = continuation.standing_noise(earlier), continuation.standing_branches(earlier)
@@ -324,7 +325,9 @@ class _Found:
             together = self.earlier.distributed
         verdict = advise(capacity, noise, steps, together) if judged and capacity is not None else None
         made = Run(self.created, self.environment, capacity, noise, steps, verdict, complete, notes, together)
-        return with_sweep(made, self.sweep) if verdict is not None and self.sweep is not None else made
+        if verdict is None or self.sweep is None:
+            return made
+        return with_sweep(made, replace(self.sweep, noise=None))  # this run's noise scale is what it measures
 
     def _lacking(self) -> tuple[Note, ...]:
         """A note for each part that is missing, with what may help."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pybatch.base.errors import UsageError
@@ -58,6 +59,12 @@ def _of_environment(environment: Environment | None) -> dict[str, Any]:
 def enough(noise: NoiseScale | None) -> bool:
     """Whether a noise scale rests on enough pairs of norms for an interval."""
     return noise is not None and noise.steps >= MIN_BLOCKS
+
+
+def own(earlier: Run) -> Run:
+    """A record without the steps of a sweep that was given beside it: they are not of the run, and given anew."""
+    steps = earlier.convergence
+    return replace(earlier, convergence=None) if steps is not None and steps.curves else earlier
 
 
 def standing_noise(earlier: Run) -> NoiseScale | None:

@@ -434,7 +434,9 @@ def test_its_pictures_are_those_that_can_be_drawn(study):
     """By what they show, not by their names alone: a picture of earlier records is not taken for one of these."""
     drawn = writer.pictures(study.problems())
     assert {path.name for path in writer.PICTURES.glob("*.png")} == {f"{plot.name}.png" for plot in drawn}
-    assert json.loads(writer.DRAWN.read_text()) == {plot.name: writer.digest(plot) for plot in drawn}
+    assert json.loads(writer.DRAWN.read_text()) == {
+        plot.name: [writer.digest(plot), writer.of_file(plot)] for plot in drawn
+    }
     plot = drawn[0]
     other = dataclasses.replace(plot, traces=(plot.traces[0] | {"x": [1.0, 2.0]}, *plot.traces[1:]))
     assert writer.digest(other) != writer.digest(plot)

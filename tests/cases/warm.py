@@ -3,8 +3,8 @@
 The file that `executable` writes stands where a test's command has `sys.executable`: a process of a few milliseconds
 that hands its streams, folder, environment and arguments to the server's fork, passes signals on, and ends as that
 ends. KILL has the other killed, and what it started, before its own end: SIGKILL itself would end it first. What is
-read while torch is imported (ATEN_CPU_CAPABILITY, ...) cannot be set so: such tests start Python itself. With CHILDREN
-in its environment a process starts others in the same way.
+read while torch is imported (ATEN_CPU_CAPABILITY, ...) cannot be set so, and nothing is taken apart as such a process
+ends: tests of either start Python itself. With CHILDREN in its environment a process starts others in the same way.
 """
 
 import array
@@ -22,6 +22,7 @@ import sys
 import threading
 
 CHILDREN = "TESTS_PYTHON_OF_CHILDREN"
+SAFE = "TESTS_PYTHON_SAFE_PATH"  # -P was given
 KILL = signal.SIGUSR1
 PASSED_ON = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, KILL: signal.SIGKILL}
 
@@ -30,7 +31,8 @@ def executable(path, server):
     """Write what stands for `sys.executable`; `server` is the path of its socket."""
     python = shlex.quote(sys.executable)
     asks = f"{python} -I -S {shlex.quote(__file__)} ask {shlex.quote(str(server))}"
-    path.write_text(f'#!/bin/sh\ncase "$1" in -P|-u) shift;; esac\nexec {asks} "$@"\n')
+    safe = f"-P) export {SAFE}=1; shift;;"
+    path.write_text(f'#!/bin/sh\ncase "$1" in {safe} -u) shift;; esac\nexec {asks} "$@"\n')
     path.chmod(0o700)
 
 
@@ -147,7 +149,7 @@ def begin(arguments):
     sys.argv = arguments[1:] if kind == "-m" else [arguments[0], *arguments[2:]] if kind else arguments
     search = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     first = {"-m": os.getcwd(), "-c": ""}.get(kind, os.path.dirname(os.path.abspath(arguments[0])))
-    sys.path[:0] = [first, *search]
+    sys.path[:0] = search if os.environ.pop(SAFE, None) else [first, *search]
     if kind == "-m":
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif kind == "-c":

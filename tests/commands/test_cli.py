@@ -11,13 +11,17 @@ import time
 import pytest
 import torch
 from cases.planted import PlantedClock
+from cases.verdicts import SWEEP
 
 from pybatch import cli
 from pybatch.base.errors import Interrupted, WorkloadError
 from pybatch.capacity import measurement
 from pybatch.capacity.probe import Outcome
 from pybatch.capacity.step import TrainingStep
-from pybatch.records import Ceilings, NoiseScale, Run
+from pybatch.device.identity import describe
+from pybatch.records import Ceilings, Convergence, NoiseScale, Run
+from pybatch.workloads.quadratic import Quadratic
+from pybatch.workloads.running.session import Session
 
 USER_WORKLOADS = """
 import torch
@@ -538,10 +542,10 @@ def test_ctrl_c_while_the_command_line_is_imported_shows_no_trace(tmp_path):
     assert done.stderr == "pybatch: interrupted before anything was measured; nothing was written\n"
 
 
-def test_ctrl_c_writes_what_was_measured(user_file, tmp_path, warm_python):
+def test_ctrl_c_writes_what_was_measured(user_file, tmp_path):
     """The real thing: a process, a signal, a file."""
     path = tmp_path / "run.json"
-    command = [warm_python, "-m", "pybatch", "bench", "--cpu", "--workload", f"{user_file}:Slow"]
+    command = [sys.executable, "-m", "pybatch", "bench", "--cpu", "--workload", f"{user_file}:Slow"]
     command += ["--batch", "1-4096*2", "--time-budget", "40", "-o", str(path)]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
@@ -625,3 +629,26 @@ def test_version_and_help(pybatch):
     status, out, _ = pybatch("bench", "--help")
     assert status == 0
     assert "16-4096*2" in out
+
+
+def test_a_sweep_beside_a_bench_is_looked_at_before_anything_is_measured(pybatch, tmp_path):
+    """`--sweep`: one sweep, of this workload; a run or a store with none or several is refused by name."""
+    work = Quadratic()
+    info, device = Session(work, torch.device("cpu")).info, describe(torch.device("cpu"))
+    steps = Convergence((SWEEP["fitted"][0],), optimizer="sgd", device=device, workload=info)
+    paths = {}
+    for name, run in {"good": Run("then", None, convergence=steps), "none": Run("then", None)}.items():
+        paths[name] = tmp_path / f"{name}.json"
+        paths[name].write_text(run.to_json())
+    status, out, _ = pybatch(f"bench --cpu --workload quadratic --dry-run --sweep {paths['good']}")
+    assert status == 0
+    assert "verdict   on the sweep of then" in out
+    for flags, told in (
+        (f"--workload quadratic --sweep {paths['none']}", "none.json' holds no sweep. Give a record"),
+        (f"--workload digits --sweep {paths['good']}", "--sweep: it is of quadratic, fp32, on"),
+        (f"--workload quadratic --option d=7 --sweep {paths['good']}", "with other options or another model file"),
+        (f"--workload quadratic --sweep {tmp_path}/missing.json", "cannot be read"),
+    ):
+        status, _, err = pybatch(f"bench --cpu --dry-run {flags}")
+        assert status == 2
+        assert told in " ".join(err.split())

@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-from cases import warm
 
 from pybatch import cli
 from pybatch.base.errors import Interrupted
@@ -120,10 +119,10 @@ def rows(path):
     return found
 
 
-def test_a_killed_sweep_keeps_its_trials_and_is_resumed(pybatch, tmp_path, warm_python):
+def test_a_killed_sweep_keeps_its_trials_and_is_resumed(pybatch, tmp_path):
     path, out = tmp_path / "runs.db", tmp_path / "run.json"
     flags = f"sweep --cpu -q --batch 32,64,128 --seeds 2 --rates 0.4,0.8,100 --target train=0.7 --store {path}"
-    command = [warm_python, "-m", "pybatch", *shlex.split(flags), "--noise-budget", "0"]
+    command = [sys.executable, "-m", "pybatch", *shlex.split(flags), "--noise-budget", "0"]
     with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL) as child:
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
@@ -134,7 +133,7 @@ def test_a_killed_sweep_keeps_its_trials_and_is_resumed(pybatch, tmp_path, warm_
                         break
                 except sqlite3.OperationalError:  # its tables are not there yet
                     continue
-        child.send_signal(warm.KILL)
+        child.kill()
     before = rows(path)
     assert before
     status, _, _ = pybatch(f"{flags} --noise-budget 0 --resume -o {out}")

@@ -8,7 +8,7 @@ from cases.verdicts import BATCHES, SWEEP, capacity, noise, throughput
 
 from pybatch.base.errors import Interrupted, UsageError, WorkloadError
 from pybatch.device.identity import describe
-from pybatch.jobs import bench
+from pybatch.jobs import bench, resume
 from pybatch.jobs.options import BenchOptions
 from pybatch.records import BatchPoint, Convergence, Run
 from pybatch.workloads.quadratic import Quadratic
@@ -111,14 +111,57 @@ def test_what_is_timed_again_and_the_verdict_stand_on_a_sweep_that_is_given(aske
     found = bench._Found.begun(Quadratic(), CPU, BenchOptions(), None, sweep_of())
     info, device = found.sweep.convergence.workload, found.sweep.convergence.device
     found.capacity, found.noise = dataclasses.replace(before, workload=info, device=device), noise(4000)
-    bench._closer(Quadratic(), CPU, BenchOptions(), found, 3.0, None)
+    first, alone = found.run(), bench.advise(found.capacity, found.noise).best_batch
+    assert first.verdict.critical_source == "sweep"
+    assert [c.critical_batch for c in first.convergence.curves] == [200.0]
+    known = found.capacity
+    found.capacity = bench._closer(Quadratic(), CPU, BenchOptions(), found, 3.0, None)
     [(batches, _, _)] = asked
-    run = found.run()
-    assert run.verdict.critical_source == "sweep"
-    assert run.convergence.curves == sweep_of().convergence.curves or run.convergence.curves[0].noise_ratio is not None
-    assert batches == bench.closer(found.capacity, run.verdict.best_batch)
-    alone = bench.advise(found.capacity, found.noise).best_batch
-    assert batches != bench.closer(found.capacity, alone)  # that of the noise scale is elsewhere
+    assert batches == bench.closer(known, first.verdict.best_batch)
+    assert batches != bench.closer(known, alone)  # that of the noise scale is elsewhere
+    again = found.run()
+    assert set(batches) <= {p.batch for p in again.capacity.batches}
+    assert again.verdict.critical_source == "sweep"
+
+
+def test_a_run_that_goes_on_has_nothing_of_the_sweep_beside_the_one_before():
+    """It was taken for branches that stand, and its noise scale for the run's own."""
+    before = bench._Found.begun(Quadratic(), CPU, BenchOptions(thorough=True), None, sweep_of())
+    info, device = before.sweep.convergence.workload, before.sweep.convergence.device
+    before.capacity = dataclasses.replace(capacity(batches=BATCHES), workload=info, device=device)
+    before.sweep = dataclasses.replace(before.sweep, noise=noise(900))
+    cut = before.run()
+    assert cut.verdict.critical_source == "sweep"
+    assert cut.noise is None
+    kept = resume.own(cut)
+    assert (kept.convergence, resume.standing_branches(kept)) == (None, None)
+    assert "branches" not in resume.notes(kept, "now")[-1].text
+
+
+def test_a_look_that_fails_is_not_taken_again_and_a_busy_machine_has_one(monkeypatch):
+    """Looks end where nothing new was timed, and neighbours are timed again in the first alone."""
+    calls = []
+
+    def measured(workload, *, batches=None, earlier=None, find_max_batch=True, **given):
+        if find_max_batch:
+            return dataclasses.replace(capacity(batches=BATCHES), disturbed=("busy",) if busy else ())
+        calls.append(list(batches))
+        if not busy:
+            raise WorkloadError("it broke")
+        points = tuple(BatchPoint(b, "ok", 1.02e3 * throughput().step_s(b), samples=20, reason=None) for b in batches)
+        return dataclasses.replace(earlier, batches=points, model=None)
+
+    monkeypatch.setattr(bench, "measure_capacity", measured)
+    monkeypatch.setattr(bench, "measure_noise", lambda *_, **__: noise(400))
+    for busy in (False, True):
+        calls.clear()
+        run = bench.run_bench(Quadratic(), BenchOptions(time_budget=30.0), device="cpu")
+        if busy:
+            assert len(calls) == 2
+            assert not set(calls[0]) & set(calls[1])
+        else:
+            assert len(calls) == 1
+            assert sum("it broke" in note.text for note in run.capacity.notes) == 1
 
 
 @pytest.mark.parametrize(("change", "told"), [

@@ -48,6 +48,14 @@ def test_a_script_and_a_module_have_their_own_place(warm_python, tmp_path):
         assert told.stdout == f"__main__ {named} {[named, '-x']} {[str(tmp_path), '/first']}\n"
 
 
+def test_a_safe_path_does_not_hold_the_folder_one_is_in(warm_python, tmp_path):
+    """`-P`, with which pybatch's own children start: a checkout that happens to be here is not taken."""
+    (tmp_path / "shadow.py").write_text("")
+    for flags, status in (([], 0), (["-P"], 1)):
+        done = subprocess.run([warm_python, *flags, "-c", "import shadow"], cwd=tmp_path, capture_output=True)
+        assert done.returncode == status
+
+
 def test_kill_takes_what_it_started_along(warm_python, tmp_path):
     environment = os.environ | {warm.CHILDREN: warm_python}
     command = [warm_python, "-c", NESTED.format(WRITES)]
