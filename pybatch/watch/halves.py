@@ -4,10 +4,15 @@ For a training that offers nothing else: layers whose examples can't be told apa
 one function), one backward pass a step, an optimizer without moments. Where examples meet in the loss alone, the
 gradient at the model's output is a sum over them; what comes of its first and of its second half is the two halves'
 gradient, dropout and state included, and their sum is the gradient of the batch.
+
+Layers that compute their pass anew (checkpointing) do so in these passes too, and a custom function's backward() is
+called in them; hooks on tensors would be, which is refused.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,13 +30,19 @@ from pybatch.noise.per_example.refusals import refuse_undefined
 from pybatch.noise.sources.examples import EVERY
 from pybatch.records import Note
 from pybatch.watch.batching import Batching, examples_in
+from pybatch.watch.hooked import Hooked
 from pybatch.watch.outputs import leaves_in
 from pybatch.watch.parting import Parting, find_parting
 
 _CHECKED = 3  # measured passes, of which the halves are compared with the gradient of the training's own
+_WAITING = 4  # forward passes of a step whose graphs are kept for a backward pass
 _MIXED = 3  # steps that could not be measured, after which none can
 _ALIKE = 1e-3  # of a squared norm: bf16's rounding of a sum of two is below it
 MISSING = "no pair of norms: no backward pass followed a measured forward pass of two or more examples"
+AGAIN = Note(
+    "noise.b_simple",
+    "to part the model's output by examples its forward() was called at least four times more after the first step",
+)
 MEAN = Note(
     "noise.b_simple",
     "of the gradients of both halves of a batch: the loss was taken for a mean over the examples of a batch, none of "
@@ -50,7 +61,8 @@ class HalvesNoise(Collector):
         parting: where the examples are in the output; None: found out by passes after the first step.
 
     Raises:
-        UsageError: the model has batch normalization, sharded parameters or backward hooks.
+        UsageError: the model has batch normalization, sharded parameters or backward hooks. Later on, in hooks: a
+            tensor between the model's parameters and its output has a hook, or keeps its gradient.
     """
 
     def __init__(
@@ -67,18 +79,21 @@ class HalvesNoise(Collector):
         _refuse_hooks(model)
         self._params = [param for _, param in trainable(model)]
         super().__init__(
-            "halves", model, self._params[0].device, missing=MISSING, notes=(MEAN,), every=every,
+            "halves", model, self._params[0].device, missing=MISSING, notes=(MEAN, AGAIN), every=every,
         )  # fmt: skip
         self._batching, self._scaler, self._every, self.parting = batching, scaler, every, parting
         self._steps = 0
         self._met: _Met | None = None
-        self._awaited: list[_Arrival] = []  # at the outputs of the passes of this step
+        self._awaited: deque[list[_Arrival]] = deque()  # at the outputs of the latest passes of this step
         self._came = 0  # of them
         self._mixed = 0  # steps in which several gradients came
         self._found: tuple[float, float, Tensor, Tensor] | None = None  # the row of this step
         self._inside = False  # a backward pass of our own
         self._checked = 0
+        self._hooked = Hooked()
+        self._hooked.start()
         self._removals = [
+            self._hooked.stop,
             _after(model, self._leave),
             optimizer.register_step_post_hook(lambda *_: self._step()).remove,
         ]
@@ -98,11 +113,15 @@ class HalvesNoise(Collector):
             return
         if self.parting is None:
             self._met = _Met((args, kwargs), n)
+        self._awaited.append([])
         for leaf, value in enumerate(leaves_in(output)):
             if isinstance(value, Tensor) and value.requires_grad:
                 # Of the output as it is now: what the script writes into it is after the model.
-                self._awaited.append(_Arrival(self, leaf, n, get_gradient_edge(value)))
-                value.register_hook(self._awaited[-1])  # type: ignore[no-untyped-call]
+                self._awaited[-1].append(_Arrival(self, leaf, n, get_gradient_edge(value)))
+                value.register_hook(self._awaited[-1][-1])  # type: ignore[no-untyped-call]
+        if len(self._awaited) > _WAITING:  # of most of them nobody asks a gradient
+            for arrival in self._awaited.popleft():
+                arrival.let_go()
 
     def arrived(self, leaf: int, n: int, edge: Any, gradient: Tensor) -> None:
         """A gradient has come to a leaf of the output."""
@@ -111,11 +130,12 @@ class HalvesNoise(Collector):
         self._came += 1
         if self._met is not None:
             self._met.leaves.add(leaf)
-        elif self._came == 1 and self.parting is not None and leaf == self.parting.leaf:
+        elif self._came == 1 and edge is not None and self.parting is not None and leaf == self.parting.leaf:
             self._halve(n, edge, gradient, self.parting)
 
     @torch.no_grad()
     def _halve(self, n: int, edge: Any, gradient: Tensor, parting: Parting) -> None:
+        self._refuse_seen(edge.node)
         later = parting.second_half(gradient, n)
         self._inside = True
         try:
@@ -134,6 +154,16 @@ class HalvesNoise(Collector):
         squares = 4.0 * scale * (parts[0] / half + parts[1] / (n - half))
         small, n_small, n_large = combine(True, 2, squares, float(n))
         self._found = (n_small, n_large, small.reshape(1), (large * scale).reshape(1))
+
+    def _refuse_seen(self, node: Any) -> None:
+        """The script would see two gradients more, or their sum in `.grad`."""
+        _refuse_hooks(self._model)
+        called = self._hooked.below(node)
+        if called is not None:
+            raise UsageError(
+                f"halves of a batch: {called}() was called of a tensor between the model's parameters and its output, "
+                "and would see more gradients"
+            )
 
     def _own(self, edge: Any, gradient: Tensor) -> list[Tensor | None]:
         """What this gradient at the output gives for each parameter, out of a graph that stands afterwards."""
@@ -162,9 +192,10 @@ class HalvesNoise(Collector):
     def _step(self) -> None:
         """A step is over."""
         came, self._came = self._came, 0
-        for arrival in self._awaited:
+        for arrival in itertools.chain.from_iterable(self._awaited):
             arrival.forget()
-        self._awaited = []
+        self._awaited.clear()
+        self._hooked.clear()
         if came > 1:
             self._found = None
             self._mixed += 1
@@ -215,6 +246,11 @@ class _Arrival:
 
     def __init__(self, noise: HalvesNoise, leaf: int, n: int, edge: Any) -> None:
         self._given: tuple[HalvesNoise, int, int, Any] | None = noise, leaf, n, edge
+
+    def let_go(self) -> None:
+        """Of the graph; that a gradient came is still told."""
+        if self._given is not None:
+            self._given = (*self._given[:3], None)
 
     def forget(self) -> None:
         """It will not come any more."""

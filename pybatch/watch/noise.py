@@ -251,7 +251,11 @@ class NoiseWatch:
             self._every = every
             handle.detach()
             self._ended.append(handle)  # which stands until the new one knows as much
-            self._handle = self._make(handle.source)
+            self._handle = None
+            try:
+                self._handle = self._make(handle.source)
+            except (PybatchError, RuntimeError) as error:  # the script has put a hook on since, say
+                self.reasons.append(str(error).removesuffix("."))
 
     def _take(self, seconds: float) -> None:
         """A step's time: the one after a watched step pays for it too, as memory that was held is asked for anew."""

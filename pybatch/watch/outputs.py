@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.distributions.utils import lazy_property
 from torch.utils._pytree import tree_leaves
 
 _DEPTH = 3  # of objects within objects
 
 
 def leaves_in(output: Any, depth: int = _DEPTH) -> list[Any]:
-    """All leaves, always in the same order: of containers, dataclasses, namespaces and distributions."""
+    """All leaves, always in the same order: of containers, dataclasses, namespaces and distributions.
+
+    A tensor that is held several times comes once, where it is met first.
+    """
     if isinstance(output, Tensor):  # the usual case, in every pass
         return [output]
     found: list[Any] = []
     for leaf in tree_leaves(output):
         inside = _inside(leaf) if depth else None
         found += [leaf] if inside is None else leaves_in(inside, depth - 1)
-    return found
+    met: set[int] = set()
+    return [one for one in found if not isinstance(one, Tensor) or not (id(one) in met or met.add(id(one)))]  # type: ignore[func-returns-value]
 
 
 def _inside(leaf: Any) -> list[Any] | None:
     """What an object that holds tensors has; None of any other."""
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
         return [getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)]
-    return list(vars(leaf).values()) if isinstance(leaf, SimpleNamespace | Distribution) else None
+    if isinstance(leaf, Distribution):
+        return _given(leaf)
+    return list(vars(leaf).values()) if isinstance(leaf, SimpleNamespace) else None
+
+
+def _given(distribution: Distribution) -> list[Any]:
+    """What it holds, but of parameters made of one another, such as probs and logits, the one it began with."""
+    kind, held = type(distribution), vars(distribution)
+    lazy = [name for name in held if isinstance(inspect.getattr_static(kind, name, None), lazy_property)]
+    return [value for name, value in held.items() if name not in lazy[1:]]

@@ -15,6 +15,8 @@ from pybatch.watch.batching import Batching, alternatives
 from pybatch.watch.outputs import leaves_in
 from pybatch.watch.state import put_back
 
+_SAID = 120  # characters of a model's own error
+
 
 @dataclass(frozen=True)
 class Parting:
@@ -43,41 +45,52 @@ def find_parting(model: nn.Module, arguments: Any, batching: Batching, leaf: int
     """Where the examples of a batch are in one leaf of the output; all that the passes change is put back.
 
     Args:
-        model: run three times for each dimension that may be the batch, without gradients.
+        model: run twice, and twice for each dimension that may be the batch, without gradients.
         arguments: (args, kwargs) of a pass of two or more examples.
         batching: where their batch is taken to be.
         leaf: of the output.
 
     Raises:
-        UsageError: examples enter one another's outputs, or their place there can't be told.
+        UsageError: examples enter one another's outputs, or their place there can't be told; the model does not run
+            again, gives NaN, or another output each time.
     """
+    name = type(model).__name__
     with put_back(model, ()), torch.no_grad():
+        run = _Repeated(model, leaf)
+        output, again = run(arguments), run(arguments)
+        if output is None or again is None:
+            raise UsageError(f"{name} can't be run again to part its output by examples: {run.failed}")
+        if output.isnan().any():
+            raise UsageError(f"the output of {name} holds NaN, and can't be parted by examples")
+        if not torch.equal(output, again):
+            raise UsageError(
+                f"{name} gives another output each time it is run with the same arguments and random numbers: it keeps "
+                "some state, or its kernels differ from run to run"
+            )
         for candidate in (batching, *alternatives(arguments, batching)):
-            found = _parted(model, arguments, candidate, leaf)
+            found = _parted(run, output, arguments, candidate)
             if found is not None:
                 return found
+    if run.gave <= 2:  # those with the arguments as they were
+        raise UsageError(f"{name} does not run with the examples in another order: {run.failed}")
     raise UsageError(
-        f"the output of {type(model).__name__} can't be parted by examples: it is a loss already, or the examples of a "
+        f"the output of {name} can't be parted by examples: it is a loss already, or the examples of a "
         "batch enter one another's outputs"
     )
 
 
-def _parted(model: nn.Module, arguments: Any, batching: Batching, leaf: int) -> Parting | None:
+def _parted(run: _Repeated, output: Tensor, arguments: Any, batching: Batching) -> Parting | None:
     n = batching.size
     half, place = n // 2, torch.arange(n)
     earlier = torch.where(place < half, half + place % (n - half), place)  # the earlier half is of later examples
     later = torch.where(place < half, place, (place - half) % max(half, 1))
-    run = _Repeated(model, leaf)
-    output = run(arguments)
-    if output is None:
-        return None
     changed = [run(_replaced(arguments, batching, order)) for order in (earlier, later)]
     if any(other is None or other.shape != output.shape for other in changed):
         return None
     first, second = (other != output for other in changed if other is not None)
     if not (first.any() and second.any()):
         return None
-    for parting in _partings(leaf, batching, output):
+    for parting in _partings(run.leaf, batching, output):
         of_second = parting.second_half(output, n)
         if not (first & of_second).any() and not (second & ~of_second).any():
             return parting
@@ -103,10 +116,15 @@ def _replaced(arguments: Any, batching: Batching, order: Tensor) -> Any:
 
 
 class _Repeated:
-    """Forward passes that draw the same random numbers; None where the model does not take the arguments."""
+    """Forward passes that draw the same random numbers; None where the model does not take the arguments.
+
+    Attributes:
+        gave: how many gave an output.
+        failed: why the last that gave none did not.
+    """
 
     def __init__(self, model: nn.Module, leaf: int) -> None:
-        self._model, self._leaf = model, leaf
+        self._model, self.leaf, self.gave, self.failed = model, leaf, 0, ""
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         host, cuda = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
         self._again: list[Callable[[], None]] = [lambda: torch.set_rng_state(host)]
@@ -117,7 +135,12 @@ class _Repeated:
             draw()
         args, kwargs = arguments
         try:
-            output = leaves_in(self._model(*args, **kwargs))[self._leaf]
-        except Exception:  # whatever a model makes of a wrong dimension
+            output = leaves_in(self._model(*args, **kwargs))[self.leaf]
+        except Exception as error:  # whatever a model makes of a wrong dimension
+            self.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:_SAID]}"
             return None
-        return output.detach().clone() if isinstance(output, Tensor) else None
+        if not isinstance(output, Tensor):
+            self.failed = "an output is no tensor any more"
+            return None
+        self.gave += 1
+        return output.detach().clone()

@@ -1,6 +1,9 @@
 """The noise of the halves of a batch: against the gradients of both halves taken by themselves, and what it refuses."""
 
 import copy
+import gc
+import itertools
+import weakref
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from pybatch.watch import noise as sources
 from pybatch.watch.batching import BatchSecond, find_batching
 from pybatch.watch.halves import HalvesNoise
 from pybatch.watch.noise import NoiseWatch, guarded
+from pybatch.watch.outputs import leaves_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH, WORDS = 5, 11
@@ -200,6 +204,78 @@ def test_outputs_that_have_no_examples_are_refused(model):
     assert "can't be parted by examples" in str(steps(model()).broken)
 
 
+class Raising(Mixing):
+    """A model that takes its own order of examples, or none without gradients."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.always = always
+
+    def forward(self, x):
+        if not torch.is_grad_enabled() and (self.always or len(x.unique(dim=0)) < len(x)):
+            raise ValueError("these examples are not mine")
+        return self.layer(x)
+
+
+class Counting(Mixing):
+    """One that is never twice the same; its count is kept where nobody puts it back."""
+
+    count = itertools.count()
+
+    def forward(self, x):
+        return self.layer(x) + next(self.count)
+
+
+class Undefined(Mixing):
+    def forward(self, x):
+        return self.layer(x) * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Raising(True), "can't be run again to part its output by examples: ValueError: these examples are not mine"),
+        (Raising(False), "does not run with the examples in another order: ValueError: these examples are not mine"),
+        (Counting(), "gives another output each time"),
+        (Undefined(), "holds NaN"),
+    ],
+)
+def test_why_an_output_cannot_be_parted(model, reason):
+    assert reason in str(steps(model).broken)
+
+
+class Choosing(nn.Module):
+    """A policy: its output is a distribution that holds one tensor twice, and another made of it."""
+
+    def __init__(self, probs):
+        super().__init__()
+        self.layer, self.probs = nn.Linear(4, 3), probs
+
+    def forward(self, x):
+        chosen = torch.distributions.Categorical(logits=self.layer(x), validate_args=False)
+        assert not self.probs or chosen.probs.ndim
+        return chosen
+
+
+@pytest.mark.parametrize("probs", [False, True])
+def test_a_distribution_is_one_output(probs):
+    torch.manual_seed(0)
+    model = Choosing(probs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    noise = HalvesNoise(model, optimizer, find_batching(((torch.randn(6, 4),), {})), every=1)
+    rows = rows_of(noise)
+    for _ in range(4):
+        chosen = model(torch.randn(6, 4))
+        (-chosen.log_prob(torch.randint(3, (6,)))).mean().add(-chosen.entropy().mean(), alpha=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    noise._readback.drain()
+    assert len(rows) == 3
+    for output in (model(torch.randn(6, 4)), chosen):  # the script has asked the latter for its probs
+        assert [leaf is output.logits for leaf in leaves_in(output) if isinstance(leaf, torch.Tensor)] == [True]
+    noise.detach()
+
+
 def test_several_gradients_in_a_step_are_refused():
     assert "several outputs, or passes" in str(steps(Pair()).broken)
     noise = steps(nn.Linear(4, 2), twice=True)
@@ -207,23 +283,101 @@ def test_several_gradients_in_a_step_are_refused():
     assert not noise.noise.steps
 
 
-def test_what_does_not_add_up_is_refused():
-    """A hook of the script's own at the output, put there before ours, would act twice."""
+class Looked(nn.Module):
+    """One whose script looks at gradients inside, in one of several ways."""
 
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 2)
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.second, self.how, self.seen = nn.Linear(4, 3), nn.Linear(3, 2), how, []
 
-        def forward(self, x):
-            y = self.layer(x)
-            if y.requires_grad:
-                y.register_hook(lambda g: 2 * g)
+    def forward(self, x):
+        h = self.first(x)
+        y = self.second(h.tanh())
+        if not h.requires_grad:
             return y
+        if self.how == "retain_grad":
+            h.retain_grad()
+            self.hidden = h
+        elif self.how == "inside":
+            h.register_hook(self.seen.append)
+        elif self.how == "output":
+            y.register_hook(self.seen.append)
+        elif self.how == "elsewhere":
+            h.detach().requires_grad_().sum().register_hook(self.seen.append)
+        return y
 
-    noise = steps(Scaled())
-    assert "do not add up" in str(noise.broken)
+
+@pytest.mark.parametrize("how", ["retain_grad", "inside", "output", "after", "parameter", "module", "elsewhere", ""])
+def test_what_looks_at_gradients_inside_is_refused(how):
+    """It would see two gradients more in each step that is measured."""
+    plain = dict(vars(torch.Tensor))
+    torch.manual_seed(0)
+    model = Looked(how)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    kind = guarded(HalvesNoise, ("_leave", "arrived", "_compare", "_step"))
+    noise = kind(model, optimizer, find_batching(((torch.randn(6, 4),), {})), every=1)
+    if how == "parameter":
+        model.first.weight.register_hook(model.seen.append)
+    elif how == "module":
+        model.second.register_full_backward_hook(lambda *given: model.seen.append(given))
+    for _ in range(5):
+        x = torch.randn(6, 4)
+        y = model(x)
+        if how == "after":
+            y.register_hook(model.seen.append)
+        y.square().mean().backward()
+        if how == "retain_grad":
+            again = copy.deepcopy(model.first)(x).detach().requires_grad_()
+            (expected,) = torch.autograd.grad(model.second(again.tanh()).square().mean(), [again])
+            assert torch.equal(model.hidden.grad, expected)
+        optimizer.step()
+        optimizer.zero_grad()
+    noise.detach()
+    assert {name: vars(torch.Tensor).get(name) for name in plain} == plain
+    assert len(vars(torch.Tensor)) == len(plain)
+    if how in ("elsewhere", ""):
+        assert noise.broken is None
+        return
+    assert len(model.seen) == (0 if how == "retain_grad" else 5)
+    assert "would see more" in str(noise.broken)
     assert not noise.noise.steps
+
+
+def test_graphs_that_nobody_asks_for_are_let_go():
+    held = weakref.WeakSet()
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            held.add(ctx)
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    class Model(Mixing):
+        def forward(self, x):
+            return Noted.apply(self.layer(x))
+
+    model, first = Model(), None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    noise = HalvesNoise(model, optimizer, find_batching(((torch.randn(6, 4),), {})), every=1)
+    for _ in range(3):
+        model(torch.randn(6, 4)).square().mean().backward()
+        optimizer.step()
+    gc.collect()
+    assert not held
+    for i in range(50):
+        out = model(torch.randn(6, 4))
+        first = out if i == 0 else first
+    gc.collect()
+    assert len(held) == 5  # the latest four, and the one that the script holds
+    (out.square().mean() + first.square().mean()).backward()
+    assert noise._came == 2
+    optimizer.step()
+    assert noise._mixed == 1  # the one whose graph was let go counts
+    noise.detach()
 
 
 def test_a_penalty_on_weights_is_no_part_of_any_example():
@@ -235,6 +389,7 @@ def test_a_penalty_on_weights_is_no_part_of_any_example():
         (model(torch.randn(6, 4)).square().mean() + model.weight.square().sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
+    assert "do not add up" in str(noise.broken)
     assert "a penalty on weights" in str(noise.broken)
     assert not noise.noise.steps
 

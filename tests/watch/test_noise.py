@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from pybatch.base.errors import UsageError
 from pybatch.noise.handle import Collector
 from pybatch.watch import noise as source
 from pybatch.watch.batching import find_batching
@@ -105,3 +106,21 @@ def test_what_a_source_knew_stands_until_the_next_one_knows_as_much(monkeypatch)
     newer = replace(bound, low=8.0)
     monkeypatch.setattr(Collector, "noise", property(lambda one: bound if one is first else newer))
     assert training.watch.read() is newer
+
+
+def test_a_source_that_cannot_be_made_anew_leaves_what_it_knew(monkeypatch):
+    """The script has put a hook on a parameter meanwhile."""
+    training = Training(monkeypatch)
+    training.steps(24)
+    known = training.watch.read()
+
+    def refused(offer):
+        raise UsageError("parameter 'weight' has a hook.")
+
+    monkeypatch.setattr(training.watch, "_make", refused)
+    training.steps(40, watched=0.3)
+    assert training.watch._handle is None
+    assert len(training.watch._ended) == 1
+    assert training.watch.reasons == ["parameter 'weight' has a hook"]
+    assert training.watch.read().steps >= known.steps
+    assert training.watch.reasons == ["parameter 'weight' has a hook"]
