@@ -636,19 +636,19 @@ def test_a_sweep_beside_a_bench_is_looked_at_before_anything_is_measured(pybatch
     work = Quadratic()
     info, device = Session(work, torch.device("cpu")).info, describe(torch.device("cpu"))
     steps = Convergence((SWEEP["fitted"][0],), optimizer="sgd", device=device, workload=info)
-    paths = {}
-    for name, run in {"good": Run("then", None, convergence=steps), "none": Run("then", None)}.items():
+    then, paths = "2026-01-03T00:00:00+00:00", {}
+    for name, run in {"good": Run(then, None, convergence=steps), "none": Run(then, None)}.items():
         paths[name] = tmp_path / f"{name}.json"
         paths[name].write_text(run.to_json())
-    status, out, _ = pybatch(f"bench --cpu --workload quadratic --dry-run --sweep {paths['good']}")
-    assert status == 0
-    assert "verdict   on the sweep of then" in out
+    status, out, err = pybatch(*shlex.split(f"bench --cpu --workload quadratic --dry-run --sweep {paths['good']}"))
+    assert status == 0, err
+    assert f"verdict   on the sweep of {then}" in out
     for flags, told in (
-        (f"--workload quadratic --sweep {paths['none']}", "none.json' holds no sweep. Give a record"),
+        (f"--workload quadratic --sweep {paths['none']}", "none.json' holds no sweep. Give the record of one"),
         (f"--workload digits --sweep {paths['good']}", "--sweep: it is of quadratic, fp32, on"),
         (f"--workload quadratic --option d=7 --sweep {paths['good']}", "with other options or another model file"),
         (f"--workload quadratic --sweep {tmp_path}/missing.json", "cannot be read"),
     ):
-        status, _, err = pybatch(f"bench --cpu --dry-run {flags}")
+        status, _, err = pybatch(*shlex.split(f"bench --cpu --dry-run {flags}"))
         assert status == 2
         assert told in " ".join(err.split())
