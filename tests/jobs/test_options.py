@@ -45,7 +45,8 @@ def test_every_option_of_bench_reaches_its_part(asked: dict[str, dict[str, Any]]
     assert (capacity["batches"], capacity["compile"], capacity["graph"]) == ((8, 16), True, True)
     assert capacity["time_budget"] == 40.0
     assert asked["measure_noise"]["time_budget"] == pytest.approx(25.0, rel=0.05)  # 0.15 of 0.6 of what is left
-    assert asked["measure_branches"]["time_budget"] == pytest.approx(100.0, rel=0.05)
+    branches = asked["measure_branches"]["time_budget"]  # all but a twentieth, which a closer look gets
+    assert branches == pytest.approx(95.0, rel=0.02)
     assert record.environment is not None
     assert (record.environment.command, record.environment.seed) == ("pybatch bench ...", 7)
     assert record.complete

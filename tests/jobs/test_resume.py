@@ -546,7 +546,7 @@ def test_an_interrupted_noise_scale_is_measured_to_its_end(whole: tuple[Run, lis
 def test_a_run_over_given_sizes_is_no_search_for_the_range(
     whole: tuple[Run, list[Run]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pybatch.jobs.bench._closer", lambda work, place, options, found, *_: found.capacity)
+    monkeypatch.setattr("pybatch.jobs.bench._closer", lambda work, place, options, found, *_, **given: found.capacity)
     run = job(Points(), None, earlier=whole[0])
     sizes = {p.batch for p in capacity(run).batches}
     assert {1, 2, 4, 256, 1024} <= sizes
