@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,13 +28,14 @@ from pybatch.fits.noise import MIN_BLOCKS
 from pybatch.jobs import resume as continuation
 from pybatch.jobs.options import BenchOptions
 from pybatch.noise.measurement import measure_noise
-from pybatch.records import Capacity, Convergence, Environment, NoiseScale, Note, Run
+from pybatch.records import BatchPoint, Capacity, Convergence, Environment, NoiseScale, Note, Run
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.optimizers import adjusted
 from pybatch.workloads.running.session import Session, is_out_of_memory
 
 _SHARES = (0.7, 0.2)  # of the time budget: capacity, noise; a closer look gets what is left
 _LOOK, _LEAST_LOOK = 0.05, 1.0  # share of the time budget, and seconds, below which no closer look is begun
+_APART = 0.2  # log ratio of two times of one batch size, past which what was timed beside it is of another machine
 _THOROUGH_SHARES = (0.4, 0.15)  # the branches get what is left
 _STEPS = 2  # of the noise scale, at least: a step of its training before, and a micro-batch
 INTERRUPTED = "interrupted by Ctrl-C: what was measured until then is kept"
@@ -198,9 +200,12 @@ def _closer(
         return capacity
     timed = {p.batch: p for p in capacity.batches if p.status == "ok"}
     near = [n for n in timed if 0.5 <= n / batch <= 2.0] if capacity.disturbed and again else []
-    asked = sorted({*closer(capacity, batch), *near})
-    if not asked:
+    new = closer(capacity, batch)
+    if not new and not near:
         return capacity
+    # One that was timed before is timed beside them: what a machine does now may not be what it did then.
+    anchor = min(timed, key=lambda n: abs(math.log(n / batch)), default=None)
+    asked = sorted({*new, *near} | ({anchor} if anchor is not None else set()))
     try:
         seen = measure_capacity(
             workload,
@@ -228,6 +233,12 @@ def _closer(
         for n, p in longer.items()
         if n not in timed or p.samples >= timed[n].samples
     }
+    disturbed = tuple(dict.fromkeys((*capacity.disturbed, *seen.disturbed)))
+    if anchor in longer and abs(moved := _moved(timed[anchor], longer[anchor])) > _APART:
+        kept = {n: p for n, p in kept.items() if n in timed}
+        text = f"batch {_told(new)}, timed after the verdict advised {count(batch)}, is left out: beside it batch "
+        text += f"{count(anchor)} took {math.exp(moved):.2g} times as long as before"
+        capacity = replace(capacity, notes=(*capacity.notes, Note("batches", text)), disturbed=disturbed)
     if not kept:
         return capacity
     text = f"batch {_told(sorted(kept))} timed after the verdict advised {count(batch)}; memory is not measured then"
@@ -236,9 +247,14 @@ def _closer(
     return replace(
         capacity,
         batches=tuple(with_input_bounds([points[n] for n in sorted(points)], capacity.input)),
-        disturbed=tuple(dict.fromkeys((*capacity.disturbed, *seen.disturbed))),
+        disturbed=disturbed,
         notes=(*capacity.notes, note),
     )
+
+
+def _moved(before: BatchPoint, now: BatchPoint) -> float:
+    """Log ratio of the step times of one batch size."""
+    return math.log(now.step_ms / before.step_ms) if before.step_ms and now.step_ms else 0.0
 
 
 def _told(batches: Sequence[int]) -> str:
