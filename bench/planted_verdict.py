@@ -40,6 +40,7 @@ from pybatch.records import (
     NoiseScale,
     RateSteps,
     StepsFit,
+    Verdict,
 )
 
 LEVELS = ("noise", "branch", "sweep")
@@ -199,7 +200,13 @@ def judged(
     def lost(batch: int | None) -> float:
         return float(time[min(batch, truth.most) - 1] / time.min()) if batch is not None else math.nan
 
-    first = lost(advise(capacity, noise, steps).best_batch)
+    best = int(np.argmin(time)) + 1
+
+    def holds(verdict: Verdict) -> bool:
+        high = verdict.best_high if verdict.best_high is not None else math.inf
+        return (verdict.best_low or 1) <= best <= high
+
+    first = advise(capacity, noise, steps)
     for _ in range(LOOKS):
         advised = advise(capacity, noise, steps).best_batch
         sizes = np.array(closer(capacity, advised)) if advised is not None else np.array([])
@@ -209,13 +216,13 @@ def judged(
         points = (*capacity.batches, *sampled(truth, sizes, rng)[1])
         capacity = replace(capacity, batches=tuple(sorted(points, key=lambda point: point.batch)))
     verdict = advise(capacity, noise, steps)
-    best = int(np.argmin(time)) + 1
     low, high = verdict.best_low or 1, verdict.best_high if verdict.best_high is not None else math.inf
     return {
-        "holds": low <= best <= high,
+        "holds": holds(verdict),
+        "held": holds(first),
         "width": math.log2(high / low) if math.isfinite(high) else math.nan,
         "regret": lost(verdict.best_batch),
-        "without": first,
+        "without": lost(first.best_batch),
     }
 
 
@@ -251,6 +258,7 @@ def report(level: str, drawn: list[tuple[Truth, dict[str, float | bool]]]) -> di
         rows[family] = {
             "truths": len(own),
             "coverage": float(np.mean([row["holds"] for row in own])),
+            "without_looks_coverage": float(np.mean([row["held"] for row in own])),
             "width_doublings": float(np.nanmedian([row["width"] for row in own])),
             "regret_mean": float(known.mean()),
             "regret_p95": float(np.quantile(known, 0.95)),
