@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
+from paired import geometric_mean
 
 M = 1 << 20
 SHAPES = {
@@ -135,16 +135,12 @@ def round_of(pythons: tuple[str, str], swapped: bool, turns: int) -> dict[tuple[
     return found
 
 
-def interval(logs: np.ndarray) -> list[float | None]:
-    """Geometric mean with Student's 95 % interval; without ends where there was one round."""
-    mean = float(np.mean(logs))
-    if len(logs) < 2:
-        return [math.exp(mean), None, None]
-    half = float(stdtrit(len(logs) - 1, 0.975) * np.std(logs, ddof=1) / math.sqrt(len(logs)))
-    return [math.exp(mean), math.exp(mean - half), math.exp(mean + half)]
+def interval(logs: np.ndarray) -> tuple[float, float | None, float | None]:
+    """Geometric mean with its 95 % interval; without ends where there was one round."""
+    return geometric_mean(logs) if len(logs) > 1 else (math.exp(float(logs[0])), None, None)
 
 
-def told(name: str, ms: str, found: list[float | None]) -> str:
+def told(name: str, ms: str, found: tuple[float, float | None, float | None]) -> str:
     mean, low, high = found
     ends = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
     word = "  slower" if low and low > 1 else "  faster" if high and high < 1 else ""

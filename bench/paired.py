@@ -86,9 +86,15 @@ def ratio(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) 
         why = f"{missed[0]} and {missed[1]} of {len(seeds)} did not reach the target"
         return {"ratio": None, "low": None, "high": None, "seeds": len(seeds), "reason": why}
     logs = np.array([math.log(float(ours[seed] or 0) / float(theirs[seed] or 0)) for seed in seeds])
+    mean, low, high = geometric_mean(logs)
+    return {"ratio": mean, "low": low, "high": high, "seeds": len(seeds)}
+
+
+def geometric_mean(logs: np.ndarray) -> tuple[float, float, float]:
+    """Of two or more ratios, from their logarithms, with Student's 95 % interval."""
     mean = float(logs.mean())
     half = float(stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1) / math.sqrt(len(logs)))
-    return {"ratio": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half), "seeds": len(seeds)}
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
 def against_fixed(runs: Mapping[str, Mapping[str, Any]], step_s: Callable[[int], float]) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def _closer(
         if n not in timed or p.samples >= timed[n].samples
     }
     disturbed = tuple(dict.fromkeys((*capacity.disturbed, *seen.disturbed)))
-    if anchor in longer and abs(moved := _moved(timed[anchor], longer[anchor])) > _APART:
+    if new and anchor in longer and abs(moved := _moved(timed[anchor], longer[anchor])) > _APART:
         kept = {n: p for n, p in kept.items() if n in timed}
         text = f"batch {_told(new)}, timed after the verdict advised {count(batch)}, is left out: beside it batch "
         text += f"{count(anchor)} took {math.exp(moved):.2g} times as long as before"

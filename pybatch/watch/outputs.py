@@ -26,8 +26,8 @@ def leaves_in(output: Any, depth: int = _DEPTH) -> list[Any]:
     for leaf in tree_leaves(output):
         inside = _inside(leaf) if depth else None
         found += [leaf] if inside is None else leaves_in(inside, depth - 1)
-    met: set[int] = set()
-    return [one for one in found if not isinstance(one, Tensor) or not (id(one) in met or met.add(id(one)))]  # type: ignore[func-returns-value]
+    first = {id(one): place for place, one in reversed([*enumerate(found)])}
+    return [one for place, one in enumerate(found) if not isinstance(one, Tensor) or first[id(one)] == place]
 
 
 def _inside(leaf: Any) -> list[Any] | None:

@@ -86,6 +86,9 @@ def test_what_was_timed_on_another_machine_is_left_out(monkeypatch):
     assert after.batches == known.batches
     assert after.disturbed == ("busy",)
     assert after.notes[-1].text.endswith(f"beside it batch {best} took 10 times as long as before")
+    beside = capacity(batches=sorted({p.batch for p in known.batches} | set(bench.closer(known, best))))
+    again = closer(dataclasses.replace(beside, disturbed=("busy",)))
+    assert not any("is left out" in note.text for note in again.notes)  # nothing new was timed
 
 
 @pytest.mark.parametrize(("most", "expected"), [(160, [112, 160]), (150, [112]), (128, [112])])
