@@ -109,6 +109,17 @@ def _no_watch_is_left():
         stack[-1].__exit__(None, None, None)
 
 
+@pytest.fixture(autouse=True)
+def _no_hook_is_left():
+    """Hooks on every module of the process, as a watch puts them on, end with the test."""
+    yield
+    modules = sys.modules.get("torch.nn.modules.module")
+    if modules is not None and modules._has_any_global_hook():
+        for name in [name for name in vars(modules) if name.startswith("_global_forward_")]:
+            getattr(modules, name).clear()
+        pytest.fail("a hook on every module was left on")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _freed_memory_goes_back():
     """Commands that run inside the tests' process must not set how it frees memory: other tests measure that."""

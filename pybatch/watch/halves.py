@@ -221,15 +221,19 @@ class HalvesNoise(Collector):
 
 
 def _after(model: nn.Module, call: Callable[[nn.Module, Any, Any, Any], None]) -> Callable[[], None]:
-    """Call it after each forward pass of this model; one of torch.jit takes no hooks but the global ones."""
+    """Call it after each forward pass of this model; one of torch.jit takes no hooks but the global ones.
+
+    Those are asked for no keyword arguments: torch would never forget that it gave them (2.13), and then warn, at each
+    call of a compiled module, of a hook that is gone.
+    """
     if not isinstance(model, torch.jit.ScriptModule):
         return model.register_forward_hook(Hook(call), with_kwargs=True).remove
 
-    def own(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def own(module: nn.Module, args: Any, output: Any) -> None:
         if module is model:
-            call(module, args, kwargs, output)
+            call(module, args, {}, output)
 
-    return register_module_forward_hook(own, with_kwargs=True).remove
+    return register_module_forward_hook(own).remove
 
 
 @dataclass
