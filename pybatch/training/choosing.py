@@ -23,6 +23,7 @@ from pybatch.workloads.base import Workload
 from pybatch.workloads.running.session import is_out_of_memory
 
 Gradients = list[torch.Tensor | None]
+Forms = tuple[bool | None, bool | None]  # of a stack: whether to fold images, and to evaluate all replicas at once
 
 MEMORY = 2**30  # bytes of parameters, gradients and optimizer states trained at a time, on a CPU
 GPU_SHARE = 0.25  # of a GPU's free memory for them; what a step keeps for its backward pass grows with the batch
@@ -33,6 +34,10 @@ COARSE = 0.3  # of the norm: first gradients in bf16, whose rounding comes to a 
 INTERVAL = 8  # steps between two evaluations in the middle of a trial
 SAMPLE = 4  # replicas by which the loop is timed
 
+_chosen: dict[
+    tuple[object, ...], tuple[Forms | None, None]
+] = {}  # a stack's forms, or that a loop is faster, by its kind
+
 
 class StackTooLargeError(MemoryError):
     """Memory ran out for these trials together: take fewer at a time."""
@@ -42,6 +47,8 @@ def choose(
     workload: Workload, trials: Sequence[Trial], device: torch.device, how: Literal["stacked", "loop"] | None = None
 ) -> tuple[Replicas, str | None]:
     """The faster form for these trials, ready at step 0, and why they are not stacked where they can't be.
+
+    It is measured once for trials alike but for rates and seeds, and of about as many.
 
     Args:
         workload, trials, device: what is trained, and where.
@@ -57,6 +64,20 @@ def choose(
         return Loop(workload, trials, device), None
     if how == "stacked":
         return Stack(workload, trials, device), None
+    first = trials[0]
+    alike = (first.workload, first.batch, first.optimizer, first.dtype, str(device), len(trials).bit_length())
+    forms, reason = _chosen.get(alike) or _compared(workload, trials, device)
+    if reason is None:  # else other rates may agree
+        _chosen[alike] = forms, None
+    if forms is None:
+        return Loop(workload, trials, device), reason
+    chosen = Stack(workload, trials, device)
+    chosen.folded, chosen.together = forms  # those that were found to agree
+    return chosen, None
+
+
+def _compared(workload: Workload, trials: Sequence[Trial], device: torch.device) -> tuple[Forms | None, str | None]:
+    """The forms of a stack that agrees with separate replicas and is faster; else None and, if it does not, why."""
     few = trials[:: max(1, len(trials) // SAMPLE)][:SAMPLE]
     places = [trials.index(trial) for trial in few]
     loop, own, separate = _timed(Loop(workload, few, device), range(len(few)))
@@ -66,7 +87,7 @@ def choose(
     except (RuntimeError, NotImplementedError, TypeError, ValueError, WorkloadError, MemoryError) as error:
         if not is_out_of_memory(error):
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            return Loop(workload, trials, device), f"not stacked: a stack of its replicas fails ({line})"
+            return None, f"not stacked: a stack of its replicas fails ({line})"
         failure = StackTooLargeError("memory ran out for these trials together")
     if failure is not None:  # raised here, where no trace holds what the stack held
         raise failure
@@ -74,15 +95,10 @@ def choose(
     if exact:  # else two steps of Adam may go anywhere
         pairs = [[(there[i], here[j]) for j, i in enumerate(places)] for here, there in zip(loop, stacked, strict=True)]
         if (off := _off(workload, few, device, pairs)) is not None:
-            text = f"not stacked: losses of stacked and separate replicas differ ({off[0]:.6g}, {off[1]:.6g})"
-            return Loop(workload, trials, device), text
+            return None, f"not stacked: losses of stacked and separate replicas differ ({off[0]:.6g}, {off[1]:.6g})"
     if not same(theirs, own, ROUNDING if exact else COARSE) or not (exact or _same_in_fp32(workload, few, device)):
-        return Loop(workload, trials, device), "not stacked: gradients of stacked and separate replicas differ"
-    if together <= separate * len(trials) / len(few):
-        chosen = Stack(workload, trials, device)
-        chosen.folded, chosen.together = forms  # those that were found to agree
-        return chosen, None
-    return Loop(workload, trials, device), None
+        return None, "not stacked: gradients of stacked and separate replicas differ"
+    return (forms if together <= separate * len(trials) / len(few) else None), None
 
 
 def memory_for(device: torch.device) -> int:
@@ -107,8 +123,8 @@ def chunks(trials: Sequence[Trial], parameter_bytes: int, memory: int) -> list[l
 
 def _timed_stack(
     workload: Workload, trials: Sequence[Trial], device: torch.device, index: Sequence[int]
-) -> tuple[tuple[Losses, Gradients, float], tuple[bool | None, bool | None]]:
-    """As `_timed`, of a stack, and what it chose: whether to fold images, and to evaluate all replicas at once."""
+) -> tuple[tuple[Losses, Gradients, float], Forms]:
+    """As `_timed`, of a stack, and what it chose."""
     made = Stack(workload, trials, device)
     return _timed(made, index), (made.folded, made.together)
 

@@ -23,6 +23,16 @@ from pybatch.workloads.running.finding import find
 CPU = torch.device("cpu")
 
 
+def choose_anew(*given):
+    choosing._chosen.clear()
+    return choose(*given)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_chosen_yet():
+    choosing._chosen.clear()
+
+
 class Points(Workload):
     """Least squares in eight dimensions; small, so that a test takes many steps."""
 
@@ -208,8 +218,11 @@ def test_batch_norm_is_the_same_either_way_or_not_stacked():
 
 
 def test_the_faster_form_is_taken(monkeypatch):
+    asked = []
+
     def timed(slow):
         def _timed(made, index):
+            asked.append(made)
             losses = ([1.0] * len(made.trials), [1.0] * len(made.trials))
             return losses, [torch.ones(len(index))], 1.0 if isinstance(made, slow) else 0.01
 
@@ -218,7 +231,12 @@ def test_the_faster_form_is_taken(monkeypatch):
     monkeypatch.setattr(choosing, "_timed", timed(Loop))
     assert isinstance(choose(Points(), trials(), CPU)[0], Stack)
     monkeypatch.setattr(choosing, "_timed", timed(Stack))
-    assert isinstance(choose(Points(), trials(), CPU)[0], Loop)
+    more = [dataclasses.replace(trial, seed=trial.seed + 7) for trial in trials()]
+    assert isinstance(choose(Points(), more, CPU)[0], Stack)
+    assert len(asked) == 2, "what differs in seeds alone is not compared again"
+    larger = [dataclasses.replace(trial, batch=2 * trial.batch) for trial in more]
+    assert isinstance(choose(Points(), larger, CPU)[0], Loop)
+    assert isinstance(choose(Points(), trials() * 2, CPU)[0], Loop)
 
 
 def test_a_stack_refuses_trials_that_differ_in_more_than_their_rates():
@@ -467,7 +485,7 @@ def test_in_bf16_rounding_is_no_fault_and_a_fault_is_still_seen(monkeypatch, opt
     monkeypatch.setattr(
         choosing, "_timed", lambda made, index, real=choosing._timed: (*real(made, index)[:2], 1.0)
     )  # of equal speed: a stack is taken
-    made, note = choose(scenes, some, CPU)
+    made, note = choose_anew(scenes, some, CPU)
     assert (type(made), note) == (Stack, None)
 
     class Off(Stack):
@@ -475,7 +493,7 @@ def test_in_bf16_rounding_is_no_fault_and_a_fault_is_still_seen(monkeypatch, opt
             return tuple(g + 2e-3 * g.norm() for g in super()._gradients(batch, folded))
 
     monkeypatch.setattr(choosing, "Stack", Off)
-    made, note = choose(Points(), [dataclasses.replace(t, dtype="bf16") for t in trials((1e-4, 2e-4))], CPU)
+    made, note = choose_anew(Points(), [dataclasses.replace(t, dtype="bf16") for t in trials((1e-4, 2e-4))], CPU)
     assert (type(made), note) == (Loop, "not stacked: gradients of stacked and separate replicas differ")
 
 
@@ -562,7 +580,7 @@ def test_rounding_that_grows_at_a_high_rate_refuses_no_stack(monkeypatch):
             return losses, gradients, seconds
 
         monkeypatch.setattr(choosing, "_timed", timed)
-        return choose(Steep(), some, CPU)
+        return choose_anew(Steep(), some, CPU)
 
     monkeypatch.setattr(choosing, "AGREE", 1e-6)
     assert isinstance(off(1e3, 1e-5)[0], Stack)
