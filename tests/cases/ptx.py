@@ -5,17 +5,19 @@ import math
 import os
 import shlex
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
-from cases import lists
+from cases import lists, sass
 from cases.agreement import assert_same, assert_same_but_for_codes
-from cases.compilers import compile_once
+from cases.compilers import SOURCES, compile_once
 from cases.paths import ROOT
 from cases.problem import same_bits
 
-from pybatch import ops
+from pybatch import _C, ops
 from pybatch.base.errors import DeviceError
 
 EMULATOR = ROOT / "tests/ptx/emulator"
@@ -46,6 +48,26 @@ def compile_kernels(folder, patches=(), kernels=KERNELS):
     sources = [source / f"{name}.cu" for name in kernels]
     made = _compile_all([nvcc()], options, sources, ".ptx", [source, ROOT / "csrc"])
     return {name: path.read_text() for name, path in zip(kernels, made, strict=True)}
+
+
+def installed_kernels():
+    """PTX of the kernels as the installed core holds it, by name; None where it holds none, or is of other sources."""
+    built = (ops.build().cuda_architectures or "").split()
+    dumper = sass.tool("cuobjdump")
+    if dumper is None or not {"90", "90-virtual"} & set(built):
+        return None
+    sources = [file for folder in ("kernels", "csrc") for file in (ROOT / folder).iterdir() if file.suffix in SOURCES]
+    core = Path(_C.__file__)
+    if max(file.stat().st_mtime for file in sources) > core.stat().st_mtime:
+        return None
+    return ptx_in(core, dumper)
+
+
+def ptx_in(binary, dumper):
+    """PTX of each kernel file of a binary, by name."""
+    dumped = subprocess.run([dumper, "-ptx", "-arch", "sm_90", binary], capture_output=True, text=True, check=True)
+    texts = [text[text.index(".version") :] for text in dumped.stdout.split("Fatbin ptx code:")[1:]]
+    return {name: next(text for text in texts if f"_{name}_cu_" in text) for name in KERNELS}
 
 
 def compile_emulator():

@@ -1,4 +1,4 @@
-"""What nvcc emits and the emulator that runs it, built once."""
+"""The PTX that nvcc emits and the emulator that runs it, built once."""
 
 import pytest
 from cases import ptx
@@ -13,4 +13,5 @@ def library():
 
 @pytest.fixture(scope="session")
 def programs(library, tmp_path_factory):
-    return ptx.compile_kernels(tmp_path_factory.mktemp("ptx"))
+    """Of the installed core where that holds it: what is shipped."""
+    return ptx.installed_kernels() or ptx.compile_kernels(tmp_path_factory.mktemp("ptx"))
