@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +56,9 @@ def run_bench_together(
                 )
             except BaseException as caught:  # also Ctrl-C: the others wait for an answer
                 error = caught
-        told: list[Any] = [_per_device(run, workload) if run is not None and not _stands(run) else None]
+        told: list[Any] = [
+            None if run is None or _stands(run) else _per_device(run, options.batches or [workload.reference_batch])
+        ]
         dist.broadcast_object_list(told, 0)
         if error is not None:
             raise error
@@ -82,11 +84,14 @@ def _stands(run: Run) -> bool:
     return found is not None and (found.devices, found.backend) == (dist.get_world_size(), dist.get_backend())
 
 
-def _per_device(run: Run, workload: Workload) -> list[int]:
-    """Batches per device around the best one, within what ran; smallest, middle and largest where none is known."""
+def _per_device(run: Run, asked: Sequence[int]) -> list[int]:
+    """Batches per device around the best one, within what ran; smallest, middle and largest where none is known.
+
+    Where time ran out before any did, the two smallest of those that were asked for.
+    """
     ran = [p.batch for p in run.capacity.batches if p.status == "ok"] if run.capacity else []
     if not ran:
-        return [workload.reference_batch]
+        return sorted(asked)[:2]
     spread = {ran[0], ran[len(ran) // 2], ran[-1]}
     best = run.verdict.best_batch if run.verdict is not None else None
     if best is None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cases import warm
 import pybatch
 from pybatch.base.errors import UsageError
 from pybatch.capacity.distributed import launched, measure_distributed, process_group
+from pybatch.jobs.distributed import _per_device
 from pybatch.records import Run
 from pybatch.workloads.running.finding import find
 
@@ -29,7 +31,7 @@ def torchrun(python, folder, *arguments):
 def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
     done = torchrun(
-        sys.executable, folder, "bench", "--cpu", "--batch", "8,128", "--time-budget", "30", "-o", "run.json"
+        sys.executable, folder, "bench", "--cpu", "--batch", "8,128", "--time-budget", "15", "-o", "run.json"
     )
     assert (folder / "run.json").exists(), done.stderr
     return done, Run.from_json((folder / "run.json").read_text())
@@ -52,6 +54,12 @@ def test_steps_with_and_without_communication_are_told_apart(bench):
     assert fit.gamma >= 1
     assert fit.latency_s > 0
     assert any("share this machine" in note.text for note in run.distributed.notes)
+
+
+def test_where_time_ran_out_alone_what_was_asked_for_is_timed(bench):
+    _, run = bench
+    assert _per_device(run, (4,)) == [8, 128]
+    assert _per_device(replace(run, capacity=None), (512, 128, 8)) == [8, 128]
 
 
 def test_an_error_in_process_0_ends_both(tmp_path, warm_python):

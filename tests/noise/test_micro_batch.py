@@ -228,7 +228,8 @@ class Smaller(Regression):
 )
 def test_hooks_of_one_part_do_not_see_the_next(options):
     """Several rounds, both modes and curvature: each takes its own passes alone. It ends when resolved, not by time."""
-    found = measure_noise(Smaller(), device="cpu", warmup_steps=2, micro_batch=2, time_budget=60.0, **options)
+    given = {"warmup_steps": 2, "micro_batch": 2, "time_budget": 60.0, "seed": 3}  # of these curvature is soon resolved
+    found = measure_noise(Smaller(), device="cpu", **given, **options)
     assert found.status == "resolved"
     assert found.large_batch > 2 * micro_batch.FIRST_GROUP  # more than one round
     if "layers" in options:
