@@ -52,5 +52,6 @@ class Sentences(pybatch.Workload):
 if __name__ == "__main__":
     found = pybatch.measure_noise(Sentences(), time_budget=float(sys.argv[1]) if sys.argv[1:] else 10.0)
     print(found)
-    if found.counted is not None:
-        print(f"or {found.counted.b_simple} {found.counted.unit}, {found.counted.per_example:.1f} of them a sentence")
+    if found.counted is not None and found.counted.b_simple is not None:
+        of = found.counted
+        print(f"or {of.b_simple:.0f} {of.unit}, {of.per_example:.1f} of them a sentence")
