@@ -1,25 +1,30 @@
-"""Cost of `pybatch watch` in a training's step, by what its noise comes from, against the same training unwatched.
+"""Cost of `pybatch watch` in a training's step, by what its noise comes from.
 
-    python bench/watch.py [--blocks N] [--steps N] [--only NAME ...] [--output FILE]
+    python bench/watch.py [--steps N] [--only NAME ...] [--output FILE]
 
-Two trainings of one model on one thread, of which one (A) is watched, with its record written as it grows: so many
-steps of each follow each other as A B B A and B A A B in turns. Given are the ratio of the sums over all blocks, since
-what comes every so many steps counts as well, and its 95 % interval from resampling blocks, of the wall clock and of
-the processor time of the process, which neighbours enter by the caches alone. "null" times an unwatched training
-against another: what its interval spans can't be told from nothing. A run's first steps, in which the cost of the noise
-scale is tried out, are not in it: they are told apart.
+A training on one thread is watched, its record written as it grows. Told is, as shares of the time of a plain step,
+
+    hooks   what every step pays: from a model whose own step takes next to nothing, watched and not;
+    rest    what some steps pay, for a row of the noise scale, a line on the screen or the record: all their time (and
+            that of the step before and after, as memory is asked for anew) beyond that of as many untouched steps.
+
+Both by the processor time of the process, which neighbours enter by the caches alone, with 95 % intervals from
+resampling: of whole periods from row to row for the rest. That they add up to what the watch costs can be shown no
+better on a shared machine: two unwatched trainings alike differ by up to a tenth, by where their memory lies. A run's
+first steps, in which the cost of the noise scale is tried out, are told apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,9 +33,11 @@ from torch import nn
 from pybatch.device.identity import describe
 from pybatch.jobs.options import WatchOptions
 from pybatch.jobs.watch import Watching
+from pybatch.noise.handle import Collector
 from pybatch.records import Run
 
 TRIED = 120  # steps before timing begins
+EVERY = 30  # steps from one to the next that is taken for a touched one where none is
 
 
 class Case(NamedTuple):
@@ -75,7 +82,7 @@ CASES = {
 
 
 class Training:
-    """One of the twins."""
+    """A loop as scripts have it."""
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
@@ -83,100 +90,101 @@ class Training:
         self.optimizer = case.optimizer(self.model.parameters(), lr=1e-4)
         self.x, self.y = torch.randn(*case.shape), torch.randint(10, (case.shape[0],))
 
-    def run(self, steps: int) -> tuple[float, float]:
-        """Wall and processor seconds of so many steps."""
-        wall, processor = time.perf_counter(), time.process_time()
-        for _ in range(steps):
-            self.optimizer.zero_grad()
-            for _ in range(self.case.micro_batches):
-                loss = nn.functional.cross_entropy(self.model(self.x), self.y) / self.case.micro_batches
-                loss.backward()
-            self.optimizer.step()
-        return time.perf_counter() - wall, time.process_time() - processor
+    def step(self) -> float:
+        """Its processor seconds."""
+        began = time.process_time()
+        self.optimizer.zero_grad()
+        for _ in range(self.case.micro_batches):
+            loss = nn.functional.cross_entropy(self.model(self.x), self.y) / self.case.micro_batches
+            loss.backward()
+        self.optimizer.step()
+        return time.process_time() - began
 
 
-Pairs = list[tuple[float, float]]  # seconds of the first twin and of the second, block by block
+class Touched:
+    """Whether the step under way had more to do than others: a row, a line or the record."""
+
+    def __init__(self) -> None:
+        self.now = False
+
+    @contextmanager
+    def watches(self, watching: Watching) -> Iterator[None]:
+        with ExitStack() as stack:
+            for where, name in ((Collector, "_row"), (watching, "_save"), (watching, "_tell")):
+                stack.enter_context(mock.patch.object(where, name, self._seen(getattr(where, name))))
+            yield
+
+    def _seen(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def seen(*args: Any) -> Any:
+            self.now = True
+            return call(*args)
+
+        return seen
 
 
-def interval(watched: Pairs, before: Pairs) -> tuple[float, float, float]:
-    """The twins' ratio while one is watched over that before, with its 95 % interval.
-
-    Two trainings alike differ by up to a tenth on their own, by where their memory lies.
-    """
-    rng, logs, means = np.random.default_rng(0), [], []
-    for spent in (watched, before):
-        pairs = np.array(spent)
-        drawn = pairs[rng.integers(len(pairs), size=(4000, len(pairs)))].sum(axis=1)
-        logs.append(np.log(drawn[:, 0] / drawn[:, 1]))
-        first, second = pairs.sum(axis=0)
-        means.append(float(np.log(first / second)))
-    low, high = np.quantile(logs[0] - logs[1], [0.025, 0.975])
-    return float(np.exp(means[0] - means[1])), float(np.exp(low)), float(np.exp(high))
-
-
-def turns(first: Training, second: Training, blocks: int, steps: int) -> tuple[Pairs, Pairs]:
-    """Wall and processor seconds of both twins, A B B A and B A A B in turn."""
-    wall: Pairs = []
-    processor: Pairs = []
-    for block in range(blocks):
-        spent = {True: np.zeros(2), False: np.zeros(2)}
-        for whose in (True, False, False, True) if block % 2 else (False, True, True, False):
-            spent[whose] += (first if whose else second).run(steps)
-        for of, one, other in zip((wall, processor), spent[True].tolist(), spent[False].tolist(), strict=True):
-            of.append((one, other))
-    return wall, processor
+def rest(seconds: np.ndarray, touched: np.ndarray) -> tuple[float, float, float]:
+    """The share of time that touched steps and their neighbours take beyond others, with its 95 % interval."""
+    near = touched.copy()
+    near[:-1] |= touched[1:]
+    near[1:] |= touched[:-1]
+    periods = np.split(np.arange(len(seconds)), np.flatnonzero(touched)[1:])
+    sums = np.array(
+        [(seconds[p][near[p]].sum(), near[p].sum(), seconds[p][~near[p]].sum(), (~near[p]).sum()) for p in periods]
+    )
+    drawn = sums[np.random.default_rng(0).integers(len(sums), size=(4000, len(sums)))].sum(axis=1)
+    found = []
+    for slow, slows, plain, plains in (sums.sum(axis=0), *drawn):
+        found.append((slow - slows * plain / plains) / (plain / plains * (slows + plains)))
+    low, high = np.quantile(found[1:], [0.025, 0.975])
+    return float(found[0]), float(low), float(high)
 
 
-def measure(name: str, case: Case, blocks: int, steps: int, folder: Path) -> dict[str, object]:
+def measure(name: str, case: Case, steps: int, folder: Path) -> dict[str, Any]:
     """The cost of one case."""
-    first, second = Training(case), Training(case)
-    for twin in (first, second):
-        twin.run(TRIED // 4)
-    before = turns(first, second, blocks, steps)
-    watching = None
-    if name != "null":
-        path = folder / "run.json.partial"
+    training, touched, path = Training(case), Touched(), folder / "run.json.partial"
+    plain = sum(training.step() for _ in range(TRIED)) / TRIED
 
-        def kept(run: Run) -> None:
-            path.write_text(run.to_json())
+    def kept(run: Run) -> None:
+        path.write_text(run.to_json())
 
-        watching = Watching(WatchOptions(time_budget=1.0), on_partial=kept)
-        watching.start()
-    tried, plain = first.run(TRIED)[1], second.run(TRIED)[1]
-    after = turns(first, second, blocks, steps)
-    found: dict[str, object] = {
-        "step_ms": 1e3 * statistics.median(other for _, other in after[0]) / (2 * steps),
-        "wall": interval(after[0], before[0]),
-        "processor": interval(after[1], before[1]),
-        "first_steps_processor": tried / plain if watching is not None else None,
-    }
-    if watching is not None:
-        run = watching.finish(measure=False)
-        assert watching.fault is None, watching.fault
-        assert run is not None
+    watching = Watching(WatchOptions(time_budget=1.0), on_partial=kept)
+    with touched.watches(watching):
+        if name != "null":
+            watching.start()
+        tried = sum(training.step() for _ in range(TRIED)) / TRIED
+        seconds, marks = np.zeros(steps), np.zeros(steps, bool)
+        for i in range(steps):
+            touched.now = name == "null" and i % EVERY == EVERY - 1
+            seconds[i], marks[i] = training.step(), touched.now
+        run = watching.finish(measure=False) if name != "null" else None
+    assert watching.fault is None, watching.fault
+    found = {"step_ms": 1e3 * float(np.median(seconds)), "rest": rest(seconds, marks)}
+    found |= {"touched": int(marks.sum()), "steps": steps, "first_steps": tried / plain}
+    if run is not None:
         assert run.noise is not None, run.notes
         assert run.noise.source == name, run.noise.source
-        found |= {"pairs": run.noise.steps, "steps": run.training.steps if run.training else None}
     return found
 
 
-def hooks(chunks: int = 30, steps: int = 100) -> dict[str, object]:
+def hooks(chunks: int = 30, steps: int = 100) -> dict[str, float]:
     """Processor microseconds that the hooks take a step, noise aside: of a model whose own takes next to nothing."""
-    twins, best = [], []
-    for watched in (True, False):
-        torch.manual_seed(0)
-        model = nn.Linear(8, 2)
-        twins.append((model, torch.optim.SGD(model.parameters(), lr=0.01)))
-        watching = Watching(WatchOptions())
-        if watched:
-            watching.start()
-        tiny(*twins[-1], 20)
-        if watched and watching._observer.noise is not None:
-            watching._observer.noise.detach()
-            watching._observer.noise = None
-    for model, optimizer in twins:
-        best.append(min(tiny(model, optimizer, steps) for _ in range(chunks)))
-    return {"watched_us": 1e6 * best[0], "plain_us": 1e6 * best[1], "hooks_us": 1e6 * (best[0] - best[1])}
+    torch.manual_seed(0)
+    model = nn.Linear(8, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = [tiny(model, optimizer, steps) for _ in range(chunks)]
+    watching = Watching(WatchOptions())
+    watching.start()
+    tiny(model, optimizer, 20)
+    noise = watching._observer.noise
+    assert noise is not None
+    noise.detach()
+    watching._observer.noise = None
+    watched = [tiny(model, optimizer, steps) for _ in range(chunks)]
+    assert watching._observer.steps is not None
+    assert watching._observer.steps.count >= chunks * steps
+    watching.finish(measure=False)
+    plain = min(*before, *(tiny(model, optimizer, steps) for _ in range(chunks)))
+    return {"watched_us": 1e6 * min(watched), "plain_us": 1e6 * plain, "hooks_us": 1e6 * (min(watched) - plain)}
 
 
 def tiny(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> float:
@@ -191,26 +199,22 @@ def tiny(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=8, help="of a training in each of a block's four turns")
-    parser.add_argument("--only", nargs="*", choices=("hooks", *CASES), default=["hooks", *CASES])
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--only", nargs="*", choices=tuple(CASES), default=[*CASES])
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, dict[str, object]] = {}
+    paid = hooks()
+    print(f"hooks: {paid}", flush=True)
+    found: dict[str, dict[str, Any]] = {"hooks": paid}
     with tempfile.TemporaryDirectory() as folder:
-        if "hooks" in given.only:
-            found["hooks"] = hooks()
-            print(f"hooks          {found['hooks']}", flush=True)
-        for name in [name for name in given.only if name in CASES]:
-            found[name] = measure(name, CASES[name], given.blocks, given.steps, Path(folder))
-            of = found[name]
-            times = ", ".join(
-                f"{clock} {m:.3f} [{low:.3f}, {high:.3f}]"
-                for clock in ("wall", "processor")
-                for m, low, high in [of[clock]]  # type: ignore[misc]
+        for name in given.only:
+            of = found[name] = measure(name, CASES[name], given.steps, Path(folder))
+            of["hooks"] = 0.0 if name == "null" else paid["hooks_us"] / (1e3 * of["step_ms"])
+            middle, low, high = (100 * (share + of["hooks"]) for share in of["rest"])
+            print(
+                f"{name:14} {of['step_ms']:.1f} ms a step: + {middle:.2f} % [{low:.2f}, {high:.2f}]; {of}", flush=True
             )
-            print(f"{name:14} step {of['step_ms']:.1f} ms, watched over plain: {times}; {of}", flush=True)
     if given.output is not None:
         record = {"device": describe(torch.device("cpu")).name, "torch": torch.__version__, "cases": found}
         given.output.write_text(json.dumps(record, indent=2) + "\n")

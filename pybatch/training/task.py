@@ -18,7 +18,7 @@ from pybatch.training.loop import Loop
 from pybatch.training.replicas import Replicas
 from pybatch.training.schedules import next_length
 from pybatch.training.stack import Stack
-from pybatch.training.trajectory import SPLITS, Metric, Trajectory, crossing_at, signed
+from pybatch.training.trajectory import SPLITS, Metric, Trajectory, crossing_at, signed, smoothed
 from pybatch.training.trial import End, Outcome, Study, Task, Trial, diverged
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.session import Session, is_out_of_memory
@@ -198,27 +198,33 @@ class _Training:
             column.append(values)
         steps, i = np.asarray(self.steps, dtype=np.int32), len(self.steps) - 1
         live = [row for row in self.rows if self.alive[row]]
-        for row in live:
-            for split, losses in zip(SPLITS, self.losses, strict=True):
-                self._look(steps, i, row, split, losses)
-            for name, figures in self.metrics.items():
-                self._look(steps, i, row, name, figures, -1.0 if self.higher[name] else 1.0)
+        for split, losses in zip(SPLITS, self.losses, strict=True):
+            self._look(steps, i, live, split, losses)
+        for name, figures in self.metrics.items():
+            self._look(steps, i, live, name, figures, -1.0 if self.higher[name] else 1.0)
         ends = [(row, end) for row in live if (end := self._end(row, step)) is not None]
         for row, end in sorted(ends, key=lambda item: item[1] != "met"):  # first those that set the limit for the rest
             self.alive[row] = False
             self.deliver(self._outcome(row, end))
 
     def _look(
-        self, steps: np.ndarray, i: int, row: int, split: str, losses: list[np.ndarray], sign: float = 1.0
+        self, steps: np.ndarray, i: int, live: list[int], split: str, losses: list[np.ndarray], sign: float = 1.0
     ) -> None:
+        """Record which of these rows have reached the split's target."""
         target = self.study.targets.get(split)
-        trial = self.trials[row]
-        if target is None or trial.seed in self.study.found.get(split, {}).get(trial.lr, {}):
+        if target is None:
             return
         tail = max(0, i - 40)  # more evaluations than the smoothing window and the one before it ever hold
-        column = np.asarray([sign * values[row] for values in losses[tail:]], dtype=np.float32)
-        if (crossing := crossing_at(steps[tail:], column, i - tail, signed(target, sign))) is not None:
-            self.study.record(split, trial.lr, trial.seed, crossing)
+        steps, goal = steps[tail:], signed(target, sign)
+        table = sign * np.asarray(losses[tail:], dtype=np.float32)[:, live]
+        near = smoothed(steps, table, i - tail) <= goal + 1e-9 * abs(goal)  # but for the order in which it sums
+        for column in np.flatnonzero(near):
+            trial = self.trials[live[column]]
+            if trial.seed in self.study.found.get(split, {}).get(trial.lr, {}):
+                continue
+            crossing = crossing_at(steps, np.ascontiguousarray(table[:, column]), i - tail, goal)
+            if crossing is not None:
+                self.study.record(split, trial.lr, trial.seed, crossing)
 
     def _end(self, row: int, step: int) -> End | None:
         trial, train = self.trials[row], self.losses[0]
