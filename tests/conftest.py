@@ -32,6 +32,8 @@ TOGETHER = {  # they ask the same processes, or what the same compiler made
     "tests/noise/test_closures.py": "tests/noise/test_distributed.py",
     "tests/ptx/test_extremes.py": "tests/ptx/test_ptx.py",
     "tests/kernels/test_extremes.py": "tests/kernels/test_cuda_on_host.py",
+    "tests/kernels/test_triton_per_example.py": "tests/kernels/test_triton.py",
+    "tests/optim/test_triton.py": "tests/kernels/test_triton.py",
 }
 
 

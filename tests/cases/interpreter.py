@@ -1,10 +1,12 @@
 """Triton's interpreter in a process of its own, since it must be chosen before Triton is imported."""
 
+import atexit
 import json
 import math
 import os
 import subprocess
 import sys
+from functools import cache
 
 from cases.paths import TESTS
 
@@ -12,19 +14,33 @@ CODE = """
 import json, sys, traceback
 from cases import interpreter
 interpreter.hasten()
-found = {}
-for name, program in json.load(sys.stdin).items():
-    try:
-        exec(program, {"__name__": "__main__"})
-        found[name] = ""
-    except BaseException:
-        found[name] = traceback.format_exc()
-print(json.dumps(found))
+answers, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+    found = {}
+    for name, program in json.loads(line).items():
+        try:
+            exec(program, {"__name__": "__main__"})
+            found[name] = ""
+        except BaseException:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found), file=answers, flush=True)
 """
 
 
+@cache
+def _process():
+    """It imports torch and Triton once for all files of a worker, and ends with its input."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", CODE]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, bufsize=1
+    )
+    atexit.register(process.communicate)
+    return process
+
+
 def run(programs):
-    """Run programs in one process, which imports torch and Triton once, each in names of its own.
+    """Run programs one after another in one process, each in names of its own.
 
     Args:
         programs: name -> source text.
@@ -32,18 +48,11 @@ def run(programs):
     Returns:
         name -> the traceback of what failed, or "".
     """
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE],
-        input=json.dumps(programs),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    process = _process()
+    print(json.dumps(programs), file=process.stdin, flush=True)
+    answer = process.stdout.readline()
+    assert answer, f"the interpreter's process ended with {process.wait()}"
+    found = json.loads(answer)
     assert found.keys() == programs.keys()
     return found
 
