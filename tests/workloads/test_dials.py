@@ -209,10 +209,10 @@ def test_steps_of_the_quadratic_are_those_of_the_paper() -> None:
 
 
 def test_training_the_quadratic_follows_the_closed_form() -> None:
-    """The mean of 200 runs by the optimizer against the expectation, and the gradient's variance against c / B."""
+    """The mean of 80 runs by the optimizer against the expectation, and the gradient's variance against c / B."""
     work, batch, rate, steps = Quadratic(d=20), 4, 0.3, 30
     losses = []
-    for seed in range(200):
+    for seed in range(80):
         session = Session(work, CPU, seed=seed)
         optimizer = SGD(session.parameters, lr=rate)
         for _ in range(steps):
