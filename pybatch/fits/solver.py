@@ -33,33 +33,45 @@ def minimize(p: Array, evaluate: Evaluate, low: Array, high: Array, rounds: int 
         Parameters [R, P] and cost [R].
     """
     found, least = p.copy(), np.empty(len(p))
-    rows = np.arange(len(p))
+    rows, count = np.arange(len(p)), p.shape[-1]
+    looked_at: Rows = slice(None)  # views, while all are
     low, high = np.broadcast_to(low, p.shape), np.broadcast_to(high, p.shape)
     damping, idle = np.full(len(p), 1e-3), np.zeros(len(p), dtype=int)
-    cost, force, normal = evaluate(p, slice(None))
-    least[:] = cost
-    eye = np.eye(p.shape[-1])
+    cost, force, normal = evaluate(p, looked_at)
     for _ in range(rounds):
-        ridge = damping[:, None] * (np.diagonal(normal, axis1=-2, axis2=-1) + 1e-9)
-        step = np.linalg.solve(normal + ridge[..., None] * eye, force[..., None])[..., 0]
-        trial = np.clip(p + np.clip(step, -_LONGEST, _LONGEST), low, high)
-        trial_cost, trial_force, trial_normal = evaluate(trial, rows)
+        damped = normal.copy()
+        diagonal = damped.reshape(-1, count * count)[:, :: count + 1]
+        diagonal += damping[:, None] * (diagonal + 1e-9)
+        step = np.linalg.solve(damped, force[..., None])[..., 0]
+        trial = _clipped(p + _clipped(step, -_LONGEST, _LONGEST), low, high)
+        trial_cost, trial_force, trial_normal = evaluate(trial, looked_at)
         better = trial_cost < cost
-        idle = np.where(better | (damping >= _DAMPED), idle + 1, idle)
+        idle += better | (damping >= _DAMPED)
         idle[trial_cost < cost * (1 - _GAINED)] = 0
-        p = np.where(better[:, None], trial, p)
-        force = np.where(better[:, None], trial_force, force)
-        normal = np.where(better[:, None, None], trial_normal, normal)
-        cost = np.where(better, trial_cost, cost)
-        damping = np.clip(np.where(better, damping / 5, np.maximum(damping * 5, _REJECTED)), 1e-9, 1e9)
-        found[rows], least[rows] = p, cost
+        damping = _clipped(np.where(better, damping / 5, np.maximum(damping * 5, _REJECTED)), 1e-9, 1e9)
+        if better.all():
+            p, cost, force, normal = trial, trial_cost, trial_force, trial_normal
+        elif better.any():
+            p = np.where(better[:, None], trial, p)
+            force = np.where(better[:, None], trial_force, force)
+            normal = np.where(better[:, None, None], trial_normal, normal)
+            cost = np.where(better, trial_cost, cost)
         on = idle < _IDLE
-        if not on.any():
-            break
         if not on.all():
+            found[rows], least[rows] = p, cost
             rows, p, cost, force, normal = rows[on], p[on], cost[on], force[on], normal[on]
             damping, idle, low, high = damping[on], idle[on], low[on], high[on]
+            if not len(rows):
+                break
+            looked_at = rows
+    found[rows], least[rows] = p, cost
     return found, least
+
+
+def _clipped(values: Array, low: Array | float, high: Array | float) -> Array:
+    """As np.clip, which takes a few times as long for arrays as small as these."""
+    clipped: Array = np.minimum(np.maximum(values, low), high)
+    return clipped
 
 
 def aicc(minus_two_log_likelihood: float | Array, n: Any, parameters: int) -> Any:

@@ -82,11 +82,12 @@ def evaluator(model: str, size: Array, data: Cells, sigma: float) -> Evaluate:
     any_censored, all_reached = bool(of_censored.any()), bool(of_reached.all())
     errors = np.sqrt(sigma**2 + data.variance)
     if (errors == errors.flat[0]).all():
-        errors = errors[:1, :1, :1]  # one number for all
+        errors = errors[:1, :1, :1]  # one number for all, and no copies of it
     rivals = STUCK * math.sqrt(2 * math.pi) / LATE * errors  # the density of a stuck run
     levels = np.log((1 - STUCK) + rivals)  # where a run is on the curve, so that nothing jumps there
     offsets = np.where(data.late & of_reached, levels, 0.0)
     usual = math.log(1 - STUCK)
+    alike = float(rivals[0, 0, 0]) if rivals.size == 1 else None
 
     def own(table: NDArray[Any], rows: Rows) -> NDArray[Any]:
         """Of these rows; one table may stand for all, where only the starts differ."""
@@ -101,10 +102,10 @@ def evaluator(model: str, size: Array, data: Cells, sigma: float) -> Evaluate:
         root = np.sqrt(1 + met * met / SOFT**2)
         costs = SOFT**2 * (root - 1)
         weight = 1 / root
-        behind = np.flatnonzero(late & (met > 0))
+        behind = (late & (met > 0)).ravel().nonzero()[0]
         # As logaddexp(usual - square, ln rival), where exp underflows nothing that counts: a rival is far above that.
         on_curve = np.exp(usual - costs.take(behind))
-        both = on_curve + np.broadcast_to(own(rivals, rows), z.shape).take(behind)
+        both = on_curve + (np.broadcast_to(own(rivals, rows), z.shape).take(behind) if alike is None else alike)
         costs -= own(offsets, rows)
         costs.put(behind, -np.log(both))
         weight.put(behind, weight.take(behind) * (on_curve / both))
@@ -123,7 +124,7 @@ def evaluator(model: str, size: Array, data: Cells, sigma: float) -> Evaluate:
             force = np.where(censored, ordinary * hazard, force)
             weight = np.where(censored, ordinary * hazard * (hazard - at), weight)
         pull, stiff = (force / error).sum(-1), (weight / error**2).sum(-1)
-        normal = np.swapaxes(slope, -1, -2) @ (slope * stiff[..., None])
+        normal = slope.swapaxes(-1, -2) @ (slope * stiff[..., None])
         return cost, (slope * pull[..., None]).sum(-2), normal
 
     return evaluate

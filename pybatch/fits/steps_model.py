@@ -45,28 +45,33 @@ _HALVINGS = 50
 def log_steps(model: str, p: Array, size: Array) -> tuple[Array, Array]:
     """ln S [R, n] and its Jacobian [R, n, P], at log-parameters [R, P] and batch sizes [n]."""
     first = p[:, 0:1]
-    one = np.ones((len(p), len(size)))
+    slope = np.ones((len(p), len(size), p.shape[1]))  # by the first parameter it is 1
     if model == "flat":
-        return first * one, one[..., None]
+        return first * slope[..., 0], slope
     log_size = np.log(size)
     if model == "inverse":
-        return first - log_size, one[..., None]
+        return first - log_size, slope
     if model == "power-law":
-        slope = np.exp(p[:, 1:2])
-        return first - slope * log_size, np.stack([one, -slope * log_size], -1)
+        alpha = np.exp(p[:, 1:2])
+        slope[..., 1] = -alpha * log_size
+        return first - alpha * log_size, slope
     u = p[:, 1:2] - log_size
     if model == "hyperbola":
-        return first + np.logaddexp(0, u), np.stack([one, _logistic(u)], -1)
+        slope[..., 1] = _logistic(u)
+        return first + np.logaddexp(0, u), slope
     if model == "u-turn":
         turn = log_size - p[:, 2:3]
         total = np.logaddexp(np.logaddexp(0, u), turn)
-        return first + total, np.stack([one, np.exp(u - total), -np.exp(turn - total)], -1)
+        slope[..., 1], slope[..., 2] = np.exp(u - total), -np.exp(turn - total)
+        return first + total, slope
     power = np.exp(p[:, 2:3])
     u = power * u
     bent, share = np.logaddexp(0, u), _logistic(u)
     if model == "power":
-        return first + bent, np.stack([one, share * power, share * u], -1)
-    return first + bent / power, np.stack([one, share, (share * u - bent) / power], -1)
+        slope[..., 1], slope[..., 2] = share * power, share * u
+        return first + bent, slope
+    slope[..., 1], slope[..., 2] = share, (share * u - bent) / power
+    return first + bent / power, slope
 
 
 def predicted(model: str, parameters: Mapping[str, float], batch: float) -> float:
@@ -166,7 +171,7 @@ def figures(model: str, p: Array, least: float, most: float) -> Array:
 
 
 def _logistic(u: Array) -> Array:
-    result: Array = 1 / (1 + np.exp(-np.clip(u, -700, 700)))
+    result: Array = 1 / (1 + np.exp(-np.minimum(np.maximum(u, -700), 700)))
     return result
 
 

@@ -23,13 +23,16 @@ REACH = 1e3  # half batch is sought within this factor of the batches measured; 
 def log_time(p: Array, size: Array) -> tuple[Array, Array]:
     """ln t [..., n] and its Jacobian [..., n, P] at parameters [..., P]."""
     half = np.exp(p[..., 1:2])
-    value = p[..., 0:1] + np.log(half + size)
-    columns = [np.ones_like(value), half / (half + size)]
+    whole = half + size
+    value = p[..., 0:1] + np.log(whole)
+    slope = np.ones((*value.shape, p.shape[-1]))
+    slope[..., 1] = half / whole
     if p.shape[-1] == 3:
         flat = p[..., 2:3] > value
         value = np.where(flat, p[..., 2:3], value)
-        columns = [np.where(flat, 0.0, c) for c in columns] + [np.where(flat, 1.0, 0.0)]
-    return value, np.stack(columns, axis=-1)
+        slope *= ~flat[..., None]
+        slope[..., 2] = flat
+    return value, slope
 
 
 def figures(p: Array, gain: float) -> Array:
@@ -74,7 +77,7 @@ def starts(model: Model, size: Array, data: Array) -> Array:
 def cost(residual: Array) -> Array:
     """Soft-L1: squares below SOFT, absolute values above; RESOLUTION keeps it from vanishing."""
     scaled = (residual / SOFT) ** 2
-    total: Array = np.sum(2 * (np.sqrt(1 + scaled) - 1), axis=-1)
+    total: Array = (2 * (np.sqrt(1 + scaled) - 1)).sum(axis=-1)
     total *= SOFT**2
     total += residual.shape[-1] * RESOLUTION**2
     return total
@@ -101,8 +104,8 @@ def polish(p: Array, size: Array, data: Array) -> tuple[Array, Array]:
         value, slope = log_time(trial, size[rows])
         residual = data[rows] - value
         scaled = slope / np.sqrt(1 + (residual / SOFT) ** 2)[..., None]
-        normal = np.swapaxes(scaled, -1, -2) @ slope
-        return cost(residual), np.sum(scaled * residual[..., None], axis=-2), normal
+        normal = scaled.swapaxes(-1, -2) @ slope
+        return cost(residual), (scaled * residual[..., None]).sum(axis=-2), normal
 
     low, high = (np.full(p.shape, end) for end in (-np.inf, np.inf))
     low[:, 1], high[:, 1] = np.log(size.min(axis=1) / REACH), np.log(size.max(axis=1) * REACH)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from cases.intervals import miss
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ INF, NAN = math.inf, math.nan
 SOME = settings(
     max_examples=20, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate)
 )  # shrinking repeats a fit hundreds of times
+FEW = settings(SOME, max_examples=10)  # of several fits each: what is wrong of curves is wrong of the first few
 WILD = st.one_of(
     st.sampled_from([INF, NAN, 1.0, 1e12, 1e-9, 3.0]),
     st.integers(1, 10**6),
@@ -88,7 +90,7 @@ def same(a: StepsFit, b: StepsFit, batch: float = 1.0, steps: float = 1.0) -> No
     assert [label for _, label in a.regimes] == [label for _, label in b.regimes]
 
 
-@SOME
+@FEW
 @given(CURVES, st.sampled_from([1 / 64, 3.0, 1000.0]), st.sampled_from([0.01, 7.0, 1e4]))
 def test_units_of_batch_and_step_carry_over(
     data: tuple[np.ndarray, np.ndarray], per_batch: float, per_step: float
@@ -98,7 +100,7 @@ def test_units_of_batch_and_step_carry_over(
     same(fitted(batches, steps), fitted(per_batch * batches, per_step * steps), per_batch, per_step)
 
 
-@SOME
+@FEW
 @given(CURVES, st.randoms(use_true_random=False))
 def test_the_order_of_batches_seeds_and_rates_is_free(data: tuple[np.ndarray, np.ndarray], random: object) -> None:
     batches, steps = data
@@ -106,16 +108,17 @@ def test_the_order_of_batches_seeds_and_rates_is_free(data: tuple[np.ndarray, np
     random.shuffle(order)  # type: ignore[attr-defined]
     whole = fitted(batches, steps)
     assert fitted(batches[order], steps[order]) == whole
-    turned = fitted(batches, steps[:, ::-1])
-    assert turned.model == whole.model
-    if whole.critical_batch is not None:
-        assert turned.critical_batch == pytest.approx(whole.critical_batch, rel=1e-6)
-    slower = np.stack([steps, 1.5 * steps])
-    rates = np.array([0.1, 0.2])
-    same(fitted(batches, slower, rates=rates), fitted(batches, slower[::-1], rates=rates[::-1]))
+    if steps.shape[1] > 1:
+        turned = fitted(batches, steps[:, ::-1])
+        assert turned.model == whole.model
+        if whole.critical_batch is not None:
+            assert turned.critical_batch == pytest.approx(whole.critical_batch, rel=1e-6)
+    turn = random.choice([1, -1])  # type: ignore[attr-defined]
+    slower, rates = np.stack([steps, 1.5 * steps])[::turn], np.array([0.1, 0.2])[::turn]
+    same(whole, fitted(batches, slower, rates=rates))
 
 
-@SOME
+@FEW
 @given(CURVES)
 def test_steps_that_never_fall_have_no_critical_batch_above_the_smallest(data: tuple[np.ndarray, np.ndarray]) -> None:
     """Sorted to rise with the batch: more batch saves nothing, whatever the numbers."""
@@ -125,16 +128,15 @@ def test_steps_that_never_fall_have_no_critical_batch_above_the_smallest(data: t
     assert fit.low is None or fit.low <= batches[0]
 
 
-@SOME
-@given(CURVES)
-def test_steps_that_fall_as_one_over_the_batch_have_none_below_the_largest(data: tuple[np.ndarray, np.ndarray]) -> None:
-    batches, _ = data
+@pytest.mark.parametrize("count", range(4, 10))
+def test_steps_that_fall_as_one_over_the_batch_have_none_below_the_largest(count: int) -> None:
+    batches = 2.0 ** np.arange(3, 3 + count)
     fit = fitted(batches, 1e6 / batches)
     assert (fit.model, fit.critical_batch, fit.high) == ("inverse", None, None)
     assert fit.low == batches[-1]
 
 
-@SOME
+@FEW
 @given(CURVES, st.floats(0.0, 0.99))
 def test_evaluations_just_before_change_nothing_and_early_ones_widen(
     data: tuple[np.ndarray, np.ndarray], share: float
@@ -156,12 +158,13 @@ def test_whole_numbers_and_floats_and_lists_and_arrays_are_the_same() -> None:
 
 def test_noise_that_grows_or_falls_with_the_batch_is_no_obstacle() -> None:
     """The error is taken as the same at every batch size; where it is not, the interval still holds the truth."""
-    batches, held = 2.0 ** np.arange(2, 12), {1: 0, -1: 0}
-    for sign in held:
+    batches, missed = 2.0 ** np.arange(2, 12), {1: [], -1: []}
+    for sign in missed:
         rng = np.random.default_rng(3)
         spread = 0.1 * 3.0 ** (sign * np.linspace(-1, 1, len(batches)))
-        for seed in range(60):
+        for seed in range(30):
             steps = 100 * (1 + 100 / batches)[:, None] * np.exp(spread[:, None] * rng.standard_normal((10, 3)))
             fit = fitted(batches, steps, model="hyperbola", seed=seed)
-            held[sign] += (fit.low or 0) <= 100 <= (fit.high or INF)
-    assert min(held.values()) >= 53
+            missed[sign].append(miss(100, fit.critical_batch, fit.low, fit.high))
+        assert sum(m <= 1 for m in missed[sign]) >= 27
+        assert np.mean(np.square(missed[sign])) < 0.6**2
