@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 from pybatch.base.numerals import number
-from pybatch.records import Capacity, Convergence, Inputs, Reason
+from pybatch.records import Capacity, Convergence, Inputs, NoiseScale, Note, Reason
 from pybatch.scaling import SEARCHED, Base, scale
 
 # Rules by optimizer: linear for plain gradients while batches are below the critical one (Goyal et al. 2017), square
 # root for those that divide by the gradient's own size (Malladi et al. 2022).
 _LINEAR = ("sgd",)
+FAR = 4.0  # times: rates of one batch size tuned by different seeds or targets differ by less
 
 
 def rate_of(
@@ -35,6 +36,31 @@ def rate_of(
     factor = "batch ratio" if rule == "linear" else "sqrt(batch ratio)"
     text = f"{number(rate)} {origin}, times the {factor}: a rule of thumb for {optimizer}, not measured; tune around it"
     return found, Reason("learning_rate", text, "assumed", inputs | {"rule": rule})
+
+
+def far_from_tuned(capacity: Capacity | None, noise: NoiseScale | None, steps: Convergence | None) -> Note | None:
+    """Said where the noise scale was read in a training whose rate is far from the one that a search found best."""
+    work, rate = capacity.workload if capacity is not None else None, noise.learning_rate if noise is not None else None
+    found = _tuned(steps) or _branched(steps)
+    if work is None or not work.reference_batch or not rate or not found:
+        return None
+    batch = work.reference_batch
+    base = min(found, key=lambda b: abs(math.log(b / batch)))
+    best = float(scale("sqrt", {"lr": found[base]}, batch, Base(base)).group["lr"])
+    if 1 / FAR < best / rate < FAR:
+        return None
+    off = f"{number(best / rate)} times below" if best > rate else f"{number(rate / best)} times above"
+    text = (
+        f"read in a training at the rate {rate:.3g}, {off} what a search found best, {best:.3g} at batch "
+        f"{batch}: the noise scale is that of another training. Give the rate by --lr"
+    )
+    return Note("noise.b_simple", text)
+
+
+def _branched(steps: Convergence | None) -> dict[int, float]:
+    """Rates of the base branches where these were searched, by batch size; of several checkpoints the last one's."""
+    searched = [at for at in steps.branches if at.tuned] if steps is not None else []
+    return {p.batch: p.learning_rate for at in searched for p in at.points if p.batch == at.base_batch}
 
 
 def _tuned(steps: Convergence | None) -> dict[int, float]:

@@ -19,7 +19,7 @@ from pybatch.answer.ensemble import EFFICIENCY, Ensemble
 from pybatch.answer.frontier import doubling, frontier
 from pybatch.answer.input import with_loader
 from pybatch.answer.limit import Wall, before_fall, further_on, limit_of, wall_of
-from pybatch.answer.rate import rate_of
+from pybatch.answer.rate import far_from_tuned, rate_of
 from pybatch.answer.sentences import advice, bounds
 from pybatch.base.errors import UsageError
 from pybatch.base.numerals import number
@@ -103,6 +103,8 @@ def advise(
     reasons += [seconds_reason] if seconds_reason else []
 
     notes += passed_over(steps, critical.source)
+    far = far_from_tuned(capacity, noise, steps)
+    notes += [far] if far is not None else []
     absent = _unknown(capacity)
     for name, value in (("critical_batch", critical.value), ("best_batch", best), ("useful_devices", devices)):
         if value is None:

@@ -450,3 +450,20 @@ def test_advice_is_not_open_upwards_where_throughput_falls():
     assert verdict.answer.startswith("Use batch 16.")
     assert "past batch 16 fewer examples are done a second" in verdict.because
     assert (verdict.best_low, verdict.best_high) == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"), [(0.01, "10 times below"), (1.0, "10 times above"), (0.06, None), (0.3, None), (None, None)]
+)
+def test_a_noise_scale_of_a_rate_far_from_the_tuned_one_is_said_to_be(rate, said):
+    """The sweep's rate is 0.1 at each batch size."""
+    known = capacity()
+    work = dataclasses.replace(known.workload, learning_rate=rate, reference_batch=BATCHES[2])
+    known, read = dataclasses.replace(known, workload=work), dataclasses.replace(noise(400), learning_rate=rate)
+    texts = [note.text for note in advise(known, read, sweep()).notes if note.figure == "noise.b_simple"]
+    if said is None:
+        assert texts == []
+    else:
+        (text,) = texts
+        assert f"{said} what a search found best, 0.1 at batch {BATCHES[2]}" in text
+    assert not [note for note in advise(known, read).notes if note.figure == "noise.b_simple"]  # nothing was searched
