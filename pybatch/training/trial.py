@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -55,7 +55,9 @@ class Trial:
     @cached_property
     def spec(self) -> str:
         """What defines this trial, as JSON with sorted keys."""
-        return json.dumps(asdict(self), sort_keys=True)
+        flat = {one.name: getattr(self, one.name) for one in fields(self)}  # a store holds thousands: without copies
+        flat["scaled"] = {one.name: getattr(self.scaled, one.name) for one in fields(self.scaled)}
+        return json.dumps(flat, sort_keys=True)
 
     @cached_property
     def key(self) -> str:
