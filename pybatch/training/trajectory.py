@@ -189,12 +189,17 @@ def lowest(found: Trajectory, split: str) -> tuple[float, int]:
     Of a metric of which higher is better, minus the highest.
     """
     losses = found.sign(split) * found.loss(split)
-    values = [(float(smoothed(found.steps, losses, i)), int(step)) for i, step in enumerate(found.steps)]
-    return min((value for value in values if math.isfinite(value[0])), default=(math.inf, 0))
+    mean, error = _means(found.steps, losses)
+    near = np.flatnonzero(np.isfinite(mean) & (mean <= np.min(mean, initial=math.inf) + 2 * error))
+    values = [(float(smoothed(found.steps, losses, i)), int(found.steps[i])) for i in near.tolist()]
+    return min(values, default=(math.inf, 0))
 
 
-def _near(steps: Steps, losses: Losses, target: float) -> Iterator[int]:
-    """Evaluations whose smoothed loss is at or below the target, to rounding: all at once, where one by one is slow."""
+def _means(steps: Steps, losses: Losses) -> tuple[NDArray[np.float64], float]:
+    """Smoothed losses of all evaluations at once, where one by one is slow, and how far rounding takes them off.
+
+    Infinite where one in the window is not finite.
+    """
     finite = np.isfinite(losses)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, losses, 0.0), dtype=np.float64)])
     broken = np.concatenate([[0], np.cumsum(~finite)])
@@ -202,8 +207,13 @@ def _near(steps: Steps, losses: Losses, target: float) -> Iterator[int]:
     first = np.minimum(np.searchsorted(steps, (1 - WINDOW) * steps, side="right"), ends)
     first[steps == 0] = ends[steps == 0]
     mean = (total[ends + 1] - total[first]) / (ends + 1 - first)
-    error = 1e-12 * (1 + float(np.max(np.abs(total))))
-    return iter(np.flatnonzero((mean <= target + error) & (broken[ends + 1] == broken[first])).tolist())
+    return np.where(broken[ends + 1] == broken[first], mean, math.inf), 1e-12 * (1 + float(np.max(np.abs(total))))
+
+
+def _near(steps: Steps, losses: Losses, target: float) -> Iterator[int]:
+    """Evaluations whose smoothed loss is at or below the target, to rounding."""
+    mean, error = _means(steps, losses)
+    return iter(np.flatnonzero(mean <= target + error).tolist())
 
 
 def crossing_at(steps: Steps, losses: NDArray[np.floating], i: int, target: float) -> Crossing | None:
