@@ -103,6 +103,7 @@ class Setup:
     ledger: ops.Ledger = field(init=False)
     grads: list = field(init=False, default_factory=list)  # of the last call
     sums: list = field(init=False, default_factory=list)
+    told: list = field(init=False, default_factory=list)  # after each step: the ledger, and norms of the tensors
 
     def __post_init__(self):
         count = ops.RULES[self.rule].states
@@ -150,6 +151,7 @@ class Setup:
 
     def step(self, grads, reduce=None, **scalars):
         self.backend.step(self.list, self.call(grads, **scalars), reduce)
+        self.told.append((self.ledger.values.clone(), self.list.norms.clone()))
 
     def accumulate(self, grads, n, first=False, weight=1.0):
         if first:
