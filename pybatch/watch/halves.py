@@ -33,6 +33,7 @@ from pybatch.watch.batching import Batching, examples_in
 from pybatch.watch.hooked import Hooked
 from pybatch.watch.outputs import leaves_in
 from pybatch.watch.parting import Parting, find_parting
+from pybatch.watch.passes import autocasting, autocasts
 
 _CHECKED = 3  # measured passes, of which the halves are compared with the gradient of the training's own
 _WAITING = 4  # forward passes of a step whose graphs are kept for a backward pass
@@ -112,7 +113,7 @@ class HalvesNoise(Collector):
         if n is None or n < 2:
             return
         if self.parting is None:
-            self._met = _Met((args, kwargs), n)
+            self._met = _Met((args, kwargs), n, autocasts())
         self._awaited.append([])
         for leaf, value in enumerate(leaves_in(output)):
             if isinstance(value, Tensor) and value.requires_grad:
@@ -207,7 +208,8 @@ class HalvesNoise(Collector):
         if met is not None and len(met.leaves) == 1 and self.parting is None:
             self._steps = 0  # the next step is measured
             batching = replace(self._batching, size=met.examples)
-            self.parting = find_parting(self._model, met.arguments, batching, next(iter(met.leaves)))
+            with autocasting(met.autocast):
+                self.parting = find_parting(self._model, met.arguments, batching, next(iter(met.leaves)))
 
     def _settle(self) -> None:
         if self._found is not None:
@@ -242,6 +244,7 @@ class _Met:
 
     arguments: Any
     examples: int
+    autocast: dict[str, torch.dtype]
     leaves: set[int] = field(default_factory=set)  # of the output, to which gradients came
 
 

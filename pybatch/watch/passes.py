@@ -35,11 +35,9 @@ class Pass:
     @staticmethod
     def begun(model: nn.Module, arguments: Any, batching: Batching) -> Pass:
         """A forward pass with these arguments begins, in the autocast that is on now."""
-        kinds = ("cpu", "cuda")
-        on = {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
         modes = tuple((module, module.training) for module in model.modules())
         trained = tuple((p, p.requires_grad) for p in model.parameters())
-        return Pass(model, arguments, batching, on, model.training, modes, trained)
+        return Pass(model, arguments, batching, autocasts(), model.training, modes, trained)
 
     def keep(self, leaf: int, gradient: Tensor) -> None:
         """The gradient that has come to a leaf of the output."""
@@ -96,7 +94,7 @@ class Loaded:
 
     def _forward(self) -> list[Any]:
         args, kwargs = self._arguments
-        with torch.enable_grad(), _autocast(self._pass.autocast):
+        with torch.enable_grad(), autocasting(self._pass.autocast):
             return leaves_in(self._pass.model(*args, **kwargs))
 
     def _sized(self, outputs: list[Any]) -> dict[int, Tensor]:
@@ -122,9 +120,14 @@ class Loaded:
         return made
 
 
+def autocasts() -> dict[str, torch.dtype]:
+    """The autocast that is on now, by kind of device."""
+    return {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
+
+
 @contextmanager
-def _autocast(on: dict[str, torch.dtype]) -> Iterator[None]:
-    """The autocast that the pass was in, with no weights cached from before."""
+def autocasting(on: dict[str, torch.dtype]) -> Iterator[None]:
+    """The autocast that a pass was in, with no weights cached from before."""
     with ExitStack() as stack:
         for kind in ("cpu", "cuda"):
             if kind in on:

@@ -132,6 +132,33 @@ def test_the_training_goes_on_to_the_bit():
         assert torch.equal(plain, seen)
 
 
+class Casting(Language):
+    """Runs in bf16 alone, as fused attention of some makes does."""
+
+    def forward(self, tokens):
+        out = super().forward(tokens)
+        if out.dtype != torch.bfloat16:
+            raise TypeError("not in bf16")
+        return out
+
+
+def test_the_model_is_run_again_in_the_autocast_of_its_pass():
+    torch.manual_seed(0)
+    model = Casting(attending=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        noise = attached(model, optimizer, tokens_of(model, 8)[0])
+    rows = rows_of(noise)
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, tokens_of(model, 8))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    noise._readback.drain()
+    assert len(rows) == 3
+
+
 def test_a_scaled_loss_gives_the_same_noise():
     def run(scale):
         torch.manual_seed(0)
