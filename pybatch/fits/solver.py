@@ -42,7 +42,7 @@ def minimize(p: Array, evaluate: Evaluate, low: Array, high: Array, rounds: int 
         damped = normal.copy()
         diagonal = damped.reshape(-1, count * count)[:, :: count + 1]
         diagonal += damping[:, None] * (diagonal + 1e-9)
-        step = np.linalg.solve(damped, force[..., None])[..., 0]
+        step: NDArray[Any] = np.linalg.solve(damped, force[..., None])[..., 0]
         trial = _clipped(p + _clipped(step, -_LONGEST, _LONGEST), low, high)
         trial_cost, trial_force, trial_normal = evaluate(trial, looked_at)
         better = trial_cost < cost
@@ -68,7 +68,7 @@ def minimize(p: Array, evaluate: Evaluate, low: Array, high: Array, rounds: int 
     return found, least
 
 
-def _clipped(values: Array, low: Array | float, high: Array | float) -> Array:
+def _clipped(values: NDArray[Any], low: Array | float, high: Array | float) -> Array:
     """As np.clip, which takes a few times as long for arrays as small as these."""
     clipped: Array = np.minimum(np.maximum(values, low), high)
     return clipped

@@ -26,6 +26,14 @@ def processes(tmp_path_factory, warm_python):
     }
 
 
+@pytest.fixture
+def wide(monkeypatch):
+    """Measuring stops at an interval twice as wide, for a quarter of the groups: where it is wide enough to tell."""
+    from pybatch.noise import measurement
+
+    monkeypatch.setattr(measurement, "WIDTH", 2 * measurement.WIDTH)
+
+
 @pytest.fixture(params=WORLDS)
 def ranks(request, processes):
     return processes[request.param]

@@ -59,9 +59,9 @@ def test_closed_form_of_the_isotropic_case():
 
 def test_measure_noise_on_the_closed_form():
     options = {"device": "cpu", "warmup_steps": 0, "micro_batch": 32, "source": "per-example", "layers": True}
-    found = [measure_noise(Regression(), seed=seed, **options) for seed in range(12)]
+    found = [measure_noise(Regression(), seed=seed, **options) for seed in range(6)]
     assert {(f.status, f.source, f.small_batch) for f in found} == {("resolved", "per-example", 1)}
-    assert sum(f.low <= 64 <= f.high for f in found) >= 9
+    assert sum(f.low <= 64 <= f.high for f in found) >= 5
     assert np.mean([f.b_simple for f in found]) == pytest.approx(64, rel=0.05)
     assert [layer.name for layer in found[0].layers] == ["weight"]
     assert found[0].layers[0].b_simple == pytest.approx(found[0].b_simple)
