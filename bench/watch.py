@@ -4,30 +4,34 @@
 
 A training on one thread is watched, its record written as it grows. Told is, as shares of the time of a plain step,
 
-    hooks   what every step pays: from a model whose own step takes next to nothing, watched and not;
+    each    what every step pays for hooks: of a training of the same layers, loop and noise source, but small, its
+            steps between two measured ones less those before and after the watch, over several watches;
     rest    what some steps pay, for a row of the noise scale, a line on the screen or the record: all their time (and
             that of the step before and after, as memory is asked for anew) beyond that of as many untouched steps.
 
-Both by the processor time of the process, which neighbours enter by the caches alone, with 95 % intervals from
-resampling: of whole periods from row to row for the rest. That they add up to what the watch costs can be shown no
-better on a shared machine: two unwatched trainings alike differ by up to a tenth, by where their memory lies. A run's
-first steps, in which the cost of the noise scale is tried out, are told apart.
+Both by the processor time of the process, which neighbours enter by the caches alone, with 95 % intervals: of the
+watches' differences (Student's), and from resampling whole periods from row to row. They are put together as such,
+since a shared machine shows the whole no better: two unwatched trainings alike differ by up to a tenth, by where their
+memory lies. A run's first steps, in which the cost of the noise scale is tried out, are told apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
+from scipy.stats import t
 from torch import nn
 
 from pybatch.device.identity import describe
@@ -43,8 +47,9 @@ EVERY = 30  # steps from one to the next that is taken for a touched one where n
 class Case(NamedTuple):
     """A training whose step takes over 20 ms on one core of 2026."""
 
-    model: Callable[[], nn.Module]
-    shape: tuple[int, ...]  # of a batch
+    model: Callable[[int], nn.Module]  # of a width
+    shape: Callable[[int], tuple[int, ...]]  # of a batch
+    width: int
     micro_batches: int = 1
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
 
@@ -52,43 +57,47 @@ class Case(NamedTuple):
 class Recurrent(nn.Module):
     """Layers whose examples can't be told apart inside."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.body, self.head = nn.LSTM(64, 128, batch_first=True), nn.Linear(128, 10)
+        self.body, self.head = nn.LSTM(width // 2, width, batch_first=True), nn.Linear(width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.head(self.body(x)[0][:, -1])
         return found
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 10))
+def mlp(width: int) -> nn.Module:
+    layers = (nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 10))
+    return nn.Sequential(*layers)
 
 
-def cnn() -> nn.Module:
+def cnn(width: int) -> nn.Module:
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(((3, 32), (32, 64), (64, 64))):
+    for i, (a, b) in enumerate(((3, width), (width, 2 * width), (2 * width, 2 * width))):
         layers += [nn.Conv2d(a, b, 3, stride=1 + (i > 0), padding=1), nn.BatchNorm2d(b), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
 
 
+SMALL = 4  # width, where a step's own time is next to nothing
 CASES = {
-    "null": Case(mlp, (64, 1024)),
-    "per-example": Case(mlp, (64, 1024)),
-    "micro-batches": Case(mlp, (32, 1024), 2),
-    "adam-moments": Case(cnn, (16, 3, 32, 32)),  # batch normalization has no gradient of one example
-    "halves": Case(Recurrent, (64, 32, 64), optimizer=torch.optim.SGD),
+    "null": Case(mlp, lambda width: (64, width), 1024),
+    "per-example": Case(mlp, lambda width: (64, width), 1024),
+    "micro-batches": Case(mlp, lambda width: (32, width), 1024, 2),
+    # Batch normalization has no gradient of one example.
+    "adam-moments": Case(cnn, lambda width: (16, 3, width, width), 32),
+    "halves": Case(Recurrent, lambda width: (64, width // 4, width // 2), 128, optimizer=torch.optim.SGD),
 }
 
 
 class Training:
     """A loop as scripts have it."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, width: int) -> None:
         torch.manual_seed(0)
-        self.case, self.model = case, case.model()
+        self.case, self.model = case, case.model(width)
         self.optimizer = case.optimizer(self.model.parameters(), lr=1e-4)
-        self.x, self.y = torch.randn(*case.shape), torch.randint(10, (case.shape[0],))
+        self.x = torch.randn(*case.shape(width))
+        self.y = torch.randint(10, (len(self.x),))
 
     def step(self) -> float:
         """Its processor seconds."""
@@ -101,100 +110,118 @@ class Training:
         return time.process_time() - began
 
 
-class Touched:
-    """Whether the step under way had more to do than others: a row, a line or the record."""
+class Watched:
+    """A watch of what is done in its context, whose noise must come from the named source."""
 
-    def __init__(self) -> None:
-        self.now = False
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.path = name, folder / "run.json.partial"
+        self.touched = False  # whether the step under way had more to do than others: a row, a line or the record
+        self.watching = Watching(WatchOptions(time_budget=1.0), on_partial=self._kept)
+        self.stack = ExitStack()
 
-    @contextmanager
-    def watches(self, watching: Watching) -> Iterator[None]:
-        with ExitStack() as stack:
-            for where, name in ((Collector, "_row"), (watching, "_save"), (watching, "_tell")):
-                stack.enter_context(mock.patch.object(where, name, self._seen(getattr(where, name))))
-            yield
+    def _kept(self, run: Run) -> None:
+        self.path.write_text(run.to_json())
 
     def _seen(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def seen(*args: Any) -> Any:
-            self.now = True
+            self.touched = True
             return call(*args)
 
         return seen
 
+    def __enter__(self) -> Watched:
+        for where, name in ((Collector, "_row"), (self.watching, "_save"), (self.watching, "_tell")):
+            self.stack.enter_context(mock.patch.object(where, name, self._seen(getattr(where, name))))
+        self.watching.start()
+        return self
 
-def rest(seconds: np.ndarray, touched: np.ndarray) -> tuple[float, float, float]:
-    """The share of time that touched steps and their neighbours take beyond others, with its 95 % interval."""
-    near = touched.copy()
-    near[:-1] |= touched[1:]
-    near[1:] |= touched[:-1]
-    periods = np.split(np.arange(len(seconds)), np.flatnonzero(touched)[1:])
+    def __exit__(self, *raised: object) -> None:
+        run = self.watching.finish(measure=False)
+        self.stack.close()
+        assert self.watching.fault is None, self.watching.fault
+        assert run is not None
+        assert run.noise is not None, run.notes
+        assert run.noise.source == self.name, run.noise.source
+
+
+Interval = tuple[float, float, float]  # a figure, and 95 % of it
+
+
+def near(touched: np.ndarray) -> np.ndarray:
+    """Touched steps, and those before and after them."""
+    found = touched.copy()
+    found[:-1] |= touched[1:]
+    found[1:] |= touched[:-1]
+    return found
+
+
+def rest(seconds: np.ndarray, touched: np.ndarray) -> Interval:
+    """The share of time that touched steps and their neighbours take beyond others."""
+    slow, periods = near(touched), np.split(np.arange(len(seconds)), np.flatnonzero(touched)[1:])
+    if len(periods) < 10 or slow.mean() > 0.5:
+        raise SystemExit(f"{len(periods)} rows in {len(seconds)} steps: give --steps for at least 10, 5 steps apart")
     sums = np.array(
-        [(seconds[p][near[p]].sum(), near[p].sum(), seconds[p][~near[p]].sum(), (~near[p]).sum()) for p in periods]
+        [(seconds[p][slow[p]].sum(), slow[p].sum(), seconds[p][~slow[p]].sum(), (~slow[p]).sum()) for p in periods]
     )
     drawn = sums[np.random.default_rng(0).integers(len(sums), size=(4000, len(sums)))].sum(axis=1)
     found = []
-    for slow, slows, plain, plains in (sums.sum(axis=0), *drawn):
-        found.append((slow - slows * plain / plains) / (plain / plains * (slows + plains)))
+    for taken, slows, others, plains in (sums.sum(axis=0), *drawn):
+        plain = others / plains
+        found.append((taken - slows * plain) / (plain * (slows + plains)))
     low, high = np.quantile(found[1:], [0.025, 0.975])
     return float(found[0]), float(low), float(high)
 
 
+def run(training: Training, watched: Watched, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Processor seconds of so many steps, and which of them were touched."""
+    seconds, marks = np.zeros(steps), np.zeros(steps, bool)
+    for i in range(steps):
+        watched.touched = False
+        seconds[i], marks[i] = training.step(), watched.touched
+    return seconds, marks
+
+
+def each(name: str, case: Case, folder: Path, watches: int = 8, steps: int = 400) -> Interval:
+    """Seconds that every step pays for hooks."""
+    training, apart = Training(case, SMALL), []
+    before = np.median([training.step() for _ in range(steps)])
+    for _ in range(watches):
+        with Watched(name, folder) as watched:
+            run(training, watched, TRIED)
+            seconds, touched = run(training, watched, steps)
+        after = np.median([training.step() for _ in range(steps)])
+        apart.append(float(np.median(seconds[~near(touched)]) - (before + after) / 2))
+        before = after
+    middle = statistics.mean(apart)
+    half = t.ppf(0.975, watches - 1) * statistics.stdev(apart) / watches**0.5
+    return middle, middle - half, middle + half
+
+
 def measure(name: str, case: Case, steps: int, folder: Path) -> dict[str, Any]:
     """The cost of one case."""
-    training, touched, path = Training(case), Touched(), folder / "run.json.partial"
+    training = Training(case, case.width)
     plain = sum(training.step() for _ in range(TRIED)) / TRIED
-
-    def kept(run: Run) -> None:
-        path.write_text(run.to_json())
-
-    watching = Watching(WatchOptions(time_budget=1.0), on_partial=kept)
-    with touched.watches(watching):
-        if name != "null":
-            watching.start()
-        tried = sum(training.step() for _ in range(TRIED)) / TRIED
-        seconds, marks = np.zeros(steps), np.zeros(steps, bool)
-        for i in range(steps):
-            touched.now = name == "null" and i % EVERY == EVERY - 1
-            seconds[i], marks[i] = training.step(), touched.now
-        run = watching.finish(measure=False) if name != "null" else None
-    assert watching.fault is None, watching.fault
-    found = {"step_ms": 1e3 * float(np.median(seconds)), "rest": rest(seconds, marks)}
-    found |= {"touched": int(marks.sum()), "steps": steps, "first_steps": tried / plain}
-    if run is not None:
-        assert run.noise is not None, run.notes
-        assert run.noise.source == name, run.noise.source
-    return found
-
-
-def hooks(chunks: int = 30, steps: int = 100) -> dict[str, float]:
-    """Processor microseconds that the hooks take a step, noise aside: of a model whose own takes next to nothing."""
-    torch.manual_seed(0)
-    model = nn.Linear(8, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    before = [tiny(model, optimizer, steps) for _ in range(chunks)]
-    watching = Watching(WatchOptions())
-    watching.start()
-    tiny(model, optimizer, 20)
-    noise = watching._observer.noise
-    assert noise is not None
-    noise.detach()
-    watching._observer.noise = None
-    watched = [tiny(model, optimizer, steps) for _ in range(chunks)]
-    assert watching._observer.steps is not None
-    assert watching._observer.steps.count >= chunks * steps
-    watching.finish(measure=False)
-    plain = min(*before, *(tiny(model, optimizer, steps) for _ in range(chunks)))
-    return {"watched_us": 1e6 * min(watched), "plain_us": 1e6 * plain, "hooks_us": 1e6 * (min(watched) - plain)}
-
-
-def tiny(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> float:
-    """Processor seconds of a step."""
-    x, began = torch.zeros(4, 8), time.process_time()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(x).sum().backward()
-        optimizer.step()
-    return (time.process_time() - began) / steps
+    if name == "null":
+        seconds = np.array([training.step() for _ in range(steps)])
+        marks = np.arange(steps) % EVERY == EVERY - 1
+        return {"step_ms": 1e3 * float(np.median(seconds)), "rest": rest(seconds, marks), "steps": steps}
+    with Watched(name, folder) as watched:
+        tried = run(training, watched, TRIED)[0].mean()
+        seconds, marks = run(training, watched, steps)
+    step = float(seconds[~near(marks)].mean())
+    hooks = tuple(share / step for share in each(name, case, folder))
+    of = rest(seconds, marks)
+    half = [math.hypot(hooks[0] - hooks[i], of[0] - of[i]) for i in (1, 2)]
+    total = hooks[0] + of[0]
+    return {
+        "step_ms": 1e3 * step,
+        "each": hooks,
+        "rest": of,
+        "all": (total, total - half[0], total + half[1]),
+        "touched": int(marks.sum()),
+        "steps": steps,
+        "first_steps": tried / plain,
+    }
 
 
 def main() -> None:
@@ -204,17 +231,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    paid = hooks()
-    print(f"hooks: {paid}", flush=True)
-    found: dict[str, dict[str, Any]] = {"hooks": paid}
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in given.only:
             of = found[name] = measure(name, CASES[name], given.steps, Path(folder))
-            of["hooks"] = 0.0 if name == "null" else paid["hooks_us"] / (1e3 * of["step_ms"])
-            middle, low, high = (100 * (share + of["hooks"]) for share in of["rest"])
-            print(
-                f"{name:14} {of['step_ms']:.1f} ms a step: + {middle:.2f} % [{low:.2f}, {high:.2f}]; {of}", flush=True
+            parts = "; ".join(
+                f"{part} {100 * m:.2f} % [{low:.2f}, {high:.2f}]"
+                for part in ("each", "rest", "all")
+                if part in of
+                for m, low, high in [(of[part][0], 100 * of[part][1], 100 * of[part][2])]
             )
+            print(f"{name:14} {of['step_ms']:.1f} ms a step: {parts}", flush=True)
     if given.output is not None:
         record = {"device": describe(torch.device("cpu")).name, "torch": torch.__version__, "cases": found}
         given.output.write_text(json.dumps(record, indent=2) + "\n")

@@ -112,13 +112,22 @@ def _no_watch_is_left():
 
 
 @pytest.fixture(autouse=True)
+def _nothing_is_chosen_yet():
+    """Whether a stack or a loop trains faster is asked in each test: how often a workload is called depends on it."""
+    choosing = sys.modules.get("pybatch.training.choosing")
+    if choosing is not None:
+        choosing._chosen.clear()
+
+
+@pytest.fixture(autouse=True)
 def _no_hook_is_left():
     """Hooks on every module of the process, as a watch puts them on, end with the test."""
     yield
     modules = sys.modules.get("torch.nn.modules.module")
     if modules is not None and modules._has_any_global_hook():
-        for name in [name for name in vars(modules) if name.startswith("_global_forward_")]:
-            getattr(modules, name).clear()
+        for name, hooks in vars(modules).items():
+            if name.startswith(("_global_forward_", "_global_backward_")):
+                hooks.clear()
         pytest.fail("a hook on every module was left on")
 
 

@@ -31,28 +31,42 @@ def rate_of(
     if base == batch:
         return rate, Reason("learning_rate", f"the rate {origin}", "measured" if tuned else "assumed", inputs)
     optimizer = (steps.optimizer if steps is not None else None) or (work.optimizer if work else None) or "adamw"
-    rule = "linear" if optimizer in _LINEAR and max(batch, base) <= critical else "sqrt"
+    rule = _rule(optimizer, max(batch, base), critical)
     found = float(scale(rule, {"lr": rate}, batch, Base(base)).group["lr"])
     factor = "batch ratio" if rule == "linear" else "sqrt(batch ratio)"
     text = f"{number(rate)} {origin}, times the {factor}: a rule of thumb for {optimizer}, not measured; tune around it"
     return found, Reason("learning_rate", text, "assumed", inputs | {"rule": rule})
 
 
-def far_from_tuned(capacity: Capacity | None, noise: NoiseScale | None, steps: Convergence | None) -> Note | None:
-    """Said where the noise scale was read in a training whose rate is far from the one that a search found best."""
+def _rule(optimizer: str, largest: int, critical: float) -> str:
+    return "linear" if optimizer in _LINEAR and largest <= critical else "sqrt"
+
+
+def far_from_tuned(
+    capacity: Capacity | None, noise: NoiseScale | None, steps: Convergence | None, critical: float
+) -> Note | None:
+    """Said where the noise scale was read in a training whose rate is far from the one that a search found best.
+
+    Of the same optimizer, and at about the same batch size: nothing is said of a rate that nobody searched.
+    """
     work, rate = capacity.workload if capacity is not None else None, noise.learning_rate if noise is not None else None
     found = _tuned(steps) or _branched(steps)
     if work is None or not work.reference_batch or not rate or not found:
         return None
+    if steps is None or steps.optimizer is None or steps.optimizer != work.optimizer:
+        return None
     batch = work.reference_batch
     base = min(found, key=lambda b: abs(math.log(b / batch)))
-    best = float(scale("sqrt", {"lr": found[base]}, batch, Base(base)).group["lr"])
+    if not 0.5 <= base / batch <= 2.0:
+        return None
+    rule = _rule(steps.optimizer, max(batch, base), critical)
+    best = float(scale(rule, {"lr": found[base]}, batch, Base(base)).group["lr"])
     if 1 / FAR < best / rate < FAR:
         return None
     off = f"{number(best / rate)} times below" if best > rate else f"{number(rate / best)} times above"
     text = (
-        f"read in a training at the rate {rate:.3g}, {off} what a search found best, {best:.3g} at batch "
-        f"{batch}: the noise scale is that of another training. Give the rate by --lr"
+        f"read in a training at the rate {rate:.3g} at batch {batch}, {off} what a search found best, "
+        f"{found[base]:.3g} at batch {base}: the noise scale is that of another training. Give the rate by --lr"
     )
     return Note("noise.b_simple", text)
 

@@ -103,7 +103,7 @@ def advise(
     reasons += [seconds_reason] if seconds_reason else []
 
     notes += passed_over(steps, critical.source)
-    far = far_from_tuned(capacity, noise, steps)
+    far = far_from_tuned(capacity, noise, steps, critical.value or 0.0)
     notes += [far] if far is not None else []
     absent = _unknown(capacity)
     for name, value in (("critical_batch", critical.value), ("best_batch", best), ("useful_devices", devices)):

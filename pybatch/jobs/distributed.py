@@ -56,9 +56,9 @@ def run_bench_together(
                 )
             except BaseException as caught:  # also Ctrl-C: the others wait for an answer
                 error = caught
-        told: list[Any] = [
-            None if run is None or _stands(run) else _per_device(run, options.batches or [workload.reference_batch])
-        ]
+        told: list[Any] = [None]
+        if run is not None and not _stands(run):
+            told = [_per_device(run, options.batches or ()) or [workload.reference_batch]]
         dist.broadcast_object_list(told, 0)
         if error is not None:
             raise error
@@ -87,11 +87,12 @@ def _stands(run: Run) -> bool:
 def _per_device(run: Run, asked: Sequence[int]) -> list[int]:
     """Batches per device around the best one, within what ran; smallest, middle and largest where none is known.
 
-    Where time ran out before any did, the two smallest of those that were asked for.
+    Where time ran out before any did, the two smallest of those asked for that are not known to be too large.
     """
-    ran = [p.batch for p in run.capacity.batches if p.status == "ok"] if run.capacity else []
+    known = {p.batch: p.status for p in run.capacity.batches} if run.capacity else {}
+    ran = [batch for batch, status in known.items() if status == "ok"]
     if not ran:
-        return sorted(asked)[:2]
+        return sorted(n for n in asked if "oom" not in known.get(n, ""))[:2]
     spread = {ran[0], ran[len(ran) // 2], ran[-1]}
     best = run.verdict.best_batch if run.verdict is not None else None
     if best is None:

@@ -48,7 +48,8 @@ def choose(
 ) -> tuple[Replicas, str | None]:
     """The faster form for these trials, ready at step 0, and why they are not stacked where they can't be.
 
-    It is measured once for trials alike but for rates and seeds, and of about as many.
+    It is measured once for trials alike but for rates and seeds, and of about as many; a stack that agreed with the
+    loop there is taken to agree at other rates.
 
     Args:
         workload, trials, device: what is trained, and where.
@@ -65,13 +66,23 @@ def choose(
     if how == "stacked":
         return Stack(workload, trials, device), None
     first = trials[0]
-    alike = (first.workload, first.batch, first.optimizer, first.dtype, str(device), len(trials).bit_length())
+    settings = replace(first.scaled, group={**first.scaled.group, "lr": 0.0}, warmup_from=0.0)
+    kind = (first.workload, first.batch, first.optimizer, first.dtype, repr(settings))
+    alike = (*kind, str(device), len(trials).bit_length())
     forms, reason = _chosen.get(alike) or _compared(workload, trials, device)
     if reason is None:  # else other rates may agree
         _chosen[alike] = forms, None
     if forms is None:
         return Loop(workload, trials, device), reason
-    chosen = Stack(workload, trials, device)
+    failure = None
+    try:
+        chosen = Stack(workload, trials, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = StackTooLargeError("memory ran out for these trials together")
+    if failure is not None:  # raised here, where no trace holds what the stack held
+        raise failure
     chosen.folded, chosen.together = forms  # those that were found to agree
     return chosen, None
 

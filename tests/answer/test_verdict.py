@@ -452,18 +452,36 @@ def test_advice_is_not_open_upwards_where_throughput_falls():
     assert (verdict.best_low, verdict.best_high) == (16, 16)
 
 
+def said_of_the_rate(rate, batch=BATCHES[2], optimizers=("adamw", "adamw")):
+    """Of a noise scale read at this rate, beside a sweep whose rate is 0.1 at each batch size."""
+    known, (own, swept) = capacity(), optimizers
+    work = dataclasses.replace(known.workload, learning_rate=rate, reference_batch=batch, optimizer=own)
+    known, read = dataclasses.replace(known, workload=work), dataclasses.replace(noise(400), learning_rate=rate)
+    found = advise(known, read, dataclasses.replace(sweep(), optimizer=swept))
+    return [note.text for note in found.notes if note.figure == "noise.b_simple"]
+
+
+def test_a_rate_of_another_optimizer_or_far_from_the_batches_swept_is_no_measure():
+    assert said_of_the_rate(0.01)
+    assert said_of_the_rate(0.01, optimizers=("adamw", "sgd")) == []
+    assert said_of_the_rate(0.01, optimizers=("adamw", None)) == []
+    assert said_of_the_rate(0.001, batch=4 * BATCHES[-1]) == []
+    assert said_of_the_rate(0.001, batch=2 * BATCHES[-1])
+
+
+def test_the_rule_of_the_optimizer_carries_a_rate_to_the_batch_of_the_noise_scale():
+    """From batch 4 to 3, 0.1 becomes 0.0866 by Adam's root of the ratio, and 0.075 by SGD's ratio."""
+    assert "4.33 times below" in said_of_the_rate(0.02, 3)[0]
+    assert said_of_the_rate(0.02, 3, ("sgd", "sgd")) == []
+
+
 @pytest.mark.parametrize(
     ("rate", "said"), [(0.01, "10 times below"), (1.0, "10 times above"), (0.06, None), (0.3, None), (None, None)]
 )
 def test_a_noise_scale_of_a_rate_far_from_the_tuned_one_is_said_to_be(rate, said):
-    """The sweep's rate is 0.1 at each batch size."""
-    known = capacity()
-    work = dataclasses.replace(known.workload, learning_rate=rate, reference_batch=BATCHES[2])
-    known, read = dataclasses.replace(known, workload=work), dataclasses.replace(noise(400), learning_rate=rate)
-    texts = [note.text for note in advise(known, read, sweep()).notes if note.figure == "noise.b_simple"]
+    texts = said_of_the_rate(rate)
     if said is None:
         assert texts == []
     else:
         (text,) = texts
         assert f"{said} what a search found best, 0.1 at batch {BATCHES[2]}" in text
-    assert not [note for note in advise(known, read).notes if note.figure == "noise.b_simple"]  # nothing was searched

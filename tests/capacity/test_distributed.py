@@ -57,8 +57,17 @@ def test_steps_with_and_without_communication_are_told_apart(bench):
 
 
 def test_where_time_ran_out_alone_what_was_asked_for_is_timed(bench):
-    _, run = bench
-    assert _per_device(run, (4,)) == [8, 128]
+    run = replace(bench[1], verdict=None)
+    point = run.capacity.batches[0]
+
+    def ran(**statuses):
+        points = tuple(replace(point, batch=int(n[1:]), status=status) for n, status in statuses.items())
+        return replace(run, capacity=replace(run.capacity, batches=points))
+
+    assert _per_device(ran(b8="ok", b128="ok", b512="oom"), (4,)) == [8, 128]
+    assert _per_device(ran(), (512, 128, 8)) == [8, 128]
+    assert _per_device(ran(b128="oom", b512="predicted_oom"), (512, 128, 8)) == [8]
+    assert _per_device(ran(b8="oom"), (8,)) == []
     assert _per_device(replace(run, capacity=None), (512, 128, 8)) == [8, 128]
 
 

@@ -4,17 +4,19 @@ import atexit
 import json
 import math
 import os
+import select
 import subprocess
 import sys
+import tempfile
 from functools import cache
 
 from cases.paths import TESTS
 
 CODE = """
-import json, sys, traceback
+import json, os, sys, traceback
 from cases import interpreter
 interpreter.hasten()
-answers, sys.stdout = sys.stdout, sys.stderr
+answers = os.fdopen(int(sys.argv[1]), "w")
 for line in sys.stdin:
     found = {}
     for name, program in json.loads(line).items():
@@ -25,18 +27,47 @@ for line in sys.stdin:
             found[name] = traceback.format_exc()
     print(json.dumps(found), file=answers, flush=True)
 """
+LONGEST_S = 600.0  # of one file's programs
 
 
-@cache
-def _process():
+class Process:
     """It imports torch and Triton once for all files of a worker, and ends with its input."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", CODE]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, bufsize=1
-    )
-    atexit.register(process.communicate)
-    return process
+
+    def __init__(self):
+        environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
+        reads, writes = os.pipe()
+        self.answers, self.errors = os.fdopen(reads), tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore::RuntimeWarning", "-c", CODE, str(writes)],
+            stdin=subprocess.PIPE,
+            stdout=self.errors,
+            stderr=self.errors,
+            env=environment,
+            text=True,
+            pass_fds=[writes],
+        )
+        os.close(writes)
+        atexit.register(self.end)
+
+    def end(self):
+        self.process.communicate()
+        self.answers.close()
+        self.errors.close()
+
+    def run(self, programs):
+        print(json.dumps(programs), file=self.process.stdin, flush=True)
+        if not select.select([self.answers], [], [], LONGEST_S)[0]:
+            self.process.kill()
+        answer = self.answers.readline()
+        if not answer:
+            status = self.process.wait()
+            self.errors.seek(0)
+            said = self.errors.read().decode(errors="replace")[-4000:]
+            raise AssertionError(f"the interpreter's process ended with {status}: {said}")
+        return json.loads(answer)
+
+
+_process = cache(Process)
 
 
 def run(programs):
@@ -48,11 +79,11 @@ def run(programs):
     Returns:
         name -> the traceback of what failed, or "".
     """
-    process = _process()
-    print(json.dumps(programs), file=process.stdin, flush=True)
-    answer = process.stdout.readline()
-    assert answer, f"the interpreter's process ended with {process.wait()}"
-    found = json.loads(answer)
+    try:
+        found = _process().run(programs)
+    except (AssertionError, BrokenPipeError):
+        _process.cache_clear()  # the next file has another
+        raise
     assert found.keys() == programs.keys()
     return found
 

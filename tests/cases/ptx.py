@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from cases.compilers import SOURCES, compile_once
 from cases.paths import ROOT
 from cases.problem import same_bits
 
+import pybatch
 from pybatch import _C, ops
 from pybatch.base.errors import DeviceError
 
@@ -51,10 +53,12 @@ def compile_kernels(folder, patches=(), kernels=KERNELS):
 
 
 def installed_kernels():
-    """PTX of the kernels as the installed core holds it, by name; None where it holds none, or is of other sources."""
+    """PTX of the kernels as the installed core holds it, by name; None where it holds none, or may be of other sources:
+    it is of this checkout, and newer than all of them."""
     built = (ops.build().cuda_architectures or "").split()
     dumper = sass.tool("cuobjdump")
-    if dumper is None or not {"90", "90-virtual"} & set(built):
+    here = Path(pybatch.__file__).is_relative_to(ROOT)
+    if dumper is None or not here or not {"90", "90-virtual"} & set(built):
         return None
     sources = [file for folder in ("kernels", "csrc") for file in (ROOT / folder).iterdir() if file.suffix in SOURCES]
     core = Path(_C.__file__)
@@ -66,8 +70,14 @@ def installed_kernels():
 def ptx_in(binary, dumper):
     """PTX of each kernel file of a binary, by name."""
     dumped = subprocess.run([dumper, "-ptx", "-arch", "sm_90", binary], capture_output=True, text=True, check=True)
-    texts = [text[text.index(".version") :] for text in dumped.stdout.split("Fatbin ptx code:")[1:]]
-    return {name: next(text for text in texts if f"_{name}_cu_" in text) for name in KERNELS}
+    parts = re.split(r"^Fatbin (\w+) code:$", dumped.stdout, flags=re.MULTILINE)[1:]
+    texts = [
+        text[text.index(".version") :] for kind, text in zip(parts[::2], parts[1::2], strict=True) if kind == "ptx"
+    ]
+    found = {name: [text for text in texts if f"_{name}_cu_" in text] for name in KERNELS}
+    counts = {name: len(of) for name, of in found.items()}
+    assert set(counts.values()) == {1}, f"{binary}: PTX of {counts}"
+    return {name: of[0] for name, of in found.items()}
 
 
 def compile_emulator():

@@ -86,7 +86,7 @@ def test_a_sweep_that_fails_at_its_45th_batch(run_with, tmp_path, stored, end):
 
 def test_outcomes_before_the_failure_are_in_store_and_record(run_with, tmp_path):
     flags = ("--store", str(tmp_path / "runs.db"), "--batch", "4,8,16")
-    status, run, err = run_with("sweep", 110, RAISE, *flags)
+    status, run, err = run_with("sweep", 70, RAISE, *flags)
     assert status == 3, err
     with sqlite3.connect(tmp_path / "runs.db") as db:
         [count] = db.execute("SELECT count(*) FROM trial").fetchone()

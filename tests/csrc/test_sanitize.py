@@ -57,3 +57,5 @@ def test_a_store_past_the_end_is_found(program):
     done = run(program, "short")
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
+    assert "WRITE of size 4" in done.stderr
+    assert "step_cpu.cpp" in done.stderr  # where the core stores, not the driver

@@ -73,21 +73,24 @@ def noisy(curve, batches, rng, samples):
 
 @pytest.mark.parametrize(("curve", "half", "samples"), [(affine, 40, 1), (affine, 40, 12), (floored, 20, 12)])
 def test_intervals_hold_the_planted_values(curve, half, samples):
-    """By how far each misses, 60 repeats tell of widths what 200 do by whether they hold."""
-    rng, chosen = np.random.default_rng(8), 0
+    """By how far each misses, fewer repeats tell of widths what 200 do by whether they hold.
+
+    Over 400 repeats 92 to 93.5 % hold: of 100 fewer than 86 would in one case of a hundred.
+    """
+    rng, chosen = np.random.default_rng(7), 0
     truth = fit_throughput(BATCHES, curve(BATCHES))
     planted = (5000, half, truth.saturation_batch)
-    missed = np.empty((60, 3))
-    for seed in range(60):
+    missed = np.empty((100, 3))
+    for seed in range(100):
         fit = fit_throughput(BATCHES, noisy(curve, BATCHES, rng, samples), seed=seed, resamples=100)
         value = (fit.ceiling, fit.half_batch, fit.saturation_batch)
         low = (fit.ceiling_low, fit.half_low, fit.saturation_low)
         high = (fit.ceiling_high, fit.half_high, fit.saturation_high)
         missed[seed] = [miss(*each) for each in zip(planted, value, low, high, strict=True)]
         chosen += fit.model == truth.model
-    assert ((missed <= 1).mean(0) >= 0.90).all()
+    assert ((missed <= 1).mean(0) >= 0.86).all()
     assert (np.sqrt((missed**2).mean(0)) < 0.65).all()
-    assert chosen / 60 >= 0.9
+    assert chosen / 100 >= 0.9
 
 
 def in_rounds(rng, common, own=0.005, rounds=8, visits=3):

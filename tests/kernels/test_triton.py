@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 LISTS = """
 import math, torch
 from cases import lists
+from cases.agreement import assert_same
 from pybatch import _C, ops
 
 class Triton(ops.TritonBackend):
@@ -24,21 +25,6 @@ def make(backend, rule, storage=None, layered=False):
 
 def both(*args, **more):
     return make(ops.CppBackend(), *args, **more), make(Triton(), *args, **more)
-
-def assert_same(own, twin, storage=None):
-    \"\"\"Equal but for fp32 arithmetic in another order, which can move a 16-bit value to its neighbour.\"\"\"
-    unit = torch.finfo(own.params[0].dtype).eps if storage else 0.0
-    for a, b in zip(own.params, twin.params, strict=True):
-        torch.testing.assert_close(b, a, rtol=2e-5 + unit, atol=1e-5)
-        assert a.dtype == torch.float32 or (a != b).double().sum() <= 1
-    for a, b in zip(own.values(), twin.values(), strict=True):
-        torch.testing.assert_close(b, a, rtol=2e-5 + unit, atol=1e-5)
-    for a, b in zip(sum(own.states, ()), sum(twin.states, ()), strict=True):
-        torch.testing.assert_close(b, a, rtol=2e-5 + unit, atol=1e-5 + unit)
-    assert torch.equal(own.list.steps, twin.list.steps)
-    torch.testing.assert_close(twin.ledger.values, own.ledger.values, rtol=1e-5, atol=1e-5, equal_nan=True)
-    if ops.RULES[own.rule].norms != "none":
-        torch.testing.assert_close(twin.list.norms, own.list.norms, rtol=1e-4, atol=1e-5)
 """
 
 RULES = """

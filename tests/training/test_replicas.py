@@ -28,11 +28,6 @@ def choose_anew(*given):
     return choose(*given)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_chosen_yet():
-    choosing._chosen.clear()
-
-
 class Points(Workload):
     """Least squares in eight dimensions; small, so that a test takes many steps."""
 
@@ -236,7 +231,20 @@ def test_the_faster_form_is_taken(monkeypatch):
     assert len(asked) == 2, "what differs in seeds alone is not compared again"
     larger = [dataclasses.replace(trial, batch=2 * trial.batch) for trial in more]
     assert isinstance(choose(Points(), larger, CPU)[0], Loop)
+    assert isinstance(choose(Points(), trials(momentum=0.9), CPU)[0], Loop)
     assert isinstance(choose(Points(), trials() * 2, CPU)[0], Loop)
+
+
+def test_memory_that_runs_out_for_a_stack_chosen_before_is_told_as_such(monkeypatch):
+    monkeypatch.setattr(choosing, "_compared", lambda *given: ((None, None), None))
+    assert isinstance(choose(Points(), trials(), CPU)[0], Stack)
+
+    def none_left(*given):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(choosing, "Stack", none_left)
+    with pytest.raises(choosing.StackTooLargeError):
+        choose(Points(), trials(), CPU)
 
 
 def test_a_stack_refuses_trials_that_differ_in_more_than_their_rates():
