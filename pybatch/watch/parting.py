@@ -59,7 +59,9 @@ def find_parting(model: nn.Module, arguments: Any, batching: Batching, leaf: int
         run = _Repeated(model, leaf)
         output, again = run(arguments), run(arguments)
         if output is None or again is None:
-            raise UsageError(f"{name} can't be run again to part its output by examples: {run.failed}")
+            scripted = isinstance(model, torch.jit.ScriptModule)
+            unseen = ". What TorchScript is given by keyword is not seen: give it by place" if scripted else ""
+            raise UsageError(f"{name} can't be run again to part its output by examples: {run.failed}{unseen}")
         if output.isnan().any():
             raise UsageError(f"the output of {name} holds NaN, and can't be parted by examples")
         if not torch.equal(output, again):

@@ -502,6 +502,26 @@ def test_a_scripted_model_is_measured_too():
     assert torch.allclose(*found, rtol=1e-4)
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        return scale * self.layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+def test_what_torchscript_is_given_by_keyword_is_said_to_be_unseen():
+    model = torch.jit.script(Scaled())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    noise = HalvesNoise(model, optimizer, find_batching(((torch.randn(6, 4),), {})), every=1)
+    model(torch.randn(6, 4), scale=2.0).square().mean().backward()
+    with pytest.raises(UsageError, match="What TorchScript is given by keyword is not seen: give it by place"):
+        optimizer.step()
+    noise.detach()
+
+
 def test_a_source_that_gave_up_in_a_pass_leaves_no_hook_in_the_way():
     model = Custom()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
