@@ -257,8 +257,7 @@ def visit(browser, path, width, scheme="light"):
     return browser.get_log("browser"), [u for u in urls if not u.startswith(("data:", "blob:", path.as_uri()))]
 
 
-@pytest.mark.parametrize("width", [390, 1200])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1200, "light")])
 def test_in_a_browser(browser, judged, tmp_path, width, scheme):
     path = tmp_path / "report.html"
     write_report([hostile(judged), with_samples(judged)], path)
