@@ -4,23 +4,21 @@
 
 A training on one thread is watched, its record written as it grows. Told is, as shares of the time of a plain step,
 
-    each    what every step pays for hooks: of a training of the same layers, loop and noise source, but small, its
-            steps between two measured ones less those before and after the watch, over several watches;
+    each    what every step pays for hooks: of a training of the same layers, loop and noise source, but small, the
+            least of its steps between two measured ones over the least of those before and after, of several watches;
     rest    what some steps pay, for a row of the noise scale, a line on the screen or the record: all their time (and
             that of the step before and after, as memory is asked for anew) beyond that of as many untouched steps.
 
-Both by the processor time of the process, which neighbours enter by the caches alone, with 95 % intervals: of the
-watches' differences (Student's), and from resampling whole periods from row to row. They are put together as such,
-since a shared machine shows the whole no better: two unwatched trainings alike differ by up to a tenth, by where their
-memory lies. A run's first steps, in which the cost of the noise scale is tried out, are told apart.
+Both by the processor time of the process, the rest with its 95 % interval from resampling whole periods from row to
+row. They are put together as such, since a shared machine shows the whole no better: two unwatched trainings alike
+differ by up to a tenth, by where their memory lies. A run's first steps, in which the cost of the noise scale is tried
+out, are told apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,7 +29,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from scipy.stats import t
 from torch import nn
 
 from pybatch.device.identity import describe
@@ -181,20 +178,27 @@ def run(training: Training, watched: Watched, steps: int) -> tuple[np.ndarray, n
     return seconds, marks
 
 
-def each(name: str, case: Case, folder: Path, watches: int = 8, steps: int = 400) -> Interval:
-    """Seconds that every step pays for hooks."""
-    training, apart = Training(case, SMALL), []
-    before = np.median([training.step() for _ in range(steps)])
+def each(name: str, case: Case, folder: Path, watches: int = 8, steps: int = 400) -> float:
+    """Seconds that every step pays for hooks: the least of runs of steps between two measured ones, over the least of
+    plain ones before and after. A slow spell of the machine is in neither."""
+    training = Training(case, SMALL)
+    plain, hooked = [least(np.array([training.step() for _ in range(steps)]))], []
     for _ in range(watches):
         with Watched(name, folder) as watched:
             run(training, watched, TRIED)
             seconds, touched = run(training, watched, steps)
-        after = np.median([training.step() for _ in range(steps)])
-        apart.append(float(np.median(seconds[~near(touched)]) - (before + after) / 2))
-        before = after
-    middle = statistics.mean(apart)
-    half = t.ppf(0.975, watches - 1) * statistics.stdev(apart) / watches**0.5
-    return middle, middle - half, middle + half
+        hooked.append(least(seconds, near(touched)))
+        plain.append(least(np.array([training.step() for _ in range(steps)])))
+    return float(min(hooked) - min(plain))
+
+
+def least(seconds: np.ndarray, left_out: np.ndarray | None = None, together: int = 5) -> float:
+    """The least mean of so many steps in a row, none of which is left out."""
+    row = np.ones(together) / together
+    means = np.convolve(seconds, row, mode="valid")
+    if left_out is not None:
+        means = means[np.convolve(left_out, row, mode="valid") == 0]
+    return float(means.min())
 
 
 def measure(name: str, case: Case, steps: int, folder: Path) -> dict[str, Any]:
@@ -209,15 +213,12 @@ def measure(name: str, case: Case, steps: int, folder: Path) -> dict[str, Any]:
         tried = run(training, watched, TRIED)[0].mean()
         seconds, marks = run(training, watched, steps)
     step = float(seconds[~near(marks)].mean())
-    hooks = tuple(share / step for share in each(name, case, folder))
-    of = rest(seconds, marks)
-    half = [math.hypot(hooks[0] - hooks[i], of[0] - of[i]) for i in (1, 2)]
-    total = hooks[0] + of[0]
+    hooks, of = each(name, case, folder), rest(seconds, marks)
     return {
         "step_ms": 1e3 * step,
-        "each": hooks,
+        "each_us": 1e6 * hooks,
         "rest": of,
-        "all": (total, total - half[0], total + half[1]),
+        "all": tuple(hooks / step + share for share in of),
         "touched": int(marks.sum()),
         "steps": steps,
         "first_steps": tried / plain,
@@ -235,13 +236,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in given.only:
             of = found[name] = measure(name, CASES[name], given.steps, Path(folder))
-            parts = "; ".join(
-                f"{part} {100 * m:.2f} % [{low:.2f}, {high:.2f}]"
-                for part in ("each", "rest", "all")
-                if part in of
-                for m, low, high in [(of[part][0], 100 * of[part][1], 100 * of[part][2])]
-            )
-            print(f"{name:14} {of['step_ms']:.1f} ms a step: {parts}", flush=True)
+            shown = {part: [f"{100 * share:.2f}" for share in of[part]] for part in ("rest", "all") if part in of}
+            parts = "; ".join(f"{part} {m} % [{low}, {high}]" for part, (m, low, high) in shown.items())
+            print(f"{name:14} {of['step_ms']:.1f} ms a step: each {of.get('each_us', 0.0):.0f} us; {parts}", flush=True)
     if given.output is not None:
         record = {"device": describe(torch.device("cpu")).name, "torch": torch.__version__, "cases": found}
         given.output.write_text(json.dumps(record, indent=2) + "\n")

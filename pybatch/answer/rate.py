@@ -66,7 +66,8 @@ def far_from_tuned(
     off = f"{number(best / rate)} times below" if best > rate else f"{number(rate / best)} times above"
     text = (
         f"read in a training at the rate {rate:.3g} at batch {batch}, {off} what a search found best, "
-        f"{found[base]:.3g} at batch {base}: the noise scale is that of another training. Give the rate by --lr"
+        f"{found[base]:.3g} at batch {base}: the noise scale is that of another training, and left out. "
+        f"Give --lr {best:.3g}"
     )
     return Note("noise.b_simple", text)
 

@@ -59,6 +59,9 @@ def advise(
     """
     _check(capacity, noise, steps, distributed)
     critical = critical_of(noise, steps, _target(capacity))
+    far = far_from_tuned(capacity, noise, steps, critical.value or 0.0)
+    if far is not None:
+        critical = critical_of(None, steps, _target(capacity))
     fit = capacity.model if capacity is not None else None
     best = None
     if critical.value is not None and capacity is not None and fit is not None and fit.half_batch is not None:
@@ -103,7 +106,6 @@ def advise(
     reasons += [seconds_reason] if seconds_reason else []
 
     notes += passed_over(steps, critical.source)
-    far = far_from_tuned(capacity, noise, steps, critical.value or 0.0)
     notes += [far] if far is not None else []
     absent = _unknown(capacity)
     for name, value in (("critical_batch", critical.value), ("best_batch", best), ("useful_devices", devices)):

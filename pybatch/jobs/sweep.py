@@ -84,7 +84,7 @@ def run_sweep(
             carry(error, replace(partial, created=created, environment=environment, complete=False, notes=(note,)))
         raise
     if not run.complete:
-        again = "the same command with --resume runs what is missing"
+        again = "the same command with --resume runs no more than what is missing"
         rest = again if store is not None else "no trial was stored: with --store FILE, --resume runs what is missing"
         run = replace(run, notes=(*run.notes, Note("run", f"incomplete, see the notes above for why; {rest}")))
     return replace(run, created=created, environment=environment)

@@ -135,7 +135,7 @@ class Watching:
             )
         return (
             "no optimizer of torch.optim stepped in this process. Watch the script that trains; an optimizer of one's "
-            "own is seen where it is a torch.optim.Optimizer"
+            "own is seen where it is a torch.optim.Optimizer, or changes parameters after each backward pass"
         )
 
     @property

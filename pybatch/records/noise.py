@@ -127,8 +127,8 @@ class NoiseScale(Shown):
     def __str__(self) -> str:
         """The figure with its interval, and what it is of; `repr` has every field."""
         steps = f", steps {n.count(self.first_step)} to {n.count(self.last_step)}" if self.first_step else ""
-        value = "B_simple" if self.b_simple is None else f"B_simple {n.number(self.b_simple)}"
-        found = " ".join(filter(None, (value, n.interval(self.low, self.high), self.unit or "examples")))
+        value = "not known, in" if self.b_simple is None else n.number(self.b_simple)
+        found = " ".join(filter(None, ("B_simple", value, n.interval(self.low, self.high), self.unit or "examples")))
         return f"{found} ({n.words(self.status)}, by {self.source}{steps})"
 
     def in_examples(self, per_example: float, error: float = 0.0) -> NoiseScale:

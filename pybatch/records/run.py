@@ -53,8 +53,8 @@ class Run(Shown):
             data = parse(text)
         except ValueError as error:
             raise UsageError(
-                f"not a pybatch record: {error}. Give a file that bench, sweep or fit wrote by -o; "
-                "of logs as CSV, use 'pybatch fit'."
+                f"not a pybatch record: {error}. Give a whole file that bench, sweep, watch or fit wrote by "
+                "-o; of logs as CSV, use 'pybatch fit'."
             ) from None
         found = data.get("schema") if isinstance(data, dict) else None
         if found != SCHEMA:

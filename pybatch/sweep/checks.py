@@ -52,7 +52,7 @@ def settled(options: SweepOptions, workload: Workload) -> SweepOptions:
         rates=default_rates(optimizer, group) if options.rates is None else options.rates,
     )
     if not whole.targets:
-        raise UsageError(f"workload {workload.name!r} names no target loss. Give one, such as train=0.1.")
+        raise UsageError(f"workload {workload.name!r} names no target loss. Give one by --target, such as train=0.1.")
     for name in filter(metric_of, whole.targets):
         if metric_of(name) not in workload.better:
             raise UsageError(

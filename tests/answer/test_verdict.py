@@ -457,8 +457,11 @@ def said_of_the_rate(rate, batch=BATCHES[2], optimizers=("adamw", "adamw")):
     known, (own, swept) = capacity(), optimizers
     work = dataclasses.replace(known.workload, learning_rate=rate, reference_batch=batch, optimizer=own)
     known, read = dataclasses.replace(known, workload=work), dataclasses.replace(noise(400), learning_rate=rate)
-    found = advise(known, read, dataclasses.replace(sweep(), optimizer=swept))
-    return [note.text for note in found.notes if note.figure == "noise.b_simple"]
+    steps = dataclasses.replace(sweep(), optimizer=swept)
+    found, alone = advise(known, read, steps), advise(known, None, steps)
+    texts = [note.text for note in found.notes if note.figure == "noise.b_simple"]
+    assert (found.critical_batch == alone.critical_batch) == (len(texts) > 0)
+    return texts
 
 
 def test_a_rate_of_another_optimizer_or_far_from_the_batches_swept_is_no_measure():

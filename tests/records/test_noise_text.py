@@ -16,7 +16,10 @@ from pybatch.records import NoiseScale
             NoiseScale(40, 31, None, 1, 1, "lower_bound", "ddp", 9, unit="tokens"),
             "B_simple 40 [≥ 31] tokens (lower bound, by ddp)",
         ),
-        (NoiseScale(None, None, None, None, None, "unresolved", "ddp", 0), "B_simple examples (unresolved, by ddp)"),
+        (
+            NoiseScale(None, None, None, None, None, "unresolved", "ddp", 0),
+            "B_simple not known, in examples (unresolved, by ddp)",
+        ),
     ],
 )
 def test_the_figure_with_its_interval(noise, text):
