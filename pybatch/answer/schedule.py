@@ -276,14 +276,19 @@ def _words(found: Schedule, doubt: str) -> tuple[str, str]:
     reaches = f"By the model it takes {n.count(found.steps)} steps to the same loss"
     if len(found.stages) == 1:
         [only] = found.stages
-        verb = "Keep" if only.batch == found.base_batch else "Use"
-        other = f", and batch {n.count(found.base_batch)} {n.count(found.base_steps)}" if verb == "Use" else ""
+        if only.batch == found.base_batch:
+            verb, other, trade = "Keep", "", ""
+        else:
+            verb, other = "Use", f", and batch {n.count(found.base_batch)} {n.count(found.base_steps)}"
+            trade = f": {_trade(found, only.batch)}"
+            if only.batch < found.base_batch:
+                doubt = f" Step times play no part in this: fewer examples may take longer.{doubt}"
         past = ""
         if found.base_cost > _PAST:
             own, mean = n.count(found.base_batch), n.batch_size(found.base_batch / found.base_cost)
             past = f"batch {own} is above the critical batch along the run, {mean} on average, and "
         return (
-            f"{verb} batch {sizes} for the whole run.",
+            f"{verb} batch {sizes} for the whole run{trade}.",
             f"{reaches}{other}; {past}no change along the run saves more.{doubt}",
         )
     span = n.interval(found.steps_saved_low, found.steps_saved_high, n.share)
@@ -293,6 +298,16 @@ def _words(found: Schedule, doubt: str) -> tuple[str, str]:
         f"{reaches}, {saved} fewer than batch {n.batch_size(found.fixed_batch)} throughout, which takes as many "
         f"examples.{doubt}",
     )
+
+
+def _trade(found: Schedule, batch: int) -> str:
+    """What one batch throughout gives and takes against the run's own."""
+    steps = found.steps / found.base_steps
+    examples = steps * batch / found.base_batch
+    of = f"the steps of batch {n.count(found.base_batch)}"
+    if steps > 1:
+        return f"{n.share(1 - examples)} fewer examples for {n.number(steps)} times {of}"
+    return f"{n.number(steps)} times {of} for {n.share(examples - 1)} more examples"
 
 
 def rate_rule_of(run: Run) -> str:

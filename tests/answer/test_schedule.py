@@ -123,8 +123,14 @@ def test_one_batch_is_told_with_its_cause():
     assert any("no other between the bounds saves" in text for text in texts(grown))
     assert not any("rise" in text for text in texts(grown))
     moved = plan_schedule(law(4096.0, 0.0, 1.6e5, 8), steps=20_000)
-    assert moved.answer == "Use batch 512 for the whole run."
+    trade = "0.0175 times the steps of batch 8 for 12.3 % more examples"
+    assert moved.answer == f"Use batch 512 for the whole run: {trade}."
     assert "and batch 8 20,000" in moved.because
+    assert "Step times" not in moved.because
+    smaller = plan_schedule(law(40.0, 0.0, 1.6e6, 64), steps=20_000)
+    trade = "53.8 % fewer examples for 3.69 times the steps of batch 64"  # 73,846 of 8 for 20,000 of 64
+    assert smaller.answer == f"Use batch 8 for the whole run: {trade}."
+    assert smaller.because.endswith("Step times play no part in this: fewer examples may take longer.")
 
 
 def test_a_run_past_its_critical_batch_is_told_that_it_is():
