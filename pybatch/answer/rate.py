@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from pybatch.base.numerals import number
-from pybatch.records import Capacity, Convergence, Inputs, NoiseScale, Note, Reason
+from pybatch.records import Capacity, Convergence, Inputs, NoiseScale, Reason
 from pybatch.scaling import SEARCHED, Base, scale
 
 # Rules by optimizer: linear for plain gradients while batches are below the critical one (Goyal et al. 2017), square
@@ -44,7 +44,7 @@ def _rule(optimizer: str, largest: int, critical: float) -> str:
 
 def far_from_tuned(
     capacity: Capacity | None, noise: NoiseScale | None, steps: Convergence | None, critical: float
-) -> Note | None:
+) -> str | None:
     """Said where the noise scale was read in a training whose rate is far from the one that a search found best.
 
     Of the same optimizer, and at about the same batch size: nothing is said of a rate that nobody searched.
@@ -64,12 +64,10 @@ def far_from_tuned(
     if 1 / FAR < best / rate < FAR:
         return None
     off = f"{number(best / rate)} times below" if best > rate else f"{number(rate / best)} times above"
-    text = (
+    return (
         f"read in a training at the rate {rate:.3g} at batch {batch}, {off} what a search found best, "
-        f"{found[base]:.3g} at batch {base}: the noise scale is that of another training, and left out. "
-        f"Give --lr {best:.3g}"
+        f"{found[base]:.3g} at batch {base}: the noise scale is that of another training. Give --lr {best:.3g}"
     )
-    return Note("noise.b_simple", text)
 
 
 def _branched(steps: Convergence | None) -> dict[int, float]:

@@ -60,8 +60,8 @@ def advise(
     _check(capacity, noise, steps, distributed)
     critical = critical_of(noise, steps, _target(capacity))
     far = far_from_tuned(capacity, noise, steps, critical.value or 0.0)
-    if far is not None:
-        critical = critical_of(None, steps, _target(capacity))
+    if far is not None and (alone := critical_of(None, steps, _target(capacity))).value is not None:
+        critical, far = alone, f"{far}; it is left out here"
     fit = capacity.model if capacity is not None else None
     best = None
     if critical.value is not None and capacity is not None and fit is not None and fit.half_batch is not None:
@@ -106,7 +106,7 @@ def advise(
     reasons += [seconds_reason] if seconds_reason else []
 
     notes += passed_over(steps, critical.source)
-    notes += [far] if far is not None else []
+    notes += [Note("noise.b_simple", far)] if far is not None else []
     absent = _unknown(capacity)
     for name, value in (("critical_batch", critical.value), ("best_batch", best), ("useful_devices", devices)):
         if value is None:

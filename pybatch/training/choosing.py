@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from pybatch.workloads.base import Workload
 from pybatch.workloads.running.session import is_out_of_memory
 
 Gradients = list[torch.Tensor | None]
+_Made = TypeVar("_Made")
 Forms = tuple[bool | None, bool | None]  # of a stack: whether to fold images, and to evaluate all replicas at once
 
 MEMORY = 2**30  # bytes of parameters, gradients and optimizer states trained at a time, on a CPU
@@ -34,9 +35,8 @@ COARSE = 0.3  # of the norm: first gradients in bf16, whose rounding comes to a 
 INTERVAL = 8  # steps between two evaluations in the middle of a trial
 SAMPLE = 4  # replicas by which the loop is timed
 
-_chosen: dict[
-    tuple[object, ...], tuple[Forms | None, None]
-] = {}  # a stack's forms, or that a loop is faster, by its kind
+# By what trials are alike in: the forms of a stack, or that a loop is faster.
+_chosen: dict[tuple[object, ...], tuple[Forms | None, None]] = {}
 
 
 class StackTooLargeError(MemoryError):
@@ -74,15 +74,7 @@ def choose(
         _chosen[alike] = forms, None
     if forms is None:
         return Loop(workload, trials, device), reason
-    failure = None
-    try:
-        chosen = Stack(workload, trials, device)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = StackTooLargeError("memory ran out for these trials together")
-    if failure is not None:  # raised here, where no trace holds what the stack held
-        raise failure
+    chosen = _within_memory(lambda: Stack(workload, trials, device))
     chosen.folded, chosen.together = forms  # those that were found to agree
     return chosen, None
 
@@ -92,16 +84,12 @@ def _compared(workload: Workload, trials: Sequence[Trial], device: torch.device)
     few = trials[:: max(1, len(trials) // SAMPLE)][:SAMPLE]
     places = [trials.index(trial) for trial in few]
     loop, own, separate = _timed(Loop(workload, few, device), range(len(few)))
-    failure = None
     try:
-        (stacked, theirs, together), forms = _timed_stack(workload, trials, device, places)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, WorkloadError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            return None, f"not stacked: a stack of its replicas fails ({line})"
-        failure = StackTooLargeError("memory ran out for these trials together")
-    if failure is not None:  # raised here, where no trace holds what the stack held
-        raise failure
+        timed = _within_memory(lambda: _timed_stack(workload, trials, device, places))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, WorkloadError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return None, f"not stacked: a stack of its replicas fails ({line})"
+    (stacked, theirs, together), forms = timed
     exact = trials[0].dtype == "fp32" and device.type == "cpu"
     if exact:  # else two steps of Adam may go anywhere
         pairs = [[(there[i], here[j]) for j, i in enumerate(places)] for here, there in zip(loop, stacked, strict=True)]
@@ -110,6 +98,16 @@ def _compared(workload: Workload, trials: Sequence[Trial], device: torch.device)
     if not same(theirs, own, ROUNDING if exact else COARSE) or not (exact or _same_in_fp32(workload, few, device)):
         return None, "not stacked: gradients of stacked and separate replicas differ"
     return (forms if together <= separate * len(trials) / len(few) else None), None
+
+
+def _within_memory(make: Callable[[], _Made]) -> _Made:
+    """What is made of a stack; StackTooLargeError where memory runs out."""
+    try:
+        return make()
+    except (RuntimeError, MemoryError, WorkloadError) as error:
+        if not is_out_of_memory(error):
+            raise
+    raise StackTooLargeError("memory ran out for these trials together")  # no trace holds what the stack held
 
 
 def memory_for(device: torch.device) -> int:

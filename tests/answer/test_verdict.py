@@ -464,6 +464,19 @@ def said_of_the_rate(rate, batch=BATCHES[2], optimizers=("adamw", "adamw")):
     return texts
 
 
+def test_a_noise_scale_of_another_rate_stands_where_the_search_says_nothing_of_the_critical_batch():
+    known = capacity()
+    work = dataclasses.replace(known.workload, learning_rate=0.01, reference_batch=4, optimizer="adamw")
+    read = dataclasses.replace(noise(400), learning_rate=0.01)
+    few = ConvergencePoint(4, 500.0, "reached", 3, 0.1, reached=3)
+    steps = Convergence((Curve("tuned", "train", (few,), None, None, None, None, target=0.3),), optimizer="adamw")
+    found = advise(dataclasses.replace(known, workload=work), read, steps)
+    assert found.critical_batch is not None
+    (text,) = (note.text for note in found.notes if note.figure == "noise.b_simple")
+    assert "10 times below" in text
+    assert "left out" not in text
+
+
 def test_a_rate_of_another_optimizer_or_far_from_the_batches_swept_is_no_measure():
     assert said_of_the_rate(0.01)
     assert said_of_the_rate(0.01, optimizers=("adamw", "sgd")) == []

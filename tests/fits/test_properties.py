@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from random import Random
 
 import numpy as np
 import pytest
@@ -102,10 +103,10 @@ def test_units_of_batch_and_step_carry_over(
 
 @FEW
 @given(CURVES, st.randoms(use_true_random=False))
-def test_the_order_of_batches_seeds_and_rates_is_free(data: tuple[np.ndarray, np.ndarray], random: object) -> None:
+def test_the_order_of_batches_seeds_and_rates_is_free(data: tuple[np.ndarray, np.ndarray], random: Random) -> None:
     batches, steps = data
     order = list(range(len(batches)))
-    random.shuffle(order)  # type: ignore[attr-defined]
+    random.shuffle(order)
     whole = fitted(batches, steps)
     assert fitted(batches[order], steps[order]) == whole
     if steps.shape[1] > 1:
@@ -113,7 +114,7 @@ def test_the_order_of_batches_seeds_and_rates_is_free(data: tuple[np.ndarray, np
         assert turned.model == whole.model
         if whole.critical_batch is not None:
             assert turned.critical_batch == pytest.approx(whole.critical_batch, rel=1e-6)
-    turn = random.choice([1, -1])  # type: ignore[attr-defined]
+    turn = random.choice([1, -1])
     slower, rates = np.stack([steps, 1.5 * steps])[::turn], np.array([0.1, 0.2])[::turn]
     same(whole, fitted(batches, slower, rates=rates))
 

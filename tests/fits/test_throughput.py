@@ -73,10 +73,7 @@ def noisy(curve, batches, rng, samples):
 
 @pytest.mark.parametrize(("curve", "half", "samples"), [(affine, 40, 1), (affine, 40, 12), (floored, 20, 12)])
 def test_intervals_hold_the_planted_values(curve, half, samples):
-    """By how far each misses, fewer repeats tell of widths what 200 do by whether they hold.
-
-    Over 400 repeats 92 to 93.5 % hold: of 100 fewer than 86 would in one case of a hundred.
-    """
+    """By how far each misses, 100 repeats tell of widths what 200 do by whether they hold (of 400, 92 to 93 %)."""
     rng, chosen = np.random.default_rng(7), 0
     truth = fit_throughput(BATCHES, curve(BATCHES))
     planted = (5000, half, truth.saturation_batch)
@@ -88,7 +85,7 @@ def test_intervals_hold_the_planted_values(curve, half, samples):
         high = (fit.ceiling_high, fit.half_high, fit.saturation_high)
         missed[seed] = [miss(*each) for each in zip(planted, value, low, high, strict=True)]
         chosen += fit.model == truth.model
-    assert ((missed <= 1).mean(0) >= 0.86).all()
+    assert ((missed <= 1).mean(0) >= 0.90).all()
     assert (np.sqrt((missed**2).mean(0)) < 0.65).all()
     assert chosen / 100 >= 0.9
 
