@@ -25,6 +25,7 @@ _LEAST = 6  # doublings at least, so that a floor can be told from a line
 FITTABLE = 3  # batch sizes, the fewest a fit can be made of
 _LOOK_STEPS = 5  # that a look takes, at most, where steps are long
 _LOOK_S = 0.05  # of timed steps at a batch size, where they are short
+_TIMED_STEPS = 50  # of each batch size are needed for times that say something
 _LARGEST = 4  # batches tell how memory grows: small ones reuse what the allocator kept
 _SIGNAL = 1 << 20  # bytes; a peak that grows by less is noise of the allocator
 
@@ -155,6 +156,11 @@ class Explorer:
         """Seconds that a look at n examples takes at most, before any of it was done."""
         return _LOOK_STEPS * self.predicted_s(n) + self.step.setup_s
 
+    def timing_s(self, n: int) -> float:
+        """Seconds in which n examples and all that ran can be timed, if only just."""
+        ran = sum(look.step_s for look in self.working if look.step_s is not None)
+        return _TIMED_STEPS * (ran + self.predicted_s(n))
+
     def _guarded(self, n: int, run: Callable[[], Look]) -> Look:
         try:
             return run()
@@ -217,16 +223,20 @@ def ladder(batches: Sequence[int]) -> Iterator[int]:
         yield n
 
 
-def explore_given(explorer: Explorer, batches: Sequence[int], deadline: float, step_limit: float) -> None:
+def explore_given(
+    explorer: Explorer, batches: Sequence[int], deadline: float, step_limit: float, end: float = 0.0
+) -> None:
     """Look at the batch sizes a user gave. A batch whose steps take too long for the budget is skipped.
 
+    The deadline is for long steps, `end` for all: where setting up has taken the time, short ones still have enough.
     Batch sizes between them, which are only looked at to learn about memory, are not worth compiling.
     """
     for n in ladder(batches):
         seconds = explorer.predicted_s(n)
+        done = explorer.clock.now() + explorer.look_s(n)
         if explorer.excess(n) is None and seconds > step_limit:
             explorer.skip(n, f"a step would take about {seconds:.2g} s, too long for the time budget")
-        elif explorer.excess(n) is None and explorer.clock.now() + explorer.look_s(n) > deadline:
+        elif explorer.excess(n) is None and done > deadline and done + explorer.timing_s(n) > end:
             explorer.skip(n, OUT_OF_TIME)
         elif n in batches:
             explorer.look(n)

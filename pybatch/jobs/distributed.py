@@ -87,12 +87,12 @@ def _stands(run: Run) -> bool:
 def _per_device(run: Run, asked: Sequence[int]) -> list[int]:
     """Batches per device around the best one, within what ran; smallest, middle and largest where none is known.
 
-    Where time ran out before any did, the two smallest of those asked for that are not known to be too large.
+    Where time ran out before two did, the two smallest of these and of those asked for that memory may hold.
     """
     known = {p.batch: p.status for p in run.capacity.batches} if run.capacity else {}
     ran = [batch for batch, status in known.items() if status == "ok"]
-    if not ran:
-        return sorted(n for n in asked if "oom" not in known.get(n, ""))[:2]
+    if len(ran) < 2:
+        return sorted({*ran, *(n for n in asked if "oom" not in known.get(n, ""))})[:2]
     spread = {ran[0], ran[len(ran) // 2], ran[-1]}
     best = run.verdict.best_batch if run.verdict is not None else None
     if best is None:

@@ -56,7 +56,7 @@ def test_steps_with_and_without_communication_are_told_apart(bench):
     assert any("share this machine" in note.text for note in run.distributed.notes)
 
 
-def test_where_time_ran_out_alone_what_was_asked_for_is_timed(bench):
+def test_where_time_ran_out_alone_what_was_asked_for_is_timed_together(bench):
     run = replace(bench[1], verdict=None)
     point = run.capacity.batches[0]
 
@@ -68,6 +68,9 @@ def test_where_time_ran_out_alone_what_was_asked_for_is_timed(bench):
     assert _per_device(ran(), (512, 128, 8)) == [8, 128]
     assert _per_device(ran(b128="oom", b512="predicted_oom"), (512, 128, 8)) == [8]
     assert _per_device(ran(b8="oom"), (8,)) == []
+    assert _per_device(ran(b8="ok", b128="skipped"), (8, 128)) == [8, 128]
+    assert _per_device(ran(b8="ok", b128="predicted_oom"), (8, 128)) == [8]
+    assert _per_device(ran(b8="ok"), ()) == [8]
     assert _per_device(replace(run, capacity=None), (512, 128, 8)) == [8, 128]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pybatch.capacity import measurement
-from pybatch.capacity.exploration import Explorer, Look, explore_doubling
+from pybatch.capacity.exploration import Explorer, Look, explore_doubling, explore_given
 from pybatch.capacity.measurement import measure_capacity
 from pybatch.jobs.bench import _staged
 from pybatch.records import Ceilings
@@ -55,6 +55,20 @@ def test_one_doubling_at_a_go_passes_nothing_over():
     found, said = explored(0.5, 1)
     assert found == [1, 2]
     assert "between" not in said
+
+
+def given(seconds, setup, budget=10.0):
+    explorer = Planted(seconds)
+    explorer.now = setup
+    explore_given(explorer, [1, 2, 4], 0.6 * budget, budget / 60, budget)
+    return [look.batch for look in explorer.working]
+
+
+def test_a_slow_start_leaves_out_no_batch_size_whose_steps_are_short():
+    assert given(1e-4, setup=9.0) == [1, 2, 4]
+    assert given(1e-4, setup=11.0) == []
+    assert given(0.01, setup=7.0) == [1, 2]  # 50 steps of all three take 3.5 s
+    assert given(0.01, setup=1.0) == [1, 2, 4]
 
 
 class Linear(Workload):
