@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pybatch.answer.ensemble import variance_of
+from pybatch.answer.step_times import variance_of
 from pybatch.records import Capacity, Convergence, Verdict
 
 GOALS = {"noise": 1.25, "branch": 1.10, "sweep": 1.05, "disturbed": 1.15}

@@ -1,16 +1,16 @@
 """Time to a loss, with all that is not known of it: pairs of curves that the measurements leave possible.
 
 T(B) = S(B) t(B): optimizer steps times seconds per step. Each member of the ensemble is one curve of steps and one of
-step times, drawn as a Gaussian process around the fitted models (universal kriging: Cressie 1993, section 3.4): the
-models' unknowns vary as the data allow, the rest is a rough residual of the size that the fit misses, and both are
-conditioned on what was measured. At a batch size that was run the members agree as the measurement does; between and
-beyond they part. What is asked of T, the best batch or what twice the batch costs, is asked of every member.
+step times, drawn as a Gaussian process around the fitted models (`kriging`): the models' unknowns vary as the data
+allow, the rest is a rough residual of the size that the fit misses, and both are conditioned on what was measured. At a
+batch size that was run the members agree as the measurement does; between and beyond they part. What is asked of T, the
+best batch or what twice the batch costs, is asked of every member.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,31 +18,28 @@ from typing import Any
 import numpy as np
 
 from pybatch.answer.critical import Critical
+from pybatch.answer.kriging import VAGUE, kriged
+from pybatch.answer.step_times import drawn_step_times, marks, possible
 from pybatch.fits import steps_model
 from pybatch.fits.communication import step_s
 from pybatch.fits.solver import Array
-from pybatch.records import BatchPoint, Capacity, CommunicationFit, Curve, StepsFit, ThroughputFit
+from pybatch.records import Capacity, CommunicationFit, Curve, StepsFit
 
 EFFICIENCY = 0.8  # parallel efficiency below which a further device is not called worth it
 MAX_DEVICES = 65_536  # the search for devices ends here
 MEMBERS = 500  # ends of a 95 % interval are then those of 12 members
-NORMAL = 1.959964
 
 _STEP = 1.06  # from one batch size of the grid to the next
 _TOP = 64.0  # the grid ends at so many times the largest batch that anything is known of
 _FEW = 8  # of so many members one, where each number of devices is asked
 _SEED = 20181126  # the same records give the same answer
-_VAGUE = 3.0  # prior standard deviation of the models' log-parameters: the data decide
-# Residual processes: correlation length in ln B, and the least standard deviation that is believed.
-# Share: of the misfit that is taken for the curve's own shape; the rest is error of single measurements.
-_STEPS_LENGTH, _STEPS_LEAST, _STEPS_SHARE = 1.0, 0.02, 0.5
-_TIMES_LENGTH, _TIMES_LEAST, _TIMES_SHARE = 0.7, 0.01, 0.5
-_DISTURBED_SHARE = 0.2  # likewise: what a disturbed machine scatters is hardly the curve's
+# Of the residual of steps: correlation length in ln B, the least standard deviation that is believed, and its share of
+# the misfit; the rest is error of single measurements.
+_LENGTH, _LEAST, _SHARE = 1.0, 0.02, 0.5
 # Where nothing measured the bend's shape: ln(alpha) of the power model, and ln(p) of the smooth one.
 _TILT = 0.18
 _SHARPER, _SHARP = 0.3, 0.35
 _EXPONENTS = {"power": steps_model.EXPONENTS, "smooth": steps_model.SHARPNESS, "power-law": steps_model.SLOPES}
-_TINY = 1e-6  # examples: a half batch below it is none
 
 
 @dataclass(frozen=True)
@@ -195,11 +192,10 @@ def ensemble_of(
     ran = _observed(curve)
     known = [critical.high or critical.value, *(p.batch for p in timed), *ran[0]]
     top = max(min(_TOP * max(known), 1e12), 2.0)
-    marks = [p.batch for p in timed] + list(ran[0]) + [b for b in (most, most_global) if b <= top]
-    if fit.wave is not None:
-        marks += [fit.wave * k for k in range(1, 65)]
+    found = possible(fit, timed)
+    every = [p.batch for p in timed] + list(ran[0]) + [b for b in (most, most_global) if b <= top] + marks(found)
     count = 2 + int(math.log(top) / math.log(_STEP))
-    size = np.unique(np.concatenate([np.geomspace(1, top, count), [m for m in marks if 1 <= m <= top]]))
+    size = np.unique(np.concatenate([np.geomspace(1, top, count), [m for m in every if 1 <= m <= top]]))
     rng = np.random.default_rng(_SEED)
     absolute = len(ran[0]) > 0 and critical.shape is not None
     if absolute and critical.shape is not None:
@@ -209,7 +205,7 @@ def ensemble_of(
     return Ensemble(
         size,
         steps,
-        _step_times(size, fit, timed, bool(capacity.disturbed), rng),
+        drawn_step_times(MEMBERS, size, found, timed, bool(capacity.disturbed), rng),
         most,
         most_global,
         communication,
@@ -248,7 +244,7 @@ def _measured_steps(
     middle = np.log([shape.parameters[name] for name in names])
     if model == "hyperbola":  # what other bends would do is not known to be nothing
         model, middle = "power", np.append(middle, 0.0)
-    prior = np.full(len(middle), _VAGUE)
+    prior = np.full(len(middle), VAGUE)
     if shape.model == "hyperbola":
         prior[2] = _TILT
     start = middle.copy()
@@ -265,7 +261,7 @@ def _measured_steps(
         return steps_model.log_steps(model, np.clip(p, low, high), size)[0]
 
     slopes = steps_model.log_steps(model, middle[None], size)[1][0]
-    return _kriged(size, curve, middle, slopes, start, prior, _STEPS_LENGTH, _STEPS_LEAST, _STEPS_SHARE, *ran, rng)
+    return kriged(MEMBERS, size, curve, middle, slopes, start, prior, _LENGTH, _LEAST, _SHARE, *ran, rng)
 
 
 def _modelled_steps(size: Array, critical: Critical, rng: np.random.Generator) -> Array:
@@ -279,95 +275,3 @@ def _modelled_steps(size: Array, critical: Critical, rng: np.random.Generator) -
         [steps_model.log_steps(m, p, size)[0] for m, p in (("power", power), ("smooth", smooth))]
     )
     return found
-
-
-def _step_times(
-    size: Array, fit: ThroughputFit, timed: Sequence[BatchPoint], disturbed: bool, rng: np.random.Generator
-) -> Array:
-    """ln t [n, g] around the fit, through the step times that were measured."""
-    whole = fit.wave * np.ceil(size / fit.wave) if fit.wave is not None else size
-    middle = np.log([max(fit.alpha_s, _TINY * fit.beta_s), fit.beta_s] + [fit.t0_s] * (fit.model == "floor"))
-
-    def curve(p: Array) -> Array:
-        rising: Array = np.logaddexp(p[:, :1], p[:, 1:2] + np.log(whole))
-        return np.maximum(rising, p[:, 2:3]) if p.shape[1] == 3 else rising
-
-    variable = fit.beta_s * whole / (fit.alpha_s + fit.beta_s * whole)
-    slopes = np.stack([1 - variable, variable], -1)
-    if fit.model == "floor":
-        flat = fit.alpha_s + fit.beta_s * whole < fit.t0_s
-        slopes = np.column_stack([np.where(flat[:, None], 0.0, slopes), np.where(flat, 1.0, 0.0)])
-    x = np.array([float(p.batch) for p in timed])
-    y = np.log([(p.step_ms or math.nan) / 1e3 for p in timed])
-    variance = np.array([variance_of(p) for p in timed])
-    prior = np.full(len(middle), _VAGUE)
-    share = _DISTURBED_SHARE if disturbed else _TIMES_SHARE
-    return _kriged(size, curve, middle, slopes, middle, prior, _TIMES_LENGTH, _TIMES_LEAST, share, x, y, variance, rng)
-
-
-def variance_of(point: BatchPoint) -> float:
-    """Of ln step time, by its 95 % interval, or by what its visits differ, which one stretch of steps does not show."""
-    within = 0.01**2
-    if point.step_ms_low and point.step_ms_high:
-        within = (math.log(point.step_ms_high / point.step_ms_low) / (2 * NORMAL)) ** 2
-    visits: dict[int, list[float]] = {}
-    for block, of in zip(point.blocks_ms, point.block_rounds, strict=False):
-        visits.setdefault(of, []).append(math.log(block))
-    if len(visits) < 2:
-        return within
-    return max(within, float(np.var([np.median(v) for v in visits.values()], ddof=1)) / len(visits))
-
-
-def _kriged(
-    size: Array,
-    curve: Callable[[Array], Array],
-    middle: Array,
-    slopes: Array,
-    start: Array,
-    prior: Array,
-    length: float,
-    least: float,
-    share: float,
-    x: Array,
-    y: Array,
-    variance: Array,
-    rng: np.random.Generator,
-) -> Array:
-    """Members [n, g] of a curve and a residual, given y at the batch sizes x.
-
-    The curve's unknowns follow from its slopes at the fit; the curve itself is then drawn as it is, and the residual
-    conditioned on what it leaves of the data. Where the curve is linear in them this is universal kriging exactly.
-
-    Args:
-        size: [g] batch sizes, which hold x.
-        curve: its unknowns [n, p] to values [n, g].
-        middle, slopes: [p], [g, p]: the fitted unknowns, and d curve / d unknowns there.
-        start, prior: [p]: mean and standard deviation of the unknowns before the data.
-        length, least: of the residual, an Ornstein-Uhlenbeck process in ln B: as rough as waves and cliffs are.
-        share: of the misfit that the residual is taken to have; the rest is error of single measurements.
-        x, y, variance: [o] what was measured, with its variance.
-        rng: of the draws.
-    """
-    log, at = np.log(size), np.searchsorted(size, x)
-    fitted = curve(middle[None])[0]
-    missed = y - fitted[at]
-    free = max(len(x) - len(middle), 1)
-    misfit = max(float(np.sum(missed**2) / free - variance.mean()), 0.0) if len(x) else 0.0
-    own = max(share * misfit, least**2)
-    variance = variance + (1 - share) * misfit
-    decay = np.exp(-np.diff(log) / length)
-    rough = rng.standard_normal((MEMBERS, len(size))) * math.sqrt(own)
-    for i in range(1, len(size)):
-        rough[:, i] = decay[i - 1] * rough[:, i - 1] + math.sqrt(1 - decay[i - 1] ** 2) * rough[:, i]
-    unknowns = start + prior * rng.standard_normal((MEMBERS, len(prior)))
-    if not len(x):
-        return curve(unknowns) + rough
-    told = y + np.sqrt(variance) * rng.standard_normal((MEMBERS, len(x)))
-    within = own * np.exp(-np.abs(log[:, None] - log[at]) / length)
-    inner = within[at] + np.diag(variance)
-    linear = (slopes[at] * prior**2) @ slopes[at].T
-    gap = told - fitted[at] - (unknowns - middle) @ slopes[at].T - rough[:, at]
-    unknowns = unknowns + np.linalg.solve(inner + linear, gap.T).T @ (slopes[at] * prior**2)
-    drawn = curve(unknowns) + rough
-    result: Array = drawn + np.linalg.solve(inner, (told - drawn[:, at]).T).T @ within.T  # Matheron's rule
-    return result

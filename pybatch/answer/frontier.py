@@ -13,7 +13,9 @@ from itertools import pairwise
 import numpy as np
 
 from pybatch.answer.best import Best
-from pybatch.answer.ensemble import NORMAL, Ensemble, variance_of
+from pybatch.answer.ensemble import Ensemble
+from pybatch.answer.evidence import NORMAL
+from pybatch.answer.step_times import variance_of
 from pybatch.records import BatchPoint, FrontierPoint, Inputs
 
 _POINTS = 11  # 1, 2, ..., 1024 devices at most: further ones tell nothing new

@@ -227,9 +227,7 @@ class _Measurement:
                 few += ". Take a smaller model" if "fit in memory" in ended else ". Raise the time budget"
                 line_of(self.progress)(few)
         else:
-            explore_given(
-                self.explorer, self.batches, self._until(_EXPLORE_GIVEN), limit, self.started + self.budget
-            )
+            explore_given(self.explorer, self.batches, self._until(_EXPLORE_GIVEN), limit, self.started + self.budget)
 
     def _time(self, deadline: float) -> None:
         step, explorer, found = self.explorer.step, self.explorer, self.found

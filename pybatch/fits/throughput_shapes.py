@@ -76,9 +76,7 @@ def spread(
     rng: np.random.Generator,
 ) -> Array:
     """Ceiling, half batch and saturation batch [resamples, 3], each of a shape drawn by its Akaike weight."""
-    scores = np.array([shape.score for shape in found])
-    weights = np.exp(-(scores - scores.min()) / 2) if np.isfinite(scores.min()) else np.ones(len(found))
-    counts = rng.multinomial(resamples, weights / weights.sum())
+    counts = rng.multinomial(resamples, weights_of(found))
     alike: dict[tuple[int, int], list[tuple[Array, Array, Array]]] = defaultdict(list)  # are polished together
     for shape, count in zip(found, counts.tolist(), strict=True):
         if not count:
@@ -92,6 +90,14 @@ def spread(
         alike[len(shape.p), len(own)].append((p, sizes, again))
     drawn = [polish(*map(np.concatenate, zip(*each, strict=True)))[0] for each in alike.values()]
     result: Array = np.concatenate([figures(p, gain) for p in drawn])
+    return result
+
+
+def weights_of(found: Sequence[Shape]) -> Array:
+    """Akaike weights [n], which add up to 1."""
+    scores = np.array([shape.score for shape in found])
+    weights = np.exp(-(scores - scores.min()) / 2) if np.isfinite(scores.min()) else np.ones(len(found))
+    result: Array = weights / weights.sum()
     return result
 
 
