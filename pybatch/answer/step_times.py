@@ -11,6 +11,7 @@ import numpy as np
 from pybatch.answer.evidence import NORMAL
 from pybatch.answer.kriging import VAGUE, kriged
 from pybatch.fits.solver import Array
+from pybatch.fits.throughput_model import log_time
 from pybatch.fits.throughput_shapes import FLOOR_LEAST, Shape, shapes, weights_of
 from pybatch.records import BatchPoint, ThroughputFit
 
@@ -19,6 +20,7 @@ from pybatch.records import BatchPoint, ThroughputFit
 _LENGTH, _LEAST, _SHARE = 0.7, 0.01, 0.5
 _DISTURBED_SHARE = 0.2  # likewise: what a disturbed machine scatters is hardly the curve's
 _TINY = 1e-6  # examples: a half batch below it is none
+_ON_FLOOR = 2  # batch sizes that tell a floor
 _WAVES = 24  # of the first so many the ends are on the grid: there a wave is used whole
 
 
@@ -65,7 +67,7 @@ def possible(fit: ThroughputFit, timed: Sequence[BatchPoint]) -> list[StepTimes]
     own, (x, y) = StepTimes(np.log(fitted), 1.0, fit.wave), _observed(timed)
     if len(x) < FLOOR_LEAST:
         return [own]
-    found = shapes(x, y)
+    found = [shape for shape in shapes(x, y) if not _unseen_floor(shape)]
     weights = weights_of(found)
     shown = min((i for i, each in enumerate(found) if each.shown), key=lambda i: found[i].score)
     made = [_of(each, float(weight), x, y) for each, weight in zip(found, weights, strict=True)]
@@ -138,6 +140,11 @@ def _of(shape: Shape, share: float, x: Array, y: Array) -> StepTimes:
     past = np.sort(x[~shape.kept])
     longer = y[np.searchsorted(x, past)] - made.log_s(made.unknowns[None], past)[0]
     return replace(made, edge=float(x[shape.kept].max()), past=(past, longer))
+
+
+def _unseen_floor(shape: Shape) -> bool:
+    """Whether hardly a batch size lies on the floor: a line, whose floor nothing then holds."""
+    return shape.model == "floor" and int(np.sum(log_time(shape.p, shape.size)[1][:, 2])) < _ON_FLOOR
 
 
 def _observed(timed: Sequence[BatchPoint]) -> tuple[Array, Array]:
