@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ class Course:
         source: what it was taken from.
         notes: what a reader must know of it.
         doubt: what belongs to the answer's first lines.
+        advised: the best batch of the record's own verdict.
     """
 
     batch: int
@@ -40,6 +41,7 @@ class Course:
     source: ScheduleSource
     notes: tuple[Note, ...] = ()
     doubt: str = ""  # a sentence that belongs to the answer
+    advised: int | None = None  # the record's best batch, which counts step times as well
 
     def at(self, examples: Array, values: Array | None = None) -> Array:
         """The critical batch after so many examples of the run: rising, on the log scale, held beyond the ends."""
@@ -62,7 +64,8 @@ def course_of(run: Run, batch: int | None = None) -> Course:
     Raises:
         UsageError: it holds neither along a run; the message says what to measure.
     """
-    return _of_branches(run) or _of_noise(run, batch)
+    found = _of_branches(run) or _of_noise(run, batch)
+    return replace(found, advised=run.verdict.best_batch if run.verdict is not None else None)
 
 
 def law(coefficient: float, exponent: float, examples: float, batch: int) -> Course:

@@ -274,6 +274,9 @@ def _unread(noise: NoiseScale | None) -> Critical:
     return Critical(None, bound, None, "noise" if bound is not None else None, reason)
 
 
+_TELLING = ("critical_batch", "points", "branches")  # figures whose notes say why there is no critical batch
+
+
 def passed_over(steps: Convergence | None, source: str | None) -> list[Note]:
     """What was measured and yet says nothing of the critical batch, so that weaker evidence stands in for it.
 
@@ -298,10 +301,19 @@ def passed_over(steps: Convergence | None, source: str | None) -> list[Note]:
     ]
 
 
+def unmeasured(steps: Convergence | None, source: str | None) -> str | None:
+    """Why a sweep that was made has no critical batch; None where it has one, or none was made."""
+    if steps is None or not steps.curves or source == "sweep":
+        return None
+    texts = {figure: [n.text for n in steps.curves[0].notes if n.figure == figure] for figure in _TELLING}
+    found = next((own for own in texts.values() if own), ["Too few batch sizes reached the target"])
+    return ". ".join(text[0].upper() + text[1:].rstrip(".") for text in found) + "."
+
+
 def _why(notes: Sequence[Note]) -> str:
     """In brackets, the note on the critical batch, or else the first one."""
-    own = [note for note in notes if note.figure in ("critical_batch", "points", "branches")]
-    found = min(own, key=lambda note: note.figure != "critical_batch", default=None)
+    own = [note for note in notes if note.figure in _TELLING]
+    found = min(own, key=lambda note: note.figure != _TELLING[0], default=None)
     return f" ({found.text.rstrip('.')})" if found is not None else ""
 
 

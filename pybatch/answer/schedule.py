@@ -101,7 +101,7 @@ def plan_schedule(
         rate_rule=rate_rule,
     )
     notes = (*course.notes, *_notes(course, total, found, critical, (least, most), fits, devices))
-    answer, because = _words(found, course.doubt)
+    answer, because = _words(found, course.doubt, course.advised)
     found = replace(found, notes=notes)
     return replace(found, answer=answer, because=because)
 
@@ -270,7 +270,7 @@ def _notes(
     return notes
 
 
-def _words(found: Schedule, doubt: str) -> tuple[str, str]:
+def _words(found: Schedule, doubt: str, advised: int | None) -> tuple[str, str]:
     """The first line, and why, with what there is to doubt of it."""
     sizes = " → ".join(n.count(stage.batch) for stage in found.stages)
     reaches = f"By the model it takes {n.count(found.steps)} steps to the same loss"
@@ -282,7 +282,8 @@ def _words(found: Schedule, doubt: str) -> tuple[str, str]:
             verb, other = "Use", f", and batch {n.count(found.base_batch)} {n.count(found.base_steps)}"
             trade = f": {_trade(found, only.batch)}"
             if only.batch < found.base_batch:
-                doubt = f" Step times play no part in this: fewer examples may take longer.{doubt}"
+                timed = "fewer examples may take longer" if advised is None else f"with them {_verdict(advised)}"
+                doubt = f" Step times play no part in this: {timed}.{doubt}"
         past = ""
         if found.base_cost > _PAST:
             own, mean = n.count(found.base_batch), n.batch_size(found.base_batch / found.base_cost)
@@ -298,6 +299,10 @@ def _words(found: Schedule, doubt: str) -> tuple[str, str]:
         f"{reaches}, {saved} fewer than batch {n.batch_size(found.fixed_batch)} throughout, which takes as many "
         f"examples.{doubt}",
     )
+
+
+def _verdict(advised: int) -> str:
+    return f"the record's verdict is batch {n.count(advised)}, of least time to the loss"
 
 
 def _trade(found: Schedule, batch: int) -> str:

@@ -120,6 +120,7 @@ def bounds(
     limit: Limit,
     span: tuple[int | None, int | None],
     bound: Bound | None,
+    unmeasured: str | None = None,
 ) -> Answer:
     """Where no batch is advised: what is known, and what would help.
 
@@ -127,6 +128,7 @@ def bounds(
         critical, capacity, wall, limit: as in `advice`.
         span: the least and the largest batch worth using, as far as known.
         bound: what keeps the least one from being larger; None where nothing does.
+        unmeasured: why a sweep that was made has no critical batch.
     """
     fit = capacity.model if capacity is not None else None
     known = _said(critical)
@@ -138,7 +140,11 @@ def bounds(
         return Answer(f"{_distrust(fit)}Use batch {_range(span, bound)}.", because, _known(critical))
     if fit is None:
         lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"
-        if critical.value is None and critical.low is None and critical.high is None:
+        nothing = critical.value is None and critical.low is None and critical.high is None
+        if unmeasured is not None:
+            instead = () if nothing else (f"The critical batch is {known}, which the runs do not confirm.",)
+            return Answer("The runs show no critical batch.", unmeasured, (*instead, f"{lack}: no batch is advised."))
+        if nothing:
             return Answer("No batch can be advised.", f"{lack}, and the critical batch is not known: {_why(critical)}.")
         far = "Far below it more examples per step save almost as many steps, far above it almost none."
         if critical.shape is not None and critical.shape.model == "power-law":

@@ -14,7 +14,7 @@ import numpy as np
 
 from pybatch.answer.best import Best, Bound, best_of, bound_of, ensemble_between
 from pybatch.answer.confidence import confidence_of
-from pybatch.answer.critical import Critical, critical_of, passed_over
+from pybatch.answer.critical import Critical, critical_of, passed_over, unmeasured
 from pybatch.answer.ensemble import EFFICIENCY, Ensemble
 from pybatch.answer.frontier import doubling, frontier
 from pybatch.answer.input import with_loader
@@ -100,7 +100,8 @@ def advise(
     else:
         low, high, kept, found = _bounded(critical, capacity, fit)
         reasons += found
-        said = bounds(critical, capacity, wall, limit, (low, high), kept)
+        missing = unmeasured(steps, critical.source)
+        said = bounds(critical, capacity, wall, limit, (low, high), kept, missing)
     reasons.append(Reason("limit", why, "modelled", further | _sides(critical, capacity, wall)))
     seconds, seconds_reason = _time_to_target(critical, best, capacity)
     reasons += [seconds_reason] if seconds_reason else []

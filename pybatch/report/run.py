@@ -47,7 +47,8 @@ def answer_of(run: Run) -> Verdict | Schedule | None:
         return run.batch_schedule
     found = advise(None, run.noise, run.convergence)
     known = (found.critical_batch, found.critical_low, found.critical_high)
-    return found if any(value is not None for value in known) else None
+    ran = run.convergence is not None and run.convergence.curves
+    return found if ran or any(value is not None for value in known) else None
 
 
 def unit_of(run: Run) -> str:

@@ -40,8 +40,8 @@ def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Se
         if steps.base_rate is not None:
             given = f"with rate {n.number(steps.base_rate)} at batch {n.count(steps.base_batch)}, as given"
             lines.append(("rules start", given))
-        if any(p.reached < p.runs for curve in steps.curves for p in curve.points):
-            lines.append(("in brackets", "runs that reached the target, where not all did"))
+    if split == steps.curves[0].split and any(p.reached < p.runs for curve in steps.curves for p in curve.points):
+        lines.append(("in brackets", "runs that reached the target / runs made, where not all did"))
     several = len(curves) > 1
     names = [f"{c.rule} " if several else "" for c in curves]
     told = list(zip(curves, names, strict=True))
@@ -72,6 +72,7 @@ def _columns(curve: Curve, batches: Sequence[int], with_rates: bool) -> list[tup
     points = {p.batch: p for p in curve.points}
     steps = [_steps_cell(points[batch]) if batch in points else "" for batch in batches]
     made = [(curve.rule, steps)]
+    with_rates = with_rates and any(p.learning_rate is not None for p in curve.points)
     return [*made, ("rate", rates.cells(curve, batches))] if with_rates else made
 
 
