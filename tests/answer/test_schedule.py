@@ -131,6 +131,9 @@ def test_one_batch_is_told_with_its_cause():
     trade = "53.8 % fewer examples for 3.69 times the steps of batch 64"  # 73,846 of 8 for 20,000 of 64
     assert smaller.answer == f"Use batch 8 for the whole run: {trade}."
     assert smaller.because.endswith("Step times play no part in this: fewer examples may take longer.")
+    timed = dataclasses.replace(law(40.0, 0.0, 1.6e6, 64), advised=384)
+    said = "Step times play no part in this: with them the record's verdict is batch 384, of least time to the loss."
+    assert plan_schedule(timed, steps=20_000).because.endswith(said)
 
 
 def test_a_run_past_its_critical_batch_is_told_that_it_is():

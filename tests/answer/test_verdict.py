@@ -17,6 +17,7 @@ from pybatch.records import (
     Convergence,
     ConvergencePoint,
     Curve,
+    Note,
     StepsFit,
 )
 
@@ -501,3 +502,16 @@ def test_a_noise_scale_of_a_rate_far_from_the_tuned_one_is_said_to_be(rate, said
     else:
         (text,) = texts
         assert f"{said} what a search found best, 0.1 at batch {BATCHES[2]}" in text
+
+
+@pytest.mark.parametrize("scale", [noise(40), None])
+def test_runs_without_a_critical_batch_come_first_and_a_noise_scale_after_them(scale):
+    """A sweep in which nothing reached the target led with the noise scale's figure, as if it had measured that."""
+    notes = (Note("points", "no batch size reached the target in half of its seeds. Give a higher target"),)
+    nothing = Convergence((Curve("tuned", "train", (), None, None, None, None, notes=notes),), 3)
+    found = advise(None, scale, nothing)
+    assert found.answer == "The runs show no critical batch."
+    assert found.because == "No batch size reached the target in half of its seeds. Give a higher target."
+    instead = "The critical batch is 40 (10 to 161, by gradient noise), which the runs do not confirm."
+    assert (instead in found.text) == (scale is not None)
+    assert advise(None, scale, sweep()).answer.startswith("The critical batch is ")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import warm
+from cases.patience import with_time
 
 import pybatch
 from pybatch.base.errors import UsageError
@@ -30,11 +31,14 @@ def torchrun(python, folder, *arguments):
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
-    done = torchrun(
-        sys.executable, folder, "bench", "--cpu", "--batch", "8,128", "--time-budget", "15", "-o", "run.json"
-    )
-    assert (folder / "run.json").exists(), done.stderr
-    return done, Run.from_json((folder / "run.json").read_text())
+
+    def measured(budget):
+        typed = ["bench", "--cpu", "--batch", "8,128", "--time-budget", f"{budget:g}", "-o", "run.json"]
+        done = torchrun(sys.executable, folder, *typed)
+        assert (folder / "run.json").exists(), done.stderr
+        return done, Run.from_json((folder / "run.json").read_text())
+
+    return with_time(measured, lambda found: len({p.batch for p in found[1].distributed.points}) == 2, 15)
 
 
 def test_process_0_alone_prints_and_writes(bench):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from cases.patience import with_time
 from cases.planted import PlantedClock
 from cases.verdicts import SWEEP
 
@@ -329,8 +330,9 @@ def test_a_model_that_does_not_fit_on_the_device_is_said_before_anything_is_writ
 
 def test_a_user_workload_runs_end_to_end(pybatch, user_file, tmp_path):
     path = tmp_path / "run.json"
-    status, out, _ = pybatch(
-        "bench", "--cpu", "--workload", f"{user_file}:Good", "--batch", "8-512*4", "--time-budget", "25", "-o", path
+    command = ("bench", "--cpu", "--workload", f"{user_file}:Good", "--batch", "8-512*4", "-o", path)
+    status, out, _ = with_time(
+        lambda budget: pybatch(*command, "--time-budget", f"{budget:g}"), lambda done: done[0] == 0, 25
     )
     run = Run.from_json(path.read_text())
     assert (status, run.complete, run.notes) == (0, True, ())

@@ -1,5 +1,6 @@
 """Targets by the name of a metric: reached from its own side, kept in the store, said in the record."""
 
+import dataclasses
 import math
 import sqlite3
 
@@ -103,9 +104,15 @@ def test_trials_of_another_target_are_run_again_where_they_kept_no_metric(tmp_pa
     after = swept(store, target={"test:accuracy": 0.9})
     assert all(p.steps for curve in after.convergence.curves for p in curve.points)
     assert after.convergence.complete
-    assert [c.points for c in swept(store, target={"train": 0.3}).convergence.curves] == [
-        c.points for c in before.convergence.curves
-    ]
+    again = swept(store, target={"train": 0.3})
+    # A stack or a loop trains them, whichever is faster at that moment: they differ by rounding.
+    for one, other in zip(points(again), points(before), strict=True):
+        assert dataclasses.replace(one, other_losses=()) == dataclasses.replace(other, other_losses=())
+        assert one.other_losses == pytest.approx(other.other_losses, rel=1e-5)
+
+
+def points(run):
+    return [point for curve in run.convergence.curves for point in curve.points]
 
 
 def test_the_best_of_a_metric_is_its_highest():
