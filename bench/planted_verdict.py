@@ -230,14 +230,20 @@ def judged(
     }
 
 
-def knowing(truth: Truth, noise: NoiseScale, steps: Convergence | None, rng: np.random.Generator) -> float:
-    """The regret of one who knows all but which S it is, and has these readings of its bend."""
+def knowing(
+    truth: Truth,
+    noise: NoiseScale,
+    steps: Convergence | None,
+    rng: np.random.Generator,
+    among: tuple[float, float] = BENDS,
+) -> float:
+    """The regret of one who knows all but which S it is, its bend among these, and has these readings of the bend."""
     found = [(noise.b_simple, noise.low, noise.high, FACTOR["noise"])]
     if steps is not None:
         fit = steps.branches[0].fit
         assert fit is not None
         found.append((fit.critical_batch, fit.low, fit.high, FACTOR["branch"]))
-    bends = np.exp(np.linspace(*np.log(BENDS), 60))
+    bends = np.exp(np.linspace(*np.log(among), 60))
     likelihood = np.ones(len(bends))
     for value, low, high, factor in found:
         assert value is not None
@@ -271,6 +277,7 @@ def main() -> None:
                 row = judged(truth, records, looks)
                 if level != "sweep" and records[1] is not None:
                     row["knowing"] = knowing(truth, records[1], records[2], others)
+                    row["unprimed"] = knowing(truth, records[1], records[2], others, (1, MOST))
                 drawn.append((truth, row))
         result[level] = report(level, drawn)
         if given.output is not None:  # as each level ends
@@ -279,7 +286,7 @@ def main() -> None:
 
 def report(level: str, drawn: list[tuple[Truth, dict[str, float | bool]]]) -> dict[str, dict[str, float | None]]:
     """Prints a row a family, and all of them together."""
-    asked = "   no looks    95 %    knowing    95 %  advised"
+    asked = "   no looks    95 %    knowing    95 %   unprimed    95 %  advised"
     print(f"\n{level}: {len(drawn)} truths{'':12} coverage  width  regret mean    95 %{asked}")
     families = sorted({truth.steps for truth, _ in drawn}) + sorted({truth.times for truth, _ in drawn})
     rows: dict[str, dict[str, float | None]] = {}
@@ -289,7 +296,9 @@ def report(level: str, drawn: list[tuple[Truth, dict[str, float | bool]]]) -> di
         known = regret[np.isfinite(regret)]
         without = np.array([row["without"] for row in own], dtype=float)
         without = without[np.isfinite(without)]
-        best = np.array([row.get("knowing", math.nan) for row in own], dtype=float)
+        best, unprimed = (
+            np.array([row.get(name, math.nan) for row in own], dtype=float) for name in ("knowing", "unprimed")
+        )
         rows[family] = {
             "truths": len(own),
             "coverage": float(np.mean([row["holds"] for row in own])),
@@ -301,6 +310,8 @@ def report(level: str, drawn: list[tuple[Truth, dict[str, float | bool]]]) -> di
             "without_looks_p95": float(np.quantile(without, 0.95)),
             "knowing_mean": None if np.isnan(best).any() else float(best.mean()),
             "knowing_p95": None if np.isnan(best).any() else float(np.quantile(best, 0.95)),
+            "unprimed_mean": None if np.isnan(unprimed).any() else float(unprimed.mean()),
+            "unprimed_p95": None if np.isnan(unprimed).any() else float(np.quantile(unprimed, 0.95)),
             "advised": len(known) / len(own),
         }
         found = rows[family]
@@ -308,7 +319,8 @@ def report(level: str, drawn: list[tuple[Truth, dict[str, float | bool]]]) -> di
         print(
             f"  {family:30} {held:6.1f} % {width:6.2f} {found['regret_mean']:12.3f} {found['regret_p95']:7.3f}"
             f" {found['without_looks_mean']:10.3f} {found['without_looks_p95']:7.3f}"
-            f" {best.mean():10.3f} {np.quantile(best, 0.95):7.3f} {found['advised']:8.2f}"
+            f" {best.mean():10.3f} {np.quantile(best, 0.95):7.3f}"
+            f" {unprimed.mean():10.3f} {np.quantile(unprimed, 0.95):7.3f} {found['advised']:8.2f}"
         )
     mean, p95 = GOALS[level]
     print(f"  goals: coverage 93 to 97 %, no family under 88 %; regret {mean} and {p95}")

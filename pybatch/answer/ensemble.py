@@ -82,9 +82,11 @@ class Ensemble:
         return self.steps(batch, members) * step
 
     def best(self, candidates: Sequence[int]) -> int:
-        """The candidate of least expected regret: the mean over members of ln T(B) - min ln T, whose last term is
-        the same for all."""
-        return min(candidates, key=lambda batch: float(self.time(batch)))
+        """The candidate of least expected regret, the mean over members of T(B) / min T."""
+        sizes = np.array(candidates, dtype=float)
+        least = self._times_on_grid(1.0, members=True).min(axis=1)
+        expected = np.mean(self.time(sizes, members=True) / np.exp(least)[:, None], axis=0)
+        return int(candidates[int(expected.argmin())])
 
     def optimum(self, devices: float = 1.0) -> float:
         """Global batch of least time by the ensemble's middle."""
