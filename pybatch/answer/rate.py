@@ -6,11 +6,16 @@ import math
 
 from pybatch.base.numerals import number
 from pybatch.records import Capacity, Convergence, Inputs, NoiseScale, Reason
-from pybatch.scaling import SEARCHED, Base, scale
+from pybatch.scaling import SEARCHED
 
-# Rules by optimizer: linear for plain gradients while batches are below the critical one (Goyal et al. 2017), square
-# root for those that divide by the gradient's own size (Malladi et al. 2022).
+# Rules by optimizer: linear for plain gradients while batches are below the critical one (Goyal et al. 2017), then the
+# square root, as for those that divide by the gradient's own size (Malladi et al. 2022).
 _LINEAR = ("sgd",)
+_FACTORS = {
+    "linear": "batch ratio",
+    "sqrt": "sqrt(batch ratio)",
+    "linear, then sqrt": "batch ratio up to the critical batch, and its square root from there",
+}
 FAR = 4.0  # times: rates of one batch size tuned by different seeds or targets differ by less
 
 
@@ -31,15 +36,18 @@ def rate_of(
     if base == batch:
         return rate, Reason("learning_rate", f"the rate {origin}", "measured" if tuned else "assumed", inputs)
     optimizer = (steps.optimizer if steps is not None else None) or (work.optimizer if work else None) or "adamw"
-    rule = _rule(optimizer, max(batch, base), critical)
-    found = float(scale(rule, {"lr": rate}, batch, Base(base)).group["lr"])
-    factor = "batch ratio" if rule == "linear" else "sqrt(batch ratio)"
-    text = f"{number(rate)} {origin}, times the {factor}: a rule of thumb for {optimizer}, not measured; tune around it"
-    return found, Reason("learning_rate", text, "assumed", inputs | {"rule": rule})
+    factor, rule = _scaled(optimizer, base, batch, critical)
+    text = f"{number(rate)} {origin}, times the {_FACTORS[rule]}: a rule of thumb for {optimizer}, not measured; "
+    return rate * factor, Reason("learning_rate", f"{text}tune around it", "assumed", inputs | {"rule": rule})
 
 
-def _rule(optimizer: str, largest: int, critical: float) -> str:
-    return "linear" if optimizer in _LINEAR and largest <= critical else "sqrt"
+def _scaled(optimizer: str, base: int, batch: int, critical: float) -> tuple[float, str]:
+    """The factor of the rate from one batch to another, and the rule: linear, as far as it goes, up to the critical."""
+    bend = min(max(critical, min(base, batch)), max(base, batch)) if optimizer in _LINEAR else min(base, batch)
+    steep, flat = (bend / min(base, batch), max(base, batch) / bend)
+    factor = float(steep * math.sqrt(flat))
+    rule = "sqrt" if steep == 1 else "linear" if flat == 1 else "linear, then sqrt"
+    return (factor if batch > base else 1 / factor), rule
 
 
 def far_from_tuned(
@@ -59,8 +67,7 @@ def far_from_tuned(
     base = min(found, key=lambda b: abs(math.log(b / batch)))
     if not 0.5 <= base / batch <= 2.0:
         return None
-    rule = _rule(steps.optimizer, max(batch, base), critical)
-    best = float(scale(rule, {"lr": found[base]}, batch, Base(base)).group["lr"])
+    best = found[base] * _scaled(steps.optimizer, base, batch, critical)[0]
     if 1 / FAR < best / rate < FAR:
         return None
     off = f"{number(best / rate)} times below" if best > rate else f"{number(rate / best)} times above"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cases.verdicts import BATCHES, BRANCHES, capacity, exact, noise, numbers_in, throughput, unaccounted
 
+from pybatch.answer import rate
 from pybatch.answer.ensemble import EFFICIENCY
 from pybatch.answer.verdict import advise, ensemble
 from pybatch.base.errors import UsageError
@@ -360,6 +361,25 @@ def test_the_learning_rate_there():
     assert "a rule of thumb for adamw, not measured" in found.why("learning_rate").text
     assert advise(capacity(), noise(40)).learning_rate is None
     assert "no rate is known" in advise(capacity(), noise(40)).why("learning_rate").text
+
+
+@pytest.mark.parametrize(
+    ("base", "batch", "factor", "rule"),
+    [
+        (32, 128, 4.0, "linear"),
+        (32, 200, 6.25, "linear"),
+        (32, 800, 6.25 * 2, "linear, then sqrt"),
+        (800, 32, 1 / 12.5, "linear, then sqrt"),
+        (400, 1600, 2.0, "sqrt"),
+        (128, 32, 0.25, "linear"),
+    ],
+)
+def test_a_rate_of_sgd_grows_without_a_jump_at_the_critical_batch(base, batch, factor, rule):
+    """In proportion up to batch 200, then by the root of the ratio; Adam's by the root throughout."""
+    assert rate._scaled("sgd", base, batch, 200.0) == (pytest.approx(factor), rule)
+    assert rate._scaled("adamw", base, batch, 200.0) == (pytest.approx(math.sqrt(batch / base)), "sqrt")
+    near = [rate._scaled("sgd", base, at, 200.0)[0] for at in (199, 201)]
+    assert near[1] / near[0] == pytest.approx(1, abs=0.02)
 
 
 def test_a_noise_scale_read_past_the_target_is_taken_back_to_it():
