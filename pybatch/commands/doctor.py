@@ -12,11 +12,10 @@ from threadpoolctl import threadpool_info
 
 from pybatch import ops, optim, scaling
 from pybatch.base import numerals
-from pybatch.base.errors import DeviceError
 from pybatch.commands.printing import ResultConsole
 from pybatch.device.counters import Region, readable
 from pybatch.device.environment import capture
-from pybatch.device.identity import describe, resolve
+from pybatch.device.identity import describe, missing, resolve
 from pybatch.training.schedules import SCHEDULES
 from pybatch.workloads.running.finding import shipped
 
@@ -71,11 +70,8 @@ def _devices() -> list[tuple[str, str]]:
         device = describe(place)
         parts = [device.name, f"{device.cores} cores" if device.cores else "", numerals.memory(device.memory_bytes)]
         rows.append((str(place), ", ".join(part for part in parts if part)))
-    if len(places) == 1:
-        try:
-            resolve("cuda:0")
-        except DeviceError as error:
-            rows.append(("cuda:0", str(error)))
+    if len(places) == 1 and (reason := missing(0)) is not None:
+        rows.append(("cuda:0", f"none: {reason}"))
     return rows
 
 

@@ -36,7 +36,7 @@ def resolve(request: str | int | torch.device | None = None) -> torch.device:
     if device.type != "cuda":
         raise UsageError(f"device {request!r} is not supported. Use 'cpu', 'cuda:0' or the index of a GPU.")
     index = device.index or 0
-    reason = _missing(index)
+    reason = missing(index)
     if reason is not None:
         raise DeviceError(
             f"GPU {index} was asked for, but {reason}. To measure this machine's CPU use --cpu (device='cpu')."
@@ -99,7 +99,7 @@ def last_level_cache_bytes(device: torch.device) -> int:
     return max(sizes, default=32 << 20)
 
 
-def _missing(index: int) -> str | None:
+def missing(index: int) -> str | None:
     """Why there is no GPU of this index, or None when there is."""
     if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return f"this torch ({torch.__version__}) is built without CUDA"

@@ -37,7 +37,7 @@ def _megatron(found: Schedule, sequence: int) -> str:
     thresholds = " ".join(f"{stage.first_example * sequence}:{stage.batch}" for stage in found.stages)
     rates = ", ".join(f"x{number(stage.rate_factor)} at {stage.batch}" for stage in found.stages)
     return (
-        f"# It leaves the rate alone. Of the rate of the run at batch {found.base_batch} each needs: {rates}\n"
+        f"# It leaves the rate alone. Of the rate of the run at batch {found.base_batch}\n# each needs: {rates}\n"
         f'--step-batch-size-schedule "{thresholds}" --train-samples {found.examples}\n'
     )
 
@@ -48,8 +48,9 @@ def _olmo(found: Schedule, sequence: int) -> str:
     first = number(found.stages[0].rate_factor)
     by = "" if found.rate_rule == "sqrt" else f" This schedule was made for the rule {found.rate_rule!r}."
     return f"""\
-# Configure {first} times the rate of the run at batch {found.base_batch}: the callback takes it for the first batch,
-# and multiplies it by the square root of the batch ratio from there on.{by}
+# Configure {first} times the rate of the run at batch {found.base_batch}: the callback takes it
+# for the first batch, and multiplies it by the square root of the batch ratio
+# from there on.{by}
 from olmo_core.train import Duration
 from olmo_core.train.callbacks import BatchSizeSchedulerCallback
 
@@ -62,7 +63,7 @@ callback = BatchSizeSchedulerCallback(
 
 def _torchtitan(found: Schedule, _: int) -> str:
     """It has one batch size a run: a run for each stage, from the checkpoint of the one before."""
-    lines = ["# a run for each stage, from the checkpoint before; rates are times that of the run measured"]
+    lines = ["# a run for each stage, from the checkpoint before;", "# rates are times that of the run measured"]
     for stage in found.stages:
         last = stage.first_step + stage.steps - 1
         rate = f"  # rate x{number(stage.rate_factor)}"
@@ -77,13 +78,16 @@ def _stages(found: Schedule) -> str:
 def _hf(found: Schedule, _: int) -> str:
     return f"""\
 # TrainingArguments: per_device_train_batch_size times the devices divides {found.stages[0].batch},
-# gradient_accumulation_steps=1, num_train_epochs = {found.examples} examples over those of the data set, rounded up,
-# and a learning-rate schedule of {found.steps} steps.
+# gradient_accumulation_steps=1, num_train_epochs = {found.examples} examples
+# over those of the data set, rounded up, and a learning-rate schedule of {found.steps} steps.
 from pybatch.integrations.transformers import BatchScheduleCallback
 
 trainer.add_callback(
     BatchScheduleCallback(
-        {_stages(found)}, steps={found.steps}, base_batch={found.base_batch}, rate="{found.rate_rule}"
+        {_stages(found)},
+        steps={found.steps},
+        base_batch={found.base_batch},
+        rate="{found.rate_rule}",
     )
 )
 """
@@ -94,9 +98,12 @@ def _lightning(found: Schedule, _: int) -> str:
 # the loader's batch size times the devices must divide {found.stages[0].batch}; max_steps={found.steps}
 from pybatch.integrations.lightning import BatchScheduleCallback
 
-trainer = Trainer(
-    callbacks=[BatchScheduleCallback({_stages(found)}, base_batch={found.base_batch}, rate="{found.rate_rule}")]
+schedule = BatchScheduleCallback(
+    {_stages(found)},
+    base_batch={found.base_batch},
+    rate="{found.rate_rule}",
 )
+trainer = Trainer(callbacks=[schedule])
 """
 
 

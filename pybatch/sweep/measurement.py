@@ -114,14 +114,14 @@ def measure_sweep(
     place, options = resolve(device), settled(options, workload)
     if jobs < 1:
         raise UsageError(f"jobs {jobs} is below 1. Give the number of processes that train at the same time.")
+    where, path = environment or capture(seed=options.seed), Path(store) if store is not None else None
+    if path is not None and path.exists() and not resume:  # before a step is run
+        with Store(path, where) as kept:
+            _check_empty(kept, path)
     check_start(workload, options, place)
-    where = environment or capture(seed=options.seed)
-    with Store(Path(store) if store is not None else None, where) as kept:
-        if len(kept) and not resume:
-            raise UsageError(
-                f"store '{store}' holds {counted(len(kept), 'trial')}. Add --resume (resume=True) to run only what is "
-                "missing, or name another file."
-            )
+    with Store(path, where) as kept:
+        if not resume:
+            _check_empty(kept, path)
         subject = subject_of(workload, options, place)
         scale, refusal = _measured(noise)
         whole = SweepProgress(kept.put, progress, alone=jobs == 1 and ray is None)
@@ -147,6 +147,14 @@ def measure_sweep(
                 if sweep.measured:
                     carry(error, sweep.record())
                 raise
+
+
+def _check_empty(kept: Store, path: Path | None) -> None:
+    if len(kept):
+        raise UsageError(
+            f"store '{path}' holds {counted(len(kept), 'trial')}. Add --resume (resume=True) to run only what is "
+            "missing, or name another file."
+        )
 
 
 def _measured(noise: Noise) -> tuple[NoiseScale | None, str | None]:
