@@ -159,9 +159,11 @@ def test_another_seed_repeats_the_experiment_independently():
         assert q.steps == pytest.approx(p.steps, rel=0.4)
 
 
-def test_a_store_that_holds_trials_is_not_used_unasked(tmp_path):
+def test_a_store_that_holds_trials_is_not_used_unasked(tmp_path, monkeypatch):
+    """Nor is a step run before that is said."""
     path = tmp_path / "runs.db"
     measure(batches=[4], store=path)
+    monkeypatch.setattr("pybatch.sweep.measurement.check_start", lambda *_: pytest.fail("a step was run"))
     with pytest.raises(UsageError, match="--resume"):
         measure(batches=[4], store=path)
 
