@@ -84,3 +84,14 @@ def test_slopes_are_those_of_the_curve(unknowns, wave):
     near = 1e-6 * np.eye(len(unknowns))
     rise = (shape.log_s(shape.unknowns + near, size) - shape.log_s(shape.unknowns - near, size)).T / 2e-6
     assert shape.slopes(size) == pytest.approx(rise, abs=1e-6)
+
+
+def test_shapes_are_dealt_to_members_in_no_order():
+    """Members of steps come model by model: with shapes in an order, too, each would go with one model alone."""
+    points = seen(affine, np.random.default_rng(0))
+    shapes = [StepTimes(np.log([1e-3, 1e-5]), 0.5), StepTimes(np.log([1e-3, 1e-5, 1.0]), 0.5)]
+    size = np.append(TIMED, 3.0)
+    members = drawn_step_times(MEMBERS, np.sort(size), shapes, points, False, np.random.default_rng(1))
+    lines = np.abs(members[:, 2] - math.log(affine(3.0))) < 0.1
+    assert 0.3 < lines.mean() < 0.7
+    assert abs(lines[: MEMBERS // 2].mean() - lines[MEMBERS // 2 :].mean()) < 0.15
