@@ -12,6 +12,7 @@ from pybatch.base.numerals import batch_size, count, number
 from pybatch.records import Capacity, Confidence, Inputs, Limit, ThroughputFit
 
 _SOURCES: dict[str, str] = {"sweep": "measured steps", "branch": "branched runs", "noise": "gradient noise"}
+_NO_LESS = 0.95  # of the time on one device: what a second one saves is then within the error of any run
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def _devices(best: Best, devices: tuple[int, int, int], second: Inputs) -> str:
     if not second:
         worth = "may work" if high > 1 else "works"
         return f"A second device {worth} at less than {number(EFFICIENCY, 1)} of its worth, {how}."
+    if float(second["time_factor"] or 0.0) > _NO_LESS:
+        return f"A second device would save next to no time, {how}."
     return (
         f"A second device would bring {_times(second['time_factor'])} the time at "
         f"{_times(second['cost_factor'])} the device-seconds, {how}."

@@ -524,6 +524,13 @@ def test_a_noise_scale_of_a_rate_far_from_the_tuned_one_is_said_to_be(rate, said
         assert f"{said} what a search found best, 0.1 at batch {BATCHES[2]}" in text
 
 
+def test_a_second_device_that_saves_next_to_nothing_is_told_without_figures():
+    still, grown = advise(capacity(), noise(0.0, 0.0, 3.0)), advise(capacity(), noise(40))
+    assert still.why("second_device").inputs["time_factor"] > 0.95
+    assert "A second device would save next to no time, modelled" in still.text
+    assert "next to no time" not in grown.text
+
+
 @pytest.mark.parametrize("scale", [noise(40), None])
 def test_runs_without_a_critical_batch_come_first_and_a_noise_scale_after_them(scale):
     """A sweep in which nothing reached the target led with the noise scale's figure, as if it had measured that."""
