@@ -190,7 +190,7 @@ def ensemble_of(
     fit, curve = capacity.model, critical.curve
     assert fit is not None  # the caller has looked
     assert critical.value is not None
-    timed = [p for p in capacity.batches if p.status == "ok" and p.step_ms]
+    timed = sorted((p for p in capacity.batches if p.status == "ok" and p.step_ms), key=lambda p: p.batch)
     ran = _observed(curve)
     known = [critical.high or critical.value, *(p.batch for p in timed), *ran[0]]
     top = max(min(_TOP * max(known), 1e12), 2.0)

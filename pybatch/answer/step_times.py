@@ -21,6 +21,7 @@ _LENGTH, _LEAST, _SHARE = 0.7, 0.01, 0.5
 _DISTURBED_SHARE = 0.2  # likewise: what a disturbed machine scatters is hardly the curve's
 _TINY = 1e-6  # examples: a half batch below it is none
 _ON_FLOOR = 2  # batch sizes that tell a floor
+_HARDLY = 1e-3  # of all members: less than one
 _WAVES = 24  # of the first so many the ends are on the grid: there a wave is used whole
 
 
@@ -62,7 +63,12 @@ class StepTimes:
 
 
 def possible(fit: ThroughputFit, timed: Sequence[BatchPoint]) -> list[StepTimes]:
-    """The fitted shape, and those beside it that the times do not exclude, by their Akaike weights."""
+    """The fitted shape, and those beside it that the times do not exclude, by their Akaike weights.
+
+    Args:
+        fit: of the times.
+        timed: in ascending order.
+    """
     fitted = [max(fit.alpha_s, _TINY * fit.beta_s), fit.beta_s] + [fit.t0_s] * (fit.model == "floor")
     own, (x, y) = StepTimes(np.log(fitted), 1.0, fit.wave), _observed(timed)
     if len(x) < FLOOR_LEAST:
@@ -76,8 +82,9 @@ def possible(fit: ThroughputFit, timed: Sequence[BatchPoint]) -> list[StepTimes]
 
 
 def marks(found: Sequence[StepTimes]) -> list[float]:
-    """Batch sizes at which a curve bends: ends of waves."""
-    return [float(k * each.wave) for each in found if each.wave is not None for k in range(1, _WAVES + 1)]
+    """Batch sizes at which a curve that members have bends: ends of waves."""
+    waves = [each.wave for each in found if each.wave is not None and each.share > _HARDLY]
+    return [float(k * wave) for wave in waves for k in range(1, _WAVES + 1)]
 
 
 def drawn_step_times(

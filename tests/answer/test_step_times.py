@@ -1,12 +1,14 @@
 """Curves of step times that those timed leave possible: their shapes, and where the members of each run."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
-from cases.verdicts import throughput
+from cases.verdicts import BATCHES, capacity, noise, throughput
 
 from pybatch.answer.step_times import StepTimes, drawn_step_times, marks, possible
+from pybatch.answer.verdict import advise
 from pybatch.fits.throughput import fit_throughput
 from pybatch.records import BatchPoint
 
@@ -95,3 +97,11 @@ def test_shapes_are_dealt_to_members_in_no_order():
     lines = np.abs(members[:, 2] - math.log(affine(3.0))) < 0.1
     assert 0.3 < lines.mean() < 0.7
     assert abs(lines[: MEMBERS // 2].mean() - lines[MEMBERS // 2 :].mean()) < 0.15
+
+
+def test_the_order_of_a_records_rows_is_of_no_account():
+    fit = throughput()
+    times = [1e3 * fit.step_s(b) * (1.6 if b > 100 else 1.0) for b in BATCHES]
+    known = capacity(fit, times=times)
+    mixed = dataclasses.replace(known, batches=known.batches[::-1])
+    assert advise(mixed, noise(40)).text == advise(known, noise(40)).text
