@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from pybatch.base.errors import UsageError
 from pybatch.noise.handle import Collector, combine, trainable
-from pybatch.noise.hooks import Hook
+from pybatch.noise.hooks import after_forward
 from pybatch.noise.norms import square
 from pybatch.noise.per_example.refusals import refuse_undefined
 from pybatch.noise.sources.examples import EVERY
@@ -229,7 +229,7 @@ def _after(model: nn.Module, call: Callable[[nn.Module, Any, Any, Any], None]) -
     call of a compiled module, of a hook that is gone.
     """
     if not isinstance(model, torch.jit.ScriptModule):
-        return model.register_forward_hook(Hook(call), with_kwargs=True).remove
+        return after_forward(model, call, with_kwargs=True).remove
 
     def own(module: nn.Module, args: Any, output: Any) -> None:
         if module is model:
