@@ -41,7 +41,7 @@ from pybatch.workloads.base import Progress
 _NEWEST = 50  # steps whose times a live line tells
 _SAVE_EVERY = 10.0  # s between records of what there is so far, at least
 _TELL_EVERY = 1.0  # s between states of a live line
-_SAVE_SHARE = 0.005  # of the time that they may take
+_SAVE_SHARE = 0.002  # of the time that they may take
 INTERRUPTED = "interrupted by Ctrl-C: what was measured until then is kept"
 
 
@@ -166,13 +166,14 @@ class Watching:
         steps = self._observer.steps
         assert steps is not None
         now = time.monotonic()
-        try:
-            if self.rank == 0 and now - self._saved >= self._save_after:
-                self._save(now)
-            elif now - self._told >= _TELL_EVERY:
-                self._tell(now)
-        except Exception as error:
-            self._observer.fault = error  # which ends the observation, and not the training
+        if now - self._told >= _TELL_EVERY:
+            try:
+                if self.rank == 0 and now - self._saved >= self._save_after:
+                    self._save(now)
+                else:
+                    self._tell(now)
+            except Exception as error:
+                self._observer.fault = error  # which ends the observation, and not the training
         if self.options.steps is not None and steps.count >= self.options.steps:
             raise Enough(0)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from pybatch.noise.hooks import Hook
+from pybatch.noise.hooks import after_forward, before_forward
 from pybatch.optim import FusedOptimizer
 from pybatch.watch.batching import Batching, examples_in, find_batching
 from pybatch.watch.by_hand import ByHand
@@ -57,11 +57,11 @@ def harmless(hook: Callable[..., None]) -> Callable[..., None]:
     """A hook of the observer that does nothing in a forked child, and ends the observation where it fails."""
 
     @functools.wraps(hook)
-    def call(self: Observer, *args: Any, **kwargs: Any) -> None:
+    def call(self: Observer, *args: Any) -> None:  # every step comes here some six times
         if torch.compiler.is_compiling() or self.fault is not None or os.getpid() != self._pid:
             return
         try:
-            hook(self, *args, **kwargs)
+            hook(self, *args)
         except Exception as error:
             self.fault = error
 
@@ -114,7 +114,6 @@ class Observer:
         self._removals = [
             register_optimizer_step_pre_hook(self._begin).remove,
             register_optimizer_step_post_hook(self._end).remove,
-            register_optimizer_step_post_hook(self._after).remove,
         ]
         self._loader = LoaderWatch(self._waited)
         self._removals.append(self._loader.remove)
@@ -154,14 +153,21 @@ class Observer:
             self.steps.unusual()
         self.steps.updating()
 
-    @harmless
     def _end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._ended(optimizer)
+        if self._done:
+            self._done = False
+            self._stepped()  # last of all, as it may end the script
+
+    @harmless
+    def _ended(self, optimizer: torch.optim.Optimizer) -> None:
         if self.hand is not None and optimizer is not self.hand and self.hand.holds(optimizer):
             self._give_up_hand(self.hand)
         subject, steps = self.subject, self.steps
-        if self._finder.active or self._unseen(optimizer):
+        own = subject is not None and optimizer is subject.trained.optimizer
+        if self._finder.active or (not own and self._unseen(optimizer)):
             self._look(optimizer)
-        if subject is None or steps is None or optimizer is not subject.optimizer or self.subject is not subject:
+        if subject is None or steps is None or not own or self.subject is not subject:
             return
         subject.closures |= self._evaluations > 1
         self._in_step = False
@@ -169,12 +175,6 @@ class Observer:
         if self.noise is not None:
             self.noise.stepped()
         self._done = True
-
-    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Last of all, as it may end the script."""
-        if self._done:
-            self._done = False
-            self._stepped()
 
     @harmless
     def _adopt(self, model: nn.Module) -> None:
@@ -249,8 +249,8 @@ class Observer:
         """Watch the passes of this model; one of torch.jit takes no hooks but the global ones."""
         if not isinstance(model, torch.jit.ScriptModule):
             return [
-                model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True).remove,
-                model.register_forward_hook(Hook(self._leave)).remove,
+                before_forward(model, self._enter, with_kwargs=True).remove,
+                after_forward(model, self._leave).remove,
             ]
 
         def enter(module: nn.Module, args: Any) -> None:
