@@ -156,7 +156,7 @@ def bounds(
         because = f"The critical batch is {known}{beside.get(limit, '')}."
         told = () if critical.disagreement is None else (critical.disagreement,)
         rest = (*told, f"{device}.", _more(critical))
-        return Answer(f"{_distrust(fit)}Use batch {_range(span, bound)}.", because, rest)
+        return Answer(f"{_distrust(fit)}{_bounded(span, bound)}", because, rest)
     because = f"The critical batch is not known: {_why(critical)}."
     return Answer(f"{_distrust(fit)}No batch can be advised yet.", because, (f"{device}.", _more(critical)))
 
@@ -174,6 +174,16 @@ def _open(fit: ThroughputFit) -> str:
     if fit.ceiling is not None:
         return "a larger one only costs examples"
     return "a larger one takes no longer. Time larger ones to find where the device's ceiling is"
+
+
+def _bounded(span: tuple[int | None, int | None], bound: Bound | None) -> str:
+    """One end alone is no advice: any batch beyond it may be the best."""
+    low, high = span
+    if bound is None and low is None and high != 1:
+        return f"The best batch is not known yet; it is at most {count(high)}."
+    if bound is None and high is None:
+        return f"The best batch is not known yet; it is at least {count(low)}."
+    return f"Use batch {_range(span, bound)}."
 
 
 def _range(span: tuple[int | None, int | None], bound: Bound | None) -> str:

@@ -44,7 +44,10 @@ TABLE = {
         (capacity(), noise(None, 900, status="lower_bound")),
         ("hardware", None, "above the device's half batch"),
     ),
-    "lower bound below": ((capacity(), noise(None, 30, status="lower_bound")), ("unresolved", None, "or larger")),
+    "lower bound below": (
+        (capacity(), noise(None, 30, status="lower_bound")),
+        ("unresolved", None, "not known yet; it is at least"),
+    ),
     "unresolved": (
         (capacity(), noise(None, status="unresolved")),
         ("unresolved", None, "No batch can be advised yet. The critical batch is not known: |G|^2 is not separated"),
