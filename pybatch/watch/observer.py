@@ -46,6 +46,7 @@ class Subject:
     clipped: bool = False
     world: int = 1  # processes that train together
     closures: bool = False  # a step that evaluates the model more than once
+    rate: float = 0.0  # the largest learning rate of its steps
     marks: tuple[str, ...] = ()
 
     @property
@@ -100,7 +101,7 @@ class Observer:
         self.batching: Batching | None = None
         self.autocast: dict[str, torch.dtype] = {}
         self._pass: Pass | None = None
-        self._passes = 0
+        self._passes = self._over = 0  # backward passes begun, and those of them that are over
         self._pending = 0  # examples of the forward pass under way
         self._in_pass = self._in_step = self._done = False
         self._evaluations = 0  # backward passes within the optimizer's step
@@ -146,6 +147,9 @@ class Observer:
         if self.subject is None or self.steps is None or optimizer is not self.subject.optimizer:
             return
         self._in_step, self._evaluations = True, 0
+        rate = optimizer.param_groups[0].get("lr")
+        if isinstance(rate, int | float) and rate > self.subject.rate:
+            self.subject.rate = float(rate)
         if self._left is not None:
             self.subject.clipped = self._left.clipped(self.subject.scaler)
             self._left = None
@@ -296,15 +300,17 @@ class Observer:
             return
         self._in_pass = False
         leaves = leaves_in(output)
-        kept, examples, begun = self._pass, self._pending, False
+        kept, examples, begun = self._pass, self._pending, 0
 
         def arrived(leaf: int, gradient: Tensor) -> None:
             nonlocal begun
             if kept is not None and leaf not in kept.gradients:
                 kept.keep(leaf, gradient)
             if not begun:
-                begun = True
+                begun = self._passes + 1
                 self._backward(kept, examples)
+            elif self._over >= begun:  # in a further backward pass
+                self._again()
 
         found = False
         for leaf, value in enumerate(leaves):
@@ -327,6 +333,12 @@ class Observer:
         self.steps.backward(examples, self._cleared())
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._passed(kept))
 
+    @harmless
+    def _again(self) -> None:
+        """A further backward pass through the same forward pass."""
+        if self.noise is not None:
+            self.noise.repeated()
+
     def _cleared(self) -> bool:
         """Whether the gradients of the passes before are gone; `accumulate` of pybatch's optimizers moves them away."""
         optimizer = self.subject.optimizer if self.subject is not None else None
@@ -337,6 +349,7 @@ class Observer:
     @harmless
     def _passed(self, kept: Pass | None) -> None:
         """The backward pass is over."""
+        self._over = self._passes
         if self.steps is None or self.subject is None:
             return
         self.steps.passed()
