@@ -63,26 +63,29 @@ def joules(batch: float, batches: tuple[BatchPoint, ...]) -> float | None:
 
 
 def doubling(best: Best, batches: tuple[BatchPoint, ...]) -> Inputs:
-    """What twice the best batch costs on one device, as factors; empty where it can't be used.
+    """What twice the best batch costs on one device, as factors; empty where it can't be used."""
+    model, once = best.ensemble, float(best.batch)
+    return change(model, once, 2 * once, batches) if 2 * once <= model.bound else {}
+
+
+def change(model: Ensemble, once: float, other: float, batches: tuple[BatchPoint, ...]) -> Inputs:
+    """What another batch costs on one device, as factors of the first one's.
 
     Step times are the measured ones where both batches were timed. Time has its 95 % interval.
     """
-    model, once, twice = best.ensemble, float(best.batch), 2.0 * best.batch
-    if twice > model.bound:
-        return {}
-    here, there = joules(twice, batches), joules(once, batches)
-    examples = float(model.examples(twice) / model.examples(once))
-    times = np.log(model.time(twice, members=True) / model.time(once, members=True))
+    here, there = joules(other, batches), joules(once, batches)
+    examples = float(model.examples(other) / model.examples(once))
+    times = np.log(model.time(other, members=True) / model.time(once, members=True))
     middle, spread = float(times.mean()), float(times.std())
-    timed = {p.batch: p for p in batches if p.status == "ok" and p.step_ms and p.batch in (once, twice)}
+    timed = {p.batch: p for p in batches if p.status == "ok" and p.step_ms and p.batch in (once, other)}
     if len(timed) == 2:
-        first, second = timed[int(once)], timed[int(twice)]
-        steps = np.log(model.steps(twice, members=True) / model.steps(once, members=True))
+        first, second = timed[int(once)], timed[int(other)]
+        steps = np.log(model.steps(other, members=True) / model.steps(once, members=True))
         middle = float(steps.mean()) + math.log((second.step_ms or math.nan) / (first.step_ms or math.nan))
         spread = math.sqrt(float(steps.var()) + variance_of(first) + variance_of(second))
     return {
-        "batch": twice,
-        "steps_factor": examples / 2,
+        "batch": other,
+        "steps_factor": examples * once / other,
         "examples_factor": examples,
         "time_factor": math.exp(middle),
         "time_factor_low": math.exp(middle - NORMAL * spread),

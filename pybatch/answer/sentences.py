@@ -136,11 +136,13 @@ def bounds(
     fit = capacity.model if capacity is not None else None
     known = _said(critical)
     if fit is not None and fit.half_batch is None and span != (None, None):
-        why = "step times do not rise with it" if fit.ceiling is None else "step time is proportional to it"
+        rises = (
+            "Step times do not rise with the batch" if fit.ceiling is None else "Step time is proportional to the batch"
+        )
         falls = fit.ceiling is None and span[1] is not None
         beyond = f"past batch {count(span[1])} fewer examples are done a second" if falls else _open(fit)
-        because = f"That is because {why}{' up to there' * falls}: {beyond}."
-        return Answer(f"{_distrust(fit)}Use batch {_range(span, bound)}.", because, _known(critical))
+        because = f"{rises}{f' up to batch {count(span[0])}' if falls else ''}: {beyond}."
+        return Answer(f"{_distrust(fit)}{_bounded(span, bound)}", because, _known(critical))
     if fit is None:
         lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"
         nothing = critical.value is None and critical.low is None and critical.high is None
@@ -165,7 +167,7 @@ def bounds(
         because = f"The critical batch is {known}{beside.get(limit, '')}."
         told = () if critical.disagreement is None else (critical.disagreement,)
         rest = (*told, f"{device}.", _more(critical))
-        return Answer(f"{_distrust(fit)}Use batch {_range(span, bound)}.", because, rest)
+        return Answer(f"{_distrust(fit)}{_bounded(span, bound)}", because, rest)
     because = f"The critical batch is not known: {_why(critical)}."
     return Answer(f"{_distrust(fit)}No batch can be advised yet.", because, (f"{device}.", _more(critical)))
 
@@ -185,15 +187,16 @@ def _open(fit: ThroughputFit) -> str:
     return "a larger one takes no longer. Time larger ones to find where the device's ceiling is"
 
 
-def _range(span: tuple[int | None, int | None], bound: Bound | None) -> str:
+def _bounded(span: tuple[int | None, int | None], bound: Bound | None) -> str:
+    """The first line. One end alone is no advice: any batch beyond it may be the best."""
     low, high = span
-    if low is None:
-        return f"{count(high)} or smaller" if high != 1 else "1"
     if bound is not None:
-        return f"{count(low)}, the largest that {bound.name} allows"
-    if low == high:
-        return count(low)
-    return f"{count(low)} or larger" if high is None else f"{count(low)} to {count(high)}"
+        return f"Use batch {count(low)}, the largest that {bound.name} allows."
+    if low is None and high != 1:
+        return f"The best batch is not known yet; it is at most {count(high)}."
+    if high is None:
+        return f"The best batch is not known yet; it is at least {count(low)}."
+    return f"Use batch {count(high)}." if low in (None, high) else f"Use batch {count(low)} to {count(high)}."
 
 
 def _distrust(fit: ThroughputFit | None) -> str:

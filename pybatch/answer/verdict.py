@@ -286,6 +286,8 @@ def _unknown(capacity: Capacity | None) -> str:
         return "capacity was not measured"
     if capacity.model is None:
         return "too few batch sizes were timed for a throughput fit"
+    if capacity.model.half_batch is None and capacity.model.rms_log_error > MISFIT:
+        return f"step times scatter by {number(100 * capacity.model.rms_log_error, 2)} % and show no trend"
     if capacity.model.ceiling is None:
         return "step times do not rise with the batch: no ceiling is in sight"
     if capacity.model.half_batch is None:

@@ -162,7 +162,7 @@ def _watched(program: script.Program, options: WatchOptions, out: _Out) -> int:
 def _told(watching: Watching | None, ending: script.Ending, out: _Out, console: Console) -> int:
     """Measure what is left, deliver the record; the exit status."""
     if watching is None:
-        out.say("the script never imported torch, so that there was no training to watch")
+        out.nothing("the script never imported torch, so that there was no training to watch")
         return ending.status
     status = ending.status
     if ending.how == "interrupt" and watching.rank == 0 and watching.watches and not out.quiet:
@@ -181,7 +181,7 @@ def _told(watching: Watching | None, ending: script.Ending, out: _Out, console: 
     if watching.rank > 0:
         return status
     if run is None:
-        out.say(watching.problem)
+        out.nothing(watching.problem)
         return status
     failed = out.deliver(run, shown=ending.how != "error")
     return status or failed
@@ -214,6 +214,11 @@ class _Out:
     def say(self, text: str) -> None:
         """A line of pybatch's own."""
         tell(visible(text))
+
+    def nothing(self, problem: str) -> None:
+        """Why there is no record, and which files are not written for it."""
+        missing = [str(path) for path in (self.output, self.html) if path is not None]
+        self.say(f"{problem}. Not written: {', '.join(missing)}" if missing else problem)
 
     def deliver(self, run: Run, shown: bool = True) -> int:
         """Write and print; the status where it can't be written."""

@@ -12,11 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
 from pybatch.answer.input import with_input
+from pybatch.answer.own import with_own
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import PybatchError, UsageError
 from pybatch.base.numerals import count, counted, number, share
@@ -30,6 +32,7 @@ from pybatch.report.formats.html import write_report
 from pybatch.report.formats.text import format_of, notes_in, print_run, render
 from pybatch.report.output import Output
 from pybatch.watch import summary
+from pybatch.watch.by_hand import BACKWARDS
 from pybatch.watch.doubts import with_doubts
 from pybatch.watch.finding import plain_name
 from pybatch.watch.noise import REMEDY
@@ -41,7 +44,7 @@ from pybatch.workloads.base import Progress
 _NEWEST = 50  # steps whose times a live line tells
 _SAVE_EVERY = 10.0  # s between records of what there is so far, at least
 _TELL_EVERY = 1.0  # s between states of a live line
-_SAVE_SHARE = 0.005  # of the time that they may take
+_SAVE_SHARE = 0.002  # of the time that they may take
 INTERRUPTED = "interrupted by Ctrl-C: what was measured until then is kept"
 
 
@@ -80,9 +83,11 @@ class Watching:
         self._why_not: str | None = None  # why there is no capacity around the batch
         self._ended = False  # whether what can only be had while the training stands was had
         self._destroy: Any = None
+        self._children = 0.0  # seconds that child processes had taken before
 
     def start(self) -> None:
         """Begin; before any of the training is imported where it can be."""
+        self._children = summary.child_seconds()
         self._observer.start()
         if dist.is_available():
             self._destroy = dist.destroy_process_group
@@ -126,7 +131,7 @@ class Watching:
             return f"--optimizer-index {index}: {counted(len(stepped), 'optimizer')} stepped. Give less, from 0 on."
         if stepped:
             return "an optimizer stepped once only: a training has two steps at least"
-        children = summary.child_seconds()
+        children = summary.child_seconds() - self._children
         if children > 1.0:
             return (
                 f"no optimizer of torch.optim stepped in this process, and its child processes ran for "
@@ -134,8 +139,8 @@ class Watching:
                 "'with pybatch.watch():' around the training in the function that they run"
             )
         return (
-            "no optimizer of torch.optim stepped in this process. Watch the script that trains; an optimizer of one's "
-            "own is seen where it is a torch.optim.Optimizer, or changes parameters after each backward pass"
+            "nothing was measured: what was looked for is a torch.optim.Optimizer that steps in this process, or "
+            f"{BACKWARDS} backward passes of one model without one. Watch the script that trains"
         )
 
     @property
@@ -151,6 +156,7 @@ class Watching:
         optimizers = self._observer.optimizers
         kind = type(subject.optimizer).__name__
         self._meter = summary.Meter(subject.device)
+        self._environment = replace(self._environment, threads=torch.get_num_threads())  # as the script has set them
         if subject.model is None:
             self._say(f"{kind} steps, but no module with its parameters was called where it can be seen")
             return
@@ -166,13 +172,14 @@ class Watching:
         steps = self._observer.steps
         assert steps is not None
         now = time.monotonic()
-        try:
-            if self.rank == 0 and now - self._saved >= self._save_after:
-                self._save(now)
-            elif now - self._told >= _TELL_EVERY:
-                self._tell(now)
-        except Exception as error:
-            self._observer.fault = error  # which ends the observation, and not the training
+        if now - self._told >= _TELL_EVERY:
+            try:
+                if self.rank == 0 and now - self._saved >= self._save_after:
+                    self._save(now)
+                else:
+                    self._tell(now)
+            except Exception as error:
+                self._observer.fault = error  # which ends the observation, and not the training
         if self.options.steps is not None and steps.count >= self.options.steps:
             raise Enough(0)
 
@@ -298,6 +305,8 @@ class Watching:
         verdict = None
         if judged:
             verdict = with_input(advise(capacity, noise), training, usable_cores())
+            if self._capacity is not None:
+                verdict = with_own(verdict, capacity, noise, training)
             verdict = with_doubts(verdict, capacity, training if self._capacity is not None else None)
         complete = judged and not notes
         return Run(
@@ -365,7 +374,9 @@ class watch:  # it reads as the verb it is: `with pybatch.watch(): train()`
             self._watching.progress = line
             self.run = self._watching.finish(*notes, measure=measure)
         if self.run is None:
-            self._say(self._watching.problem)
+            missing = [str(path) for path in (self._output, self._html) if path is not None]
+            unwritten = f". Not written: {', '.join(missing)}" if missing else ""
+            self._say(f"{self._watching.problem}{unwritten}")
             return
         if not self._quiet and kind is None and self._watching.rank == 0:
             print_run(self.run, Console(stderr=True), more=self._notes)

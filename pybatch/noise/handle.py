@@ -18,7 +18,7 @@ from pybatch.base.errors import UsageError
 from pybatch.fits.accumulator import NoiseAccumulator
 from pybatch.noise.closures import Evaluations
 from pybatch.noise.confounds import confounds
-from pybatch.noise.hooks import Hook
+from pybatch.noise.hooks import before_forward
 from pybatch.noise.labels import ignored_in, ragged
 from pybatch.noise.readback import Readback
 from pybatch.records import NoiseScale, Note
@@ -48,7 +48,7 @@ class Count:
         self.forwards = 0  # passes with gradients since the last `take`, counted or not
         self.ignoring = False  # whether labels given to the first forward pass hold an ignore index
         self.modes: set[bool] = set()  # whether the model was in training mode in them
-        self._hook = model.register_forward_pre_hook(Hook(self.see), with_kwargs=True)
+        self._hook = before_forward(model, self.see, with_kwargs=True)
 
     def add(self, n: float) -> None:
         """The next backward pass is over n examples (or tokens)."""

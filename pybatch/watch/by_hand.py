@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pybatch.noise.hooks import Hook
+from pybatch.noise.hooks import after_forward, before_forward
 from pybatch.watch.outputs import leaves_in
 
 BACKWARDS = 8  # backward passes of one model with no optimizer's step, after which its update is taken to be by hand
@@ -25,8 +25,8 @@ class ByHand(torch.optim.Optimizer):
         self._first: Tensor | None = None
         self._passed = self._late = self._kept = False
         self._hooks = (
-            model.register_forward_pre_hook(Hook(self._enter)),
-            model.register_forward_hook(Hook(self._leave)),
+            before_forward(model, self._enter),
+            after_forward(model, self._leave),
         )
 
     def remove(self) -> None:

@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from pybatch.base.errors import UsageError
 from pybatch.noise.handle import Collector, combine, trainable
-from pybatch.noise.hooks import Hook
+from pybatch.noise.hooks import after_forward
 from pybatch.noise.norms import square
 from pybatch.noise.per_example.refusals import refuse_undefined
 from pybatch.noise.sources.examples import EVERY
@@ -115,11 +115,14 @@ class HalvesNoise(Collector):
         if self.parting is None:
             self._met = _Met((args, kwargs), n, autocasts())
         self._awaited.append([])
-        for leaf, value in enumerate(leaves_in(output)):
-            if isinstance(value, Tensor) and value.requires_grad:
-                # Of the output as it is now: what the script writes into it is after the model.
-                self._awaited[-1].append(_Arrival(self, leaf, n, get_gradient_edge(value)))
-                value.register_hook(self._awaited[-1][-1])  # type: ignore[no-untyped-call]
+        leaves = enumerate(leaves_in(output))
+        given = {leaf: value for leaf, value in leaves if isinstance(value, Tensor) and value.requires_grad}
+        # Of the output as it is now: what the script writes into it is after the model.
+        edges, came = {leaf: get_gradient_edge(value) for leaf, value in given.items()}, set[int]()
+        for leaf, value in given.items():
+            made_of = {other for other in given if other != leaf and _leads(edges[other].node, edges[leaf].node)}
+            self._awaited[-1].append(_Arrival(self, leaf, n, edges[leaf], made_of, came))
+            value.register_hook(self._awaited[-1][-1])  # type: ignore[no-untyped-call]
         if len(self._awaited) > _WAITING:  # of most of them nobody asks a gradient
             for arrival in self._awaited.popleft():
                 arrival.let_go()
@@ -187,7 +190,8 @@ class HalvesNoise(Collector):
             self._found = None
             raise UsageError(
                 "halves of a batch: their gradients do not add up to the step's own. Some of the loss does not come "
-                "from the model's output (a penalty on weights, say), or a hook changes gradients"
+                "from the model's output (a penalty on weights, say) or comes from another output that this one is "
+                "made of, or a hook changes gradients"
             )
 
     def _step(self) -> None:
@@ -229,7 +233,7 @@ def _after(model: nn.Module, call: Callable[[nn.Module, Any, Any, Any], None]) -
     call of a compiled module, of a hook that is gone.
     """
     if not isinstance(model, torch.jit.ScriptModule):
-        return model.register_forward_hook(Hook(call), with_kwargs=True).remove
+        return after_forward(model, call, with_kwargs=True).remove
 
     def own(module: nn.Module, args: Any, output: Any) -> None:
         if module is model:
@@ -249,10 +253,17 @@ class _Met:
 
 
 class _Arrival:
-    """A hook at an output, with what is needed there. It holds the graph that holds it, until one of both lets go."""
+    """A hook at an output, with what is needed there. It holds the graph that holds it, until one of both lets go.
 
-    def __init__(self, noise: HalvesNoise, leaf: int, n: int, edge: Any) -> None:
+    Args:
+        noise, leaf, n, edge: what to tell, and whom.
+        made_of: leaves that are made of this one: what comes after a gradient of theirs has come through them.
+        came: leaves of this pass at which gradients were.
+    """
+
+    def __init__(self, noise: HalvesNoise, leaf: int, n: int, edge: Any, made_of: set[int], came: set[int]) -> None:
         self._given: tuple[HalvesNoise, int, int, Any] | None = noise, leaf, n, edge
+        self._made_of, self._came = made_of, came
 
     def let_go(self) -> None:
         """Of the graph; that a gradient came is still told."""
@@ -264,9 +275,24 @@ class _Arrival:
         self._given = None
 
     def __call__(self, gradient: Tensor) -> None:
-        if self._given is not None:
-            noise, leaf, n, edge = self._given
-            noise.arrived(leaf, n, edge, gradient)
+        if self._given is None or self._made_of & self._came:
+            return
+        noise, leaf, n, edge = self._given
+        self._came.add(leaf)
+        noise.arrived(leaf, n, edge, gradient)
+
+
+def _leads(node: Any, to: Any) -> bool:
+    """Whether gradients come from one node of the graph to another, or the same."""
+    waiting, seen = [node], set()
+    while waiting:
+        one = waiting.pop()
+        if one is to:
+            return True
+        if one is not None and one not in seen:
+            seen.add(one)
+            waiting += [after for after, _ in one.next_functions]
+    return False
 
 
 def _added(first: list[Tensor | None], second: list[Tensor | None]) -> Iterator[Tensor | None]:

@@ -41,14 +41,18 @@ _TRIED = 8  # watched steps, after which the cost of one is known; the first com
 _SWIFT = 0.25  # quantile of times that is compared: a slow spell that falls on watched steps is not their cost
 _LATEST = 64  # other steps that they are compared with
 _SHORT = 0.020  # s; of shorter steps hooks are felt anyway
-_COST = 0.010  # share of a training's time that its noise may take: hooks and records take as much again
+_COST = 0.008  # share of a training's time that its noise may take: hooks and records take as much again
 _ALIKE = 0.01  # share by which what a script counts may differ from the examples seen
-_FIRST = 2  # steps from one to the next whose micro-batches are measured, until it is known what that costs
+_FIRST = 3  # steps from one to the next whose micro-batches are measured at first: one in between is untouched
 _PAIRS = 2 * MIN_BLOCKS  # of a training whose length is known, at least, whatever that costs
 _OFTEN = 1.2  # times more seldom, from which on the source is made anew
 _KNOWN = ("unresolved", "lower_bound", "resolved")
 _WITHIN = ("per-example", "adam-moments", "halves")  # sources of one backward pass a step
 _Spaced = ExampleNoise | MicroBatchNoise | HalvesNoise  # those that are of every so many steps
+_REPEATED = (
+    "a step makes several backward passes of one forward pass (retain_graph=True), of which each gives a part of its "
+    "gradient: Adam's moments alone see the whole"
+)
 REMEDY = "Give the training two or more backward passes a step (gradient accumulation), or train with Adam or AdamW"
 
 
@@ -89,6 +93,7 @@ class NoiseWatch:
         self._seen = 0  # examples of steps whose noise the optimizer measures itself,
         self._counted = 0.0  # and what the script has told it of them
         self.watched = False  # whether the step under way is one whose examples' gradients are taken
+        self._repeated = False
         self.begun = False
         self.reasons: list[str] = []
 
@@ -120,8 +125,16 @@ class NoiseWatch:
         self.watched = isinstance(handle, _Spaced) and handle.watching
         return self.watched and self._every > 1
 
+    def repeated(self) -> None:
+        """A backward pass goes through the same forward pass as one before it."""
+        self._repeated = True
+
     def stepped(self) -> None:
         """A step is over: turn to another source where this one gives nothing."""
+        if self._repeated and isinstance(self._handle, _Spaced):
+            self._offers = ["adam-moments"]
+            self._ended = []  # what was measured is of parts of gradients
+            self._leave(_REPEATED)
         handle = self._handle
         if handle is None:
             return

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from pybatch.noise.hooks import Hook
+from pybatch.noise.hooks import after_forward, before_forward
 from pybatch.optim import FusedOptimizer
 from pybatch.watch.batching import Batching, examples_in, find_batching
 from pybatch.watch.by_hand import ByHand
@@ -46,6 +46,7 @@ class Subject:
     clipped: bool = False
     world: int = 1  # processes that train together
     closures: bool = False  # a step that evaluates the model more than once
+    rate: float = 0.0  # the largest learning rate of its steps
     marks: tuple[str, ...] = ()
 
     @property
@@ -57,11 +58,11 @@ def harmless(hook: Callable[..., None]) -> Callable[..., None]:
     """A hook of the observer that does nothing in a forked child, and ends the observation where it fails."""
 
     @functools.wraps(hook)
-    def call(self: Observer, *args: Any, **kwargs: Any) -> None:
+    def call(self: Observer, *args: Any) -> None:  # every step comes here some six times
         if torch.compiler.is_compiling() or self.fault is not None or os.getpid() != self._pid:
             return
         try:
-            hook(self, *args, **kwargs)
+            hook(self, *args)
         except Exception as error:
             self.fault = error
 
@@ -100,7 +101,7 @@ class Observer:
         self.batching: Batching | None = None
         self.autocast: dict[str, torch.dtype] = {}
         self._pass: Pass | None = None
-        self._passes = 0
+        self._passes = self._over = 0  # backward passes begun, and those of them that are over
         self._pending = 0  # examples of the forward pass under way
         self._in_pass = self._in_step = self._done = False
         self._evaluations = 0  # backward passes within the optimizer's step
@@ -114,7 +115,6 @@ class Observer:
         self._removals = [
             register_optimizer_step_pre_hook(self._begin).remove,
             register_optimizer_step_post_hook(self._end).remove,
-            register_optimizer_step_post_hook(self._after).remove,
         ]
         self._loader = LoaderWatch(self._waited)
         self._removals.append(self._loader.remove)
@@ -147,6 +147,9 @@ class Observer:
         if self.subject is None or self.steps is None or optimizer is not self.subject.optimizer:
             return
         self._in_step, self._evaluations = True, 0
+        rate = optimizer.param_groups[0].get("lr")
+        if isinstance(rate, int | float) and rate > self.subject.rate:
+            self.subject.rate = float(rate)
         if self._left is not None:
             self.subject.clipped = self._left.clipped(self.subject.scaler)
             self._left = None
@@ -154,14 +157,21 @@ class Observer:
             self.steps.unusual()
         self.steps.updating()
 
-    @harmless
     def _end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._ended(optimizer)
+        if self._done:
+            self._done = False
+            self._stepped()  # last of all, as it may end the script
+
+    @harmless
+    def _ended(self, optimizer: torch.optim.Optimizer) -> None:
         if self.hand is not None and optimizer is not self.hand and self.hand.holds(optimizer):
             self._give_up_hand(self.hand)
         subject, steps = self.subject, self.steps
-        if self._finder.active or self._unseen(optimizer):
+        own = subject is not None and optimizer is subject.trained.optimizer
+        if self._finder.active or (not own and self._unseen(optimizer)):
             self._look(optimizer)
-        if subject is None or steps is None or optimizer is not subject.optimizer or self.subject is not subject:
+        if subject is None or steps is None or not own or self.subject is not subject:
             return
         subject.closures |= self._evaluations > 1
         self._in_step = False
@@ -169,12 +179,6 @@ class Observer:
         if self.noise is not None:
             self.noise.stepped()
         self._done = True
-
-    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Last of all, as it may end the script."""
-        if self._done:
-            self._done = False
-            self._stepped()
 
     @harmless
     def _adopt(self, model: nn.Module) -> None:
@@ -249,8 +253,8 @@ class Observer:
         """Watch the passes of this model; one of torch.jit takes no hooks but the global ones."""
         if not isinstance(model, torch.jit.ScriptModule):
             return [
-                model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True).remove,
-                model.register_forward_hook(Hook(self._leave)).remove,
+                before_forward(model, self._enter, with_kwargs=True).remove,
+                after_forward(model, self._leave).remove,
             ]
 
         def enter(module: nn.Module, args: Any) -> None:
@@ -296,15 +300,17 @@ class Observer:
             return
         self._in_pass = False
         leaves = leaves_in(output)
-        kept, examples, begun = self._pass, self._pending, False
+        kept, examples, begun = self._pass, self._pending, 0
 
         def arrived(leaf: int, gradient: Tensor) -> None:
             nonlocal begun
             if kept is not None and leaf not in kept.gradients:
                 kept.keep(leaf, gradient)
             if not begun:
-                begun = True
+                begun = self._passes + 1
                 self._backward(kept, examples)
+            elif self._over >= begun:  # in a further backward pass
+                self._again()
 
         found = False
         for leaf, value in enumerate(leaves):
@@ -327,6 +333,12 @@ class Observer:
         self.steps.backward(examples, self._cleared())
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._passed(kept))
 
+    @harmless
+    def _again(self) -> None:
+        """A further backward pass through the same forward pass."""
+        if self.noise is not None:
+            self.noise.repeated()
+
     def _cleared(self) -> bool:
         """Whether the gradients of the passes before are gone; `accumulate` of pybatch's optimizers moves them away."""
         optimizer = self.subject.optimizer if self.subject is not None else None
@@ -337,6 +349,7 @@ class Observer:
     @harmless
     def _passed(self, kept: Pass | None) -> None:
         """The backward pass is over."""
+        self._over = self._passes
         if self.steps is None or self.subject is None:
             return
         self.steps.passed()

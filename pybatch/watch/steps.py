@@ -137,7 +137,8 @@ class Steps:
         return [s for s in self.kept if s.usual and len(s.sizes) == passes and set(s.sizes) == {size}]
 
     def _close(self, step: _Open, end: Any) -> None:
-        self.sizes.update(step.sizes)
+        for examples in step.sizes:
+            self.sizes[examples] += 1
         self.passes[len(step.sizes)] += 1
         if self.count <= _WARM_UP:
             return

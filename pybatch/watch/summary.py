@@ -57,7 +57,9 @@ def info(name: str, subject: Subject, observer: Observer) -> WorkloadInfo:
     """The training as a record's workload."""
     model, optimizer = subject.model, subject.optimizer
     group = optimizer.param_groups[0]
-    rate = group.get("initial_lr", group.get("lr"))  # a schedule may have come to 0
+    # A schedule is known by its height: it may have come to 0, or not yet be past its warm-up.
+    rates = [value for value in (group.get("initial_lr"), group.get("lr"), subject.rate) if value is not None]
+    rate = max(map(float, rates), default=0.0)
     first = group["params"][0]
     dtype = observer.autocast.get(subject.device.type, first.dtype)
     return WorkloadInfo(
@@ -66,7 +68,7 @@ def info(name: str, subject: Subject, observer: Observer) -> WorkloadInfo:
         parameters=subject.trained.parameters,
         dtype=_NAMES.get(dtype, str(dtype).removeprefix("torch.")),
         model=plain_name(model) if model is not None else None,
-        learning_rate=float(rate) if rate is not None and float(rate) > 0 else None,
+        learning_rate=rate if rate > 0 else None,
         reference_batch=_batch(observer),
         optimizer=type(optimizer).__name__.lower() if observer.hand is not optimizer else None,
     )

@@ -46,7 +46,10 @@ TABLE = {
         (capacity(), noise(None, 900, status="lower_bound")),
         ("hardware", None, "above the device's half batch"),
     ),
-    "lower bound below": ((capacity(), noise(None, 30, status="lower_bound")), ("unresolved", None, "or larger")),
+    "lower bound below": (
+        (capacity(), noise(None, 30, status="lower_bound")),
+        ("unresolved", None, "not known yet; it is at least"),
+    ),
     "unresolved": (
         (capacity(), noise(None, status="unresolved")),
         ("unresolved", None, "No batch can be advised yet. The critical batch is not known: |G|^2 is not separated"),
@@ -302,11 +305,11 @@ def test_a_bound_of_the_tuned_rates_goes_before_the_value_of_a_fixed_rule():
     [
         (
             [10.0] * len(BATCHES),
-            "Use batch 4,096 or larger. That is because step times do not rise with it",
+            "The best batch is not known yet; it is at least 4,096. Step times do not rise with the batch",
             4096,
             None,
         ),
-        ([1.0 * b for b in BATCHES], "Use batch 1. That is because step time is proportional to it", None, 1),
+        ([1.0 * b for b in BATCHES], "Use batch 1. Step time is proportional to the batch", None, 1),
     ],
 )
 def test_times_without_a_half_batch_bound_the_best_batch(times, says, low, high):

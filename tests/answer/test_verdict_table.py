@@ -142,7 +142,11 @@ def test_every_combination(noises, device, sweep, branch):
     ("sweep", "says"),
     [
         ("lower bound", "at least 4,100 (by measured steps), above the device's half batch"),
-        ("upper bound", "Use batch 13 or smaller. The critical batch is at most 4 (by measured steps), below the"),
+        (
+            "upper bound",
+            "The best batch is not known yet; it is at most 13. The critical batch is at most 4 (by measured steps), "
+            "below the",
+        ),
     ],
 )
 def test_a_bound_is_said_as_one(sweep, says):

@@ -96,7 +96,8 @@ def test_one_step_in_every_so_many_is_measured_as_it_would_be_alone(how):
             accumulate(model, batches, "mean")
             optimizer.zero_grad()
 
-        def evaluate(batches=batches):
+        def evaluate(batches=batches, measured=place % 3 == 0):
+            assert all(bool(p._backward_hooks) == measured for p in model.parameters())  # they cost in every pass
             accumulate(model, batches, "mean")
             return torch.zeros(())
 
@@ -106,6 +107,8 @@ def test_one_step_in_every_so_many_is_measured_as_it_would_be_alone(how):
             evaluate()
             optimizer.step()
         optimizer.zero_grad(set_to_none=how != "zeros")
+    handle.detach()
+    assert not any(p._backward_hooks for p in model.parameters())
     noise = handle.noise
     grad_sq, trace = (float(sum(step[i].sum() for step in truth)) / 3 for i in (0, 1))
     assert (noise.steps, noise.skipped) == (3, 0)

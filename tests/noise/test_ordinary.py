@@ -198,6 +198,7 @@ def test_a_forward_pass_that_is_interrupted_is_watched_no_longer_than_to_the_nex
 def saved(model):
     file = io.BytesIO()
     torch.save(model, file)
+    assert b"pybatch" not in file.getvalue()  # it is loaded where there is none, and with weights_only=True
     file.seek(0)
     return torch.load(file, weights_only=False)
 
@@ -226,6 +227,9 @@ def test_a_copy_of_the_model_is_not_watched(source, copied):
             optimizer.step()
             optimizer.zero_grad()
         found.append(handle.noise)
+        assert "__getstate__" in vars(model)
+        handle.detach()
+        assert "__getstate__" not in vars(model)
     assert found[0] == found[1]
     assert found[0].steps > 0
     assert not torch.overrides._get_current_function_mode_stack()

@@ -175,6 +175,39 @@ def test_bad_arguments(folder, typed, message, capsys, monkeypatch):
     assert said.out == ""
 
 
+@pytest.mark.parametrize(("text", "says"), [("import torch", "what was looked for"), ("pass", "never imported torch")])
+def test_files_that_are_not_written_are_told(folder, text, says, capsys, monkeypatch):
+    """With the script's own status, also where nothing else is to be printed."""
+    from pybatch import cli
+
+    (folder / "nothing.txt").write_text(f"{text}\nraise SystemExit(7)\n")
+    monkeypatch.chdir(folder)
+    for name in ("path", "excepthook"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    if "torch" not in text:
+        monkeypatch.setattr("pybatch.commands.watch.AfterTorch", Never)
+    typed = ["-q", "-o", "none.json", "--html", "none.html", "nothing.txt"]
+    monkeypatch.setattr(sys, "argv", ["pybatch", "watch", *typed])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr()
+    assert (stop.value.code, said.out) == (7, "")
+    assert says in said.err
+    assert said.err.endswith(f". Not written: {folder / 'none.json'}, {folder / 'none.html'}\n")
+    assert not (folder / "none.json").exists()
+
+
+class Never:
+    """As where torch is not imported, which it is in this process."""
+
+    def __init__(self, then):
+        pass
+
+    def remove(self):
+        pass
+
+
 def test_an_option_of_pybatchs_that_went_to_the_script_is_told(folder, capsys, monkeypatch):
     """Only where the script refused its arguments: it may have an option of the same name."""
     from pybatch import cli

@@ -53,9 +53,10 @@ def test_a_costly_source_measures_more_seldom(monkeypatch):
 
 
 def test_the_step_after_a_watched_one_counts_as_its_cost(monkeypatch):
+    """From the first: a step in between is plain, though the noise is measured as often as it will ever be."""
     training = Training(monkeypatch)
-    training.steps(40, watched=0.15, after=0.11)
-    assert training.watch._every > 4
+    training.steps(40, watched=0.11, after=0.14)
+    assert training.watch._every == pytest.approx(0.5 / source._COST, rel=0.05)
     training.steps(20 * training.watch._every, watched=0.15, after=0.14)
     assert training.watch._every == pytest.approx(0.9 / source._COST, rel=0.05)
 
@@ -69,13 +70,13 @@ def test_times_that_scatter_do_not_hide_the_cost(monkeypatch):
 
 def test_a_slow_spell_discards_nothing_that_was_measured(monkeypatch):
     training = Training(monkeypatch)
-    training.steps(200)
+    training.steps(100 * source._FIRST)
     assert training.watch._every == source._FIRST
     known = training.watch.read()
     assert known.status == "resolved"
-    training.steps(20, watched=0.3)
+    training.steps(10 * source._FIRST, watched=0.3)
     assert training.watch._every == source._FIRST  # half of what is compared was not slow
-    training.steps(20, watched=0.3)
+    training.steps(10 * source._FIRST, watched=0.3)
     assert training.watch._every > source._FIRST
     training.steps(10)
     assert training.watch.read().status == "resolved"
@@ -94,7 +95,7 @@ def test_one_slow_step_is_no_cost(monkeypatch):
 def test_what_a_source_knew_stands_until_the_next_one_knows_as_much(monkeypatch):
     """Also a lower bound, and though the source was made anew more than once."""
     training = Training(monkeypatch)
-    training.steps(24, watched=0.11)
+    training.steps(12 * source._FIRST, watched=0.11)
     first = training.watch._ended[0]
     training.steps(10 * training.watch._every, watched=0.15)
     assert training.watch._ended[0] is first  # of two

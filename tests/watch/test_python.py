@@ -50,11 +50,13 @@ def test_an_error_in_it_is_passed_on_with_what_was_measured(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_nothing_trained_is_said(capsys):
-    with pybatch.watch() as watched:
+def test_nothing_trained_is_said(capsys, tmp_path):
+    with pybatch.watch(tmp_path / "run.json") as watched:
         pass
     assert watched.run is None
-    assert "no optimizer of torch.optim stepped in this process" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "what was looked for is a torch.optim.Optimizer that steps in this process, or 8 backward passes" in said
+    assert said.endswith(f". Not written: {tmp_path / 'run.json'}\n")
 
 
 def test_bad_arguments_are_refused(tmp_path):

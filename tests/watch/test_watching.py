@@ -605,3 +605,94 @@ def test_a_training_that_is_known_to_be_short_is_measured_oftener(micro, source)
     assert run.noise.source == source
     assert run.noise.steps >= 16
     assert "too few" not in " ".join(note.text for note in run.noise.notes)
+
+
+class Outputs(nn.Module):
+    """Gives what its head is fed with beside what that makes of it, as models of others' do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.LSTM(12, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.body(x)[0][:, -1]
+        return hidden, self.head(hidden)
+
+
+def of_head(hidden, scores, y):
+    nn.functional.cross_entropy(scores, y).backward()
+
+
+def of_both(hidden, scores, y):
+    (nn.functional.cross_entropy(scores, y) + hidden.square().mean()).backward()
+
+
+def one_by_one(hidden, scores, y):
+    nn.functional.cross_entropy(scores, y).backward(retain_graph=True)
+    hidden.square().mean().backward()
+
+
+@pytest.mark.parametrize(
+    ("backward", "kind", "source", "reason"),
+    [
+        (of_head, "sgd", "halves", None),
+        (of_both, "sgd", None, "or comes from another output that this one is made of"),
+        (one_by_one, "sgd", None, "several backward passes of one forward pass (retain_graph=True)"),
+        (one_by_one, "adam", "adam-moments", None),
+    ],
+)
+def test_an_output_made_of_another_and_several_backward_passes(backward, kind, source, reason):
+    """Which of them have a noise scale, by what, and why the others have none."""
+    torch.manual_seed(0)
+    model = Outputs()
+    optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[kind](model.parameters(), lr=0.01)
+
+    def script():
+        for _ in range(130):
+            optimizer.zero_grad()
+            x, y = torch.randn(16, 5, 12), torch.randint(3, (16,))
+            backward(*model(x), y)
+            optimizer.step()
+
+    run, _, _ = watched(script)
+    assert (run.noise.source if run.noise is not None else None) == source
+    said = " ".join(note.text for note in run.notes)
+    assert reason is None or reason in said
+    assert "gradients come to several outputs" not in said
+
+
+def test_one_backward_pass_of_two_is_not_taken_for_the_step():
+    """Gradients of single examples would be those of the first loss alone."""
+    model = Net(norm=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def script():
+        for _ in range(60):
+            optimizer.zero_grad()
+            x, y = batch()
+            scores = model(x)["logits"]
+            nn.functional.cross_entropy(scores, y).backward(retain_graph=True)
+            scores.square().mean().backward()
+            optimizer.step()
+
+    run, _, _ = watched(script)
+    assert run.noise is None
+    assert any("each gives a part of its gradient" in note.text for note in run.notes)
+
+
+def test_the_record_has_the_scripts_own_threads_and_its_highest_rate():
+    """What it sets after the watch began; a schedule of its own ends where it is no rate to train with."""
+    model, optimizer = plain(norm=False)
+    torch.set_num_threads(2)  # put back by `one_thread`
+
+    def script():
+        torch.set_num_threads(1)
+
+        def schedule(step):
+            optimizer.param_groups[0]["lr"] = 0.01 * min(step, 39 - step) / 20
+
+        train(model, optimizer, 40, after=schedule)
+
+    run, _, _ = watched(script)
+    assert run.environment.threads == 1
+    assert run.capacity.workload.learning_rate == pytest.approx(0.0095)

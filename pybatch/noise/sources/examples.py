@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pybatch.base.errors import UsageError
 from pybatch.noise.closures import Evaluations
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples
-from pybatch.noise.hooks import Hook
+from pybatch.noise.hooks import after_forward, before_forward
 from pybatch.noise.per_example.one_pass import Pass
 from pybatch.noise.per_example.recorder import ExampleNorms, ExampleRecorder, fill
 from pybatch.records import Note
@@ -127,8 +127,8 @@ class ExampleNoise(Collector):
         self._found: list[tuple[int, Tensor, Tensor]] = []  # per pass of this step: examples, sums, squared means
         self._evaluations = Evaluations(optimizer, self._close, self._drop)
         self._removals = [
-            model.register_forward_pre_hook(Hook(self._enter)).remove,
-            model.register_forward_hook(Hook(self._leave), always_call=True).remove,
+            before_forward(model, self._enter).remove,
+            after_forward(model, self._leave, always_call=True).remove,
             self._evaluations.remove,
             self._counter.remove,
         ]

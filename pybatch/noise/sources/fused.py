@@ -10,7 +10,7 @@ from torch import nn
 
 from pybatch.base.errors import UsageError
 from pybatch.noise.handle import Handle
-from pybatch.noise.hooks import Hook
+from pybatch.noise.hooks import before_forward
 from pybatch.optim import FusedOptimizer
 from pybatch.records import NoiseScale
 
@@ -66,7 +66,7 @@ class FusedLoop(Handle):
         # An optimizer's hooks may not be changed while it runs them, so the next forward pass decides.
         self._hooks: list[Any] = [
             optimizer.register_step_post_hook(self._step),
-            model.register_forward_pre_hook(Hook(self._look), with_kwargs=True),
+            before_forward(model, self._look, with_kwargs=True),
         ]
         self._optimizer = optimizer
 

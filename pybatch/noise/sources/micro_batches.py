@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -95,11 +96,9 @@ class MicroBatchNoise(Collector):
         # Of this backward pass: [2, parameters], plain and preconditioned; of a small model [1 + layers], or a number.
         self._own = self._zeros()
         self.forget()
-        self._removals = [
-            *(p.register_hook(self._watch(i)).remove for i, p in enumerate(self._params)),  # type: ignore[no-untyped-call]
-            self._evaluations.remove,
-            self._counter.remove,
-        ]
+        self._seeing: list[Callable[[], None]] = []  # hooks on the parameters
+        self._removals = [self._see_no_more, self._evaluations.remove, self._counter.remove]
+        self._follow()
 
     def _zeros(self) -> Any:
         if self._light:
@@ -135,6 +134,18 @@ class MicroBatchNoise(Collector):
         """Whether the step under way is one of those that are measured."""
         return self._steps % self._every == 0
 
+    def _follow(self) -> None:
+        """Hooks on parameters, of which each costs in every pass, are on in those steps alone that are measured."""
+        if not self.watching:
+            self._see_no_more()
+        elif not self._seeing:
+            self._seeing = [p.register_hook(self._watch(i)).remove for i, p in enumerate(self._params)]  # type: ignore[no-untyped-call]
+
+    def _see_no_more(self) -> None:
+        for remove in self._seeing:
+            remove()
+        self._seeing = []
+
     def _drop(self) -> bool:
         self.forget()
         return self._counter is not None and self._counter.forget()
@@ -150,7 +161,7 @@ class MicroBatchNoise(Collector):
         param = self._params[index]
 
         def see(grad: torch.Tensor) -> None:
-            if self._evaluations.later or self._steps % self._every:
+            if self._evaluations.later:
                 return
             if not self._in_backward:
                 self._begin()
@@ -294,9 +305,10 @@ class MicroBatchNoise(Collector):
         Args:
             scale: the gradients are so many times those of the step.
         """
-        if self._steps % self._every:
-            some = self._drop()
+        if not self.watching:
+            some = self._counter is not None and self._counter.forget()
             self._steps += some
+            self._follow()
             return some
         if self._before is not None and self._cleared:
             self._take_back()
@@ -318,6 +330,7 @@ class MicroBatchNoise(Collector):
                 small = small * (float(self._doubt) if self._light else self._doubt)
             self._row(n_small, n_large, self._arrange(small), self._arrange(large))
         self.forget()
+        self._follow()
         return k > 0
 
     def _arrange(self, norms: Any) -> Any:
