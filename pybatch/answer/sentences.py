@@ -12,6 +12,7 @@ from pybatch.base.numerals import batch_size, count, number
 from pybatch.records import Capacity, Confidence, Inputs, Limit, ThroughputFit
 
 _SOURCES: dict[str, str] = {"sweep": "measured steps", "branch": "branched runs", "noise": "gradient noise"}
+_AT_BOUND = 0.7  # of the bound: a smaller batch advised is not one that it keeps from being larger
 _NO_LESS = 0.95  # of the time on one device: what a second one saves is then within the error of any run
 
 
@@ -82,7 +83,7 @@ def _because(critical: Critical, capacity: Capacity, limit: Limit, best: Best, b
     assert fit is not None
     noise = f"twice the fewest examples are needed at batch {_said(critical)}"
     device = f"the device is at half its ceiling at batch {batch_size(fit.half_batch)}"
-    if best.optimum > 0.9 * bound.value and bound.name is not None:
+    if best.optimum > 0.9 * bound.value and best.batch > _AT_BOUND * bound.value and bound.name is not None:
         return f"{bound.name.capitalize()} ends at batch {count(bound.value)}, below what would be fastest: {noise}."
     return {
         "noise": f"Gradient noise sets the limit, not the device: {noise}, {device}; between them time is least.",
