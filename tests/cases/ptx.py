@@ -193,16 +193,21 @@ def setup(rule, backend, storage=None, layers=False, state_type="fp32", counts=C
     dtype = getattr(torch, (storage or "float32").split("_")[0])
     kept = torch.zeros(len(counts), ops.LAYER_SIZE, dtype=torch.float64) if layers else None
     how = {"layers": kept, "backend": backend, "state_type": state_type, "shifted": SHIFTED}
-    made = lists.Setup(lists.draw(counts, dtype, seed=5), rule, storage, **how)
+    made = lists.Setup(lists.draw(counts, dtype, seed=5, whole=True), rule, storage, **how)
     made.set_rate(RATE)
     backend.setup = made
     return made
 
 
+# The first step of each scenario has whole numbers, so that one other element in a sum of squares shows; later ones
+# have all their bits.
+
+
 def clip(made):
     """Two clipped steps, on gradients of the parameters' dtype and in fp32, those aligned where parameters are not."""
     for step, dtype in enumerate((made.params[0].dtype, torch.float32)):
-        made.step(lists.draw(COUNTS, dtype, seed=step, turn=step), norm=True, clip=True, max_norm=300.0)
+        grads = lists.draw(COUNTS, dtype, seed=step, turn=step, whole=not step)
+        made.step(grads, norm=True, clip=True, max_norm=300.0)
 
 
 def accumulate(made, noise=False):
@@ -213,7 +218,7 @@ def accumulate(made, noise=False):
     for step in range(2):
         n = 4.0 + 2.0 * step
         for i, dtype in enumerate((torch.bfloat16, torch.float32)[:: 1 - 2 * step]):
-            grads = lists.draw(COUNTS, dtype, seed=2 * step + i)
+            grads = lists.draw(COUNTS, dtype, seed=2 * step + i, whole=not step)
             made.accumulate([None if i and j == 3 else g for j, g in enumerate(grads)], n, first=not i)
         how = {"noise": noise, "inverse": 0.5, "examples": 2 * n, "micro_batches": 2.0}
         made.step([None] * len(COUNTS), sum=True, known=True, clip=True, max_norm=20.0, **how)
@@ -226,7 +231,7 @@ def noise(made):
 
 def skip(made):
     """A good step and a bad one, which changes nothing."""
-    made.step(lists.draw(COUNTS, seed=1), norm=True, clip=True, max_norm=300.0)
+    made.step(lists.draw(COUNTS, seed=1, whole=True), norm=True, clip=True, max_norm=300.0)
     before, grads = made.bits(), lists.draw(COUNTS, seed=2)
     grads[-1][-1] = math.inf
     made.step(grads, norm=True, clip=True, max_norm=300.0)
@@ -236,8 +241,8 @@ def skip(made):
 
 def scaler(made):
     """Steps that leave their gradients unscaled, of the parameters' dtype and in fp32."""
-    for dtype in (made.params[0].dtype, torch.float32):
-        lists.unscale(made, dtype)
+    for step, dtype in enumerate((made.params[0].dtype, torch.float32)):
+        lists.unscale(made, dtype, whole=not step)
 
 
 SCENARIOS = {"clip": clip, "accumulate": accumulate, "noise": noise, "layers": noise, "skip": skip, "scaler": scaler}
