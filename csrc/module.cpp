@@ -133,6 +133,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_devices", &cuda_devices);
     m.def("cuda_error", [](int code) { return py::make_tuple(cuda_error_name(code), cuda_error_text(code)); });
     m.attr("cuda_architectures") = PB_CUDA_ARCHITECTURES;
+    m.attr("kernel_sources") = PB_KERNEL_SOURCES;  // what the CUDA part was compiled from, see CMakeLists.txt
 #else
     m.attr("cuda") = false;
     m.attr("cuda_reason") = PB_CUDA_REASON;

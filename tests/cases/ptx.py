@@ -1,6 +1,7 @@
 """The PTX of the CUDA kernels, run by the emulator of tests/ptx/emulator, as a backend of CPU tensors."""
 
 import ctypes
+import hashlib
 import math
 import os
 import re
@@ -8,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from cases.compilers import SOURCES, compile_once
 from cases.paths import ROOT
 from cases.problem import same_bits
 
-import pybatch
 from pybatch import _C, ops
 from pybatch.base.errors import DeviceError
 
@@ -52,19 +51,21 @@ def compile_kernels(folder, patches=(), kernels=KERNELS):
     return {name: path.read_text() for name, path in zip(kernels, made, strict=True)}
 
 
-def installed_kernels():
-    """PTX of the kernels as the installed core holds it, by name; None where it holds none, or may be of other sources:
-    it is of this checkout, and newer than all of them."""
+def sources_of(folder):
+    """What the kernels in a folder are made of, as the core that is compiled from them names it."""
+    files = sorted((file for file in folder.iterdir() if file.suffix in SOURCES), key=lambda file: file.name)
+    told = "".join(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for file in files)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def installed_kernels(folder=ROOT / "kernels"):
+    """PTX of the kernels as the installed core holds it, by name; None where it holds none, or was compiled from others
+    than those in the folder."""
     built = (ops.build().cuda_architectures or "").split()
     dumper = sass.tool("cuobjdump")
-    here = Path(pybatch.__file__).is_relative_to(ROOT)
-    if dumper is None or not here or not {"90", "90-virtual"} & set(built):
+    if dumper is None or not {"90", "90-virtual"} & set(built) or _C.kernel_sources != sources_of(folder):
         return None
-    sources = [file for folder in ("kernels", "csrc") for file in (ROOT / folder).iterdir() if file.suffix in SOURCES]
-    core = Path(_C.__file__)
-    if max(file.stat().st_mtime for file in sources) > core.stat().st_mtime:
-        return None
-    return ptx_in(core, dumper)
+    return ptx_in(_C.__file__, dumper)
 
 
 def ptx_in(binary, dumper):
