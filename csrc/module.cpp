@@ -108,6 +108,7 @@ PYBIND11_MODULE(_C, m) {
         .def_static("versions", &Snapshot::versions, py::arg("tensors"), py::arg("version").noconvert());
 
     m.def("imprints", &imprint::usable);  // whether a Snapshot goes by them
+    m.def("imprints_of_gradients", &imprint::gradients_usable);
     m.def("plan", &plan_chunks, py::arg("sizes"), py::arg("chunk"));
     m.def("cpu_width", &cpu_width);
     m.def("cpu_widths", &cpu_widths);
