@@ -45,7 +45,10 @@ WIDE = ("float32", "bfloat16_master", "bfloat16_remainder")  # where a code that
 RUNS = [*((scenario, "fp32") for scenario in ptx.SCENARIOS), ("clip", "bf16"), ("clip", "8bit")]
 ADDRESSES = ("rows", "_host")  # which are others in every run
 TESTS = Path(__file__).parents[1] / "tests"
-JUDGES = [Path(__file__), *(TESTS / "cases" / f"{name}.py" for name in ("ptx", "lists", "planted_faults", "problem"))]
+JUDGES = [
+    Path(__file__),
+    *(TESTS / "cases" / f"{name}.py" for name in ("ptx", "lists", "agreement", "planted_faults", "problem")),
+]
 JUDGES += sorted((TESTS / "ptx" / "emulator").iterdir())
 SAVE_S = 20.0  # between two writings of the store: what is lost at most where a run is cut short
 
@@ -149,8 +152,8 @@ def verdict(library, programs, spoilt, cases):
     return "nothing" if same else "missed"
 
 
-def run_faults(library, programs, every, store):
-    """Every n-th planted fault of each kernel: how many were found by what, and those that were not."""
+def run_faults(library, programs, every, first, store):
+    """Every n-th planted fault of each kernel from the first on: how many were found by what, and which were not."""
     report = {}
     for kernel, (program, cases) in COVERING.items():
         place = list(programs).index(program)
@@ -159,7 +162,7 @@ def run_faults(library, programs, every, store):
         faults = [
             of for of in planted_faults.planted(programs[program], f"{kernel}_kernel") if of[0] in set().union(*ran)
         ]
-        for line, what, text in faults[::every]:
+        for line, what, text in faults[first::every]:
             own = [case for case, of in zip(cases, ran, strict=True) if line in of]
             name = f"{kernel}, line {line}, {what}"
             by = store.piece("faults", name, partial(verdict, library, programs, programs | {program: text}, own))
@@ -179,6 +182,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="what was done is kept here, for a run that goes on")
     parser.add_argument("--every", type=int, default=1, help="run only every n-th case")
     parser.add_argument("--faults-every", type=int, default=1, help="plant only every n-th fault")
+    parser.add_argument("--faults-from", type=int, default=0, help="of each kernel leave out so many at the beginning")
     parser.add_argument("--only", choices=["cases", "faults"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -191,12 +195,13 @@ def main() -> None:
             "storages": len(ops.STORAGES),
             "every_case": options.every,
             "every_fault": options.faults_every,
+            "first_fault": options.faults_from,
         }
         if options.only != "faults":
             report |= run_cases(library, programs, options.every, store)
         if options.only != "cases":
             report["planted_in_source"] = run_source_faults(library, programs, Path(folder), store)
-            report["planted"] = run_faults(library, programs, options.faults_every, store)
+            report["planted"] = run_faults(library, programs, options.faults_every, options.faults_from, store)
         report["processor_minutes"] = round(store.found["seconds"] / 60, 1)
     text = json.dumps(report, indent=1)
     print(text)

@@ -20,6 +20,13 @@ struct Place {
         __builtin_prefetch(storage + 16);
         __builtin_prefetch(storage + 55);  // the last byte that is read, often of the next line
     }
+
+    // As much of it as leads to the gradient.
+    void prefetch_gradient() const {
+        __builtin_prefetch(object);
+        __builtin_prefetch(about);
+        __builtin_prefetch(autograd);
+    }
 };
 
 // Whether imprints can be trusted: tried once, on tensors that are changed in every way that matters.
@@ -34,5 +41,10 @@ struct Imprint {
     uint64_t all = 0, kind = 0;
 };
 Imprint of(PyObject* tensor);
+
+// Of the gradient that torch keeps for a tensor, which then needs no Python object; 0 where there is none with memory.
+// Only where gradients_usable(), and of no subclass of Tensor that has a gradient of its own.
+bool gradients_usable();
+Imprint of_gradient(PyObject* tensor);
 
 }  // namespace pybatch::imprint

@@ -11,6 +11,15 @@ namespace {
 
 constexpr int kLanes = 32;  // independent sums: enough to hide the latency of an add at every width
 
+// What the lanes add to with at most one value each, to the last bit: the others would add zeros.
+inline double sum_of_few(const float* x, int n) {
+    double square[kLanes];
+    for (int i = 0; i < n; ++i) square[i] = double(x[i]) * double(x[i]);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int l = 0; l + half < (n < 2 * half ? n : 2 * half); ++l) square[l] += square[l + half];
+    return n > 0 ? square[0] : 0.0;
+}
+
 class Lanes {
   public:
     // Blocks of one sum: every block but the last holds a multiple of kLanes, so that blocks do not change the result.

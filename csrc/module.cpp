@@ -108,6 +108,7 @@ PYBIND11_MODULE(_C, m) {
         .def_static("versions", &Snapshot::versions, py::arg("tensors"), py::arg("version").noconvert());
 
     m.def("imprints", &imprint::usable);  // whether a Snapshot goes by them
+    m.def("imprints_of_gradients", &imprint::gradients_usable);
     m.def("plan", &plan_chunks, py::arg("sizes"), py::arg("chunk"));
     m.def("cpu_width", &cpu_width);
     m.def("cpu_widths", &cpu_widths);
@@ -133,6 +134,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_devices", &cuda_devices);
     m.def("cuda_error", [](int code) { return py::make_tuple(cuda_error_name(code), cuda_error_text(code)); });
     m.attr("cuda_architectures") = PB_CUDA_ARCHITECTURES;
+    m.attr("kernel_sources") = PB_KERNEL_SOURCES;  // what the CUDA part was compiled from, see CMakeLists.txt
 #else
     m.attr("cuda") = false;
     m.attr("cuda_reason") = PB_CUDA_REASON;

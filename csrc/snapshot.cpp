@@ -56,6 +56,7 @@ class Asked {
 
 struct Torch {
     py::object type = py::module_::import("torch").attr("Tensor");
+    py::object parameter = py::module_::import("torch").attr("nn").attr("Parameter");
     Asked grad{type, "grad"}, is_neg{type, "is_neg"}, data_ptr{type, "data_ptr"};
     Asked size{type, "size"}, stride{type, "stride"}, dtype{type, "dtype"}, device{type, "device"};
     Asked version{type, "_version"};
@@ -80,6 +81,12 @@ constexpr size_t kAhead = 8;  // tensors, of which a line of memory each is on i
 bool is_tensor(PyObject* object) {
     const auto type = reinterpret_cast<PyTypeObject*>(torch().type.ptr());
     return PyObject_TypeCheck(object, type);
+}
+
+// Whether what is asked of it is answered by torch itself, by no subclass.
+bool is_plain(PyObject* tensor) {
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    return type == torch().parameter.ptr() || type == torch().type.ptr();
 }
 
 std::vector<int64_t> numbers(const py::object& tuple) { return tuple.cast<std::vector<int64_t>>(); }
@@ -186,7 +193,10 @@ Snapshot::Snapshot(const py::list& groups, const py::list& memory, const py::lis
         },
         [&](PyObject* value) {
             View view;
-            states_.push_back(is_tensor(value) && read(value, view) && view.data ? seen(value, view.data) : Seen());
+            const bool there = is_tensor(value) && read(value, view) && view.data;
+            if (there) view.hold();
+            states_.push_back(there ? seen(value, view.data) : Seen());
+            state_views_.push_back(there ? std::move(view) : View());
             values_.push_back(py::reinterpret_borrow<py::object>(value));
             return true;
         });
@@ -208,6 +218,7 @@ void Snapshot::clear() {
     others_.clear();
     values_.clear();
     views_.clear();
+    state_views_.clear();
     memory_.clear();
     states_.clear();
     owners_.clear();
@@ -249,10 +260,11 @@ bool Snapshot::same_state(const py::dict& state) {
         [&](PyObject* value) {
             if (i == values_.size() || value != values_[i].ptr()) return false;
             if (i + kAhead < states_.size()) states_[i + kAhead].place.prefetch();
+            const View& before = state_views_[i];
             Seen& last = states_[i++];
             if (!last.data || (last.imprint && last.imprint == imprint::of(value).all)) return true;
             View view;
-            if (!read(value, view) || view.data != last.data) return false;
+            if (!read(value, view) || view.data != last.data || !view.same_layout(before)) return false;
             last = seen(value, view.data);
             return true;
         });
@@ -281,17 +293,25 @@ std::pair<int64_t, int64_t> Snapshot::gradients(const py::list& params, const py
         size_t(dtype.size()) != views_.size())
         throw py::value_error("params, address and dtype need one item for each tensor of the table");
     int64_t bad = -1, count = 0;
+    int64_t *const addresses = address.mutable_data(), *const types = dtype.mutable_data();
+    const bool unasked = imprint::gradients_usable();
     for (size_t i = 0; i < views_.size(); ++i) {
         if (i + kAhead < views_.size()) {
-            memory_[i + kAhead].place.prefetch();
-            __builtin_prefetch(memory_[i + kAhead].place.autograd);
+            memory_[i + kAhead].place.prefetch_gradient();
             gradients_[i + kAhead].place.prefetch();
         }
-        const py::object grad = torch().grad.of(PyList_GET_ITEM(params.ptr(), py::ssize_t(i)));
-        address.mutable_data()[i] = 0;
+        PyObject* const param = PyList_GET_ITEM(params.ptr(), py::ssize_t(i));
+        SeenGradient& last = gradients_[i];
+        if (unasked && last.imprint.all && is_plain(param) && imprint::of_gradient(param).all == last.imprint.all) {
+            ++count;
+            addresses[i] = last.address;
+            types[i] = last.dtype;
+            continue;
+        }
+        const py::object grad = torch().grad.of(param);
+        addresses[i] = 0;
         if (grad.is_none()) continue;
         ++count;
-        SeenGradient& last = gradients_[i];
         const auto now = imprint::usable() ? imprint::of(grad.ptr()) : imprint::Imprint();
         if (!now.all || now.all != last.imprint.all) {
             const bool readable = read(grad.ptr(), view) && fits(view, views_[i]);
@@ -304,8 +324,8 @@ std::pair<int64_t, int64_t> Snapshot::gradients(const py::list& params, const py
             last = {now, views_[i].elements() ? int64_t(view.data) : 1, code - codes.begin(),
                     imprint::usable() ? imprint::place(grad.ptr()) : imprint::Place()};
         }
-        address.mutable_data()[i] = last.address;
-        dtype.mutable_data()[i] = last.dtype;
+        addresses[i] = last.address;
+        types[i] = last.dtype;
     }
     return {bad, count};
 }

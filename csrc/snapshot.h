@@ -75,7 +75,7 @@ class Snapshot {
 
     std::vector<std::vector<pybind11::object>> members_;  // kept, so that no address of an object is given out again
     std::vector<pybind11::object> others_, values_;
-    std::vector<View> views_;
+    std::vector<View> views_, state_views_;
     std::vector<Seen> memory_, states_;  // of views_, of values_
     std::vector<OwnState> owners_;
     std::vector<SeenGradient> gradients_;

@@ -29,8 +29,10 @@ double row_sum(const Table& t, int64_t row, int column) {
 
 // Sums of squares over a chunk: of the gradient a step takes, of the parameter.
 double gradient_squares(const Chunk& chunk, bool sum) {
-    Lanes squares;
     Buffers buffers;
+    if (chunk.size <= kLanes)  // of many such tensors the lanes take longer than the squares
+        return sum_of_few(load_gradient(chunk, sum, 0, chunk.size, buffers.grad), int(chunk.size));
+    Lanes squares;
     for_blocks(chunk, gradient_in_place(chunk, sum),
                [&](int64_t first, int64_t n) { squares.add(load_gradient(chunk, sum, first, n, buffers.grad), n); });
     return squares.sum();

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from cases.problem import same_bits
 from pybatch import ops
 
 LR = 0.05
+UNITS = 64
 CPU = torch.device("cpu")
 
 
@@ -58,9 +60,9 @@ def infinities(setup):
     return setup.params[i]
 
 
-def unscale(setup, dtype=torch.float32):
+def unscale(setup, dtype=torch.float32, whole=False):
     """A GradScaler's steps: one that is taken leaves the gradients divided by the scale, one that is skipped as is."""
-    scale, grads = torch.tensor(8.0), draw([len(p) for p in setup.params], dtype, seed=3)
+    scale, grads = torch.tensor(8.0), draw([len(p) for p in setup.params], dtype, seed=3, whole=whole)
     setup.backend.more = {"grad_scale": scale}  # what an emulated device sees
     for bad in (False, True):
         if bad:
@@ -76,14 +78,34 @@ def sizes(chunk=ops.CppBackend.chunk):
     return [5, 0, 1, chunk - 1, chunk, chunk + 1, 37, 2 * chunk + 33]
 
 
-def draw(counts, dtype=torch.float32, seed=0, turn=0):
+def draw(counts, dtype=torch.float32, seed=0, turn=0, whole=False):
     """Random tensors of these sizes; every other one, from the second on, does not start at a vector's boundary.
 
     turn: 1: from the first on.
+    whole: multiples of 1 / UNITS of at most 8 bits, which every dtype holds. 256 of their squares, or 64 of those of
+        sums of two, add up in fp32 without rounding, in whatever order: norms agree to the last bit, or are of others.
     """
     generator = torch.Generator().manual_seed(seed)
-    made = [torch.randn(n + (i + turn) % 2, generator=generator).to(dtype) for i, n in enumerate(counts)]
-    return [tensor[(i + turn) % 2 :] for i, tensor in enumerate(made)]
+    made = [torch.randn(n + (i + turn) % 2, generator=generator) for i, n in enumerate(counts)]
+    if whole:
+        made = [(tensor * UNITS).round().clamp(-255, 255) / UNITS for tensor in made]
+    return [tensor.to(dtype)[(i + turn) % 2 :] for i, tensor in enumerate(made)]
+
+
+def are_whole(tensors):
+    """Whether they are such numbers, or sums of some."""
+    units = (tensor.double() * UNITS for tensor in tensors if tensor is not None)
+    return all(bool((tensor == tensor.round()).all()) for tensor in units)
+
+
+class Told(NamedTuple):
+    """What a step left behind, which a later one may hide: the ledger, norms of the tensors, and whether squares of its
+    gradients and of the parameters before it add up without rounding."""
+
+    ledger: torch.Tensor
+    norms: torch.Tensor
+    whole_gradients: bool
+    whole_params: bool
 
 
 @dataclass
@@ -103,7 +125,7 @@ class Setup:
     ledger: ops.Ledger = field(init=False)
     grads: list = field(init=False, default_factory=list)  # of the last call
     sums: list = field(init=False, default_factory=list)
-    told: list = field(init=False, default_factory=list)  # after each step: the ledger, and norms of the tensors
+    told: list = field(init=False, default_factory=list)  # after each step
 
     def __post_init__(self):
         count = ops.RULES[self.rule].states
@@ -150,8 +172,9 @@ class Setup:
         return call
 
     def step(self, grads, reduce=None, **scalars):
+        whole = are_whole(self.sums if scalars.get("sum") else grads), are_whole(self.values())
         self.backend.step(self.list, self.call(grads, **scalars), reduce)
-        self.told.append((self.ledger.values.clone(), self.list.norms.clone()))
+        self.told.append(Told(self.ledger.values.clone(), self.list.norms.clone(), *whole))
 
     def accumulate(self, grads, n, first=False, weight=1.0):
         if first:

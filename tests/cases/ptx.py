@@ -1,6 +1,7 @@
 """The PTX of the CUDA kernels, run by the emulator of tests/ptx/emulator, as a backend of CPU tensors."""
 
 import ctypes
+import hashlib
 import math
 import os
 import re
@@ -8,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from cases.compilers import SOURCES, compile_once
 from cases.paths import ROOT
 from cases.problem import same_bits
 
-import pybatch
 from pybatch import _C, ops
 from pybatch.base.errors import DeviceError
 
@@ -52,19 +51,21 @@ def compile_kernels(folder, patches=(), kernels=KERNELS):
     return {name: path.read_text() for name, path in zip(kernels, made, strict=True)}
 
 
-def installed_kernels():
-    """PTX of the kernels as the installed core holds it, by name; None where it holds none, or may be of other sources:
-    it is of this checkout, and newer than all of them."""
+def sources_of(folder):
+    """What the kernels in a folder are made of, as the core that is compiled from them names it."""
+    files = sorted((file for file in folder.iterdir() if file.suffix in SOURCES), key=lambda file: file.name)
+    told = "".join(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for file in files)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def installed_kernels(folder=ROOT / "kernels"):
+    """PTX of the kernels as the installed core holds it, by name; None where it holds none, or was compiled from others
+    than those in the folder."""
     built = (ops.build().cuda_architectures or "").split()
     dumper = sass.tool("cuobjdump")
-    here = Path(pybatch.__file__).is_relative_to(ROOT)
-    if dumper is None or not here or not {"90", "90-virtual"} & set(built):
+    if dumper is None or not {"90", "90-virtual"} & set(built) or _C.kernel_sources != sources_of(folder):
         return None
-    sources = [file for folder in ("kernels", "csrc") for file in (ROOT / folder).iterdir() if file.suffix in SOURCES]
-    core = Path(_C.__file__)
-    if max(file.stat().st_mtime for file in sources) > core.stat().st_mtime:
-        return None
-    return ptx_in(core, dumper)
+    return ptx_in(_C.__file__, dumper)
 
 
 def ptx_in(binary, dumper):
@@ -193,16 +194,21 @@ def setup(rule, backend, storage=None, layers=False, state_type="fp32", counts=C
     dtype = getattr(torch, (storage or "float32").split("_")[0])
     kept = torch.zeros(len(counts), ops.LAYER_SIZE, dtype=torch.float64) if layers else None
     how = {"layers": kept, "backend": backend, "state_type": state_type, "shifted": SHIFTED}
-    made = lists.Setup(lists.draw(counts, dtype, seed=5), rule, storage, **how)
+    made = lists.Setup(lists.draw(counts, dtype, seed=5, whole=True), rule, storage, **how)
     made.set_rate(RATE)
     backend.setup = made
     return made
 
 
+# The first step of each scenario has whole numbers, so that one other element in a sum of squares shows; later ones
+# have all their bits.
+
+
 def clip(made):
     """Two clipped steps, on gradients of the parameters' dtype and in fp32, those aligned where parameters are not."""
     for step, dtype in enumerate((made.params[0].dtype, torch.float32)):
-        made.step(lists.draw(COUNTS, dtype, seed=step, turn=step), norm=True, clip=True, max_norm=300.0)
+        grads = lists.draw(COUNTS, dtype, seed=step, turn=step, whole=not step)
+        made.step(grads, norm=True, clip=True, max_norm=300.0)
 
 
 def accumulate(made, noise=False):
@@ -213,7 +219,7 @@ def accumulate(made, noise=False):
     for step in range(2):
         n = 4.0 + 2.0 * step
         for i, dtype in enumerate((torch.bfloat16, torch.float32)[:: 1 - 2 * step]):
-            grads = lists.draw(COUNTS, dtype, seed=2 * step + i)
+            grads = lists.draw(COUNTS, dtype, seed=2 * step + i, whole=not step)
             made.accumulate([None if i and j == 3 else g for j, g in enumerate(grads)], n, first=not i)
         how = {"noise": noise, "inverse": 0.5, "examples": 2 * n, "micro_batches": 2.0}
         made.step([None] * len(COUNTS), sum=True, known=True, clip=True, max_norm=20.0, **how)
@@ -226,7 +232,7 @@ def noise(made):
 
 def skip(made):
     """A good step and a bad one, which changes nothing."""
-    made.step(lists.draw(COUNTS, seed=1), norm=True, clip=True, max_norm=300.0)
+    made.step(lists.draw(COUNTS, seed=1, whole=True), norm=True, clip=True, max_norm=300.0)
     before, grads = made.bits(), lists.draw(COUNTS, seed=2)
     grads[-1][-1] = math.inf
     made.step(grads, norm=True, clip=True, max_norm=300.0)
@@ -236,8 +242,8 @@ def skip(made):
 
 def scaler(made):
     """Steps that leave their gradients unscaled, of the parameters' dtype and in fp32."""
-    for dtype in (made.params[0].dtype, torch.float32):
-        lists.unscale(made, dtype)
+    for step, dtype in enumerate((made.params[0].dtype, torch.float32)):
+        lists.unscale(made, dtype, whole=not step)
 
 
 SCENARIOS = {"clip": clip, "accumulate": accumulate, "noise": noise, "layers": noise, "skip": skip, "scaler": scaler}

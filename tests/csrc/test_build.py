@@ -1,12 +1,14 @@
 """The build: PYBATCH_CUDA as documented, no libtorch, one OpenMP pool, a CPU-only machine is enough."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from cases import ptx
 from cases.paths import ROOT
 
 from pybatch import _C
@@ -15,7 +17,7 @@ from pybatch import _C
 TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
-def configure(tmp_path, choice, path):
+def configure(tmp_path, choice, path, source=ROOT):
     """Run CMake's configure step alone, with this PATH."""
     pybind11 = subprocess.run(
         [sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=True
@@ -27,7 +29,7 @@ def configure(tmp_path, choice, path):
         "-G",
         "Ninja",
         "-S",
-        str(ROOT),
+        str(source),
         "-B",
         str(tmp_path),
         f"-DPython_EXECUTABLE={sys.executable}",
@@ -96,6 +98,59 @@ def test_off_builds_the_cpu_part_and_says_why(tmp_path, without_nvcc):
     done = configure(tmp_path / "build", "off", without_nvcc)
     assert done.returncode == 0, done.stderr
     assert "CPU part only, built with PYBATCH_CUDA=off" in done.stdout
+
+
+def kernels_with(tmp_path, name, change):
+    """A copy of the kernels of which one file is changed, as old as it was."""
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    file = tmp_path / "kernels" / name
+    was = file.stat()
+    file.write_text(file.read_text() + change)
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    return tmp_path / "kernels"
+
+
+def test_the_installed_core_was_compiled_from_these_kernels():
+    if not _C.cuda:
+        pytest.skip(f"no CUDA part: {_C.cuda_reason}")
+    assert _C.kernel_sources == ptx.sources_of(ROOT / "kernels"), "pip install -e . compiles it anew"
+
+
+@pytest.mark.parametrize("name", ["rule.h", "reduce.cuh", "step.cu"])
+def test_a_core_of_other_kernels_is_not_taken_for_todays_by_their_age(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(ptx.ops, "build", lambda: ptx.ops.Build("portable", True, "90", None))
+    monkeypatch.setattr(ptx.sass, "tool", lambda name: name)
+    monkeypatch.setattr(ptx, "ptx_in", lambda binary, dumper: {"of": binary})
+    monkeypatch.setattr(_C, "kernel_sources", ptx.sources_of(ROOT / "kernels"), raising=False)
+    assert ptx.installed_kernels(kernels_with(tmp_path / "same", name, "")) == {"of": _C.__file__}
+    assert ptx.installed_kernels(kernels_with(tmp_path / "other", name, "\n")) is None
+
+
+def test_what_kernels_include_is_theirs():
+    """Else what they were compiled from is not known by their own files."""
+    files = [file for file in (ROOT / "kernels").iterdir() if file.suffix in ptx.SOURCES]
+    named = {name for file in files for name in re.findall(r'#include "(.+)"', file.read_text())}
+    assert named <= {file.name for file in files}
+
+
+def test_changed_kernels_are_another_command_whatever_their_age(tmp_path):
+    """CMake names their sources as the tests do, in the command of each file and in the module's."""
+    if not ptx.nvcc():
+        pytest.skip("nvcc was not found: put the CUDA toolkit's bin directory on PATH or set CUDACXX")
+    for name, change in (("same", ""), ("other", "\n")):
+        tree = tmp_path / name
+        kernels = kernels_with(tree, "rule.h", change)
+        shutil.copytree(ROOT / "csrc", tree / "csrc")
+        shutil.copy(ROOT / "CMakeLists.txt", tree)
+        done = configure(tree / "build", "on", TOOLS, tree)
+        assert done.returncode == 0, done.stderr
+        text = (tree / "build" / "build.ninja").read_text()
+        objects = {file.name for file in kernels.glob("*.cu")} | {"module.cpp"}
+        commands = re.findall(r"^build \S+?(\w+\.\w+)\.o: .*\n(?:  .*\n)*?  DEFINES = (.*)$", text, re.MULTILINE)
+        told = {file: defines for file, defines in commands if "PB_KERNEL_SOURCES" in defines}
+        assert set(told) == objects
+        assert all(ptx.sources_of(kernels) in defines for defines in told.values())
+    assert (tmp_path / "same/kernels/rule.h").stat().st_mtime == (tmp_path / "other/kernels/rule.h").stat().st_mtime
 
 
 def linked():

@@ -34,6 +34,13 @@ class Problem:
         return bad, count, address.tolist(), dtype.tolist()
 
 
+def elsewhere():
+    """A parameter without elements on another device: nothing is there that an address could tell apart."""
+    made = torch.nn.Parameter(torch.zeros(0, device="meta"))
+    made.grad = torch.zeros(0, device="meta")
+    return made
+
+
 def transposed(x):
     return x.data.t()
 
@@ -69,12 +76,23 @@ CHANGES = {
     "memory moved": set_data(0, lambda p: p.data.clone()),
     "transposed in its memory": set_data(0, transposed),
     "shorter in its memory": set_data(1, lambda p: p.data[:3]),
+    "more dimensions in its memory": set_data(1, lambda p: p.data.view(6, 1)),
+    "fewer dimensions in its memory": set_data(0, lambda p: p.data.view(16)),
     "cast in its memory": set_data(1, lambda p: p.data.view(torch.int32).view(torch.bfloat16)[:6]),
     "state replaced": set_state,
     "state moved": move_state,
+    "state transposed in its memory": lambda x: x.state[x.params[0]]["exp_avg"].t_(),
+    "state shorter in its memory": lambda x: x.state[x.params[1]]["exp_avg"].resize_(3),
+    "state of no tensor replaced": lambda x: x.state[x.params[0]].update(note="y"),
+    "empty parameter on another device": lambda x: torch.utils.swap_tensors(x.params[3], elsewhere()),
     "state added": lambda x: x.state[x.params[0]].update(more=torch.zeros(1)),
     "state of another parameter": lambda x: x.state.update({x.other: {"step": torch.zeros(())}}),
     "state cleared": lambda x: x.state.clear(),
+    "last state taken away": lambda x: x.state.pop(x.params[-1]),
+    "tensor of the table added": lambda x: x.memory.append(torch.zeros(1)),
+    "tensor of the table taken away": lambda x: x.memory.pop(),
+    "group taken away": lambda x: x.groups.pop(),
+    "parameter taken away": lambda x: x.groups[1].pop(),
     "gradient outside the table": lambda x: setattr(x.other, "grad", torch.zeros(2)),
 }
 
@@ -124,6 +142,10 @@ def test_a_gradient_that_can_not_be_read_as_it_is(grad):
     assert x.gradients() == (0, 2, [0, x.params[1].grad.data_ptr(), 0, 0], [7, 0, 7, 7])
 
 
+def cast_gradient(x):
+    x.params[0].grad.data = torch.ones(4, 4, dtype=torch.float64)
+
+
 def move_gradient(x):
     x.params[0].grad.data = torch.ones(4, 4)
 
@@ -136,6 +158,8 @@ GRADIENTS = {  # a change after a step, and whether the gradient can be read the
     "transposed in its memory": (lambda x: x.params[0].grad.t_(), False),
     "shorter in its memory": (lambda x: x.params[0].grad.resize_(2, 4), False),
     "its storage moved": (lambda x: x.params[0].grad.untyped_storage().resize_(1 << 20), True),
+    "cast to what no pass reads": (cast_gradient, False),
+    "cast to another": (lambda x: setattr(x.params[0].grad, "data", torch.ones(4, 4, dtype=torch.bfloat16)), True),
     "its storage freed": (lambda x: x.params[0].grad.untyped_storage().resize_(0), False),
 }
 
@@ -148,9 +172,13 @@ def test_a_change_of_a_gradient_read_before_is_noticed(change):
         assert x.gradients()[:2] == (-1, 1)
     work, readable = GRADIENTS[change]
     work(x)
-    bad, _, address, _ = x.gradients()
+    bad, _, address, dtype = x.gradients()
     assert bad == (-1 if readable else 0)
     assert address[0] == (x.params[0].grad.data_ptr() if readable else 0)
+    if readable:
+        assert DTYPES[dtype[0]].dtype == x.params[0].grad.dtype
+    x.params[0].grad = None
+    assert x.gradients() == (-1, 0, [0] * 4, [7] * 4)
     x.params[0].grad = torch.ones(4, 4)
     assert x.gradients()[2][0] == x.params[0].grad.data_ptr()
 
@@ -158,6 +186,39 @@ def test_a_change_of_a_gradient_read_before_is_noticed(change):
 def test_this_torch_is_looked_at_by_imprints():
     """Else every tensor is asked for, and a step over many takes twice as long."""
     assert _C.imprints()
+    assert _C.imprints_of_gradients()
+
+
+class Halved(torch.Tensor):
+    """A tensor that answers for its gradient itself."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        answer = super().__torch_function__(function, types, arguments, options or {})
+        return arguments[0].own if function == torch.Tensor.grad.__get__ and answer is not None else answer
+
+
+def test_a_gradient_of_a_subclass_is_what_that_says():
+    p = torch.zeros(6).as_subclass(Halved).requires_grad_()
+    snapshot = ops.Snapshot([[p]], [p], [], {})
+    address, dtype = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    p.own = p.grad = torch.ones(6)
+    assert snapshot.gradients([p], DTYPES, address, dtype) == (-1, 1)
+    p.own = torch.ones(6)
+    assert snapshot.gradients([p], DTYPES, address, dtype) == (-1, 1)
+    assert address[0] == p.own.data_ptr()
+
+
+def test_gradients_exchanged_between_parameters_are_each_others():
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    snapshot = ops.Snapshot([params], params, [], {})
+    address, dtype = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64)
+    for p in params:
+        p.grad = torch.ones(4)
+    for _ in range(3):
+        assert snapshot.gradients(params, DTYPES, address, dtype) == (-1, 2)
+        assert address.tolist() == [p.grad.data_ptr() for p in params]
+        params[0].grad, params[1].grad = params[1].grad, params[0].grad
 
 
 def test_strides_of_dimensions_of_one_element_do_not_matter():
@@ -179,11 +240,33 @@ def test_six_dimensions_are_looked_at_too():
         assert snapshot.gradients([p], DTYPES, address, dtype) == (-1, 1)
     p.grad.resize_(2, 1, 2, 3, 1, 1)
     assert snapshot.gradients([p], DTYPES, address, dtype) == (0, 1)
+    p.grad = torch._neg_view(torch.ones_like(p))
+    assert snapshot.gradients([p], DTYPES, address, dtype) == (0, 1)
     moved = torch.zeros(2, 2, 1, 3, 1, 1)
     snapshot = ops.Snapshot([[moved]], [moved], [], {})
     assert snapshot.stands([[moved]], [moved], {})
     moved.resize_(2, 1, 2, 3, 1, 1)
     assert not snapshot.stands([[moved]], [moved], {})
+    state = {p: {"exp_avg": torch.zeros(2, 2, 1, 3, 1, 1)}}
+    snapshot = ops.Snapshot([[p]], [p], [], state)
+    assert snapshot.stands([[p]], [p], state)
+    state[p]["exp_avg"].data = torch.zeros(2, 2, 1, 3, 1, 1)
+    assert not snapshot.stands([[p]], [p], state)
+
+
+def test_a_last_dimension_of_one_element_taken_away_is_noticed():
+    p = torch.nn.Parameter(torch.zeros(6, 1))
+    snapshot = ops.Snapshot([[p]], [p], [], {})
+    p.data = p.data.view(6)
+    assert not snapshot.stands([[p]], [p], {})
+
+
+def test_an_empty_gradient_of_another_device_is_not_read():
+    x = Problem()
+    x.params[3].grad = torch.ones(0)
+    assert x.gradients()[:2] == (-1, 1)
+    torch.utils.swap_tensors(x.params[3], elsewhere())
+    assert x.gradients()[:2] == (3, 1)
 
 
 def test_versions():
@@ -199,8 +282,10 @@ def test_versions():
 
 def test_numbers_of_the_wrong_length_are_refused():
     x = Problem()
-    with pytest.raises(ValueError, match="one item for each tensor"):
-        x.snapshot.gradients(x.params, DTYPES, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    whole, short = np.zeros(4, dtype=np.int64), np.zeros(3, dtype=np.int64)
+    for params, address, dtype in ((x.params[:3], whole, whole), (x.params, short, whole), (x.params, whole, short)):
+        with pytest.raises(ValueError, match="one item for each tensor"):
+            x.snapshot.gradients(params, DTYPES, address, dtype)
 
 
 WITHOUT = """

@@ -191,6 +191,68 @@ def together(setups, grads, options):
         thread.join()
 
 
+@rules
+@pytest.mark.parametrize("backwards", [False, True])
+def test_each_tensor_has_the_scalars_of_its_own(rule, backwards):
+    """A thread keeps the rule it made last: here each tensor differs in one respect from that before it."""
+    states, scalar = ops.RULES[rule].states, ops.RULES[rule].scalar
+    a, b = lists.draw([40, 40], seed=5), lists.draw([40, 40], seed=6)
+    each = [  # group, step, scalar, parameter, gradient
+        (0, 0.0, scalar, a[0], b[0]),
+        (1, 0.0, scalar, a[0], b[0]),
+        (1, 3.0, scalar, a[0], b[0]),
+        (1, 3.0, scalar and 0.5, a[0], b[0]),
+        (1, 3.0, scalar and 0.5, a[1], b[0]),
+        (1, 3.0, scalar and 0.5, a[1], b[1]),
+        (1, 3.0, scalar and 0.5, a[1], b[1]),
+    ][:: -1 if backwards else 1]
+
+    def stepped(some):
+        entries = [
+            ops.Entry(p.clone(), tuple(torch.zeros(states, 40)), rule, group, step, scalar=kept)
+            for group, step, kept, p, _ in some
+        ]
+        made = ops.TensorList(entries, 2, ops.Ledger(lists.CPU), CHUNK)
+        made.set_hyper([ops.RULES[rule].row(lr, lists.RULES[rule].hyper) for lr in (0.05, 0.02)])
+        made.set("grad", [g.data_ptr() for *_, g in some])
+        call = ops.Call()
+        call.inverse = 1.0
+        ops.CppBackend().step(made, call)
+        return [entry.param for entry in entries]
+
+    together = stepped(each)
+    assert same_bits(together, [stepped([one])[0] for one in each])
+
+
+def test_the_rate_of_a_new_list_at_the_address_of_the_old_is_taken():
+    """The rule made last is kept for one pass only: hyper-parameters change where they lie."""
+    for lr in (0.5, 0.25, 0.125, 1.0):
+        setup = lists.Setup([torch.zeros(3)], "Sgd")
+        setup.list.set_hyper([ops.RULES["Sgd"].row(lr, lists.zeroed("Sgd"))])
+        setup.step([torch.ones(3)])
+        assert torch.equal(setup.params[0], torch.full((3,), -lr))
+        setup.list.steps.zero_()  # as of a state_dict that is loaded again
+        setup.list.set_hyper([ops.RULES["Sgd"].row(2 * lr, lists.zeroed("Sgd"))])
+        setup.step([torch.ones(3)])
+        assert torch.equal(setup.params[0], torch.full((3,), -3 * lr))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("width_name", _C.cpu_widths())
+def test_the_norm_of_few_elements_is_that_of_many_to_the_last_bit(width_name, width):
+    width(width_name)
+    generator = torch.Generator().manual_seed(3)
+    for count in range(1, 41):
+        few = torch.randn(count, generator=generator) * 10.0 ** torch.randint(-3, 4, (count,), generator=generator)
+        norms = []
+        for grad in (few, torch.cat([few, torch.zeros(200)])):
+            setup = lists.Setup([torch.zeros(len(grad))], "Sgd")
+            setup.step([grad], norm=True)
+            norms.append(float(setup.ledger["norm"]))
+        assert norms[0] == norms[1]
+        assert norms[0] == pytest.approx(float(few.double().norm()), rel=1e-14)
+
+
 @with_norms
 def test_norms_of_each_tensor(rule):
     setup = make(rule)

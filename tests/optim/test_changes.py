@@ -123,6 +123,16 @@ def test_a_gradient_left_from_another_shape_is_refused():
         opt.step()
 
 
+def test_a_gradient_of_fewer_dimensions_is_refused():
+    p = param(0.0, 0.0, 0.0)
+    opt = sgd.optimizer([p], lr=1.0)
+    p.grad = torch.ones(3)
+    opt.step()
+    p.data = p.data.view(3, 1)  # in its memory, and with the gradient of before
+    with pytest.raises(UsageError, match=r"gradient of parameter 0 of shape \(3, 1\) has shape \(3,\)"):
+        opt.step()
+
+
 @both
 def test_states_cleared_or_replaced_are_taken(case):
     options = {"momentum": 0.9} if case is sgd else {}
@@ -137,6 +147,22 @@ def test_states_cleared_or_replaced_are_taken(case):
 
     like_the_twin(case, replace, **options)
     like_the_twin(case, move, **options)
+
+
+@both
+def test_a_state_transposed_in_its_memory_is_taken(case):
+    options, name = ({"momentum": 0.9}, "momentum_buffer") if case is sgd else ({}, "exp_avg")
+    ends = []
+    for kind in (case.optimizer, case.twin):
+        p = torch.nn.Parameter(torch.zeros(3, 3))
+        opt = kind([p], lr=0.1, **options)
+        for step in range(3):
+            p.grad = torch.arange(9.0).reshape(3, 3) + step
+            opt.step()
+            if step == 1:
+                opt.state[p][name].t_()
+        ends.append(problem.double(p))
+    np.testing.assert_allclose(*ends, rtol=2e-5, atol=2e-5)
 
 
 def test_memory_of_a_parameter_that_moved_is_given_back():
