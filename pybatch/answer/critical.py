@@ -302,12 +302,12 @@ def passed_over(steps: Convergence | None, source: str | None) -> list[Note]:
 
 
 def unmeasured(steps: Convergence | None, source: str | None) -> str | None:
-    """Why a sweep that was made has no critical batch; None where it has one, or none was made."""
-    if steps is None or not steps.curves or source == "sweep":
+    """Why a sweep that was made has no critical batch; None where it, or branches, have one, or none was made."""
+    if steps is None or not steps.curves or source in ("sweep", "branch"):
         return None
     texts = {figure: [n.text for n in steps.curves[0].notes if n.figure == figure] for figure in _TELLING}
     found = next((own for own in texts.values() if own), ["Too few batch sizes reached the target"])
-    return ". ".join(text[0].upper() + text[1:].rstrip(".") for text in found) + "."
+    return ". ".join(text[:1].upper() + text[1:].rstrip(".") for text in found) + "."
 
 
 def _why(notes: Sequence[Note]) -> str:

@@ -190,10 +190,11 @@ def ensemble_of(
     fit, curve = capacity.model, critical.curve
     assert fit is not None  # the caller has looked
     assert critical.value is not None
-    timed = sorted((p for p in capacity.batches if p.status == "ok" and p.step_ms), key=lambda p: p.batch)
+    distinct = {p.batch: p for p in capacity.batches if p.status == "ok" and p.step_ms}
+    timed = [distinct[batch] for batch in sorted(distinct)]
     ran = _observed(curve)
     known = [critical.high or critical.value, *(p.batch for p in timed), *ran[0]]
-    top = max(min(_TOP * max(known), 1e12), 2.0)
+    top = max(min(_TOP * max(known), 1e12), *(p.batch for p in timed), *ran[0], 2.0)
     found = possible(fit, timed)
     every = [p.batch for p in timed] + list(ran[0]) + [b for b in (most, most_global) if b <= top] + marks(found)
     count = 2 + int(math.log(top) / math.log(_STEP))

@@ -9,6 +9,7 @@ from pybatch.answer.verdict import ensemble
 from pybatch.base.numerals import count, number, share
 from pybatch.records import Capacity, Inputs, NoiseScale, Reason, Training, Verdict
 
+_LONGER = 1.05  # times the time of the batch advised; less is no difference that shows
 _TIMES = ("time_factor", "time_factor_low", "time_factor_high")
 
 
@@ -39,8 +40,8 @@ def with_own(verdict: Verdict, capacity: Capacity, noise: NoiseScale | None, tra
         cost = change(model, float(verdict.best_batch), float(one), capacity.batches)
         inputs |= {name: cost[name] for name in _TIMES}
         times, low, high = (number(float(cost[name] or 0.0), 2) for name in _TIMES)
-        sentence += f", and takes {times} times ({low} to {high}) the time of batch {count(verdict.best_batch)}"
-        sentence += " to the same loss"
+        longer = f"{times} times ({low} to {high})" if float(cost["time_factor"] or 0.0) > _LONGER else "about"
+        sentence += f", and takes {longer} the time of batch {count(verdict.best_batch)} to the same loss"
     sentence += "."
     rest = verdict.text.removeprefix(verdict.answer).strip()
     reason = Reason("own_batch", sentence, "modelled" if "time_factor" in inputs else "measured", inputs)

@@ -141,7 +141,7 @@ def bounds(
             "Step times do not rise with the batch" if fit.ceiling is None else "Step time is proportional to the batch"
         )
         falls = fit.ceiling is None and span[1] is not None
-        beyond = f"past batch {count(span[1])} fewer examples are done a second" if falls else _open(fit)
+        beyond = f"past batch {count(span[1])} fewer examples are done a second" if falls else _open(fit, bound)
         because = f"{rises}{f' up to batch {count(span[0])}' if falls else ''}: {beyond}."
         return Answer(f"{_distrust(fit)}{_bounded(span, bound)}", because, _known(critical))
     if fit is None:
@@ -181,8 +181,10 @@ def _why(critical: Critical) -> str:
     return critical.reason.text.rstrip(".")
 
 
-def _open(fit: ThroughputFit) -> str:
+def _open(fit: ThroughputFit, bound: Bound | None) -> str:
     """What follows from step times without a half batch."""
+    if bound is not None:
+        return "a larger one would take no longer"
     if fit.ceiling is not None:
         return "a larger one only costs examples"
     return "a larger one takes no longer. Time larger ones to find where the device's ceiling is"

@@ -19,7 +19,7 @@ from pybatch.records import BatchPoint, ThroughputFit
 # misfit; the rest is error of single measurements.
 _LENGTH, _LEAST, _SHARE = 0.7, 0.01, 0.5
 _DISTURBED_SHARE = 0.2  # likewise: what a disturbed machine scatters is hardly the curve's
-_TINY = 1e-6  # examples: a half batch below it is none
+_TINY = 1e-6  # examples: a half batch below it is none, and one above its inverse is without end
 _ON_FLOOR = 2  # batch sizes that tell a floor
 _HARDLY = 1e-3  # of all members: less than one
 _WAVES = 24  # of the first so many the ends are on the grid: there a wave is used whole
@@ -69,7 +69,8 @@ def possible(fit: ThroughputFit, timed: Sequence[BatchPoint]) -> list[StepTimes]
         fit: of the times.
         timed: in ascending order.
     """
-    fitted = [max(fit.alpha_s, _TINY * fit.beta_s), fit.beta_s] + [fit.t0_s] * (fit.model == "floor")
+    slope = max(fit.beta_s, _TINY * fit.alpha_s)
+    fitted = [max(fit.alpha_s, _TINY * slope), slope] + [fit.t0_s] * (fit.model == "floor")
     own, (x, y) = StepTimes(np.log(fitted), 1.0, fit.wave), _observed(timed)
     if len(x) < FLOOR_LEAST:
         return [own]
@@ -166,7 +167,8 @@ def variance_of(point: BatchPoint) -> float:
         within = (math.log(point.step_ms_high / point.step_ms_low) / (2 * NORMAL)) ** 2
     visits: dict[int, list[float]] = {}
     for block, of in zip(point.blocks_ms, point.block_rounds, strict=False):
-        visits.setdefault(of, []).append(math.log(block))
+        if block > 0:
+            visits.setdefault(of, []).append(math.log(block))
     if len(visits) < 2:
         return within
     return max(within, float(np.var([np.median(v) for v in visits.values()], ddof=1)) / len(visits))

@@ -193,12 +193,14 @@ def _bounded(
         text = "step times do not rise with the batch: none takes less time than the largest timed, within what fits"
         rising = before_fall([p for p in capacity.batches if p.status == "ok"])[-1].batch
         largest = int(min(rising, bound_of(capacity).value))
-        high = None
+        high, most = None, bound_of(capacity)
         if rising < max(timed):  # what was timed beyond shows that it is not open upwards
             high, text = largest, f"{text}, up to batch {rising}, past which throughput falls"
-        return largest, high, None, [Reason("best_low", text, "measured", {"largest_measured": rising})]
+        kept = most if high is None and largest + 1 > most.value else None
+        return largest, high, kept, [Reason("best_low", text, "measured", {"largest_measured": rising})]
     most, found = bound_of(capacity), []
-    low = high = kept = None
+    low = high = None
+    kept = None
     law = "sqrt(critical batch x half batch) at the"
     if critical.low is not None:
         root = min(math.sqrt(critical.low * fit.half_batch), most.value)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from pybatch.answer.verdict import advise
 from pybatch.capacity.distributed import measure_distributed, process_group
+from pybatch.capacity.exploration import OUT_OF_TIME
 from pybatch.jobs.bench import run_bench
 from pybatch.jobs.options import BenchOptions
 from pybatch.records import Run
@@ -87,12 +88,13 @@ def _stands(run: Run) -> bool:
 def _per_device(run: Run, asked: Sequence[int]) -> list[int]:
     """Batches per device around the best one, within what ran; smallest, middle and largest where none is known.
 
-    Where time ran out before two did, the two smallest of these and of those asked for that memory may hold.
+    Where time ran out before two did, these and of those asked for, that it left out, the smallest.
     """
-    known = {p.batch: p.status for p in run.capacity.batches} if run.capacity else {}
-    ran = [batch for batch, status in known.items() if status == "ok"]
+    known = {p.batch: p for p in run.capacity.batches} if run.capacity else {}
+    ran = [batch for batch, point in known.items() if point.status == "ok"]
     if len(ran) < 2:
-        return sorted({*ran, *(n for n in asked if "oom" not in known.get(n, ""))})[:2]
+        late = sorted(n for n in asked if n not in known or known[n].reason == OUT_OF_TIME)
+        return sorted({*ran, *late[: 2 - len(ran)]})
     spread = {ran[0], ran[len(ran) // 2], ran[-1]}
     best = run.verdict.best_batch if run.verdict is not None else None
     if best is None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from cases.verdicts import BATCHES, capacity, noise, throughput
 
+from pybatch.answer.kriging import kriged
 from pybatch.answer.step_times import StepTimes, drawn_step_times, marks, possible
 from pybatch.answer.verdict import advise
 from pybatch.fits.throughput import fit_throughput
@@ -105,3 +106,44 @@ def test_the_order_of_a_records_rows_is_of_no_account():
     known = capacity(fit, times=times)
     mixed = dataclasses.replace(known, batches=known.batches[::-1])
     assert advise(mixed, noise(40)).text == advise(known, noise(40)).text
+
+
+def test_the_ends_of_waves_are_on_the_grid():
+    unknowns = np.log([1e-3, 1e-5])
+    assert {46.0, 92.0, 46.0 * 20} <= set(marks([StepTimes(unknowns, 0.5, 46), StepTimes(unknowns, 0.5)]))
+    assert marks([StepTimes(unknowns, 1e-6, 46)]) == []  # no member has it
+
+
+def test_unknowns_that_a_curve_took_from_the_data_leave_fewer_to_tell_the_misfit_by():
+    """Of 8 points that miss the line by 5 %, and a curve that took 4 of them: the misfit is of 2, not of 6."""
+    size = np.geomspace(1, 4096, 200)
+    x = size[10::25]
+    y = np.log(1e-3 * (1 + x / 100)) + 0.05 * (-1.0) ** np.arange(len(x))
+    shape, spread = StepTimes(np.log([1e-3, 1e-5]), 1.0), []
+    for beside in (0, 4):
+        drawn = kriged(
+            400, size, lambda p: shape.log_s(p, size), shape.unknowns, shape.slopes(size), shape.unknowns,
+            np.full(2, 3.0), 0.7, 0.01, 0.5, x, y, np.full(len(x), 1e-6), np.random.default_rng(0), beside)  # fmt: skip
+        spread.append(float(drawn.std(axis=0).mean()))
+    assert spread[1] / spread[0] == pytest.approx(math.sqrt(6 / 2), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda points: (*points, dataclasses.replace(points[3], step_ms_low=points[3].step_ms)),  # the same batch twice
+        lambda points: tuple(dataclasses.replace(p, blocks_ms=(0.0, 1.0), block_rounds=(0, 1)) for p in points),
+        lambda points: (*points, dataclasses.replace(points[-1], batch=10**14)),
+        lambda points: points[:1] * 8,
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_rows_that_no_measurement_makes_end_in_no_error(change):
+    known = capacity()
+    odd = dataclasses.replace(known, batches=change(known.batches))
+    assert advise(odd, noise(40)).best_batch is not None
+
+
+def test_a_fit_whose_times_do_not_grow_is_read():
+    flat = dataclasses.replace(throughput(), beta_s=0.0)
+    assert np.isfinite(possible(flat, capacity().batches)[0].unknowns).all()

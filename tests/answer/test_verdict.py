@@ -545,3 +545,21 @@ def test_runs_without_a_critical_batch_come_first_and_a_noise_scale_after_them(s
     instead = "The critical batch is 40 (10 to 161, by gradient noise), which the runs do not confirm."
     assert (instead in found.text) == (scale is not None)
     assert advise(None, scale, sweep()).answer.startswith("The critical batch is ")
+    empty = dataclasses.replace(nothing, curves=(dataclasses.replace(nothing.curves[0], notes=(Note("points", ""),)),))
+    assert advise(None, scale, empty).answer == "The runs show no critical batch."
+    branched = dataclasses.replace(nothing, branches=(BRANCHES["fitted"][0],))
+    assert advise(None, scale, branched).answer.startswith("The critical batch is ")
+
+
+@pytest.mark.parametrize(("limits", "name"), [({"max_batch": 4096}, "memory"), ({"examples": 4096}, "the data set")])
+def test_flat_step_times_up_to_the_bound_advise_it(limits, name):
+    """It said that the best batch was at least that, and to time larger ones, where none fits."""
+    batches = [2**i for i in range(13)]
+    fit = fit_throughput(batches, [[1e-3, 1.001e-3, 0.999e-3]] * len(batches))
+    flat = dataclasses.replace(capacity(**limits, times=[1.0] * len(batches)), model=fit)
+    found = advise(flat, noise(40))
+    assert found.answer == f"Use batch 4,096, the largest that {name} allows."
+    assert "larger ones" not in found.text
+    larger = advise(dataclasses.replace(flat, max_batch=10**6, workload=None), noise(40))
+    assert larger.answer == "The best batch is not known yet; it is at least 4,096."
+    assert "Time larger ones" in larger.text

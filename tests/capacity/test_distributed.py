@@ -15,6 +15,7 @@ from cases.patience import with_time
 import pybatch
 from pybatch.base.errors import UsageError
 from pybatch.capacity.distributed import launched, measure_distributed, process_group
+from pybatch.capacity.exploration import OUT_OF_TIME
 from pybatch.jobs.distributed import _per_device
 from pybatch.records import Run
 from pybatch.workloads.running.finding import find
@@ -24,7 +25,7 @@ def torchrun(python, folder, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", warm.CHILDREN: python}
     command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pybatch"]
     return subprocess.run(
-        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -64,15 +65,22 @@ def test_where_time_ran_out_alone_what_was_asked_for_is_timed_together(bench):
     run = replace(bench[1], verdict=None)
     point = run.capacity.batches[0]
 
-    def ran(**statuses):
-        points = tuple(replace(point, batch=int(n[1:]), status=status) for n, status in statuses.items())
+    def ran(skipped=None, **statuses):
+        points = tuple(
+            replace(point, batch=int(n[1:]), status=status, reason=skipped if status == "skipped" else None)
+            for n, status in statuses.items()
+        )
         return replace(run, capacity=replace(run.capacity, batches=points))
 
     assert _per_device(ran(b8="ok", b128="ok", b512="oom"), (4,)) == [8, 128]
     assert _per_device(ran(), (512, 128, 8)) == [8, 128]
     assert _per_device(ran(b128="oom", b512="predicted_oom"), (512, 128, 8)) == [8]
     assert _per_device(ran(b8="oom"), (8,)) == []
-    assert _per_device(ran(b8="ok", b128="skipped"), (8, 128)) == [8, 128]
+    late = ran(OUT_OF_TIME, b8="ok", b128="skipped")
+    assert _per_device(late, (8, 128)) == [8, 128]
+    assert _per_device(late, (1, 2, 8, 128)) == [1, 8]
+    refused = ran("BatchNorm needs two", b1="skipped", b64="ok")
+    assert _per_device(refused, (1, 64)) == [64]
     assert _per_device(ran(b8="ok", b128="predicted_oom"), (8, 128)) == [8]
     assert _per_device(ran(b8="ok"), ()) == [8]
     assert _per_device(replace(run, capacity=None), (512, 128, 8)) == [8, 128]
