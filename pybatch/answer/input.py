@@ -10,12 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pybatch.base.numerals import count, counted, rounded, share
+from pybatch.base.numerals import count, counted, number, rounded, share
 from pybatch.records import BatchPoint, Capacity, InputPipeline, Inputs, Reason, Training, Verdict
 
 # Share of the time, from which on data comes before the batch size; of all that a script does between steps, where no
 # DataLoader tells what of it is waiting for data.
 WAITS, WAITS_OR_WORKS = 0.10, 0.25
+MOSTLY = 0.5  # of the time: from here on data is the limit, where nothing is loaded beside the steps
 LEAST_MS = 1.0  # between steps, where no DataLoader is: less goes on calls of Python
 
 
@@ -42,7 +43,7 @@ def with_input(verdict: Verdict, training: Training | None, cores: int | None = 
         "workers": None if training.workers is None else float(training.workers),
         "workers_needed": None if training.workers_needed is None else float(training.workers_needed),
     }
-    return _limited(verdict, sentence, inputs)
+    return _limited(verdict, sentence, training.waiting, training.workers, inputs)
 
 
 def with_loader(verdict: Verdict, capacity: Capacity | None) -> Verdict:
@@ -61,10 +62,14 @@ def with_loader(verdict: Verdict, capacity: Capacity | None) -> Verdict:
     needed, cores = workers_needed(pipeline, near), capacity.device.cores if capacity.device is not None else None
     cores = cores if capacity.device is not None and capacity.device.kind == "cpu" else None
     sentence = f"At batch {count(near.batch)} the device waits for data {share(waits)} of the time: "
-    sentence += f"{_workers(needed, pipeline.workers, cores)}{_kept(pipeline)}"
+    sentence += _workers(needed, pipeline.workers, cores)
+    if pipeline.kept_batch is not None:
+        sentence += f". Up to batch {count(pipeline.kept_batch)} it keeps up as it is"
     kept = None if pipeline.kept_batch is None else float(pipeline.kept_batch)
     inputs: Inputs = {"waiting": waits, "workers": float(pipeline.workers), "workers_needed": float(needed)}
-    return _limited(verdict, sentence, inputs | {"batch": float(near.batch), "kept_batch": kept})
+    return _limited(
+        verdict, sentence, waits, pipeline.workers, inputs | {"batch": float(near.batch), "kept_batch": kept}
+    )
 
 
 def waiting(pipeline: InputPipeline, point: BatchPoint) -> float:
@@ -116,10 +121,22 @@ def with_input_bounds(points: Sequence[BatchPoint], pipeline: InputPipeline | No
     return found
 
 
-def _limited(verdict: Verdict, sentence: str, inputs: Inputs) -> Verdict:
-    """The verdict with waiting for data as its limit, said before all else but the batch."""
-    because = f"{sentence}; a larger batch helps nothing before that. {verdict.because}".strip()
+def _limited(verdict: Verdict, sentence: str, waits: float, workers: int | None, inputs: Inputs) -> Verdict:
+    """The verdict with waiting for data said before all else but the batch, and as its limit where it is.
+
+    Workers load beside the steps: where the device waits for them, theirs is the rate. Without any the two take turns,
+    and an example takes as long to load in a larger batch: what that may gain is what the rest of the time is.
+    """
+    ahead, inputs = "A larger batch helps nothing before that", dict(inputs)
+    if not workers:
+        inputs["gain_at_most"] = 1 / waits
+        ahead = f"Before that a larger batch gains {number(1 / waits, 2)} times the rate at most"
+    because = f"{sentence}. {ahead}. {verdict.because}".strip()
     rest = verdict.text.removeprefix(verdict.answer).strip().removeprefix(verdict.because).strip()
+    if not workers and waits < MOSTLY:
+        reasons = (*verdict.reasons, Reason("input", sentence, "measured", inputs))
+        text = " ".join(part for part in (verdict.answer, because, rest) if part)
+        return replace(verdict, because=because, text=text, reasons=reasons)
     return replace(
         verdict,
         limit="input",

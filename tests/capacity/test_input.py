@@ -134,7 +134,7 @@ def test_the_verdict_says_it_before_the_batch_size(run):
     verdict = advise(slow, run.noise)
     assert verdict.limit == "input"
     assert "workers would do (it has 2), and there are 2 cores" in verdict.because
-    assert "up to batch 1 it keeps up as it is; a larger batch helps nothing before that" in verdict.because
+    assert "Up to batch 1 it keeps up as it is. A larger batch helps nothing before that." in verdict.because
     assert verdict.text.startswith(verdict.answer)
     assert verdict.why("limit").evidence == "measured"
     fast = dataclasses.replace(run.capacity, input=InputPipeline(2, rate, (InputRate(8, 2 * rate),)))

@@ -110,11 +110,22 @@ def waits(share, workers, needed, cores=8, step_ms=100.0):
 def test_waiting_for_data_comes_first():
     found = waits(0.41, 2, 6)
     assert found.limit == "input"
-    assert found.because.startswith("The device waits for data 41.0 % of the time: 6 workers would do (it has 2); a")
+    assert found.because.startswith("The device waits for data 41.0 % of the time: 6 workers would do (it has 2). A")
     assert found.text == f"Use 8. {found.because} More."
     assert found.why("limit").inputs["workers_needed"] == 6
     assert "there are 4 cores: make examples cheaper" in waits(0.41, 2, 6, cores=4).because
     assert "in a DataLoader" in waits(0.41, None, None).because
+
+
+def test_without_workers_a_larger_batch_gains_what_is_not_waiting():
+    """"A larger batch helps nothing" was said where it tripled the rate: data and steps take turns there."""
+    found = waits(0.2, 0, 1)
+    assert found.limit == VERDICT.limit
+    assert "Before that a larger batch gains 5 times the rate at most. So it is." in found.because
+    assert found.why("input").inputs["gain_at_most"] == pytest.approx(5.0)
+    assert waits(0.6, 0, 1).limit == "input"
+    assert "gains 1.7 times" in waits(0.6, 0, 1).because
+    assert "helps nothing" in waits(0.2, 2, 3).because  # the workers' rate is the training's
 
 
 @pytest.mark.parametrize("given", [(0.05, 2, 3), (None, 2, 3), (0.2, None, None), (0.3, None, None, 8, 1.0)])
