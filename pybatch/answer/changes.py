@@ -298,6 +298,9 @@ def _differences(old: Run, new: Run) -> tuple[str, ...]:
                     getattr(before.workload, name),
                     getattr(after.workload, name),
                 )
+    for which, run in (("old", old), ("new", new)):
+        if run.capacity is not None and run.capacity.disturbed:
+            said.append(f"machine disturbed in the {which} run: {'; '.join(run.capacity.disturbed)}")
     if old.environment and new.environment:
         for name in ("torch", "pybatch", "threads", "driver", "seed"):
             tell(name, getattr(old.environment, name), getattr(new.environment, name))

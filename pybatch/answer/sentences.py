@@ -138,7 +138,9 @@ def bounds(
     known = _said(critical)
     if fit is not None and fit.half_batch is None and span != (None, None):
         rises = (
-            "Step times do not rise with the batch" if fit.ceiling is None else "Step time is proportional to the batch"
+            "Step times do not rise with the batch beyond their scatter"
+            if fit.ceiling is None
+            else "Step time is proportional to the batch"
         )
         falls = fit.ceiling is None and span[1] is not None
         beyond = f"past batch {count(span[1])} fewer examples are done a second" if falls else _open(fit, bound)

@@ -73,21 +73,25 @@ def _planned(
     """The plan, and what a reader must know of it."""
     notes = []
     capacity = run.capacity if run is not None else None
+    timed = [p.batch for p in capacity.batches if p.status == "ok"] if capacity is not None else []
     if largest is None and capacity is not None and capacity.max_batch is not None and not capacity.max_batch_verified:
         notes.append(f"the largest batch that fits, {count(capacity.max_batch)}, is predicted; it was not run")
     if wanted is not None:
         devices = devices or 1
         if largest is None and (capacity is None or capacity.max_batch is None):
             largest = max(1, wanted // devices)
-            notes.append(
-                f"whether {count(largest)} fit a device is not known: give a record of 'pybatch bench', or --largest N"
-            )
+            if largest > max(timed, default=0):
+                fits = f"whether {count(largest)} fit a device is not known: "
+                notes.append(f"{fits}give a record of 'pybatch bench', or --largest N")
         notes += _past_worth(run, devices)
         return plan_accumulation(capacity, wanted, devices, largest=largest), notes
     assert run is not None
     advised, devices = of_record(run, devices)
     notes += _past_worth(run, devices)
     most = largest if largest is not None else capacity.max_batch if capacity is not None else None
+    if most is None and timed:  # what was run fits
+        most = largest = max(timed)
+        notes.append(f"the largest batch that fits is not known; {count(most)} was timed")
     if most is None:
         raise UsageError("the record has no largest batch that fits, which bounds a micro-batch. Give --largest N.")
     batch = exact(advised, devices, most)

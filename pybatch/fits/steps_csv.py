@@ -171,7 +171,10 @@ class _Cells:
             return math.nan
         if self.text("steps") and self.text("steps").lower() not in _ENDS:
             return self.positive("steps")
-        raise self.error("no cap of a run that did not reach the target", "Give the steps at which it was given up")
+        raise self.error(
+            "a run that did not reach the target has no cap",
+            "Give the steps at which it was given up in a column 'cap'",
+        )
 
     def before(self) -> float:
         """The last evaluation above the target."""

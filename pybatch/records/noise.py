@@ -129,7 +129,9 @@ class NoiseScale(Shown):
         steps = f", steps {n.count(self.first_step)} to {n.count(self.last_step)}" if self.first_step else ""
         value = "not known, in" if self.b_simple is None else n.number(self.b_simple)
         found = " ".join(filter(None, ("B_simple", value, n.interval(self.low, self.high), self.unit or "examples")))
-        return f"{found} ({n.words(self.status)}, by {self.source}{steps})"
+        why = next((note.text for note in self.notes if note.figure == "noise.b_simple"), "")
+        lacking = f": {why}" if self.b_simple is None and why else ""
+        return f"{found} ({n.words(self.status)}, by {self.source}{steps}){lacking}"
 
     def in_examples(self, per_example: float, error: float = 0.0) -> NoiseScale:
         """The same in examples, the unit of the batch size, where it is counted in parts of them such as tokens.

@@ -8,7 +8,7 @@ from pybatch.answer.changes import FIGURES, Change, Comparison
 from pybatch.base import numerals as n
 from pybatch.report.layout import Section, Table, columns
 
-_OTHER = ("workload", "model", "device")  # differences after which a change says little of the code
+_OTHER = ("workload", "model", "device", "machine")  # differences after which a change says little of the code
 
 
 def sections(comparison: Comparison) -> list[Section]:
@@ -16,7 +16,8 @@ def sections(comparison: Comparison) -> list[Section]:
     figures = [(n.words(change.figure), change) for change in comparison.changes]
     other = tuple(text for text in comparison.differences if text.startswith(_OTHER))
     notes = tuple(f"differs between the runs: {text}" for text in comparison.differences if text not in other)
-    made = [Section("Not of the same thing: what changed may be that", notes=other)] if other else []
+    title = "Not of the same thing, or not undisturbed: what changed may be that"
+    made = [Section(title, notes=other)] if other else []
     made.append(Section("Change, new against old", _table("figure", figures), notes=notes))
     if comparison.batches:
         batches = [(n.count(batch), change) for batch, change in comparison.batches]

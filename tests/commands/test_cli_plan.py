@@ -99,3 +99,15 @@ def test_what_cannot_be_is_refused_with_the_remedy(arguments, said):
     done = planned(*arguments)
     assert isinstance(done.exception, UsageError)
     assert said in str(done.exception)
+
+
+def test_a_batch_that_was_timed_fits(run, tmp_path):
+    """Of a watched run the largest that fits may not be known, and yet 512 ran."""
+    path, capacity = tmp_path / "run.json", dataclasses.replace(run.capacity, max_batch=None)
+    path.write_text(dataclasses.replace(run, capacity=capacity).to_json())
+    largest = max(p.batch for p in capacity.batches if p.status == "ok")
+    done = planned(str(path), "--global-batch", str(largest))
+    assert done.exit_code == 0
+    assert "not known" not in done.stderr
+    assert "is not known: give a record" in planned(str(path), "--global-batch", str(2 * largest)).stderr
+    assert f"{largest} was timed" in planned(str(path)).stderr

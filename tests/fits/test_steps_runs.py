@@ -245,7 +245,10 @@ def test_a_file_of_runs(tmp_path):
         (HEAD + "8,0,-3,0.1,900\n", "line 2: steps '-3' is no number"),
         (HEAD + "8,0,nan,0.1,900\n", "line 2: steps 'nan' say nothing. Write inf"),
         (HEAD + "8,0,100,0,900\n", "line 2: rate '0'"),
-        (HEAD + "8,0,inf,0.1,\n", "line 2: no cap of a run that did not reach"),
+        (
+            HEAD + "8,0,inf,0.1,\n",
+            "line 2: a run that did not reach the target has no cap",
+        ),
         (HEAD + "8,0,1000,0.1,900\n", "line 2: steps 1000 are above the cap of 900"),
         (HEAD + "8,0,100,0.1,900\n8,0,101,0.1,900\n", "line 3: batch 8, seed '0' and rate 0.1 stand in line 2 already"),
         (HEAD + "8,0,100,0.1\n", "line 2: 4 cells where the head has 5"),

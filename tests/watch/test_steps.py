@@ -118,7 +118,7 @@ def test_waiting_for_data_comes_first():
 
 
 def test_without_workers_a_larger_batch_gains_what_is_not_waiting():
-    """"A larger batch helps nothing" was said where it tripled the rate: data and steps take turns there."""
+    """ "A larger batch helps nothing" was said where it tripled the rate: data and steps take turns there."""
     found = waits(0.2, 0, 1)
     assert found.limit == VERDICT.limit
     assert "Before that a larger batch gains 5 times the rate at most. So it is." in found.because
