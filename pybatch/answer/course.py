@@ -29,7 +29,7 @@ class Course:
         low, high: [k]; nan: open.
         source: what it was taken from.
         notes: what a reader must know of it.
-        doubt: what belongs to the answer's first lines.
+        doubt: why no schedule stands on it.
         advised: the best batch of the record's own verdict.
     """
 
@@ -40,7 +40,7 @@ class Course:
     high: Array
     source: ScheduleSource
     notes: tuple[Note, ...] = ()
-    doubt: str = ""  # a sentence that belongs to the answer
+    doubt: str = ""
     advised: int | None = None  # the record's best batch, which counts step times as well
 
     def at(self, examples: Array, values: Array | None = None) -> Array:
@@ -154,7 +154,7 @@ def _of_noise(run: Run, batch: int | None) -> Course:
         text = f"{len(bounded)} of {n.counted(len(known), 'reading')} of the noise scale {were}"
         notes = (Note("stages", text),)
         if 2 * len(bounded) > len(known):
-            doubt = f" Low confidence: {text}."
+            doubt = text
     values = [p.b_simple or p.low or math.nan for p in known]
     return Course(
         batch,

@@ -101,7 +101,10 @@ def plan_schedule(
         rate_rule=rate_rule,
     )
     notes = (*course.notes, *_notes(course, total, found, critical, (least, most), fits, devices))
-    answer, because = _words(found, course.doubt, course.advised)
+    answer, because = _words(found, course.advised)
+    if course.doubt:
+        doubt = f"{course.doubt[0].upper()}{course.doubt[1:]}; watch a longer run"
+        answer, because = "No schedule can be advised yet.", f"{doubt}. What they say so far: {answer} {because}"
     found = replace(found, notes=notes)
     return replace(found, answer=answer, because=because)
 
@@ -270,12 +273,12 @@ def _notes(
     return notes
 
 
-def _words(found: Schedule, doubt: str, advised: int | None) -> tuple[str, str]:
-    """The first line, and why, with what there is to doubt of it."""
+def _words(found: Schedule, advised: int | None) -> tuple[str, str]:
+    """The first line, and why."""
     sizes = " → ".join(n.count(stage.batch) for stage in found.stages)
     reaches = f"By the model it takes {n.count(found.steps)} steps to the same loss"
     if len(found.stages) == 1:
-        [only] = found.stages
+        [only], untimed = found.stages, ""
         if only.batch == found.base_batch:
             verb, other, trade = "Keep", "", ""
         else:
@@ -283,21 +286,21 @@ def _words(found: Schedule, doubt: str, advised: int | None) -> tuple[str, str]:
             trade = f": {_trade(found, only.batch)}"
             if only.batch < found.base_batch:
                 timed = "fewer examples may take longer" if advised is None else f"with them {_verdict(advised)}"
-                doubt = f" Step times play no part in this: {timed}.{doubt}"
+                untimed = f" Step times play no part in this: {timed}."
         past = ""
         if found.base_cost > _PAST:
             own, mean = n.count(found.base_batch), n.batch_size(found.base_batch / found.base_cost)
             past = f"batch {own} is above the critical batch along the run, {mean} on average, and "
         return (
             f"{verb} batch {sizes} for the whole run{trade}.",
-            f"{reaches}{other}; {past}no change along the run saves more.{doubt}",
+            f"{reaches}{other}; {past}no change along the run saves more.{untimed}",
         )
     span = n.interval(found.steps_saved_low, found.steps_saved_high, n.share)
     saved = f"{n.share(found.steps_saved)} {span}".strip()
     return (
         f"Use batch {sizes}.",
         f"{reaches}, {saved} fewer than batch {n.batch_size(found.fixed_batch)} throughout, which takes as many "
-        f"examples.{doubt}",
+        "examples.",
     )
 
 
