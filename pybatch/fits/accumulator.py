@@ -97,6 +97,7 @@ class NoiseAccumulator:
         every: int = 1,
     ) -> None:
         self.every = every
+        self._place, self._behind = every, 0.0  # training steps of a place in the ring; places before the next pair
         self.source, self.layers, self.preconditioned, self.missing = source, layers, preconditioned, missing
         self._total = Ring(RING, 2 if preconditioned else 1)
         self._layers = Ring(LAYER_RING, len(layers))
@@ -136,8 +137,9 @@ class NoiseAccumulator:
             own = np.full((len(self.layers), 2), np.nan) if layers is None else np.asarray(layers, dtype=np.float64)
             if own.shape != (len(self.layers), 2):
                 raise UsageError(f"layers of shape {own.shape} for {len(self.layers)} names. Give [layers, 2].")
-            if self.layers:
-                self._layers.add(_pairs(own, n_small, n_large))
+        self._catch_up()
+        if self.layers:
+            self._layers.add(_pairs(own, n_small, n_large))
         if self.preconditioned:
             weighted = [math.nan] * 2 if preconditioned is None else np.asarray(preconditioned).tolist()
             self._total.add(_pairs(np.array([[sq_small, sq_large], weighted]), n_small, n_large))
@@ -145,12 +147,30 @@ class NoiseAccumulator:
             self._total.add(np.array([(1.0, *pair(sq_small, sq_large, n_small, n_large))]))
         self._sizes += n_small, n_large
         self._pairs += 1
+        self._behind += self.every / self._place - 1
 
     def skip(self) -> None:
         """A step without a usable gradient: counted, and it keeps its place in time."""
         self.skipped += 1
+        self._catch_up()
+        self._pass(1)
+        self._behind += self.every / self._place - 1
+
+    def _pass(self, places: int) -> None:
+        """Leave so many places of the rings empty."""
         for ring in (self._total, self._layers):
-            ring.add(np.zeros((ring.shape[1], 3)))
+            for _ in range(places):
+                ring.add(np.zeros((ring.shape[1], 3)))
+
+    def _catch_up(self) -> None:
+        """Where this one took over from steps closer to each other, a pair is several places on from the last."""
+        self._pass(int(self._behind))
+        self._behind %= 1
+
+    def take_over(self, before: NoiseAccumulator) -> None:
+        """Begin with the pairs of one that had the same series, of steps closer to each other."""
+        self.load_state_dict(before.state_dict())
+        self._place = before._place
 
     @property
     def rows(self) -> NDArray[np.float64]:
@@ -164,14 +184,14 @@ class NoiseAccumulator:
 
     def newest(self, single: int = 0, notes: tuple[Note, ...] = ()) -> NoiseScale:
         """The noise scale of the newest stretch that gives an interval, and the whole run as its trajectory."""
-        ring, every = self._total, self.every
+        ring, place = self._total, self._place
         rows = ring.rows[0]
         first = newest(rows, self._sizes[0] / self._pairs if self._pairs else None)
-        start, end = first * ring.length * every + 1, ring.steps * every
+        start, end = first * ring.length * place + 1, ring.steps * place
         found = self._read(first, single, (*drift_note(rows[first:], start, end), *notes))
         if not ring.steps:
             return found
-        run = trajectory(rows, ring.length * every, end)
+        run = trajectory(rows, ring.length * place, end)
         return dataclasses.replace(found, first_step=start, last_step=end, trajectory=run)
 
     def _read(self, first: int, single: int, notes: tuple[Note, ...]) -> NoiseScale:

@@ -275,6 +275,12 @@ class Collector(Handle):
         self._accumulator.load_state_dict(state["statistics"])
         self._single = int(state["single"])
 
+    def take_over(self, before: Collector) -> None:
+        """Go on from a handle of the same source and model that is detached and measured steps closer to each other."""
+        before._readback.drain()
+        self._accumulator.take_over(before._accumulator)
+        self._single += before._single
+
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward pass under way where this was attached within it."""
         if self._counter is not None:

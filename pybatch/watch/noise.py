@@ -263,12 +263,16 @@ class NoiseWatch:
         if every > _OFTEN * self._every:
             self._every = every
             handle.detach()
-            self._ended.append(handle)  # which stands until the new one knows as much
             self._handle = None
             try:
-                self._handle = self._make(handle.source)
+                made = self._make(handle.source)
             except (PybatchError, RuntimeError) as error:  # the script has put a hook on since, say
+                self._ended.append(handle)
                 self.reasons.append(str(error).removesuffix("."))
+                return
+            assert isinstance(made, Collector)
+            made.take_over(handle)
+            self._handle = made
 
     def _take(self, seconds: float) -> None:
         """A step's time: the one after a watched step pays for it too, as memory that was held is asked for anew."""

@@ -294,3 +294,22 @@ def test_gradients_from_one_micro_batch_alone_are_said():
     found = judge(np.array(rows))
     assert (found.status, found.value, found.grad_sq) == ("unresolved", None, 0.0)
     assert "one micro-batch of each step" in found.why
+
+
+def test_pairs_go_on_at_steps_further_apart():
+    """As if the pairs between had been left out one by one."""
+    rng = np.random.default_rng(3)
+    pairs = [(4.0 + noise, 1.0 + noise / 8) for noise in rng.exponential(2.0, 140)]
+    close, far, whole = NoiseAccumulator(every=2), NoiseAccumulator(every=10), NoiseAccumulator(every=2)
+    for small, large in pairs[:100]:
+        close.update(small, large, 4, 32)
+        whole.update(small, large, 4, 32)
+    far.take_over(close)
+    for small, large in pairs[100:]:
+        far.update(small, large, 4, 32)
+        whole.update(small, large, 4, 32)
+        if small != pairs[-1][0]:
+            whole._pass(4)
+    assert far.newest() == whole.newest()
+    assert far.estimate() == whole.estimate()
+    assert far.newest().last_step == 200 + 10 * 39 + 2

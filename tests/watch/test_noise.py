@@ -1,14 +1,12 @@
 """How often the noise of a watched training is measured, and what stands when that changes."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from pybatch.base.errors import UsageError
-from pybatch.noise.handle import Collector
 from pybatch.watch import noise as source
 from pybatch.watch.batching import find_batching
 from pybatch.watch.noise import NoiseWatch
@@ -80,7 +78,7 @@ def test_a_slow_spell_discards_nothing_that_was_measured(monkeypatch):
     assert training.watch._every > source._FIRST
     training.steps(10)
     assert training.watch.read().status == "resolved"
-    assert training.watch.read().steps >= known.steps
+    assert training.watch._handle.whole.steps >= training.watch._handle._accumulator._pairs > known.steps
 
 
 def test_one_slow_step_is_no_cost(monkeypatch):
@@ -92,21 +90,20 @@ def test_one_slow_step_is_no_cost(monkeypatch):
     assert len(training.watch._others) <= source._LATEST
 
 
-def test_what_a_source_knew_stands_until_the_next_one_knows_as_much(monkeypatch):
-    """Also a lower bound, and though the source was made anew more than once."""
+def test_what_a_source_knew_goes_on_in_the_next_one(monkeypatch):
+    """Most of a long run was left out: what came after a source was made anew had too few pairs to be the answer."""
     training = Training(monkeypatch)
     training.steps(12 * source._FIRST, watched=0.11)
-    first = training.watch._ended[0]
+    once = training.watch._every
+    training.steps(12 * once, watched=0.15)
+    assert training.watch._every > once > source._FIRST  # made anew twice
     training.steps(10 * training.watch._every, watched=0.15)
-    assert training.watch._ended[0] is first  # of two
-    assert len(training.watch._ended) == 2
-    bound = replace(first.noise, status="lower_bound", b_simple=None, low=7.0, high=None)
-    monkeypatch.setattr(Collector, "noise", property(lambda one: bound if one is first else unknown))
-    unknown = replace(bound, status="unresolved", low=None)
-    assert training.watch.read() is bound
-    newer = replace(bound, low=8.0)
-    monkeypatch.setattr(Collector, "noise", property(lambda one: bound if one is first else newer))
-    assert training.watch.read() is newer
+    taken = 12 * (source._FIRST + once) + 10 * training.watch._every
+    whole, newest = training.watch._handle.whole, training.watch.read()
+    assert training.watch._ended == []
+    assert whole.steps >= 12 + 10 + 6
+    assert newest.trajectory[0].first_step == 1
+    assert newest.last_step == pytest.approx(taken, rel=0.1)
 
 
 def test_a_source_that_cannot_be_made_anew_leaves_what_it_knew(monkeypatch):
