@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copyreg
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import nn
 
 _TABLES = ("_forward_hooks", "_forward_pre_hooks")
 _BESIDE = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
-_STATE = "__getstate__"
+_PROTOCOL = 2  # of pickle: what an object gives for it is valid in all later ones
+_hooked: Counter[type] = Counter()  # hooks by class of their models, where `_reduced` stands
 
 
 class Hook:
@@ -19,7 +22,7 @@ class Hook:
 
     `copy.deepcopy(model)` (an average of weights, say) and a saved model take the model's hooks along where its class
     says itself what is copied. A copied handle would watch passes that are none of its training's, so there the hook
-    does nothing.
+    does nothing; in a file it is of the standard library, as there may be no pybatch where that is read.
     """
 
     def __init__(self, call: Callable[..., Any] | None) -> None:
@@ -31,28 +34,38 @@ class Hook:
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return Hook(None)
 
-    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
-        return Hook, (None,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")  # takes any arguments, and returns None
 
 
 class Placed:
     """A hook that was put on a model, until `remove`.
 
-    Meanwhile copies and files of the model are as without it: `torch.load` of a whole model would else ask for pybatch,
-    and refuse it with `weights_only=True`.
+    Meanwhile copies and files of the model are as without it: `torch.load` of a whole model would else find a hook, and
+    refuse it with `weights_only=True`. Nothing is put into the model for that, as classes of others' copy what they
+    find there: how a model of this class is copied and pickled is asked of `copyreg`.
     """
 
     def __init__(self, model: nn.Module, handle: Any) -> None:
-        self._model, self._handle = weakref.ref(model), handle
-        if _STATE not in vars(model):
-            vars(model)[_STATE] = _Unhooked(model)
+        # torch counts keys up from 0, in each process anew: below that none of a file's can be another hook's.
+        key, handle.id = handle.id, ~handle.id
+        for name in (*_TABLES, *_BESIDE):
+            table = vars(model).get(name, {})
+            if key in table:
+                table[handle.id] = table.pop(key)
+        self._handle, kind = handle, type(model)
+        if kind not in copyreg.dispatch_table:  # one of the script's own says what is copied
+            copyreg.pickle(kind, _reduced)
+        if copyreg.dispatch_table[kind] is _reduced:
+            _hooked[kind] += 1
+            self._forget = weakref.finalize(model, _forget, kind)
+            self._forget.atexit = False
 
     def remove(self) -> None:
-        """Take it off, and with the last one what was changed of the model."""
+        """Take it off, and with the last one what was said of the model's class."""
         self._handle.remove()
-        model = self._model()
-        if model is not None and not _own(model) and isinstance(vars(model).get(_STATE), _Unhooked):
-            del vars(model)[_STATE]
+        if hasattr(self, "_forget"):
+            self._forget()
 
 
 def before_forward(model: nn.Module, call: Callable[..., Any], **options: bool) -> Placed:
@@ -65,25 +78,33 @@ def after_forward(model: nn.Module, call: Callable[..., Any], **options: bool) -
     return Placed(model, model.register_forward_hook(Hook(call), **options))
 
 
-class _Unhooked:
-    """A model's `__getstate__` without hooks of pybatch's."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-
-    def __call__(self) -> Any:
-        model: Any = self._model()
-        kind: Any = type(model)
-        found = kind.__getstate__(model)
-        if not isinstance(found, dict):
-            return found
-        state, own = {name: value for name, value in found.items() if name != _STATE}, _own(model)
-        for name in (*_TABLES, *_BESIDE):
-            if name in state:
-                state[name] = OrderedDict((key, value) for key, value in state[name].items() if key not in own)
-        return state
+def _forget(kind: type) -> None:
+    """One hook less on models of this class."""
+    _hooked[kind] -= 1
+    if _hooked[kind]:
+        return
+    del _hooked[kind]
+    if copyreg.dispatch_table.get(kind) is _reduced:
+        del copyreg.dispatch_table[kind]
 
 
-def _own(model: nn.Module) -> set[int]:
-    """Keys of the hooks that are pybatch's."""
-    return {key for table in _TABLES for key, hook in vars(model)[table].items() if isinstance(hook, Hook)}
+def _reduced(model: nn.Module) -> Any:
+    """What a model is copied and pickled by, as it says itself, without hooks of pybatch's."""
+    found = model.__reduce_ex__(_PROTOCOL)
+    return found if isinstance(found, str) else tuple(_unhooked(part) for part in found)
+
+
+def _unhooked(part: Any) -> Any:
+    """The same without them: a module's attributes, alone or in a tuple, as of arguments and of states with slots."""
+    if type(part) is tuple:
+        return tuple(_unhooked(one) for one in part)
+    if not isinstance(part, dict) or not isinstance(part.get(_TABLES[0]), dict):
+        return part
+    own = {key for name in _TABLES for key, hook in part.get(name, {}).items() if isinstance(hook, Hook)}
+    tables = {name: part[name] for name in (*_TABLES, *_BESIDE) if name in part}
+    if not own:
+        return part
+    return part | {
+        name: OrderedDict((key, value) for key, value in table.items() if key not in own)
+        for name, table in tables.items()
+    }

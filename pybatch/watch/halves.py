@@ -115,14 +115,12 @@ class HalvesNoise(Collector):
         if self.parting is None:
             self._met = _Met((args, kwargs), n, autocasts())
         self._awaited.append([])
-        leaves = enumerate(leaves_in(output))
-        given = {leaf: value for leaf, value in leaves if isinstance(value, Tensor) and value.requires_grad}
-        # Of the output as it is now: what the script writes into it is after the model.
-        edges, came = {leaf: get_gradient_edge(value) for leaf, value in given.items()}, set[int]()
-        for leaf, value in given.items():
-            made_of = {other for other in given if other != leaf and _leads(edges[other].node, edges[leaf].node)}
-            self._awaited[-1].append(_Arrival(self, leaf, n, edges[leaf], made_of, came))
-            value.register_hook(self._awaited[-1][-1])  # type: ignore[no-untyped-call]
+        came = _Came()
+        for leaf, value in enumerate(leaves_in(output)):
+            if isinstance(value, Tensor) and value.requires_grad:
+                # Of the output as it is now: what the script writes into it is after the model.
+                self._awaited[-1].append(_Arrival(self, leaf, n, get_gradient_edge(value), came))
+                value.register_hook(self._awaited[-1][-1])  # type: ignore[no-untyped-call]
         if len(self._awaited) > _WAITING:  # of most of them nobody asks a gradient
             for arrival in self._awaited.popleft():
                 arrival.let_go()
@@ -257,13 +255,12 @@ class _Arrival:
 
     Args:
         noise, leaf, n, edge: what to tell, and whom.
-        made_of: leaves that are made of this one: what comes after a gradient of theirs has come through them.
-        came: leaves of this pass at which gradients were.
+        came: the gradients of this pass.
     """
 
-    def __init__(self, noise: HalvesNoise, leaf: int, n: int, edge: Any, made_of: set[int], came: set[int]) -> None:
+    def __init__(self, noise: HalvesNoise, leaf: int, n: int, edge: Any, came: _Came) -> None:
         self._given: tuple[HalvesNoise, int, int, Any] | None = noise, leaf, n, edge
-        self._made_of, self._came = made_of, came
+        self._came: _Came | None = came
 
     def let_go(self) -> None:
         """Of the graph; that a gradient came is still told."""
@@ -272,27 +269,53 @@ class _Arrival:
 
     def forget(self) -> None:
         """It will not come any more."""
-        self._given = None
+        self._given = self._came = None
 
-    def __call__(self, gradient: Tensor) -> None:
-        if self._given is None or self._made_of & self._came:
+    def __call__(self, gradient: Tensor | None) -> None:
+        if self._given is None or self._came is None or gradient is None:  # None: not of this tensor of a chunk()
             return
         noise, leaf, n, edge = self._given
-        self._came.add(leaf)
-        noise.arrived(leaf, n, edge, gradient)
+        if not self._came.through(leaf, edge):
+            noise.arrived(leaf, n, edge, gradient)
 
 
-def _leads(node: Any, to: Any) -> bool:
-    """Whether gradients come from one node of the graph to another, or the same."""
-    waiting, seen = [node], set()
-    while waiting:
-        one = waiting.pop()
-        if one is to:
-            return True
-        if one is not None and one not in seen:
-            seen.add(one)
-            waiting += [after for after, _ in one.next_functions]
-    return False
+class _Came:
+    """The gradients at the outputs of one forward pass."""
+
+    def __init__(self) -> None:
+        self._leaves: set[int] = set()
+        self._edges: list[Any] = []  # of these, those from which the graph was not walked yet
+        self._walked: set[Any] = set()  # nodes
+        self._reached: set[tuple[Any, int]] = set()  # where gradients go from there: nodes, and which output of theirs
+
+    def through(self, leaf: int, edge: Any) -> bool:
+        """Whether what comes here has come through another output, which is made of this one.
+
+        Of a pass that was let go the graph is not there to tell: it has one output, as it can't be measured anyway.
+        """
+        if leaf in self._leaves:  # in a further backward pass
+            return False
+        if edge is None:
+            if self._leaves:
+                return True
+        else:
+            self._walk()
+            if (edge.node, edge.output_nr) in self._reached:
+                return True
+            self._edges.append(edge)
+        self._leaves.add(leaf)
+        return False
+
+    def _walk(self) -> None:
+        """Each node is met once in a pass, however many outputs there are, and none where but one has a gradient."""
+        waiting = [edge.node for edge in self._edges]
+        self._edges = []
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in self._walked:
+                self._walked.add(node)
+                self._reached.update(node.next_functions)
+                waiting += [after for after, _ in node.next_functions]
 
 
 def _added(first: list[Tensor | None], second: list[Tensor | None]) -> Iterator[Tensor | None]:

@@ -53,6 +53,10 @@ _REPEATED = (
     "a step makes several backward passes of one forward pass (retain_graph=True), of which each gives a part of its "
     "gradient: Adam's moments alone see the whole"
 )
+_AHEAD = (
+    "torch.autograd.grad() goes through a forward pass before its backward pass does (for a penalty on gradients, "
+    "say), and per-example gradients and halves of a batch take the first for the step's"
+)
 REMEDY = "Give the training two or more backward passes a step (gradient accumulation), or train with Adam or AdamW"
 
 
@@ -93,7 +97,7 @@ class NoiseWatch:
         self._seen = 0  # examples of steps whose noise the optimizer measures itself,
         self._counted = 0.0  # and what the script has told it of them
         self.watched = False  # whether the step under way is one whose examples' gradients are taken
-        self._repeated = False
+        self._repeated = self._ahead = False
         self.begun = False
         self.reasons: list[str] = []
 
@@ -125,9 +129,15 @@ class NoiseWatch:
         self.watched = isinstance(handle, _Spaced) and handle.watching
         return self.watched and self._every > 1
 
-    def repeated(self) -> None:
-        """A backward pass goes through the same forward pass as one before it."""
-        self._repeated = True
+    def repeated(self, parts: int, ahead: bool) -> None:
+        """Several backward passes went through one forward pass.
+
+        Args:
+            parts: of them, that gave a part of the step's gradient.
+            ahead: whether one that gave none came first.
+        """
+        self._repeated |= parts > 1
+        self._ahead |= ahead
 
     def stepped(self) -> None:
         """A step is over: turn to another source where this one gives nothing."""
@@ -135,6 +145,10 @@ class NoiseWatch:
             self._offers = ["adam-moments"]
             self._ended = []  # what was measured is of parts of gradients
             self._leave(_REPEATED)
+        elif self._ahead and isinstance(self._handle, ExampleNoise | HalvesNoise):
+            self._offers = ["adam-moments"]
+            self._ended = [one for one in self._ended if not isinstance(one, ExampleNoise | HalvesNoise)]
+            self._leave(_AHEAD)
         handle = self._handle
         if handle is None:
             return

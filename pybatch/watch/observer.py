@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from pybatch.noise.hooks import after_forward, before_forward
+from pybatch.noise.sources.micro_batches import mark
 from pybatch.optim import FusedOptimizer
 from pybatch.watch.batching import Batching, examples_in, find_batching
 from pybatch.watch.by_hand import ByHand
@@ -52,6 +53,16 @@ class Subject:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         return self.trained.optimizer
+
+
+@dataclass(eq=False)
+class _Through:
+    """Backward passes through one forward pass."""
+
+    task: int = -1  # autograd's number of the newest
+    passes: int = 0  # that are over
+    parts: int = 0  # of them, that gave a part of the step's gradient
+    ahead: bool = False  # whether the first gave none
 
 
 def harmless(hook: Callable[..., None]) -> Callable[..., None]:
@@ -302,15 +313,20 @@ class Observer:
         leaves = leaves_in(output)
         kept, examples, begun = self._pass, self._pending, 0
 
-        def arrived(leaf: int, gradient: Tensor) -> None:
+        through = _Through()
+
+        def arrived(leaf: int, gradient: Tensor | None) -> None:
             nonlocal begun
+            if gradient is None:  # of one tensor of a chunk() only the others are used
+                return
             if kept is not None and leaf not in kept.gradients:
                 kept.keep(leaf, gradient)
             if not begun:
                 begun = self._passes + 1
                 self._backward(kept, examples)
+                self._look_at(through)
             elif self._over >= begun:  # in a further backward pass
-                self._again()
+                self._look_at(through)
 
         found = False
         for leaf, value in enumerate(leaves):
@@ -334,10 +350,40 @@ class Observer:
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._passed(kept))
 
     @harmless
-    def _again(self) -> None:
-        """A further backward pass through the same forward pass."""
-        if self.noise is not None:
-            self.noise.repeated()
+    def _look_at(self, through: _Through) -> None:
+        """A backward pass goes through a forward pass: does it give a part of the step's gradient?
+
+        Not one of `torch.autograd.grad`, for a penalty on gradients say. One that ends the graph is not looked at, as
+        none can follow it.
+        """
+        task = torch._C._current_graph_task_id()
+        if task == through.task:
+            return
+        through.task = task
+        if not through.passes and not torch._C._autograd._get_current_graph_task_keep_graph():
+            through.passes = through.parts = 1
+            return
+        before = self._marks()
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._looked_at(through, before))
+
+    @harmless
+    def _looked_at(self, through: _Through, before: list[Any] | None) -> None:
+        gave = before is None or before != self._marks()
+        through.passes += 1
+        through.parts += gave
+        through.ahead |= through.passes == 1 and not gave
+        if self.noise is not None and through.passes > 1:
+            self.noise.repeated(through.parts, through.ahead)
+
+    def _marks(self) -> list[Any] | None:
+        """What changes where a backward pass adds to the gradient of what is trained; None where that isn't seen."""
+        subject = self.subject
+        if subject is None or subject.world > 1:  # FSDP2 writes gradients later
+            return None
+        params = [p for group in subject.optimizer.param_groups for p in group["params"]]
+        if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
+            return None
+        return [mark(p) for p in params]
 
     def _cleared(self) -> bool:
         """Whether the gradients of the passes before are gone; `accumulate` of pybatch's optimizers moves them away."""

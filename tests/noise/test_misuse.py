@@ -52,7 +52,7 @@ def same(handle, truth):
 def test_gradients_cleared_in_place_begin_a_step_anew(monkeypatch, noticed):
     """A step thrown away with zero_grad(set_to_none=False); not noticing it gives a wrong number."""
     if not noticed:
-        monkeypatch.setattr(micro_batches, "_mark", lambda param: None)
+        monkeypatch.setattr(micro_batches, "mark", lambda param: None)
         monkeypatch.setattr(micro_batches.MicroBatchNoise, "_printed", lambda handle: None)
     model, optimizer, handle = attached()
     passes(model)

@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pybatch.noise.sources.examples import ExampleNoise
 from pybatch.noise.sources.micro_batches import MicroBatchNoise
 from pybatch.watch import noise as sources
 from pybatch.watch.batching import BatchSecond, find_batching
-from pybatch.watch.halves import HalvesNoise
+from pybatch.watch.halves import HalvesNoise, _Came
 from pybatch.watch.noise import NoiseWatch, guarded
 from pybatch.watch.outputs import leaves_in
 
@@ -308,6 +309,54 @@ def test_several_gradients_in_a_step_are_refused():
     noise = steps(nn.Linear(4, 2), twice=True)
     assert "several outputs, or passes" in str(noise.broken)
     assert not noise.noise.steps
+
+
+class Node:
+    """Of a graph, with how often it was asked where its gradients go."""
+
+    def __init__(self, *after):
+        self.after, self.asked = after, 0
+
+    @property
+    def next_functions(self):
+        self.asked += 1
+        return self.after
+
+
+def test_the_graph_is_walked_once_however_many_outputs_it_has():
+    """And not at all until there is a second gradient."""
+    nodes = [Node((None, 0))]
+    for _ in range(100):
+        nodes.append(Node((nodes[-1], 0), (nodes[-1], 0)))
+    heads = [Node((nodes[-1], 0)) for _ in range(100)]
+    edges = [*(SimpleNamespace(node=node, output_nr=0) for node in [*heads, *reversed(nodes)])]
+    came = _Came()
+    told = [not came.through(leaf, edge) for leaf, edge in enumerate(edges[:1])]
+    assert not any(node.asked for node in [*heads, *nodes])
+    told += [not came.through(leaf, edge) for leaf, edge in enumerate(edges[1:], start=1)]
+    assert told == [True] * len(heads) + [False] * len(nodes)
+    assert {node.asked for node in nodes} == {2}  # for its edges, and the nodes there
+    assert not came.through(len(edges), SimpleNamespace(node=nodes[-1], output_nr=1))  # another output of that node
+
+
+class Nested(Mixing):
+    def forward(self, x):
+        hidden = self.layer(x)
+        return hidden, hidden.tanh()
+
+
+def test_outputs_of_a_graph_that_was_let_go_are_one():
+    """Nobody can tell any more whether they are made of each other; the step is not measured."""
+    model = Nested()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    noise = HalvesNoise(model, optimizer, find_batching(((torch.randn(6, 4),), {})), every=1)
+    for _ in range(5):
+        passes = [model(torch.randn(6, 4)) for _ in range(6)]
+        sum(one.square().mean() for one in passes[0]).backward()
+        assert noise._came == 1
+        optimizer.step()
+    assert not noise.noise.steps
+    noise.detach()
 
 
 class Looked(nn.Module):

@@ -661,6 +661,120 @@ def test_an_output_made_of_another_and_several_backward_passes(backward, kind, s
     assert "gradients come to several outputs" not in said
 
 
+class Parts(nn.Module):
+    """Its outputs are those of one node of the graph, or of several."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.body, self.head, self.part = nn.GRU(12, 8, batch_first=True), nn.Linear(8, 6), part
+
+    def forward(self, x):
+        return self.part(self.head(self.body(x)[0][:, -1]))
+
+
+def halved(scores):
+    return scores.chunk(2, 1)
+
+
+def narrowed(scores):
+    return scores[:, :3], scores[:, 3:]
+
+
+def both(first, second):
+    return first.square().mean() + (second - 1).square().mean()
+
+
+def of_one(first, second):
+    return (second - 1).square().mean()
+
+
+@pytest.mark.parametrize("part", [halved, narrowed])
+@pytest.mark.parametrize("loss", [both, of_one])
+def test_outputs_of_one_node_are_several(part, loss):
+    """Where the loss is of one of them torch calls hooks of the other with None, in the script's backward pass."""
+    torch.manual_seed(0)
+    model = Parts(part)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def script():
+        for _ in range(130):
+            optimizer.zero_grad()
+            loss(*model(torch.randn(16, 5, 12))).backward()
+            optimizer.step()
+
+    run, _, watching = watched(script)
+    said = " ".join(note.text for note in run.notes)
+    assert "do not add up" not in said
+    assert ("gradients come to several outputs" in said) == (loss is both)
+    assert (run.noise.source if run.noise is not None else None) == (None if loss is both else "halves")
+    assert watching._observer.kept.gradients.keys() == ({0, 1} if loss is both else {1})
+
+
+def penalized(model, x, y, *, after):
+    """A loss with a penalty on gradients at the input, or those asked for after the backward pass."""
+    x.requires_grad_()
+    scores = model(x)["logits"]
+    loss = nn.functional.cross_entropy(scores, y)
+    if after:
+        loss.backward(retain_graph=True)
+        torch.autograd.grad(scores.sum(), x)
+    else:
+        given = torch.autograd.grad(scores.sum(), x, create_graph=True)
+        (loss + given[0].square().mean()).backward()
+
+
+@pytest.mark.parametrize(
+    ("micro", "after", "source", "reason"),
+    [
+        (4, False, "micro-batches", None),
+        (4, True, "micro-batches", None),
+        (1, True, "per-example", None),
+        (1, False, None, "torch.autograd.grad() goes through a forward pass before its backward pass does"),
+    ],
+)
+def test_a_penalty_on_gradients_gives_no_part_of_the_steps(micro, after, source, reason):
+    """`torch.autograd.grad` leaves `.grad` alone: what a backward pass of the same forward pass gives is the whole."""
+    torch.manual_seed(0)
+    model = Net(norm=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def script():
+        for step in range(160):
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+            for _ in range(micro):
+                penalized(model, *batch(), after=after)
+            optimizer.step()
+
+    run, _, _ = watched(script)
+    said = " ".join(note.text for note in run.notes)
+    assert (run.noise.source if run.noise is not None else None) == source, said
+    assert "each gives a part of its gradient" not in said
+    assert reason is None or reason in said
+    assert run.training.accumulation == micro
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_a_penalty_before_two_backward_passes_hides_neither(micro):
+    torch.manual_seed(0)
+    model = Net(norm=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def script():
+        for _ in range(60):
+            optimizer.zero_grad()
+            for _ in range(micro):
+                x, y = batch()
+                scores = model(x.requires_grad_())["logits"]
+                torch.autograd.grad(scores.sum(), x, retain_graph=True)
+                nn.functional.cross_entropy(scores, y).backward(retain_graph=True)
+                scores.square().mean().backward()
+            optimizer.step()
+
+    run, _, _ = watched(script)
+    assert run.noise is None
+    assert any("each gives a part of its gradient" in note.text for note in run.notes)
+
+
 def test_one_backward_pass_of_two_is_not_taken_for_the_step():
     """Gradients of single examples would be those of the first loss alone."""
     model = Net(norm=False)

@@ -91,7 +91,7 @@ class MicroBatchNoise(Collector):
         self.pairs = self.singles = 0  # steps of two or more backward passes, and of one
         self._several = 0  # backward passes after more than one counted forward pass
         self._fresh: set[int] = set()  # parameters whose `.grad` was None before this backward pass
-        self._left: list[tuple[int, tuple[int, int]]] = []  # parameters and what `_mark` said after the last pass
+        self._left: list[tuple[int, tuple[int, int]]] = []  # parameters and what `mark` said after the last pass
         self._altered = torch.zeros((), dtype=torch.float64, device=self._device)  # steps left out for it
         # Of this backward pass: [2, parameters], plain and preconditioned; of a small model [1 + layers], or a number.
         self._own = self._zeros()
@@ -186,7 +186,7 @@ class MicroBatchNoise(Collector):
         grads = [grad for p in self._params if (grad := p.grad) is not None]
         if not grads:
             return
-        changed = any(_mark(self._params[i]) not in (None, mark) for i, mark in self._left)
+        changed = any(mark(self._params[i]) not in (None, before) for i, before in self._left)
         if self._members and not changed and self._print is not None:
             changed = self._moved(self._print)
         if changed if self._members else grads:
@@ -264,7 +264,7 @@ class MicroBatchNoise(Collector):
         self._flush()
         present = [i for i, p in enumerate(self._params) if p.grad is not None]
         grads = [g for p in self._params if (g := p.grad) is not None]
-        marks = [(i, mark) for i in present if (mark := _mark(self._params[i])) is not None]
+        marks = [(i, now) for i in present if (now := mark(self._params[i])) is not None]
         if not present or (self._members and marks == self._left):
             return  # torch.autograd.grad(): nothing was accumulated
         sizes = self._counter.take() if self._counter is not None else []
@@ -364,6 +364,6 @@ class MicroBatchNoise(Collector):
         return tuple(notes)
 
 
-def _mark(param: torch.Tensor) -> tuple[int, int] | None:
+def mark(param: torch.Tensor) -> tuple[int, int] | None:
     """What changes when a gradient is written in place or replaced; None where there is none."""
     return None if param.grad is None else (param.grad.data_ptr(), param.grad._version)
