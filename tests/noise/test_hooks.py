@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from pybatch.noise.hooks import after_forward, before_forward
+from pybatch.noise.sources.micro_batches import MicroBatchNoise
 
 
 class Itemwise(nn.Linear):
@@ -175,3 +176,21 @@ def test_a_class_is_copied_by_itself_again_when_its_last_hook_is_gone():
         assert type(copy.deepcopy(model)) is nn.Linear
         hook.remove()
     assert copyreg.dispatch_table.pop(Own) is own
+
+
+def test_a_source_that_ends_within_a_step_puts_no_hook_back():
+    """The end of the step is still told to it: an ordinary loop turns to another source there."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    handle = MicroBatchNoise(model, optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 3)).sum()
+        loss.backward()
+        handle.detach()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert not any(p._backward_hooks for p in model.parameters())

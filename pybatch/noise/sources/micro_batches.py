@@ -97,7 +97,8 @@ class MicroBatchNoise(Collector):
         self._own = self._zeros()
         self.forget()
         self._seeing: list[Callable[[], None]] = []  # hooks on the parameters
-        self._removals = [self._see_no_more, self._evaluations.remove, self._counter.remove]
+        self._ended = False  # detached, if within a step whose end is still told
+        self._removals = [self._end_seeing, self._evaluations.remove, self._counter.remove]
         self._follow()
 
     def _zeros(self) -> Any:
@@ -136,10 +137,14 @@ class MicroBatchNoise(Collector):
 
     def _follow(self) -> None:
         """Hooks on parameters, of which each costs in every pass, are on in those steps alone that are measured."""
-        if not self.watching:
+        if not self.watching or self._ended:
             self._see_no_more()
         elif not self._seeing:
             self._seeing = [p.register_hook(self._watch(i)).remove for i, p in enumerate(self._params)]  # type: ignore[no-untyped-call]
+
+    def _end_seeing(self) -> None:
+        self._ended = True
+        self._see_no_more()
 
     def _see_no_more(self) -> None:
         for remove in self._seeing:
