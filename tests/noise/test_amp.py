@@ -147,7 +147,7 @@ def count_overflow(monkeypatch):
 
 def miss_zeros(monkeypatch):
     """Gradients set to zero in place are not noticed."""
-    monkeypatch.setattr(micro_batches, "_mark", lambda param: None)
+    monkeypatch.setattr(micro_batches, "mark", lambda param: None)
 
 
 def test_squares_in_fp32_would_be_caught(monkeypatch):
