@@ -133,17 +133,13 @@ def _limited(verdict: Verdict, sentence: str, waits: float, workers: int | None,
         ahead = f"Before that a larger batch gains {number(1 / waits, 2)} times the rate at most"
     because = f"{sentence}. {ahead}. {verdict.because}".strip()
     rest = verdict.text.removeprefix(verdict.answer).strip().removeprefix(verdict.because).strip()
+    text = " ".join(part for part in (verdict.answer, because, rest) if part)
     if not workers and waits < MOSTLY:
         reasons = (*verdict.reasons, Reason("input", sentence, "measured", inputs))
-        text = " ".join(part for part in (verdict.answer, because, rest) if part)
         return replace(verdict, because=because, text=text, reasons=reasons)
-    return replace(
-        verdict,
-        limit="input",
-        because=because,
-        text=" ".join(part for part in (verdict.answer, because, rest) if part),
-        reasons=(*(r for r in verdict.reasons if r.figure != "limit"), Reason("limit", sentence, "measured", inputs)),
-    )
+    others = (r for r in verdict.reasons if r.figure != "limit")
+    reasons = (*others, Reason("limit", sentence, "measured", inputs))
+    return replace(verdict, limit="input", because=because, text=text, reasons=reasons)
 
 
 def _kept(pipeline: InputPipeline) -> str:

@@ -199,8 +199,7 @@ def _bounded(
         kept = most if high is None and largest + 1 > most.value else None
         return largest, high, kept, [Reason("best_low", text, "measured", {"largest_measured": rising})]
     most, found = bound_of(capacity), []
-    low = high = None
-    kept = None
+    low = high = kept = None
     law = "sqrt(critical batch x half batch) at the"
     if critical.low is not None:
         root = min(math.sqrt(critical.low * fit.half_batch), most.value)

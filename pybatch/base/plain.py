@@ -18,6 +18,12 @@ def visible(text: str, lines: bool = False) -> str:
     return text if lines else _NO_LINE.sub(" ", text)
 
 
+def unwritten(problem: str, *files: object) -> str:
+    """Why there is no result, and which of the files that were asked for are not written for it."""
+    missing = ", ".join(str(file) for file in files if file is not None)
+    return f"{problem}. Not written: {missing}" if missing else problem
+
+
 def shortened(text: str) -> str:
     """The text with words of more than LONGEST characters cut in their middle."""
     return _WORD.sub(lambda match: _cut(match[0]), text)

@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from pybatch.base import faults
 from pybatch.base.errors import UsageError
-from pybatch.base.plain import visible
+from pybatch.base.plain import unwritten, visible
 from pybatch.base.progress import LiveLine, ProgressLine
 from pybatch.base.terminal import tell
 from pybatch.commands import flags
@@ -217,8 +217,7 @@ class _Out:
 
     def nothing(self, problem: str) -> None:
         """Why there is no record, and which files are not written for it."""
-        missing = [str(path) for path in (self.output, self.html) if path is not None]
-        self.say(f"{problem}. Not written: {', '.join(missing)}" if missing else problem)
+        self.say(unwritten(problem, self.output, self.html))
 
     def deliver(self, run: Run, shown: bool = True) -> int:
         """Write and print; the status where it can't be written."""

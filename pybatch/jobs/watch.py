@@ -22,7 +22,7 @@ from pybatch.answer.own import with_own
 from pybatch.answer.verdict import advise
 from pybatch.base.errors import PybatchError, UsageError
 from pybatch.base.numerals import count, counted, number, share
-from pybatch.base.plain import visible
+from pybatch.base.plain import unwritten, visible
 from pybatch.base.progress import ProgressLine, looked_at
 from pybatch.device.environment import capture
 from pybatch.device.identity import usable_cores
@@ -374,9 +374,7 @@ class watch:  # it reads as the verb it is: `with pybatch.watch(): train()`
             self._watching.progress = line
             self.run = self._watching.finish(*notes, measure=measure)
         if self.run is None:
-            missing = [str(path) for path in (self._output, self._html) if path is not None]
-            unwritten = f". Not written: {', '.join(missing)}" if missing else ""
-            self._say(f"{self._watching.problem}{unwritten}")
+            self._say(unwritten(self._watching.problem, self._output, self._html))
             return
         if not self._quiet and kind is None and self._watching.rank == 0:
             print_run(self.run, Console(stderr=True), more=self._notes)
