@@ -103,7 +103,7 @@ DOMAINS = {"digits": (MLP, CNN), "text": (LSTM, TRANSFORMER), "scenes": (UNET, D
 RULES = "constant,linear,sqrt,tuned"
 # By domain: batch sizes of the whole study and of the quick one.
 BATCHES = {"digits": "2-2048*2", "text": "2-512*2", "scenes": "2-512*2"}
-QUICK = {"digits": "8-2048*4", "text": "2-512*4", "scenes": "2-512*4"}
+QUICK = {"digits": "8-2048*4", "text": "4-324*3", "scenes": "4-324*3"}
 SEEDS, QUICK_SEEDS = 3, 2
 TRAIN = {"digits": "train=0.1", "text": "train=2.45", "scenes": "train=0.3"}  # the workloads' own
 
