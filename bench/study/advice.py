@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
-from judging import GOALS, regret, resampled, times
+import judging
+from judging import GOALS, Judge
 
 from pybatch.base import numerals as n
 from pybatch.records import Capacity, Curve, Run
@@ -33,14 +33,15 @@ class Judged:
     high: float | None
     goal: float
     remark: str  # what it stands on, or why the figure is lacking
-    disturbed: bool = False  # the machine, as the judge's steps were timed
+    measured: float | None = None  # the same of measured times alone, whose least is too low by chance
+    doubted: bool = False  # the judge's steps were timed once, on a disturbed machine
 
     @property
     def met(self) -> str:
         """Against the goal, where interval and step times leave no doubt."""
         if self.regret is None:
             return "not measured"
-        if self.disturbed or self.low is None or self.high is None or wide(self.low, self.high):
+        if self.doubted or self.low is None or self.high is None or wide(self.low, self.high):
             return "undetermined"
         if self.low <= self.goal < self.high:
             return "undetermined"
@@ -49,41 +50,37 @@ class Judged:
 
 def judged(records: Records) -> list[Judged]:
     """Every kind of evidence on one problem."""
-    judge, clock = records.get("judge"), records.get("times")
-    lacking = [kind for kind, run in (("judge", judge), ("times", clock)) if run is None]
     found: list[Judged] = []
-    measured: dict[int, float] = {}
-    drawn: list[dict[int, float]] = []
-    if judge is not None and clock is not None and judge.convergence is not None and clock.capacity is not None:
-        measured, drawn = times(clock.capacity, judge.convergence), resampled(clock.capacity, judge.convergence)
+    judge, clocks = records.get("judge"), clocks_of(records)
+    steps = judge.convergence if judge is not None else None
+    by = judging.judge(steps, clocks) if steps is not None and clocks else None
+    lacking = ["judge"] * (steps is None) + ["times"] * (not clocks)
     for level, (kind, words) in ADVISERS.items():
         adviser = records.get(kind)
-        missing = ([kind] if adviser is None else []) + lacking
-        if adviser is None or judge is None or clock is None:
-            why = f"not run: {', '.join(dict.fromkeys(missing))}"
-            found.append(Judged(words, None, None, None, None, None, GOALS[level], why))
+        if adviser is None or by is None:
+            why = f"not run: {', '.join([kind] * (adviser is None) + lacking)}"
+        elif len(by.measured) < 2:
+            why = f"{n.counted(len(by.measured), 'batch size')} of the judge reached the target"
+        else:
+            found.append(_judged(words, level, by, adviser, clocks))
             continue
-        if len(measured) < 2:
-            why = f"{n.counted(len(measured), 'batch size')} of the judge reached the target"
-            found.append(Judged(words, None, None, None, None, None, GOALS[level], why))
-            continue
-        row = regret(adviser.verdict, measured, drawn)
-        best = min(measured, key=measured.__getitem__)
-        found.append(_judged(words, level, row, best, adviser, clock))
+        found.append(Judged(words, None, None, None, None, None, GOALS[level], why))
     return found
 
 
-def _judged(by: str, level: str, row: dict[str, Any], best: int, adviser: Run, clock: Run) -> Judged:
+def _judged(words: str, level: str, by: Judge, adviser: Run, clocks: Sequence[Capacity]) -> Judged:
+    row: dict[str, Any] = judging.regret(adviser.verdict, by)
     made = Judged(
-        by,
+        words,
         row["best_batch"],
-        best,
+        by.fastest,
         row["regret"],
         row.get("regret_low"),
         row.get("regret_high"),
         GOALS[level],
         row.get("reason", ""),
-        disturbed(clock.capacity),
+        row["measured_regret"],
+        len(clocks) < 2 and any(map(disturbed, clocks)),
     )
     if made.regret is None:
         return made
@@ -95,27 +92,23 @@ def _judged(by: str, level: str, row: dict[str, Any], best: int, adviser: Run, c
 
 
 def judge_of(records: Records) -> list[str]:
-    """What the judge of a problem found, and what takes from its word: its grid, its seeds, its machine."""
-    judge, clock = records.get("judge"), records.get("times")
-    if judge is None or clock is None or judge.convergence is None:
+    """What the judge of a problem found, and what takes from its word: its seeds, its machine."""
+    judge, clocks = records.get("judge"), clocks_of(records)
+    if judge is None or not clocks or judge.convergence is None:
         return []
     curves = [c for c in judge.convergence.curves if c.split == "train"]
     if len(curves) != 1:
         return [f"{n.counted(len(curves), 'curve')} to a train target, where one judges"]
-    [curve] = curves
-    seeds = judge.convergence.seeds or 0
-    said = [f"critical batch {critical(curve)}", n.counted(seeds, "seed") + ", too few for an interval" * (seeds < 3)]
-    gap = _gap(curve)
-    if gap > 2:
-        said.append(f"batches {n.number(gap)} times apart: between them its time is a chord")
-    if disturbed(clock.capacity):
-        said.append("its steps were timed on a disturbed machine")
+    said = [f"critical batch {critical(curves[0])}", n.counted(judge.convergence.seeds or 0, "seed")]
+    if any(map(disturbed, clocks)):
+        alone = len(clocks) < 2
+        said.append("its steps were timed on a disturbed machine" + (" once" if alone else f", {len(clocks)} times"))
     return said
 
 
-def _gap(curve: Curve) -> float:
-    sizes = sorted(p.batch for p in curve.points)
-    return max((b / a for a, b in pairwise(sizes)), default=1.0)
+def clocks_of(records: Records) -> list[Capacity]:
+    """The runs that timed the judge's steps."""
+    return [run.capacity for kind, run in records.items() if kind.startswith("times") and run.capacity is not None]
 
 
 def disturbed(capacity: Capacity | None) -> bool:

@@ -65,12 +65,12 @@ def below_capacity(problems: Mapping[str, Records]) -> Answer:
         for run, curve in tuned(records):
             found = _claims(run, capacity)[f"{curve.split} below capacity"]
             finding = _finding(found, found.low, found.high)
-            if capacity is not None and capacity.disturbed and finding != "not measured":
-                finding = "undetermined"  # what was timed on a busy machine judges nothing
+            if doubted(records) and finding != "not measured":
+                finding = "undetermined"
             full = n.MISSING
             if capacity is not None:
                 ends = n.interval(capacity.saturation_low, capacity.saturation_high)
-                full = f"{n.number(capacity.saturation_batch)} {ends}{', disturbed' * bool(capacity.disturbed)}"
+                full = f"{n.number(capacity.saturation_batch)} {ends}{', disturbed' * doubted(records)}"
             fits = n.count(capacity.max_batch) if capacity is not None else n.MISSING
             ratio = _figure(found)
             cells = (name, goal(curve), critical(curve), full, fits, ratio, finding)
@@ -95,7 +95,7 @@ def rules_fail(problems: Mapping[str, Records]) -> Answer:
             helps = [c.finding for c in rules.beats_constant(curve, beside, steps.base_batch)]
             full = capacity.saturation_batch if capacity is not None else None
             share = n.share(held.broken / full) if held.broken and full else n.MISSING
-            share += ", disturbed" * bool(held.broken and full and capacity is not None and capacity.disturbed)
+            share += ", disturbed" * bool(held.broken and full and doubted(records))
             finding = None if curve.rule == rules.CONSTANT else _FOUND.get(held.finding, _open(held.finding))
             cells = (
                 name,
@@ -262,10 +262,28 @@ def tuned(records: Records, every: bool = False) -> list[tuple[Run, Curve]]:
     ]
 
 
+def capacities(records: Records) -> list[Capacity]:
+    """What the device does with the problem, by every run that looked for its saturation."""
+    runs = [run for kind in ("bench", "thorough") if (run := records.get(kind)) is not None]
+    return [run.capacity for run in runs if run.capacity is not None]
+
+
 def capacity_of(records: Records) -> Capacity | None:
-    """What the device does with the problem, by the run of `pybatch bench`."""
-    run = records.get("bench")
-    return run.capacity if run is not None else None
+    """Of `capacities` the first, its saturation batch within the intervals of all."""
+    found = capacities(records)
+    ends = [(one.saturation_low, one.saturation_high) for one in found]
+    known = [(low, high) for low, high in ends if low is not None and high is not None]
+    if not found or len(known) < len(ends):
+        return found[0] if found else None
+    low, high = min(low for low, _ in known), max(high for _, high in known)
+    told = tuple(dict.fromkeys(text for one in found for text in one.disturbed))
+    return replace(found[0], saturation_low=low, saturation_high=high, disturbed=told)
+
+
+def doubted(records: Records) -> bool:
+    """Whether the device was disturbed as it was saturated, and that but once: what another run would say is unknown."""
+    found = capacities(records)
+    return len(found) == 1 and bool(found[0].disturbed)
 
 
 def trainer(run: Run) -> str:

@@ -37,7 +37,7 @@ class Record:
 
     part: str
     problem: Problem
-    kind: str  # "sweep", "own", "judge", "times", "bench", "thorough", "advice", "sgd", "muon", "along-0"
+    kind: str  # "sweep", "own", "judge", "times-0", "bench", "thorough", "advice", "sgd", "muon", "along-0"
     flags: tuple[str, ...]  # past those of the problem
 
     @property
@@ -70,20 +70,21 @@ def sweep(
 
 
 def advised(
-    part: str, problem: Problem, batches: str, seeds: int, *, seconds: int | None = None, thorough: bool = True
+    part: str, problem: Problem, batches: str, seeds: int, *, timings: int = 3, thorough: bool = True
 ) -> Iterator[Record]:
     """What pybatch advises by a bench, a thorough one and a sweep, and the sweep of other seeds that judges it.
 
     Args:
         part, problem: of the records.
         batches, seeds: of both sweeps.
-        seconds: for the step times that judge.
+        timings: runs that time the judge's steps: what a disturbed machine does to one shows in the others.
         thorough: whether `bench --thorough` advises too.
     """
     target = TRAIN[problem.workload]
     yield sweep(part, problem, "own", batches, "tuned", seeds, optimizer=JUDGED_BY, target=target)
     yield sweep(part, problem, "judge", batches, "tuned", seeds, optimizer=JUDGED_BY, target=target, first_seed=JUDGE)
-    yield Record(part, problem, "times", ("--batch", batches, "--time-budget", str(seconds or 60)))
+    for place in range(timings):
+        yield Record(part, problem, f"times-{place}", ("--batch", batches, "--time-budget", "40"))
     yield Record(part, problem, "bench", ())
     if thorough:
         yield Record(part, problem, "thorough", ("--thorough",))
@@ -144,7 +145,7 @@ def quick() -> Iterator[Record]:
     """One architecture a domain, two rules, five batch sizes, two seeds."""
     for domain, (problem, _) in DOMAINS.items():
         yield sweep("quick", problem, "sweep", QUICK[domain], "linear,tuned", QUICK_SEEDS, noise_s=5)
-        yield from advised("quick", problem, QUICK[domain], QUICK_SEEDS, seconds=40, thorough=False)
+        yield from advised("quick", problem, QUICK[domain], QUICK_SEEDS, timings=1, thorough=False)
 
 
 PARTS: dict[str, tuple[Record, ...]] = {

@@ -38,8 +38,8 @@ Golmant et al. 2018 ([arXiv:1811.12941](https://arxiv.org/abs/1811.12941)) asked
 image classification, segmentation and language modelling. Here they are asked of pybatch's own workloads on one
 machine, by its own commands: `python bench/study/run.py` measures, `--list` prints the commands, and
 `python bench/study/page.py` writes this page. *Holds* and *does not hold* are said where 95 % intervals leave no doubt,
-or runs that did not reach leave 5 % to chance, and never of an interval that spans a factor of 100 or of times taken on
-a disturbed machine; all else is *undetermined*.
+or runs that did not reach leave 5 % to chance, and never of an interval that spans a factor of 100 or of times that were
+taken once, on a disturbed machine; all else is *undetermined*.
 """
 _OWN = """## What to do with your own model
 
@@ -125,7 +125,8 @@ def _state(study: Study) -> str:
     text += "[what was run](#what-was-run) is at the end. The quick part stands in for a whole one that is not run: "
     text += f"fewer batch sizes, {QUICK_SEEDS} seeds, wider intervals. Steps hardly depend on the machine's load; "
     text += f"{busy} of {n.counted(len(timed), 'record')} with step times {'is' if busy == 1 else 'are'} "
-    text += "of a machine whose speed changed meanwhile, as pybatch itself noticed, and judge nothing."
+    text += "of a machine whose speed changed meanwhile, as pybatch itself noticed: such times judge where they were "
+    text += "taken several times, with what those differ by in the interval, and not alone."
     there = study.problems()
     lacking = [problem.name for problems in DOMAINS.values() for problem in problems if problem.name not in there]
     return text + (f" **Not run yet**: {', '.join(lacking)}.\n" if lacking else "\n")
@@ -143,7 +144,7 @@ def _parts(study: Study) -> str:
 
 def _regret(problems: Mapping[str, Records]) -> str:
     """First what a user is owed: what following the advice costs."""
-    heads = ("problem", "advised by", "batch", "fastest measured", "regret", "goal", "", "it took")
+    heads = ("problem", "advised by", "batch", "fastest measured", "regret", "goal", "", "of measured times", "it took")
     found = {name: advice.judged(records) for name, records in problems.items()}
     rows = [
         (
@@ -154,6 +155,7 @@ def _regret(problems: Mapping[str, Records]) -> str:
             f"{n.number(row.regret)} {n.interval(row.low, row.high)}".strip(),
             f"{row.goal:.2f}",
             row.met,
+            n.number(row.measured),
             row.remark,
         )
         for name, judged in found.items()
@@ -161,9 +163,10 @@ def _regret(problems: Mapping[str, Records]) -> str:
     ]
     met = advice.goals_met([row for judged in found.values() for row in judged])
     text = (
-        "Regret is the time to the train target at the batch advised over that at the best one: by a sweep of other "
-        "seeds, with AdamW and its rate tuned at each batch size, and step times measured apart. The goal is what the "
-        "kind of evidence is meant to come to. "
+        "Regret is the time to the train target at the batch advised over that at the best one: by curves through a "
+        "sweep of other seeds, with AdamW and its rate tuned at each batch size, and through step times measured apart; "
+        "beside it that of the measured times alone, over the least of them, which is too low by chance. The goal is "
+        "what the kind of evidence is meant to come to. "
     )
     judges = {name: told for name, records in problems.items() if (told := advice.judge_of(records))}
     below = "".join(f"- {name}, the judge: {'; '.join(told)}.\n" for name, told in judges.items())

@@ -12,7 +12,7 @@ from pybatch.base import numerals as n
 from pybatch.report import steps
 from pybatch.report.layout import columns
 from pybatch.report.plot import MARKERS, Plot, batch_axis, points
-from study.claims import Records, capacity_of, tuned
+from study.claims import Records, capacity_of, doubted, tuned
 
 Span = tuple[float, float | None, float | None]  # a value and the ends of its interval
 
@@ -59,7 +59,7 @@ def headline(problems: Mapping[str, Records]) -> Plot:
     row = {problem: float(place) for place, problem in enumerate(reversed(wanted))}
     full = {p: found for p in wanted if (found := _saturation(problems[p])) is not None}
     most = {p: found for p in wanted if (found := _largest(problems[p])) is not None}
-    busy = [p for p in full if (capacity := capacity_of(problems[p])) is not None and capacity.disturbed]
+    busy = [p for p in full if doubted(problems[p])]
     traces = [
         _trace(label, [(span, row[problem]) for problem, span in found.items()], color, marker)
         for label, found, color, marker in (
@@ -76,7 +76,7 @@ def headline(problems: Mapping[str, Records]) -> Plot:
         if found
     ]
     if busy:
-        caption += f" The machine was disturbed as it was saturated: {', '.join(busy)}."
+        caption += f" The machine was disturbed as it was saturated, and that but once: {', '.join(busy)}."
     ends = [end for found in (wanted, full, most) for span in found.values() for end in span if end]
     table = columns(
         {

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDS = Path("bench/results/study")  # from the root, as the commands in the records have them
 STORES = Path("bench/study/stores")
 FROM = {"bench": ("advice",), "own": ("advice", "along-0", "along-1")}  # kinds made of another's record
-TIMED = ("bench", "thorough", "times")  # kinds with step times
+TIMED = ("bench", "thorough", "times-0", "times-1", "times-2")  # kinds with step times
 
 
 def command(record: Record, jobs: int, stores: Path = STORES) -> list[str]:
