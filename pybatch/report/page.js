@@ -22,12 +22,12 @@
   function layout(given, theme, narrow) {
     const ink = shades[theme].ink, grid = shades[theme].grid;
     const axis = (more) => ({ gridcolor: grid, linecolor: grid, zerolinecolor: grid, automargin: true,
-                              exponentformat: "SI", ...more });
+                              exponentformat: "SI", ...more, title: { standoff: 8, ...more.title } });
     const base = {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: ink, family: "system-ui, sans-serif", size: narrow ? 11 : 13 },
       margin: { l: 10, r: 10, t: narrow ? 10 : 34, b: 10 },  // the toolbar has a strip of its own
-      legend: { orientation: "h", x: 0, y: narrow ? -0.32 : -0.26, xanchor: "left", yanchor: "top" },
+      legend: { orientation: "h", x: 0, y: narrow ? -0.32 : -0.29, xanchor: "left", yanchor: "top" },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: grid, activecolor: ink },
       hovermode: "closest",
     };
@@ -35,11 +35,12 @@
       .map(([key, value]) => [key, axis(value)]));
     return themed({ ...base, ...given, legend: { ...base.legend, ...given.legend }, ...axes }, theme);
   }
-  // On a phone each entry of the legend takes a line of its own: the figure grows by them, so that the plot does not
-  // shrink.
+  // Entries of the legend stand two in a line, on a phone one: the figure grows by their lines, so that the plot does
+  // not shrink and the legend stays below the axis' title.
   function grow(name, traces, narrow) {
     const entries = traces.filter((trace) => trace.name && trace.showlegend !== false).length;
-    document.getElementById(name).style.height = narrow && entries > 3 ? `calc(21rem + ${18 * (entries - 3)}px)` : "";
+    const lines = narrow ? entries - 3 : Math.ceil(entries / 2) - 2;
+    document.getElementById(name).style.height = lines > 0 ? `calc(21rem + ${20 * lines}px)` : "";
   }
   function draw(theme) {
     const narrow = innerWidth < 600;
