@@ -16,14 +16,19 @@ def _products(dtype: torch.dtype, scaled: bool) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 or (scaled and dtype != torch.float16) else torch.float32
 
 
+def stored(grad: torch.Tensor) -> torch.Tensor:
+    """The numbers of a gradient that may be other than zero: of a sparse one its rows, each once and whole."""
+    return grad.coalesce().values() if grad.is_sparse else grad
+
+
 def square(tensor: torch.Tensor, scaled: bool = False) -> torch.Tensor:
     """Sum of squares: 0-d float64 on the tensor's device, products in fp32 or better, without a copy of the tensor.
 
     Args:
-        tensor: of any shape.
+        tensor: of any shape, sparse too.
         scaled: a gradient of a scaled loss: no square of a finite number overflows.
     """
-    flat = tensor.detach().reshape(-1)
+    flat = stored(tensor.detach()).reshape(-1)
     wide = _products(flat.dtype, scaled)
     whole = flat.numel() - flat.numel() % ROW
     parts = []
@@ -41,6 +46,7 @@ def squares(tensors: Sequence[torch.Tensor], scaled: bool = False) -> torch.Tens
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
     found: dict[int, torch.Tensor] = {}
+    tensors = [stored(tensor) for tensor in tensors]
     for wide in (torch.float32, torch.float64) if scaled else (torch.float32,):
         small = [i for i, t in enumerate(tensors) if 0 < t.numel() <= SMALL and _products(t.dtype, scaled) == wide]
         if small:

@@ -151,6 +151,29 @@ def regression_loss(model, n):
     return 0.5 * (model(x)[:, 0] - 0.5 * x.sum(1)).square().mean()
 
 
+@pytest.mark.parametrize("layers", [False, True])
+@pytest.mark.parametrize("rows", [50, 20_000])  # of a small model, whose norms are numbers; and a table beyond that
+def test_sparse_gradients_are_measured_as_the_same_dense_ones(rows, layers):
+    """Rows that occur twice in a micro-batch, and in both of a step, are added before they are squared."""
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(rows, 8, sparse=sparse), nn.Flatten(), nn.Linear(24, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        handle = pybatch.noise.attach(model, optimizer, source="micro-batches", layers=layers)
+        for _ in range(6):
+            optimizer.zero_grad()
+            for _ in range(2):
+                x, y = torch.randint(20, (4, 3)), torch.randint(2, (4,))
+                nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        found.append(handle.noise)
+    dense, own = found
+    assert own.steps == dense.steps == 6
+    assert own.trace == pytest.approx(dense.trace, rel=1e-5)
+    assert own.grad_sq == pytest.approx(dense.grad_sq, rel=1e-4, abs=1e-6)
+
+
 def test_closed_form_and_state():
     """The interval holds d + 1 = 64, and a handle with another's state goes on as that one."""
     model, optimizer = regression()

@@ -14,7 +14,7 @@ from pybatch.base.errors import UsageError
 from pybatch.base.numerals import counted
 from pybatch.noise.closures import Evaluations
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, combine, trainable
-from pybatch.noise.norms import SMALL, Places, square, squares
+from pybatch.noise.norms import SMALL, Places, square, squares, stored
 from pybatch.noise.preconditioner import Preconditioner
 from pybatch.records import Note
 
@@ -173,6 +173,7 @@ class MicroBatchNoise(Collector):
             if param.grad is None:
                 self._fresh.add(index)  # becomes `.grad` itself: holding it would force a copy
                 return
+            grad = stored(grad)
             if grad.numel() > SMALL and self._precondition is None:
                 self._taken.append((index, square(grad, self._scaled)))  # held, its memory would be missed
                 return
@@ -217,11 +218,11 @@ class MicroBatchNoise(Collector):
     def _printed(self) -> Any:
         """The squared norm of the smallest gradient, a number or on the device; None where it has none."""
         grad = self._params[self._smallest].grad
-        if grad is None or grad.is_sparse:
+        if grad is None:
             return None
         if not self._light:
             return square(grad)
-        wide = grad.detach().reshape(-1).numpy(force=True)
+        wide = stored(grad.detach()).reshape(-1).numpy(force=True)
         return float(wide.dot(wide))
 
     def _flush(self) -> None:
@@ -237,6 +238,7 @@ class MicroBatchNoise(Collector):
         if not self._light:
             sums[:, self._places(index)] += self._norms(index, grads)
             return sums
+        grads = [stored(grad) for grad in grads]
         flat = torch._utils._flatten_dense_tensors(grads)  # type: ignore[no-untyped-call]
         wide = flat.numpy(force=True).astype(np.float64)
         if not self._accumulator.layers:
@@ -371,4 +373,7 @@ class MicroBatchNoise(Collector):
 
 def mark(param: torch.Tensor) -> tuple[int, int] | None:
     """What changes when a gradient is written in place or replaced; None where there is none."""
-    return None if param.grad is None else (param.grad.data_ptr(), param.grad._version)
+    if param.grad is None:
+        return None
+    numbers = param.grad._values() if param.grad.is_sparse else param.grad
+    return numbers.data_ptr(), param.grad._version
