@@ -536,6 +536,7 @@ def test_moments_leave_out_steps_that_are_not_finite(kind):
 def test_bad_arguments():
     model, optimizer = regression()
     adam, plain = torch.optim.Adam(model.parameters(), weight_decay=0.1), torch.optim.Adam(model.parameters())
+    rows = torch.optim.SparseAdam(model.parameters())
     for arguments, options, says in (
         ((model,), {}, "needs the optimizer"),
         ((model, optimizer, "forward"), {}, "'forward' is not known"),
@@ -543,6 +544,7 @@ def test_bad_arguments():
         ((model, optimizer, "fsdp"), {}, "is not sharded"),
         ((model, optimizer, "adam-moments"), {}, "Use Adam or AdamW"),
         ((model, adam, "adam-moments"), {}, "adds weight_decay 0.1"),
+        ((model, rows, "adam-moments"), {}, "SparseAdam moves the moments of those rows alone"),
         ((model, optimizer), {"examples": 0}, "examples 0"),
         ((model, optimizer), {"accumulation": "median"}, "'median' is not known"),
         ((model, optimizer), {"hook": print}, "no communication"),

@@ -64,6 +64,11 @@ class MomentsNoise(Collector):
             raise UsageError(
                 f"source 'adam-moments': {kind} has the betas {sorted(betas)}. Use Adam or AdamW with one pair."
             )
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            raise UsageError(
+                f"source 'adam-moments': {kind} moves the moments of those rows alone that a batch holds, which are no "
+                "averages over steps. Use source 'micro-batches'."
+            )
         kept = getattr(getattr(optimizer, "_options", None), "state_dtype", "fp32")
         if kept != "fp32":
             raise UsageError(
