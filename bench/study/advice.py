@@ -10,7 +10,7 @@ import judging
 from judging import GOALS, Judge
 
 from pybatch.base import numerals as n
-from pybatch.records import Capacity, Curve, Run
+from pybatch.records import Capacity, Run
 from study.claims import Records, critical, wide
 
 # By evidence: the kind of record that advises, and how a user asks for it.

@@ -281,7 +281,7 @@ def capacity_of(records: Records) -> Capacity | None:
 
 
 def doubted(records: Records) -> bool:
-    """Whether the device was disturbed as it was saturated, and that but once: what another run would say is unknown."""
+    """Whether the device was saturated but once, and disturbed then: what another run would say is not known."""
     found = capacities(records)
     return len(found) == 1 and bool(found[0].disturbed)
 

@@ -151,7 +151,11 @@ def bounds(
         nothing = critical.value is None and critical.low is None and critical.high is None
         if unmeasured is not None:
             instead = () if nothing else (f"The critical batch is {known}, which the runs do not confirm.",)
-            return Answer("The critical batch cannot be told from these runs.", unmeasured, (*instead, f"{lack}: no batch is advised."))
+            return Answer(
+                "The critical batch cannot be told from these runs.",
+                unmeasured,
+                (*instead, f"{lack}: no batch is advised."),
+            )
         if nothing:
             return Answer("No batch can be advised.", f"{lack}, and the critical batch is not known: {_why(critical)}.")
         far = "Far below it more examples per step save almost as many steps, far above it almost none."

@@ -307,7 +307,7 @@ def test_what_runs_differ_by_is_in_the_interval_and_their_speed_is_not():
     own = judging.pooled([exact, slow, exact])
     ratios = [p.step_ms / (1 + p.batch / 64) for p in own.batches]
     assert ratios == pytest.approx([ratios[0]] * len(ratios))
-    assert [p.step_ms_high / p.step_ms for p in own.batches] == pytest.approx([1.01 ** 3**-0.5] * len(BATCHES), rel=1e-3)
+    assert [p.step_ms_high / p.step_ms for p in own.batches] == pytest.approx([1.01**3**-0.5] * len(BATCHES), rel=1e-3)
     shaken = [clock(lambda b, s=s: (1 + b / 64) * math.exp(s * (-1) ** BATCHES.index(b))) for s in (0.1, -0.1, 0.0)]
     wide = judging.pooled(shaken)
     # of two-way layout: sum of squares 8 * 2 * 0.1^2 over 14 degrees of freedom, of a mean of three
