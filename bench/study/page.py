@@ -38,7 +38,7 @@ Golmant et al. 2018 ([arXiv:1811.12941](https://arxiv.org/abs/1811.12941)) asked
 image classification, segmentation and language modelling. Here they are asked of pybatch's own workloads on one
 machine, by its own commands: `python bench/study/run.py` measures, `--list` prints the commands, and
 `python bench/study/page.py` writes this page. *Holds* and *does not hold* are said where 95 % intervals leave no doubt,
-or runs that did not reach leave 5 % to chance, and never of an interval that spans a factor of 100 or of times taken but
+or runs that did not reach leave 5 % to chance, and never of an interval that spans a factor of 100 or of times taken
 once, on a disturbed machine; all else is *undetermined*.
 """
 _OWN = """## What to do with your own model
@@ -165,8 +165,8 @@ def _regret(problems: Mapping[str, Records]) -> str:
     text = (
         "Regret is the time to the train target at the batch advised over that at the best one, by curves through a "
         "sweep of other seeds, with AdamW and its rate tuned at each batch size, and through step times measured "
-        "apart; beside it that of the measured times alone, over the least of them, which is too low by chance. The goal is "
-        "what the kind of evidence is meant to come to. "
+        "apart; beside it that of the measured times alone, over the least of them, which is too low by chance. "
+        "The goal is what the kind of evidence is meant to come to. "
     )
     judges = {name: told for name, records in problems.items() if (told := advice.judge_of(records))}
     below = "".join(f"- {name}, the judge: {'; '.join(told)}.\n" for name, told in judges.items())

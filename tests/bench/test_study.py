@@ -270,7 +270,7 @@ def test_regret_is_time_at_the_batch_advised_over_the_least():
 
 
 def test_between_batches_measured_a_curve_is_taken_and_not_its_chord():
-    """ln T bends upward between batch 32 and 128 when 64 is left out: its chord lies above T(64), the curve does not."""
+    """Without batch 64, where time is least, its neighbours' chord lies above T(64); the curve does not."""
     records = records_of(64)
     [curve] = records["judge"].convergence.curves
     few = dataclasses.replace(curve, points=tuple(p for p in curve.points if p.batch != 64))
