@@ -224,8 +224,9 @@ class _Out:
         if self.price is not None:
             run = replace(run, price=self.price)
         status = 0
-        if not shown:
-            pass
+        if not shown:  # in one line: the traceback is what is looked for
+            if run.noise is not None and run.noise.status != "unresolved" and not self.quiet:
+                self.say(f"until then {run.noise}")
         elif self.kind == "table" or self.output is not None:
             saved = self.output if self.kind == "json" else None
             print_run(run, Console(stderr=True), self.verbose, more=notes_in(self.html or saved))

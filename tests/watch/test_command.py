@@ -73,6 +73,7 @@ def test_a_script_that_fails_keeps_its_traceback_and_what_was_measured(folder, w
     assert done.returncode == 1
     line = next(i for i, text in enumerate(SCRIPT.splitlines(), 1) if "raise" in text)
     trace = done.stderr[done.stderr.index("Traceback") :]
+    assert "pybatch: until then B_simple " in done.stderr.removesuffix(trace)
     assert trace.splitlines()[1] == f'  File "{folder / "train.py"}", line {line}, in <module>'
     assert trace.endswith("RuntimeError: of the script\n")
     assert "pybatch" not in trace
