@@ -6,8 +6,8 @@
 The judge is an exhaustive sweep with the optimizer that `pybatch bench` trains with, its rate tuned at every batch
 size, and step times measured at the same batches: T(B) = S(B) t(B). Against it stand the batches recommended on the
 noise scale alone, on branched runs, and on a sweep of other seeds: nothing is judged on the runs it was advised from.
-Between batches measured, ln S and ln t are interpolated in ln B. The interval is 95 %: the judge's seeds drawn anew,
-and step times within their errors.
+Curves are drawn through both as a verdict draws them (`judging.py`), with a 95 % interval; the regret of the measured
+times alone stands beside.
 Goals: 1.25, 1.10 and 1.05. With --disturbed the advice of the noise scale is asked for so many times more with
 --busy processes beside it that never rest; the judge's own times are taken without them. Goal: 1.15 in each.
 """
@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from judging import GOALS, regret, resampled, times
+from judging import GOALS, judge, regret
 
 from pybatch.answer.verdict import advise
 from pybatch.base.numerals import interval
@@ -38,6 +38,7 @@ from pybatch.sweep.measurement import measure_convergence
 from pybatch.workloads.running.finding import find
 
 OPTIMIZER = "adamw"  # of `bench`'s own training
+TIMINGS = 3  # of the judge's steps
 JUDGE = 1000  # first seed of the runs that judge; those that advise count from 0
 
 
@@ -87,10 +88,13 @@ def measure(
 
     steps, own = sweep(JUDGE), sweep(0)
     swept = time.perf_counter() - begin
-    capacity = measure_capacity(workload, device="cpu", batches=batches, time_budget=60, find_max_batch=False)
-    measured, drawn = times(capacity, steps), resampled(capacity, steps)
-    if len(measured) < 2:
-        return {"workload": name, "reason": f"{len(measured)} batch sizes reached the target", "sweep_s": swept}
+    runs = [
+        measure_capacity(workload, device="cpu", batches=batches, time_budget=30, find_max_batch=False)
+        for _ in range(TIMINGS)
+    ]
+    by = judge(steps, runs)
+    if len(by.measured) < 2:
+        return {"workload": name, "reason": f"{len(by.measured)} batch sizes reached the target", "sweep_s": swept}
     plain = run_bench(find(name), BenchOptions(time_budget=70), device="cpu")
     thorough = run_bench(find(name), BenchOptions(time_budget=180, thorough=True), device="cpu")
     verdicts = {
@@ -104,19 +108,19 @@ def measure(
             run = run_bench(find(name), BenchOptions(time_budget=70, seed=place), device="cpu")
         said = run.verdict.confidence if run.verdict is not None else None
         beside.append(
-            regret(run.verdict, measured, drawn)
+            regret(run.verdict, by)
             | {"confidence": said.level if said else None, "reasons": list(said.reasons) if said else []}
         )
-    best = min(measured, key=measured.__getitem__)
+    best = by.fastest
     return {
         "workload": name,
         "sweep_s": swept,
         "steps": {p.batch: p.steps for c in steps.curves for p in c.points},
-        "seconds_to_target": measured,
+        "seconds_to_target": by.measured,
         "best_measured": best,
-        "best_at_edge": best in (min(measured), max(measured)),
+        "best_at_edge": best in (min(by.measured), max(by.measured)),
         "verdicts": {
-            level: regret(verdict, measured, drawn) | {"source": verdict.critical_source if verdict else None}
+            level: regret(verdict, by) | {"source": verdict.critical_source if verdict else None}
             for level, verdict in verdicts.items()
         },
         "disturbed": beside,
