@@ -2,8 +2,12 @@
 
 T(B) = S(B) t(B): steps of a sweep, and step times of one run of `bench` or of several. Both are drawn as the records
 leave them possible, as for a verdict (`pybatch.answer.ensemble`), but from runs that advised nothing; the least time is
-sought between the smallest and the largest batch size swept. The interval is 95 % of the draws. What a single figure
-over the least of many says, all of them noisy, is told beside: `measured_regret`.
+sought between the smallest and the largest batch size swept. What a single figure over the least of many says, all of
+them noisy, is told beside: `measured_regret`.
+
+The upper end is the 97.5 % point of the draws, each over its own least. The lower end is the 2.5 % point over each
+draw's time at one batch size, the best by all of them: no time is less than the least, so that it bounds from below
+(bench/planted_verdict.py's truths: tests/bench/test_study.py).
 """
 
 from __future__ import annotations
@@ -20,9 +24,12 @@ from pybatch.answer.critical import critical_of
 from pybatch.answer.ensemble import Ensemble
 from pybatch.answer.evidence import NORMAL
 from pybatch.answer.step_times import variance_of
+from pybatch.base import numerals as n
 from pybatch.fits.throughput import fit_throughput
 from pybatch.records import BatchPoint, Capacity, Convergence, Verdict
 
+Array = np.ndarray
+NEXT = 2.0  # times a batch size, or less: beside it
 GOALS = {"noise": 1.25, "branch": 1.10, "sweep": 1.05, "disturbed": 1.15}
 
 
@@ -31,11 +38,37 @@ class Judge:
     """What runs that advised nothing say of the time to the train target."""
 
     measured: dict[int, float]  # seconds by batch size, where the target was reached and the step timed
-    ensemble: Ensemble | None  # None: the steps have no curve that could be drawn
+    ensemble: Ensemble | None
+    reason: str = ""  # why there is none
+    lost: tuple[int, ...] = ()  # batch sizes at which some runs did not reach: what they would take is in no draw
 
     @property
     def fastest(self) -> int:
         return min(self.measured, key=self.measured.__getitem__)
+
+    @property
+    def sizes(self) -> Array:
+        """Of the grid, between the smallest and the largest batch size swept."""
+        assert self.ensemble is not None
+        size = self.ensemble.size
+        within: Array = size[(size >= min(self.measured)) & (size <= max(self.measured))]
+        return within
+
+    @property
+    def best(self) -> float:
+        """Batch of least time, by all draws together."""
+        assert self.ensemble is not None
+        return float(self.sizes[int(np.argmin(self.ensemble.time(self.sizes)))])
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether time is least at an end of what was swept: regret over what lies beyond is more."""
+        return self.ensemble is not None and self.best in (min(self.measured), max(self.measured))
+
+    def doubts(self, batch: float) -> bool:
+        """Whether runs were lost next to this batch, or to the best one."""
+        near = [batch] + ([self.best] if self.ensemble is not None else [])
+        return any(max(lost / one, one / lost) <= NEXT for lost in self.lost for one in near)
 
 
 def judge(steps: Convergence, runs: Sequence[Capacity]) -> Judge:
@@ -44,10 +77,17 @@ def judge(steps: Convergence, runs: Sequence[Capacity]) -> Judge:
     reached = {p.batch: p.steps for p in curve.points if p.status == "reached" and p.steps is not None}
     timed = pooled(runs)
     step = {p.batch: p.step_ms / 1e3 for p in timed.batches if p.step_ms is not None}
-    measured = {n: reached[n] * step[n] for n in sorted(reached.keys() & step.keys())}
+    measured = {size: reached[size] * step[size] for size in sorted(reached.keys() & step.keys())}
+    lost = tuple(p.batch for p in curve.points if p.batch in measured and (p.reached or 0) < p.seeds)
     critical = critical_of(None, replace(steps, curves=(curve,), branches=()))
-    drawn = critical.value is not None and critical.shape is not None and timed.model is not None
-    return Judge(measured, ensemble_between(critical, timed, None) if drawn else None)
+    reason = ""
+    if len(measured) < 2:
+        reason = f"{n.counted(len(measured), 'batch size')} of the judge reached the target and had its steps timed"
+    elif critical.value is None or critical.shape is None:
+        reason = "the sweep that judges has no critical batch"
+    elif timed.model is None:
+        reason = "fewer than three of the judge's batch sizes were timed by every run"
+    return Judge(measured, None if reason else ensemble_between(critical, timed, None), reason, lost)
 
 
 def pooled(runs: Sequence[Capacity]) -> Capacity:
@@ -56,10 +96,10 @@ def pooled(runs: Sequence[Capacity]) -> Capacity:
     A run on a slower machine is slower at all batch sizes, which no ratio of two of them sees; what is left between
     runs, pooled over batch sizes, is their error, unless that within the runs says more.
     """
-    if len(runs) == 1:
-        return runs[0]
     points = [{p.batch: p for p in run.batches if p.step_ms} for run in runs]
     sizes = sorted(set.intersection(*(set(own) for own in points)))
+    if len(runs) == 1 or not sizes:
+        return replace(runs[0], batches=runs[0].batches if sizes else ())
     log = np.log([[own[size].step_ms or math.nan for size in sizes] for own in points])
     level = log.mean(axis=1, keepdims=True)
     log = log - level + level.mean()
@@ -102,12 +142,12 @@ def regret(verdict: Verdict | None, by: Judge) -> dict[str, Any]:
     elif found is None:
         row["reason"] = f"batch {batch} is outside those the sweep measured, {min(measured)} to {max(measured)}"
     elif by.ensemble is None:
-        row["reason"] = "the sweep that judges has no curve of steps"
+        row["reason"] = by.reason
     else:
-        sizes = by.ensemble.size
-        sizes = np.append(sizes[(sizes >= min(measured)) & (sizes <= max(measured))], float(batch))
+        sizes = np.append(by.sizes, float(batch))
         middle, members = by.ensemble.time(sizes), by.ensemble.time(sizes, members=True)
-        low, high = np.quantile(members[:, -1] / members.min(axis=1), [0.025, 0.975])
         value = float(middle[-1] / middle.min())
-        row |= {"regret": value, "regret_low": min(float(low), value), "regret_high": max(float(high), value)}
+        low = max(1.0, float(np.quantile(members[:, -1] / members[:, middle.argmin()], 0.025)))
+        high = float(np.quantile(members[:, -1] / members.min(axis=1), 0.975))
+        row |= {"regret": value, "regret_low": min(low, value), "regret_high": max(high, value)}
     return row

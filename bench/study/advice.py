@@ -34,7 +34,9 @@ class Judged:
     goal: float
     remark: str  # what it stands on, or why the figure is lacking
     measured: float | None = None  # the same of measured times alone, whose least is too low by chance
-    doubted: bool = False  # the judge's steps were timed once, on a disturbed machine
+    # The judge's steps were timed once, on a disturbed machine; runs of it beside this batch or the best one did not
+    # reach; or its best batch is at an end of what it swept.
+    doubted: bool = False
 
     @property
     def met(self) -> str:
@@ -60,7 +62,7 @@ def judged(records: Records) -> list[Judged]:
         if adviser is None or by is None:
             why = f"not run: {', '.join([kind] * (adviser is None) + lacking)}"
         elif len(by.measured) < 2:
-            why = f"{n.counted(len(by.measured), 'batch size')} of the judge reached the target"
+            why = by.reason
         else:
             found.append(_judged(words, level, by, adviser, clocks))
             continue
@@ -80,7 +82,7 @@ def _judged(words: str, level: str, by: Judge, adviser: Run, clocks: Sequence[Ca
         GOALS[level],
         row.get("reason", ""),
         row["measured_regret"],
-        len(clocks) < 2 and any(map(disturbed, clocks)),
+        (len(clocks) < 2 and any(map(disturbed, clocks))) or by.at_edge or by.doubts(row["best_batch"] or by.fastest),
     )
     if made.regret is None:
         return made
@@ -100,9 +102,13 @@ def judge_of(records: Records) -> list[str]:
     if len(curves) != 1:
         return [f"{n.counted(len(curves), 'curve')} to a train target, where one judges"]
     said = [f"critical batch {critical(curves[0])}", n.counted(judge.convergence.seeds or 0, "seed")]
-    if any(map(disturbed, clocks)):
-        alone = len(clocks) < 2
-        said.append("its steps were timed on a disturbed machine" + (" once" if alone else f", {len(clocks)} times"))
+    by = judging.judge(judge.convergence, clocks)
+    if by.lost:
+        said.append(f"some of its runs did not reach at batch {', '.join(map(n.count, by.lost))}")
+    if by.at_edge:
+        said.append(f"its best batch, {n.count(round(by.best))}, is at an end of those it swept: regret may be more")
+    if busy := sum(map(disturbed, clocks)):
+        said.append(f"its steps were timed {n.counted(len(clocks), 'time')}, {busy} of them on a disturbed machine")
     return said
 
 

@@ -282,19 +282,19 @@ def tuned(records: Records, every: bool = False) -> list[tuple[Run, Curve]]:
 
 
 def capacities(records: Records) -> list[Capacity]:
-    """What the device does with the problem, by every run that looked for its saturation."""
+    """What the device does with the problem: by every run that found where it saturates, or else by one."""
     runs = [run for kind in ("bench", "thorough") if (run := records.get(kind)) is not None]
-    return [run.capacity for run in runs if run.capacity is not None]
+    found = [run.capacity for run in runs if run.capacity is not None]
+    return [one for one in found if one.saturation_low is not None and one.saturation_high is not None] or found[:1]
 
 
 def capacity_of(records: Records) -> Capacity | None:
     """Of `capacities` the first, its saturation batch within the intervals of all."""
     found = capacities(records)
-    ends = [(one.saturation_low, one.saturation_high) for one in found]
-    known = [(low, high) for low, high in ends if low is not None and high is not None]
-    if not found or len(known) < len(ends):
-        return found[0] if found else None
-    low, high = min(low for low, _ in known), max(high for _, high in known)
+    if not found:
+        return None
+    low = min((one.saturation_low for one in found if one.saturation_low is not None), default=None)
+    high = max((one.saturation_high for one in found if one.saturation_high is not None), default=None)
     told = tuple(dict.fromkeys(text for one in found for text in one.disturbed))
     return replace(found[0], saturation_low=low, saturation_high=high, disturbed=told)
 

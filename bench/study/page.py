@@ -126,7 +126,8 @@ def _state(study: Study) -> str:
     text += f"fewer batch sizes, {QUICK_SEEDS} seeds, wider intervals. Steps hardly depend on the machine's load; "
     text += f"{busy} of {n.counted(len(timed), 'record')} with step times {'is' if busy == 1 else 'are'} "
     text += "of a machine whose speed changed meanwhile, as pybatch itself noticed: such times judge where they were "
-    text += "taken several times, with what those differ by in the interval, and not alone."
+    text += "taken several times, with what those differ by in the interval, and not alone; what disturbed all of them "
+    text += "alike is not seen."
     there = study.problems()
     lacking = [problem.name for problems in DOMAINS.values() for problem in problems if problem.name not in there]
     return text + (f" **Not run yet**: {', '.join(lacking)}.\n" if lacking else "\n")

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -60,6 +62,22 @@ def whole(path: Path) -> bool:
         return bool(json.loads(path.read_text())["complete"])
     except (OSError, ValueError, KeyError):
         return False
+
+
+def there(record: Record) -> bool:
+    """Whether a record is whole, and of the command that is declared: one of an earlier declaration is made again."""
+    path = ROOT / RECORDS / record.path
+    if not whole(path):
+        return False
+    if record.kind == "advice" or record.kind.startswith("along"):
+        return True
+    typed = json.loads(path.read_text())["environment"]["command"]
+    return measured(shlex.split(typed)) == measured(["pybatch", *command(record, 2)])
+
+
+def measured(words: Sequence[str]) -> list[str]:
+    """A command without what changes no figure: how many processes trained, where its store was, whether it went on."""
+    return re.sub(r" --(jobs \d+|store \S+|quiet|resume)\b", "", " ".join(words)).split()
 
 
 def disturbed(path: Path) -> bool:
@@ -115,9 +133,11 @@ def run(records: Sequence[Record], jobs: int, stores: Path, again: bool = False)
         path = ROOT / RECORDS / record.path
         if again and record.kind in TIMED and disturbed(path):
             path.unlink()
-        if whole(path):
+        if there(record):
             print(f"there     {record.path}", flush=True)
             continue
+        if whole(path):
+            path.unlink()
         (ROOT / RECORDS / record.path).parent.mkdir(parents=True, exist_ok=True)
         begin, busy, load = time.perf_counter(), sum(os.times()[:4]), os.getloadavg()[0]
         good = make(record, jobs, stores)
@@ -150,7 +170,7 @@ def main() -> int:
                 if record.kind.startswith("along")
                 else "pybatch " + " ".join(command(record, given.jobs, given.stores))
             )
-            print(f"{'there  ' if whole(ROOT / RECORDS / record.path) else 'missing'} {words}")
+            print(f"{'there  ' if there(record) else 'missing'} {words}")
         return 0
     (ROOT / given.stores).mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, interrupted)

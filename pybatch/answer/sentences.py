@@ -150,7 +150,7 @@ def bounds(
         lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"
         nothing = critical.value is None and critical.low is None and critical.high is None
         if unmeasured is not None:
-            instead = () if nothing else (f"The critical batch is {known}, which the runs do not confirm.",)
+            instead = () if nothing else (f"By other evidence it is {known}, which these runs do not confirm.",)
             return Answer(
                 "The critical batch cannot be told from these runs.",
                 unmeasured,

@@ -22,7 +22,7 @@ def stored(grad: torch.Tensor) -> torch.Tensor:
 
 
 def square(tensor: torch.Tensor, scaled: bool = False) -> torch.Tensor:
-    """Sum of squares: 0-d float64 on the tensor's device, products in fp32 or better, without a copy of the tensor.
+    """Sum of squares: 0-d float64 on the tensor's device, products in fp32 or better, without a copy of a dense tensor.
 
     Args:
         tensor: of any shape, sparse too.

@@ -542,7 +542,7 @@ def test_runs_without_a_critical_batch_come_first_and_a_noise_scale_after_them(s
     found = advise(None, scale, nothing)
     assert found.answer == "The critical batch cannot be told from these runs."
     assert found.because == "No batch size reached the target in half of its seeds. Give a higher target."
-    instead = "The critical batch is 40 (10 to 161, by gradient noise), which the runs do not confirm."
+    instead = "By other evidence it is 40 (10 to 161, by gradient noise), which these runs do not confirm."
     assert (instead in found.text) == (scale is not None)
     assert advise(None, scale, sweep()).answer.startswith("The critical batch is ")
     empty = dataclasses.replace(nothing, curves=(dataclasses.replace(nothing.curves[0], notes=(Note("points", ""),)),))

@@ -174,6 +174,61 @@ def test_sparse_gradients_are_measured_as_the_same_dense_ones(rows, layers):
     assert own.grad_sq == pytest.approx(dense.grad_sq, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_sparse_gradient_without_rows_is_zero(first):
+    """Micro-batches of padding alone, before and after one that is not; layer by layer, in either order of layers."""
+
+    class Model(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            made = {"table": nn.Embedding(50, 8, padding_idx=0, sparse=sparse), "out": nn.Linear(8, 2)}
+            for name in made if first else reversed(made):
+                self.add_module(name, made[name])
+
+        def forward(self, x):
+            return self.out(self.table(x).sum(1))
+
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = Model(sparse)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        handle = pybatch.noise.attach(model, optimizer, source="micro-batches", layers=True)
+        for step in range(6):
+            optimizer.zero_grad()
+            for part in range(3):
+                x = torch.randint(1, 20, (4, 3)) * (part != step % 3)
+                nn.functional.cross_entropy(model(x), torch.randint(2, (4,))).backward()
+            optimizer.step()
+        found.append(handle.noise)
+    dense, own = found
+    assert own.trace == pytest.approx(dense.trace, rel=1e-5)
+    for layer, same in zip(own.layers, dense.layers, strict=True):
+        assert layer.name == same.name
+        assert layer.trace == pytest.approx(same.trace, rel=1e-5)
+        assert layer.grad_sq == pytest.approx(same.grad_sq, rel=1e-4, abs=1e-6)
+
+
+def test_sparse_gradients_are_preconditioned_as_the_same_dense_ones():
+    """By SparseAdam, whose state has the shape of the table and whose gradients have few rows."""
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Embedding(50, 8, sparse=sparse)
+        kind = torch.optim.SparseAdam if sparse else torch.optim.Adam
+        optimizer = kind(model.parameters(), lr=1e-12)
+        handle = pybatch.noise.attach(model, optimizer, source="micro-batches", preconditioned=True)
+        for _ in range(6):
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(torch.arange(50)[torch.randperm(50)]).square().mean().mul(torch.rand(())).backward()
+            optimizer.step()
+        found.append(handle.noise.preconditioned)
+    dense, own = found
+    assert own.trace == pytest.approx(dense.trace, rel=1e-4)
+    assert own.grad_sq == pytest.approx(dense.grad_sq, rel=1e-4)
+
+
 def test_closed_form_and_state():
     """The interval holds d + 1 = 64, and a handle with another's state goes on as that one."""
     model, optimizer = regression()

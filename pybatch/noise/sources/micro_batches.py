@@ -173,7 +173,8 @@ class MicroBatchNoise(Collector):
             if param.grad is None:
                 self._fresh.add(index)  # becomes `.grad` itself: holding it would force a copy
                 return
-            grad = stored(grad)
+            if self._precondition is None:
+                grad = stored(grad)
             if grad.numel() > SMALL and self._precondition is None:
                 self._taken.append((index, square(grad, self._scaled)))  # held, its memory would be missed
                 return
@@ -245,7 +246,10 @@ class MicroBatchNoise(Collector):
             return sums + float(wide.dot(wide))
         found = np.zeros(len(sums))
         found[0] = wide.dot(wide)
-        found[1 + np.array(index)] = np.add.reduceat(wide * wide, np.cumsum([0, *(g.numel() for g in grads[:-1])]))
+        sizes = np.array([grad.numel() for grad in grads])
+        some = sizes > 0  # a sparse one may have no row
+        if some.any():
+            found[1 + np.array(index)[some]] = np.add.reduceat(wide * wide, np.cumsum([0, *sizes[some][:-1]]))
         return sums + found
 
     def _norms(self, index: list[int], grads: list[torch.Tensor]) -> torch.Tensor:
