@@ -20,6 +20,7 @@ from study.records import Study, read
 from study.run import RECORDS, command, store_of, whole
 
 from pybatch import cli
+from pybatch.base.ranges import parse_batches
 from pybatch.device.environment import capture
 from pybatch.fits.throughput import fit_throughput
 from pybatch.records import (
@@ -32,6 +33,7 @@ from pybatch.records import (
     Verdict,
     WorkloadInfo,
 )
+from pybatch.sweep.budget import checked_budget
 from pybatch.workloads.running.finding import find
 
 BATCHES = tuple(8 * 2**k for k in range(8))
@@ -409,6 +411,15 @@ def test_every_command_is_one_that_pybatch_takes():
     commands = {" ".join(r.flags[::2]): r for records in PARTS.values() for r in records if "along" not in r.kind}
     for name, *words in (command(record, 2) for record in commands.values()):
         cli.Commands().get_command(None, name).make_context(name, words)
+
+
+def test_runs_may_go_on_for_as_many_epochs_as_gaps_are_taken_at():
+    for record in (record for records in PARTS.values() for record in records if "--gap-epochs" in record.flags):
+        given = dict(zip(record.flags[::2], record.flags[1::2], strict=True))
+        examples = find(record.problem.workload, model=record.problem.model).examples
+        checked_budget(
+            float(given["--gap-epochs"]), examples, parse_batches(given["--batch"]), int(given["--max-steps"])
+        )
 
 
 def test_records_were_made_by_the_commands_of_the_declaration(study):
