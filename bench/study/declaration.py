@@ -108,9 +108,9 @@ RULES = "constant,linear,sqrt,tuned"
 BATCHES = {"digits": "2-2048*2", "text": "2-512*2", "scenes": "2-512*2"}
 QUICK = {"digits": "8-2048*4", "text": "4-324*3", "scenes": "4-324*3"}
 SEEDS, QUICK_SEEDS = 3, 2
-# Steps of a run under the rules, above the medians of the smallest batch: a larger one that takes more has failed. Those
-# of `digits` are the smallest batch's in GAP_EPOCHS.
-MOST = {"digits": 18_000, "text": 1500, "scenes": 1500}
+# Steps of a run under the rules, above the medians of the smallest batch: a larger one that takes more has failed.
+MOST = {"digits": 18_000, "text": 1500, "scenes": 1500}  # the first: GAP_EPOCHS of the smallest batch
+QUICK_MOST = {"text": 600, "scenes": 1300}
 TRAIN = {"digits": "train=0.1", "text": "train=2.45", "scenes": "train=0.3"}  # the workloads' own
 
 # Architecture x data complexity x data size. One target for all of them: a train loss that wrong labels leave in
@@ -150,7 +150,8 @@ def optimizers() -> Iterator[Record]:
 def quick() -> Iterator[Record]:
     """One architecture a domain, two rules, five batch sizes, two seeds."""
     for domain, (problem, _) in DOMAINS.items():
-        yield sweep("quick", problem, "sweep", QUICK[domain], "linear,tuned", QUICK_SEEDS, noise_s=5)
+        most = QUICK_MOST.get(domain)
+        yield sweep("quick", problem, "sweep", QUICK[domain], "linear,tuned", QUICK_SEEDS, noise_s=5, most=most)
         yield from advised("quick", problem, QUICK[domain], QUICK_SEEDS, timings=1, thorough=False)
 
 
