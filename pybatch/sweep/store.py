@@ -136,14 +136,17 @@ class Store:
             self._db.executemany("DELETE FROM claim WHERE key = ? AND owner = ?", [(key, self.owner) for key in keys])
 
     def put(self, outcome: Outcome) -> None:
-        """Store an outcome and end its claim, in one transaction. A longer run of the same trial is kept."""
+        """Store an outcome and end its claim, in one transaction. A longer run of the same trial is kept.
+
+        Not so where this one diverged, and one as long gives way: a trial runs again where what is kept does not answer
+        what is asked, and sums in another order may find the answer earlier. Were it not taken, it would run for ever.
+        """
         trial = outcome.trial
         key, steps = trial.key, outcome.steps
         with self._write():
             row = self._db.execute("SELECT steps, train, test, metrics FROM trial WHERE key = ?", (key,)).fetchone()
             kept = None if row is None else Trajectory.decompressed(*row)
-            more = kept is None or not all(map(kept.has, outcome.trajectory.metrics))
-            if kept is None or kept.steps[-1] < steps or (more and kept.steps[-1] == steps):
+            if kept is None or kept.steps[-1] <= steps or outcome.end == "diverged":
                 created = datetime.now(UTC).isoformat(timespec="seconds")
                 columns, metrics = outcome.trajectory.compressed(), outcome.trajectory.compressed_metrics()
                 self._db.execute(

@@ -30,11 +30,11 @@ def trial(seed=0):
     return Trial("w", "sgd", Scaled({"lr": 0.5, "betas": (0.9, 0.99)}), 8, seed, "fp32", "cpu")
 
 
-def outcome(seed=0, last=10):
+def outcome(seed=0, last=10, end="met"):
     steps = np.arange(last + 1, dtype=np.int32)
     losses = np.exp(-steps / 3).astype(np.float32)
     losses[-1] = math.nan
-    return Outcome(trial(seed), "met", Trajectory(steps, losses, losses * 2), 0.25, "stacked")
+    return Outcome(trial(seed), end, Trajectory(steps, losses, losses * 2), 0.25, "stacked")
 
 
 @pytest.fixture
@@ -72,6 +72,18 @@ def test_a_longer_run_replaces_a_shorter_one_and_not_the_reverse(path):
             store.put(outcome(last=last))
         assert len(store) == 1
         assert store.outcomes([trial()])[trial().key].steps == 30
+
+
+@pytest.mark.parametrize(
+    ("again", "last"),
+    [("met", 30), ("diverged", 10)],  # summed in another order it reaches by then, or breaks before
+)
+def test_a_run_made_again_for_its_answer_is_taken(path, again, last):
+    """It was not, being no longer: the sweep that asked ran it for ever."""
+    with Store(path, HERE) as store:
+        store.put(outcome(last=30, end="capped"))
+        store.put(outcome(last=last, end=again))
+        assert store.outcomes([trial()])[trial().key].end == again
 
 
 def test_a_claim_is_granted_once(path):
