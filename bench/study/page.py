@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts besi
 from pybatch.base import numerals as n
 from pybatch.report.plot import Plot
 from study import advice, claims
-from study.claims import Answer, Records
+from study.claims import Answer, Records, Row
 from study.declaration import DOMAINS, PARTS, QUICK_SEEDS
 from study.pictures import digest, pictures
 from study.records import Study, read
@@ -55,50 +55,50 @@ def page(study: Study) -> str:
     """The whole page as Markdown."""
     problems = study.problems()
     drawn = pictures(problems)
-    questions = [
-        _question("RQ1: do steps stop falling?", claims.levels_off(problems), "digits", "in every network it trained"),
-        _picture([plot for plot in drawn if plot.name != "headline"]),
-        _question(
-            "RQ2: is the critical batch below what this machine can take?",
+    asked = {
+        "RQ1: do steps stop falling?": (claims.levels_off(problems), "digits", "in every network it trained"),
+        "RQ2: is the critical batch below what this machine can take?": (
             claims.below_capacity(problems),
             "digits",
             "on its GPUs, mostly far below",
         ),
-        _picture([plot for plot in drawn if plot.name == "headline"]),
-        _question(
-            "RQ3: do rules fail, and where?",
+        "RQ3: do rules fail, and where?": (
             claims.rules_fail(problems),
             "digits",
             "before the device is full, and each domain at a place of its own",
         ),
-        _question(
-            "RQ4: what moves the critical batch?",
+        "RQ4: what moves the critical batch?": (
             claims.size_matters_least(study.factorial()),
             "factorial",
             "comparing data sets and networks",
         ),
-        "The factorial is declared for `digits` alone: elsewhere RQ4 stays open in size and complexity. Its target is "
-        "the train loss, taken on the images that are trained on.\n",
-        _question(
-            "Counter-arm, Shallue et al. 2018: the gap of test and train loss",
+        "Counter-arm, Shallue et al. 2018: the gap of test and train loss": (
             claims.generalizes_worse(problems),
             "digits",
             "where rates were tuned at each batch size",
         ),
-        _question(
-            "Does the noise scale predict the critical batch?",
+        "Does the noise scale predict the critical batch?": (
             claims.noise_predicts(problems),
             "digits-advice",
             "within a factor of its own on each task (arXiv:1812.06162)",
         ),
-        _question(
-            "Optimizers: SGD, AdamW, Muon",
+        "Optimizers: SGD, AdamW, Muon": (
             claims.optimizers_differ(problems),
             "optimizers",
             "of language models (arXiv:2505.02222)",
         ),
-    ]
-    body = [_HEAD, _state(study), _regret(problems), *questions, _noise(problems), _OWN, _parts(study)]
+    }
+    below = {
+        "RQ1": _picture([plot for plot in drawn if plot.name != "headline"]),
+        "RQ2": _picture([plot for plot in drawn if plot.name == "headline"]),
+        "RQ4": "The factorial is declared for `digits` alone: elsewhere RQ4 stays open in size and complexity. Its "
+        "target is the train loss, taken on the images that are trained on.\n",
+    }
+    questions = []
+    for title, (answer, part, paper) in asked.items():
+        questions += [_question(title, answer, part, paper), below.get(title.partition(":")[0], "")]
+    against = _against({title: answer for title, (answer, _, _) in asked.items()})
+    body = [_HEAD, _state(study), _regret(problems), *questions, against, _noise(problems), _OWN, _parts(study)]
     return "\n".join(part for part in body if part)
 
 
@@ -187,6 +187,24 @@ def _question(title: str, answer: Answer, part: str, paper: str) -> str:
     if not answer.rows:
         return f"## {title}\n\n{said} Not run: `python bench/study/run.py --part {part}`.\n"
     return f"## {title}\n\n{said}\n\n{_table(answer.heads, [row.cells for row in answer.rows])}"
+
+
+def _against(asked: Mapping[str, Answer]) -> str:
+    """Where the paper's claims do not hold here, case by case."""
+    found = []
+    for title, answer in asked.items():
+        cases = [", ".join(cell for cell in row.cells[:-1] if cell) for row in answer.rows if _denies(row)]
+        if cases or answer.finding == "does not hold":
+            found.append(f"- **{title}** {answer.claim}: not so in {'; '.join(cases) or answer.text}.")
+    text = "\n".join(found) or (
+        "Nowhere that is sure: no case above speaks against a claim beyond its interval. What is undetermined is so "
+        "for the width of an interval, of few seeds or of batch sizes that end too early."
+    )
+    return f"## Where we disagree\n\n{text}\n"
+
+
+def _denies(row: Row) -> bool:
+    return row.finding == "does not hold"
 
 
 def _noise(problems: Mapping[str, Records]) -> str:

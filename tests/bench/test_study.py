@@ -554,3 +554,13 @@ def test_the_records_are_declared_and_small():
     assert {str(path.relative_to(folder)) for path in files} <= declared
     assert sum(path.stat().st_size for path in files) < 5e6
     assert folder == writer.ROOT / RECORDS
+
+
+def test_what_speaks_against_the_paper_is_told_case_by_case():
+    low = {"sweep": swept(hyperbola()), "bench": bench(10.0)}
+    high = {"sweep": swept(hyperbola()), "bench": bench(2000.0)}
+    found = claims.below_capacity({"one": low, "other": high})
+    told = writer._against({"RQ2: is it?": found})
+    assert "- **RQ2: is it?** the critical batch lies below what the device can take: not so in one, " in told
+    assert "other, " not in told
+    assert "Nowhere that is sure" in writer._against({"RQ2: is it?": claims.below_capacity({"other": high})})
