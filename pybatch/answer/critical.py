@@ -67,9 +67,11 @@ def critical_of(noise: NoiseScale | None, steps: Convergence | None, target: flo
         noise, steps: the evidence.
         target: train loss that the run is to reach, where it is known.
     """
-    curve, branch = _curve_of(steps), _branch_of(steps)
+    curve, branch = _curve_of(steps), _branch_of(steps, target)
     bound = curve if curve is not None and curve.critical_batch is None else None
-    weighed = combined([r for r in (_by_curve(curve), _by_branch(branch), _by_noise(noise, target)) if r is not None])
+    weighed = combined(
+        [r for r in (_by_curve(curve), _by_branch(branch, target), _by_noise(noise, target)) if r is not None]
+    )
     if bound is not None and (weighed is None or bound.rule == SEARCHED):
         within = (bound.low or 0.0, bound.high if bound.high is not None else math.inf)
         if weighed is None:
@@ -79,11 +81,11 @@ def critical_of(noise: NoiseScale | None, steps: Convergence | None, target: flo
             reason = _reason_of_curve(bound)
             reason = dataclasses.replace(reason, inputs=reason.inputs | {r.words: r.value for r in weighed.readings})
             return Critical(None, bound.low, bound.high, "sweep", reason, bound, weighed=against, within=within)
-        return _valued(weighed, noise, bound, branch, within)
+        return _valued(weighed, noise, bound, branch, target, within)
     if weighed is not None:
-        return _valued(weighed, noise, curve, branch)
+        return _valued(weighed, noise, curve, branch, target)
     if branch is not None and branch.fit is not None:
-        return Critical(None, branch.fit.low, branch.fit.high, "branch", _reason_of_branch(branch))
+        return Critical(None, branch.fit.low, branch.fit.high, "branch", _reason_of_branch(branch, target))
     return _unread(noise)
 
 
@@ -92,6 +94,7 @@ def _valued(
     noise: NoiseScale | None,
     curve: Curve | None,
     branch: Branching | None,
+    target: float | None,
     within: tuple[float, float] = (0.0, math.inf),
 ) -> Critical:
     """A critical batch with a value."""
@@ -99,7 +102,7 @@ def _valued(
     source = min((r.source for r in used), key=("sweep", "branch", "noise").index)
     reason = {
         "sweep": lambda: _reason_of_curve(curve),
-        "branch": lambda: _reason_of_branch(branch),
+        "branch": lambda: _reason_of_branch(branch, target),
         "noise": lambda: _reason_of_noise(noise, used[-1]),
     }[source]()
     if len(used) > 1 or weighed.aside:
@@ -188,10 +191,18 @@ def _curve_of(steps: Convergence | None) -> Curve | None:
     return min(known, key=lambda c: (c.rule != SEARCHED, c.critical_batch is None, c.split != "train"), default=None)
 
 
-def _branch_of(steps: Convergence | None) -> Branching | None:
-    """The last checkpoint that says anything: the critical batch grows along training, and most of a run lies there."""
+def _branch_of(steps: Convergence | None, target: float | None) -> Branching | None:
+    """The last checkpoint that says anything: the critical batch grows along training, and most of a run lies there.
+
+    Of those up to the target, where it is known; past it lies nothing of the run.
+    """
     known = [b for b in steps.branches if b.fit and (b.fit.critical_batch or b.fit.low or b.fit.high)] if steps else []
-    return known[-1] if known else None
+    within = [b for b in known if not _past(b, target)]
+    return within[-1] if within else known[0] if known else None
+
+
+def _past(branch: Branching, target: float | None) -> bool:
+    return target is not None and branch.loss is not None and branch.loss < target
 
 
 def _by_curve(curve: Curve | None) -> Reading | None:
@@ -201,12 +212,25 @@ def _by_curve(curve: Curve | None) -> Reading | None:
     return Reading("sweep", kind, curve.critical_batch, curve.low, curve.high, FACTORS[kind])
 
 
-def _by_branch(branch: Branching | None) -> Reading | None:
+def _by_branch(branch: Branching | None, target: float | None) -> Reading | None:
     fit = branch.fit if branch is not None else None
     if branch is None or fit is None or not fit.critical_batch:
         return None
     kind: Kind = "tuned branch" if branch.tuned else "branch"
-    return Reading("branch", kind, fit.critical_batch, fit.low, fit.high, FACTORS[kind])
+    back = 1.0
+    if _past(branch, target):
+        kind = "branch past target"
+        assert target is not None
+        assert branch.loss is not None
+        back = _taken_back(branch.loss, target) if branch.loss >= 0 else 1.0
+    low, high = (end * back if end is not None else None for end in (fit.low, fit.high))
+    return Reading("branch", kind, fit.critical_batch * back, low, high, FACTORS[kind])
+
+
+def _taken_back(loss: float, target: float) -> float:
+    """What a critical batch at a loss past the target is times, to be that of a run to it."""
+    back: float = max(loss / target, _FURTHEST) ** LOSS_POWER
+    return back
 
 
 def _by_noise(noise: NoiseScale | None, target: float | None) -> Reading | None:
@@ -215,7 +239,7 @@ def _by_noise(noise: NoiseScale | None, target: float | None) -> Reading | None:
     kind: Kind = "noise"
     back = 1.0
     if target is not None and noise.loss is not None and 0 <= noise.loss < _PAST * target:
-        kind, back = "noise past target", max(noise.loss / target, _FURTHEST) ** LOSS_POWER
+        kind, back = "noise past target", _taken_back(noise.loss, target)
     low, high = (end * back if end is not None else None for end in (noise.low, noise.high))
     return Reading("noise", kind, noise.b_simple * back, low, high, FACTORS[kind])
 
@@ -232,9 +256,11 @@ def _reason_of_curve(curve: Curve | None) -> Reason:
     return Reason("critical_batch", text, "measured", inputs)
 
 
-def _reason_of_branch(branch: Branching | None) -> Reason:
+def _reason_of_branch(branch: Branching | None, target: float | None) -> Reason:
     assert branch is not None
     text = f"fitted to the steps that branches from step {branch.step} take to a common loss"
+    if _past(branch, target):
+        text = f"{text}; they begin at train loss {number(branch.loss)}, past the target, and are taken back to it"
     inputs: Inputs = {"step": branch.step, "level": branch.level, "window": branch.window, "points": len(branch.points)}
     return Reason("critical_batch", text, "measured", inputs)
 

@@ -15,7 +15,7 @@ from pybatch.records.subject import Note
 
 Limit = Literal["noise", "hardware", "balanced", "unresolved", "input"]
 Evidence = Literal["measured", "modelled", "assumed"]
-Kind = Literal["sweep", "rule", "tuned branch", "branch", "noise", "noise past target"]
+Kind = Literal["sweep", "rule", "tuned branch", "branch", "branch past target", "noise", "noise past target"]
 Level = Literal["high", "medium", "low"]
 Inputs = dict[str, float | str | None]  # figures behind one figure
 _WORDS = {
@@ -23,6 +23,7 @@ _WORDS = {
     "rule": "a sweep by one rule",
     "tuned branch": "branches",
     "branch": "branches at an untuned rate",
+    "branch past target": "branches past the target loss",
     "noise": "the noise scale",
     "noise past target": "the noise scale, read past the target loss,",
 }

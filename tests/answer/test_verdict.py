@@ -398,6 +398,31 @@ def test_a_noise_scale_read_past_the_target_is_taken_back_to_it():
     assert "read at train loss 0.100, past the target" in late.why("critical_batch").text
 
 
+def test_branches_that_begin_past_the_target_stand_for_less():
+    """Of several checkpoints the last up to the target counts, and of none the first, taken back."""
+    known = capacity()
+    known = dataclasses.replace(known, workload=dataclasses.replace(known.workload, target={"train": 0.4}))
+
+    def at(loss, critical=200.0):
+        found = BRANCHES["fitted"][0]
+        fit = dataclasses.replace(found.fit, critical_batch=critical, low=0.9 * critical, high=1.1 * critical)
+        return dataclasses.replace(found, loss=loss, fit=fit, tuned=True)
+
+    def advised(*branches):
+        return advise(known, None, Convergence((), branches=branches))
+
+    early, late, both, past = (
+        advised(*found) for found in ((at(0.5),), (at(0.1),), (at(0.5), at(0.1, 900.0)), (at(0.1), at(0.05, 900.0)))
+    )
+    assert early.critical_batch == both.critical_batch == 200.0
+    assert [e.kind for e in early.evidence] == ["tuned branch"]
+    assert late.critical_batch == past.critical_batch == pytest.approx(100.0)
+    assert [(e.kind, e.factor) for e in late.evidence] == [("branch past target", 8.0)]
+    assert late.critical_high / late.critical_low > 3 * early.critical_high / early.critical_low
+    assert "begin at train loss 0.100, past the target" in late.why("critical_batch").text
+    assert "past the target" not in early.why("critical_batch").text
+
+
 def test_a_bound_of_a_fixed_rule_overrules_nothing():
     """At a rate that fails steps do not fall with the batch: that is no evidence against a noise scale."""
     failed = Curve("constant", "train", (), None, None, None, 4.0, target=0.3)
