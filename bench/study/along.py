@@ -17,7 +17,7 @@ from pybatch.records import Convergence, ConvergencePoint, NoisePoint, NoiseTraj
 from pybatch.workloads.running.finding import find
 from study.declaration import Record
 
-PASSES = 8  # micro-batches of a step: their norms against that of their mean
+PASSES = (8, 4)  # micro-batches of a step, the first that divides it: their norms against that of their mean
 LONGEST = 4.0  # times the examples of the sweep, after which a training is given up
 
 
@@ -34,7 +34,8 @@ def measure(record: Record, path: Path) -> bool:
     torch.set_num_threads(1)
     workload = find(record.problem.workload, model=record.problem.model, options=list(record.problem.options))
     most = LONGEST * point.batch * point.steps
-    done = train(workload, seed, point.learning_rate, point.batch, [(0, point.batch)], target, most, parts=PASSES)
+    parts = next(parts for parts in PASSES if point.batch % parts == 0)
+    done = train(workload, seed, point.learning_rate, point.batch, [(0, point.batch)], target, most, parts=parts)
     said = Note(
         "trajectory",
         f"batch {point.batch}, rate {point.learning_rate:g}, to train loss {target:g}"
@@ -55,7 +56,7 @@ def chosen(steps: Convergence) -> tuple[ConvergencePoint, float] | None:
     for curve in steps.curves:
         if curve.rule == "tuned" and curve.split == "train" and curve.critical_batch and curve.target is not None:
             aim = math.log(curve.critical_batch)
-            able = [p for p in curve.points if p.steps and p.learning_rate and p.batch % PASSES == 0]
+            able = [p for p in curve.points if p.steps and p.learning_rate and p.batch % PASSES[-1] == 0]
             if able:
                 return min(able, key=lambda p: abs(math.log(p.batch) - aim)), curve.target
     return None

@@ -1,6 +1,6 @@
 """The study: measures what its declaration lists, record by record, and goes on where it was cut.
 
-    python bench/study/run.py --quick                 # meant for 15 minutes on two quiet cores; not yet timed there
+    python bench/study/run.py --quick                 # 18 minutes on two quiet cores of an AMD EPYC; meant for 15
     python bench/study/run.py --part digits           # one part; several: --part digits --part text
     python bench/study/run.py                         # all parts but the quick one, one after the other
     python bench/study/run.py --list [--part NAME]    # the commands, and which records are there
@@ -151,7 +151,7 @@ def run(records: Sequence[Record], jobs: int, stores: Path, again: bool = False)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the part of 15 minutes alone")
+    parser.add_argument("--quick", action="store_true", help="the part of some 15 minutes alone")
     parser.add_argument("--part", action="append", choices=PARTS, help="any number; default: all but quick")
     parser.add_argument("--only", default="", help="records whose name holds this")
     parser.add_argument("--jobs", type=int, default=2, help="processes of a sweep")
