@@ -44,8 +44,9 @@ once, on a disturbed machine; all else is *undetermined*.
 _OWN = """## What to do with your own model
 
 1. `pybatch watch train.py`, or `pybatch bench --workload mymodel.py:MyWorkload`: a batch and its interval in a minute.
-2. Where the interval is wide or confidence is low, give it a quiet machine, then `--thorough`.
-3. Before a long training, `pybatch sweep --batch '8-512*4' --store runs.db`, then `pybatch report run.json runs.db`.
+2. Before a long training, or where that interval is wide, `pybatch sweep --batch '8-512*4' --store runs.db`, then
+   `pybatch report run.json runs.db`: above it costs least. `bench --thorough` takes less time, and stands for less.
+3. Where confidence is low for the machine's sake, give it a quiet one.
 4. When you change the batch, tune the rate again: a rule may hold to some batch size and fail past it, see RQ3.
 5. Past the critical batch buy fewer devices, not a larger batch; `pybatch schedule` may grow it with the noise.
 """
