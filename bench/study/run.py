@@ -71,8 +71,8 @@ def there(record: Record) -> bool:
         return False
     if record.kind == "advice" or record.kind.startswith("along"):
         return True
-    typed = json.loads(path.read_text())["environment"]["command"]
-    return measured(shlex.split(typed)) == measured(["pybatch", *command(record, 2)])
+    made = json.loads(path.read_text()).get("environment") or {}
+    return measured(shlex.split(made.get("command") or "")) == measured(["pybatch", *command(record, 2)])
 
 
 def measured(words: Sequence[str]) -> list[str]:

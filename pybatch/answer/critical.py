@@ -260,7 +260,9 @@ def _reason_of_branch(branch: Branching | None, target: float | None) -> Reason:
     assert branch is not None
     text = f"fitted to the steps that branches from step {branch.step} take to a common loss"
     if _past(branch, target):
-        text = f"{text}; they begin at train loss {number(branch.loss)}, past the target, and are taken back to it"
+        text = f"{text}; they begin at train loss {number(branch.loss)}, past the target"
+        if branch.fit is not None and branch.fit.critical_batch:  # bounds stand as they are
+            text = f"{text}, and are taken back to it"
     inputs: Inputs = {"step": branch.step, "level": branch.level, "window": branch.window, "points": len(branch.points)}
     return Reason("critical_batch", text, "measured", inputs)
 

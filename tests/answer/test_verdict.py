@@ -419,7 +419,12 @@ def test_branches_that_begin_past_the_target_stand_for_less():
     assert late.critical_batch == past.critical_batch == pytest.approx(100.0)
     assert [(e.kind, e.factor) for e in late.evidence] == [("branch past target", 8.0)]
     assert late.critical_high / late.critical_low > 3 * early.critical_high / early.critical_low
-    assert "begin at train loss 0.100, past the target" in late.why("critical_batch").text
+    assert "begin at train loss 0.100, past the target, and are taken back" in late.why("critical_batch").text
+    bound = at(0.1)
+    bound = dataclasses.replace(bound, fit=dataclasses.replace(bound.fit, critical_batch=None, high=None))
+    open_ = advised(bound)
+    assert (open_.critical_batch, open_.critical_low) == (None, 180.0)
+    assert open_.why("critical_batch").text.endswith("past the target")
     assert "past the target" not in early.why("critical_batch").text
 
 
