@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
+import functools
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.jit import _recursive as scripting
 
 _TABLES = ("_forward_hooks", "_forward_pre_hooks")
 _BESIDE = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
@@ -47,6 +49,7 @@ class Placed:
     """
 
     def __init__(self, model: nn.Module, handle: Any) -> None:
+        _let_script()
         # torch counts keys up from 0, in each process anew: below that none of a file's can be another hook's.
         key, handle.id = handle.id, ~handle.id
         for name in (*_TABLES, *_BESIDE):
@@ -108,3 +111,24 @@ def _unhooked(part: Any) -> Any:
         name: OrderedDict((key, value) for key, value in table.items() if key not in own)
         for name, table in tables.items()
     }
+
+
+def _let_script() -> None:
+    """Let `torch.jit.script` take a model with hooks of pybatch's.
+
+    It compiles all that it finds; what it finds is asked of `get_hook_stubs`, at each call anew.
+    """
+    found = getattr(scripting, "get_hook_stubs", None)
+    if found is None or hasattr(found, "__wrapped__"):
+        return
+
+    @functools.wraps(found)
+    def without_ours(module: nn.Module) -> Any:
+        before = dict(vars(module))
+        vars(module).update(_unhooked(before))
+        try:
+            return found(module)
+        finally:
+            vars(module).update(before)
+
+    scripting.get_hook_stubs = without_ours

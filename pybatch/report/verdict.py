@@ -85,6 +85,8 @@ def first_figures(verdict: Verdict) -> list[tuple[str, str, str]]:
     for name in _FIRST:
         figure, value = figure_of(Verdict, name), getattr(verdict, name)
         band = interval_of(verdict, name)
+        if name == "best_batch":
+            band = n.interval(verdict.best_low, verdict.best_high, n.count)
         if name == "learning_rate" and value is not None:
             band = "a rule, not measured" if verdict.why(name).evidence == "assumed" else "tuned"
         if value is not None or name not in ("time_to_target", "learning_rate"):

@@ -17,9 +17,10 @@ def with_doubts(verdict: Verdict, capacity: Capacity, replayed: Training | None)
         verdict, capacity: of a training that was watched.
         replayed: the training; None where its last pass was not run again.
     """
-    found = []
-    if capacity.disturbed and capacity.disturbed[0] not in f"{verdict.answer} {verdict.because}":
-        found.append(f"The machine was disturbed ({capacity.disturbed[0]}): measure again.")
+    found, told = [], f"{verdict.answer} {verdict.because}"
+    if capacity.disturbed and capacity.disturbed[0] not in told:
+        remedy = "" if "easure again" in told else ": measure again"
+        found.append(f"The machine was disturbed ({capacity.disturbed[0]}){remedy}.")
     both = step_and_replay(capacity, replayed) if replayed is not None else None
     if both is not None and max(both) > _DIFFERENT * min(both):
         own, again = (number(value) for value in both)

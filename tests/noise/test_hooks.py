@@ -194,3 +194,25 @@ def test_a_source_that_ends_within_a_step_puts_no_hook_back():
     for _ in range(3):
         optimizer.step(closure)
     assert not any(p._backward_hooks for p in model.parameters())
+
+
+def doubled(self, input: tuple[torch.Tensor], output: torch.Tensor):
+    return 2 * output
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_model_with_hooks_is_scripted_as_it_is_without():
+    """TorchScript compiles every hook it finds, and those of pybatch's are of Python alone."""
+    model, called = nn.Sequential(nn.Linear(3, 2), nn.ReLU()), []
+    model[0].register_forward_hook(doubled)  # the user's own is compiled
+    x = torch.ones(4, 3)
+    expected = model(x)
+    placed = [*hooked(model, called), *hooked(model[0], called)]
+    scripted = torch.jit.script(model)
+    assert torch.equal(scripted(x), expected)
+    assert not called
+    assert torch.equal(model(x), expected)
+    assert called == ["before", "before", "after", "after"]
+    for hook in placed:
+        hook.remove()
+    assert torch.equal(torch.jit.script(model)(x), expected)

@@ -18,6 +18,7 @@ from pybatch.report import layout
 from pybatch.report.formats.html import page
 from pybatch.report.formats.text import FORMATS, format_of, notes_in, print_run, render
 from pybatch.report.output import Output
+from pybatch.report.verdict import first_figures
 
 
 @pytest.mark.parametrize(
@@ -258,3 +259,14 @@ def test_what_a_verdict_rests_on_may_be_no_number(run):
     shown = render(dataclasses.replace(run, verdict=dataclasses.replace(run.verdict, reasons=reasons)), "md")
     assert "modelled, without communication" in shown
     assert "times the time" not in shown
+
+
+def test_the_best_batch_stands_with_its_bounds_also_where_it_has_no_value(run):
+    verdict = run.verdict
+    [tile] = [tile for tile in first_figures(verdict) if tile[0] == "best batch"]
+    assert tile[1:] == (
+        numerals.count(verdict.best_batch),
+        f"[{numerals.count(verdict.best_low)} to {numerals.count(verdict.best_high)}]",
+    )
+    bare = dataclasses.replace(verdict, best_batch=None, best_low=512, best_high=None)
+    assert ("best batch", "–", "[≥ 512]") in first_figures(bare)

@@ -1,5 +1,6 @@
 """What speaks against a verdict is in its first lines."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,10 @@ def test_a_replay_that_takes_another_time(step_ms, told):
 def test_a_disturbed_machine():
     found = with_doubts(VERDICT, capacity(30, ("others kept 3 of 8 cores busy",)), TRAINING)
     assert found.because == "The machine was disturbed (others kept 3 of 8 cores busy): measure again. So it is."
+    again = replace(VERDICT, answer="Measure again before trusting this. Use 8.")
+    assert (
+        with_doubts(again, capacity(30, ("steal",)), TRAINING).because == "The machine was disturbed (steal). So it is."
+    )
 
 
 def test_why_no_other_batch_size_was_timed():
