@@ -85,12 +85,17 @@ def load_file(path: Path, name: str | None = None) -> ModuleType:
     sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up
     _digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()  # now: a run may outlast the file's next edit
     try:
-        with put_back():
+        with put_back(str(path)):
             description.loader.exec_module(module)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # `sys.exit()` too is no answer
         sys.modules.pop(name, None)
+        if isinstance(error, SystemExit):
+            raise UsageError(
+                f"workload file '{path}' cannot be loaded: run without arguments it exits (SystemExit: {error}). "
+                "Put what is for the command line under: if __name__ == '__main__'."
+            ) from error
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise UsageError(f"workload file '{path}' cannot be loaded: {type(error).__name__}: {error}{line}.") from error
     return module
@@ -120,7 +125,7 @@ def _from_file(spec: str, path: str, name: str) -> type[Workload] | Workload:
     made = getattr(module, name, None)
     if inspect.isfunction(made):
         try:
-            with put_back():
+            with put_back(path):
                 made = made()
         except (UsageError, WorkloadError, KeyboardInterrupt):
             raise
@@ -172,7 +177,7 @@ def _construct(
             raise UsageError(f"option '{option}': {key} is given twice. Give it once.")
         given[key] = value
     try:
-        with put_back():
+        with put_back(spec.rpartition(":")[0] or spec):
             return cls(**{**usual, **given})
     except (UsageError, WorkloadError, KeyboardInterrupt):
         raise

@@ -30,7 +30,7 @@ class Packed:
         sys.path[:] = list(dict.fromkeys([*sys.path, *self.path]))
         for name, file in self.files.items():
             load_file(Path(file), name)
-        with put_back():
+        with put_back(next(iter(self.files.values()), "")):
             workload: Workload = pickle.loads(self.workload)
         return workload
 

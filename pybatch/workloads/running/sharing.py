@@ -33,10 +33,11 @@ State = Mapping[Any, Any]
 
 
 @contextlib.contextmanager
-def put_back() -> Iterator[None]:
-    """In this context user code is imported or constructed."""
+def put_back(file: str) -> Iterator[None]:
+    """In this context user code, of this file, is imported or constructed, as if it were run without arguments."""
     environ, before = dict(os.environ), state()
     seeds = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    sys.argv[:] = [file]  # pybatch's own arguments are none of the file's
     try:
         yield
     finally:
