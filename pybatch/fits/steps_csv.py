@@ -18,8 +18,8 @@ from pybatch.records import StepsFit
 
 # What a column may be called, in lower case.
 _NAMES = {
-    "batch": ("batch", "batch_size", "batchsize"),
-    "steps": ("steps",),
+    "batch": ("batch", "batch_size", "batchsize", "bs", "global_batch", "global_batch_size"),
+    "steps": ("steps", "steps_to_target"),
     "seed": ("seed", "run"),
     "rate": ("rate", "lr", "learning_rate"),
     "cap": ("cap", "max_steps"),
@@ -54,8 +54,9 @@ def fit_steps_csv(
         path: a file of comma-, semicolon- or tab-separated lines, the first with the names of the columns. `batch` and
             `steps` (to the target) must be there; `seed` (any name; else runs of a batch size and rate are numbered),
             `rate`, `cap` (steps at which a run was given up), `before` (the last evaluation above the target) and
-            `status` may. Of a run that did not reach the target, `steps` or `status` is "inf" or "not reached"; of one
-            that diverged, "diverged". A run that nobody made has no line. Other columns are left alone.
+            `status` may; a run whose steps are its cap needs one. Of a run that did not reach the target, `steps` or
+            `status` is "inf" or "not reached"; of one that diverged, "diverged". A run that nobody made has no line.
+            Other columns are left alone.
         model, seed, resamples: as of `fit_steps`.
 
     Raises:
@@ -166,6 +167,9 @@ class _Cells:
             cap = self.positive("cap")
             if math.isfinite(steps) and steps > cap:
                 raise self.error(f"steps {steps:g} are above the cap of {cap:g}", "Give the true cap")
+            if steps == cap and not self.text("status"):
+                text = f"steps {steps:g} are the cap: whether the run reached the target is not told"
+                raise self.error(text, "Write inf for one that did not, or add a column status: reached or not reached")
             return cap
         if steps != math.inf:
             return math.nan
