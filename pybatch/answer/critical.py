@@ -258,7 +258,8 @@ def _reason_of_curve(curve: Curve | None) -> Reason:
 
 def _reason_of_branch(branch: Branching | None, target: float | None) -> Reason:
     assert branch is not None
-    text = f"fitted to the steps that branches from step {branch.step} take to a common loss"
+    aim = "the target" if branch.level is not None and branch.level == target else "a common loss"
+    text = f"fitted to the steps that branches from step {branch.step} take to {aim}"
     if _past(branch, target):
         text = f"{text}; they begin at train loss {number(branch.loss)}, past the target"
         if branch.fit is not None and branch.fit.critical_batch:  # bounds stand as they are

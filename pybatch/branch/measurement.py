@@ -3,7 +3,7 @@
 A run is trained at a base batch. From a checkpoint, branches go on with k times the batch, at a rate scaled by a rule,
 for the same number of examples. Two answers come from them. The paper's: the largest batch whose smoothed loss after
 those examples is within a tolerance of the base branch's. And the critical batch in the sense of a sweep: steps each
-branch takes down to a common loss level, fitted as steps to a target are.
+branch takes down to a common loss level, or to the target, fitted as steps to a target are.
 
 The loss is that of a fixed batch of training examples, looked at WINDOW times along each branch.
 """
@@ -55,6 +55,7 @@ def measure_branches(
     tune: bool | None = None,
     seeds: int = 3,
     tolerance: float = TOLERANCE,
+    target: float | None = None,
     seed: int = 0,
     time_budget: float = math.inf,
     folder: Path | None = None,
@@ -81,6 +82,9 @@ def measure_branches(
         rule: how the rate follows the batch; None: sqrt for adaptive optimizers, linear for the others.
         seeds: repeats of every branch, each with batches of its own.
         tolerance: for the paper's criterion, as a share of the base branch's last loss.
+        target: train loss that the run is to reach: checkpoints past it are left out, and where it lies within twice
+            the steps of the first, that is moved to a quarter of the steps to it. Steps are counted to the target where
+            the base branch reaches it within half its window. None: to a loss that the base branch comes to.
         seed: of the model and of the base run's batches.
         time_budget: seconds. Default factors are cut from above to what it affords, by the base run's speed; when it
             is over, only what is finished counts.
@@ -122,14 +126,14 @@ def measure_branches(
     shrinks = factors is FACTORS and window is None
     tunes = lr is None if tune is None else tune
     name = optimizer.lower()
-    plan = BranchPlan(base, examples, name, group, rule, scaled, seeds, tolerance, deadline, shrinks, tunes)
+    plan = BranchPlan(base, examples, name, group, rule, scaled, seeds, tolerance, deadline, shrinks, tunes, target)
     with seeded(seed, place), threads_left(place):
         run = BranchedRun(workload, place, dtype, seed, plan, folder, progress)
         try:
             for index, step in enumerate(sorted(set(checkpoints))):
                 if not run.base_to(step):
                     break
-                run.branch(step, index / len(checkpoints), 1 / len(checkpoints))
+                run.branch(run.base.done, index / len(checkpoints), 1 / len(checkpoints))
         except KeyboardInterrupt:
             raise Interrupted(run.result(complete=False)) from None
         except PybatchError as error:

@@ -16,7 +16,7 @@ from pybatch.base.errors import UsageError
 from pybatch.base.numerals import number
 from pybatch.branch import checkpoint
 from pybatch.branch import summary as branch_summary
-from pybatch.branch.summary import WINDOW, Losses
+from pybatch.branch.summary import LATE, WINDOW, Losses
 from pybatch.device.generators import seeded
 from pybatch.device.identity import describe
 from pybatch.fits.solver import Array
@@ -29,6 +29,9 @@ from pybatch.workloads.running.optimizers import Rates, public
 from pybatch.workloads.running.session import Session, fixed_batches
 
 _LOOK = 25  # steps of the base run between looks at the loss and the clock
+WITHIN = 2  # times the steps of a checkpoint, up to which the base run is looked at for its target
+_EARLY = 0.25  # of the steps to the target: where it is then branched from
+_LEAST_STEPS = 2 * WINDOW  # of a branch then: one of fewer would hardly get there
 _FEWEST = 5  # batch sizes kept: fewer bend no curve
 _SEARCH = 3.5  # branches of the base batch that a search of rates takes, about: 7 of half a window
 _FURTHEST = 5  # doublings of the rate in use that a search goes to
@@ -47,6 +50,7 @@ class BranchPlan:
     deadline: float
     shrinks: bool  # whether large batches may be left out to keep the deadline
     tunes: bool = False  # whether the base batch's rate is searched at each checkpoint
+    target: float | None = None  # train loss that the run is to reach
 
 
 def rated(group: Mapping[str, Any], rule: str, rate: float, base: int, batches: Sequence[int]) -> dict[int, Scaled]:
@@ -105,6 +109,8 @@ class BranchedRun:
         self.trials = 0
         self.batches, self.examples = list(self.plan.scaled), self.plan.examples
         self.step_seconds = 0.0  # of the base run
+        self.reached: int | None = None  # steps it takes to the target, where a checkpoint lies past it
+        self.least = 0  # examples of a branch, in which that of the base batch reaches the target
         # What a checkpoint must agree with to be this run's.
         self.identity = repr(
             (
@@ -130,7 +136,8 @@ class BranchedRun:
     def base_to(self, step: int) -> bool:
         """Bring the base run to a step: from its checkpoint in the folder if there is one, else by training.
 
-        False where the deadline comes first.
+        Where the target lies within WITHIN times as many steps as the first checkpoint, to a part of the steps that it
+        takes. False where the deadline comes first, or past the target.
         """
         path = self.folder / f"step-{step}.pt" if self.folder is not None else None
         if path is not None and path.exists():
@@ -142,16 +149,44 @@ class BranchedRun:
                 )
             self._restore(self.base)
             return True
+        if self._train_to(step):
+            self._keep(step, path)
+            if self.plan.target is None or self.reached is not None or self.found:
+                return True
+            self._train_to(WITHIN * step)
+            if self.reached is None:
+                self._restore(self.base)
+                return True
+        if self.reached is not None and not self.found:
+            return self._again(step)
+        if self.reached is not None:
+            text = f"the base run is at the target by step {self.reached}: step {step} lies past it"
+            self.asides.append(Note("branches.step", text))
+            return False
+        self.notes.append(Note("branches", f"the time budget ended before step {step}. Raise it"))
+        return False
+
+    def _train_to(self, step: int) -> bool:
+        """Train the base run; False where the deadline, or the target for the first time, comes first."""
         while self.base.done < step:
             start, before = time.monotonic(), self.base.done
             if start >= self.plan.deadline:
-                self.notes.append(Note("branches", f"the time budget ended before step {step}. Raise it"))
                 return False
             self._say(f"base run: step {self.base.done} of {step}", len(self.found) / (len(self.found) + 1))
             rate = self.plan.scaled[self.plan.base].lr
             loss = self.base.advance(self.plan.base, rate, min(_LOOK, step - self.base.done))
             self.base.session.check_finite(loss, f"at step {self.base.done} of the base run, at rate {rate(0):g}")
             self.step_seconds = (time.monotonic() - start) / (self.base.done - before)
+            target = self.plan.target
+            if target is None or self.reached is not None or self.untrained <= target:
+                continue
+            if self.base.evaluate(self.held_out) <= target:
+                self.reached = self.base.done
+                return False
+        return True
+
+    def _keep(self, step: int, path: Path | None) -> None:
+        """Take the checkpoint that branches leave."""
         session = self.base.session
         self.state = {
             "identity": self.identity,
@@ -163,7 +198,29 @@ class BranchedRun:
         }
         if path is not None:
             checkpoint.save(path, self.state)
-        return True
+
+    def _again(self, step: int) -> bool:
+        """Train the base run anew, to a part of the steps that it took to the target; see `base_to`.
+
+        A critical batch grows along a run: late branches say nothing of its beginning. They take the rest of the way to
+        the target within a part of their window, as far as the factors are free for that.
+        """
+        assert self.reached is not None
+        early, plan = max(1, round(_EARLY * self.reached)), self.plan
+        text = f"the base run is at the target by step {self.reached}: it is branched from at step {early}, not {step}"
+        self.asides.append(Note("branches.step", text))
+        if plan.shrinks:
+            rest = plan.base * (self.reached - early)
+            while len(self.batches) > _FEWEST and _LEAST_STEPS * math.lcm(*self.batches) > LATE * rest:
+                self.batches.pop()
+            self.examples, self.least = self._window(LATE * rest), 2 * rest
+        self.base = self._trained(self.seed, plan.scaled[plan.base])
+        return self.base_to(early)
+
+    def _window(self, examples: int) -> int:
+        """As many examples or more, that make whole steps of every batch size between looks."""
+        unit = WINDOW * math.lcm(*self.batches)
+        return unit * max(1, math.ceil(examples / unit))
 
     def _shrink(self) -> None:
         """Leave out the largest batches, with which the window shrinks, until two repeats keep the deadline.
@@ -180,7 +237,7 @@ class BranchedRun:
         kept = len(self.batches)
         while len(self.batches) > _FEWEST and seconds() > left:
             self.batches.pop()
-            self.examples = WINDOW * math.lcm(*self.batches)
+            self.examples = self._window(self.least)
         if len(self.batches) < kept:
             text = f"batches above {self.batches[-1]} were left out to keep the time budget"
             self.asides.append(Note("branches.points", text))
@@ -225,7 +282,7 @@ class BranchedRun:
                 losses[batch].append(found)
                 self.trials += 1
         rates = {batch: own.lr(10**9) for batch, own in scaled.items()}
-        summary = branch_summary.summarize(step, plan.base, self.examples, rates, losses, plan.tolerance)
+        summary = branch_summary.summarize(step, plan.base, self.examples, rates, losses, plan.tolerance, plan.target)
         self.found.append(replace(summary, tuned=tuned))
         if late:
             repeats = min(len(rows) for rows in losses.values())

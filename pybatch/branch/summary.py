@@ -14,7 +14,8 @@ from pybatch.fits.steps_data import DIVERGED
 from pybatch.records import Branching, BranchPoint, Note
 
 WINDOW = 16  # looks at the loss along a branch
-LEVEL_AT = WINDOW // 4  # look at which the base branch defines the level: a branch that needs 4 times as many is seen
+LATE = 4  # times as many examples as the base branch needs: a branch that takes those is still seen
+LEVEL_AT = WINDOW // LATE  # look at which the base branch defines the level, where there is no target
 LAST = 4  # looks whose mean is the last loss
 RESAMPLES = 400
 _FINE = 100  # points between looks: 1 % of their distance, far below the spread of repeats
@@ -23,7 +24,13 @@ Losses = dict[int, list[Array]]  # by batch size, for each repeat: [WINDOW + 1] 
 
 
 def summarize(
-    step: int, base: int, window: int, rates: dict[int, float], losses: Losses, tolerance: float
+    step: int,
+    base: int,
+    window: int,
+    rates: dict[int, float],
+    losses: Losses,
+    tolerance: float,
+    target: float | None = None,
 ) -> Branching:
     """The record of one checkpoint's branches.
 
@@ -35,6 +42,8 @@ def summarize(
         losses: by batch size and repeat; only repeats that every batch size has are compared. Batch sizes that never
             ran are left out: the clock ended them, not their losses, so the others stand without them.
         tolerance: share of the base branch's last loss.
+        target: train loss that the run is to reach: the level, where the base branch gets there between its first look
+            and twice LEVEL_AT.
     """
     unrun = sorted(batch for batch, rows in losses.items() if not rows)
     losses = {batch: rows for batch, rows in losses.items() if rows}
@@ -48,7 +57,7 @@ def summarize(
     smooth = _smoothed(table)
     last = smooth[..., -LAST:].mean(-1)
     initial = float(table[own, 0, 0])
-    level = float(smooth[own, :, LEVEL_AT].mean())
+    level = _level(smooth[own].mean(0), target)
     notes = []
     if unrun:
         text = f"the time budget ended before batch {', '.join(map(str, unrun))} had run once. Raise it"
@@ -76,6 +85,13 @@ def summarize(
     )
     finite = level if math.isfinite(level) else None
     return Branching(step, initial, base, window, finite, tolerance, points, largest, low, high, fit, tuple(notes))
+
+
+def _level(base: Array, target: float | None) -> float:
+    """The loss to which steps are counted, by those of the base branch [WINDOW + 1]."""
+    if target is not None and base[1] > target >= np.min(base[: 2 * LEVEL_AT + 1]):
+        return target
+    return float(base[LEVEL_AT])
 
 
 def _smoothed(losses: Array) -> Array:

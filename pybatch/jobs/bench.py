@@ -163,6 +163,7 @@ def _measure(
             device=place,
             dtype=options.dtype,
             checkpoints=[found.noise.warmup_steps or 1],
+            target=workload.target.get("train"),
             seed=options.seed,
             time_budget=left() - look_s,
             progress=_staged(progress, "branches", branches_from, 1.0),

@@ -182,7 +182,8 @@ class Branching:
     loss: float | None = field(metadata=figure("loss"))  # train loss at the checkpoint
     base_batch: int
     window: int  # examples each branch is trained on
-    level: float | None  # train loss whose steps are counted: that of the base branch a quarter into the window
+    # Train loss whose steps are counted: the target, or that of the base branch a quarter into the window.
+    level: float | None
     tolerance: float  # share of the base branch's last loss
     points: tuple[BranchPoint, ...]
     # The largest batch whose last loss is within the tolerance of the base branch's.

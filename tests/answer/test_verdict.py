@@ -446,9 +446,9 @@ def test_branches_are_no_curve_of_a_sweep():
     fit = dataclasses.replace(branch.fit, parameters={"s_min": 100.0, "b_c": 600.0})
     branch = dataclasses.replace(branch, fit=fit)
     points = tuple(ConvergencePoint(b, 5e5 / b, "reached", 3, 0.1, reached=3) for b in BATCHES if b <= 512)
-    bound = Curve("tuned", "train", points, None, None, 512.0, None, target=0.3)
+    bound = Curve("tuned", "train", points, None, None, 64.0, None, target=0.3)  # below what branches leave possible
     alone, both = (advise(capacity(), None, Convergence(c, branches=(branch,))) for c in ((), (bound,)))
-    assert both.best_batch == pytest.approx(alone.best_batch, rel=0.3)
+    assert both.best_batch == alone.best_batch
     assert both.best_high / both.best_low < 1.2 * alone.best_high / alone.best_low
     assert both.time_to_target is None
 

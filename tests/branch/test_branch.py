@@ -168,6 +168,54 @@ def test_branches_of_the_quadratic_take_the_steps_of_the_closed_form() -> None:
     assert {p.learning_rate for p in found.points} == {rate}
 
 
+@pytest.mark.parametrize(
+    ("target", "checkpoint", "step", "at"),
+    [(0.3, 60, 21, 85), (0.3, 100, 19, 75), (0.3, 20, 20, None), (0.02, 60, 60, None)],
+)
+def test_a_run_that_is_soon_at_its_target_is_branched_from_early(
+    target: float, checkpoint: int, step: int, at: int | None
+) -> None:
+    """A quarter of the way, where the target lies before the checkpoint or within twice its steps; not beyond."""
+    work = Quadratic(d=30, noise=0.02)
+    given: dict[str, Any] = {"device": "cpu", "base_batch": 8, "optimizer": "sgd", "rule": "constant", "lr": 0.1}
+    record = measure_branches(work, checkpoints=[checkpoint], target=target, seeds=1, **given)
+    [found] = record.branches
+    [plain] = measure_branches(work, checkpoints=[step], seeds=1, factors=[1, 2], **given).branches
+    assert (found.step, found.loss) == (step, plain.loss)  # the same run, and as it would be without the look ahead
+    said = [note.text for note in record.notes if note.figure == "branches.step"]
+    moved = f"the base run is at the target by step {at}: it is branched from at step {step}, not {checkpoint}"
+    assert said == ([] if at is None else [moved])
+    assert (found.level == target) == (target == 0.3)
+    least = WINDOW if at is None else 2 * WINDOW
+    assert found.window >= least * max(p.batch for p in found.points)
+    if target == 0.3:
+        theta = 1.0 * (1 - 0.1 * work.h) ** (2 * step)
+        expected = steps_of_means(work, theta * found.loss / ((work.h * theta).sum() / 2), target, 16, 0.1)
+        [middle] = [p for p in found.points if p.batch == 16]
+        assert np.median([s for s in middle.steps if s]) == pytest.approx(expected, rel=0.2)
+
+
+def test_checkpoints_past_the_target_are_none() -> None:
+    work = Quadratic(d=30, noise=0.02)
+    record = measure_branches(
+        work, device="cpu", checkpoints=[20, 100, 200], target=0.3, base_batch=8, optimizer="sgd", rule="constant",
+        lr=0.1, seeds=1, factors=[1, 2, 4],
+    )  # fmt: skip
+    assert [found.step for found in record.branches] == [20]
+    assert record.complete
+    assert "at the target by step 95: step 100 lies past it" in record.notes[0].text
+
+
+@pytest.mark.parametrize(("target", "level"), [(0.8, 0.8), (0.2, None), (0.99, None), (2.0, None)])
+def test_steps_are_counted_to_a_target_that_the_base_branch_reaches_soon(target: float, level: float | None) -> None:
+    """Not where it lies past half the window, or before the first look."""
+    losses = planted(60.0)
+    found = summarize(100, BASE, int(EXAMPLES), dict.fromkeys(losses, 0.1), losses, 0.02, target)
+    plain = summed_up(losses)
+    assert found.level == (level or plain.level)
+    assert found.fit.critical_batch == pytest.approx(60.0, rel=0.2)
+
+
 def short(**options: Any) -> Any:
     given = {"device": "cpu", "checkpoints": [10], "factors": [0.5, 1, 2, 4], "seeds": 2, "tune": False, **options}
     return measure_branches(Digits(), **given)

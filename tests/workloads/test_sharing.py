@@ -107,7 +107,7 @@ def test_a_file_that_reads_its_command_line_sees_none(at: str, tmp_path: Path, m
     parsed = "import argparse; p = argparse.ArgumentParser(); p.add_argument('--width', default=8); p.parse_args()"
     find(written(tmp_path, **{at: parsed}))
     assert sys.argv == ["pybatch", "bench", "--workload", "mine.py:Mine"]
-    with pytest.raises(UsageError, match="run without arguments it exits .*under: if __name__ == '__main__'"):
+    with pytest.raises(UsageError, match=r"run without arguments it exits .*under: if __name__ == '__main__'"):
         find(written(tmp_path, parsed.replace("default=8", "required=True")))
 
 
