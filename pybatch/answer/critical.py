@@ -197,12 +197,17 @@ def _branch_of(steps: Convergence | None, target: float | None) -> Branching | N
     Of those up to the target, where it is known; past it lies nothing of the run.
     """
     known = [b for b in steps.branches if b.fit and (b.fit.critical_batch or b.fit.low or b.fit.high)] if steps else []
-    within = [b for b in known if not _past(b, target)]
+    within = [b for b in known if _past(b, target) is None]
     return within[-1] if within else known[0] if known else None
 
 
-def _past(branch: Branching, target: float | None) -> bool:
-    return target is not None and branch.loss is not None and branch.loss < target
+def _past(branch: Branching, target: float | None) -> float | None:
+    """The train loss past the target that branches begin at, or count their steps to; None where they do not."""
+    if target is None:
+        return None
+    if branch.loss is not None and branch.loss < target:
+        return branch.loss
+    return branch.level if branch.level is not None and 0 <= branch.level < _PAST * target else None
 
 
 def _by_curve(curve: Curve | None) -> Reading | None:
@@ -218,11 +223,9 @@ def _by_branch(branch: Branching | None, target: float | None) -> Reading | None
         return None
     kind: Kind = "tuned branch" if branch.tuned else "branch"
     back = 1.0
-    if _past(branch, target):
+    if target is not None and (loss := _past(branch, target)) is not None:
         kind = "branch past target"
-        assert target is not None
-        assert branch.loss is not None
-        back = _taken_back(branch.loss, target) if branch.loss >= 0 else 1.0
+        back = _taken_back(loss, target) if loss >= 0 else 1.0
     low, high = (end * back if end is not None else None for end in (fit.low, fit.high))
     return Reading("branch", kind, fit.critical_batch * back, low, high, FACTORS[kind])
 
@@ -260,8 +263,9 @@ def _reason_of_branch(branch: Branching | None, target: float | None) -> Reason:
     assert branch is not None
     aim = "the target" if branch.level is not None and branch.level == target else "a common loss"
     text = f"fitted to the steps that branches from step {branch.step} take to {aim}"
-    if _past(branch, target):
-        text = f"{text}; they begin at train loss {number(branch.loss)}, past the target"
+    if (loss := _past(branch, target)) is not None:
+        how = "begin at" if loss == branch.loss else "go on to"
+        text = f"{text}; they {how} train loss {number(loss)}, past the target"
         if branch.fit is not None and branch.fit.critical_batch:  # bounds stand as they are
             text = f"{text}, and are taken back to it"
     inputs: Inputs = {"step": branch.step, "level": branch.level, "window": branch.window, "points": len(branch.points)}

@@ -82,9 +82,10 @@ def measure_branches(
         rule: how the rate follows the batch; None: sqrt for adaptive optimizers, linear for the others.
         seeds: repeats of every branch, each with batches of its own.
         tolerance: for the paper's criterion, as a share of the base branch's last loss.
-        target: train loss that the run is to reach: checkpoints past it are left out, and where it lies within twice
-            the steps of the first, that is moved to a quarter of the steps to it. Steps are counted to the target where
-            the base branch reaches it within half its window. None: to a loss that the base branch comes to.
+        target: train loss that the run is to reach. Checkpoints past half of the steps to it are left out; where none
+            is left, one at a quarter of them is taken. By default windows reach as far as the target asks for, and
+            steps are counted to it where the base branch is there within half its window. None: to a loss that the
+            base branch comes to.
         seed: of the model and of the base run's batches.
         time_budget: seconds. Default factors are cut from above to what it affords, by the base run's speed; when it
             is over, only what is finished counts.
@@ -130,10 +131,11 @@ def measure_branches(
     with seeded(seed, place), threads_left(place):
         run = BranchedRun(workload, place, dtype, seed, plan, folder, progress)
         try:
-            for index, step in enumerate(sorted(set(checkpoints))):
+            steps = run.steps_to_branch_at(sorted(set(checkpoints)))
+            for index, step in enumerate(steps):
                 if not run.base_to(step):
                     break
-                run.branch(run.base.done, index / len(checkpoints), 1 / len(checkpoints))
+                run.branch(step, index / len(steps), 1 / len(steps))
         except KeyboardInterrupt:
             raise Interrupted(run.result(complete=False)) from None
         except PybatchError as error:

@@ -29,9 +29,9 @@ from pybatch.workloads.running.optimizers import Rates, public
 from pybatch.workloads.running.session import Session, fixed_batches
 
 _LOOK = 25  # steps of the base run between looks at the loss and the clock
-WITHIN = 2  # times the steps of a checkpoint, up to which the base run is looked at for its target
-_EARLY = 0.25  # of the steps to the target: where it is then branched from
-_LEAST_STEPS = 2 * WINDOW  # of a branch then: one of fewer would hardly get there
+_EARLY = 0.25  # of the steps to the target: where a run is branched from that is soon there
+_AHEAD = 0.2  # of the time left, that may be spent to see how soon
+_LEAST_STEPS = 2 * WINDOW  # of a branch that is to reach the target: one of fewer would hardly get there
 _FEWEST = 5  # batch sizes kept: fewer bend no curve
 _SEARCH = 3.5  # branches of the base batch that a search of rates takes, about: 7 of half a window
 _FURTHEST = 5  # doublings of the rate in use that a search goes to
@@ -109,8 +109,7 @@ class BranchedRun:
         self.trials = 0
         self.batches, self.examples = list(self.plan.scaled), self.plan.examples
         self.step_seconds = 0.0  # of the base run
-        self.reached: int | None = None  # steps it takes to the target, where a checkpoint lies past it
-        self.least = 0  # examples of a branch, in which that of the base batch reaches the target
+        self.rest = 0  # examples from the checkpoint to the target, by the base batch, where known
         # What a checkpoint must agree with to be this run's.
         self.identity = repr(
             (
@@ -133,11 +132,49 @@ class BranchedRun:
         session = Session(self.workload, self.device, self.dtype, seed)
         return Trained(session, session.optimizer_of(self.plan.optimizer, scaled.group))
 
+    def steps_to_branch_at(self, steps: Sequence[int]) -> list[int]:
+        """The checkpoints of these that lie in the first half of the way to the target; where none does, one that does.
+
+        A critical batch grows along a run: late branches say nothing of its beginning. How long the way is, a training
+        of its own says, which ends at twice the steps asked for, or where its time is up: then all of them stand.
+        """
+        target = self.plan.target
+        if target is None or self.untrained <= target:
+            return list(steps)
+        with seeded(self.seed, self.device):
+            reached = self._steps_to(target, 2 * steps[-1])
+        if reached is None or 2 * steps[-1] <= reached:
+            return list(steps)
+        kept = [step for step in steps if 2 * step <= reached]
+        left = ", ".join(str(step) for step in steps if step not in kept)
+        text = f"the base run is at the target by step {reached}"
+        if kept:
+            self.asides.append(Note("branches.step", f"{text}: step {left} is past half the way, and left out"))
+            return kept
+        early = round(_EARLY * reached)
+        self.asides.append(Note("branches.step", f"{text}: it is branched from at step {early} in place of {left}"))
+        self.rest = self.plan.base * (reached - early)
+        return [early]
+
+    def _steps_to(self, target: float, most: int) -> int | None:
+        """Steps of the base run to a train loss, as far as looks tell; None where it is not there in time."""
+        begun, scaled = time.monotonic(), self.plan.scaled[self.plan.base]
+        deadline, trained = begun + _AHEAD * (self.plan.deadline - begun), self._trained(self.seed, scaled)
+        look = 1
+        while trained.done < most and time.monotonic() < deadline:
+            self._say(f"steps to the target: {trained.done} of at most {most}", 0.0)
+            trained.advance(self.plan.base, scaled.lr, min(look, most - trained.done))
+            loss, look = trained.evaluate(self.held_out), min(2 * look, _LOOK)
+            if not math.isfinite(loss):
+                return None
+            if loss <= target:
+                return trained.done
+        return None
+
     def base_to(self, step: int) -> bool:
         """Bring the base run to a step: from its checkpoint in the folder if there is one, else by training.
 
-        Where the target lies within WITHIN times as many steps as the first checkpoint, to a part of the steps that it
-        takes. False where the deadline comes first, or past the target.
+        False where the deadline comes first.
         """
         path = self.folder / f"step-{step}.pt" if self.folder is not None else None
         if path is not None and path.exists():
@@ -149,44 +186,16 @@ class BranchedRun:
                 )
             self._restore(self.base)
             return True
-        if self._train_to(step):
-            self._keep(step, path)
-            if self.plan.target is None or self.reached is not None or self.found:
-                return True
-            self._train_to(WITHIN * step)
-            if self.reached is None:
-                self._restore(self.base)
-                return True
-        if self.reached is not None and not self.found:
-            return self._again(step)
-        if self.reached is not None:
-            text = f"the base run is at the target by step {self.reached}: step {step} lies past it"
-            self.asides.append(Note("branches.step", text))
-            return False
-        self.notes.append(Note("branches", f"the time budget ended before step {step}. Raise it"))
-        return False
-
-    def _train_to(self, step: int) -> bool:
-        """Train the base run; False where the deadline, or the target for the first time, comes first."""
         while self.base.done < step:
             start, before = time.monotonic(), self.base.done
             if start >= self.plan.deadline:
+                self.notes.append(Note("branches", f"the time budget ended before step {step}. Raise it"))
                 return False
             self._say(f"base run: step {self.base.done} of {step}", len(self.found) / (len(self.found) + 1))
             rate = self.plan.scaled[self.plan.base].lr
             loss = self.base.advance(self.plan.base, rate, min(_LOOK, step - self.base.done))
             self.base.session.check_finite(loss, f"at step {self.base.done} of the base run, at rate {rate(0):g}")
             self.step_seconds = (time.monotonic() - start) / (self.base.done - before)
-            target = self.plan.target
-            if target is None or self.reached is not None or self.untrained <= target:
-                continue
-            if self.base.evaluate(self.held_out) <= target:
-                self.reached = self.base.done
-                return False
-        return True
-
-    def _keep(self, step: int, path: Path | None) -> None:
-        """Take the checkpoint that branches leave."""
         session = self.base.session
         self.state = {
             "identity": self.identity,
@@ -198,24 +207,17 @@ class BranchedRun:
         }
         if path is not None:
             checkpoint.save(path, self.state)
+        return True
 
-    def _again(self, step: int) -> bool:
-        """Train the base run anew, to a part of the steps that it took to the target; see `base_to`.
-
-        A critical batch grows along a run: late branches say nothing of its beginning. They take the rest of the way to
-        the target within a part of their window, as far as the factors are free for that.
-        """
-        assert self.reached is not None
-        early, plan = max(1, round(_EARLY * self.reached)), self.plan
-        text = f"the base run is at the target by step {self.reached}: it is branched from at step {early}, not {step}"
-        self.asides.append(Note("branches.step", text))
-        if plan.shrinks:
-            rest = plan.base * (self.reached - early)
-            while len(self.batches) > _FEWEST and _LEAST_STEPS * math.lcm(*self.batches) > LATE * rest:
-                self.batches.pop()
-            self.examples, self.least = self._window(LATE * rest), 2 * rest
-        self.base = self._trained(self.seed, plan.scaled[plan.base])
-        return self.base_to(early)
+    def _aim(self, rest: int) -> None:
+        """Let the base branch reach the target, so many examples off, a quarter into the window."""
+        self.rest, before = rest, self.batches[-1]
+        while len(self.batches) > _FEWEST and _LEAST_STEPS * math.lcm(*self.batches) > LATE * rest:
+            self.batches.pop()
+        self.examples = self._window(LATE * rest)
+        if self.batches[-1] < before:
+            text = f"batches above {self.batches[-1]} were left out: they take few steps to the target, if any"
+            self.asides.append(Note("branches.points", text))
 
     def _window(self, examples: int) -> int:
         """As many examples or more, that make whole steps of every batch size between looks."""
@@ -223,9 +225,10 @@ class BranchedRun:
         return unit * max(1, math.ceil(examples / unit))
 
     def _shrink(self) -> None:
-        """Leave out the largest batches, with which the window shrinks, until two repeats keep the deadline.
+        """Shorten the window, then leave out the largest batches, until two repeats keep the deadline.
 
-        A step is taken to last as long as one of the base run where it is smaller, and in proportion where larger.
+        A step is taken to last as long as one of the base run where it is smaller, and in proportion where larger. A
+        window in which the target is aimed at keeps it within its first half.
         """
         left, base = self.plan.deadline - time.monotonic(), self.plan.base
 
@@ -235,9 +238,15 @@ class BranchedRun:
             return steps * self.step_seconds
 
         kept = len(self.batches)
-        while len(self.batches) > _FEWEST and seconds() > left:
-            self.batches.pop()
-            self.examples = self._window(self.least)
+        while seconds() > left:
+            unit = WINDOW * math.lcm(*self.batches)
+            if self.examples - unit >= max(unit, 2 * self.rest):
+                self.examples -= unit
+            elif len(self.batches) > _FEWEST:
+                self.batches.pop()
+                self.examples = self._window(LATE * self.rest)
+            else:
+                break
         if len(self.batches) < kept:
             text = f"batches above {self.batches[-1]} were left out to keep the time budget"
             self.asides.append(Note("branches.points", text))
@@ -259,9 +268,9 @@ class BranchedRun:
         """All branches of the checkpoint the base run stands at."""
         plan = self.plan
         if plan.shrinks:
+            if self.rest:
+                self._aim(self.rest)
             self._shrink()
-        losses: Losses = {batch: [] for batch in self.batches}
-        count = plan.seeds * len(self.batches)
         initial = self.base.evaluate(self.held_out)
         if step and not initial <= self.untrained:
             text = (
@@ -271,7 +280,8 @@ class BranchedRun:
             )
             self.notes.append(Note("branches", text))
         scaled, tuned = self._tuned(step, initial, begin) if plan.tunes else (plan.scaled, False)
-        late = False
+        losses: Losses = {batch: [] for batch in self.batches}
+        count, late = plan.seeds * len(self.batches), False
         for repeat in range(plan.seeds):
             for i, batch in enumerate(self.batches):
                 done = (repeat * len(self.batches) + i) / count
@@ -295,14 +305,17 @@ class BranchedRun:
         Rates a factor of 2 apart around the one in use; where the best is the last one tried, further ones. Whether
         the search came to its end before the deadline.
         """
-        plan, losses = self.plan, dict[int, float]()
+        plan, losses, curves = self.plan, dict[int, float](), dict[int, Array]()
         usual = plan.scaled[plan.base].lr(10**9)
 
         def loss(power: int) -> float | None:
             self._say(f"rates at step {step}: {usual * 2.0**power:g}", share)
             own = rated(plan.group, plan.rule, usual * 2.0**power, plan.base, [plan.base])[plan.base]
             found = self._one(plan.base, 0, initial, own, WINDOW // 2)
-            return None if found is None else float(np.nan_to_num(np.median(found[-3:]), nan=np.inf))
+            if found is None:
+                return None
+            curves[power] = found
+            return float(np.nan_to_num(np.median(found[-3:]), nan=np.inf))
 
         wanted = [0, 1, -1, 2, -2]
         while wanted:
@@ -319,7 +332,19 @@ class BranchedRun:
         if abs(best) == _FURTHEST:
             text = f"the best rate at step {step} is the last one tried, {usual * 2.0**best:g}: give --lr near it"
             self.asides.append(Note("branches.learning_rate", text))
+        if plan.shrinks and (rest := self._examples_to_target(curves[best])):  # at this rate it may be nearer
+            self._aim(rest)
+            self._shrink()
         return rated(plan.group, plan.rule, usual * 2.0**best, plan.base, list(plan.scaled)), abs(best) < _FURTHEST
+
+    def _examples_to_target(self, losses: Array) -> int:
+        """Examples that a branch took to the target, by a line between looks; 0 where it is not there."""
+        target = self.plan.target
+        if target is None or not losses[0] > target or not (there := np.flatnonzero(losses <= target)).size:
+            return 0
+        look = int(there[0])
+        above, below = float(losses[look - 1]), float(losses[look])
+        return math.ceil((look - (target - below) / (above - below)) * self.examples / WINDOW)
 
     def _one(self, batch: int, repeat: int, initial: float, scaled: Scaled, looks: int = WINDOW) -> Array | None:
         """Losses [looks + 1] of one branch, at equal numbers of examples; nan from where it diverged.

@@ -59,6 +59,10 @@ def summarize(
     initial = float(table[own, 0, 0])
     level = _level(smooth[own].mean(0), target)
     notes = []
+    if target is not None and level != target and math.isfinite(level):
+        far = "before the first look" if smooth[own].mean(0)[1] <= target else "not within half the window"
+        text = f"steps are counted to loss {number(level)}: the base branch is at the target of {number(target)} {far}"
+        notes.append(Note("level", text))
     if unrun:
         text = f"the time budget ended before batch {', '.join(map(str, unrun))} had run once. Raise it"
         notes.append(Note("points", text))

@@ -167,9 +167,9 @@ class _Cells:
             cap = self.positive("cap")
             if math.isfinite(steps) and steps > cap:
                 raise self.error(f"steps {steps:g} are above the cap of {cap:g}", "Give the true cap")
-            if steps == cap and not self.text("status"):
+            if steps == cap and not self.text("status") and not self.text("before"):
                 text = f"steps {steps:g} are the cap: whether the run reached the target is not told"
-                raise self.error(text, "Write inf for one that did not, or add a column status: reached or not reached")
+                raise self.error(text, "Write inf for one that did not, or 'reached' in a column 'status'")
             return cap
         if steps != math.inf:
             return math.nan

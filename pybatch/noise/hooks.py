@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
+import sys
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.jit import _recursive as scripting
 
 _TABLES = ("_forward_hooks", "_forward_pre_hooks")
 _BESIDE = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_ASKED = ("get_hook_stubs", "infer_concrete_type_builder")  # by torch.jit.script, of a module's hooks
 _PROTOCOL = 2  # of pickle: what an object gives for it is valid in all later ones
 _hooked: Counter[type] = Counter()  # hooks by class of their models, where `_reduced` stands
 
@@ -114,21 +115,28 @@ def _unhooked(part: Any) -> Any:
 
 
 def _let_script() -> None:
-    """Let `torch.jit.script` take a model with hooks of pybatch's.
+    """Let `torch.jit.script` take a model with hooks of pybatch's: it compiles, and keeps, all that it finds.
 
-    It compiles all that it finds; what it finds is asked of `get_hook_stubs`, at each call anew.
+    What it finds is asked of functions of torch's own; where there are none of these names, it is as torch has it.
     """
-    found = getattr(scripting, "get_hook_stubs", None)
-    if found is None or hasattr(found, "__wrapped__"):
-        return
+    scripting = sys.modules.get("torch.jit._recursive")
+    for name in _ASKED:
+        found = getattr(scripting, name, None)
+        if found is not None and not getattr(found, "without_pybatch", False):
+            setattr(scripting, name, _without_ours(found))
 
-    @functools.wraps(found)
-    def without_ours(module: nn.Module) -> Any:
-        before = dict(vars(module))
-        vars(module).update(_unhooked(before))
+
+def _without_ours(asks: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function of a module, who finds no hooks of pybatch's on it."""
+
+    @functools.wraps(asks)
+    def without(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tables = {name: vars(module)[name] for name in (*_TABLES, *_BESIDE) if name in vars(module)}
+        vars(module).update(_unhooked(tables))
         try:
-            return found(module)
+            return asks(module, *args, **kwargs)
         finally:
-            vars(module).update(before)
+            vars(module).update(tables)
 
-    scripting.get_hook_stubs = without_ours
+    without.without_pybatch = True  # type: ignore[attr-defined]
+    return without

@@ -65,15 +65,16 @@ class Sweep:
         sought = len(set(options.batches) - {options.start_batch}) if options.seeks else 0
         self.progress.rows = len(self.cells) + sought + len(fixed) * len(options.targets) * len(options.batches)
         self._finish(self.cells)
-        cells = self._tune(tuned) if tuned is not None and sought else []
-        if (start := given or tuned) is not None:
-            cells += [
-                self._fixed(start, rule, split, b)
-                for rule in fixed
-                for split in options.targets
-                for b in options.batches
-            ]
-        self._finish(cells)
+        self._finish(self._tune(tuned) if tuned is not None and sought else [])
+        if (start := given or tuned) is not None:  # last: a rule is given up by the tuned steps
+            self._finish(
+                [
+                    self._fixed(start, rule, split, b)
+                    for rule in fixed
+                    for split in options.targets
+                    for b in options.batches
+                ]
+            )
         examples = self.subject.workload.examples
         if options.gap_epochs is not None and examples is not None:
             budget = Budget.of(options.gap_epochs, examples, options.batches)
@@ -159,7 +160,7 @@ class Sweep:
     def _fixed(self, start: Cell, rule: str, split: str, batch: int) -> Cell:
         """A rule's trials at one batch size, from the base batch's rate: given, or tuned for this split's target."""
         options, subject = self.options, self.subject
-        cell = Cell((rule, split, batch), {split: options.targets[split]}, self._cap(start, batch, split))
+        cell = Cell((rule, split, batch), {split: options.targets[split]}, self._cap_of_rule(start, batch, split))
         self.cells.append(cell)
         base = self._base(start, split)
         if base is None:
@@ -198,6 +199,13 @@ class Sweep:
                 return options.max_steps
             most = max(most, FACTOR * base[1] * max(1.0, options.start_batch / batch))
         return min(options.max_steps, max(1, round(most)))
+
+    def _cap_of_rule(self, start: Cell, batch: int, split: str) -> int:
+        """FACTOR times the tuned steps at the same batch size too, where they are known."""
+        cap = self._cap(start, batch, split)
+        tuned = next((c for c in self.cells if c.rule == SEARCHED and c.batch == batch and not c.failed), None)
+        best = self._base(tuned, split) if tuned is not None else None
+        return cap if best is None or best[1] is None else min(cap, max(1, round(FACTOR * best[1])))
 
     def _trial(self, lr: float, batch: int, seed: int) -> Trial:
         subject, scaled = self.subject, Scaled({**self.options.options, "lr": lr})

@@ -21,7 +21,7 @@ from pybatch.training.trajectory import Crossing, Trajectory
 DIVERGED = 3.0  # times the initial loss, once warm-up and GRACE steps are over
 GRACE = 16  # steps: a run at a high rate may overshoot at once and then settle
 SLACK = 1.5  # times the best rate's median steps, after which its own late seeds are given up, and every other rate
-FACTOR = 4.0  # times the steps at the base batch, after which a rule is taken to have failed
+FACTOR = 4.0  # times the steps at the base batch, or tuned ones, after which a rule is taken to have failed
 
 End = Literal["met", "capped", "diverged"]
 Targets = Mapping[str, float]  # split -> loss

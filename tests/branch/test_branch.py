@@ -168,42 +168,78 @@ def test_branches_of_the_quadratic_take_the_steps_of_the_closed_form() -> None:
     assert {p.learning_rate for p in found.points} == {rate}
 
 
+def toward(target: float | None, checkpoints: list[int], work: Any = None, **options: Any) -> Convergence:
+    """Branches of a run that by SGD at rate 0.1 is at loss 0.3 by step 81."""
+    given = {"base_batch": 8, "optimizer": "sgd", "rule": "constant", "lr": 0.1, "seeds": 1, **options}
+    work = work or Quadratic(d=30, noise=0.02)
+    return measure_branches(work, device="cpu", checkpoints=checkpoints, target=target, **given)
+
+
 @pytest.mark.parametrize(
-    ("target", "checkpoint", "step", "at"),
-    [(0.3, 60, 21, 85), (0.3, 100, 19, 75), (0.3, 20, 20, None), (0.02, 60, 60, None)],
+    ("target", "asked", "branched", "said"),
+    [
+        (0.3, [60], [20], "at the target by step 81: it is branched from at step 20 in place of 60"),
+        (0.3, [60, 100], [20], "at the target by step 81: it is branched from at step 20 in place of 60, 100"),
+        (0.3, [20, 100], [20], "at the target by step 81: step 100 is past half the way, and left out"),
+        (0.3, [20], [20], None),
+        (0.02, [20], [20], None),  # beyond twice the steps
+        (5.0, [20], [20], None),  # untrained it is there
+    ],
 )
-def test_a_run_that_is_soon_at_its_target_is_branched_from_early(
-    target: float, checkpoint: int, step: int, at: int | None
+def test_branches_leave_the_first_half_of_the_way_to_the_target(
+    target: float, asked: list[int], branched: list[int], said: str | None
 ) -> None:
-    """A quarter of the way, where the target lies before the checkpoint or within twice its steps; not beyond."""
-    work = Quadratic(d=30, noise=0.02)
-    given: dict[str, Any] = {"device": "cpu", "base_batch": 8, "optimizer": "sgd", "rule": "constant", "lr": 0.1}
-    record = measure_branches(work, checkpoints=[checkpoint], target=target, seeds=1, **given)
-    [found] = record.branches
-    [plain] = measure_branches(work, checkpoints=[step], seeds=1, factors=[1, 2], **given).branches
-    assert (found.step, found.loss) == (step, plain.loss)  # the same run, and as it would be without the look ahead
-    said = [note.text for note in record.notes if note.figure == "branches.step"]
-    moved = f"the base run is at the target by step {at}: it is branched from at step {step}, not {checkpoint}"
-    assert said == ([] if at is None else [moved])
-    assert (found.level == target) == (target == 0.3)
-    least = WINDOW if at is None else 2 * WINDOW
-    assert found.window >= least * max(p.batch for p in found.points)
-    if target == 0.3:
-        theta = 1.0 * (1 - 0.1 * work.h) ** (2 * step)
-        expected = steps_of_means(work, theta * found.loss / ((work.h * theta).sum() / 2), target, 16, 0.1)
-        [middle] = [p for p in found.points if p.batch == 16]
-        assert np.median([s for s in middle.steps if s]) == pytest.approx(expected, rel=0.2)
-
-
-def test_checkpoints_past_the_target_are_none() -> None:
-    work = Quadratic(d=30, noise=0.02)
-    record = measure_branches(
-        work, device="cpu", checkpoints=[20, 100, 200], target=0.3, base_batch=8, optimizer="sgd", rule="constant",
-        lr=0.1, seeds=1, factors=[1, 2, 4],
-    )  # fmt: skip
-    assert [found.step for found in record.branches] == [20]
+    record = toward(target, asked, factors=[1, 2], window=256)
+    assert [found.step for found in record.branches] == branched
+    plain = toward(None, branched, factors=[1, 2], window=256)
+    assert [found.loss for found in record.branches] == [found.loss for found in plain.branches]  # the same run
+    told = [note.text for note in record.notes if note.figure == "branches.step"]
+    assert told == ([] if said is None else [f"the base run is {said}"])
     assert record.complete
-    assert "at the target by step 95: step 100 lies past it" in record.notes[0].text
+
+
+class Dropped(Quadratic):
+    """Its steps draw from torch's own generator."""
+
+    name = "dropped"
+
+    def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        return super().loss(model, batch) * (0.5 + torch.rand(()) if model.training else 1.0)
+
+
+def test_the_look_ahead_changes_nothing_of_the_run(tmp_path: Path) -> None:
+    """Neither what it draws, nor what is kept in a folder, where the same call finds the same."""
+    given: dict[str, Any] = {"work": Dropped(d=30, noise=0.02), "factors": [1, 2], "window": 256}
+    ahead, plain = toward(0.3, [30, 60], **given), toward(None, [30], **given)
+    assert [(b.step, b.loss) for b in ahead.branches] == [(30, plain.branches[0].loss)]
+    early = toward(0.3, [60], **given)
+    assert early.branches[0].step < 30
+    assert toward(0.3, [60], folder=tmp_path, **given) == toward(0.3, [60], folder=tmp_path, **given) == early
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.1])
+def test_a_tuned_branch_does_not_run_past_the_target(rate: float) -> None:
+    """It is there in a fifth of the steps that the rate in use takes: the window is as much shorter."""
+    [found] = toward(0.3, [60], lr=rate, tune=True).branches
+    assert found.level == 0.3
+    base = next(p for p in found.points if p.batch == 8)
+    assert 1 < base.steps[0] / (found.window / 8) * WINDOW < WINDOW / 2  # looks
+
+
+def test_a_look_ahead_that_breaks_down_or_takes_long_leaves_the_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = branched_run.Trained.evaluate
+
+    def broken(self: Any, batch: Any) -> float:
+        return evaluate(self, batch) if self.done <= 30 else math.nan
+
+    monkeypatch.setattr(branched_run.Trained, "evaluate", broken)
+    assert [b.step for b in toward(0.3, [30], factors=[1, 2], window=256).branches] == [30]
+    monkeypatch.undo()
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("pybatch.branch.run.time.monotonic", lambda: 0.1 * next(ticks))
+    cut = toward(0.3, [60], factors=[1, 2], window=256, time_budget=2.0)  # 0.4 s of it ahead: not to step 81
+    assert [b.step for b in cut.branches] == [60]
+    assert not any(note.figure == "branches.step" for note in cut.notes)
 
 
 @pytest.mark.parametrize(("target", "level"), [(0.8, 0.8), (0.2, None), (0.99, None), (2.0, None)])
@@ -213,6 +249,7 @@ def test_steps_are_counted_to_a_target_that_the_base_branch_reaches_soon(target:
     found = summarize(100, BASE, int(EXAMPLES), dict.fromkeys(losses, 0.1), losses, 0.02, target)
     plain = summed_up(losses)
     assert found.level == (level or plain.level)
+    assert [note.figure for note in found.notes if note not in plain.notes] == ([] if level else ["level"])
     assert found.fit.critical_batch == pytest.approx(60.0, rel=0.2)
 
 

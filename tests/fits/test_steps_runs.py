@@ -9,6 +9,7 @@ import pytest
 
 from pybatch import fit_steps, fit_steps_csv
 from pybatch.base.errors import UsageError
+from pybatch.fits.steps_csv import read_runs
 from pybatch.fits.steps_data import best_rate, stuck
 from pybatch.fits.steps_resampling import _drawn
 
@@ -250,7 +251,7 @@ def test_a_file_of_runs(tmp_path):
             "line 2: a run that did not reach the target has no cap",
         ),
         (HEAD + "8,0,1000,0.1,900\n", "line 2: steps 1000 are above the cap of 900"),
-        (HEAD + "8,0,900,0.1,900\n", "line 2: steps 900 are the cap: .* Write inf .* status: reached or not reached"),
+        (HEAD + "8,0,900,0.1,900\n", "line 2: steps 900 are the cap: .* Write inf .* 'reached' in a column 'status'"),
         (HEAD + "8,0,100,0.1,900\n8,0,101,0.1,900\n", "line 3: batch 8, seed '0' and rate 0.1 stand in line 2 already"),
         (HEAD + "8,0,100,0.1\n", "line 2: 4 cells where the head has 5"),
         ("batch,steps,status\n8,100,lost\n", "line 2: status 'lost' is not known. Write reached"),
@@ -293,6 +294,10 @@ def test_a_run_that_reached_at_its_very_cap_and_other_names_of_columns(tmp_path)
     lines = [f"{b:g},{s:g},{2 * s:g},reached" for b, s in zip(BATCHES, CURVE, strict=True)]
     lines[-1] = f"{BATCHES[-1]:g},{CURVE[-1]:g},{CURVE[-1]:g},reached"
     path.write_text("bs,steps_to_target,max_steps,status\n" + "\n".join(lines) + "\n")
+    assert read_runs(path).steps[-1] == float(f"{CURVE[-1]:g}")
+    told = tmp_path / "before.csv"
+    told.write_text("batch,steps,cap,before\n8,900,900,875\n")  # that it reached
+    assert read_runs(told).steps == [900.0]
     steps = [float(f"{s:g}") for s in CURVE]
     caps = [*(float(f"{2 * s:g}") for s in CURVE[:-1]), steps[-1]]
     assert fit_steps_csv(path) == fit_steps(BATCHES, steps, seeds=["1"] * len(steps), cap=caps)

@@ -6,6 +6,7 @@ import gc
 import io
 import pickle
 import sys
+import weakref
 
 import pytest
 import torch
@@ -216,3 +217,21 @@ def test_a_model_with_hooks_is_scripted_as_it_is_without():
     for hook in placed:
         hook.remove()
     assert torch.equal(torch.jit.script(model)(x), expected)
+    gone = weakref.ref(model)
+    del model, placed, hook, scripted
+    gc.collect()
+    assert gone() is None  # TorchScript keeps types of modules, and would keep their hooks
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_scripting_that_fails_leaves_the_hooks():
+    class Refused(nn.Module):
+        def forward(self, x):
+            return eval("x")  # noqa: S307 - no TorchScript
+
+    model, called = Refused(), []
+    hooked(model, called)
+    with pytest.raises(Exception, match="eval"):
+        torch.jit.script(model)
+    model(torch.ones(1))
+    assert called == ["before", "after"]

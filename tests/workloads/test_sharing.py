@@ -107,13 +107,15 @@ def test_a_file_that_reads_its_command_line_sees_none(at: str, tmp_path: Path, m
     parsed = "import argparse; p = argparse.ArgumentParser(); p.add_argument('--width', default=8); p.parse_args()"
     find(written(tmp_path, **{at: parsed}))
     assert sys.argv == ["pybatch", "bench", "--workload", "mine.py:Mine"]
-    with pytest.raises(UsageError, match=r"run without arguments it exits .*under: if __name__ == '__main__'"):
+    with pytest.raises(
+        (UsageError, WorkloadError), match=r"run without arguments\. .*under: if __name__ == '__main__'"
+    ):
         find(written(tmp_path, parsed.replace("default=8", "required=True")))
 
 
 @pytest.mark.parametrize("raised", ["sys.exit()", "sys.exit('gone')", "raise SystemExit(0)", "1 / 0"])
 def test_a_file_that_ends_the_process_is_refused(raised: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"workload file '.*' cannot be loaded: (run .*SystemExit|ZeroDivisionError)"):
+    with pytest.raises(UsageError, match=r"workload file '.*' cannot be loaded: (SystemExit|ZeroDivisionError)"):
         find(written(tmp_path, raised))
     with pytest.raises(WorkloadError, match=r"Mine\(\) of workload '.*' raised (SystemExit|ZeroDivisionError)"):
         find(written(tmp_path, constructed=raised if not raised.startswith("raise") else "sys.exit(0)"))

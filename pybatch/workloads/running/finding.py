@@ -91,13 +91,7 @@ def load_file(path: Path, name: str | None = None) -> ModuleType:
         raise
     except BaseException as error:  # `sys.exit()` too is no answer
         sys.modules.pop(name, None)
-        if isinstance(error, SystemExit):
-            raise UsageError(
-                f"workload file '{path}' cannot be loaded: run without arguments it exits (SystemExit: {error}). "
-                "Put what is for the command line under: if __name__ == '__main__'."
-            ) from error
-        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise UsageError(f"workload file '{path}' cannot be loaded: {type(error).__name__}: {error}{line}.") from error
+        raise UsageError(f"workload file '{path}' cannot be loaded: {_said(error)}.") from error
     return module
 
 
@@ -125,12 +119,12 @@ def _from_file(spec: str, path: str, name: str) -> type[Workload] | Workload:
     made = getattr(module, name, None)
     if inspect.isfunction(made):
         try:
-            with put_back(path):
+            with put_back(str(Path(path).resolve())):
                 made = made()
         except (UsageError, WorkloadError, KeyboardInterrupt):
             raise
         except BaseException as error:
-            raise WorkloadError(f"{name}() of workload '{spec}' raised {type(error).__name__}: {error}.") from error
+            raise WorkloadError(f"{name}() of workload '{spec}' raised {_said(error)}.") from error
     if isinstance(made, Workload):
         made.defined_in = module.__name__
         return made
@@ -177,12 +171,21 @@ def _construct(
             raise UsageError(f"option '{option}': {key} is given twice. Give it once.")
         given[key] = value
     try:
-        with put_back(spec.rpartition(":")[0] or spec):
+        with put_back(str(Path(spec.rpartition(":")[0]).resolve())):
             return cls(**{**usual, **given})
     except (UsageError, WorkloadError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise WorkloadError(f"{cls.__name__}() of workload '{spec}' raised {type(error).__name__}: {error}.") from error
+        raise WorkloadError(f"{cls.__name__}() of workload '{spec}' raised {_said(error)}.") from error
+
+
+def _said(error: BaseException) -> str:
+    """What a user's file raised, with what may be behind it."""
+    if isinstance(error, SystemExit):
+        remedy = "It is run without arguments. Put what is for the command line under: if __name__ == '__main__'"
+        return f"SystemExit: {error}. {remedy}"
+    line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+    return f"{type(error).__name__}: {error}{line}"
 
 
 def _parameters(cls: type[Workload]) -> Mapping[str, inspect.Parameter]:

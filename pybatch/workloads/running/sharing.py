@@ -37,10 +37,11 @@ def put_back(file: str) -> Iterator[None]:
     """In this context user code, of this file, is imported or constructed, as if it were run without arguments."""
     environ, before = dict(os.environ), state()
     seeds = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    sys.argv[:] = [file]  # pybatch's own arguments are none of the file's
+    own, sys.argv = sys.argv, [file]  # pybatch's arguments are none of the file's
     try:
         yield
     finally:
+        sys.argv = own
         for name in {*environ, *os.environ} - set(VARIABLES):  # those are numerical settings, and recorded
             _set_variable(name, environ.get(name))
         _restore(before, ("folder", "sys.argv", "sys.path", *_STREAMS, *_SIGNALS, "torch.default_device"))
