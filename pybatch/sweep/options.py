@@ -117,8 +117,9 @@ class SweepOptions:
         base_batch: where the rules start; None: the smallest of `batches`.
         base_rate: their learning rate there; None: the one of the fewest steps to each target, which is sought first.
         max_steps: a trial is given up then; earlier after 4 times the steps the base batch took (times B_0 / B below
-            it), and in a search after 1.5 times the median steps of the best rate, or sooner: see `search`. Where
-            neither the base batch nor the largest one reaches a target, the others are not tried.
+            it), in a search after 1.5 times the median steps of the best rate, or sooner: see `search`; and under
+            another rule after 4 times the tuned steps at its batch size. Where neither the base batch nor the largest
+            one reaches a target, the others are not tried.
         dtype: "fp32", "bf16" or "fp16" (autocast over fp32 parameters).
         gap_epochs: compare test losses after so many epochs too, and after the steps that the largest batch takes in
             them: when all else is done, the runs at each batch size's rate are made again, to that length. None: at

@@ -446,9 +446,11 @@ def test_branches_are_no_curve_of_a_sweep():
     fit = dataclasses.replace(branch.fit, parameters={"s_min": 100.0, "b_c": 600.0})
     branch = dataclasses.replace(branch, fit=fit)
     points = tuple(ConvergencePoint(b, 5e5 / b, "reached", 3, 0.1, reached=3) for b in BATCHES if b <= 512)
-    bound = Curve("tuned", "train", points, None, None, 64.0, None, target=0.3)  # below what branches leave possible
-    alone, both = (advise(capacity(), None, Convergence(c, branches=(branch,))) for c in ((), (bound,)))
-    assert both.best_batch == alone.best_batch
+    bound = Curve("tuned", "train", points, None, None, 512.0, None, target=0.3)
+    loose = dataclasses.replace(bound, low=64.0)  # below what branches leave possible: it changes nothing
+    alone, both, free = (advise(capacity(), None, Convergence(c, branches=(branch,))) for c in ((), (bound,), (loose,)))
+    assert free.best_batch == alone.best_batch < both.best_batch < 2 * alone.best_batch
+    assert both.critical_low >= 512 > alone.critical_low
     assert both.best_high / both.best_low < 1.2 * alone.best_high / alone.best_low
     assert both.time_to_target is None
 
