@@ -238,11 +238,20 @@ def noise_predicts(problems: Mapping[str, Records]) -> Answer:
         elif low <= curve.critical_batch <= high and not wide(least, most) and not wide(low, high):
             finding = "holds"
         told = f"{n.number(verdict.critical_batch)} {n.interval(verdict.critical_low, verdict.critical_high)}"
-        rows.append(Row((name, told.strip(), critical(curve), finding), finding))
-    heads = ("problem", "by the noise scale", "by the sweep that judges", "")
+        rows.append(Row((name, told.strip(), _branched(records), critical(curve), finding), finding))
+    heads = ("problem", "by the noise scale", "by branches alone", "by the sweep that judges", "")
     return _answer(
         "the critical batch that the noise scale gives is the measured one, within its interval", heads, rows
     )
+
+
+def _branched(records: Records) -> str:
+    """The critical batch of `bench --thorough`'s branches, without what they stand for."""
+    thorough = records.get("thorough")
+    steps = thorough.convergence if thorough is not None else None
+    if steps is None or not steps.branches or (fit := steps.branches[-1].fit) is None:
+        return n.MISSING
+    return f"{n.number(fit.critical_batch)} {n.interval(fit.low, fit.high)}".strip()
 
 
 def ratio_of(curve: Curve, base: Curve) -> tuple[float | None, float | None, float | None]:
