@@ -9,9 +9,11 @@ from cases.planted_training import planted_training
 from cases.sweeps import measure
 
 from pybatch.base.errors import UsageError
+from pybatch.device.environment import capture
 from pybatch.records import Run
 from pybatch.report.formats.text import render
 from pybatch.sweep.archive import read_store
+from pybatch.sweep.store import Store
 from pybatch.training.trial import rounded
 
 FIXED = ["constant", "sqrt", "linear"]
@@ -102,3 +104,19 @@ def test_rates_that_cannot_work_are_refused_before_anything_runs(tmp_path, chang
     with pytest.raises(UsageError, match=said):
         measure(store=path, **changes)
     assert not path.exists()
+
+
+def test_a_rule_is_given_up_at_four_times_the_tuned_steps(tmp_path):
+    """Past twice them it has failed; without tuned ones it is the base batch's steps that end it."""
+    path, alone = tmp_path / "runs.db", tmp_path / "alone.db"
+    constant, tuned = measure(rules=["constant", "tuned"], base_rate=0.01, store=path).curves
+    [bare] = measure(rules=["constant"], base_rate=0.01, store=alone).curves
+    assert all(p.steps is not None for p in bare.points)
+    best = {p.batch: p.steps for p in tuned.points}
+    for p, free in zip(constant.points, bare.points, strict=True):
+        late = p.batch > 4 and free.steps > 4 * best[p.batch]
+        assert p.steps == (None if late else free.steps)
+    assert any(p.steps is None for p in constant.points)
+    with Store(path, capture(seed=0)) as store:
+        ran = [row.outcome for row in store.contents().rows.values()]
+    assert all(o.steps <= 4 * best[o.trial.batch] + 1 for o in ran if o.trial.lr == 0.01 and o.trial.batch > 4)
