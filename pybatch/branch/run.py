@@ -216,8 +216,7 @@ class BranchedRun:
             self.batches.pop()
         self.examples = self._window(LATE * rest)
         if self.batches[-1] < before:
-            text = f"batches above {self.batches[-1]} were left out: they take few steps to the target, if any"
-            self.asides.append(Note("branches.points", text))
+            self._left_out("they take few steps to the target, if they come there")
 
     def _window(self, examples: int) -> int:
         """As many examples or more, that make whole steps of every batch size between looks."""
@@ -248,8 +247,12 @@ class BranchedRun:
             else:
                 break
         if len(self.batches) < kept:
-            text = f"batches above {self.batches[-1]} were left out to keep the time budget"
-            self.asides.append(Note("branches.points", text))
+            self._left_out("the time budget does not suffice for them")
+
+    def _left_out(self, why: str) -> None:
+        """Say it once, of the last time."""
+        self.asides = [note for note in self.asides if note.figure != "branches.points"]
+        self.asides.append(Note("branches.points", f"batches above {self.batches[-1]} were left out: {why}"))
 
     def _restore(self, trained: Trained) -> None:
         """Put the checkpoint into a model and its optimizer, whose own rate and batches stay."""
