@@ -104,7 +104,7 @@ def measure_branches(
     checked(workload)
     base = workload.reference_batch if base_batch is None else base_batch
     batches = _batches(base, factors)
-    _check(batches, checkpoints, seeds, tolerance, window, time_budget)
+    _check(batches, checkpoints, seeds, tolerance, target, window, time_budget)
     place = resolve(device)
     if optimizer is None:
         asked = workload.asked_optimizer or OptimizerChoice()
@@ -174,6 +174,7 @@ def _check(
     checkpoints: Sequence[int],
     seeds: int,
     tolerance: float,
+    target: float | None,
     window: int | None,
     time_budget: float,
 ) -> None:
@@ -185,6 +186,8 @@ def _check(
         raise UsageError(f"seeds {seeds} leaves nothing to run. Give 1 or more; an interval needs 2.")
     if not 0 < tolerance < 1:
         raise UsageError(f"tolerance {tolerance:g} is no share of the loss. Give a number between 0 and 1, as 0.02.")
+    if target is not None and not math.isfinite(target):
+        raise UsageError(f"target {target} is no loss. Give the train loss that the run is to reach, or None.")
     if window is not None and window < 1:
         raise UsageError(f"window {window} holds no example. Give the examples a branch is trained on.")
     if not time_budget > 0:

@@ -423,6 +423,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         ({"checkpoints": [-5]}, "give steps of the base run"),
         ({"seeds": 0}, "seeds 0"),
         ({"tolerance": 1.5}, "tolerance 1.5 is no share"),
+        ({"target": math.nan}, "target nan is no loss"),
         ({"window": 0}, "window 0"),
         ({"time_budget": 0.0}, "leaves no time"),
         ({"optimizer": "adamv"}, "Did you mean 'adam'"),

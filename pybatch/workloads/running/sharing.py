@@ -44,7 +44,7 @@ def put_back(file: str) -> Iterator[None]:
         sys.argv = own
         for name in {*environ, *os.environ} - set(VARIABLES):  # those are numerical settings, and recorded
             _set_variable(name, environ.get(name))
-        _restore(before, ("folder", "sys.argv", "sys.path", *_STREAMS, *_SIGNALS, "torch.default_device"))
+        _restore(before, ("folder", "sys.path", *_STREAMS, *_SIGNALS, "torch.default_device"))
         random.setstate(seeds[0])
         np.random.set_state(seeds[1])
         torch.set_rng_state(seeds[2])
