@@ -107,7 +107,7 @@ DOMAINS = {"digits": (MLP, CNN), "text": (LSTM, TRANSFORMER), "scenes": (UNET, D
 RULES = "constant,linear,sqrt,tuned"
 # By domain: batch sizes of the whole study and of the quick one.
 BATCHES = {"digits": "2-2048*2", "text": "2-512*2", "scenes": "2-512*2"}
-QUICK = {"digits": "8-2048*4", "text": "4-324*3", "scenes": "4-324*3"}
+QUICK = {"digits": "8-2048*4", "text": "8-128*2", "scenes": "8-128*2"}
 SEEDS, QUICK_SEEDS = 3, 2
 # Steps of a run under the rules, above the medians of the smallest batch: a larger one that takes more has failed.
 MOST = {"digits": 18_000, "text": 1500, "scenes": 1500}  # the first: GAP_EPOCHS of the smallest batch
