@@ -73,7 +73,14 @@ def sweep(
 
 
 def advised(
-    part: str, problem: Problem, batches: str, seeds: int, *, timings: int = 3, thorough: bool = True
+    part: str,
+    problem: Problem,
+    batches: str,
+    seeds: int,
+    *,
+    timings: int = 3,
+    timing_s: int = 40,
+    thorough: bool = True,
 ) -> Iterator[Record]:
     """What pybatch advises by a bench, a thorough one and a sweep, and the sweep of other seeds that judges it.
 
@@ -81,13 +88,14 @@ def advised(
         part, problem: of the records.
         batches, seeds: of both sweeps.
         timings: runs that time the judge's steps: what a disturbed machine does to one shows in the others.
+        timing_s: seconds of each.
         thorough: whether `bench --thorough` advises too.
     """
     target = TRAIN[problem.workload]
     yield sweep(part, problem, "own", batches, "tuned", seeds, optimizer=JUDGED_BY, target=target)
     yield sweep(part, problem, "judge", batches, "tuned", seeds, optimizer=JUDGED_BY, target=target, first_seed=JUDGE)
     for place in range(timings):
-        yield Record(part, problem, f"times-{place}", ("--batch", batches, "--time-budget", "40"))
+        yield Record(part, problem, f"times-{place}", ("--batch", batches, "--time-budget", str(timing_s)))
     yield Record(part, problem, "bench", ())
     if thorough:
         yield Record(part, problem, "thorough", ("--thorough",))
@@ -153,7 +161,7 @@ def quick() -> Iterator[Record]:
     for domain, (problem, _) in DOMAINS.items():
         most = QUICK_MOST.get(domain)
         yield sweep("quick", problem, "sweep", QUICK[domain], "linear,tuned", QUICK_SEEDS, noise_s=5, most=most)
-        yield from advised("quick", problem, QUICK[domain], QUICK_SEEDS, timings=1, thorough=False)
+        yield from advised("quick", problem, QUICK[domain], QUICK_SEEDS, timings=1, timing_s=20, thorough=False)
 
 
 PARTS: dict[str, tuple[Record, ...]] = {
