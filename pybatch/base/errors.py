@@ -54,6 +54,6 @@ def carried(error: BaseException) -> Any:
 def unknown(what: str, value: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is not one of `known`: names the nearest, and lists them all."""
     names = sorted(known)
-    near = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(value.lower(), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return UsageError(f"{what} {value!r} is not known.{hint} Known: {', '.join(names) or 'none'}.")

@@ -17,6 +17,7 @@ LEAST_ON_GRID = 5  # runs that show a grid of evaluations
 COARSE = 0.03  # of the fewest steps: a finer grid is not worth a word
 CHANCE = 1e-3  # that steps of no grid have so large a common divisor
 FEW_STEPS = 10.0  # S_min below which a step is too coarse a unit: the models fail there
+MORE = "Raise the cap on steps, or ease the target"  # where too few batch sizes reached it
 
 
 def of_data(table: Table, picked: Array, chosen: Choice, capped: bool) -> list[Note]:
@@ -110,9 +111,9 @@ def of_nothing(table: Table, picked: Array, reached: int, least: int) -> Note:
     if not reached and (np.isnan(picked) | np.isneginf(picked)).all():
         return Note("critical_batch", "every run diverged. Lower the learning rates")
     if not reached:
-        return Note("critical_batch", "no batch size reached the target. Raise the cap on steps, or ease the target")
+        return Note("critical_batch", f"no batch size reached the target. {MORE}")
     of = f"{reached} of {counted(len(table.size), 'batch size')} reached the target in most of their seeds"
-    change = "Measure more batch sizes" if reached == len(table.size) else "Raise the cap on steps, or ease the target"
+    change = "Measure more batch sizes" if reached == len(table.size) else MORE
     return Note("critical_batch", f"{of}, a fit needs {least}. {change}")
 
 

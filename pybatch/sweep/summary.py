@@ -13,10 +13,12 @@ from pybatch.base import numerals as n
 from pybatch.base.errors import UsageError
 from pybatch.fits.steps import fit_steps
 from pybatch.fits.steps_data import DIVERGED
+from pybatch.fits.steps_notes import MORE
 from pybatch.records import ConvergencePoint, Curve, NoiseScale, Note, PointStatus, RateSteps, aim_of
+from pybatch.scaling import SEARCHED
 from pybatch.sweep.search import at_edge, best_rate
 from pybatch.training.trajectory import Split, loss_at, lowest, metric_of
-from pybatch.training.trial import Outcome, Study, middle
+from pybatch.training.trial import FACTOR, Outcome, Study, middle
 
 # By how a trial without a crossing ended; met: it reached the target past the limit, or another split's alone.
 _STATUS: dict[str | None, PointStatus] = {
@@ -28,6 +30,11 @@ _STATUS: dict[str | None, PointStatus] = {
 _CODES = {"not_reached": math.inf, "diverged": DIVERGED, "not_run": math.nan}  # as the fit has them
 _HARDER = {False: "lower", True: "higher"}  # to reach, of a figure of which higher is better
 Ran = Mapping[float, Sequence[float]]  # by rate: the steps that each seed's trial ran, nan where it was not made
+# In place of MORE under a rule, whose runs mostly end before the cap that a user gave.
+_GIVEN_UP = (
+    f"Under a rule, runs end at {FACTOR:g} times the steps of the base batch, or of tuned rates, or at --max-steps. "
+    "Ease the target"
+)
 FEW_STEPS = 4  # a target met within so few steps says more of the first evaluations than of the batch size
 
 
@@ -133,6 +140,9 @@ def curve(
         return dataclasses.replace(bare, cap=cap, notes=(*found, Note("critical_batch", str(error))))
     # What the remarks have said already, with its remedy, need not be said again by the fit.
     told = len(points) == 1 or not any(p.status == "reached" for p in points)
+    said = fit.notes
+    if rule != SEARCHED:
+        said = tuple(dataclasses.replace(note, text=note.text.replace(MORE, _GIVEN_UP)) for note in said)
     whole = dataclasses.replace(
         bare,
         s_min=fit.s_min,
@@ -145,7 +155,7 @@ def curve(
         regimes=fit.regimes,
         fit=fit,
         cap=cap,
-        notes=tuple(found) if told else (*found, *fit.notes),
+        notes=tuple(found) if told else (*found, *said),
     )
     return with_noise_ratio(whole, noise)
 

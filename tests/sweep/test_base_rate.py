@@ -117,6 +117,9 @@ def test_a_rule_is_given_up_at_four_times_the_tuned_steps(tmp_path):
         late = p.batch > 4 and free.steps > 4 * best[p.batch]
         assert p.steps == (None if late else free.steps)
     assert any(p.steps is None for p in constant.points)
+    [said] = [note.text for note in constant.notes if note.figure == "critical_batch"]
+    assert said.startswith("1 of 4 batch sizes reached the target")
+    assert said.endswith("or of tuned rates, or at --max-steps. Ease the target")  # there is no cap to raise
     with Store(path, capture(seed=0)) as store:
         ran = [row.outcome for row in store.contents().rows.values()]
     assert all(o.steps <= 4 * best[o.trial.batch] + 1 for o in ran if o.trial.lr == 0.01 and o.trial.batch > 4)
