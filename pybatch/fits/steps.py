@@ -10,6 +10,7 @@ would lose. The candidates of `steps_model` are compared by AICc.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -26,6 +27,7 @@ from pybatch.records import Note, StepsFit
 
 LEAST = 3  # batch sizes that must reach the target for a fit
 LEAST_FREE = 2  # degrees of freedom of a single seed's batch sizes: one alone can be met by chance, however few steps
+ASTRAY = math.log(2)  # rms of the batch sizes around the best curve, in log steps, from which no model follows them
 BENDS = slice(1, 5)  # the critical batches among steps_model.FIGURES
 
 
@@ -114,7 +116,8 @@ def fit_steps(
         np.where(drawn.kind == REACHED, np.exp(drawn.log), np.where(drawn.kind > 0, np.inf, np.nan))[None]
     )
     regimes = of_model(table.size, spread[:, 1], spread[:, 3], spread[:, 5]), of_doubling(table.size, medians[1])
-    return _record(table, fits, best, point, low, high, regimes, data, notes)
+    astray = found.beyond and found.around > ASTRAY
+    return _record(table, fits, best, point, low, high, regimes, data, notes, astray)
 
 
 def _rival(fit: Fit, best: Fit, least: float, largest: float) -> Note:
@@ -137,6 +140,7 @@ def _record(
     regimes: tuple[Regimes, Regimes],
     data: Cells,
     notes: list[Note],
+    astray: bool = False,
 ) -> StepsFit:
     size, unknowns = table.size, steps_model.NAMES[best.model]
     parameters = dict(zip(unknowns, np.exp(best.p).tolist(), strict=True))
@@ -147,8 +151,8 @@ def _record(
     flat = best.model == "flat" or (bend is not None and bend < size.min() / reach)
     exponent = parameters.get("alpha")
     faster = best.model == "power-law" and exponent is not None and exponent >= 1
-    turn = falls_to(data) if flat else None
-    if turn is not None:  # batch sizes past it outweigh those that fall, and flat lies between both
+    turn = falls_to(data) if flat or astray else None
+    if turn is not None:  # flat lies between batch sizes that fall and those past them, and no curve follows both
         point, low, high = np.full((3, len(steps_model.FIGURES)), np.nan)
         regimes, parameters = (unknown(size), regimes[1]), {}
         notes = [*notes, steps_notes.of_turn(float(size[turn]), float(size.max()))]

@@ -323,6 +323,22 @@ def test_steps_that_fall_and_then_fail_are_not_flat(fall):
     assert not any("saves no steps" in n.text for n in fit.notes)
 
 
+@pytest.mark.parametrize("critical", [100, 400, 1e6])
+@pytest.mark.parametrize("lost", [2, 4])
+def test_a_curve_that_hardly_any_batch_size_is_near_gives_no_critical_batch(critical, lost):
+    """A u-turn between steps that fall and runs that do not reach had one, whose interval left the planted one out."""
+    batches = 2.0 ** np.arange(1, 12)
+    steps = 100 * (1 + critical / batches)
+    table = steps[:, None] * np.exp(0.05 * np.random.default_rng(0).standard_normal((11, 3)))
+    table[-lost:] = math.inf
+    fit = fit_steps(batches, table, cap=4 * steps[0])
+    assert (fit.model, fit.critical_batch, fit.low, fit.high) == (None,) * 4
+    assert any(f"no model fits: steps fall up to batch {2 ** (11 - lost):,}" in note.text for note in fit.notes)
+    fall = fit_steps(batches[:-lost], table[:-lost], cap=4 * steps[0])  # the remedy
+    assert fall.low is not None
+    assert fall.low < critical < (fall.high or math.inf)
+
+
 def test_flat_steps_are_still_flat():
     """What decides it needs no fit, and so is asked of many tables."""
     rng, size = np.random.default_rng(3), 2.0 ** np.arange(3, 11)
