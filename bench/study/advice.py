@@ -19,6 +19,7 @@ ADVISERS = {
     "branch": ("thorough", "`bench --thorough`"),
     "sweep": ("advice", "`bench` and a sweep"),
 }
+IN_SAMPLE = ("branch",)  # evidence whose weight was set on these judges
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,19 @@ class Judged:
     goal: float
     remark: str  # what it stands on, or why the figure is lacking
     measured: float | None = None  # the same of measured times alone, whose least is too low by chance
-    # The judge's steps were timed once, on a disturbed machine; runs of it beside this batch or the best one did not
-    # reach; or its best batch is at an end of what it swept.
-    doubted: bool = False
+    doubts: str = ""  # why the judge's word on this batch is no sure one
+    in_sample: bool = False
 
     @property
     def met(self) -> str:
         """Against the goal, where interval and step times leave no doubt."""
         if self.regret is None:
             return "not measured"
-        if self.doubted or self.low is None or self.high is None or wide(self.low, self.high):
+        if self.doubts or self.low is None or self.high is None or wide(self.low, self.high):
             return "undetermined"
         if self.low <= self.goal < self.high:
             return "undetermined"
-        return "met" if self.high <= self.goal else "missed"
+        return ("met" if self.high <= self.goal else "missed") + ", in sample" * self.in_sample
 
 
 def judged(records: Records) -> list[Judged]:
@@ -82,15 +82,24 @@ def _judged(words: str, level: str, by: Judge, adviser: Run, clocks: Sequence[Ca
         GOALS[level],
         row.get("reason", ""),
         row["measured_regret"],
-        (len(clocks) < 2 and any(map(disturbed, clocks))) or by.at_edge or by.doubts(row["best_batch"] or by.fastest),
+        _doubts(by, clocks, row["best_batch"] or by.fastest),
+        level in IN_SAMPLE,
     )
     if made.regret is None:
         return made
     assert adviser.verdict is not None
     taken = n.number(adviser.verdict.critical_batch)
     ends = n.interval(adviser.verdict.critical_low, adviser.verdict.critical_high)
-    told = f"critical batch {taken} {ends}".strip()
-    return replace(made, remark=told + ", on a disturbed machine" * disturbed(adviser.capacity))
+    told = f"{taken} {ends}".strip()
+    return replace(made, remark="; ".join([told, *([made.doubts] if made.doubts else [])]))
+
+
+def _doubts(by: Judge, clocks: Sequence[Capacity], batch: float) -> str:
+    """Why the judge's word on a batch is no sure one; empty where it is."""
+    why = ["steps timed once, on a disturbed machine"] if len(clocks) < 2 and any(map(disturbed, clocks)) else []
+    why += ["the judge's best is at an end of its sweep"] if by.at_edge else []
+    why += ["judge runs lost beside it"] if by.doubts(batch) else []
+    return ", ".join(why)
 
 
 def judge_of(records: Records) -> list[str]:
@@ -124,5 +133,6 @@ def disturbed(capacity: Capacity | None) -> bool:
 def goals_met(found: Sequence[Judged]) -> str:
     """How many of these advices meet their goal, in words."""
     words = [row.met for row in found]
-    counts = {word: words.count(word) for word in ("met", "missed", "undetermined", "not measured")}
+    kinds = ("met", "met, in sample", "missed", "missed, in sample", "undetermined", "not measured")
+    counts = {word.replace(",", ""): words.count(word) for word in kinds}
     return ", ".join(f"{count} {word}" for word, count in counts.items() if count)

@@ -13,12 +13,11 @@ from typing import Literal
 
 from pybatch.answer import claim, claims, factors, gap, interactions, rules
 from pybatch.base import numerals as n
-from pybatch.records import Capacity, Curve, NoisePoint, Run, aim_of
+from pybatch.records import Capacity, ConvergencePoint, Curve, NoisePoint, Run, aim_of
 from pybatch.scaling import SEARCHED
 
 Finding = Literal["holds", "does not hold", "undetermined", "not measured"]
 WIDE = 100.0  # high over low of a critical batch
-SAME = 0.01  # of the test loss: by less a doubling of the batch it is no worse
 _FOUND: dict[claim.Finding, Finding] = {"yes": "holds", "no": "does not hold"}
 
 
@@ -39,6 +38,8 @@ class Answer:
     rows: tuple[Row, ...]
     finding: Finding
     text: str
+    below: tuple[str, ...] = ()  # what takes from the word of single rows
+    against: tuple[str, ...] = ()  # what the paper would not have expected, beside rows that deny the claim
 
 
 Records = Mapping[str, Run]  # by kind, of one problem
@@ -46,7 +47,7 @@ Records = Mapping[str, Run]  # by kind, of one problem
 
 def levels_off(problems: Mapping[str, Records]) -> Answer:
     """RQ1: past some batch size a larger one saves no more steps, for train and for test loss."""
-    rows = []
+    rows, below = [], []
     for name, records in problems.items():
         for run, curve in tuned(records):
             found = _claims(run, None)
@@ -54,8 +55,10 @@ def levels_off(problems: Mapping[str, Records]) -> Answer:
             finding = _finding(stagnant, stagnant.low, stagnant.high)
             cells = (name, trainer(run), goal(curve), critical(curve), _figure(stagnant), _figure(cost), finding)
             rows.append(Row(cells, finding))
-    heads = ("problem", "optimizer", "target", "critical batch", "levels off at", "examples a doubling", "")
-    return _answer("past some batch size a larger one hardly saves steps, for train and for test loss", heads, rows)
+            below += _less(f"{name}, {goal(curve)}", curve)
+    heads = ("problem", "optimizer", "target", "critical batch", "levels off at", "examples a doubling, times", "")
+    said = "past some batch size a larger one hardly saves steps, for train and for test loss"
+    return replace(_answer(said, heads, rows), below=tuple(below))
 
 
 def below_capacity(problems: Mapping[str, Records]) -> Answer:
@@ -72,17 +75,24 @@ def below_capacity(problems: Mapping[str, Records]) -> Answer:
             if capacity is not None:
                 ends = n.interval(capacity.saturation_low, capacity.saturation_high)
                 full = f"{n.number(capacity.saturation_batch)} {ends}{', disturbed' * doubted(records)}"
-            fits = n.count(capacity.max_batch) if capacity is not None else n.MISSING
-            ratio = _figure(found)
-            cells = (name, goal(curve), critical(curve), full, fits, ratio, finding)
+            cells = (name, trainer(run), goal(curve), critical(curve), full, fits(capacity), _figure(found), finding)
             rows.append(Row(cells, finding))
-    heads = ("problem", "target", "critical batch", "saturation batch", "fits in memory", "critical over the less", "")
+    heads = (
+        "problem",
+        "optimizer",
+        "target",
+        "critical batch",
+        "saturation batch",
+        "fits in memory",
+        "critical over the less",
+        "",
+    )
     return _answer("the critical batch lies below what the device can take", heads, rows)
 
 
 def rules_fail(problems: Mapping[str, Records]) -> Answer:
     """RQ3: rules that scale the rate with the batch help at first and then fail, each problem at another batch size."""
-    rows, breaks, seeds = [], {}, set()
+    rows, breaks, seeds, late = [], {}, set(), []
     for name, records in problems.items():
         run, capacity = records.get("sweep"), capacity_of(records)
         steps = run.convergence if run is not None else None
@@ -109,6 +119,8 @@ def rules_fail(problems: Mapping[str, Records]) -> Answer:
                 finding or n.MISSING,
             )
             rows.append(Row(cells, finding))
+            if finding == "holds" and held.broken and full and held.broken > full:
+                late.append(f"{name}, {goal(curve)}: {curve.rule} fails where the device is full already, at {share}")
             if finding is not None and held.broken:
                 breaks.setdefault((curve.rule, curve.split), {})[name] = held.broken
                 seeds.add(max(p.seeds for p in curve.points))
@@ -126,7 +138,7 @@ def rules_fail(problems: Mapping[str, Records]) -> Answer:
     for (rule, split), at in breaks.items():
         ends = dict.fromkeys((n.count(min(at.values())), n.count(max(at.values()))))
         spans += [f"{rule} to the {split} target fails at {' to '.join(ends)}{behind}"] if len(at) > 1 else []
-    return replace(found, text="; ".join([found.text, *spans]))
+    return replace(found, text="; ".join([found.text, *spans]), against=tuple(late))
 
 
 def size_matters_least(runs: Sequence[Run]) -> Answer:
@@ -135,16 +147,19 @@ def size_matters_least(runs: Sequence[Run]) -> Answer:
     Args:
         runs: tuned sweeps of a factorial experiment.
     """
-    said = "architecture and data complexity move the critical batch more than data size"
-    heads = ("dial", "from", "to", "critical batch, times", "pairs", "")
-    rows = []
+    asked = "architecture and data complexity move the critical batch more than data size"
+    heads = ("dial", "from", "to", "critical batch, times", "pair by pair", "")
+    rows, against = [], []
     for effect in factors.effects(runs):
         ends = f"{n.number(effect.ratio)} {n.interval(effect.low, effect.high) or '(no interval)'}"
         clear = effect.determined and not (effect.low and effect.high and wide(effect.low, effect.high))
         kind = interactions.kind_of(effect.dial)
-        told = "moves it" if clear else "undetermined"
-        cells = (f"{kind} ({effect.dial})", n.plain(effect.old), n.plain(effect.new), ends, str(effect.pairs), told)
-        rows.append(Row(cells, None))
+        told = "moves it, on average" if clear else "undetermined"
+        pairs = ", ".join(n.number(ratio) for ratio in sorted(effect.ratios))
+        rows.append(Row((f"{kind} ({effect.dial})", n.plain(effect.old), n.plain(effect.new), ends, pairs, told), None))
+        if clear and kind == "data size":
+            said = f"data size moves the critical batch, {ends} times on average, pair by pair {pairs}"
+            against.append(f"{said}; the paper found it to move little")
     for both in interactions.interactions(runs):
         ends = f"{n.number(both.ratio)} {n.interval(both.low, both.high) or '(no interval)'}"
         told = "interact" if both.determined else "undetermined"
@@ -152,7 +167,7 @@ def size_matters_least(runs: Sequence[Run]) -> Answer:
     orders = interactions.rankings(runs)
     if not orders:
         why = "fewer than two dials were turned in sweeps that have a critical batch"
-        return Answer(said, heads, tuple(rows), "not measured", why)
+        return Answer(asked, heads, tuple(rows), "not measured", why)
     findings = [_by_size(order) for order in orders]
     text = "; ".join(_order(order) for order in orders)
     turned = {ranked.kind for order in orders for ranked in order.dials}
@@ -160,15 +175,15 @@ def size_matters_least(runs: Sequence[Run]) -> Answer:
         text += f"; {', '.join(missing)} not turned yet"
     if lost := factors.without_value(runs):
         text += f"; {n.counted(lost, 'sweep')} without a critical batch left out"
-    return Answer(said, heads, tuple(rows), overall(findings), text)
+    return Answer(asked, heads, tuple(rows), overall(findings), text, against=tuple(against))
 
 
 def generalizes_worse(problems: Mapping[str, Records]) -> Answer:
     """The counter-arm, Shallue et al. (2018): with rates tuned at each batch size larger ones generalize no worse.
 
-    It holds where the gap surely does not grow, or by less than SAME of the test loss a doubling, with all seeds there.
+    It holds where the gap surely does not grow; what it may grow by, at equal train loss, stands beside.
     """
-    rows = []
+    rows, below = [], []
     for name, records in problems.items():
         run = records.get("sweep")
         steps = run.convergence if run is not None else None
@@ -181,27 +196,40 @@ def generalizes_worse(problems: Mapping[str, Records]) -> Answer:
                 budget = found.name.partition("gap")[2].lstrip(", ") or "equal train loss"
                 # Of tuned rates the counter-claim is tested: that the gap does not grow.
                 finding = _FOUND.get(found.finding, _open(found.finding))
-                if finding == "undetermined" and _hardly_grows(found, curve):
-                    finding = "does not hold"
                 counter: Finding | None = {"holds": "does not hold", "does not hold": "holds"}.get(finding, finding)
                 arm = counter if curve.rule == SEARCHED else None
                 word = {"holds": "grows", "does not hold": "does not grow"}.get(finding, finding)
-                rows.append(Row((name, curve.rule, budget, _figure(found), word), arm))
-    heads = ("problem", "rates", "compared at", "gap, added a doubling", "")
-    said = f"with rates tuned at each batch size, larger batches do not generalize worse, by {n.share(SAME)} a doubling"
-    return _answer(said, heads, rows)
+                most = _at_most(found, curve) if budget == "equal train loss" else n.MISSING
+                rows.append(Row((name, curve.rule, budget, _figure(found), most, word), arm))
+                if word == "grows":
+                    below.append(f"{name}, {curve.rule}, {budget}: {found.text}")
+    heads = (
+        "problem",
+        "rates",
+        "compared at",
+        "gap, added a doubling",
+        "over all batch sizes at most, of the test loss",
+        "",
+    )
+    said = "with rates tuned at each batch size, larger batches do not generalize worse"
+    return replace(_answer(said, heads, rows), below=tuple(below))
 
 
-def _hardly_grows(found: claim.Claim, curve: Curve) -> bool:
-    """Whether the gap's interval, of all seeds, ends below SAME of the test loss where the target was met."""
-    losses = [loss for p in curve.points for loss in p.other_losses if loss is not None]
-    whole = found.seeds == max(p.seeds for p in curve.points) and all(p.reached == p.seeds for p in curve.points)
-    return bool(losses) and whole and found.high is not None and found.high < SAME * sum(losses) / len(losses)
+def _at_most(found: claim.Claim, curve: Curve) -> str:
+    """The upper end of what is added from the smallest to the largest batch size that met the target, as a share of
+    the test loss there; of fewer seeds than ran, of how many."""
+    met = [p for p in curve.points if any(loss is not None for loss in p.other_losses)]
+    losses = [loss for p in met for loss in p.other_losses if loss is not None]
+    if found.high is None or len(met) < 2:
+        return n.MISSING
+    doublings, seeds = math.log2(met[-1].batch / met[0].batch), max(p.seeds for p in met)
+    share = n.share(max(0.0, found.high) * doublings * len(losses) / sum(losses))
+    return share + (f" ({found.seeds} of {seeds} seeds)" if found.seeds is not None and found.seeds < seeds else "")
 
 
 def optimizers_differ(problems: Mapping[str, Records]) -> Answer:
     """The critical batch by optimizer; of Muon the claim that it is larger than AdamW's (2505.02222)."""
-    rows = []
+    rows, below = [], []
     for name, records in problems.items():
         curves = {trainer(run): curve for run, curve in tuned(records, every=True) if curve.split == "train"}
         first = curves.get("adamw")
@@ -214,11 +242,27 @@ def optimizers_differ(problems: Mapping[str, Records]) -> Answer:
             times = f"{n.number(ratio)} {n.interval(low, high)}".strip()
             cells = (name, goal(curve), optimizer, critical(curve), critical(first), times)
             rows.append(Row(cells, finding if optimizer == "muon" else None))
+            below += _less(f"{name}, {optimizer}", curve)
     heads = ("problem", "target", "optimizer", "its critical batch", "that of adamw", "ratio")
-    found = _answer("Muon's critical batch is larger than AdamW's", heads, rows)
+    found = replace(_answer("Muon's critical batch is larger than AdamW's", heads, rows), below=tuple(below))
     return (
         found if found.finding != "not measured" else replace(found, text="no sweep with Muon; beside it stand others")
     )
+
+
+def architectures(problems: Mapping[str, Records]) -> list[str]:
+    """What a second network of the same domain and optimizer has for a critical batch, over the first."""
+    found: list[str] = []
+    first: dict[str, tuple[str, Curve]] = {}
+    for name, records in problems.items():
+        domain = name.partition("-")[0]
+        for run, curve in tuned(records):
+            key = f"{domain}, {trainer(run)}, {goal(curve)}"
+            if key in first and first[key][0] != name:
+                ratio, low, high = ratio_of(curve, first[key][1])
+                found += [f"{name} over {first[key][0]}, {goal(curve)}: {_times(ratio, low, high)}"] if ratio else []
+            first.setdefault(key, (name, curve))
+    return found
 
 
 def noise_predicts(problems: Mapping[str, Records]) -> Answer:
@@ -238,10 +282,14 @@ def noise_predicts(problems: Mapping[str, Records]) -> Answer:
         elif low <= curve.critical_batch <= high and not wide(least, most) and not wide(low, high):
             finding = "holds"
         told = f"{n.number(verdict.critical_batch)} {n.interval(verdict.critical_low, verdict.critical_high)}"
-        rows.append(Row((name, told.strip(), _branched(records), critical(curve), finding), finding))
-    heads = ("problem", "by the noise scale", "by branches alone", "by the sweep that judges", "")
+        ratio = verdict.critical_batch / curve.critical_batch
+        by_sweep = _times(ratio, *(verdict.critical_batch / end if end else None for end in (curve.high, curve.low)))
+        rows.append(Row((name, told.strip(), critical(curve), by_sweep, _branched(records), finding), finding))
+    heads = ("problem", "by the noise scale", "by the sweep that judges", "their ratio", "by branches alone", "")
     return _answer(
-        "the critical batch that the noise scale gives is the measured one, within its interval", heads, rows
+        "the critical batch that the noise scale gives is the measured one, within the factor of 4 that it stands for",
+        heads,
+        rows,
     )
 
 
@@ -298,14 +346,23 @@ def capacities(records: Records) -> list[Capacity]:
 
 
 def capacity_of(records: Records) -> Capacity | None:
-    """Of `capacities` the first, its saturation batch within the intervals of all."""
+    """Of `capacities` the first, its saturation batch within the intervals of all; the largest batch that one has run,
+    where one has."""
     found = capacities(records)
     if not found:
         return None
     low = min((one.saturation_low for one in found if one.saturation_low is not None), default=None)
     high = max((one.saturation_high for one in found if one.saturation_high is not None), default=None)
     told = tuple(dict.fromkeys(text for one in found for text in one.disturbed))
-    return replace(found[0], saturation_low=low, saturation_high=high, disturbed=told)
+    ran = max((one for one in found if one.max_batch_verified), key=lambda one: one.max_batch or 0, default=found[0])
+    return replace(
+        found[0],
+        saturation_low=low,
+        saturation_high=high,
+        max_batch=ran.max_batch,
+        max_batch_verified=ran.max_batch_verified,
+        disturbed=told,
+    )
 
 
 def doubted(records: Records) -> bool:
@@ -321,6 +378,28 @@ def trainer(run: Run) -> str:
 
 def goal(curve: Curve) -> str:
     return f"{aim_of(curve.split)} {n.number(curve.target)}"
+
+
+def fits(capacity: Capacity | None) -> str:
+    """The largest batch of which a step was run; else the one that its memory is predicted to hold."""
+    if capacity is None or capacity.max_batch is None:
+        return n.MISSING
+    return n.number(capacity.max_batch) + ("" if capacity.max_batch_verified else ", predicted")
+
+
+def _times(ratio: float, low: float | None, high: float | None) -> str:
+    return f"{n.number(ratio)} {n.interval(low, high)}".strip()
+
+
+def _less(name: str, curve: Curve) -> list[str]:
+    """What takes from the word of a curve: seeds that did not reach, and what its fit says of itself."""
+    lost = [f"{p.reached} of {n.counted(p.seeds, 'seed')} reached at batch {n.count(p.batch)}" for p in _short(curve)]
+    said = [note.text.partition(". ")[0] for note in curve.notes if note.figure in ("low", "critical_batch")]
+    return [f"{name}: {'; '.join([*lost, *said])}."] if lost or said else []
+
+
+def _short(curve: Curve) -> list[ConvergencePoint]:
+    return [p for p in curve.points if (p.reached or 0) < p.seeds]
 
 
 def critical(curve: Curve) -> str:

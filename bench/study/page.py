@@ -21,7 +21,7 @@ from pybatch.base import numerals as n
 from pybatch.report.plot import Plot
 from study import advice, claims
 from study.claims import Answer, Records, Row
-from study.declaration import DOMAINS, PARTS, QUICK_SEEDS
+from study.declaration import DOMAINS, GAP_EPOCHS, PARTS, QUICK_SEEDS
 from study.pictures import digest, pictures
 from study.records import Study, read
 
@@ -40,12 +40,20 @@ machine, by its own commands: `python bench/study/run.py` measures, `--list` pri
 `python bench/study/page.py` writes this page. *Holds* and *does not hold* are said where 95 % intervals leave no doubt,
 or runs that did not reach leave 5 % to chance, and never of an interval that spans a factor of 100 or of times taken
 once, on a disturbed machine; all else is *undetermined*.
+
+The *critical batch* is where a run to the target takes twice the fewest examples, by a curve fitted to the steps at all
+batch sizes; steps *level off* where doubling the batch saves less than 10 % of them; past the *saturation batch* it
+gains less than 5 % throughput. All three, and *B_simple*, the gradient noise scale, are in examples: images of `digits`
+and `scenes`, sequences of `text`. In brackets stand 95 % intervals. Another optimizer has another critical batch: each
+table names its own.
 """
 _OWN = """## What to do with your own model
 
-1. `pybatch watch train.py`, or `pybatch bench --workload mymodel.py:MyWorkload`: a batch and its interval in a minute.
-2. Before a long training, or where that interval is wide, `pybatch sweep --batch '8-512*4' --store runs.db`, then
-   `pybatch report run.json runs.db`: above it costs least. `bench --thorough` takes less time, and stands for less.
+1. `pybatch watch train.py -o run.json`, or `pybatch bench --workload mymodel.py:MyWorkload -o run.json`: the batch to
+   use, with its interval, in about a minute.
+2. Before a long training, or where that interval is wide, and with such a workload file, `pybatch sweep --workload
+   mymodel.py:MyWorkload --target train=2.5 --batch '8-512*2' --store runs.db`; then `pybatch report run.json runs.db`
+   advises by both. `bench --thorough` takes less time, and stands for less.
 3. Where confidence is low for the machine's sake, give it a quiet one.
 4. When you change the batch, tune the rate again: a rule may hold to some batch size and fail past it, see RQ3.
 5. Past the critical batch buy fewer devices, not a larger batch; `pybatch schedule` may grow it with the noise.
@@ -89,11 +97,18 @@ def page(study: Study) -> str:
             "of language models (arXiv:2505.02222)",
         ),
     }
+    between = claims.architectures(problems)
     below = {
         "RQ1": _picture([plot for plot in drawn if plot.name != "headline"]),
         "RQ2": _picture([plot for plot in drawn if plot.name == "headline"]),
+        "RQ3": "A rule *fails* at the first batch size where it surely takes over twice the tuned steps, or where "
+        "fewer of its runs reach than chance would have it; up to *holds to* nothing speaks against it.\n",
         "RQ4": "The factorial is declared for `digits` alone: elsewhere RQ4 stays open in size and complexity. Its "
-        "target is the train loss, taken on the images that are trained on.\n",
+        "target is the train loss, taken on the images that are trained on."
+        + "".join(f" {said}." for said in ["Architectures in each domain: " + "; ".join(between)] if between)
+        + "\n",
+        "Counter-arm, Shallue et al. 2018": "At equal epochs and steps `digits` alone is compared: its runs go on "
+        f"to {GAP_EPOCHS} epochs.\n",
     }
     questions = []
     for title, (answer, part, paper) in asked.items():
@@ -146,7 +161,17 @@ def _parts(study: Study) -> str:
 
 def _regret(problems: Mapping[str, Records]) -> str:
     """First what a user is owed: what following the advice costs."""
-    heads = ("problem", "advised by", "batch", "fastest measured", "regret", "goal", "", "of measured times", "it took")
+    heads = (
+        "problem",
+        "advised by",
+        "batch",
+        "fastest",
+        "regret",
+        "goal",
+        "",
+        "by times alone",
+        "critical batch taken",
+    )
     found = {name: advice.judged(records) for name, records in problems.items()}
     rows = [
         (
@@ -168,7 +193,9 @@ def _regret(problems: Mapping[str, Records]) -> str:
         "Regret is the time to the train target at the batch advised over that at the best one, by curves through a "
         "sweep of other seeds, with AdamW and its rate tuned at each batch size, and through step times measured "
         "apart; beside it that of the measured times alone, over the least of them, which is too low by chance. "
-        "The goal is what the kind of evidence is meant to come to. "
+        "The goal is what the kind of evidence is meant to come to. What branches stand for, and from where on a run "
+        "they begin, was set after these judges had been seen: `bench --thorough` is judged in sample "
+        "([before](../bench/results/NOTES-regret.md)). "
     )
     judges = {name: told for name, records in problems.items() if (told := advice.judge_of(records))}
     below = "".join(f"- {name}, the judge: {'; '.join(told)}.\n" for name, told in judges.items())
@@ -187,7 +214,9 @@ def _question(title: str, answer: Answer, part: str, paper: str) -> str:
     said += "; here the rows that say otherwise speak against it." if answer.finding == "does not hold" else "."
     if not answer.rows:
         return f"## {title}\n\n{said} Not run: `python bench/study/run.py --part {part}`.\n"
-    return f"## {title}\n\n{said}\n\n{_table(answer.heads, [row.cells for row in answer.rows])}"
+    below = "".join(f"- {text}\n" for text in answer.below)
+    table = _table(answer.heads, [row.cells for row in answer.rows])
+    return f"## {title}\n\n{said}\n\n{table}" + (f"\nWhat takes from their word:\n\n{below}" if below else "")
 
 
 def _against(asked: Mapping[str, Answer]) -> str:
@@ -197,6 +226,7 @@ def _against(asked: Mapping[str, Answer]) -> str:
         cases = [", ".join(cell for cell in row.cells[:-1] if cell) for row in answer.rows if _denies(row)]
         if cases or answer.finding == "does not hold":
             found.append(f"- **{title}** {answer.claim}: not so in {'; '.join(cases) or answer.text}.")
+        found += [f"- **{title}** {said}." for said in answer.against]
     text = "\n".join(found) or (
         "Nowhere that is sure: no case above speaks against a claim beyond its interval. What is undetermined is so "
         "for the width of an interval, of few seeds or of batch sizes that end too early."

@@ -12,7 +12,7 @@ from pybatch.base import numerals as n
 from pybatch.report import steps
 from pybatch.report.layout import columns
 from pybatch.report.plot import MARKERS, Plot, batch_axis, points
-from study.claims import Records, capacity_of, doubted, tuned
+from study.claims import Records, capacity_of, doubted, fits, trainer, tuned
 
 Span = tuple[float, float | None, float | None]  # a value and the ends of its interval
 
@@ -50,15 +50,18 @@ def headline(problems: Mapping[str, Records]) -> Plot:
     """Critical batches beside what the device can take, a line a problem."""
     name, title = "headline", "What the problem wants and what the device can take"
     caption = (
-        "Critical batch to the train target with rates tuned at each batch size (95 % interval), the batch that "
-        "saturates this device, and the largest that fits in its memory. Problems that are not shown were not swept."
+        "Critical batch to the train target, by the optimizer named, with rates tuned at each batch size (95 % "
+        "interval), the batch that saturates this device, and the largest that it has run or, hollow, is predicted to "
+        "have memory for. Problems that are not shown were not swept."
     )
     wanted = {problem: found for problem, records in problems.items() if (found := _critical(records)) is not None}
     if not wanted:
         return Plot(name, title, caption, missing="No critical batch was measured.")
+    named = {problem: f"{problem}, {trainer(tuned(problems[problem])[0][0])}" for problem in wanted}
     row = {problem: float(place) for place, problem in enumerate(reversed(wanted))}
     full = {p: found for p in wanted if (found := _saturation(problems[p])) is not None}
     most = {p: found for p in wanted if (found := _largest(problems[p])) is not None}
+    ran = [p for p in most if (capacity := capacity_of(problems[p])) is not None and capacity.max_batch_verified]
     busy = [p for p in full if doubted(problems[p])]
     traces = [
         _trace(label, [(span, row[problem]) for problem, span in found.items()], color, marker)
@@ -71,7 +74,13 @@ def headline(problems: Mapping[str, Records]) -> Plot:
                 "@blue",
                 f"{MARKERS[1]}-open",
             ),
-            ("fits in memory", most, "@gray", MARKERS[2]),
+            ("fits in memory", {p: s for p, s in most.items() if p in ran}, "@gray", MARKERS[2]),
+            (
+                "fits in memory, predicted",
+                {p: s for p, s in most.items() if p not in ran},
+                "@gray",
+                f"{MARKERS[2]}-open",
+            ),
         )
         if found
     ]
@@ -80,15 +89,15 @@ def headline(problems: Mapping[str, Records]) -> Plot:
     ends = [end for found in (wanted, full, most) for span in found.values() for end in span if end]
     table = columns(
         {
-            "problem": list(wanted),
+            "problem": [named[p] for p in wanted],
             "critical batch": [_told(wanted[p]) for p in wanted],
             "saturation batch": [_told(full.get(p)) for p in wanted],
-            "fits in memory": [_told(most.get(p)) for p in wanted],
+            "fits in memory": [fits(capacity_of(problems[p])) for p in wanted],
         }
     )
     layout = {
         "xaxis": batch_axis(min(ends), max(ends), "batch size (images or sequences)"),
-        "yaxis": {"tickvals": list(row.values()), "ticktext": list(row), "range": [-0.6, len(row) - 0.4]},
+        "yaxis": {"tickvals": list(row.values()), "ticktext": [named[p] for p in row], "range": [-0.6, len(row) - 0.4]},
     }
     return Plot(name, title, caption, tuple(traces), layout, table)
 

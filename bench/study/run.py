@@ -6,9 +6,9 @@
     python bench/study/run.py --list [--part NAME]    # the commands, and which records are there
     python bench/study/run.py --quick --disturbed     # time again, on a quiet machine, what was timed on a busy one
 
-Every record is made by a command of pybatch that can be typed as well. Sweeps keep their trainings in --stores, so that
-a part that is cut goes on; a record that is whole is not made again. Then `python bench/study/page.py` writes
-docs/study.md from the records.
+Every record but the noise scale along a training is made by a command of pybatch that can be typed as well. Sweeps keep
+their trainings in --stores, so that a part that is cut goes on; a record that is whole is not made again. Then
+`python bench/study/page.py` writes docs/study.md from the records.
 """
 
 from __future__ import annotations
@@ -165,12 +165,12 @@ def main() -> int:
         parser.error(f"--only {given.only!r}: no record of {', '.join(parts)} has that in its name. See --list.")
     if given.list:
         for record in records:
-            words = (
-                "noise scale along runs"
-                if record.kind.startswith("along")
-                else "pybatch " + " ".join(command(record, given.jobs, given.stores))
-            )
-            print(f"{'there  ' if there(record) else 'missing'} {words}")
+            if record.kind.startswith("along"):  # by `along.py`, no command of pybatch
+                name = f"{record.problem.name}-{record.kind}"
+                words = ["python", "bench/study/run.py", "--part", record.part, "--only", name]
+            else:
+                words = ["pybatch", *command(record, given.jobs, given.stores)]
+            print(f"{'there  ' if there(record) else 'missing'} {shlex.join(words)}")
         return 0
     (ROOT / given.stores).mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, interrupted)

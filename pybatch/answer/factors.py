@@ -31,6 +31,7 @@ class Effect:
     high: float | None
     pairs: int  # of sweeps that differ in this dial alone
     alike: tuple[object, ...] = field(default=(), repr=False)  # what else is the same in all of them
+    ratios: tuple[float, ...] = ()  # of each pair
 
     @property
     def determined(self) -> bool:
@@ -137,4 +138,5 @@ def _effect(dial: str, pairs: Sequence[tuple[Cell, Cell]]) -> Effect:
         math.exp(mean + above) if math.isfinite(above) else None,
         len(pairs),
         first.alike,
+        tuple(b.value / a.value for a, b in pairs),
     )
