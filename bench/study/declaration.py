@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-JUDGE = 1000  # first seed of the runs that judge an advice; those that advise count from 0
+JUDGE = 3000  # first seed of the runs that judge an advice; those that advise count from 0
 JUDGED_BY = "adamw"  # of `bench`'s own training: its advice is judged on sweeps with the same optimizer
 ALONG = 2  # trainings along which the noise scale is read
 GAP_EPOCHS = 25  # after which test losses are compared
