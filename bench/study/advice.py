@@ -19,7 +19,6 @@ ADVISERS = {
     "branch": ("thorough", "`bench --thorough`"),
     "sweep": ("advice", "`bench` and a sweep"),
 }
-IN_SAMPLE = ("branch",)  # evidence whose weight was set on these judges
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,6 @@ class Judged:
     remark: str  # what it stands on, or why the figure is lacking
     measured: float | None = None  # the same of measured times alone, whose least is too low by chance
     doubts: str = ""  # why the judge's word on this batch is no sure one
-    in_sample: bool = False
 
     @property
     def met(self) -> str:
@@ -47,7 +45,7 @@ class Judged:
             return "undetermined"
         if self.low <= self.goal < self.high:
             return "undetermined"
-        return ("met" if self.high <= self.goal else "missed") + ", in sample" * self.in_sample
+        return "met" if self.high <= self.goal else "missed"
 
 
 def judged(records: Records) -> list[Judged]:
@@ -83,7 +81,6 @@ def _judged(words: str, level: str, by: Judge, adviser: Run, clocks: Sequence[Ca
         row.get("reason", ""),
         row["measured_regret"],
         _doubts(by, clocks, row["best_batch"] or by.fastest),
-        level in IN_SAMPLE,
     )
     if made.regret is None:
         return made
@@ -133,6 +130,5 @@ def disturbed(capacity: Capacity | None) -> bool:
 def goals_met(found: Sequence[Judged]) -> str:
     """How many of these advices meet their goal, in words."""
     words = [row.met for row in found]
-    kinds = ("met", "met, in sample", "missed", "missed, in sample", "undetermined", "not measured")
-    counts = {word.replace(",", ""): words.count(word) for word in kinds}
+    counts = {word: words.count(word) for word in ("met", "missed", "undetermined", "not measured")}
     return ", ".join(f"{count} {word}" for word, count in counts.items() if count)

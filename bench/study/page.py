@@ -194,8 +194,8 @@ def _regret(problems: Mapping[str, Records]) -> str:
         "sweep of other seeds, with AdamW and its rate tuned at each batch size, and through step times measured "
         "apart; beside it that of the measured times alone, over the least of them, which is too low by chance. "
         "The goal is what the kind of evidence is meant to come to. What branches stand for, and from where on a run "
-        "they begin, was set after these judges had been seen: `bench --thorough` is judged in sample "
-        "([before](../bench/results/NOTES-regret.md)). "
+        "they begin, was set on other runs of these problems ([how](../bench/results/NOTES-regret.md)), none of which "
+        "judges. "
     )
     judges = {name: told for name, records in problems.items() if (told := advice.judge_of(records))}
     below = "".join(f"- {name}, the judge: {'; '.join(told)}.\n" for name, told in judges.items())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pybatch.answer.critical import Critical
 from pybatch.answer.ensemble import Ensemble, ensemble_of
-from pybatch.records import Capacity, Distributed, Evidence, Inputs, Reason
+from pybatch.answer.evidence import NORMAL
+from pybatch.records import BatchPoint, Capacity, Distributed, Evidence, Inputs, Reason
 
 MULTIPLE = 8  # a batch bounded by memory is rounded down to a multiple of this, which suits every device
 LOOKS = 2  # by `closer`, at most
@@ -51,7 +53,7 @@ def best_of(critical: Critical, capacity: Capacity, distributed: Distributed | N
     candidates = sorted(
         {b for b in (*measured, *_round(most)) if b <= most} | ({whole} if bound.value <= most + 1 else set())
     )
-    batch = ensemble.best(candidates)
+    batch = _measured(ensemble.best(candidates), candidates, ensemble, capacity.batches)
     optimum = ensemble.optimum()
     timed = batch in measured
     text = "least expected time to the loss: steps as the evidence leaves them possible times seconds per step"
@@ -80,6 +82,16 @@ def best_of(critical: Critical, capacity: Capacity, distributed: Distributed | N
     if measured and batch < min(measured):
         past = "below the smallest timed"
     return Best(batch, optimum, max(1, math.floor(low)), upper, past, ensemble, reason, (mean, tail))
+
+
+def _measured(batch: int, candidates: Sequence[int], ensemble: Ensemble, batches: Sequence[BatchPoint]) -> int:
+    """This batch; or twice or half of it, where by the step times measured at both that surely takes less time: the
+    ensemble may have smoothed a cliff or a wave away."""
+    for other in (n for n in (2 * batch, batch // 2) if n in candidates):
+        middle, spread, timed = ensemble.ratio(float(batch), float(other), batches)
+        if timed and middle + NORMAL * spread < 0:
+            return _measured(other, candidates, ensemble, batches)
+    return batch
 
 
 def closer(capacity: Capacity, batch: int) -> list[int]:

@@ -19,11 +19,11 @@ import numpy as np
 
 from pybatch.answer.critical import Critical
 from pybatch.answer.kriging import VAGUE, kriged
-from pybatch.answer.step_times import drawn_step_times, marks, possible
+from pybatch.answer.step_times import drawn_step_times, marks, possible, variance_of
 from pybatch.fits import steps_model
 from pybatch.fits.communication import step_s
 from pybatch.fits.solver import Array
-from pybatch.records import Capacity, CommunicationFit, Curve, StepsFit
+from pybatch.records import BatchPoint, Capacity, CommunicationFit, Curve, StepsFit
 
 EFFICIENCY = 0.8  # parallel efficiency below which a further device is not called worth it
 MAX_DEVICES = 65_536  # the search for devices ends here
@@ -88,6 +88,20 @@ class Ensemble:
         expected = np.mean(self.time(sizes, members=True) / np.exp(least)[:, None], axis=0)
         return int(candidates[int(expected.argmin())])
 
+    def ratio(self, once: float, other: float, batches: Sequence[BatchPoint]) -> tuple[float, float, bool]:
+        """ln of the time at `other` over that at `once`: mean, standard deviation, and whether both were timed.
+
+        Step times are then the measured ones.
+        """
+        times = np.log(self.time(other, members=True) / self.time(once, members=True))
+        timed = {p.batch: p for p in batches if p.status == "ok" and p.step_ms and p.batch in (once, other)}
+        if len(timed) < 2:
+            return float(times.mean()), float(times.std()), False
+        first, second = timed[int(once)], timed[int(other)]
+        steps = np.log(self.steps(other, members=True) / self.steps(once, members=True))
+        middle = float(steps.mean()) + math.log((second.step_ms or math.nan) / (first.step_ms or math.nan))
+        return middle, math.sqrt(float(steps.var()) + variance_of(first) + variance_of(second)), True
+
     def optimum(self, devices: float = 1.0) -> float:
         """Global batch of least time by the ensemble's middle."""
         grid, found = self._grid(devices), self._times_on_grid(devices, members=False)
@@ -116,7 +130,7 @@ class Ensemble:
         last, members, standing = 1, np.ones(len(each)), np.ones(len(each), dtype=bool)
         going, k = True, 1
         while (going or standing.any()) and k < MAX_DEVICES:
-            k = k + 1 if k < 16 else math.ceil(1.1 * k)
+            k = k + 1 if k < 16 else min(math.ceil(1.1 * k), MAX_DEVICES)
             worth = math.log(k * EFFICIENCY)
             going = going and alone - self._least(k, False) >= worth
             last = k if going else last

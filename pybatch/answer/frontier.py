@@ -10,12 +10,9 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-import numpy as np
-
 from pybatch.answer.best import Best
 from pybatch.answer.ensemble import Ensemble
 from pybatch.answer.evidence import NORMAL
-from pybatch.answer.step_times import variance_of
 from pybatch.records import BatchPoint, FrontierPoint, Inputs
 
 _POINTS = 11  # 1, 2, ..., 1024 devices at most: further ones tell nothing new
@@ -75,14 +72,7 @@ def change(model: Ensemble, once: float, other: float, batches: tuple[BatchPoint
     """
     here, there = joules(other, batches), joules(once, batches)
     examples = float(model.examples(other) / model.examples(once))
-    times = np.log(model.time(other, members=True) / model.time(once, members=True))
-    middle, spread = float(times.mean()), float(times.std())
-    timed = {p.batch: p for p in batches if p.status == "ok" and p.step_ms and p.batch in (once, other)}
-    if len(timed) == 2:
-        first, second = timed[int(once)], timed[int(other)]
-        steps = np.log(model.steps(other, members=True) / model.steps(once, members=True))
-        middle = float(steps.mean()) + math.log((second.step_ms or math.nan) / (first.step_ms or math.nan))
-        spread = math.sqrt(float(steps.var()) + variance_of(first) + variance_of(second))
+    middle, spread, timed = model.ratio(once, other, batches)
     return {
         "batch": other,
         "steps_factor": examples * once / other,
@@ -91,5 +81,5 @@ def change(model: Ensemble, once: float, other: float, batches: tuple[BatchPoint
         "time_factor_low": math.exp(middle - NORMAL * spread),
         "time_factor_high": math.exp(middle + NORMAL * spread),
         "energy_factor": examples * here / there if here and there else None,
-        "step_times": "measured" if len(timed) == 2 else "modelled",
+        "step_times": "measured" if timed else "modelled",
     }

@@ -28,6 +28,7 @@ def kriged(
     variance: Array,
     rng: np.random.Generator,
     unknowns_beside: int = 0,
+    error_share: float | None = None,
 ) -> Array:
     """Members [n, g] of a curve and a residual, given y at the batch sizes x.
 
@@ -44,6 +45,7 @@ def kriged(
         share: of the misfit that the residual is taken to have; the rest is error of single measurements.
         x, y, variance: [o] what was measured, with its variance.
         rng: of the draws.
+        error_share: of the misfit that each measurement is taken to be off by; None: what `share` leaves.
         unknowns_beside: those that the curve has taken from the data and holds fixed.
     """
     log, at = np.log(size), np.searchsorted(size, x)
@@ -52,7 +54,7 @@ def kriged(
     free = max(len(x) - len(middle) - unknowns_beside, 1)
     misfit = max(float(np.sum(missed**2) / free - variance.mean()), 0.0) if len(x) else 0.0
     own = max(share * misfit, least**2)
-    variance = variance + (1 - share) * misfit
+    variance = variance + (error_share if error_share is not None else 1 - share) * misfit
     decay = np.exp(-np.diff(log) / length)
     rough = rng.standard_normal((count, len(size))) * math.sqrt(own)
     for i in range(1, len(size)):

@@ -78,6 +78,8 @@ def limit_of(critical: Critical, capacity: Capacity | None) -> tuple[Limit, str]
         return "noise", f"the critical batch lies below the {name} beyond the error of both"
     if critical.value is None or critical.low is None or critical.high is None:  # an open end may lie on either side
         return "unresolved", f"the critical batch is not known well enough to compare it with the {name}"
+    if math.isinf(high):
+        return "unresolved", f"the {name} is not known well enough to compare the critical batch with it"
     return "balanced", f"the critical batch and the {name} agree within their errors"
 
 

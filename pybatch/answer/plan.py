@@ -6,7 +6,7 @@ import math
 
 from pybatch.base.errors import UsageError
 from pybatch.base.numerals import count, counted
-from pybatch.base.plain import said
+from pybatch.base.plain import given, said
 from pybatch.records import AccumulationPlan, Capacity, Run
 
 MOST_EXAMPLES = 2**40  # in a global batch
@@ -32,6 +32,10 @@ def plan_accumulation(
         UsageError: the batch does not divide over devices or into passes: the message has the nearest that do. Or the
             largest batch is not known.
     """
+    if capacity is not None and not isinstance(capacity, Capacity):
+        raise UsageError(
+            f"plan_accumulation(): capacity is {given(capacity)}. Give a run's .capacity, or None and largest=."
+        )
     if not 1 <= global_batch <= MOST_EXAMPLES or not 1 <= devices <= MOST_DEVICES:
         raise UsageError(
             f"global batch {said(global_batch)} on {said(devices)} devices: both must be at least 1, the batch at most "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pybatch.answer.best import DISTURBED, Best, Bound
 from pybatch.answer.critical import Critical
-from pybatch.answer.ensemble import EFFICIENCY
+from pybatch.answer.ensemble import EFFICIENCY, MAX_DEVICES
 from pybatch.answer.limit import Wall
 from pybatch.base.numerals import batch_size, count, number
 from pybatch.records import Capacity, Confidence, Inputs, Limit, ThroughputFit
@@ -85,9 +85,11 @@ def _because(critical: Critical, capacity: Capacity, limit: Limit, best: Best, b
     device = f"the device is at half its ceiling at batch {batch_size(fit.half_batch)}"
     if best.optimum > 0.9 * bound.value and best.batch > _AT_BOUND * bound.value and bound.name is not None:
         return f"{bound.name.capitalize()} ends at batch {count(bound.value)}, below what would be fastest: {noise}."
+    ends = sorted((critical.value or 0.0, fit.half_batch or 0.0))
+    between = "; between them time is least" if ends[0] <= best.batch <= ends[1] else ""
     return {
-        "noise": f"Gradient noise sets the limit, not the device: {noise}, {device}; between them time is least.",
-        "hardware": f"The device sets the limit, not gradient noise: {device}, {noise}; between them time is least.",
+        "noise": f"Gradient noise sets the limit, not the device: {noise}, {device}{between}.",
+        "hardware": f"The device sets the limit, not gradient noise: {device}, {noise}{between}.",
         "balanced": f"Time is steps times step time: {noise}, {device}.",
         "unresolved": f"Time is steps times step time: {noise}, {device}.",
     }[limit]
@@ -95,6 +97,7 @@ def _because(critical: Critical, capacity: Capacity, limit: Limit, best: Best, b
 
 def _devices(best: Best, devices: tuple[int, int, int], second: Inputs) -> str:
     number_of, low, high = devices
+    more = " or more" if number_of >= MAX_DEVICES else ""  # the search ends there
     counted = best.ensemble.communication
     how = "modelled without communication"
     if counted is not None:
@@ -103,9 +106,8 @@ def _devices(best: Best, devices: tuple[int, int, int], second: Inputs) -> str:
     if number_of > 1 and low == 1:
         return f"How many devices are worth it is not known: {count(number_of)}{span}, {how}."
     if number_of > 1:
-        return (
-            f"Up to {count(number_of)} devices{span} work at {number(EFFICIENCY, 1)} of their worth or better, {how}."
-        )
+        worth = f"work at {number(EFFICIENCY, 1)} of their worth or better"
+        return f"Up to {count(number_of)}{more} devices{span} {worth}, {how}."
     if not second:
         worth = "may work" if high > 1 else "works"
         return f"A second device {worth} at less than {number(EFFICIENCY, 1)} of its worth, {how}."

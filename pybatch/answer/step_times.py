@@ -18,7 +18,7 @@ from pybatch.records import BatchPoint, ThroughputFit
 # The residual: its correlation length in ln B, the least standard deviation that is believed, and its share of the
 # misfit; the rest is error of single measurements.
 _LENGTH, _LEAST, _SHARE = 0.7, 0.01, 0.5
-_DISTURBED_SHARE = 0.2  # likewise: what a disturbed machine scatters is hardly the curve's
+_DISTURBED_ERROR = 1.0  # likewise, of a disturbed machine: all of it may be error, and half the curve's all the same
 _TINY = 1e-6  # examples: a half batch below it is none, and one above its inverse is without end
 _ON_FLOOR = 2  # batch sizes that tell a floor
 _HARDLY = 1e-3  # of all members: less than one
@@ -119,7 +119,6 @@ def _members(
     rng: np.random.Generator,
 ) -> Array:
     leaps, prior = of.leaps(size, count, rng), np.full(len(of.unknowns), VAGUE)
-    share = _DISTURBED_SHARE if disturbed else _SHARE
     return kriged(
         count,
         size,
@@ -130,12 +129,13 @@ def _members(
         prior,
         _LENGTH,
         _LEAST,
-        share,
+        _SHARE,
         x,
         y,
         variance,
         rng,
         len(of.past[0]) if of.past is not None else 0,
+        _DISTURBED_ERROR if disturbed else None,
     )
 
 

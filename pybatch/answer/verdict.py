@@ -117,6 +117,8 @@ def advise(
         notes.append(Note("verdict.learning_rate", lack))
     if seconds is None:
         lack = absent if critical.curve else "steps to a target were not measured, only what a step takes"
+        if critical.curve and best is not None:
+            lack = "the steps measured have no fit with a critical batch, so how many the batch advised takes is open"
         notes.append(Note("verdict.time_to_target", lack))
     weighed = critical.weighed
     verdict = Verdict(

@@ -51,9 +51,11 @@ def carried(error: BaseException) -> Any:
     return getattr(error, "pybatch_partial", None)
 
 
-def unknown(what: str, value: str, known: Iterable[str]) -> UsageError:
+def unknown(what: str, value: object, known: Iterable[str]) -> UsageError:
     """The error for a name that is not one of `known`: names the nearest, and lists them all."""
     names = sorted(known)
+    if not isinstance(value, str):
+        return UsageError(f"{what} {value!r} is no name. Known: {', '.join(names) or 'none'}.")
     near = difflib.get_close_matches(value.lower(), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return UsageError(f"{what} {value!r} is not known.{hint} Known: {', '.join(names) or 'none'}.")

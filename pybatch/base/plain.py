@@ -39,6 +39,11 @@ def said(value: object) -> str:
     return text if len(text) <= LONGEST else _cut(text)
 
 
+def given(value: object) -> str:
+    """What stands in an object's place, as an error names it: a class by its name, else the value."""
+    return f"the class {value.__name__}" if isinstance(value, type) else said(value)
+
+
 def _cut(text: str) -> str:
     return f"{text[:60]}...{text[-20:]} ({len(text):,} characters)"
 

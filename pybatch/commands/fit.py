@@ -20,8 +20,8 @@ def fit(
         Path,
         typer.Argument(
             metavar="FILE.csv",
-            help="A line a run, under a head: batch,steps[,seed][,rate][,cap][,before][,status]. Of a run that did not "
-            "reach the target, steps are inf; of one that diverged, 'diverged'.",
+            help="A line a run, under a head: batch,steps[,seed][,rate][,cap][,before][,status], or reached as true or "
+            "false. Of a run that did not reach the target, steps are inf; of one that diverged, 'diverged'.",
         ),
     ],
     model: Annotated[

@@ -123,7 +123,7 @@ def judge(rows: ArrayLike, small_batch: float | None = None, missing: str = MISS
         return nothing("every gradient was zero: the loss does not depend on these parameters here")
     blocks = regroup(table)
     if len(blocks) < MIN_BLOCKS:
-        return nothing(f"{len(blocks)} blocks of pairs are too few for an interval; {MIN_BLOCKS} are the least")
+        return nothing(f"{counted(len(blocks), 'block')} of pairs: too few for an interval; {MIN_BLOCKS} are the least")
     low, high, case = fieller(blocks)
     if case == "bounded":
         if noiseless(max(abs(low), abs(high)), small_batch):

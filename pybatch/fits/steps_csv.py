@@ -25,10 +25,19 @@ _NAMES = {
     "cap": ("cap", "max_steps"),
     "before": ("before",),
     "status": ("status",),
+    "reached": ("reached", "reached_target"),
 }
 _ENDS = {  # of a run without a number of steps, in either column
     **dict.fromkeys(("inf", "+inf", "infinity", "not reached", "not_reached", "unreached", "capped"), math.inf),
     **dict.fromkeys(("-inf", "diverged"), DIVERGED),
+}
+_WORDS = {
+    "true": "reached",
+    "yes": "reached",
+    "1": "reached",
+    "false": "not reached",
+    "no": "not reached",
+    "0": "not reached",
 }
 _SHOWN = 40  # characters of a cell in an error
 
@@ -54,9 +63,9 @@ def fit_steps_csv(
         path: a file of comma-, semicolon- or tab-separated lines, the first with the names of the columns. `batch` and
             `steps` (to the target) must be there; `seed` (any name; else runs of a batch size and rate are numbered),
             `rate`, `cap` (steps at which a run was given up), `before` (the last evaluation above the target) and
-            `status` may; a run whose steps are its cap needs one. Of a run that did not reach the target, `steps` or
-            `status` is "inf" or "not reached"; of one that diverged, "diverged". A run that nobody made has no line.
-            Other columns are left alone.
+            `status`, or `reached` (true or false), may; a run whose steps are its cap needs one of the last two. Of a
+            run that did not reach the target, `steps` or `status` is "inf" or "not reached"; of one that diverged,
+            "diverged". A run that nobody made has no line. Other columns are left alone.
         model, seed, resamples: as of `fit_steps`.
 
     Raises:
@@ -143,10 +152,10 @@ class _Cells:
 
     def steps(self) -> float:
         """Steps, or how the run ended without."""
-        text, status = self.text("steps").lower(), self.text("status").lower()
+        text, status = self.text("steps").lower(), self.status()
         if status not in ("", "reached", *_ENDS):
             known = "reached, not reached or diverged"
-            raise self.error(f"status {_cut(self.text('status'))!r} is not known", f"Write {known}")
+            raise self.error(f"status {_cut(status)!r} is not known", f"Write {known}")
         end = _ENDS.get(status, _ENDS.get(text))
         if status == "reached" and text in _ENDS:
             raise self.error(f"status 'reached' beside steps {text!r}", "Give the steps it took, or another status")
@@ -156,6 +165,15 @@ class _Cells:
             remedy = "Write inf for a run that did not reach the target, diverged for one that did that"
             raise self.error(f"steps {text!r} say nothing", f"{remedy}; one that nobody made has no line")
         return self.positive("steps")
+
+    def status(self) -> str:
+        """How the run ended, from a column of that name or one that says whether it reached; "" where neither does."""
+        status, told = self.text("status").lower(), self.text("reached").lower()
+        if told and told not in _WORDS:
+            raise self.error(f"reached {_cut(self.text('reached'))!r} is not known", "Write true or false")
+        if told and status and (status == "reached") != (_WORDS[told] == "reached"):
+            raise self.error(f"status {_cut(self.text('status'))!r} beside reached {told!r}", "Leave one of them out")
+        return status or _WORDS.get(told, "")
 
     def cap(self) -> float:
         """Steps at which the run was given up: its cap, or its steps where the status says that they did not suffice.
@@ -167,7 +185,7 @@ class _Cells:
             cap = self.positive("cap")
             if math.isfinite(steps) and steps > cap:
                 raise self.error(f"steps {steps:g} are above the cap of {cap:g}", "Give the true cap")
-            if steps == cap and not self.text("status") and not self.text("before"):
+            if steps == cap and not self.status() and not self.text("before"):
                 text = f"steps {steps:g} are the cap: whether the run reached the target is not told"
                 raise self.error(text, "Write inf for one that did not, or 'reached' in a column 'status'")
             return cap

@@ -21,6 +21,7 @@ from pybatch.fits.throughput_shapes import FLOOR_LEAST, shapes, spread
 from pybatch.records import Note, ThroughputFit
 
 MOST = 1e18  # examples: far past it the arithmetic overflows
+TINY = 16  # times below the smallest batch: a half batch there, from which nothing keeps it apart from 0, is none
 FAR = 4  # times the largest batch: a half batch past it lets times rise by a quarter at most over all that was measured
 
 
@@ -84,7 +85,7 @@ def fit_throughput(
         model, wave, beta, points = "affine", None, 0.0, [None] * 3
         low, high = _bounds(low, float(size.max()), alpha, gain), np.full(3, np.inf)
         notes = (_no_ceiling(low, size),)
-    elif low[1] == 0.0 and point[1] < 1.05 * np.exp(limits(size)[0]):
+    elif low[1] == 0.0 and point[1] < max(1.05 * np.exp(limits(size)[0]), size.min() / TINY):
         points, notes = [points[0], None, None], (_no_half(high, size),)
         floor = alpha = 0.0
     return ThroughputFit(

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_set
 from torch.utils._pytree import tree_leaves
 
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import given
 from pybatch.device.memory import release
 from pybatch.integrations.figures import groups_by_place, logged, made_again
 from pybatch.noise import attach
@@ -353,6 +354,8 @@ def workload(module: pl.LightningModule, data: Any = None, **more: Any) -> Workl
     Raises:
         UsageError: manual optimization, several optimizers, or a data set without indices.
     """
+    if not isinstance(module, pl.LightningModule):
+        raise UsageError(f"workload(): module is {given(module)}. Give a LightningModule.")
     if not module.automatic_optimization:
         raise UsageError("a module that optimizes by hand cannot be run as a workload. Return its loss instead.")
     if isinstance(data, pl.LightningDataModule):

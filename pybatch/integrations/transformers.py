@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import given
 from pybatch.integrations.figures import groups_by_place, logged, made_again, token_weights
 from pybatch.noise import attach
 from pybatch.records import NoiseScale
@@ -210,6 +211,8 @@ def workload(trainer: Trainer, **more: Any) -> Workload:
     Raises:
         UsageError: its data set has no indices.
     """
+    if not isinstance(trainer, Trainer):
+        raise UsageError(f"workload(): trainer is {given(trainer)}. Give a transformers.Trainer that could train.")
     loader = trainer.get_train_dataloader()
     arguments, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     compute: Any = trainer.compute_loss

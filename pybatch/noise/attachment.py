@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import given
 from pybatch.noise.handle import ACCUMULATIONS, Accumulation, Examples, Handle
 from pybatch.noise.ordinary import OrdinaryLoop, offers
 from pybatch.noise.preconditioner import EXPERIMENTAL
@@ -90,6 +91,7 @@ def attach(
     if accumulation not in ACCUMULATIONS:
         raise UsageError(f"accumulation {accumulation!r} is not known. Use one of: {', '.join(ACCUMULATIONS)}.")
     optimizer, scaler = _unwrapped(optimizer, scaler)
+    _check(model, optimizer)
     devices = sorted({str(param.device) for param in model.parameters() if param.requires_grad})
     if len(devices) > 1:
         raise UsageError(f"attach(): the model's parameters are on {', '.join(devices)}. Attach to one on one device.")
@@ -161,6 +163,16 @@ def attach(
             )
         return FusedLoop(OptimizerNoise(optimizer, unit), model, optimizer, other)
     return micro() if chosen or preconditioned else ordinary(micro())
+
+
+def _check(model: object, optimizer: object) -> None:
+    """UsageError for what is no module, or no optimizer: a class, a name, both in each other's place."""
+    for name, value, good, kind in (
+        ("model", model, isinstance(model, nn.Module), "nn.Module that is trained"),
+        ("optimizer", optimizer, hasattr(optimizer, "param_groups"), "optimizer of its parameters"),
+    ):
+        if not good or isinstance(value, type):
+            raise UsageError(f"attach(): {name} is {given(value)}. Give the {kind}: attach(model, optimizer).")
 
 
 def _unwrapped(optimizer: Any, scaler: Any) -> tuple[Any, Any]:

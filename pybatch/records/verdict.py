@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +13,8 @@ from pybatch.base.display import Shown
 from pybatch.base.errors import UsageError
 from pybatch.records.figure import figure
 from pybatch.records.subject import Note
+
+_ENDS = re.compile("_(low|high)$")
 
 Limit = Literal["noise", "hardware", "balanced", "unresolved", "input"]
 Evidence = Literal["measured", "modelled", "assumed"]
@@ -128,12 +131,16 @@ class Verdict(Shown):
 
     def why(self, figure: str) -> Reason:
         """The sentence and the figures behind one field of the verdict; of one without a figure, why there is none."""
-        for reason in self.reasons:
-            if reason.figure == figure:
-                return reason
+        if not isinstance(figure, str):
+            raise UsageError(f"why(): {figure!r} is no figure. Give the name of a field, such as 'best_batch'.")
+        given = {reason.figure: reason for reason in reversed(self.reasons)}
         lacking = {note.figure.removeprefix("verdict."): note.text for note in reversed(self.notes)}
-        if figure in lacking:
-            return Reason(figure, f"not known: {lacking[figure]}", "assumed")
+        whole = _ENDS.sub("", figure)  # an end of an interval stands with its figure
+        for name in (figure, whole, f"{whole}_batch"):
+            if name in given:
+                return given[name]
+            if name in lacking:
+                return Reason(name, f"not known: {lacking[name]}", "assumed")
         known = ", ".join(dict.fromkeys([*(reason.figure for reason in self.reasons), *lacking]))
         raise UsageError(f"no figure {figure!r} in this verdict. Ask for one of: {known}.")
 

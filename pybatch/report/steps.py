@@ -92,7 +92,8 @@ def _lines(curve: Curve, unit: str, alone: bool) -> list[tuple[str, str]]:
         return [(name, bound)]
     text = written(curve, "critical_batch", unit)
     if curve.fit is not None and curve.fit.model is not None:
-        text += f", fit: {curve.fit.model}, at least {n.number(curve.s_min)} steps"
+        text += f", fit: {curve.fit.model}"
+        text += f", at least {n.number(curve.s_min)} steps" if curve.s_min is not None else ""
     lines = [(name, text)]
     if curve.b_min is not None and curve.points:
         name = figure_of(Curve, "b_min").label if alone else f"fewest, {curve.rule}"

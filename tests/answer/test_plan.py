@@ -7,7 +7,7 @@ import pytest
 from pybatch.answer import plan as plan_module
 from pybatch.answer.plan import exact, nearest, of_record, plan_accumulation, sentence
 from pybatch.base.errors import UsageError
-from pybatch.records import FrontierPoint
+from pybatch.records import Capacity, FrontierPoint
 
 
 def fits(batch, devices, largest):
@@ -67,6 +67,9 @@ def test_plans_that_cannot_be_made_say_why_and_what_can(run):
         plan_accumulation(run.capacity, 163_841)
     with pytest.raises(UsageError, match="at least 1"):
         plan_accumulation(run.capacity, 0)
+    for wrong, said in ((Capacity, "the class Capacity"), ("x", "'x'"), (run, "Run")):
+        with pytest.raises(UsageError, match=f"capacity is {said}.*Give a run's .capacity"):
+            plan_accumulation(wrong, 64)
     with pytest.raises(UsageError, match="was not measured"):
         plan_accumulation(dataclasses.replace(run.capacity, max_batch=None), 64)
 

@@ -49,6 +49,19 @@ def test_where_a_cliff_lies_between_two_sizes_timed_is_open():
     assert risen[90] == pytest.approx(math.log(90 / 64) / math.log(2), abs=0.08)
 
 
+@pytest.mark.parametrize("scatter", [0.05, 0.15])
+def test_on_a_disturbed_machine_the_same_times_leave_more_open(scatter):
+    """Taken for errors alone, scatter told less of the curve and made intervals narrower."""
+    spread = {}
+    for disturbed in (False, True):
+        rng = np.random.default_rng(3)
+        points = seen(affine, rng, drift=scatter)
+        fit = fit_throughput([p.batch for p in points], [[p.step_ms / 1e3] for p in points], resamples=50)
+        members = drawn_step_times(MEMBERS, TIMED, possible(fit, points), points, disturbed, rng)
+        spread[disturbed] = float(np.mean(members.std(0)))
+    assert spread[True] > 1.1 * spread[False]
+
+
 def test_a_wave_is_used_to_its_end():
     """Waves of 46 examples: 92 take as long as 64, and members say so."""
     found, size, members = drawn(lambda b: 1e-3 * (1 + np.ceil(b / 46)))

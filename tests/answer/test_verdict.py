@@ -233,7 +233,7 @@ def test_an_open_interval_of_the_device_opens_the_optimums():
     verdict = advise(capacity(fit, max_batch=None), noise(1000))
     assert verdict.best_high is None
     assert " or more. " in verdict.answer
-    assert verdict.limit == "balanced"
+    assert verdict.limit == "unresolved"  # an open end may lie on either side of the critical batch
 
 
 def test_odd_batches_measured_are_candidates():

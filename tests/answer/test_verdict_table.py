@@ -10,13 +10,27 @@ import math
 
 import numpy as np
 import pytest
-from cases.verdicts import BATCHES, BRANCHES, MODELS, SWEEP, capacity, curve, noise, swept_by, throughput, unaccounted
+from cases.verdicts import (
+    BATCHES,
+    BRANCHES,
+    MODELS,
+    SWEEP,
+    capacity,
+    curve,
+    exact,
+    noise,
+    swept_by,
+    throughput,
+    unaccounted,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
+from pybatch.answer.best import _measured
 from pybatch.answer.critical import shaped
 from pybatch.answer.verdict import advise, ensemble
+from pybatch.base.errors import UsageError
 from pybatch.fits.steps_model import predicted
 from pybatch.records import (
     BatchPoint,
@@ -239,6 +253,8 @@ def consistent(verdict, device):
         assert verdict.critical_batch < half
     if "The device sets" in verdict.text:
         assert verdict.critical_batch > half
+    if "between them time is least" in verdict.because:
+        assert min(verdict.critical_batch, half) <= best <= max(verdict.critical_batch, device.model.half_batch)
     if "ends at batch" in verdict.because:
         assert best > 0.7 * wall or wall < 16
     if "time_factor" in limit:  # going on is told where it costs time, never where it saves some
@@ -253,6 +269,55 @@ def consistent(verdict, device):
     assert f"Confidence: {level}" in verdict.answer
     assert level != "high" or verdict.critical_source == "sweep"
     assert level == "high" or reasons
+
+
+def test_the_batch_advised_is_no_slower_than_twice_or_half_of_it_by_what_was_measured():
+    """Where members smooth a cliff away, the advice said of its own double that it takes less time."""
+    model, sizes = exact(throughput(), 200.0), [16, 32, 64, 128, 256, 512]
+    own = {b: 1e3 * model.step_s(b) for b in sizes}
+    chosen = model.best(sizes)
+
+    def moved(times, among=sizes, error=0.003):
+        points = capacity(batches=list(times), times=list(times.values()), error=error).batches
+        return _measured(chosen, among, model, points)
+
+    assert chosen == 64
+    assert moved(own) == chosen
+    faster = own | {128: 0.8 * own[128]}
+    assert moved(faster) == 128
+    assert moved(faster | {256: 0.5 * own[256]}) == 256  # and on from there
+    assert moved(own | {32: 0.7 * own[32]}) == 32
+    assert moved(faster, error=0.3) == chosen  # not surely
+    assert moved({b: t for b, t in faster.items() if b != 128}) == chosen  # not timed
+    assert moved(faster, among=[16, 32, 64]) == chosen  # beyond what can be used
+
+
+def test_one_sentence_says_between_only_of_a_batch_that_is():
+    """A knee, or a wave, may put the batch of least time outside."""
+    device = capacity()
+    because = advise(device, None, Convergence((curve(200.0, 160.0, 250.0),))).because
+    assert because.endswith("; between them time is least.")
+    slow = [1e3 * throughput().step_s(b) * (5.0 if 16 < b < 512 else 1.0) for b in BATCHES]
+    verdict = advise(capacity(times=slow, error=0.001), None, Convergence((curve(200.0, 160.0, 250.0),)))
+    assert not HALF <= verdict.best_batch <= 200
+    assert "between them" not in verdict.because
+
+
+def test_an_open_half_batch_agrees_with_nothing():
+    wide = dataclasses.replace(throughput(), half_low=HALF / 2, half_high=None)
+    verdict = advise(capacity(wide), noise(100, 50, 200))
+    assert verdict.limit == "unresolved"
+    assert "not known well enough to compare the critical batch with it" in verdict.why("limit").text
+    assert advise(capacity(wide), noise(2, 1.8, 2.2)).limit == "noise"  # below its lower end all the same
+
+
+def test_why_takes_an_end_for_its_figure_and_no_object():
+    verdict = advise(capacity(), noise(100, 50, 200))
+    assert verdict.why("best_low") == verdict.why("best_high") == verdict.why("best_batch")
+    assert verdict.why("useful_devices_high") == verdict.why("useful_devices")
+    for wrong in (["best_batch"], 3, "nothing"):
+        with pytest.raises(UsageError, match="figure"):
+            verdict.why(wrong)
 
 
 def test_only_a_curve_that_is_known_has_a_shape():

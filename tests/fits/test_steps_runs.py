@@ -255,6 +255,8 @@ def test_a_file_of_runs(tmp_path):
         (HEAD + "8,0,100,0.1,900\n8,0,101,0.1,900\n", "line 3: batch 8, seed '0' and rate 0.1 stand in line 2 already"),
         (HEAD + "8,0,100,0.1\n", "line 2: 4 cells where the head has 5"),
         ("batch,steps,status\n8,100,lost\n", "line 2: status 'lost' is not known. Write reached"),
+        ("batch,steps,reached\n8,100,maybe\n", "line 2: reached 'maybe' is not known. Write true or false"),
+        ("batch,steps,reached,status\n8,100,true,diverged\n", "line 2: status 'diverged' beside reached 'true'"),
         ("batch,steps,status\n8,inf,reached\n", "line 2: status 'reached' beside steps 'inf'"),
         ("batch,steps,before\n8,100,100\n", "line 2: before '100'"),
         ("batch,seed,steps\n8,,100\n", "line 2: no seed"),
@@ -265,6 +267,17 @@ def test_a_line_that_cannot_be_read_is_named_with_its_value(tmp_path, text, says
     path.write_text(text)
     with pytest.raises(UsageError, match=says):
         fit_steps_csv(path)
+
+
+@pytest.mark.parametrize(("yes", "no"), [("True", "False"), ("yes", "no"), ("1", "0")])
+def test_a_column_says_whether_runs_reached(tmp_path, yes, no):
+    """Given up at a cap, they were taken for steps to the target."""
+    path, status = tmp_path / "reached.csv", tmp_path / "status.csv"
+    lines = [(f"{b},{s:g}", True) for b, s in zip(BATCHES, CURVE, strict=True)]
+    lines += [("8,3000", False), ("16,3000", False)]
+    for where, head, words in ((path, "reached", (no, yes)), (status, "status", ("not reached", "reached"))):
+        where.write_text(f"batch,steps,{head}\n" + "".join(f"{line},{words[met]}\n" for line, met in lines))
+    assert fit_steps_csv(path) == fit_steps_csv(status)
 
 
 def test_a_status_beside_the_steps_says_how_far_a_run_went(tmp_path):

@@ -212,6 +212,18 @@ def test_times_proportional_to_the_batch_have_a_ceiling_and_no_half_batch():
     assert [note.figure for note in fit.notes] == ["half_batch"]
 
 
+def test_a_half_batch_that_nothing_keeps_from_0_is_none():
+    """Of times in proportion with errors the estimate was the search's end, or a thousandth of an example."""
+    size, rng = 2.0 ** np.arange(10), np.random.default_rng(0)
+    for _ in range(12):
+        fit = fit_throughput(
+            size, [[t] * 3 for t in 1e-3 * size * np.exp(0.02 * rng.standard_normal(10))], resamples=60
+        )
+        if fit.half_low == 0:
+            assert fit.half_batch is None or fit.half_batch > 1 / 16
+            assert (fit.half_batch is None) == any(note.figure == "half_batch" for note in fit.notes)
+
+
 @pytest.mark.parametrize("half", [30, 300, 900])
 def test_a_ceiling_in_sight_keeps_its_figures(half):
     """A rise of the times beyond their error is a ceiling, though it be far above the batches measured."""

@@ -48,6 +48,20 @@ def same(handle, truth):
     assert [found.grad_sq, found.trace] == pytest.approx(means, rel=1e-4)
 
 
+def test_what_is_no_model_or_no_optimizer_is_said():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for given, said in (
+        ((nn.Linear, None), "model is the class Linear"),
+        ((optimizer, model), "model is SGD"),
+        ((model, torch.optim.SGD), "optimizer is the class SGD"),
+        ((model, "sgd"), "optimizer is 'sgd'"),
+        ((model, None), "optimizer is None"),
+    ):
+        with pytest.raises(UsageError, match=f"attach.*{said}.*attach.model, optimizer."):
+            pybatch.noise.attach(*given)
+
+
 @pytest.mark.parametrize("noticed", [True, False])
 def test_gradients_cleared_in_place_begin_a_step_anew(monkeypatch, noticed):
     """A step thrown away with zero_grad(set_to_none=False); not noticing it gives a wrong number."""
