@@ -14,6 +14,7 @@ from pybatch.records import BatchPoint, Capacity, Inputs, Limit
 
 FALL = 0.1  # below the best throughput: past it caches overflow or memory is scarce, and no ceiling is approached
 FURTHER = 1.1  # factor from the best batch to the wall below which going on is no choice worth telling
+SAME_TIME = 1.05  # likewise of the time there: "1.0 times" tells nothing
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def further_on(best: Best | None, wall: Wall | None) -> Inputs:
         return {}
     times = model.time(to, members=True) / model.time(best.batch, members=True)
     time = float(np.exp(np.log(times).mean()))
-    if time < 1:
+    if time < SAME_TIME:
         return {}
     examples = float(model.examples(to) / model.examples(best.batch))
     return {
