@@ -56,6 +56,9 @@ def unknown(what: str, value: object, known: Iterable[str]) -> UsageError:
     names = sorted(known)
     if not isinstance(value, str):
         return UsageError(f"{what} {value!r} is no name. Known: {', '.join(names) or 'none'}.")
-    near = difflib.get_close_matches(value.lower(), names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    lower, text = {name.lower(): name for name in reversed(names)}, value.lower()
+    near = difflib.get_close_matches(text, lower, n=1, cutoff=0.5)
+    if near and near[0][:1] != text[:1]:  # half of the letters of another word are no likeness
+        near = difflib.get_close_matches(text, near)
+    hint = f" Did you mean {lower[near[0]]!r}?" if near else ""
     return UsageError(f"{what} {value!r} is not known.{hint} Known: {', '.join(names) or 'none'}.")

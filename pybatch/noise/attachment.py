@@ -169,7 +169,12 @@ def _check(model: object, optimizer: object) -> None:
     """UsageError for what is no module, or no optimizer: a class, a name, both in each other's place."""
     for name, value, good, kind in (
         ("model", model, isinstance(model, nn.Module), "nn.Module that is trained"),
-        ("optimizer", optimizer, hasattr(optimizer, "param_groups"), "optimizer of its parameters"),
+        (
+            "optimizer",
+            optimizer,
+            optimizer is None or hasattr(optimizer, "param_groups"),
+            "optimizer of its parameters",
+        ),
     ):
         if not good or isinstance(value, type):
             raise UsageError(f"attach(): {name} is {given(value)}. Give the {kind}: attach(model, optimizer).")

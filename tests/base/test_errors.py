@@ -6,7 +6,8 @@ from pybatch.base.errors import unknown
 
 
 @pytest.mark.parametrize(
-    ("value", "meant"), [("lightnin", "lightning"), ("Megatorn", "megatron"), ("hugging", None), ("trainer", None)]
+    ("value", "meant"),
+    [("lightnin", "lightning"), ("Megatorn", "megatron"), ("hg", "hf"), ("hugging", None), ("trainer", None)],
 )
 def test_a_name_is_guessed_only_where_it_is_near(value: str, meant: str | None) -> None:
     """Half of the letters of another word are no likeness."""

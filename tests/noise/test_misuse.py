@@ -52,11 +52,10 @@ def test_what_is_no_model_or_no_optimizer_is_said():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for given, said in (
-        ((nn.Linear, None), "model is the class Linear"),
+        ((nn.Linear,), "model is the class Linear"),
         ((optimizer, model), "model is SGD"),
         ((model, torch.optim.SGD), "optimizer is the class SGD"),
         ((model, "sgd"), "optimizer is 'sgd'"),
-        ((model, None), "optimizer is None"),
     ):
         with pytest.raises(UsageError, match=f"attach.*{said}.*attach.model, optimizer."):
             pybatch.noise.attach(*given)
