@@ -11,7 +11,7 @@ from judging import GOALS, Judge
 
 from pybatch.base import numerals as n
 from pybatch.records import Capacity, Run
-from study.claims import Records, critical, wide
+from study.claims import Records, critical, wide, within
 
 # By evidence: the kind of record that advises, and how a user asks for it.
 ADVISERS = {
@@ -85,9 +85,8 @@ def _judged(words: str, level: str, by: Judge, adviser: Run, clocks: Sequence[Ca
     if made.regret is None:
         return made
     assert adviser.verdict is not None
-    taken = n.number(adviser.verdict.critical_batch)
-    ends = n.interval(adviser.verdict.critical_low, adviser.verdict.critical_high)
-    told = f"{taken} {ends}".strip()
+    advice = adviser.verdict
+    told = within(advice.critical_batch, advice.critical_low, advice.critical_high)
     return replace(made, remark="; ".join([told, *([made.doubts] if made.doubts else [])]))
 
 

@@ -239,8 +239,7 @@ def optimizers_differ(problems: Mapping[str, Records]) -> Answer:
             ratio, low, high = ratio_of(curve, first)
             larger: Finding = "holds" if low and low > 1 else "does not hold" if high and high < 1 else "undetermined"
             finding = larger if ratio is not None else "not measured"
-            times = f"{n.number(ratio)} {n.interval(low, high)}".strip()
-            cells = (name, goal(curve), optimizer, critical(curve), critical(first), times)
+            cells = (name, goal(curve), optimizer, critical(curve), critical(first), within(ratio, low, high))
             rows.append(Row(cells, finding if optimizer == "muon" else None))
             below += _less(f"{name}, {optimizer}", curve)
     heads = ("problem", "target", "optimizer", "its critical batch", "that of adamw", "ratio")
@@ -260,7 +259,7 @@ def architectures(problems: Mapping[str, Records]) -> list[str]:
             key = f"{domain}, {trainer(run)}, {goal(curve)}"
             if key in first and first[key][0] != name:
                 ratio, low, high = ratio_of(curve, first[key][1])
-                found += [f"{name} over {first[key][0]}, {goal(curve)}: {_times(ratio, low, high)}"] if ratio else []
+                found += [f"{name} over {first[key][0]}, {goal(curve)}: {within(ratio, low, high)}"] if ratio else []
             first.setdefault(key, (name, curve))
     return found
 
@@ -281,10 +280,10 @@ def noise_predicts(problems: Mapping[str, Records]) -> Answer:
             finding = "does not hold"
         elif low <= curve.critical_batch <= high and not wide(least, most) and not wide(low, high):
             finding = "holds"
-        told = f"{n.number(verdict.critical_batch)} {n.interval(verdict.critical_low, verdict.critical_high)}"
+        told = within(verdict.critical_batch, verdict.critical_low, verdict.critical_high)
         ratio = verdict.critical_batch / curve.critical_batch
-        by_sweep = _times(ratio, *(verdict.critical_batch / end if end else None for end in (curve.high, curve.low)))
-        rows.append(Row((name, told.strip(), critical(curve), by_sweep, _branched(records), finding), finding))
+        by_sweep = within(ratio, *(verdict.critical_batch / end if end else None for end in (curve.high, curve.low)))
+        rows.append(Row((name, told, critical(curve), by_sweep, _branched(records), finding), finding))
     heads = ("problem", "by the noise scale", "by the sweep that judges", "their ratio", "by branches alone", "")
     return _answer(
         "the critical batch that the noise scale gives is the measured one, within the factor of 4 that it stands for",
@@ -299,7 +298,7 @@ def _branched(records: Records) -> str:
     steps = thorough.convergence if thorough is not None else None
     if steps is None or not steps.branches or (fit := steps.branches[-1].fit) is None:
         return n.MISSING
-    return f"{n.number(fit.critical_batch)} {n.interval(fit.low, fit.high)}".strip()
+    return within(fit.critical_batch, fit.low, fit.high)
 
 
 def ratio_of(curve: Curve, base: Curve) -> tuple[float | None, float | None, float | None]:
@@ -387,8 +386,9 @@ def fits(capacity: Capacity | None) -> str:
     return n.number(capacity.max_batch) + ("" if capacity.max_batch_verified else ", predicted")
 
 
-def _times(ratio: float, low: float | None, high: float | None) -> str:
-    return f"{n.number(ratio)} {n.interval(low, high)}".strip()
+def within(value: float | None, low: float | None, high: float | None) -> str:
+    """A figure and its interval."""
+    return f"{n.number(value)} {n.interval(low, high)}".strip()
 
 
 def _less(name: str, curve: Curve) -> list[str]:
@@ -406,7 +406,7 @@ def critical(curve: Curve) -> str:
     """The critical batch of a curve with its interval, or what bounds it."""
     if curve.critical_batch is None:
         return n.interval(curve.low, curve.high) or n.MISSING
-    return f"{n.number(curve.critical_batch)} {n.interval(curve.low, curve.high)}".strip()
+    return within(curve.critical_batch, curve.low, curve.high)
 
 
 def wide(low: float, high: float) -> bool:

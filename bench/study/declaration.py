@@ -1,8 +1,8 @@
 """What the study measures: problems, learning-rate rules, batch sizes, seeds and targets, part by part.
 
 A part is a list of commands of pybatch, each of which writes one record: `python bench/study/run.py --list`.
-Parts are meant for two cores and at most 60 minutes each, `quick` for 15; bench/results/NOTES-sweep.md says what they
-took.
+Parts are meant for two cores and at most 60 minutes each, `quick` for 15; bench/results/NOTES-sweep.md has what is
+known of the time they take.
 """
 
 from __future__ import annotations

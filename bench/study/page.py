@@ -179,7 +179,7 @@ def _regret(problems: Mapping[str, Records]) -> str:
             row.by,
             n.count(row.batch),
             n.count(row.best),
-            f"{n.number(row.regret)} {n.interval(row.low, row.high)}".strip(),
+            claims.within(row.regret, row.low, row.high),
             f"{row.goal:.2f}",
             row.met,
             n.number(row.measured),
@@ -246,7 +246,7 @@ def _noise(problems: Mapping[str, Records]) -> str:
             ends = [
                 (
                     f"{n.count(p.first_step)} to {n.count(p.last_step)}",
-                    f"{n.number(p.b_simple)} {n.interval(p.low, p.high)}",
+                    claims.within(p.b_simple, p.low, p.high),
                 )
                 for p in (first, last)
             ]

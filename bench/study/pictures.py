@@ -12,7 +12,7 @@ from pybatch.base import numerals as n
 from pybatch.report import steps
 from pybatch.report.layout import columns
 from pybatch.report.plot import MARKERS, Plot, batch_axis, points
-from study.claims import Records, capacity_of, doubted, fits, trainer, tuned
+from study.claims import Records, capacity_of, doubted, fits, trainer, tuned, within
 
 Span = tuple[float, float | None, float | None]  # a value and the ends of its interval
 
@@ -130,4 +130,4 @@ def _largest(records: Records) -> Span | None:
 
 
 def _told(span: Span | None) -> str:
-    return f"{n.number(span[0])} {n.interval(*span[1:])}".strip() if span is not None else n.MISSING
+    return within(*span) if span is not None else n.MISSING

@@ -89,13 +89,13 @@ class Ensemble:
         return int(candidates[int(expected.argmin())])
 
     def ratio(self, once: float, other: float, batches: Sequence[BatchPoint]) -> tuple[float, float, bool]:
-        """ln of the time at `other` over that at `once`: mean, standard deviation, and whether both were timed.
+        """ln of the time at `other` over that at `once`: mean, standard deviation, and whether by measured step times.
 
-        Step times are then the measured ones.
+        They are taken where both batch sizes were timed.
         """
-        times = np.log(self.time(other, members=True) / self.time(once, members=True))
         timed = {p.batch: p for p in batches if p.status == "ok" and p.step_ms and p.batch in (once, other)}
         if len(timed) < 2:
+            times = np.log(self.time(other, members=True) / self.time(once, members=True))
             return float(times.mean()), float(times.std()), False
         first, second = timed[int(once)], timed[int(other)]
         steps = np.log(self.steps(other, members=True) / self.steps(once, members=True))

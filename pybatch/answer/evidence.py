@@ -19,7 +19,7 @@ from pybatch.records import Kind, Reading
 NORMAL = 1.959964  # 97.5 % point of the normal distribution
 # 95 % of the ratios of such evidence to the critical batch of the run lie within this factor, both ways. B_simple over
 # the critical batch runs from 0.05 to 8 over the tasks of McCandlish et al. 2018, mostly within 4. Branches see the
-# rest of a run alone, along which the critical batch grows: over that of sweeps they gave 0.7 to 3.2 for the six
+# rest of a run alone, along which the critical batch grows: over that of sweeps they gave 0.5 to 3.1 for the six
 # networks of docs/study.md; from a rate that nobody tuned they were off by 6 to 16 on digits. A noise scale grows as
 # the loss falls: one that was read past the target is taken back to it by LOSS_POWER, as critical batches of digits go
 # (15 at loss 0.5, 55 at 0.05), and stands for less. So are branches that begin past it: from loss 2.24 of text they

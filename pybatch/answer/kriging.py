@@ -45,8 +45,8 @@ def kriged(
         share: of the misfit that the residual is taken to have; the rest is error of single measurements.
         x, y, variance: [o] what was measured, with its variance.
         rng: of the draws.
-        error_share: of the misfit that each measurement is taken to be off by; None: what `share` leaves.
         unknowns_beside: those that the curve has taken from the data and holds fixed.
+        error_share: of the misfit that each measurement is taken to be off by; None: what `share` leaves.
     """
     log, at = np.log(size), np.searchsorted(size, x)
     fitted = curve(middle[None])[0]

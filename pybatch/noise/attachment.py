@@ -167,14 +167,10 @@ def attach(
 
 def _check(model: object, optimizer: object) -> None:
     """UsageError for what is no module, or no optimizer: a class, a name, both in each other's place."""
+    updates = optimizer is None or hasattr(optimizer, "param_groups")  # some sources need none
     for name, value, good, kind in (
         ("model", model, isinstance(model, nn.Module), "nn.Module that is trained"),
-        (
-            "optimizer",
-            optimizer,
-            optimizer is None or hasattr(optimizer, "param_groups"),
-            "optimizer of its parameters",
-        ),
+        ("optimizer", optimizer, updates, "optimizer of its parameters"),
     ):
         if not good or isinstance(value, type):
             raise UsageError(f"attach(): {name} is {given(value)}. Give the {kind}: attach(model, optimizer).")

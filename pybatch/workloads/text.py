@@ -45,7 +45,7 @@ class Text(Workload):
     swept_by = "adamw"
     models: ClassVar[tuple[str, ...]] = ("transformer", "lstm")
     dials: ClassVar[dict[str, str]] = {
-        "size": "of the model: tiny, 32 wide in one layer; small; base, of the shape of GPT-2's smallest (tiny)",
+        "size": "of the model: tiny, small, base (tiny); tiny is one layer 32 wide, base is GPT-2's smallest",
         "length": "bytes predicted per sequence (16)",
         "vocabulary": "rows of the embedding (256); more than 256 are shared with the read-out, as in GPT-2",
         "subset": "share of the training text used, above 0 to 1 (1)",
