@@ -14,15 +14,16 @@ def confounds(model: nn.Module, examples: int | None, found: NoiseScale, trainin
     notes = []
     modules = list(model.modules())
     if training and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
+        size = "this size" if found.small_batch is None else f"{found.small_batch:g}"
         text = (
             "the model has BatchNorm: an example's gradient then depends on its micro-batch, so the scale holds for "
-            f"micro-batches of {found.small_batch or 0:g}"
+            f"micro-batches of {size}"
         )
         notes.append(Note("noise.b_simple", text))
     if training and any(_drops(m) for m in modules):
         notes.append(Note("noise.b_simple", "dropout was active, as in training: its noise is part of the scale"))
-    size = found.b_simple if found.b_simple is not None else found.low
-    if examples is not None and size is not None and size > FINITE_SHARE * examples:
+    scale = found.b_simple if found.b_simple is not None else found.low
+    if examples is not None and scale is not None and scale > FINITE_SHARE * examples:
         text = (
             f"a good part of the {examples} examples of the data set: shuffled epochs have less noise than independent "
             f"draws, 1/B - 1/{examples} in place of 1/B"

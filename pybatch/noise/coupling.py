@@ -11,16 +11,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pybatch.base.errors import WorkloadError
 from pybatch.device.generators import forked
 from pybatch.noise.labels import ignored_in, ragged
+from pybatch.noise.loss import COUPLED
 from pybatch.records import Note
 from pybatch.workloads.running.session import Session
 
 PARTS = 3  # examples looked at: with two, those of a mean over tokens are more often of one length
 APART = 0.05  # relative difference of gradients from which on examples are coupled; rounding of bf16 makes less
-COUPLED = Note(
-    "noise.b_simple",
-    "the loss couples the examples of a batch (as contrastive losses and in-batch negatives do): its gradient is not "
-    "the mean of theirs, so the scale holds for micro-batches of this size alone, and predicts no critical batch",
-)
 
 
 def coupling(session: Session) -> tuple[Note, ...]:

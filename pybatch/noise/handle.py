@@ -20,6 +20,7 @@ from pybatch.noise.closures import Evaluations
 from pybatch.noise.confounds import confounds
 from pybatch.noise.hooks import before_forward
 from pybatch.noise.labels import ignored_in, ragged
+from pybatch.noise.loss import Loss
 from pybatch.noise.readback import Readback
 from pybatch.records import NoiseScale, Note
 
@@ -77,9 +78,9 @@ class Count:
         return len(self._sizes)
 
     @property
-    def alike(self) -> bool:
-        """Whether examples are counted alike that their labels show to have different numbers of tokens."""
-        return self.ignoring and self._examples != "count"
+    def given(self) -> bool:
+        """Whether it is the user who says how much a micro-batch counts."""
+        return self._examples == "count"
 
     @property
     def sizes(self) -> list[float]:
@@ -221,6 +222,7 @@ class Collector(Handle):
         self._device = device
         self._trained, self._frozen = dict(trainable(model)), dict(trainable(model, False))
         self._counter: Count | None = None
+        self._loss = Loss(model)
         self._scaler: Any = None
         self._evaluations = Evaluations()
         self._single = 0  # steps whose large batch is no larger than the small one
@@ -246,13 +248,21 @@ class Collector(Handle):
         found = read(self._single, self._said())
         evaluation = self._counter is not None and self._counter.modes == {False}
         said = confounds(self._model, None, found, training=not evaluation)
-        alike = (ragged(COUNTING),) if self._counter is not None and self._counter.alike else ()
-        notes = (*found.notes, *alike, *said, *self._evaluations.notes)
+        notes = (*found.notes, *self._of_loss(), *said, *self._evaluations.notes)
         return dataclasses.replace(found, notes=notes, unit=self._unit)
+
+    def _of_loss(self) -> tuple[Note, ...]:
+        """What the loss makes of a batch, where that is not a mean over examples that count alike."""
+        counter = self._counter
+        alike = counter is not None and not counter.given
+        found = self._loss.notes(COUNTING if alike else None)
+        if counter is not None and alike and counter.ignoring and not any("ignore index" in n.text for n in found):
+            return (*found, ragged(COUNTING))
+        return found
 
     def detach(self) -> None:
         self._settle()
-        for remove in self._removals:
+        for remove in (*self._removals, self._loss.remove):
             remove()
         self._removals.clear()
 

@@ -21,10 +21,20 @@ def _holds(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex() and bool((tensor == IGNORED).any())
 
 
-def ragged(remedy: str) -> Note:
+def ragged(remedy: str, index: int = IGNORED) -> Note:
     """Said of a mean over tokens whose numbers differ, where examples were counted alike."""
     text = (
-        f"labels hold the ignore index {IGNORED}: the loss is a mean over tokens, of which examples have different "
+        f"labels hold the ignore index {index}: the loss is a mean over tokens, of which examples have different "
         f"numbers, and they were counted alike, so the scale is distorted. Say how many each has, by {remedy}"
+    )
+    return Note("noise.b_simple", text)
+
+
+def masked(remedy: str) -> Note:
+    """Said where outputs of some examples have no gradient, as under a mask, and examples were counted alike."""
+    text = (
+        "the loss leaves out positions of the model's output, more in some examples than in others: if it is a mean "
+        "over the rest (a mask), the scale is distorted, as examples were counted alike. Say how many each has, by "
+        f"{remedy}"
     )
     return Note("noise.b_simple", text)

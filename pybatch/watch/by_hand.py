@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pybatch.noise.hooks import after_forward, before_forward
-from pybatch.watch.outputs import leaves_in
+from pybatch.noise.outputs import leaves_in
 
 BACKWARDS = 8  # backward passes of one model with no optimizer's step, after which its update is taken to be by hand
 

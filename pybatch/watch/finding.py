@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from pybatch.noise.outputs import leaves_in
 from pybatch.watch.batching import BatchSecond
 from pybatch.watch.by_hand import BACKWARDS, ByHand
-from pybatch.watch.outputs import leaves_in
 
 
 @dataclass(eq=False)

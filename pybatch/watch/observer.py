@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from pybatch.noise.hooks import after_forward, before_forward
+from pybatch.noise.outputs import leaves_in
 from pybatch.noise.sources.micro_batches import mark
 from pybatch.optim import FusedOptimizer
 from pybatch.watch.batching import Batching, examples_in, find_batching
@@ -26,7 +27,6 @@ from pybatch.watch.finding import Finder, Trained, compiled, kinds_of, scaler_of
 from pybatch.watch.loader import LoaderWatch
 from pybatch.watch.marks import marks_for
 from pybatch.watch.noise import NoiseWatch
-from pybatch.watch.outputs import leaves_in
 from pybatch.watch.passes import Pass
 from pybatch.watch.steps import Steps
 from pybatch.watch.together import together

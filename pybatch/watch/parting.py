@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pybatch.base.errors import UsageError
+from pybatch.noise.outputs import leaves_in
 from pybatch.watch.batching import Batching, alternatives
-from pybatch.watch.outputs import leaves_in
 from pybatch.watch.state import put_back
 
 _SAID = 120  # characters of a model's own error

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pybatch.base.errors import WorkloadError
+from pybatch.noise.outputs import leaves_in
 from pybatch.watch.batching import Batching, resized, resized_like
-from pybatch.watch.outputs import leaves_in
 
 HELD_BYTES = 64 << 20  # of a gradient at an output: a larger one is drawn anew, which takes as long a step
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pybatch.base.errors import UsageError
+from pybatch.noise.outputs import leaves_in
 from pybatch.noise.sources.adam_moments import MomentsNoise
 from pybatch.noise.sources.examples import ExampleNoise
 from pybatch.noise.sources.micro_batches import MicroBatchNoise
@@ -18,7 +19,6 @@ from pybatch.watch import noise as sources
 from pybatch.watch.batching import BatchSecond, find_batching
 from pybatch.watch.halves import HalvesNoise, _Came
 from pybatch.watch.noise import NoiseWatch, guarded
-from pybatch.watch.outputs import leaves_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH, WORDS = 5, 11

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +74,15 @@ class _Yielding(Pass):
         self.refused, self.open = self.refused or error, False
 
 
+@contextmanager
+def _closed(watch: _Yielding) -> Iterator[None]:
+    before, watch.open = watch.open, False
+    try:
+        yield
+    finally:
+        watch.open = before
+
+
 class ExampleNoise(Collector):
     """Pairs from the norms of every example's gradient and of their mean, in the passes of every so many steps.
 
@@ -121,6 +131,7 @@ class ExampleNoise(Collector):
         self._accumulation, self._scaler, self._yielding = accumulation, scaler, yielding
         self.refused: UsageError | None = None
         self._counter = Count(model, examples)
+        self._loss.aside = self._aside
         self._counted = 0  # forward passes of this step that were counted
         self._steps = 0
         self._watch: _Yielding | None = None
@@ -171,6 +182,10 @@ class ExampleNoise(Collector):
     def detach(self) -> None:
         self._leave()
         super().detach()
+
+    def _aside(self) -> AbstractContextManager[None] | None:
+        """In it the watched pass does not see what goes through its outputs."""
+        return None if self._watch is None else _closed(self._watch)
 
     def _leave(self, *_: Any) -> None:
         """The forward pass is over, or failed."""

@@ -11,6 +11,7 @@ from torch import nn
 from pybatch.base.errors import UsageError
 from pybatch.noise.handle import Handle
 from pybatch.noise.hooks import before_forward
+from pybatch.noise.loss import Loss
 from pybatch.optim import FusedOptimizer
 from pybatch.records import NoiseScale
 
@@ -64,6 +65,7 @@ class FusedLoop(Handle):
         self._stepped = False
         optimizer.warns = False
         # An optimizer's hooks may not be changed while it runs them, so the next forward pass decides.
+        self._loss = Loss(model)
         self._hooks: list[Any] = [
             optimizer.register_step_post_hook(self._step),
             before_forward(model, self._look, with_kwargs=True),
@@ -78,6 +80,7 @@ class FusedLoop(Handle):
             self._settle()
         elif self._stepped:
             self._settle()
+            self._loss.remove()  # the other looks for itself
             self.current, began = self._other()
             began(module, args, kwargs)
 
@@ -88,13 +91,18 @@ class FusedLoop(Handle):
 
     @property
     def noise(self) -> NoiseScale:
-        return self.current.noise
+        found = self.current.noise
+        if not isinstance(self.current, OptimizerNoise):
+            return found
+        # How many labels a micro-batch had is what the user may have given to accumulate(n).
+        return dataclasses.replace(found, notes=(*found.notes, *self._loss.notes(None)))
 
     def count(self, n: float) -> None:
         self.current.count(n)
 
     def detach(self) -> None:
         self._settle()
+        self._loss.remove()
         self.current.detach()
 
     def state_dict(self) -> dict[str, Any]:
