@@ -56,6 +56,14 @@ def count(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: An
     return None
 
 
+def masked(product: int, dense: Tensor, pattern: Tensor) -> int:
+    """What a product of so many FLOPs is counted too much where a pattern's numbers alone are kept of it: below 0.
+
+    The gradient of a sparse matrix is formed so, by a dense product.
+    """
+    return product * _stored(pattern) // dense.numel() - product
+
+
 def _of(*names: str) -> Callable[[F], F]:
     def add(formula: F) -> F:
         for name in names:

@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pybatch.capacity.flop_formulas import count, holds_products, known
+from pybatch.capacity.flop_formulas import count, holds_products, known, masked
 
 
 def count_flops(work: Callable[[], object]) -> tuple[int | None, str | None]:
@@ -44,6 +44,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops = 0
         self.heavy: set[str] = set()
         self.custom: set[str] = set()
+        self._product: tuple[int, int] | None = None  # the tensor that the newest product made, and its FLOPs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -52,7 +53,11 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:  # inference mode shows operators that others are behind
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
-        self._add(packet, count(packet, args, kwargs, result))
+        found = count(packet, args, kwargs, result)
+        if packet is torch.ops.aten.sparse_mask and self._product is not None and self._product[0] == args[0]._cdata:
+            found = masked(self._product[1], *args)
+        self._product = (result._cdata, found) if found and isinstance(result, torch.Tensor) else None
+        self._add(packet, found)
         return result
 
     def _add(self, packet: Any, found: int | None) -> None:

@@ -61,6 +61,21 @@ def test_a_sparse_product_counts_the_numbers_it_stores(layout: str) -> None:
         assert reason is not None
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_the_gradient_of_a_sparse_matrix_counts_the_numbers_it_keeps(layout: str) -> None:
+    a = (SPARSE.to_sparse().coalesce() if layout == "coo" else SPARSE.to_sparse_csr()).requires_grad_()
+    w, v = normal(64, 5), normal(64)
+    exactly(lambda: backward(torch.sparse.mm(a, w)), 3 * 2 * 40 * 5)
+    exactly(lambda: backward(torch.sparse.addmm(normal(40, 5), a, w)), 3 * 2 * 40 * 5)
+    exactly(lambda: backward(torch.sparse.mm(a, w.detach())), 2 * 2 * 40 * 5)
+    # By the operator torch forms the gradient at every place, and keeps it so.
+    exactly(lambda: torch.autograd.grad((a @ w).sum(), [a, w]), 2 * 2 * 40 * 5 + 2 * 40 * 64 * 5)
+    exactly(lambda: torch.autograd.grad((a @ v).sum(), [a, v]), 2 * 2 * 40 + 2 * 40 * 64)
+    dense = normal(40, 64).detach()
+    exactly(lambda: dense.sparse_mask(a.detach()), 0)
+
+
 def test_a_sparse_step_has_its_bytes_counted() -> None:
     a, w = SPARSE.to_sparse(), normal(64, 5)
     with Traffic() as traffic:
