@@ -4,8 +4,10 @@ import math
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,13 +47,110 @@ def test_an_optimizer_is_a_name(entry: str, given: Any) -> None:
         ENTRIES[entry](Digits(), optimizer=given)
 
 
-def test_lists_are_no_text() -> None:
-    with pytest.raises(UsageError, match=re.escape("batches '8,16' is text. Give whole numbers, such as [8, 16].")):
-        ENTRIES["capacity"](Digits(), batches="8,16")
-    with pytest.raises(UsageError, match=re.escape("batches '8,16' is text. Give a list: [8, 16].")):
-        pybatch.measure_convergence(Digits(), "8,16", device="cpu")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=re.escape("rules 'tuned' is text. Give a list: ['tuned'].")):
-        ENTRIES["sweep"](Digits(), rules="tuned")
+WRONG: dict[str, tuple[Any, str]] = {
+    "one batch size": (
+        lambda: ENTRIES["capacity"](Digits(), batches=8),
+        "measure_capacity(): batches is 8. Give a list of whole numbers, such as [8, 16], or None.",
+    ),
+    "text for batch sizes": (
+        lambda: pybatch.measure_convergence(Digits(), "8,16", device="cpu"),
+        "measure_convergence(): batches is '8,16'. Give a list of whole numbers, such as [8, 16].",
+    ),
+    "letters among batch sizes": (
+        lambda: ENTRIES["capacity"](Digits(), batches=["a"]),
+        "measure_capacity(): batches is ['a']. Give a list",
+    ),
+    "a generator": (
+        lambda: ENTRIES["capacity"](Digits(), batches=iter([1, 2])),
+        "measure_capacity(): batches is <list_iterator",
+    ),
+    "half a batch size": (
+        lambda: ENTRIES["capacity"](Digits(), batches=[8.5]),
+        "measure_capacity(): batches is [8.5]. Give a list of whole numbers",
+    ),
+    "a rule by itself": (
+        lambda: ENTRIES["sweep"](Digits(), rules="tuned"),
+        "measure_convergence(): rules is 'tuned'. Give a list of names.",
+    ),
+    "no rules": (
+        lambda: ENTRIES["sweep"](Digits(), rules=None),
+        "measure_convergence(): rules is None. Give a list of names.",
+    ),
+    "a class among rules": (
+        lambda: ENTRIES["sweep"](Digits(), rules=[dict]),
+        "rule <class 'dict'> is no name. Known: adam-sde",
+    ),
+    "rates": (lambda: ENTRIES["sweep"](Digits(), rates=0.1), "rates is 0.1. Give a list of numbers, or None."),
+    "seeds": (lambda: ENTRIES["sweep"](Digits(), seeds="3"), "seeds is '3'. Give a whole number."),
+    "a time budget as text": (
+        lambda: ENTRIES["capacity"](Digits(), time_budget="90"),
+        "measure_capacity(): time_budget is '90'. Give a number.",
+    ),
+    "of noise": (lambda: ENTRIES["noise"](Digits(), time_budget=[1]), "measure_noise(): time_budget is [1]. Give a"),
+    "of branches": (lambda: ENTRIES["branches"](Digits(), factors=4), "factors is 4. Give a list of numbers."),
+    "a precision of torch": (lambda: ENTRIES["capacity"](Digits(), dtype=torch.float32), "Use one of: fp32, bf16"),
+    "a caps's text": (lambda: pybatch.fit_steps([1, 2, 3], [3, 2, 1], cap="x"), "cap is not a table of numbers"),
+    "resamples": (
+        lambda: pybatch.fit_steps([1, 2, 3], [3, 2, 1], resamples="x"),
+        "fit_steps(): resamples is 'x'. Give a whole number.",
+    ),
+    "a model's number": (
+        lambda: pybatch.fit_steps([1, 2, 3], [3, 2, 1], model=3),
+        "model 3 is no name. Known: ",
+    ),
+    "no file": (
+        lambda: pybatch.fit_steps_csv(None),
+        "fit_steps_csv(): path is None. Give a path.",
+    ),
+    "one step time": (
+        lambda: pybatch.fit_throughput(8, 0.1),
+        "a throughput fit needs 3 distinct batch sizes, found 8.",
+    ),
+    "no step times": (
+        lambda: pybatch.fit_throughput([1, 2, 3], None),
+        "seconds is None. Give a list, with one entry per batch.",
+    ),
+    "step times as text": (
+        lambda: pybatch.fit_throughput([1, 2, 3], [1, "x", 3]),
+        "seconds holds 'x'. Give numbers.",
+    ),
+    "batch sizes as letters": (
+        lambda: pybatch.fit_throughput(["a", "b", "c"], [1, 2, 3]),
+        "batches holds ['a', 'b', 'c']. Give numbers.",
+    ),
+    "a gain": (
+        lambda: pybatch.fit_throughput([1, 2, 3], [1, 2, 3], gain="x"),
+        "fit_throughput(): gain is 'x'. Give a number.",
+    ),
+    "a model for a file": (
+        lambda: pybatch.watch(torch.nn.Linear(2, 2)),
+        "watch(): output is Linear(in_features=2, out_features=2, bias=True). Give a path, or None.",
+    ),
+    "no page": (lambda: pybatch.write_report([], None), "write_report(): path is None. Give a path."),
+    "no record": (lambda: pybatch.Run.from_json(None), "Run.from_json(): text is None. Give what a record's"),
+    "a model for its parameters": (
+        lambda: pybatch.optim.AdamW(torch.nn.Linear(2, 2)),
+        "AdamW(): params is Linear(in_features=2, out_features=2, bias=True). Give its parameters: "
+        "AdamW(model.parameters()).",
+    ),
+    "a model's class": (lambda: pybatch.optim.Muon(torch.nn.Linear), "Muon(): params is the class Linear. Give its"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_no_number_list_or_path(what: str) -> None:
+    call, says = WRONG[what]
+    with pytest.raises(UsageError, match=re.escape(says)):
+        call()
+
+
+def test_numbers_of_every_kind_are_taken() -> None:
+    """NumPy's, torch's and Python's; sizes as an array, a tuple or a range."""
+    sizes: list[Any] = [np.array([1, 2, 4]), (1, 2, np.int64(4)), range(1, 4), torch.tensor([1, 2, 4])]
+    budgets = [np.float32(1), torch.tensor(1.0), 1, Fraction(1)]
+    for batches, budget in zip(sizes, budgets, strict=True):
+        found = ENTRIES["capacity"](Digits(), batches=batches, time_budget=budget, find_max_batch=False)
+        assert [point.batch for point in found.batches][:2] == [1, 2]
 
 
 @pytest.mark.parametrize(("given", "says"), [("a.json", "old is str 'a.json'"), (pybatch.Run, "old is the class Run")])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pybatch.answer.critical import critical_of
+from pybatch.base.arguments import typed
 from pybatch.base.errors import UsageError
 from pybatch.base.numerals import interval, number
 from pybatch.base.plain import said
@@ -64,6 +65,7 @@ class Condition:
         return beyond and (change.low is None or change.significant)
 
 
+@typed
 def compare(old: Run, new: Run) -> Comparison:
     """What changed from one run to another.
 

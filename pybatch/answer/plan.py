@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from pybatch.base.arguments import typed
 from pybatch.base.errors import UsageError
 from pybatch.base.numerals import count, counted
 from pybatch.base.plain import given, said
@@ -14,6 +15,7 @@ MOST_DEVICES = 2**20
 _LOOK = 64  # shares to either side that are tried for a nearer exact choice
 
 
+@typed
 def plan_accumulation(
     capacity: Capacity | None, global_batch: int, devices: int = 1, *, largest: int | None = None
 ) -> AccumulationPlan:

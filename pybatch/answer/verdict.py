@@ -21,6 +21,7 @@ from pybatch.answer.input import with_loader
 from pybatch.answer.limit import Wall, before_fall, further_on, limit_of, wall_of
 from pybatch.answer.rate import far_from_tuned, rate_of
 from pybatch.answer.sentences import advice, bounds
+from pybatch.base.arguments import typed
 from pybatch.base.errors import UsageError
 from pybatch.base.numerals import number
 from pybatch.records import (
@@ -41,6 +42,7 @@ from pybatch.records import (
 MISFIT = 0.1  # rms of ln(measured / fitted) from which the throughput model's error is worth telling
 
 
+@typed
 def advise(
     capacity: Capacity | None,
     noise: NoiseScale | None = None,

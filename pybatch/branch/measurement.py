@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pybatch.base.arguments import typed
 from pybatch.base.errors import Interrupted, PybatchError, UsageError, carry
 from pybatch.base.progress import told
 from pybatch.branch.run import BranchedRun, BranchPlan, rated
@@ -39,6 +40,7 @@ TOLERANCE = 0.02  # of the base branch's last loss
 
 
 @told
+@typed
 def measure_branches(
     workload: Workload,
     *,

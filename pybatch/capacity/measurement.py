@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from pybatch.base.arguments import typed
 from pybatch.base.errors import Interrupted, UsageError
 from pybatch.base.numerals import counted
 from pybatch.base.progress import line_of, told
@@ -45,6 +46,7 @@ _NONE_RAN = Note("capacity.max_batch", "no batch size ran, so that nothing is kn
 
 
 @told
+@typed
 def measure_capacity(
     workload: Workload,
     *,
@@ -91,9 +93,7 @@ def measure_capacity(
         Interrupted: Ctrl-C; `partial` is the Capacity measured so far.
     """
     checked(workload)
-    if isinstance(batches, str):
-        raise UsageError(f"batches {batches!r} is text. Give whole numbers, such as [8, 16].")
-    if batches is not None and (not batches or any(n < 1 for n in batches)):
+    if batches is not None and (not len(batches) or any(n < 1 for n in batches)):
         raise UsageError(f"batches {list(batches)!r}: give at least one, each 1 or more.")
     if not time_budget > 0:
         raise UsageError(f"time budget {time_budget!r} s: give more than 0.")

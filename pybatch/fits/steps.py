@@ -16,6 +16,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pybatch.base.arguments import typed
 from pybatch.fits import steps_model, steps_notes
 from pybatch.fits.regimes import Regimes, of_doubling, of_model, unknown
 from pybatch.fits.solver import Array
@@ -31,6 +32,7 @@ ASTRAY = math.log(2)  # rms of the batch sizes around the best curve, in log ste
 BENDS = slice(1, 5)  # the critical batches among steps_model.FIGURES
 
 
+@typed
 def fit_steps(
     batches: Sequence[float] | ArrayLike,
     steps: ArrayLike,

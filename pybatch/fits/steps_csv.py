@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from pybatch.base.arguments import typed
 from pybatch.base.errors import UsageError
 from pybatch.fits.steps import fit_steps
 from pybatch.fits.steps_checks import LEAST, MOST
@@ -54,6 +55,7 @@ class LoggedRuns:
     before: list[float] | None  # nan where unknown
 
 
+@typed
 def fit_steps_csv(
     path: str | PathLike[str], *, model: str | None = None, seed: int = 0, resamples: int = 400
 ) -> StepsFit:

@@ -14,7 +14,8 @@ from pybatch.records import Note
 
 REACH = 32  # times below the smallest batch from where on an end of an interval bounds nothing
 LEAST_ON_GRID = 5  # runs that show a grid of evaluations
-COARSE = 0.03  # of the fewest steps: a finer grid is not worth a word
+COARSE = 0.03  # of the fewest steps: a finer grid is worth a word only where seeds scatter by little more
+FINE = 0.002  # of the fewest steps: a finer grid is not
 CHANCE = 1e-3  # that steps of no grid have so large a common divisor
 FEW_STEPS = 10.0  # S_min below which a step is too coarse a unit: the models fail there
 MORE = "Raise the cap on steps, or ease the target"  # where too few batch sizes reached it
@@ -65,17 +66,30 @@ def of_one_seed(met: int, unknowns: int, least: int) -> Note:
 
 def of_grid(steps: Array) -> Note | None:
     """On steps that are all multiples of one number, as where the loss is evaluated every so many; None where chance
-    could make them so, or where that number is too small to matter."""
+    could make them so, or where that number is too small to matter: beside the fewest steps, and what seeds scatter."""
     found = steps[np.isfinite(steps)]
     if len(found) < LEAST_ON_GRID or not (found == np.round(found)).all():
         return None
     every = math.gcd(*found.astype(int).tolist())
-    if every < COARSE * found.min() or every ** (len(found) - 1) < 1 / CHANCE:
+    late = every / 2 / found.min()  # in the mean, of the batch size with the fewest
+    worth = every >= COARSE * found.min() or (every >= FINE * found.min() and late > _error(steps) / 2)
+    if not worth or every ** (len(found) - 1) < 1 / CHANCE:
         return None
     text = (
         f"steps are all multiples of {every}, as where the loss is evaluated every {every} steps: they are then late "
     )
     return Note("low", f"{text}by up to as many, which the interval does not know. Give before=, the evaluation above")
+
+
+def _error(steps: Array) -> float:
+    """Standard error of a batch size's mean log steps by what its seeds scatter; infinite where none has two."""
+    logs = np.log(np.where(np.isfinite(steps), steps, np.nan))
+    runs = (~np.isnan(logs)).sum(-1)
+    several = logs[runs > 1]
+    if not len(several):
+        return math.inf
+    squares = np.nansum((several - np.nanmean(several, -1, keepdims=True)) ** 2)
+    return float(np.sqrt(squares / (runs[runs > 1] - 1).sum() / runs.max()))
 
 
 def of_stuck(size: Array, kind: NDArray[np.int8], ordinary: Array) -> list[Note]:

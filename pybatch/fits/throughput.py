@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pybatch.base.arguments import typed
 from pybatch.base.errors import UsageError
 from pybatch.base.numerals import count, number
+from pybatch.base.plain import given
 from pybatch.fits.solver import Array, aicc
 from pybatch.fits.throughput_model import cost, figures, limits, log_time
 from pybatch.fits.throughput_shapes import FLOOR_LEAST, shapes, spread
@@ -25,6 +27,7 @@ TINY = 16  # times below the smallest batch: a half batch there, from which noth
 FAR = 4  # times the largest batch: a half batch past it lets times rise by a quarter at most over all that was measured
 
 
+@typed
 def fit_throughput(
     batches: Sequence[int] | NDArray[Any],
     seconds: Sequence[float] | Sequence[Sequence[float]] | NDArray[Any],
@@ -154,24 +157,37 @@ def _opened(low: Array, high: Array, size: Array) -> tuple[Array, Array]:
     return low, high
 
 
+def _numbers(name: str, value: Any) -> Array:
+    try:
+        found = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        found = np.empty((0, 0))
+    if found.ndim > 1:
+        raise UsageError(f"{name} holds {given(value)}. Give numbers.")
+    return found
+
+
 def _checked(batches: Any, seconds: Any, gain: float, resamples: int) -> tuple[Array, list[Array]]:
     """Batch sizes [n] and their samples, or a UsageError that says what is wrong with which value."""
     if not 0 < gain < 1:
         raise UsageError(f"gain {gain} is not a share. Give a number between 0 and 1, such as 0.05.")
     if resamples < 20:
         raise UsageError(f"resamples {resamples} cannot show a 95 % interval. Give 200 or more.")
-    if len(batches) != len(seconds):
-        raise UsageError(f"{len(batches)} batches but {len(seconds)} step times. Give one entry of seconds per batch.")
-    size = np.asarray(batches, dtype=np.float64)
-    samples = [np.atleast_1d(np.asarray(entry, dtype=np.float64)) for entry in seconds]
-    for value, sample in zip(batches, samples, strict=True):
+    size = np.atleast_1d(_numbers("batches", batches))
+    entries = [seconds] if np.ndim(batches) == 0 else seconds
+    if isinstance(entries, str) or not hasattr(entries, "__len__"):
+        raise UsageError(f"seconds is {given(seconds)}. Give a list, with one entry per batch.")
+    if len(size) != len(entries):
+        raise UsageError(f"{len(size)} batches but {len(entries)} step times. Give one entry of seconds per batch.")
+    samples = [np.atleast_1d(_numbers("seconds", entry)) for entry in entries]
+    for value, sample in zip(size.tolist(), samples, strict=True):
         if not 0 < value <= MOST:
-            raise UsageError(f"batch {value} is not a batch size. Give positive numbers up to {MOST:g}.")
+            raise UsageError(f"batch {value:g} is not a batch size. Give positive numbers up to {MOST:g}.")
         if not sample.size:
-            raise UsageError(f"batch {value} has no step time. Leave the batch out.")
+            raise UsageError(f"batch {value:g} has no step time. Leave the batch out.")
         if sample.ndim != 1 or not (np.isfinite(sample).all() and (sample > 0).all()):
             bad = next((v for v in sample.ravel().tolist() if not (np.isfinite(v) and v > 0)), sample.shape)
-            raise UsageError(f"batch {value} has step time {bad}. Give finite, positive seconds; leave failures out.")
+            raise UsageError(f"batch {value:g} has step time {bad}. Give finite, positive seconds; leave failures out.")
     if len(np.unique(size)) < 3:
         found = ", ".join(f"{v:g}" for v in np.unique(size)) or "none"
         raise UsageError(f"a throughput fit needs 3 distinct batch sizes, found {found}. Measure more batch sizes.")

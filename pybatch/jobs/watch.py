@@ -20,6 +20,7 @@ from torch import nn
 from pybatch.answer.input import with_input
 from pybatch.answer.own import with_own
 from pybatch.answer.verdict import advise
+from pybatch.base.arguments import typed
 from pybatch.base.errors import PybatchError, UsageError
 from pybatch.base.numerals import count, counted, number, share
 from pybatch.base.plain import unwritten, visible
@@ -339,6 +340,7 @@ class watch:  # it reads as the verb it is: `with pybatch.watch(): train()`
         UsageError: an argument out of range, or a file that can't be written.
     """
 
+    @typed
     def __init__(
         self,
         output: str | Path | None = None,

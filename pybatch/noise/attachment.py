@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from pybatch.base.arguments import typed
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import given
 from pybatch.noise.handle import ACCUMULATIONS, Accumulation, Examples, Handle
@@ -34,6 +35,7 @@ COUNTED = Note(
 )
 
 
+@typed
 def attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,

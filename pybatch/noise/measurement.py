@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 import torch
 
+from pybatch.base.arguments import typed
 from pybatch.base.errors import Interrupted, UsageError, unknown
 from pybatch.base.numerals import counted
 from pybatch.base.progress import told
@@ -48,6 +49,7 @@ WIDTH = 0.15  # relative half width of the interval at which measuring stops; it
 
 
 @told
+@typed
 def measure_noise(
     workload: Workload,
     *,

@@ -10,7 +10,7 @@ from typing import Any
 from pybatch.base.codec import decode, encode, parse, stands_at_top
 from pybatch.base.display import Shown
 from pybatch.base.errors import UsageError
-from pybatch.base.plain import said
+from pybatch.base.plain import given, said
 from pybatch.records.capacity import Capacity, Distributed
 from pybatch.records.convergence import Convergence
 from pybatch.records.figure import hidden
@@ -49,6 +49,8 @@ class Run(Shown):
     @staticmethod
     def from_json(text: str) -> Run:
         """Read a saved record back; raises UsageError on a foreign file or one of another version."""
+        if not isinstance(text, str | bytes | bytearray):
+            raise UsageError(f"Run.from_json(): text is {given(text)}. Give what a record's file holds.")
         try:
             data = parse(text)
         except ValueError as error:

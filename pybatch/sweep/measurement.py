@@ -9,6 +9,7 @@ from typing import Unpack
 
 import torch
 
+from pybatch.base.arguments import typed
 from pybatch.base.errors import Interrupted, PybatchError, StoreError, UsageError, WorkloadError, carry
 from pybatch.base.numerals import counted
 from pybatch.base.progress import told
@@ -29,6 +30,7 @@ Noise = NoiseScale | Callable[[], NoiseScale | None] | None
 
 
 @told
+@typed
 def measure_convergence(
     workload: Workload,
     batches: Sequence[int],

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 import operator
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypedDict
 
 from pybatch import scaling
+from pybatch.base.arguments import check
 from pybatch.base.errors import UsageError, unknown
 from pybatch.base.plain import said
 from pybatch.sweep.search import GRIDS, SAMPLERS, Grid, Racing, Sampled, Search, load_optuna
@@ -192,11 +194,9 @@ class SweepOptions:
         if not isinstance(given, str | None):
             what = given.__name__ if isinstance(given, type) else type(given).__name__
             raise UsageError(f"optimizer {what} is no name. Give a name of pybatch.optim, such as 'adamw'.")
-        for name, one in (("batches", "[8, 16]"), ("rules", "['tuned']")):
-            if isinstance(getattr(self, name), str):
-                raise UsageError(f"{name} {said(getattr(self, name))} is text. Give a list: {one}.")
-        whole = all(hasattr(batch, "__index__") for batch in self.batches)
-        if not whole or not self.batches or min(self.batches) < 1:
+        hints = typing.get_type_hints(type(self))
+        check(hints, {name: getattr(self, name) for name in hints})
+        if not len(self.batches) or min(self.batches) < 1:
             raise UsageError(f"batches {list(self.batches)}: give at least one batch size, each a whole number from 1.")
         for rule in self.rules:
             if rule not in scaling.rules():

@@ -172,6 +172,16 @@ def test_steps_on_a_grid_ask_for_the_evaluations_before(every, says):
     assert not any("before=" in n.text for n in fit_steps(BATCHES, steps, before=steps - every, resamples=20).notes)
 
 
+@pytest.mark.parametrize(("scatter", "says"), [(0.005, True), (0.15, False)])
+def test_a_finer_grid_is_told_where_seeds_scatter_by_less(scatter, says):
+    """25 steps are 2.2 % of the fewest: the interval of seeds that scatter by 0.5 % is that of the grid."""
+    rng = np.random.default_rng(7)
+    sizes = 2.0 ** np.arange(3, 10)
+    exact = 1100 * (1 + 60 / sizes)[:, None] * np.exp(scatter * rng.standard_normal((7, 3)))
+    fit = fit_steps(sizes, np.ceil(exact / 25) * 25, model="hyperbola", resamples=20)
+    assert any("multiples of 25" in n.text for n in fit.notes) == says
+
+
 def long_form(table, rates=None):
     batches, seeds, steps = [], [], []
     for j, row in enumerate(table):

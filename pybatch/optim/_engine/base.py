@@ -14,6 +14,7 @@ import torch
 
 from pybatch import ops
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import given
 from pybatch.optim._engine import accumulation, amp, states, statistics, zero
 from pybatch.optim._engine.accumulation import Sums
 from pybatch.optim._engine.arguments import check_count, check_hyper
@@ -80,6 +81,9 @@ class FusedOptimizer(SavedOptimizer):
         cls.__signature__ = signature(cls.__init__)
 
     def __init__(self, params: Any, defaults: dict[str, Any], **own: Unpack[OwnOptions]) -> None:
+        if isinstance(params, torch.nn.Module | type):
+            name = type(self).__name__
+            raise UsageError(f"{name}(): params is {given(params)}. Give its parameters: {name}(model.parameters()).")
         defaults |= {name: own.get(name, False if name == "differentiable" else None) for name in self.torch_flags}
         self._options = Options.given(type(self).__name__, **own)
         if zero.is_caller():

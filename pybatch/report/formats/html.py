@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from pybatch.base import numerals as n
+from pybatch.base.arguments import typed
 from pybatch.base.codec import encode
 from pybatch.base.errors import UsageError
 from pybatch.records import (
@@ -38,6 +39,7 @@ from pybatch.report.run import answer_of, plots, sections, title
 from pybatch.report.verdict import first_figures, rest_of
 
 
+@typed
 def write_report(records: Sequence[object] | object, path: str | Path) -> None:
     """Write one self-contained HTML file.
 

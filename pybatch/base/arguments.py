@@ -1,0 +1,118 @@
+"""Arguments of public functions, held against their annotations before anything is done."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, ParamSpec, TypeVar
+
+from pybatch.base.errors import UsageError
+from pybatch.base.plain import given
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LISTS = (Sequence, Iterable, list, tuple)
+# What to give: one, and in a list.
+_WORDS: Mapping[Any, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers, such as [8, 16]"),
+    float: ("a number", "numbers"),
+    str: ("a name", "names"),
+    bool: ("True or False", "True and False"),
+    Path: ("a path", "paths"),
+    NoneType: ("None", "None"),
+}
+
+
+def typed(call: Callable[P, R]) -> Callable[P, R]:
+    """Refuse an argument that is no number, path or list where one is asked for, with what to give.
+
+    What else an annotation says is the function's own to check: of a name it knows which there are.
+    """
+    signature = inspect.signature(call)
+    name = call.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(call)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            arguments = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return call(*args, **kwargs)  # which says the same of itself
+        hints = _hints(call)
+        check({name: hints.get(name) for name in arguments}, arguments, f"{name}(): ")
+        return call(*args, **kwargs)
+
+    return checked
+
+
+def check(hints: Mapping[str, Any], values: Mapping[str, Any], where: str = "") -> None:
+    """UsageError for the first of these values that does not fit its annotation."""
+    for name, kind in hints.items():
+        if name in values and not _fits(values[name], kind):
+            raise UsageError(f"{where}{name} is {given(values[name])}. Give {_asked(kind)}.")
+
+
+@functools.cache
+def _hints(call: Callable[..., object]) -> dict[str, Any]:
+    return typing.get_type_hints(call)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if len(kinds := _kinds(kind)) > 1:
+        return any(_fits(value, one) for one in kinds)
+    (kind,) = kinds
+    if typing.get_origin(kind) in _LISTS:
+        if isinstance(value, str | bytes | Iterator | Mapping) or not isinstance(value, Iterable):
+            return False
+        return all(_fits(one, typing.get_args(kind)[0]) for one in value)
+    if _is_path(kind):
+        return isinstance(value, str | PathLike)
+    test = _TESTS.get(kind) if kind.__hash__ is not None else None
+    return test is None or test(value)
+
+
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    """What an annotation allows; a path may always be text."""
+    if not isinstance(kind, UnionType) and typing.get_origin(kind) is not typing.Union:
+        return (kind,)
+    kinds = typing.get_args(kind)
+    return tuple(one for one in kinds if not (one is str and any(map(_is_path, kinds))))
+
+
+def _is_path(kind: Any) -> bool:
+    return kind in (Path, PathLike) or typing.get_origin(kind) is PathLike
+
+
+def _does(call: Callable[[Any], object]) -> Callable[[Any], bool]:
+    def test(value: Any) -> bool:
+        try:
+            call(value)
+        except (TypeError, ValueError):
+            return False
+        return not isinstance(value, str | bytes)
+
+    return test
+
+
+_TESTS: Mapping[Any, Callable[[Any], bool]] = {
+    int: _does(operator.index),
+    float: _does(float),
+    bool: lambda value: isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"),  # numpy's too
+    NoneType: lambda value: value is None,
+}
+
+
+def _asked(kind: Any) -> str:
+    if len(kinds := _kinds(kind)) > 1:
+        return ", or ".join(map(_asked, kinds))
+    (kind,) = kinds
+    if typing.get_origin(kind) in _LISTS:
+        inner = typing.get_args(kind)[0]
+        return f"a list of {_WORDS[inner][1]}" if inner in _WORDS else "a list"
+    return _WORDS[Path if _is_path(kind) else kind][0]
