@@ -24,6 +24,7 @@ from pybatch.answer.sentences import advice, bounds
 from pybatch.base.arguments import typed
 from pybatch.base.errors import UsageError
 from pybatch.base.numerals import number
+from pybatch.fits.throughput import MISFIT
 from pybatch.records import (
     Capacity,
     Confidence,
@@ -38,8 +39,6 @@ from pybatch.records import (
     Verdict,
     aim_of,
 )
-
-MISFIT = 0.1  # rms of ln(measured / fitted) from which the throughput model's error is worth telling
 
 
 @typed

@@ -307,7 +307,8 @@ def _fit_notes(fit: ThroughputFit, timed: Sequence[BatchPoint], largest: Largest
         )
         notes.append(Note("capacity.model", text))
     named = {"ceiling": "ceiling_samples_per_s"}
-    notes += [Note(f"capacity.{named.get(note.figure, note.figure)}", note.text) for note in fit.notes]
+    told = (note for note in fit.notes if note.figure != "rms_log_error")  # of which the verdict speaks
+    notes += [Note(f"capacity.{named.get(note.figure, note.figure)}", note.text) for note in told]
     if fit.saturation_batch is None:
         return notes
     if largest.batch is not None and fit.saturation_batch > largest.batch:

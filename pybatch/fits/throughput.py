@@ -7,6 +7,7 @@ bootstrap resamples at once. Steps to target against batch size are fitted in `s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from pybatch.base.arguments import typed
 from pybatch.base.errors import UsageError
-from pybatch.base.numerals import count, number
+from pybatch.base.numerals import count, number, share
 from pybatch.base.plain import given
 from pybatch.fits.solver import Array, aicc
 from pybatch.fits.throughput_model import cost, figures, limits, log_time
@@ -24,6 +25,7 @@ from pybatch.records import Note, ThroughputFit
 
 MOST = 1e18  # examples: far past it the arithmetic overflows
 TINY = 16  # times below the smallest batch: a half batch there, from which nothing keeps it apart from 0, is none
+MISFIT = 0.1  # rms of ln(measured / fitted) from which the fit's error is worth telling
 FAR = 4  # times the largest batch: a half batch past it lets times rise by a quarter at most over all that was measured
 
 
@@ -91,6 +93,8 @@ def fit_throughput(
     elif low[1] == 0.0 and point[1] < max(1.05 * np.exp(limits(size)[0]), size.min() / TINY):
         points, notes = [points[0], None, None], (_no_half(high, size),)
         floor = alpha = 0.0
+    if error > MISFIT:
+        notes = (*notes, _misfit(error))
     return ThroughputFit(
         model=model,
         t0_s=floor,
@@ -111,6 +115,11 @@ def fit_throughput(
         wave=wave,
         notes=notes,
     )
+
+
+def _misfit(error: float) -> Note:
+    text = f"step times lie {share(math.expm1(error))} off the curve (rms), which no model here follows: the intervals "
+    return Note("rms_log_error", f"{text}are widened for it. Read the batch sizes' own times too, or measure again")
 
 
 def _flat(half: float, half_high: float, size: Array) -> bool:

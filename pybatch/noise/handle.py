@@ -18,7 +18,7 @@ from pybatch.base.errors import UsageError
 from pybatch.fits.accumulator import NoiseAccumulator
 from pybatch.noise.closures import Evaluations
 from pybatch.noise.confounds import confounds
-from pybatch.noise.hooks import before_forward
+from pybatch.noise.hooks import before_forward, transformed
 from pybatch.noise.labels import ignored_in, ragged
 from pybatch.noise.loss import Loss
 from pybatch.noise.readback import Readback
@@ -98,7 +98,7 @@ class Count:
 
     def see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward pass begins."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or transformed():
             return
         self.forwards += 1
         if not self.modes:

@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 _TABLES = ("_forward_hooks", "_forward_pre_hooks")
@@ -70,6 +71,11 @@ class Placed:
         self._handle.remove()
         if hasattr(self, "_forget"):
             self._forget()
+
+
+def transformed() -> bool:
+    """Whether a pass is under way within torch.func (vmap, grad, ...), of which none is a step of a training."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def before_forward(model: nn.Module, call: Callable[..., Any], **options: bool) -> Placed:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pybatch.noise.hooks import after_forward
+from pybatch.noise.hooks import after_forward, transformed
 from pybatch.noise.labels import masked, ragged
 from pybatch.noise.outputs import leaves_in
 from pybatch.records import Note
@@ -86,7 +86,7 @@ class Loss:
 
     def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward pass is over: a backward pass may follow."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or transformed():
             return
         self._passes += 1
         if self._passes > _PASSES:

@@ -11,7 +11,7 @@ from torch import nn
 
 from pybatch.base.errors import UsageError
 from pybatch.noise.handle import Collector, Handle
-from pybatch.noise.hooks import before_forward
+from pybatch.noise.hooks import before_forward, transformed
 from pybatch.noise.sources.adam_moments import MomentsNoise
 from pybatch.noise.sources.examples import ExampleNoise
 from pybatch.noise.sources.micro_batches import MicroBatchNoise
@@ -56,7 +56,7 @@ class OrdinaryLoop(Handle):
         self._hook: Any = before_forward(self._model, self._look, with_kwargs=True)
 
     def _look(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not module.training or not torch.is_grad_enabled():
+        if not module.training or not torch.is_grad_enabled() or transformed():
             return
         before = self.current
         self._decide()

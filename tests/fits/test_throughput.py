@@ -322,3 +322,11 @@ def test_a_smooth_device_has_no_waves():
 
 def test_powers_of_two_cannot_show_waves():
     assert fit_throughput(BATCHES, waved(BATCHES, 64)).model == "floor"
+
+
+@pytest.mark.parametrize(("scatter", "says"), [(0.2, True), (0.02, False)])
+def test_a_fit_that_its_times_miss_says_so(scatter, says):
+    sizes = 2.0 ** np.arange(11)
+    times = 1e-3 * (1 + sizes / 40) * np.exp(scatter * np.array([1, -1] * 5 + [1]))
+    fit = fit_throughput(sizes, times, resamples=50)
+    assert any("off the curve (rms)" in note.text for note in fit.notes) == says

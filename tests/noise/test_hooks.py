@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+import pybatch.noise
 from pybatch.noise.hooks import after_forward, before_forward
 from pybatch.noise.sources.micro_batches import MicroBatchNoise
 
@@ -235,3 +236,26 @@ def test_scripting_that_fails_leaves_the_hooks():
         torch.jit.script(model)
     model(torch.ones(1))
     assert called == ["before", "after"]
+
+
+@pytest.mark.parametrize("source", ["per-example", "micro-batches", None])
+def test_a_pass_within_torch_func_is_none_of_the_training(source):
+    """As of somebody who looks at per-example gradients along the way."""
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = pybatch.noise.attach(model, optimizer, source)
+    weights = {name: param.detach() for name, param in model.named_parameters()}
+
+    def loss(weights, x):
+        return torch.func.functional_call(model, weights, (x[None],)).square().sum()
+
+    for _ in range(12):
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, torch.randn(5, 6))
+        assert found["weight"].shape == (5, 3, 6)
+        for _ in range(1 + (source == "micro-batches")):
+            model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    noise = handle.noise
+    assert noise.small_batch == (4 if source == "micro-batches" else 1)
+    assert noise.large_batch == (8 if source == "micro-batches" else 4)

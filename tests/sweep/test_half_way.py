@@ -233,7 +233,7 @@ def test_default_rates_are_powers_of_two_however_often_they_are_halved():
 
 @pytest.mark.parametrize("batches", [[4.0, 8], [4, 8.5], ["4"]])
 def test_batch_sizes_are_whole_numbers(batches):
-    with pytest.raises(UsageError, match="each a whole number from 1"):
+    with pytest.raises(UsageError, match="Give a list of whole numbers"):
         SweepOptions(batches=batches)
 
 

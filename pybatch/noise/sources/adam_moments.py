@@ -209,8 +209,8 @@ class MomentsNoise(Collector):
             notes.append(Note("noise.skipped", text))
         if self._cleared:
             text = (
-                f"the gradients of {self._cleared} micro-batches were cleared without a step, as by a GradScaler: they "
-                "are left out; where several forward passes make one loss, attach with examples='count'"
+                f"{self._cleared} forward passes had no gradient before the next: where several make one loss, attach "
+                "with examples='count'; a GradScaler clears gradients without a step, and they are left out"
             )
             notes.append(Note("noise.skipped", text))
         return tuple(notes)

@@ -253,7 +253,8 @@ class ExampleNoise(Collector):
     def _said(self) -> tuple[Note, ...]:
         notes = list(self._notes)
         if self._every > 1:
-            notes.append(Note("noise.steps", f"one step in {self._every} is measured"))
+            text = f"one step in {self._every} is measured: a smaller `every` reads newer steps, and costs more"
+            notes.append(Note("noise.steps", text))
         if self.refused is not None:
             notes.append(Note("noise.b_simple", f"ended: {self.refused}"))
         return tuple(notes)
