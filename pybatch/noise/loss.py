@@ -37,7 +37,8 @@ _NODES = 1000  # of a loss's graph that are looked at
 _MEAN = 1  # torch's number for reduction="mean"
 
 _looking: weakref.WeakSet[Loss] = weakref.WeakSet()
-_plain: Any = None  # torch.Tensor.backward, while ours is in its place
+_plain: Any = torch.Tensor.backward  # what stood where ours stands
+_placed = False  # whether ours stands there, or under what others have put over it
 
 
 class Loss:
@@ -121,7 +122,7 @@ class Loss:
             some = any(hooks for _, hooks in by_example) and aside is None
             if some or any(_hooks(x) != hooks or x.retains_grad for x, hooks in by_example):
                 return  # hooks would see a pass more: another time
-            with aside or contextlib.nullcontext():
+            with aside or contextlib.nullcontext(), torch.enable_grad():
                 coupled, unused = _derived(loss, parts, n)
             self._coupled.append(coupled)
             self._unused += unused
@@ -220,12 +221,12 @@ def _hooks(x: Tensor) -> int:
 
 def _look(loss: Loss) -> None:
     """Where backward passes begin: torch has no hook there, so its method is replaced as long as one is awaited."""
-    global _plain
+    global _plain, _placed
     if loss not in _looking:
         _looking.add(loss)
         weakref.finalize(loss, _put_back).atexit = False
-    if _plain is None:
-        _plain, torch.Tensor.backward = torch.Tensor.backward, _backward  # type: ignore[method-assign]
+    if not _placed:
+        _placed, _plain, torch.Tensor.backward = True, torch.Tensor.backward, _backward  # type: ignore[method-assign]
 
 
 def _look_no_more(loss: Loss) -> None:
@@ -234,18 +235,17 @@ def _look_no_more(loss: Loss) -> None:
 
 
 def _put_back() -> None:
-    global _plain
+    global _placed
     if not list(_looking) and torch.Tensor.backward is _backward:  # its length counts those that were just let go of
-        torch.Tensor.backward, _plain = _plain, None  # type: ignore[method-assign]
+        torch.Tensor.backward, _placed = _plain, False  # type: ignore[method-assign]
 
 
 def _backward(
     self: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
 ) -> Any:
-    plain = _plain
     for loss in tuple(_looking) if gradient is None else ():
         try:
             loss.begins(self)
         except Exception:  # no second derivative, or no memory for it: the training itself goes on
             loss.remove()
-    return plain(self, gradient, retain_graph, create_graph, inputs)
+    return _plain(self, gradient, retain_graph, create_graph, inputs)

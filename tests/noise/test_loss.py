@@ -355,3 +355,52 @@ def test_a_model_that_is_let_go_of_takes_the_look_along():
     del model, handle
     gc.collect()
     assert torch.Tensor.backward is plain
+
+
+def test_a_method_taken_before_is_called_after():
+    model = Head()
+    handle = pybatch.noise.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), "micro-batches")
+    taken = classes(model, *images()).backward
+    handle.detach()
+    taken()
+    assert model.net[0].weight.grad is not None
+
+
+def test_what_others_put_over_it_stays_and_is_called(monkeypatch):
+    """Another tool's wrapper of `.backward`, put there while one is awaited; and a handle after it."""
+    called = []
+
+    def begun():
+        model = Head()
+        handle = pybatch.noise.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), "micro-batches")
+        return handle, decorrelated(model, *images())
+
+    handles = [begun()]
+    ours = torch.Tensor.backward
+
+    def theirs(self, *given, **named):
+        called.append(1)
+        return ours(self, *given, **named)
+
+    monkeypatch.setattr(torch.Tensor, "backward", theirs)
+    handles[0][1].backward()
+    handles[0][0].detach()
+    handles.append(begun())
+    handles[1][1].backward()
+    for handle, _ in handles:
+        assert COUPLES in " ".join(note.text for note in handle._of_loss())
+        handle.detach()
+    assert len(called) == 2
+    assert torch.Tensor.backward is theirs
+    monkeypatch.undo()
+    looked_at._put_back()
+
+
+def test_a_backward_pass_where_gradients_are_off():
+    model = Head()
+    handle = pybatch.noise.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), "micro-batches")
+    output = decorrelated(model, *images())
+    with torch.no_grad():
+        output.backward()
+    assert COUPLES in " ".join(note.text for note in handle._of_loss())
+    handle.detach()
