@@ -93,8 +93,8 @@ def fit_throughput(
     elif low[1] == 0.0 and point[1] < max(1.05 * np.exp(limits(size)[0]), size.min() / TINY):
         points, notes = [points[0], None, None], (_no_half(high, size),)
         floor = alpha = 0.0
-    if error > MISFIT:
-        notes = (*notes, _misfit(error))
+    if error > MISFIT and not notes:
+        notes = (_misfit(error),)
     return ThroughputFit(
         model=model,
         t0_s=floor,

@@ -585,7 +585,7 @@ def test_moments_leave_out_steps_that_are_not_finite(kind):
     assert noise.trace == pytest.approx((small - large) / (1 / 8 - kappa / 8), rel=1e-3)
     said = [n.text for n in noise.notes if n.figure == "noise.skipped"]
     assert said
-    assert said[0].startswith("in no window: 2 steps" if kind == "fused" else "the gradients of 2 micro-batches")
+    assert said[0].startswith("in no window: 2 steps" if kind == "fused" else "2 forward passes had no gradient")
 
 
 def test_bad_arguments():
