@@ -24,7 +24,6 @@ _WORDS: Mapping[Any, tuple[str, str]] = {
     int: ("a whole number", "whole numbers, such as [8, 16]"),
     float: ("a number", "numbers"),
     str: ("a name", "names"),
-    bool: ("True or False", "True and False"),
     Path: ("a path", "paths"),
     NoneType: ("None", "None"),
 }
@@ -68,9 +67,17 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(_fits(value, one) for one in kinds)
     (kind,) = kinds
     if typing.get_origin(kind) in _LISTS:
+        inner = typing.get_args(kind)[0]
+        if isinstance(value, str | bytes) and inner not in _WORDS:
+            return True  # of names of any kind
         if isinstance(value, str | bytes | Iterator | Mapping) or not isinstance(value, Iterable):
             return False
-        return all(_fits(one, typing.get_args(kind)[0]) for one in value)
+        try:
+            return all(_fits(one, inner) for one in value)
+        except TypeError:  # an array without dimensions
+            return False
+    if typing.get_origin(kind) is Mapping:
+        return isinstance(value, Mapping)
     if _is_path(kind):
         return isinstance(value, str | PathLike)
     test = _TESTS.get(kind) if kind.__hash__ is not None else None
@@ -93,17 +100,22 @@ def _does(call: Callable[[Any], object]) -> Callable[[Any], bool]:
     def test(value: Any) -> bool:
         try:
             call(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of torch
             return False
         return not isinstance(value, str | bytes)
 
     return test
 
 
+def _whole(value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return operator.index(value)
+
+
 _TESTS: Mapping[Any, Callable[[Any], bool]] = {
-    int: _does(operator.index),
+    int: _does(_whole),
     float: _does(float),
-    bool: lambda value: isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"),  # numpy's too
     NoneType: lambda value: value is None,
 }
 
@@ -114,5 +126,10 @@ def _asked(kind: Any) -> str:
     (kind,) = kinds
     if typing.get_origin(kind) in _LISTS:
         inner = typing.get_args(kind)[0]
+        if typing.get_origin(inner) in _LISTS:
+            return f"a list of lists{_asked(inner).removeprefix('a list')}"
         return f"a list of {_WORDS[inner][1]}" if inner in _WORDS else "a list"
-    return _WORDS[Path if _is_path(kind) else kind][0]
+    if typing.get_origin(kind) is Mapping:
+        return "a mapping"
+    known = _WORDS.get(Path if _is_path(kind) else kind)
+    return known[0] if known is not None else getattr(kind, "__name__", str(kind))

@@ -54,9 +54,15 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         found = count(packet, args, kwargs, result)
-        if packet is torch.ops.aten.sparse_mask and self._product is not None and self._product[0] == args[0]._cdata:
-            found = masked(self._product[1], *args)
-        self._product = (result._cdata, found) if found and isinstance(result, torch.Tensor) else None
+        product = self._product
+        if product is not None and not (args and isinstance(args[0], torch.Tensor) and product[0] == args[0]._cdata):
+            product = None
+        if packet is torch.ops.aten.sparse_mask and product is not None and torch._C._current_graph_task_id() >= 0:
+            found = masked(product[1], *args)
+        if isinstance(result, torch.Tensor):
+            scaled = packet is torch.ops.aten.mul and product is not None and not found  # by the factor of an addmm
+            made = product[1] if scaled and product is not None else found
+            self._product = (result._cdata, made) if made else None
         self._add(packet, found)
         return result
 

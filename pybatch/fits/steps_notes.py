@@ -14,7 +14,7 @@ from pybatch.records import Note
 
 REACH = 32  # times below the smallest batch from where on an end of an interval bounds nothing
 LEAST_ON_GRID = 5  # runs that show a grid of evaluations
-COARSE = 0.03  # of the fewest steps: a finer grid is worth a word only where seeds scatter by little more
+COARSE = 0.03  # of the fewest steps: a finer grid is worth a word only beside what the seeds' mean is known by
 FINE = 0.002  # of the fewest steps: a finer grid is not
 CHANCE = 1e-3  # that steps of no grid have so large a common divisor
 FEW_STEPS = 10.0  # S_min below which a step is too coarse a unit: the models fail there

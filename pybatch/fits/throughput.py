@@ -7,7 +7,6 @@ bootstrap resamples at once. Steps to target against batch size are fitted in `s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from pybatch.base.arguments import typed
 from pybatch.base.errors import UsageError
-from pybatch.base.numerals import count, number, share
+from pybatch.base.numerals import count, number
 from pybatch.base.plain import given
 from pybatch.fits.solver import Array, aicc
 from pybatch.fits.throughput_model import cost, figures, limits, log_time
@@ -118,8 +117,10 @@ def fit_throughput(
 
 
 def _misfit(error: float) -> Note:
-    text = f"step times lie {share(math.expm1(error))} off the curve (rms), which no model here follows: the intervals "
-    return Note("rms_log_error", f"{text}are widened for it. Read the batch sizes' own times too, or measure again")
+    text = (
+        f"step times lie {number(100 * error, 2)} % off the curve (rms), by scatter or by a shape that no model here "
+    )
+    return Note("rms_log_error", f"{text}follows. Read the batch sizes' own times too, or measure again")
 
 
 def _flat(half: float, half_high: float, size: Array) -> bool:
@@ -191,12 +192,14 @@ def _checked(batches: Any, seconds: Any, gain: float, resamples: int) -> tuple[A
     samples = [np.atleast_1d(_numbers("seconds", entry)) for entry in entries]
     for value, sample in zip(size.tolist(), samples, strict=True):
         if not 0 < value <= MOST:
-            raise UsageError(f"batch {value:g} is not a batch size. Give positive numbers up to {MOST:g}.")
+            raise UsageError(f"batch {value:.12g} is not a batch size. Give positive numbers up to {MOST:g}.")
         if not sample.size:
-            raise UsageError(f"batch {value:g} has no step time. Leave the batch out.")
+            raise UsageError(f"batch {value:.12g} has no step time. Leave the batch out.")
         if sample.ndim != 1 or not (np.isfinite(sample).all() and (sample > 0).all()):
             bad = next((v for v in sample.ravel().tolist() if not (np.isfinite(v) and v > 0)), sample.shape)
-            raise UsageError(f"batch {value:g} has step time {bad}. Give finite, positive seconds; leave failures out.")
+            raise UsageError(
+                f"batch {value:.12g} has step time {bad}. Give finite, positive seconds; leave failures out."
+            )
     if len(np.unique(size)) < 3:
         found = ", ".join(f"{v:g}" for v in np.unique(size)) or "none"
         raise UsageError(f"a throughput fit needs 3 distinct batch sizes, found {found}. Measure more batch sizes.")

@@ -114,7 +114,7 @@ def attach(
         raise UsageError("hook_state: it is handed to a communication hook of DDP. Give hook=... too, or leave it out.")
     if every is not None and (source in ("ddp", "fsdp") or not chosen):
         raise UsageError(f"every={every}: the source {source!r} takes every step. Leave it out, or name another.")
-    if every is not None and not (isinstance(every, int) and every >= 1):
+    if every is not None and every < 1:
         raise UsageError(
             f"every={every!r}: give the steps from one that is watched to the next, a whole number from 1."
         )

@@ -78,6 +78,11 @@ class Count:
         return len(self._sizes)
 
     @property
+    def each(self) -> int | None:
+        """Examples of every micro-batch, as the user gave them; None: they are looked for; 0: given one by one."""
+        return 0 if self.given else self._examples  # type: ignore[return-value]
+
+    @property
     def given(self) -> bool:
         """Whether it is the user who says how much a micro-batch counts."""
         return self._examples == "count"
@@ -222,7 +227,7 @@ class Collector(Handle):
         self._device = device
         self._trained, self._frozen = dict(trainable(model)), dict(trainable(model, False))
         self._counter: Count | None = None
-        self._loss = Loss(model)
+        self._loss = Loss(model, lambda: None if self._counter is None else self._counter.each)
         self._scaler: Any = None
         self._evaluations = Evaluations()
         self._single = 0  # steps whose large batch is no larger than the small one

@@ -75,6 +75,8 @@ class Placed:
 
 def transformed() -> bool:
     """Whether a pass is under way within torch.func (vmap, grad, ...), of which none is a step of a training."""
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

@@ -28,13 +28,3 @@ def ragged(remedy: str, index: int = IGNORED) -> Note:
         f"numbers, and they were counted alike, so the scale is distorted. Say how many each has, by {remedy}"
     )
     return Note("noise.b_simple", text)
-
-
-def masked(remedy: str) -> Note:
-    """Said where outputs of some examples have no gradient, as under a mask, and examples were counted alike."""
-    text = (
-        "the loss leaves out positions of the model's output, more in some examples than in others: if it is a mean "
-        "over the rest (a mask), the scale is distorted, as examples were counted alike. Say how many each has, by "
-        f"{remedy}"
-    )
-    return Note("noise.b_simple", text)

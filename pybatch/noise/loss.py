@@ -2,12 +2,15 @@
 
 A noise scale takes the loss for a mean over examples, each of which counts by itself. The model does not tell: the loss
 is computed outside of it. So the first backward passes are looked at where they begin: the loss is known then, and its
-graph, which leads down to the model's outputs.
+graph, which leads down to the model's outputs. Nothing of the training may change by it: where hooks or functions of
+its own would see a pass more, there is no look.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,11 +18,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from pybatch.noise.hooks import after_forward, transformed
-from pybatch.noise.labels import masked, ragged
+from pybatch.noise.labels import ragged
 from pybatch.noise.outputs import leaves_in
 from pybatch.records import Note
 
@@ -31,14 +37,17 @@ COUPLED = Note(
 _LOOKS = 2  # backward passes looked at
 _PASSES = 8  # forward passes, after which a training is no more looked at whose backward passes can't be seen
 _WAITING = 4  # of them whose outputs are kept for one backward pass
-_LARGEST = 1 << 22  # numbers in the outputs, above which second derivatives would take memory that may be missed
-_APART = 0.01  # of the second derivatives between one part of the examples and all that are between it and the rest
+_LARGEST = 1 << 22  # numbers in outputs and loss, above which second derivatives would take memory that may be missed
+_LEAST = 4  # examples: of fewer a pair or a triplet can't be told from a batch
+_APART = 0.01  # of all second derivatives of an example's gradient, those by the others
 _NODES = 1000  # of a loss's graph that are looked at
 _MEAN = 1  # torch's number for reduction="mean"
 
+_lock = threading.Lock()
 _looking: weakref.WeakSet[Loss] = weakref.WeakSet()
 _plain: Any = torch.Tensor.backward  # what stood where ours stands
 _placed = False  # whether ours stands there, or under what others have put over it
+_retained = 0  # calls of torch.Tensor.retain_grad meanwhile: the tensor's gradient would be added up
 
 
 class Loss:
@@ -48,16 +57,19 @@ class Loss:
 
     Args:
         model: whose outputs the loss is made of.
+        examples: of a forward pass, as the user gives them; None: dimension 0 of its first input; 0: not known.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, examples: Callable[[], int | None] = lambda: None) -> None:
+        self._examples = examples
         # In what it gives the hooks that are on the outputs may see a pass more; None: they may not.
         self.aside: Callable[[], AbstractContextManager[None] | None] = lambda: None
+        self._model = weakref.ref(model)
         self._looks = self._passes = 0
         self._outputs: deque[tuple[int, list[tuple[Tensor, int]]]] = deque(maxlen=_WAITING)  # and how many hooks each
+        self._told = _told()  # up to the last of these passes
         self._coupled: list[Tensor] = []
         self._ignored: list[tuple[int, Tensor]] = []  # ignore index, whether labels hold it unevenly
-        self._unused: list[Tensor] = []  # whether the gradient is 0 at more of one example's outputs than of another's
         # TorchScript's modules take no hook at the end of a pass.
         scripted = isinstance(model, torch.jit.ScriptModule)
         self._hook = None if scripted else after_forward(model, self._forward, with_kwargs=True)
@@ -69,14 +81,8 @@ class Loss:
             alike: the remedy where examples are counted alike that have different numbers of labels; None: they aren't.
         """
         found = [COUPLED] if any(bool(one) for one in self._coupled) else []
-        if alike is None:
-            return tuple(found)
         ignored = [index for index, some in self._ignored if bool(some)]
-        if ignored:
-            return (*found, ragged(alike, ignored[0]))
-        if any(bool(one) for one in self._unused):
-            return (*found, masked(alike))
-        return tuple(found)
+        return (*found, *((ragged(alike, ignored[0]),) if ignored and alike is not None else ()))
 
     def remove(self) -> None:
         """Look no more."""
@@ -87,22 +93,31 @@ class Loss:
 
     def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward pass is over: a backward pass may follow."""
-        if not torch.is_grad_enabled() or transformed():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or transformed():
             return
         self._passes += 1
-        if self._passes > _PASSES:
+        try:
+            if self._passes <= _PASSES:
+                self._keep(args, kwargs, output)
+            else:
+                self.remove()
+        except Exception:  # outputs of a kind that is not known here
             self.remove()
-            return
-        given = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim), None)
-        if given is None or not len(given):
-            return
+
+    def _keep(self, args: Any, kwargs: Any, output: Any) -> None:
+        n = self._examples()
+        if n is None:
+            given = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim), None)
+            n = 0 if given is None else len(given)
         outputs = [x for x in leaves_in(output) if isinstance(x, Tensor) and x.grad_fn is not None]
-        self._outputs.append((len(given), [(x, _hooks(x)) for x in outputs]))
-        _look(self)
+        if n and sum(x.numel() for x in outputs) <= _LARGEST:
+            self._outputs.append((n, [(x, _hooks(x)) for x in outputs]))
+            self._told = _told()
+            _look(self)
 
     def begins(self, loss: Tensor) -> None:
         """A backward pass begins at this loss."""
-        if loss.numel() != 1 or loss.grad_fn is None or not self._outputs:
+        if loss.numel() != 1 or loss.grad_fn is None or not self._outputs or torch.is_anomaly_enabled():
             return
         if loss.is_cuda and torch.cuda.is_current_stream_capturing():
             return
@@ -113,56 +128,56 @@ class Loss:
         n = self._outputs[-1][0]
         by_example = [(x, hooks) for own, some in self._outputs for x, hooks in some if own == n]
         self._outputs.clear()
-        if n > 2 and any(_pairs(node, n) for node in nodes):
-            self._coupled.append(torch.ones((), dtype=torch.bool))
         self._ignored += [(index, _uneven(labels == index, n)) for index, labels in _labels(nodes)]
         parts = [(x, dim) for x, _ in by_example if (dim := _examples_in(x, n)) is not None]
-        if parts and n > 1 and sum(x.numel() for x, _ in parts) <= _LARGEST:
+        if parts and n >= _LEAST and _plain_torch(nodes):
             aside = self.aside()
-            some = any(hooks for _, hooks in by_example) and aside is None
-            if some or any(_hooks(x) != hooks or x.retains_grad for x, hooks in by_example):
-                return  # hooks would see a pass more: another time
-            with aside or contextlib.nullcontext(), torch.enable_grad():
-                coupled, unused = _derived(loss, parts, n)
-            self._coupled.append(coupled)
-            self._unused += unused
+            own = aside is None and any(hooks for _, hooks in by_example)
+            model = self._model()
+            hooked = () if model is None else (m._backward_hooks or m._backward_pre_hooks for m in model.modules())
+            if own or self._told != _told() or any(x.retains_grad for x, _ in by_example) or any(hooked):
+                return  # somebody would be told of a pass more: another time
+            if any(_of_outputs(node, parts, n) for node in nodes):
+                self._coupled.append(torch.ones((), dtype=torch.bool))
+            else:
+                with aside or contextlib.nullcontext(), torch.enable_grad():
+                    self._coupled += _coupled(loss, parts, n)
         self._looks += 1
         if self._looks == _LOOKS:
             self.remove()
 
 
-def _derived(loss: Tensor, parts: list[tuple[Tensor, int]], n: int) -> tuple[Tensor, list[Tensor]]:
-    """Whether the loss's gradient at one example's outputs depends on another's, and whether it is unevenly 0.
+def _coupled(loss: Tensor, parts: list[tuple[Tensor, int]], n: int) -> list[Tensor]:
+    """For two examples, whether the gradient of the loss at their outputs depends on half of the others' or more.
 
-    By second derivatives: of the squared gradient of some examples, by their own outputs and by the others'. Of a sum
-    over examples the latter are exactly 0. Bools, 0-d.
+    By second derivatives, which are exactly 0 for a sum over examples. Those of a pair or a triplet of rows, whose
+    losses are added, are of few others. Bools, 0-d.
     """
     first = torch.autograd.grad(loss, [x for x, _ in parts], create_graph=True, allow_unused=True)
     met = [(x, g, dim) for (x, dim), g in zip(parts, first, strict=True) if g is not None]
-    unused = [_uneven((g == 0.0).all(-1), n) for _, g, dim in met if dim == 0 and (g.ndim == 3 or len(g) > n)]
-    # Neither every other one nor a half: pairs of examples are laid out in either way.
-    some = torch.rand(n, generator=torch.Generator().manual_seed(0)) < 0.5
-    some[0], some[-1] = True, False
-    weights = [_along(some.to(x.device), x, dim, n) for x, _, dim in met]
-    curved = [
-        (g * g.detach() * weight).sum() for (_, g, _), weight in zip(met, weights, strict=True) if g.requires_grad
-    ]
-    if not curved:
-        return torch.zeros((), dtype=torch.bool), unused  # linear in the outputs
-    second = torch.autograd.grad(curved, [x for x, _, _ in met], retain_graph=True, allow_unused=True)
-    own = other = torch.zeros((), dtype=torch.float64, device=loss.device)
-    for h, weight in zip(second, weights, strict=True):
-        if h is not None:
-            size = h.detach().abs().double()
-            own, other = own + (size * weight).sum(), other + (size * ~weight).sum()
-    return other > _APART * (own + other), unused
+    found = []
+    for place in (0, n // 2):
+        curved = []
+        for g, dim in ((g, dim) for _, g, dim in met if g.requires_grad):
+            own = _rows(g, dim, n)[place]
+            # The direction counts, not the size, which in fp16 overflows.
+            curved.append((own * (own.detach() / own.detach().abs().max().clamp(min=1e-30))).sum())
+        if not curved:
+            continue  # linear in the outputs
+        second = torch.autograd.grad(curved, [x for x, _, _ in met], retain_graph=True, allow_unused=True)
+        bent = [(h, dim) for h, (_, _, dim) in zip(second, met, strict=True) if h is not None]
+        sizes = [_rows(h.detach(), dim, n).abs().double().sum(1) for h, dim in bent]
+        if sizes:
+            each = torch.stack(sizes).sum(0)
+            others = each.sum() - each[place]
+            many = (each > 0.0).sum() - 1 >= n / 2
+            found.append(many & (others > _APART * each.sum()))
+    return found
 
 
-def _along(some: Tensor, x: Tensor, dim: int, n: int) -> Tensor:
-    """Which examples, as a mask that an output can be multiplied with."""
-    length = x.shape[dim]
-    each = some.repeat_interleave(length // n)
-    return each.reshape([length if i == dim else 1 for i in range(x.ndim)])
+def _rows(x: Tensor, dim: int, n: int) -> Tensor:
+    """[n, numbers of an example]."""
+    return x.movedim(dim, 0).reshape(n, -1)
 
 
 def _examples_in(x: Tensor, n: int) -> int | None:
@@ -179,8 +194,8 @@ def _examples_in(x: Tensor, n: int) -> int | None:
 def _uneven(left: Tensor, n: int) -> Tensor:
     """Whether more is left out of one example than of another, 0-d; of whom it is, may not be known."""
     if n > 1 and left.numel() % n == 0:
-        each = left.reshape(n, -1).sum(1)
-        return each.min() != each.max()
+        by_row, by_column = left.reshape(n, -1).sum(1), left.reshape(-1, n).sum(0)  # batch or time first
+        return (by_row.min() != by_row.max()) & (by_column.min() != by_column.max())
     return left.any()
 
 
@@ -196,6 +211,15 @@ def _nodes(loss: Tensor, ends: set[Any], outputs: set[Any]) -> tuple[list[Any], 
     return list(seen), met
 
 
+def _plain_torch(nodes: list[Any]) -> bool:
+    """Whether the graph is torch's own, whole and small: a function of others may count its passes, work in place or
+    wait for other processes."""
+    if len(nodes) >= _NODES or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    numbers = sum(math.prod(data.shape) for node in nodes for data in node._input_metadata)
+    return numbers <= _LARGEST and not any(isinstance(node, BackwardCFunction) for node in nodes)
+
+
 def _labels(nodes: list[Any]) -> Iterator[tuple[int, Tensor]]:
     """(ignore index, labels) of each mean over labels."""
     for node in nodes:
@@ -204,33 +228,45 @@ def _labels(nodes: list[Any]) -> Iterator[tuple[int, Tensor]]:
             yield index - (1 << 64 if index >= 1 << 63 else 0), node._saved_target  # torch hands it on unsigned
 
 
-def _pairs(node: Any, n: int) -> bool:
-    """Whether it sets each example against every other, of which no gradient is wanted (keys without a gradient)."""
-    made = [_by_pairs(data.shape, n) for data in node._input_metadata]
-    given = [None if after is None else after._input_metadata[i].shape for after, i in node.next_functions]
-    return any(made) and None in given and not any(shape is not None and _by_pairs(shape, n) for shape in given)
-
-
-def _by_pairs(shape: Any, n: int) -> bool:
-    return [size for size in shape if size != 1][:2] == [n, n]
+def _of_outputs(node: Any, parts: list[tuple[Tensor, int]], n: int) -> bool:
+    """Whether it multiplies each example's output with every one's without a gradient (z @ z.detach().T)."""
+    if node.name() != "MmBackward0" or [tuple(data.shape) for data in node._input_metadata] != [(n, n)]:
+        return False
+    held = {x.untyped_storage().data_ptr() for x, _ in parts}
+    factors = (getattr(node, name) for name in ("_saved_self", "_saved_mat2"))
+    return any(x is not None and not x.requires_grad and x.untyped_storage().data_ptr() in held for x in factors)
 
 
 def _hooks(x: Tensor) -> int:
     return len(x._backward_hooks or ())
 
 
+def _told() -> tuple[int, int]:
+    """How often anybody asked to be told of gradients, in this process so far."""
+    return RemovableHandle.next_id, _retained
+
+
+def _retain_grad(self: Tensor) -> None:
+    global _retained
+    _retained += 1
+    torch._C.TensorBase.retain_grad(self)
+
+
 def _look(loss: Loss) -> None:
     """Where backward passes begin: torch has no hook there, so its method is replaced as long as one is awaited."""
     global _plain, _placed
-    if loss not in _looking:
-        _looking.add(loss)
-        weakref.finalize(loss, _put_back).atexit = False
-    if not _placed:
-        _placed, _plain, torch.Tensor.backward = True, torch.Tensor.backward, _backward  # type: ignore[method-assign]
+    with _lock:
+        if loss not in _looking:
+            _looking.add(loss)
+            weakref.finalize(loss, _put_back).atexit = False
+        if not _placed:
+            _placed, _plain, torch.Tensor.backward = True, torch.Tensor.backward, _backward  # type: ignore[method-assign]
+            torch.Tensor.retain_grad = _retain_grad  # type: ignore[method-assign, assignment]
 
 
 def _look_no_more(loss: Loss) -> None:
-    _looking.discard(loss)
+    with _lock:
+        _looking.discard(loss)
     _put_back()
 
 
@@ -238,12 +274,16 @@ def _put_back() -> None:
     global _placed
     if not list(_looking) and torch.Tensor.backward is _backward:  # its length counts those that were just let go of
         torch.Tensor.backward, _placed = _plain, False  # type: ignore[method-assign]
+        if torch.Tensor.retain_grad is _retain_grad:
+            del torch.Tensor.retain_grad  # which is torch's own again, of its base class
 
 
 def _backward(
     self: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
 ) -> Any:
-    for loss in tuple(_looking) if gradient is None else ():
+    with _lock:
+        awaited = list(_looking) if gradient is None else []
+    for loss in awaited:
         try:
             loss.begins(self)
         except Exception:  # no second derivative, or no memory for it: the training itself goes on

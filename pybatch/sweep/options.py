@@ -222,7 +222,7 @@ class SweepOptions:
                 raise unknown("target split", split_of(split), SPLITS)
             if not loss > -math.inf:
                 raise UsageError(f"target {split}={loss}: give a number.")
-        if self.rates is not None and not (self.rates and all(0 < rate < math.inf for rate in self.rates)):
+        if self.rates is not None and not (len(self.rates) and all(0 < rate < math.inf for rate in self.rates)):
             raise UsageError(f"rates {list(self.rates)}: give finite learning rates above 0.")
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)

@@ -16,7 +16,7 @@ from pybatch.noise.loss import _PASSES
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 N = 6  # examples of a micro-batch
-COUPLES, IGNORES, LEAVES = "couples the examples", "ignore index", "leaves out positions"
+COUPLES, IGNORES = "couples the examples", "ignore index"
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def keys(model, x, _):
 
 def distances(model, x, _):
     z = model(x)
-    return entropy(-torch.cdist(z, z.detach()))
+    return entropy(-(z[:, None] - z[None]).square().sum(-1))
 
 
 def decorrelated(model, x, _):
@@ -112,12 +112,7 @@ def centred(model, x, y):
     return F.cross_entropy(z - z.mean(0), y)
 
 
-def broadcast(model, x, y):
-    """[n, 1] less [n], as happens."""
-    return (model(x)[:, :1] - y).square().mean()
-
-
-COUPLED = [info_nce, sim_clr, keys, distances, decorrelated, centred, broadcast]
+COUPLED = [info_nce, sim_clr, keys, distances, decorrelated, centred]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -154,7 +149,23 @@ def penalized(model, x, y):
     return F.cross_entropy(model(x), y) + 0.01 * sum(p.square().sum() for p in model.parameters())
 
 
-APART = [classes, as_many_classes, weighed, pairs, linear, penalized]
+def frozen_head(model, x, y):
+    """As many classes as examples, by a head outside the model that is not trained."""
+    return F.cross_entropy(model(x) @ torch.randn(4, N), torch.arange(N))
+
+
+def preferred(model, x, _):
+    """Of each two examples of a pass the first is to score higher, as a reward model's: a mean over pairs."""
+    better, worse = model(torch.cat([x, x + 0.1])).sum(1).chunk(2)
+    return -F.logsigmoid(better - worse).mean()
+
+
+def triplets(model, x, _):
+    one, near, far = model(torch.cat([x, x + 0.1, x.flip(0)])).chunk(3)
+    return F.triplet_margin_loss(one, near, far)
+
+
+APART = [classes, as_many_classes, weighed, pairs, linear, penalized, frozen_head, preferred, triplets]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -162,7 +173,7 @@ APART = [classes, as_many_classes, weighed, pairs, linear, penalized]
 @pytest.mark.parametrize("loss", APART)
 def test_a_mean_over_examples_is_not(loss, passes):
     notes = said(Head(), loss, images, passes)
-    assert not any(word in notes for word in (COUPLES, IGNORES, LEAVES))
+    assert not any(word in notes for word in (COUPLES, IGNORES))
 
 
 def adamw(params):
@@ -174,7 +185,6 @@ SOURCES = {
     "every third": {"source": "per-example", "every": 3},
     "adam-moments": {"source": "adam-moments", "optimizer": adamw},
     "micro-batches": {"source": "micro-batches", "passes": 2},
-    "counted": {"examples": "count", "count": True, "passes": 2},
     "a number": {"examples": N, "passes": 2},
 }
 
@@ -218,7 +228,7 @@ def test_labels_are_not_spoken_of_where_the_user_counts():
     def loss(model, ids, labels):
         return F.cross_entropy(model(ids).flatten(0, 1), labels.flatten())
 
-    assert IGNORES not in said(Tokens(), loss, tokens, **SOURCES["counted"], accumulation="weighted")
+    assert IGNORES not in said(Tokens(), loss, tokens, examples="count", count=True, passes=2, accumulation="weighted")
 
 
 def test_labels_within_the_model_with_an_index_of_their_own():
@@ -235,17 +245,6 @@ def test_each_example_with_as_many_labels_is_not_noticed():
         return ids, labels.index_fill(1, torch.tensor([0, 1]), -100)
 
     assert IGNORES not in said(Tokens(), lambda m, x, y: F.cross_entropy(m(x).flatten(0, 1), y.flatten()), half, 2)
-
-
-@pytest.mark.parametrize("passes", [1, 2])
-def test_a_mask_by_hand(passes):
-    def loss(model, ids, labels):
-        each = F.cross_entropy(model(ids).transpose(1, 2), labels.clamp(min=0), reduction="none")
-        return (each * (labels >= 0)).sum() / (labels >= 0).sum()
-
-    notes = said(Tokens(), loss, tokens, passes)
-    assert LEAVES in notes
-    assert LEAVES not in said(Tokens(), loss, lambda: tokens(3), passes)
 
 
 def test_a_training_is_the_same_under_the_look():
@@ -287,6 +286,117 @@ def test_hooks_of_the_training_see_what_they_saw():
     own = z.detach().requires_grad_()
     (F.cross_entropy(own, y) / 2).backward()
     assert torch.equal(z.grad, own.grad)
+
+
+class InPlace(torch.autograd.Function):
+    """A fused cross entropy that makes its gradient in the forward pass, and scales it where it lies."""
+
+    @staticmethod
+    def forward(ctx, z, y):
+        ctx.grad = (z.softmax(1) - F.one_hot(y, z.shape[1])) / len(z)
+        return F.cross_entropy(z, y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.grad.mul_(grad), None
+
+
+def retained(model, x, y):
+    z = model(x) / 0.5
+    z.retain_grad()
+    KEPT.append(z)
+    return F.cross_entropy(z, y)
+
+
+def hooked(model, x, y):
+    z = model(x) / 0.5
+    z.register_hook(lambda g: CALLS.append(1))
+    return F.cross_entropy(z, y)
+
+
+def through_a_hooked_module(model, x, y):
+    loss = nn.CrossEntropyLoss()
+    loss.register_full_backward_hook(lambda *_: CALLS.append(1))
+    return loss(model(x), y)
+
+
+KEPT, CALLS = [], []
+
+
+@pytest.mark.parametrize("loss", [lambda m, x, y: InPlace.apply(m(x), y), retained, hooked, through_a_hooked_module])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_what_would_be_told_of_a_pass_more_is_not(loss, passes):
+    """The same parameters, the same gradients kept and as many calls as without a handle, to the last bit."""
+    found = []
+    for look in (False, True):
+        torch.manual_seed(2)
+        KEPT.clear()
+        CALLS.clear()
+        model = Head()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        handle = pybatch.noise.attach(model, optimizer, "micro-batches") if look else None
+        for _ in range(4):
+            for _ in range(passes):
+                loss(model, *images()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        kept = [z.grad for z in KEPT]
+        found.append((torch.cat([p.detach().flatten() for p in model.parameters()]), kept, len(CALLS)))
+        if handle is not None:
+            handle.detach()
+    (one, kept, calls), (other, own, called) = found
+    assert torch.equal(one, other)
+    assert calls == called
+    assert all(map(torch.equal, kept, own))
+
+
+def test_a_model_that_is_compiled_after_attaching_trains():
+    model = Head()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = pybatch.noise.attach(model, optimizer, "micro-batches")
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(3):
+        for _ in range(2):
+            F.cross_entropy(compiled(images()[0]), images()[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert handle.noise.steps == 3
+
+
+def test_outputs_of_an_unknown_kind_are_left_alone():
+    model = nn.Linear(8, 4)
+    handle = pybatch.noise.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), "micro-batches", examples=2)
+    nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(2, 8)], layout=torch.jagged)
+    model(nested).values().square().mean().backward()
+    handle.detach()
+
+
+def test_time_first_where_the_user_says_how_many_examples_there_are():
+    def loss(model, x, y):
+        return F.cross_entropy(model(x).mean(0), y)
+
+    def drawn():
+        return torch.randn(9, N, 8), torch.randint(0, 4, (N,))
+
+    assert COUPLES not in said(Head(), loss, drawn, 2, examples=N)
+
+
+def test_labels_with_time_first_are_not_uneven_for_it():
+    def loss(model, ids, labels):
+        labels = labels.scatter(1, torch.randint(0, 5, (N, 1)), -100)  # one of each example
+        return F.cross_entropy(model(ids).transpose(0, 1).flatten(0, 1), labels.T.flatten())
+
+    assert IGNORES not in said(Tokens(), loss, lambda: tokens(3), 2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_in_half_precision_under_a_scaled_loss(scale):
+    def loss(model, x, _):
+        one, other = (F.normalize(model(v).half(), dim=1) for v in (x, x + 0.1))
+        return entropy((one @ other.T).float()) * scale
+
+    notes = said(Head(), loss, images, 2, optimizer=lambda params: torch.optim.SGD(params, lr=1e-9))
+    assert COUPLES in notes
 
 
 def test_a_loss_without_second_derivatives_trains_on():
