@@ -133,6 +133,31 @@ WRONG: dict[str, tuple[Any, str]] = {
         "AdamW(): params is Linear(in_features=2, out_features=2, bias=True). Give its parameters: "
         "AdamW(model.parameters()).",
     ),
+    "a rate as text": (
+        lambda: pybatch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr="x"),
+        "lr is 'x'. Give a number",
+    ),
+    "a target's text": (
+        lambda: ENTRIES["sweep"](Digits(), target={"train": "a"}),
+        "target is {'train': 'a'}. Give a mapping of names to numbers, or None.",
+    ),
+    "targets in a list": (lambda: ENTRIES["sweep"](Digits(), target=[1]), "target is [1]. Give a mapping"),
+    "an array without dimensions": (
+        lambda: ENTRIES["capacity"](Digits(), batches=np.array(8)),
+        "measure_capacity(): batches is array(8). Give a list of whole numbers",
+    ),
+    "yes for a time budget": (
+        lambda: ENTRIES["capacity"](Digits(), time_budget=True),
+        "measure_capacity(): time_budget is True. Give a number.",
+    ),
+    "too large for a number": (
+        lambda: pybatch.fit_throughput([1, 2, 3], [1, 2, 3], gain=10**400),
+        "fit_throughput(): gain is ",
+    ),
+    "lists of rounds": (
+        lambda: pybatch.fit_throughput([1, 2, 3], [1, 2, 3], rounds=[["a"]]),
+        "Give a list of lists of whole numbers, such as [8, 16], or None.",
+    ),
     "a model's class": (lambda: pybatch.optim.Muon(torch.nn.Linear), "Muon(): params is the class Linear. Give its"),
 }
 
@@ -142,6 +167,22 @@ def test_what_is_no_number_list_or_path(what: str) -> None:
     call, says = WRONG[what]
     with pytest.raises(UsageError, match=re.escape(says)):
         call()
+
+
+def test_what_is_sensible_is_not_refused() -> None:
+    """Whole floats, arrays, names of seeds as letters."""
+    from pybatch.sweep.options import SweepOptions
+
+    assert SweepOptions(batches=[8], rates=np.geomspace(0.1, 1, 3), max_steps=1e3).rates[0] == 0.1
+    pybatch.fit_throughput([1, 2, 4], [1.0, 1.5, 2.5], resamples=100.0)
+    pybatch.fit_steps([8, 8, 16, 16, 32, 32], [90, 91, 50, 52, 30, 31], seeds="ababab", resamples=20)
+    pybatch.noise.attach(
+        model := torch.nn.Linear(2, 2),
+        torch.optim.SGD(model.parameters()),
+        "micro-batches",
+        every=np.int64(2),
+        layers=1,
+    ).detach()
 
 
 def test_numbers_of_every_kind_are_taken() -> None:

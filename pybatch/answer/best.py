@@ -15,6 +15,7 @@ from pybatch.records import BatchPoint, Capacity, Distributed, Evidence, Inputs,
 
 MULTIPLE = 8  # a batch bounded by memory is rounded down to a multiple of this, which suits every device
 LOOKS = 2  # by `closer`, at most
+_SURE = 3.0  # standard errors of a batch size that was timed, below one that is advised
 DISTURBED = 0.3  # rms of ln(measured / fitted) from which no advice stands on the fit: caches and tiles bend it less
 
 
@@ -38,6 +39,7 @@ class Best:
     ensemble: Ensemble
     reason: Reason
     regret: tuple[float, float]  # of this batch: mean over the ensemble, and the 95 % point
+    cut: int | None = None  # the largest batch that reached the target, where a larger one would be advised
 
 
 def best_of(critical: Critical, capacity: Capacity, distributed: Distributed | None) -> Best:
@@ -48,7 +50,8 @@ def best_of(critical: Critical, capacity: Capacity, distributed: Distributed | N
     ensemble = ensemble_between(critical, capacity, distributed)
     measured = [p.batch for p in capacity.batches if p.status == "ok" and p.step_ms]
     largest = max((p.batch for p in capacity.batches if p.status == "ok"), default=None)
-    most = int(min(bound.value, ensemble.size[-1]))
+    reach = critical.reached if critical.reached is not None else math.inf
+    most = int(min(bound.value, ensemble.size[-1], reach))
     whole = most - most % MULTIPLE if bound.name == "memory" and most > MULTIPLE else most
     candidates = sorted(
         {b for b in (*measured, *_round(most)) if b <= most} | ({whole} if bound.value <= most + 1 else set())
@@ -57,11 +60,13 @@ def best_of(critical: Critical, capacity: Capacity, distributed: Distributed | N
     optimum = ensemble.optimum()
     timed = batch in measured
     text = "least expected time to the loss: steps as the evidence leaves them possible times seconds per step"
-    if batch == whole and bound.name is not None and optimum > 0.9 * bound.value:
+    if optimum > most >= reach:
+        text = f"{text}, bounded by runs: past batch {critical.reached} they did not reach the target"
+    elif batch == whole and bound.name is not None and optimum > 0.9 * bound.value:
         text = f"{text}, bounded by {bound.name}"
     elif timed:
         text = f"{text}, at a batch size that was timed"
-    low, high = _ends(ensemble, critical, fit.half_high, bound)
+    low, high = (min(end, reach) for end in _ends(ensemble, critical, fit.half_high, bound))
     low, high = min(low, batch), max(high, batch)
     regret = ensemble.regret(float(batch))
     mean, tail = float(regret.mean()), float(np.quantile(regret, 0.95))
@@ -81,17 +86,32 @@ def best_of(critical: Critical, capacity: Capacity, distributed: Distributed | N
     past = "past the largest timed" if batch > (largest or 0) else None
     if measured and batch < min(measured):
         past = "below the smallest timed"
-    return Best(batch, optimum, max(1, math.floor(low)), upper, past, ensemble, reason, (mean, tail))
+    return Best(
+        batch,
+        optimum,
+        max(1, math.floor(low)),
+        upper,
+        past,
+        ensemble,
+        reason,
+        (mean, tail),
+        critical.reached if optimum > reach else None,
+    )
 
 
 def _measured(batch: int, candidates: Sequence[int], ensemble: Ensemble, batches: Sequence[BatchPoint]) -> int:
-    """This batch; or twice or half of it, where by the step times measured at both that surely takes less time: the
-    ensemble may have smoothed a cliff or a wave away."""
-    for other in (n for n in (2 * batch, batch // 2) if n in candidates):
-        middle, spread, timed = ensemble.ratio(float(batch), float(other), batches)
-        if timed and middle + NORMAL * spread < 0:
-            return _measured(other, candidates, ensemble, batches)
-    return batch
+    """This batch; or another that was timed, and by that surely takes less time: the ensemble may have smoothed a cliff
+    or a wave away. Of twice and half of it 97.5 % is sure; of any, which are many, three standard errors."""
+    found = {}
+    for other in candidates:
+        if other == batch:
+            continue
+        middle, spread, timed = ensemble.ratio(float(batch), float(other), batches, mixed=True)
+        sure = NORMAL if other in (2 * batch, batch // 2) else _SURE
+        if timed and middle + sure * spread < 0:
+            found[other] = middle
+    best = min(found, key=lambda other: found[other], default=None)
+    return batch if best is None else best
 
 
 def closer(capacity: Capacity, batch: int) -> list[int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from pybatch.answer.best import DISTURBED, Best
 from pybatch.answer.critical import Critical
-from pybatch.base.numerals import number
+from pybatch.base.numerals import count, number
 from pybatch.records import Capacity, Confidence
 
 SURE, FAIR = 1.10, 1.35  # regret not passed in 95 % of what is possible: of high and of medium confidence
@@ -29,12 +31,19 @@ def confidence_of(critical: Critical, best: Best | None, capacity: Capacity | No
         found.append((2, f"measure again: step times miss any smooth curve by {missed} %"))
     if capacity.disturbed:
         found.append((2, f"machine disturbed: {capacity.disturbed[0]}"))
+    if best.cut is not None:
+        found.append((2, f"runs past batch {count(best.cut)} did not reach the target"))
     if critical.source != "sweep":
-        found.append((1, _STANDS[critical.source or "noise"]))
+        stands = _STANDS[critical.source or "noise"]
+        if critical.within != (0.0, math.inf):
+            stands = "a noise scale within a sweep's bound" if critical.source == "noise" else stands
+        elif critical.lacking is not None:
+            stands = f"{stands}: {critical.lacking}"
+        found.append((1, stands))
     if best.extrapolated:
         found.append((1, best.extrapolated))
     tail = best.regret[1]
-    if tail > SURE:
+    if round(tail, 2) > SURE:  # as it is told
         text = f"the batch advised may take up to {number(tail, 3)} times the least time"
         found.append((2 if tail > FAIR else 1, text))
     found.sort(key=lambda pair: -pair[0])

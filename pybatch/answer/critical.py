@@ -46,6 +46,8 @@ class Critical:
     weighed: Weighed | None = None  # behind a value
     prediction: tuple[float, float] | None = None  # a value and the error of its logarithm, by all but the curve
     within: tuple[float, float] = (0.0, math.inf)  # bounds that a sweep measured
+    reached: int | None = None  # largest batch of a tuned sweep that reached, where a larger one did not
+    lacking: str | None = None  # what a sweep that was made says of the critical batch, where it is not the source
 
     @property
     def disagreement(self) -> str | None:
@@ -67,6 +69,25 @@ def critical_of(noise: NoiseScale | None, steps: Convergence | None, target: flo
         noise, steps: the evidence.
         target: train loss that the run is to reach, where it is known.
     """
+    found = _critical_of(noise, steps, target)
+    bound = found.within != (0.0, math.inf)
+    lacking = None
+    if steps is not None and steps.curves and found.source in ("noise", None):
+        lacking = "the sweep bounds the critical batch alone" if bound else "the sweep gives no critical batch"
+    return dataclasses.replace(found, reached=_reached(steps), lacking=lacking)
+
+
+def _reached(steps: Convergence | None) -> int | None:
+    """The largest batch size whose tuned runs reached a target, where those made at a larger one did not."""
+    curves = [c for c in (steps.curves if steps else ()) if c.rule in (SEARCHED, LOGGED)]
+    for curve in sorted(curves, key=lambda c: c.split != "train"):
+        reached = max((p.batch for p in curve.points if p.status == "reached"), default=None)
+        if reached is not None:
+            return reached if any(p.batch > reached and p.status == "not_reached" for p in curve.points) else None
+    return None
+
+
+def _critical_of(noise: NoiseScale | None, steps: Convergence | None, target: float | None) -> Critical:
     curve, branch = _curve_of(steps), _branch_of(steps, target)
     bound = curve if curve is not None and curve.critical_batch is None else None
     weighed = combined(
@@ -86,7 +107,7 @@ def critical_of(noise: NoiseScale | None, steps: Convergence | None, target: flo
         return _valued(weighed, noise, curve, branch, target)
     if branch is not None and branch.fit is not None:
         return Critical(None, branch.fit.low, branch.fit.high, "branch", _reason_of_branch(branch, target))
-    return _unread(noise)
+    return _unread(noise, steps)
 
 
 def _valued(
@@ -292,11 +313,13 @@ def _reason_of_noise(noise: NoiseScale | None, reading: Reading) -> Reason:
     return Reason("critical_batch", text, "modelled", inputs)
 
 
-def _unread(noise: NoiseScale | None) -> Critical:
+def _unread(noise: NoiseScale | None, steps: Convergence | None) -> Critical:
     """No value: why, and the bound that a noise scale may give."""
     if noise is None:
-        reason = Reason("critical_batch", "neither the noise scale nor steps to a target were measured", "measured")
-        return Critical(None, None, None, None, reason)
+        why = "neither the noise scale nor steps to a target were measured"
+        if lacking := _lacking(steps, None):
+            why = f"{' and '.join(f'{what} none{_why(notes)}' for what, notes in lacking)}; no noise scale was measured"
+        return Critical(None, None, None, None, Reason("critical_batch", why, "measured"))
     inputs = _inputs_of_noise(noise)
     if noise.unit is not None:
         text = f"the noise scale is in {noise.unit}, batch sizes are not. Give noise.in_examples(mean per example)"
@@ -310,17 +333,29 @@ def _unread(noise: NoiseScale | None) -> Critical:
 _TELLING = ("critical_batch", "points", "branches")  # figures whose notes say why there is no critical batch
 
 
-def passed_over(steps: Convergence | None, source: str | None) -> list[Note]:
+def passed_over(steps: Convergence | None, source: str | None, bounded: bool = False) -> list[Note]:
     """What was measured and yet says nothing of the critical batch, so that weaker evidence stands in for it.
 
     Args:
         steps: the sweep, or the branches.
         source: of the critical batch, as `critical_of` chose it.
+        bounded: whether the sweep bounds it.
     """
-    if steps is None or source == "sweep":
-        return []
     instead = {"branch": "the branches stand", "noise": "the noise scale stands"}.get(source or "", "nothing stands")
+    told = []
+    for what, notes in _lacking(steps, source):
+        gives, how = ("no critical batch", "in for it")
+        if bounded and what.startswith("the sweep"):
+            gives, how = ("a bound alone", "within it")
+        told.append(Note("verdict.critical_source", f"{what} {gives}{_why(notes)}: {instead} {how}"))
+    return told
+
+
+def _lacking(steps: Convergence | None, source: str | None) -> list[tuple[str, tuple[Note, ...]]]:
+    """What gives no critical batch though it was measured, and its notes on that."""
     lacking: list[tuple[str, tuple[Note, ...]]] = []
+    if steps is None or source == "sweep":
+        return lacking
     if steps.curves:
         lacking.append(("the sweep gives", steps.curves[0].notes))
     if source != "branch" and (steps.branches or not steps.curves):
@@ -328,10 +363,7 @@ def passed_over(steps: Convergence | None, source: str | None) -> list[Note]:
         fit = own.fit.notes if own is not None and own.fit is not None else ()
         cut = tuple(note for note in steps.notes if note.figure == "branches")
         lacking.append(("the branches give", (*(own.notes if own is not None else ()), *fit, *cut)))
-    return [
-        Note("verdict.critical_source", f"{what} no critical batch{_why(notes)}: {instead} in for it")
-        for what, notes in lacking
-    ]
+    return lacking
 
 
 def unmeasured(steps: Convergence | None, source: str | None) -> str | None:

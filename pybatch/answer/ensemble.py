@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from pybatch.answer.critical import Critical
+from pybatch.answer.evidence import NORMAL
 from pybatch.answer.kriging import VAGUE, kriged
 from pybatch.answer.step_times import drawn_step_times, marks, possible, variance_of
 from pybatch.fits import steps_model
 from pybatch.fits.communication import step_s
 from pybatch.fits.solver import Array
 from pybatch.records import BatchPoint, Capacity, CommunicationFit, Curve, StepsFit
+from pybatch.scaling import LOGGED, SEARCHED
 
 EFFICIENCY = 0.8  # parallel efficiency below which a further device is not called worth it
 MAX_DEVICES = 65_536  # the search for devices ends here
@@ -88,12 +90,19 @@ class Ensemble:
         expected = np.mean(self.time(sizes, members=True) / np.exp(least)[:, None], axis=0)
         return int(candidates[int(expected.argmin())])
 
-    def ratio(self, once: float, other: float, batches: Sequence[BatchPoint]) -> tuple[float, float, bool]:
+    def ratio(
+        self, once: float, other: float, batches: Sequence[BatchPoint], mixed: bool = False
+    ) -> tuple[float, float, bool]:
         """ln of the time at `other` over that at `once`: mean, standard deviation, and whether by measured step times.
 
-        They are taken where both batch sizes were timed.
+        They are taken where both batch sizes were timed; if `mixed`, also where `other` was.
         """
         timed = {p.batch: p for p in batches if p.status == "ok" and p.step_ms and p.batch in (once, other)}
+        if mixed and list(timed) == [other]:
+            own = timed[int(other)]
+            steps = np.log(self.steps(other, members=True) / self.time(once, members=True))
+            middle = float(steps.mean()) + math.log((own.step_ms or math.nan) / 1e3)
+            return middle, math.sqrt(float(steps.var()) + variance_of(own)), True
         if len(timed) < 2:
             times = np.log(self.time(other, members=True) / self.time(once, members=True))
             return float(times.mean()), float(times.std()), False
@@ -250,6 +259,35 @@ def _observed(curve: Curve | None) -> tuple[Array, Array, Array]:
         many = max(1, point.reached or point.seeds)
         variance.append((math.pi / 2 if many > 2 else 1.0) * pooled / many + width**2 / 12)
     return np.array([float(p.batch) for p in points]), np.array(log_steps), np.array(variance)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where a sweep's examples, or steps, are fewest: not towards the end that step times alone ask for."""
+
+    batch: int  # of those tested
+    low: int  # between these they are fewest, as far as the sweep can tell
+    high: int | None  # None: it ends there
+    against: int  # the tested end at which there are surely more
+
+
+def turn_of(curve: Curve | None, examples: bool) -> Turn | None:
+    """The turn of a tuned curve's examples, surely more at the smallest batch; or steps, surely more at the largest."""
+    if curve is None or curve.rule not in (SEARCHED, LOGGED):
+        return None
+    size, log_steps, variance = _observed(curve)
+    if len(size) < 3:
+        return None
+    order = np.argsort(size)
+    size, cost, variance = size[order], log_steps[order] + np.log(size[order]) * examples, variance[order]
+    least = int(np.argmin(cost))
+    more = cost - cost[least] > NORMAL * np.sqrt(variance + variance[least])
+    if not more[0 if examples else -1]:
+        return None
+    below, above = np.flatnonzero(more[:least]), least + np.flatnonzero(more[least:])
+    low = int(size[below[-1]]) if len(below) else int(size[0])
+    high = int(size[above[0]]) if len(above) else None
+    return Turn(int(size[least]), low, high, int(size[0 if examples else -1]))
 
 
 def _measured_steps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pybatch.answer.best import DISTURBED, Best, Bound
@@ -73,7 +74,7 @@ def _between(best: Best) -> str:
     if best.high is None:
         return f"{count(best.low)} or more"
     if best.low == best.high:
-        return "with no other in question"
+        return "with no other in question" if best.cut is None else "the largest that reached the target"
     return f"between {count(best.low)} and {count(best.high)}"
 
 
@@ -127,6 +128,7 @@ def bounds(
     span: tuple[int | None, int | None],
     bound: Bound | None,
     unmeasured: str | None = None,
+    fewest: str | None = None,
 ) -> Answer:
     """Where no batch is advised: what is known, and what would help.
 
@@ -135,6 +137,7 @@ def bounds(
         span: the least and the largest batch worth using, as far as known.
         bound: what keeps the least one from being larger; None where nothing does.
         unmeasured: why a sweep that was made has no critical batch.
+        fewest: "examples" or "steps", where time is least where these are fewest within the span.
     """
     fit = capacity.model if capacity is not None else None
     known = _said(critical)
@@ -144,6 +147,9 @@ def bounds(
             if fit.ceiling is None
             else "Step time is proportional to the batch"
         )
+        if fewest is not None:
+            because = f"{rises}: time is least where {fewest} are fewest, and a sweep measured them."
+            return Answer(f"{_distrust(fit)}{_bounded(span, bound)}", because, _known(critical))
         falls = fit.ceiling is None and span[1] is not None
         beyond = f"past batch {count(span[1])} fewer examples are done a second" if falls else _open(fit, bound)
         because = f"{rises}{f' up to batch {count(span[0])}' if falls else ''}: {beyond}."
@@ -225,6 +231,8 @@ def _said(critical: Critical) -> str:
     weighed = critical.weighed.readings if critical.weighed is not None else ()
     several: list[str | None] = list(dict.fromkeys(r.source for r in weighed)) or [critical.source]
     source = "by " + " and ".join(_SOURCES[name] for name in several if name)
+    if critical.within != (0.0, math.inf) and critical.value is not None:
+        source += " within the sweep's bound"
     if critical.value is None:
         ends = (("at least", critical.low), ("at most", critical.high))
         return " and ".join(f"{side} {batch_size(end)}" for side, end in ends if end is not None) + f" ({source})"

@@ -15,7 +15,7 @@ import numpy as np
 from pybatch.answer.best import Best, Bound, best_of, bound_of, ensemble_between
 from pybatch.answer.confidence import confidence_of
 from pybatch.answer.critical import Critical, critical_of, passed_over, unmeasured
-from pybatch.answer.ensemble import EFFICIENCY, Ensemble
+from pybatch.answer.ensemble import EFFICIENCY, Ensemble, Turn, turn_of
 from pybatch.answer.frontier import doubling, frontier
 from pybatch.answer.input import with_loader
 from pybatch.answer.limit import Wall, before_fall, further_on, limit_of, wall_of
@@ -102,12 +102,14 @@ def advise(
         low, high, kept, found = _bounded(critical, capacity, fit)
         reasons += found
         missing = unmeasured(steps, critical.source)
-        said = bounds(critical, capacity, wall, limit, (low, high), kept, missing)
+        fewest = next((str(r.inputs["fewest"]) for r in found if "fewest" in r.inputs), None)
+        said = bounds(critical, capacity, wall, limit, (low, high), kept, missing, fewest)
     reasons.append(Reason("limit", why, "modelled", further | _sides(critical, capacity, wall)))
     seconds, seconds_reason = _time_to_target(critical, best, capacity)
     reasons += [seconds_reason] if seconds_reason else []
 
-    notes += passed_over(steps, critical.source)
+    if noise is not None or critical.source is not None:  # else the reason says it
+        notes += passed_over(steps, critical.source, critical.within != (0.0, math.inf))
     notes += [Note("noise.b_simple", far)] if far is not None else []
     absent = _unknown(capacity)
     for name, value in (("critical_batch", critical.value), ("best_batch", best), ("useful_devices", devices)):
@@ -117,8 +119,9 @@ def advise(
         lack = absent if best is None else "no rate is known at any batch size"
         notes.append(Note("verdict.learning_rate", lack))
     if seconds is None:
-        lack = absent if critical.curve else "steps to a target were not measured, only what a step takes"
-        if critical.curve and best is not None:
+        swept = steps is not None and steps.curves
+        lack = absent if swept else "steps to a target were not measured, only what a step takes"
+        if swept and best is not None:
             lack = "the steps measured have no fit with a critical batch, so how many the batch advised takes is open"
         notes.append(Note("verdict.time_to_target", lack))
     weighed = critical.weighed
@@ -188,7 +191,10 @@ def _bounded(
     timed = [p.batch for p in capacity.batches if p.status == "ok"]
     if fit.half_batch is None and fit.rms_log_error > MISFIT:  # no trend is seen for the scatter
         return None, None, None, []
-    if fit.half_batch is None and fit.ceiling is not None:
+    proportional = fit.ceiling is not None
+    if fit.half_batch is None and (turn := turn_of(critical.curve, proportional)) is not None:
+        return _at_turn(turn, proportional, critical, bound_of(capacity))
+    if fit.half_batch is None and proportional:
         text = "step time is proportional to the batch: no batch takes less time than the smallest timed"
         least = int(min(*timed, bound_of(capacity).value))
         return None, least, None, [Reason("best_high", text, "measured", {"smallest_measured": least})]
@@ -218,6 +224,22 @@ def _bounded(
         text = f"{law} upper bound of the critical batch: use at most this"
         found.append(Reason("best_high", text, "modelled", inputs))
     return low, high, kept, found
+
+
+def _at_turn(
+    turn: Turn, proportional: bool, critical: Critical, most: Bound
+) -> tuple[int | None, int | None, Bound | None, list[Reason]]:
+    """As `_bounded`, where the least time is that of the fewest examples, or steps, which a sweep has measured."""
+    what = "examples" if proportional else "steps"
+    low = int(min(turn.low, most.value))
+    high = None if turn.high is None else int(min(turn.high, most.value))
+    if high is None and not proportional:  # larger ones take no longer, but for what was seen of their steps
+        high = critical.reached
+    times = "step time is proportional to the batch" if proportional else "step times do not rise with the batch"
+    text = f"{times}: time is least where {what} are fewest, of the batch sizes tested at {turn.batch}"
+    inputs: Inputs = {"fewest": what, "batch": turn.batch, "more_at": turn.against}
+    kept = most if high is None and low + 1 > most.value else None
+    return low, high, kept, [Reason("best_low", text, "measured", inputs)]
 
 
 def _sides(critical: Critical, capacity: Capacity | None, wall: Wall | None) -> Inputs:

@@ -77,7 +77,7 @@ def _fits(value: Any, kind: Any) -> bool:
         except TypeError:  # an array without dimensions
             return False
     if typing.get_origin(kind) is Mapping:
-        return isinstance(value, Mapping)
+        return isinstance(value, Mapping) and all(_fits(one, typing.get_args(kind)[1]) for one in value.values())
     if _is_path(kind):
         return isinstance(value, str | PathLike)
     test = _TESTS.get(kind) if kind.__hash__ is not None else None
@@ -107,6 +107,12 @@ def _does(call: Callable[[Any], object]) -> Callable[[Any], bool]:
     return test
 
 
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
 def _whole(value: Any) -> int:
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -115,7 +121,7 @@ def _whole(value: Any) -> int:
 
 _TESTS: Mapping[Any, Callable[[Any], bool]] = {
     int: _does(_whole),
-    float: _does(float),
+    float: _does(_number),
     NoneType: lambda value: value is None,
 }
 
@@ -130,6 +136,7 @@ def _asked(kind: Any) -> str:
             return f"a list of lists{_asked(inner).removeprefix('a list')}"
         return f"a list of {_WORDS[inner][1]}" if inner in _WORDS else "a list"
     if typing.get_origin(kind) is Mapping:
-        return "a mapping"
+        inner = typing.get_args(kind)[1]
+        return f"a mapping of names to {_WORDS[inner][1]}" if inner in _WORDS else "a mapping"
     known = _WORDS.get(Path if _is_path(kind) else kind)
     return known[0] if known is not None else getattr(kind, "__name__", str(kind))

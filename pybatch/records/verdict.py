@@ -135,6 +135,11 @@ class Verdict(Shown):
             raise UsageError(f"why(): {figure!r} is no figure. Give the name of a field, such as 'best_batch'.")
         given = {reason.figure: reason for reason in reversed(self.reasons)}
         lacking = {note.figure.removeprefix("verdict."): note.text for note in reversed(self.notes)}
+        if figure == "confidence" and self.confidence is not None:
+            text = f"{self.confidence.level}: {'; '.join(self.confidence.reasons)}"
+            return Reason(figure, text, "modelled")
+        if figure == "critical_source" and self.critical_source is not None:
+            return given["critical_batch"]
         whole = _ENDS.sub("", figure)  # an end of an interval stands with its figure
         for name in (figure, whole, f"{whole}_batch"):
             if name in given:

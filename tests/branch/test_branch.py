@@ -136,7 +136,8 @@ def test_a_verdict_says_that_the_noise_scale_stands_in_for_branches_without_an_a
         assert why in note.text
         assert "the noise scale stands in for it" in note.text
         [note] = [n for n in advise(capacity(), None, steps).notes if "branches give" in n.text]
-        assert "nothing stands in for it" in note.text
+        assert (note.figure, note.text.endswith("no noise scale was measured")) == ("verdict.critical_batch", True)
+        assert why in note.text
     fitted = Convergence((), branches=(summed_up(planted(60.0)),))
     assert not any("give no critical batch" in n.text for n in advise(capacity(), noise(40), fitted).notes)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pybatch.base.errors import UsageError
+from pybatch.base.plain import given
 
 
 def check_count(n: Any) -> float:
@@ -33,6 +34,8 @@ def check_hyper(group: dict[str, Any], name: str) -> None:
         raise UsageError(f"{name} is a tensor of shape {tuple(value.shape)}: it must hold one number.")
     if is_device_scalar(value):
         return
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise UsageError(f"{name} is {given(value)}. Give a number of at least 0.")
     if math.isnan(value):
         raise UsageError(f"{name} {value} is not a number. Give one of at least 0.")
     if not float(value) >= 0.0:

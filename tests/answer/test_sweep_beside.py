@@ -1,0 +1,144 @@
+"""What a sweep that gives no critical batch says all the same: where its runs ended, and where they took fewest."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from cases.verdicts import BATCHES, capacity, noise, unaccounted
+
+from pybatch.answer.verdict import advise
+from pybatch.fits.steps import fit_steps
+from pybatch.fits.throughput import fit_throughput
+from pybatch.records import Convergence, ConvergencePoint, Curve, RateSteps
+
+SIZES = 2.0 ** np.arange(2, 11)  # 4 to 1,024
+
+
+def swept(steps, cap=np.inf, rule="tuned", sizes=SIZES):
+    """A sweep of three seeds, which scatter by 2 %; past the cap they did not reach."""
+    table = np.round(
+        np.asarray(steps)[:, None] * np.exp(0.02 * np.random.default_rng(0).standard_normal((len(sizes), 3)))
+    )
+    table[table > cap] = np.inf
+    fit = fit_steps(sizes, table, cap=cap if np.isfinite(cap) else None, resamples=60)
+    points = []
+    for batch, row in zip(sizes, table, strict=True):
+        steps = tuple(float(s) if np.isfinite(s) else None for s in row)
+        status = tuple("reached" if s is not None else "not_reached" for s in steps)
+        middle = float(np.median(row)) if np.isfinite(np.median(row)) else None
+        rates = (RateSteps(0.1, steps, status),)
+        state = "reached" if middle is not None else "not_reached"
+        points.append(ConvergencePoint(int(batch), middle, state, 3, 0.1, reached=status.count("reached"), rates=rates))
+    bend = (fit.s_min, fit.critical_batch, fit.low, fit.high)
+    return Convergence((Curve(rule, "train", tuple(points), *bend, target=0.3, fit=fit, notes=fit.notes),))
+
+
+def cut(largest=64, rule="tuned"):
+    """Steps of a critical batch of 50 up to this batch size, and none past it."""
+    return swept(np.where(SIZES > largest, 1e8, 200 * (1 + 50 / SIZES)), cap=20_000, rule=rule)
+
+
+@pytest.mark.parametrize(("scale", "largest"), [(235, 64), (1000, 64), (10_000, 256)])
+def test_no_batch_is_advised_past_those_that_reached(scale, largest):
+    verdict = advise(capacity(), noise(scale), cut(largest))
+    assert verdict.best_batch <= largest
+    assert verdict.best_high <= largest
+    assert verdict.confidence.level == "low"
+    assert verdict.confidence.reasons[0] == f"runs past batch {largest} did not reach the target"
+    assert not unaccounted(verdict)
+
+
+def test_other_rules_and_sizes_beside_what_is_asked_bound_nothing():
+    free = advise(capacity(), noise(1000)).best_batch
+    assert advise(capacity(), noise(1000), cut(rule="linear")).best_batch == free
+    small = advise(capacity(), noise(20), cut(256))
+    assert "did not reach" not in small.text
+
+
+def test_one_batch_size_in_the_middle_that_did_not_reach_bounds_nothing():
+    steps = 200 * (1 + 50 / SIZES)
+    sweep = swept(np.where(SIZES == 64, 1e8, steps), cap=20_000)
+    assert "past batch" not in advise(capacity(), noise(1000), sweep).text
+
+
+def test_a_sweep_that_was_made_is_not_said_to_be_missing():
+    verdict = advise(capacity(), None, cut())
+    assert "neither the noise scale nor" not in verdict.text
+    assert "the sweep gives none" in verdict.text
+    assert "were not measured" not in verdict.why("time_to_target").text
+    assert "the sweep gives none" in verdict.why("critical_batch").text
+
+
+def test_a_noise_scale_within_a_sweeps_bound_is_said_to_be_there():
+    verdict = advise(capacity(), noise(40, 32, 50), swept(1e5 / SIZES))
+    if verdict.critical_batch is not None:
+        assert "by gradient noise within the sweep's bound" in verdict.text
+        assert "a noise scale within a sweep's bound" in verdict.confidence.reasons
+    few = 2.0 ** np.arange(3, 8)
+    verdict = advise(capacity(), noise(40, 32, 50), swept(1e5 / few, sizes=few))
+    assert verdict.critical_low >= 120
+    assert "by gradient noise within the sweep's bound" in verdict.text
+    assert verdict.confidence.reasons[0] == "a noise scale within a sweep's bound"
+    assert "the sweep gives a bound alone" in next(
+        n.text for n in verdict.notes if n.figure == "verdict.critical_source"
+    )
+
+
+def timed(milliseconds):
+    fit = fit_throughput(BATCHES, np.array(milliseconds) / 1e3, resamples=100)
+    return capacity(fit, times=[float(t) for t in milliseconds])
+
+
+def flat():
+    return timed([20 * np.exp(0.003 * (-1) ** i) for i in range(len(BATCHES))])
+
+
+def proportional():
+    return timed([1.0 * b for b in BATCHES])
+
+
+@pytest.mark.parametrize("batch", [32, 128])
+def test_of_step_times_that_do_not_rise_the_fewest_steps_are_the_least_time(batch):
+    device = flat()
+    assert device.half_batch is None
+    verdict = advise(device, None, swept(200 * (1 + (SIZES / batch) ** 1.5) * (1 + batch / SIZES)))
+    assert verdict.best_low < batch < verdict.best_high
+    assert verdict.best_high <= 4 * batch
+    assert "where steps are fewest" in verdict.text
+    assert "takes no longer" not in verdict.text
+    # Of steps that fall throughout a larger batch takes no longer, as before.
+    assert advise(device, None, swept(200 * (1 + 100 / SIZES))).best_high is None
+
+
+@pytest.mark.parametrize("batch", [64, 128])
+def test_of_times_in_proportion_the_fewest_examples_are_the_least_time(batch):
+    device = proportional()
+    assert device.half_batch is None
+    verdict = advise(device, None, swept(200 * (1 + (1.25 * batch / SIZES) ** 1.7)))
+    assert verdict.best_low < batch < verdict.best_high
+    assert "where examples are fewest" in verdict.text
+    assert "only costs examples" not in verdict.text
+    # Of a hyperbola examples are fewest at the smallest batch, as before.
+    assert advise(device, None, swept(200 * (1 + 100 / SIZES))).best_high == min(BATCHES)
+
+
+def test_why_tells_the_confidence_and_where_the_critical_batch_is_from():
+    verdict = advise(capacity(), noise(235))
+    assert verdict.why("confidence").text == f"{verdict.confidence.level}: {'; '.join(verdict.confidence.reasons)}"
+    assert verdict.why("critical_source") == verdict.why("critical_batch")
+
+
+def test_a_batch_that_was_timed_and_is_surely_faster_is_taken():
+    """Not only twice or half of the batch that the smoothed times would have."""
+    sweep = swept(200 * (1 + 100 / SIZES))
+    plain = [2.0 * (1 + b / 60) for b in BATCHES]
+    dip = [t * (0.4 if b == 256 else 1.0) for b, t in zip(BATCHES, plain, strict=True)]
+    assert advise(timed(dip), None, sweep).best_batch == 256
+    assert advise(timed(plain), None, sweep).best_batch in range(50, 120)
+
+
+def test_regret_that_is_told_as_the_threshold_is_no_reason():
+    verdict = advise(capacity(), noise(235))
+    for reason in verdict.confidence.reasons:
+        assert "1.10 times the least time" not in reason
+    assert dataclasses.replace(verdict).confidence is verdict.confidence
