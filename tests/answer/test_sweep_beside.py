@@ -35,7 +35,7 @@ def swept(steps, cap=np.inf, rule="tuned", sizes=SIZES):
 
 def cut(largest=64, rule="tuned"):
     """Steps of a critical batch of 50 up to this batch size, and none past it."""
-    return swept(np.where(SIZES > largest, 1e8, 200 * (1 + 50 / SIZES)), cap=20_000, rule=rule)
+    return swept(np.where(largest < SIZES, 1e8, 200 * (1 + 50 / SIZES)), cap=20_000, rule=rule)
 
 
 @pytest.mark.parametrize(("scale", "largest"), [(235, 64), (1000, 64), (10_000, 256)])
