@@ -2,10 +2,11 @@
 
 Log steps in log-parameters. Errors are normal in log steps, with tails that count linearly (soft-L1); a run that did
 not reach the target within its cap T counts by its probability, 1 - Phi((ln T - mu) / sigma); a diverged run is a
-label, never a value; a run that is late among its batch size's may be stuck, and then bends nothing. Where the loss was
-evaluated now and then, steps lie between two evaluations: they count as the mean of their logarithm over that interval,
-with its variance added to that of the runs. The soft tails stay, which the probability of an interval under a normal
-would lose. The candidates of `steps_model` are compared by AICc.
+label, never a value; a run that is late among its batch size's, and a batch size that is late among its neighbours, may
+be stuck, and then bends nothing. Where the loss was evaluated now and then, steps lie between two evaluations: they
+count as the mean of their logarithm over that interval, with its variance added to that of the runs. The soft tails
+stay, which the probability of an interval under a normal would lose. The candidates of `steps_model` are compared by
+AICc.
 """
 
 from __future__ import annotations
@@ -157,10 +158,12 @@ def _record(
     if turn is not None:  # flat lies between batch sizes that fall and those past them, and no curve follows both
         point, low, high = np.full((3, len(steps_model.FIGURES)), np.nan)
         regimes, parameters = (unknown(size), regimes[1]), {}
-        notes = [*notes, steps_notes.of_turn(float(size[turn]), float(size.max()))]
+        reached, made = (data.kind[0] == REACHED).sum(-1), (data.kind[0] > 0).sum(-1)
+        between = (2 * reached < made) & (np.cumsum(2 * reached > made) > 0) & (size < size[turn])
+        notes = [*notes, steps_notes.of_turn(float(size[turn]), float(size.max()), size[between])]
     else:
         shape = "inverse" if inverse else "flat" if flat else "faster" if faster else best.model
-        notes = [*notes, *steps_notes.of_fit(shape, point, size, exponent, float(high[2]))]
+        notes = [*notes, *steps_notes.of_fit(shape, point, size, exponent, float(low[2]), float(high[2]))]
         point, low, high = point.copy(), low.copy(), high.copy()
         if inverse or faster:
             point[BENDS], high[BENDS] = np.nan, np.inf

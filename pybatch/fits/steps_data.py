@@ -104,8 +104,10 @@ def cells(steps: Array, variance: Array, caps: Array, late: NDArray[np.bool_]) -
 def stuck(steps: Array) -> NDArray[np.bool_]:
     """Which runs [n, seeds], batch sizes ascending, may be stuck.
 
-    Those later than at least half of their batch size's runs; and the only run of a batch size, where a smaller and a
-    larger one take fewer steps. What most runs of a batch size share is how the problem is, however late they are.
+    Those later than at least half of their batch size's runs; the only run of a batch size, where a smaller and a
+    larger one take fewer steps; and all runs of one, where the next smaller and the next larger take FALL times fewer
+    in the median: steps fall, or fall and then rise, but no problem rises for a single batch size. What most runs of
+    the largest batch size share, or of two in a row, is how the problem is, however late they are.
     """
     value = np.where(np.isneginf(steps), np.nan, steps)
     made = (~np.isnan(value)).sum(-1)
@@ -116,6 +118,9 @@ def stuck(steps: Array) -> NDArray[np.bool_]:
     smaller = np.minimum.accumulate(np.append(np.inf, median[:-1]))
     larger = np.minimum.accumulate(np.append(median[1:], np.inf)[::-1])[::-1]
     alone = (made == 1) & (smaller < median) & (larger < median)
+    ran = (~np.isnan(steps)).any(-1)
+    ends = np.pad(median[ran], 1, constant_values=np.inf)
+    alone[ran] |= FALL * np.maximum(ends[:-2], ends[2:]) < median[ran]
     possible: NDArray[np.bool_] = (found | alone[:, None]) & ~np.isnan(value)
     return possible
 

@@ -1,9 +1,10 @@
 """The likelihood of steps to target under one model, its best fit, and by what models are compared.
 
 Errors are normal in log steps, with tails that count linearly; see `steps` for what counts how. A run that is late
-among those of its batch size may be stuck: with a small probability it takes any steps up to LATE times as many, or
-never reaches, whatever the batch size. Its pull on the curve ends where that is the likelier story (a mixture, as in
-Hogg, Bovy and Lang 2010, section 3), so that one such run bends nothing, however late and wherever the cap.
+among those of its batch size, or with all of them among its neighbours, may be stuck: with a small probability it takes
+any steps up to LATE times as many, or never reaches, whatever the batch size. Its pull on the curve ends where that is
+the likelier story (a mixture, as in Hogg, Bovy and Lang 2010, section 3), so that one such run bends nothing, however
+late and wherever the cap.
 """
 
 from __future__ import annotations

@@ -93,14 +93,14 @@ def _error(steps: Array) -> float:
 
 
 def of_stuck(size: Array, kind: NDArray[np.int8], ordinary: Array) -> list[Note]:
-    """On runs that are so late among those of their batch size that they hardly count: [n, seeds] codes and shares."""
+    """On runs that are so late among those of their batch size, or with it, that they hardly count: [n, seeds] codes
+    and shares."""
     out = (kind > 0) & (ordinary < 0.5)
     if not out.any():
         return []
-    text = (
-        f"stuck, or far later than the others of the batch size: {_counted(size, out, (kind > 0).sum(-1))}. Such runs "
-    )
-    return [Note("points.steps", f"{text}bend nothing here")]
+    runs = _counted(size, out, (kind > 0).sum(-1))
+    text = f"stuck, or far later than others of the batch size or of those beside it: {runs}. Such runs bend nothing"
+    return [Note("points.steps", f"{text} here")]
 
 
 def of_misfit(around: float, own: float) -> Note:
@@ -139,9 +139,13 @@ def of_open_ends(open_: NDArray[np.bool_]) -> list[Note]:
     return [Note(name, text) for name, is_open in zip(("b20_low", "low", "b_stag_low"), open_, strict=True) if is_open]
 
 
-def of_turn(batch: float, largest: float) -> Note:
-    """On steps that fall up to a batch size and then rise, or are not reached, further than any model here follows."""
+def of_turn(batch: float, largest: float, missed: Array) -> Note:
+    """On steps that fall up to a batch size and then rise, or are not reached, further than any model here follows; or
+    whose target most runs `missed` at batch sizes on the way."""
     text = f"no model fits: steps fall up to batch {count(batch)}, "
+    if len(missed):
+        text += f"but most runs at batch {_listed(missed)} do not reach the target. Leave those out, or tune their rate"
+        return Note("critical_batch", text)
     if batch < largest:
         text += "and past it they rise or the target is not reached. Leave larger batches out to fit the fall, or tune "
         return Note("critical_batch", text + "their rate")
@@ -149,7 +153,7 @@ def of_turn(batch: float, largest: float) -> Note:
     return Note("critical_batch", text)
 
 
-def of_fit(model: str, point: Array, size: Array, exponent: float | None, high: float) -> list[Note]:
+def of_fit(model: str, point: Array, size: Array, exponent: float | None, low: float, high: float) -> list[Note]:
     """On the model that won.
 
     Args:
@@ -157,9 +161,14 @@ def of_fit(model: str, point: Array, size: Array, exponent: float | None, high: 
         point: [4] S_min, B_20, B_50, B_stag.
         size: [n] batch sizes tested, ascending.
         exponent: of the power model.
-        high: upper end of B_50's interval.
+        low: lower end of B_50's interval; nan where there is none.
+        high: its upper end.
     """
     smallest, largest = count(float(size.min())), count(float(size.max()))
+    if model in ("inverse", "faster") and not low >= size.max():
+        bound = f"is above {number(low)}" if low >= size.min() / REACH else "may be anywhere"
+        text = f"no bend stands out of the scatter: the critical batch {bound}. Test larger ones, or more seeds"
+        return [Note("critical_batch", text)]
     if model == "inverse":
         text = f"steps fall as 1 / batch throughout: the critical batch is above {largest}, the largest tested"
         return [Note("critical_batch", text)]

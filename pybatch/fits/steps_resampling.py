@@ -69,7 +69,9 @@ def resample(
     where seeds crossed between the same two evaluations, what their spread cannot show of that interval.
     """
     index = _drawn(np.asarray((~np.isnan(table.steps)).any(0)), resamples, rng)
-    late = np.stack([stuck(steps) for steps in table.steps]).astype(np.float64)
+    taking = data.kind[0] > 0
+    whole = (data.late[0] == taking).all(-1) & taking.any(-1)  # all runs of a batch size, at its best rate, see `stuck`
+    late = np.stack([stuck(steps) | whole[:, None] for steps in table.steps]).astype(np.float64)
     nobody = index < 0
 
     def drawing(values: Array) -> Array:  # [rates, R, n, seeds]

@@ -36,11 +36,73 @@ def test_one_stuck_run_of_27_moves_nothing(cell, late, cap):
     assert any("stuck" in note.text and batch in note.text for note in fit.notes) == (cap != 1400 or cell != (0, 0))
 
 
-def test_what_most_runs_of_a_batch_size_share_is_not_stuck():
-    assert stuck(np.array([[10, 11, 90.0], [5, 60, 61], [INF, INF, 4], [INF, 4, 5]])).tolist() == [
-        [False, False, True], [False, False, True], [False, False, False], [True, False, False]]  # fmt: skip
+def test_what_most_runs_share_is_stuck_at_one_batch_size_between_others_alone():
+    def late(*rows):
+        return stuck(np.array(rows)).all(-1).tolist()
+
+    assert stuck(np.array([[10, 11, 90.0], [5, 10, 12], [INF, 4, 5]])).tolist() == [
+        [False, False, True], [False, False, True], [True, False, False]]  # fmt: skip
+    low, high, lost, nobody, diverged = [10, 11.0], [40, 41.0], [INF, INF], [NAN, NAN], [-INF, -INF]
+    assert late(low, high, low, lost, low) == [False, True, False, True, False]
+    assert late(low, nobody, lost, low) == [False, False, True, False]
+    assert not any(late(high, low, [14, 15.0], low, high))  # its edges, and what seeds may differ by
+    assert not any(late(low, lost, lost, low)), "two in a row are how the problem is"
+    assert not any(late(low, low, lost, lost))
+    assert not any(late(low, lost, diverged, low))
     alone = stuck(np.array([[9.0], [90.0], [5.0], [INF], [4.0], [40.0]]))[:, 0]
     assert alone.tolist() == [False, True, False, True, False, False]  # the last may be the problem's own rise
+
+
+@pytest.mark.parametrize(("seeds", "many"), [(3, 2), (3, 3), (5, 3)])
+@pytest.mark.parametrize("late", [INF, 6.0])
+def test_one_batch_size_stuck_between_others_destroys_no_fit(seeds, many, late):
+    """Of 8 draws as many held their critical batch as 2, and some were told that it is above all tested."""
+    held, batches = 0, 2.0 ** np.arange(2, 11)
+    for draw in range(8):
+        rng = np.random.default_rng(100 + draw)
+        critical = np.exp(rng.uniform(np.log(20), np.log(400)))
+        steps = runs(rng, seeds, 0.06, 200 * (1 + critical / batches))
+        at = int(rng.integers(1, 8))
+        steps[at, :many] *= late
+        fit = fit_steps(batches, steps, cap=6 * steps[np.isfinite(steps)].max(), resamples=60)
+        held += fit.model is not None and fit.low <= critical <= (fit.high or INF)
+        [told] = [note.text for note in fit.notes if "stuck" in note.text]
+        assert f"{many} of {seeds} at batch {batches[at]:g}" in told
+        assert not any("throughout" in note.text for note in fit.notes)
+    assert held >= 7
+
+
+def test_a_batch_size_stuck_at_every_rate_widens_nothing():
+    """Each rate is the best on one side of it: its own row alone would not tell."""
+    small = (BATCHES < 64)[:, None]
+    steps = runs(np.random.default_rng(1))
+    both = np.stack([np.where(small, steps, -INF), np.where(small, -INF, steps)])
+    without = fit_steps(BATCHES, both, rates=[0.1, 0.2], model="hyperbola", resamples=60)
+    both[:, 3] = INF
+    fit = fit_steps(BATCHES, both, rates=[0.1, 0.2], cap=1e6, model="hyperbola", resamples=60)
+    assert fit.critical_batch == pytest.approx(without.critical_batch, rel=0.05)
+    assert fit.high / fit.low < 1.3 * without.high / without.low
+
+
+def test_two_batch_sizes_in_a_row_that_do_not_reach_are_named():
+    steps = runs(np.random.default_rng(1))
+    steps[3:5, :2] = INF
+    fit = fit_steps(BATCHES, steps, cap=1e5, resamples=60)
+    assert (fit.model, fit.critical_batch, fit.low, fit.high) == (None,) * 4
+    [text] = [note.text for note in fit.notes if note.figure == "critical_batch"]
+    assert "steps fall up to batch 2,048, but most runs at batch 64, 128 do not reach the target" in text
+
+
+@pytest.mark.parametrize("model", ["hyperbola", "power-law"])
+def test_no_bend_is_told_as_far_as_the_interval_shows_none(model):
+    """Four of nine batch sizes late, two in a row: the best curve has no bend, and curves nearly as good have."""
+    steps = runs(np.random.default_rng(2), curve=1e6 * BATCHES**-1.1)
+    for factor, above in ((1.0, True), (4.0, False)):
+        fit = fit_steps(BATCHES, steps * np.where(np.arange(9) % 4 < 2, 1, factor)[:, None], model=model, resamples=100)
+        [text] = [note.text for note in fit.notes if note.figure == "critical_batch"]
+        assert (fit.low == 2048) == above
+        assert ("largest tested" in text) == above
+        assert ("no bend stands out of the scatter" in text) != above
 
 
 def test_a_stuck_run_of_one_seed_does_not_bend_the_curve():
