@@ -18,6 +18,7 @@ from pybatch.base.errors import UsageError
 from pybatch.base.numerals import count, number
 from pybatch.base.plain import given
 from pybatch.fits.solver import Array, aicc
+from pybatch.fits.throughput_beyond import beyond
 from pybatch.fits.throughput_model import cost, figures, limits, log_time
 from pybatch.fits.throughput_shapes import FLOOR_LEAST, shapes, spread
 from pybatch.records import Note, ThroughputFit
@@ -61,8 +62,10 @@ def fit_throughput(
 
     Waves that the batch sizes cannot show, and a cliff past which steps take longer than the line through the smaller
     ones says, are in the intervals by their Akaike weights (see `throughput_shapes`), and not in the figures: a caller
-    should look at `rms_log_error`. Where caches overflow at large batches, throughput falls again, no model here
-    follows, and the ceiling is that of a compromise. Raises UsageError for values that cannot be fitted.
+    should look at `rms_log_error`. Where the largest batch runs faster than the ceiling of the curve, by its error, the
+    curve's figures have no upper end, and no saturation batch is given where doublings past it still gain. Where caches
+    overflow at large batches, throughput falls again, no model here follows, and the ceiling is that of a compromise.
+    Raises UsageError for values that cannot be fitted.
     """
     size, samples = _checked(batches, seconds, gain, resamples)
     if rounds is not None and [len(entry) for entry in rounds] != [len(sample) for sample in samples]:
@@ -81,7 +84,7 @@ def fit_throughput(
     beta, alpha = float(np.exp(best[0])), float(np.exp(best[0] + best[1]))
     floor = float(np.exp(best[2])) if model == "floor" else alpha
     points: list[float | None] = point.tolist()
-    notes: tuple[Note, ...] = ()
+    notes: tuple[Note, ...]
     level = float(cost(data - np.median(data)))  # of the same time at every batch size
     still = n >= FLOOR_LEAST and bool(aicc(n * np.log(level / n), n, 1) < shape.score)
     if still or _flat(point[1], high[1], size):
@@ -92,8 +95,14 @@ def fit_throughput(
     elif low[1] == 0.0 and point[1] < max(1.05 * np.exp(limits(size)[0]), size.min() / TINY):
         points, notes = [points[0], None, None], (_no_half(high, size),)
         floor = alpha = 0.0
-    if error > MISFIT and not notes:
-        notes = (_misfit(error),)
+    else:
+        notes = (_misfit(error),) if error > MISFIT else ()
+        past = beyond(size, data, float(point[0]), high, gain)
+        if past is not None:
+            notes = (*notes, past.note(gain))
+            high[:2], high[2] = np.inf, np.inf if past.gained > gain else high[2]
+            if past.since is not None and past.surely > gain:
+                points[2], low[2] = None, max(low[2], past.since)
     return ThroughputFit(
         model=model,
         t0_s=floor,
