@@ -324,7 +324,9 @@ def _unknown(capacity: Capacity | None) -> str:
 def _capacity_notes(capacity: Capacity | None) -> list[Note]:
     notes = []
     if capacity is None or capacity.saturation_batch is None:
-        notes.append(Note("verdict.saturation_batch", _unknown(capacity)))
+        fit = capacity.model if capacity is not None else None
+        own = (note.text for note in (fit.notes if fit is not None else ()) if note.figure == "saturation_batch")
+        notes.append(Note("verdict.saturation_batch", next(own, _unknown(capacity))))
     if capacity is not None and capacity.model is not None and capacity.model.rms_log_error > MISFIT:
         error = number(100 * capacity.model.rms_log_error, 2)
         text = f"the throughput model misses the measured step times by {error} % (rms): read the batches' own rows too"

@@ -167,5 +167,5 @@ def _caps(cap: Any, size: Array, table: Array) -> Array:
 def _numbers(name: str, value: Any) -> Array:
     try:
         return np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor that requires a gradient
         raise UsageError(f"{name} is not a table of numbers. Give lists of equal length, with {CODES}.") from None

@@ -179,7 +179,7 @@ def _opened(low: Array, high: Array, size: Array) -> tuple[Array, Array]:
 def _numbers(name: str, value: Any) -> Array:
     try:
         found = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor that requires a gradient
         found = np.empty((0, 0))
     if found.ndim > 1:
         raise UsageError(f"{name} holds {given(value)}. Give numbers.")
