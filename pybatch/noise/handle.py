@@ -6,7 +6,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -228,10 +228,18 @@ class Collector(Handle):
         self._trained, self._frozen = dict(trainable(model)), dict(trainable(model, False))
         self._counter: Count | None = None
         self._loss = Loss(model, lambda: None if self._counter is None else self._counter.each)
+        if not self.looks:
+            self.look_away()
         self._scaler: Any = None
         self._evaluations = Evaluations()
         self._single = 0  # steps whose large batch is no larger than the small one
         self._removals: list[Callable[[], None]] = []
+
+    looks: ClassVar[bool] = True  # at the training's loss
+
+    def look_away(self) -> None:
+        """Leave the training's loss alone: somebody else knows it, or sees what goes through its graph."""
+        self._loss.remove()
 
     def count(self, n: float) -> None:
         if self._counter is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import operator
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -173,7 +172,7 @@ class SweepOptions:
     def _normalize(self) -> None:
         """One form for options that ask for the same."""
         plain: dict[str, Any] = {
-            "batches": tuple(sorted({operator.index(batch) for batch in self.batches})),
+            "batches": tuple(sorted({int(batch) for batch in self.batches})),
             "rules": tuple(dict.fromkeys(self.rules)),
             "optimizer": self.optimizer.lower() if self.optimizer is not None else None,
             "options": dict(self.options),

@@ -66,6 +66,8 @@ class HalvesNoise(Collector):
             tensor between the model's parameters and its output has a hook, or keeps its gradient.
     """
 
+    looks = False
+
     def __init__(
         self,
         model: nn.Module,

@@ -238,6 +238,8 @@ class NoiseWatch:
                 "with noise=True it measures them itself"
             )
         handle = attach(model, optimizer, None, **self._common, scaler=self._scaler) if _shared(model) else None
+        if isinstance(handle, Collector):
+            handle.look_away()
         if handle is not None or self._passes < 2:
             return handle
         return self._micro_batches(model)
@@ -337,4 +339,6 @@ def guarded(kind: type[_Kind], names: Iterable[str]) -> Callable[..., Collector]
 
         return call
 
-    return type(f"Guarded{kind.__name__}", (kind,), {"broken": None} | {name: safe(name) for name in names})
+    return type(
+        f"Guarded{kind.__name__}", (kind,), {"broken": None, "looks": False} | {name: safe(name) for name in names}
+    )
