@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from pybatch.answer.best import DISTURBED, Best
 from pybatch.answer.critical import Critical
 from pybatch.base.numerals import count, number
@@ -35,10 +33,10 @@ def confidence_of(critical: Critical, best: Best | None, capacity: Capacity | No
         found.append((2, f"runs past batch {count(best.cut)} did not reach the target"))
     if critical.source != "sweep":
         stands = _STANDS[critical.source or "noise"]
-        if critical.within != (0.0, math.inf):
+        if critical.bounded:
             stands = "a noise scale within a sweep's bound" if critical.source == "noise" else stands
-        elif critical.lacking is not None:
-            stands = f"{stands}: {critical.lacking}"
+        elif critical.unheard:
+            stands = f"{stands}: the sweep gives no critical batch"
         found.append((1, stands))
     if best.extrapolated:
         found.append((1, best.extrapolated))

@@ -47,7 +47,12 @@ class Critical:
     prediction: tuple[float, float] | None = None  # a value and the error of its logarithm, by all but the curve
     within: tuple[float, float] = (0.0, math.inf)  # bounds that a sweep measured
     reached: int | None = None  # largest batch of a tuned sweep that reached, where a larger one did not
-    lacking: str | None = None  # what a sweep that was made says of the critical batch, where it is not the source
+    unheard: bool = False  # whether a sweep was made that says nothing of it
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a sweep bounds it."""
+        return self.within != (0.0, math.inf)
 
     @property
     def disagreement(self) -> str | None:
@@ -70,11 +75,9 @@ def critical_of(noise: NoiseScale | None, steps: Convergence | None, target: flo
         target: train loss that the run is to reach, where it is known.
     """
     found = _critical_of(noise, steps, target)
-    bound = found.within != (0.0, math.inf)
-    lacking = None
-    if steps is not None and steps.curves and found.source in ("noise", None):
-        lacking = "the sweep bounds the critical batch alone" if bound else "the sweep gives no critical batch"
-    return dataclasses.replace(found, reached=_reached(steps), lacking=lacking)
+    swept = steps is not None and bool(steps.curves)
+    unheard = swept and found.source in ("noise", None) and not found.bounded
+    return dataclasses.replace(found, reached=_reached(steps), unheard=unheard)
 
 
 def _reached(steps: Convergence | None) -> int | None:

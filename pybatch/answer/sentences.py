@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from pybatch.answer.best import DISTURBED, Best, Bound
@@ -231,7 +230,7 @@ def _said(critical: Critical) -> str:
     weighed = critical.weighed.readings if critical.weighed is not None else ()
     several: list[str | None] = list(dict.fromkeys(r.source for r in weighed)) or [critical.source]
     source = "by " + " and ".join(_SOURCES[name] for name in several if name)
-    if critical.within != (0.0, math.inf) and critical.value is not None:
+    if critical.bounded and critical.value is not None:
         source += " within the sweep's bound"
     if critical.value is None:
         ends = (("at least", critical.low), ("at most", critical.high))

@@ -109,7 +109,7 @@ def advise(
     reasons += [seconds_reason] if seconds_reason else []
 
     if noise is not None or critical.source is not None:  # else the reason says it
-        notes += passed_over(steps, critical.source, critical.within != (0.0, math.inf))
+        notes += passed_over(steps, critical.source, critical.bounded)
     notes += [Note("noise.b_simple", far)] if far is not None else []
     absent = _unknown(capacity)
     for name, value in (("critical_batch", critical.value), ("best_batch", best), ("useful_devices", devices)):

@@ -24,6 +24,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from pybatch.noise.hooked import Hooked
 from pybatch.noise.hooks import after_forward, transformed
 from pybatch.noise.labels import ragged
 from pybatch.noise.outputs import leaves_in
@@ -47,7 +48,6 @@ _lock = threading.Lock()
 _looking: weakref.WeakSet[Loss] = weakref.WeakSet()
 _plain: Any = torch.Tensor.backward  # what stood where ours stands
 _placed = False  # whether ours stands there, or under what others have put over it
-_retained = 0  # calls of torch.Tensor.retain_grad meanwhile: the tensor's gradient would be added up
 
 
 class Loss:
@@ -62,12 +62,13 @@ class Loss:
 
     def __init__(self, model: nn.Module, examples: Callable[[], int | None] = lambda: None) -> None:
         self._examples = examples
-        # In what it gives the hooks that are on the outputs may see a pass more; None: they may not.
-        self.aside: Callable[[], AbstractContextManager[None] | None] = lambda: None
+        self.aside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext  # in it our own hooks rest
         self._model = weakref.ref(model)
         self._looks = self._passes = 0
-        self._outputs: deque[tuple[int, list[tuple[Tensor, int]]]] = deque(maxlen=_WAITING)  # and how many hooks each
-        self._told = _told()  # up to the last of these passes
+        self._outputs: deque[tuple[int, list[Tensor]]] = deque(maxlen=_WAITING)  # examples and outputs of each pass
+        self._handles = 0  # of hooks of anybody's, up to the last of these passes: some are on nodes of the graph
+        self._hooked = Hooked()
+        self._hooked.start()
         self._coupled: list[Tensor] = []
         self._ignored: list[tuple[int, Tensor]] = []  # ignore index, whether labels hold it unevenly
         # TorchScript's modules take no hook at the end of a pass.
@@ -88,6 +89,7 @@ class Loss:
         """Look no more."""
         if self._hook is not None:
             self._hook.remove()
+        self._hooked.stop()
         self._outputs.clear()
         _look_no_more(self)
 
@@ -111,8 +113,8 @@ class Loss:
             n = 0 if given is None else len(given)
         outputs = [x for x in leaves_in(output) if isinstance(x, Tensor) and x.grad_fn is not None]
         if n and sum(x.numel() for x in outputs) <= _LARGEST:
-            self._outputs.append((n, [(x, _hooks(x)) for x in outputs]))
-            self._told = _told()
+            self._outputs.append((n, outputs))
+            self._handles = RemovableHandle.next_id
             _look(self)
 
     def begins(self, loss: Tensor) -> None:
@@ -121,26 +123,27 @@ class Loss:
             return
         if loss.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        outputs = [x for _, some in self._outputs for x, _ in some]
+        outputs = [x for _, some in self._outputs for x in some]
         nodes, met = _nodes(loss, {x.grad_fn for x in outputs if x.ndim}, {x.grad_fn for x in outputs})
         if not met:
             return  # of another model
         n = self._outputs[-1][0]
-        by_example = [(x, hooks) for own, some in self._outputs for x, hooks in some if own == n]
+        alike = [x for own, some in self._outputs for x in some if own == n]
         self._outputs.clear()
+        hooked = self._hooked.below(loss.grad_fn) is not None or self._handles != RemovableHandle.next_id
+        self._hooked.clear()
         self._ignored += [(index, _uneven(labels == index, n)) for index, labels in _labels(nodes)]
-        parts = [(x, dim) for x, _ in by_example if (dim := _examples_in(x, n)) is not None]
+        parts = [(x, dim) for x in alike if (dim := _examples_in(x, n)) is not None]
         if parts and n >= _LEAST and _plain_torch(nodes):
-            aside = self.aside()
-            own = aside is None and any(hooks for _, hooks in by_example)
             model = self._model()
-            hooked = () if model is None else (m._backward_hooks or m._backward_pre_hooks for m in model.modules())
-            if own or self._told != _told() or any(x.retains_grad for x, _ in by_example) or any(hooked):
+            if hooked or (
+                model is not None and any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
+            ):
                 return  # somebody would be told of a pass more: another time
             if any(_of_outputs(node, parts, n) for node in nodes):
                 self._coupled.append(torch.ones((), dtype=torch.bool))
             else:
-                with aside or contextlib.nullcontext(), torch.enable_grad():
+                with self.aside(), torch.enable_grad():
                     self._coupled += _coupled(loss, parts, n)
         self._looks += 1
         if self._looks == _LOOKS:
@@ -237,21 +240,6 @@ def _of_outputs(node: Any, parts: list[tuple[Tensor, int]], n: int) -> bool:
     return any(x is not None and not x.requires_grad and x.untyped_storage().data_ptr() in held for x in factors)
 
 
-def _hooks(x: Tensor) -> int:
-    return len(x._backward_hooks or ())
-
-
-def _told() -> tuple[int, int]:
-    """How often anybody asked to be told of gradients, in this process so far."""
-    return RemovableHandle.next_id, _retained
-
-
-def _retain_grad(self: Tensor) -> None:
-    global _retained
-    _retained += 1
-    torch._C.TensorBase.retain_grad(self)
-
-
 def _look(loss: Loss) -> None:
     """Where backward passes begin: torch has no hook there, so its method is replaced as long as one is awaited."""
     global _plain, _placed
@@ -261,7 +249,6 @@ def _look(loss: Loss) -> None:
             weakref.finalize(loss, _put_back).atexit = False
         if not _placed:
             _placed, _plain, torch.Tensor.backward = True, torch.Tensor.backward, _backward  # type: ignore[method-assign]
-            torch.Tensor.retain_grad = _retain_grad  # type: ignore[method-assign, assignment]
 
 
 def _look_no_more(loss: Loss) -> None:
@@ -274,8 +261,6 @@ def _put_back() -> None:
     global _placed
     if not list(_looking) and torch.Tensor.backward is _backward:  # its length counts those that were just let go of
         torch.Tensor.backward, _placed = _plain, False  # type: ignore[method-assign]
-        if torch.Tensor.retain_grad is _retain_grad:
-            del torch.Tensor.retain_grad  # which is torch's own again, of its base class
 
 
 def _backward(

@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from pybatch.base.errors import UsageError
 from pybatch.noise.handle import Collector, combine, trainable
+from pybatch.noise.hooked import Hooked
 from pybatch.noise.hooks import after_forward
 from pybatch.noise.norms import square
 from pybatch.noise.outputs import leaves_in
@@ -31,7 +32,6 @@ from pybatch.noise.per_example.refusals import refuse_undefined
 from pybatch.noise.sources.examples import EVERY
 from pybatch.records import Note
 from pybatch.watch.batching import Batching, examples_in
-from pybatch.watch.hooked import Hooked
 from pybatch.watch.parting import Parting, find_parting
 from pybatch.watch.passes import autocasting, autocasts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -183,9 +183,9 @@ class ExampleNoise(Collector):
         self._leave()
         super().detach()
 
-    def _aside(self) -> AbstractContextManager[None] | None:
+    def _aside(self) -> AbstractContextManager[None]:
         """In it the watched pass does not see what goes through its outputs."""
-        return None if self._watch is None else _closed(self._watch)
+        return nullcontext() if self._watch is None else _closed(self._watch)
 
     def _leave(self, *_: Any) -> None:
         """The forward pass is over, or failed."""
