@@ -82,6 +82,15 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "rates": (lambda: ENTRIES["sweep"](Digits(), rates=0.1), "rates is 0.1. Give a list of numbers, or None."),
     "seeds": (lambda: ENTRIES["sweep"](Digits(), seeds="3"), "seeds is '3'. Give a whole number."),
+    **{
+        f"a negative seed of {entry}": (
+            lambda call=call: call(Digits(), seed=-1),
+            "seed -1 is out of range. Give a whole number from 0 to 2**63 - 1.",
+        )
+        for entry, call in ENTRIES.items()
+    },
+    "a negative seed of a fit": (lambda: pybatch.fit_steps([1, 2], [9, 8], seed=-1), "seed -1 is out of range."),
+    "a huge seed of a fit": (lambda: pybatch.fit_throughput([1, 2], [9, 8], seed=2**63), f"seed {2**63} is out of"),
     "a time budget as text": (
         lambda: ENTRIES["capacity"](Digits(), time_budget="90"),
         "measure_capacity(): time_budget is '90'. Give a number.",
@@ -192,6 +201,12 @@ def test_numbers_of_every_kind_are_taken() -> None:
     for batches, budget in zip(sizes, budgets, strict=True):
         found = ENTRIES["capacity"](Digits(), batches=batches, time_budget=budget, find_max_batch=False)
         assert [point.batch for point in found.batches][:2] == [1, 2]
+
+
+def test_a_plan_of_tensors_is_of_numbers() -> None:
+    plan = pybatch.plan_accumulation(None, torch.tensor(32), torch.tensor(2), largest=torch.tensor(8))
+    assert plan == pybatch.plan_accumulation(None, 32, 2, largest=8)
+    assert {type(value) for value in vars(plan).values()} == {int, type(None)}
 
 
 @pytest.mark.parametrize(("given", "says"), [("a.json", "old is str 'a.json'"), (pybatch.Run, "old is the class Run")])

@@ -52,6 +52,7 @@ def plan_accumulation(
         raise UsageError(f"largest micro-batch {said(largest)} holds no example. Give 1 or more.")
     most = largest if largest is not None else (capacity.max_batch if capacity is not None else None)
     assert most is not None
+    global_batch, devices, most = int(global_batch), int(devices), int(most)  # a tensor would make the plan's
     share, rest = divmod(global_batch, devices)
     passes = _passes(share, most) if not rest else None
     if passes is None:

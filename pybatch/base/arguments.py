@@ -45,6 +45,8 @@ def typed(call: Callable[P, R]) -> Callable[P, R]:
             return call(*args, **kwargs)  # which says the same of itself
         hints = _hints(call)
         check({name: hints.get(name) for name in arguments}, arguments, f"{name}(): ")
+        if "seed" in arguments:
+            check_seed(arguments["seed"])
         return call(*args, **kwargs)
 
     return checked
@@ -55,6 +57,12 @@ def check(hints: Mapping[str, Any], values: Mapping[str, Any], where: str = "") 
     for name, kind in hints.items():
         if name in values and not _fits(values[name], kind):
             raise UsageError(f"{where}{name} is {given(values[name])}. Give {_asked(kind)}.")
+
+
+def check_seed(seed: int, count: int = 1) -> None:
+    """UsageError where this seed, or the last of so many from it on, is none that torch and numpy both take."""
+    if not 0 <= seed <= 2**63 - count:
+        raise UsageError(f"seed {seed} is out of range. Give a whole number from 0 to 2**63 - 1.")
 
 
 @functools.cache

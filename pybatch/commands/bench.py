@@ -13,12 +13,13 @@ import typer
 
 from pybatch.answer.changes import parse_condition
 from pybatch.answer.merge import check_sweep
+from pybatch.base.arguments import check_seed
 from pybatch.base.errors import UsageError
 from pybatch.base.plain import visible
 from pybatch.base.ranges import LARGEST, parse_batches
 from pybatch.commands import flags
 from pybatch.commands.assignments import parse_optimizer
-from pybatch.commands.measuring import BUDGET, RATE, Delivery, Subject, check_between, check_budget, check_seed, typed
+from pybatch.commands.measuring import BUDGET, RATE, Delivery, Subject, check_between, check_budget, typed
 from pybatch.commands.partial import partial_record
 from pybatch.commands.printing import stdout_to_stderr
 from pybatch.commands.saved import read_run, read_sweep, tell_changes

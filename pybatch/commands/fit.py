@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
+from pybatch.base.arguments import check_seed
 from pybatch.commands import flags
-from pybatch.commands.measuring import Delivery, check_seed
+from pybatch.commands.measuring import Delivery
 from pybatch.jobs.fit import run_fit
 from pybatch.report.output import Output
 

@@ -90,11 +90,6 @@ def typed() -> str:
     return visible(shlex.join(["pybatch", *sys.argv[1:]]))
 
 
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed {seed} is out of range. Give a whole number from 0 to 2**63 - 1.")
-
-
 @dataclass(frozen=True)
 class Subject:
     """The flags that say what is measured, and where."""

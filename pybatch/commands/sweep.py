@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pybatch.base.arguments import check_seed
 from pybatch.base.errors import UsageError
 from pybatch.base.ranges import LARGEST, parse_batches
 from pybatch.commands import flags
@@ -19,7 +20,6 @@ from pybatch.commands.measuring import (
     Delivery,
     Subject,
     check_between,
-    check_seed,
     numbers,
     typed,
 )

@@ -115,7 +115,8 @@ class ThroughputFit(Shown):
     Intervals are 95 % by bootstrap over the measured steps. Where step times do not rise with the batch, no ceiling is
     in sight: `ceiling`, `half_batch` and `saturation_batch` are None, their lower ends bound them, and `beta_s` is 0.
     Where they are proportional to it from the smallest batch on, `half_batch` and `saturation_batch` are None, their
-    upper ends bound them, and `alpha_s` is 0. A note says so.
+    upper ends bound them, and `alpha_s` is 0. Where doublings gain on beyond what any shape here allows,
+    `saturation_batch` alone is None, and ends are open. A note says so.
     """
 
     model: Literal["affine", "floor", "wave"]

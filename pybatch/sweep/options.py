@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self, TypedDict
 
 from pybatch import scaling
-from pybatch.base.arguments import check
+from pybatch.base.arguments import check, check_seed
 from pybatch.base.errors import UsageError, unknown
 from pybatch.base.plain import said
 from pybatch.sweep.search import GRIDS, SAMPLERS, Grid, Racing, Sampled, Search, load_optuna
@@ -212,8 +212,7 @@ class SweepOptions:
                 )
         if self.seeds < 1:
             raise UsageError(f"seeds {self.seeds} is below 1. Give at least 1; 3 show an interval.")
-        if not 0 <= self.seed <= 2**63 - self.seeds:
-            raise UsageError(f"seed {self.seed} is out of range. Give a whole number from 0 to 2**63 - 1.")
+        check_seed(self.seed, self.seeds)
         if self.max_steps < 1:
             raise UsageError(f"max_steps {self.max_steps} is below 1. Give the steps after which a trial is given up.")
         for split, loss in (self.target or {}).items():
