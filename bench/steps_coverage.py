@@ -66,7 +66,7 @@ def truths(curve: Curve) -> dict[str, float]:
 
 
 def runs(curve: Curve, seeds: int, rng: np.random.Generator) -> np.ndarray:
-    """True steps [batches, seeds], not whole."""
+    """True steps [n, seeds] at BATCHES, not whole."""
     error = NOISE * rng.standard_normal((len(BATCHES), seeds)) + SHARED * rng.standard_normal((1, seeds))
     return curve(BATCHES)[:, None] * np.exp(error)
 
@@ -77,6 +77,18 @@ def plain(curve: Curve, rng: np.random.Generator, seeds: int = 3) -> tuple[np.nd
 
 def alone(curve: Curve, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:
     return plain(curve, rng, 1)
+
+
+def few(curve: Curve, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:
+    """Three seeds at every second batch size from the second on."""
+    steps, options = plain(curve, rng)
+    return np.where(np.isin(np.arange(len(BATCHES)), (1, 3, 5, 7))[:, None], steps, math.nan), options
+
+
+def few_alone(curve: Curve, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:
+    """One seed at five batch sizes in a row."""
+    steps, options = alone(curve, rng)
+    return np.where(np.isin(np.arange(len(BATCHES)), range(1, 6))[:, None], steps, math.nan), options
 
 
 def stuck(curve: Curve, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:
@@ -106,7 +118,16 @@ def known_grid(curve: Curve, rng: np.random.Generator) -> tuple[np.ndarray, dict
     return steps, {"before": steps - EVERY}
 
 
-READINGS = {"plain": plain, "one seed": alone, "stuck": stuck, "ragged": ragged, "grid": grid, "before=": known_grid}
+READINGS = {
+    "plain": plain,
+    "one seed": alone,
+    "4 sizes": few,
+    "5 alone": few_alone,
+    "stuck": stuck,
+    "ragged": ragged,
+    "grid": grid,
+    "before=": known_grid,
+}
 ENDS = {
     "b20": ("b20_low", "b20_high"),
     "b50": ("low", "high"),

@@ -95,9 +95,10 @@ def fit_steps(
         return StepsFit(*nothing, batches=reached, seeds=most, notes=tuple(notes))
 
     data = cells(picked[None], variance[None], caps[None], stuck(picked)[None])
-    models = [model] if model is not None else candidates(reached, int((data.kind > 0).sum()))
+    models = [model] if model is not None else candidates(reached)
     fits = [fit_model(name, table.size, data) for name in models]
-    best = fits[int(np.argmin([fit.score + handicap(fit.model) for fit in fits]))]
+    runs = int((data.kind > 0).sum())
+    best = fits[int(np.argmin([fit.score + handicap(fit.model, runs) for fit in fits]))]
     least, largest = float(table.size.min()), float(table.size.max())
     point = steps_model.figures(best.model, best.p[None], least, largest)[0]
     rivals = [fit for fit in fits if fit.score < best.score]
@@ -113,7 +114,7 @@ def fit_steps(
     found = scatter(best, table.size, data, share)
     notes += _misfit(found)
     drawn, freedom = resample(table, found, data, resamples, np.random.default_rng(seed))
-    spread = refit(fits, best.sigma, drawn, table.size, np.random.default_rng(seed))
+    spread = refit(fits, best.sigma, drawn, table.size, np.random.default_rng(seed), most == 1)
     low, high = interval(point, spread, freedom)
     medians = best_rate(
         np.where(drawn.kind == REACHED, np.exp(drawn.log), np.where(drawn.kind > 0, np.inf, np.nan))[None]

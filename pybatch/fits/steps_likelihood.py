@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_ndtr
+from scipy.special import fdtri, log_ndtr
 
 from pybatch.fits import steps_model
 from pybatch.fits.solver import Array, Evaluate, Rows, aicc, minimize
@@ -25,8 +25,9 @@ STUCK = 0.05  # of runs, before their steps are seen
 LATE = math.log(1e3)  # log steps past the curve over which a stuck run that reaches may lie
 SOFT = 3.0  # standard deviations from which on a residual counts linearly
 RESOLUTION = 2e-3  # log steps: steps are whole numbers, and a perfect fit must not drive AICc to minus infinity
-LEAST_THREE = 5  # batch sizes for a model of three unknowns
-FEW = 5  # runs up to which AICc has no correction, or one of 20 against any bend: models are compared without it
+LEAST_THREE = 4  # batch sizes for a model of three unknowns
+FEW = 8  # runs up to which AICc has no correction, or one of 6 to 20 against any bend: models are compared without it
+CHANCE = 0.01  # that a third unknown is taken for nothing, of so few runs
 SETTLED = 1e-3  # relative change of the error's size from which on it stands
 SUPPORT = 4.0  # of AICc: within it the hyperbola has support and stands (Burnham and Anderson 2002, section 2.6)
 
@@ -41,16 +42,20 @@ class Fit:
     score: float  # AICc
 
 
-def candidates(reached: int, runs: int) -> list[str]:
-    """The models that so many batch sizes, and runs, that reached the target can tell apart."""
-    three = reached >= LEAST_THREE and runs > FEW
-    return [name for name, unknowns in steps_model.NAMES.items() if len(unknowns) < 3 or three]
+def candidates(reached: int) -> list[str]:
+    """The models that so many batch sizes that reached the target can tell apart."""
+    return [name for name, unknowns in steps_model.NAMES.items() if len(unknowns) < 3 or reached >= LEAST_THREE]
 
 
-def handicap(model: str) -> float:
+def handicap(model: str, runs: Any) -> Any:
     """What a model other than the hyperbola must do better, by AICc. Runs of one seed, and seeds of one batch size, err
-    together, so that AICc sees more data than there are, and a third unknown moves B_50 by half for nothing."""
-    return SUPPORT if model == "power-law" or len(steps_model.NAMES[model]) > 2 else 0.0
+    together, so that AICc sees more data than there are, and a third unknown moves B_50 by half for nothing. Of few
+    `runs`, whose errors a third unknown may follow by chance, it is what an F test of it asks."""
+    if len(steps_model.NAMES[model]) < 3:
+        return SUPPORT if model == "power-law" else 0.0
+    rest = np.maximum(np.asarray(runs) - 3.0, 1.0)
+    tested = (rest + 3) * np.log1p(fdtri(1, rest, 1 - CHANCE) / rest) - 2  # which AIC takes for each unknown
+    return np.where(np.asarray(runs) > FEW, SUPPORT, tested)
 
 
 def data_points(runs: Any) -> Any:

@@ -58,7 +58,8 @@ def of_data(table: Table, picked: Array, chosen: Choice, capped: bool) -> list[N
 def of_one_seed(met: int, unknowns: int, least: int) -> Note:
     """What the interval of one seed at `met` batch sizes rests on, or why there is none."""
     if met - unknowns >= least:
-        return Note("low", "one seed: the interval rests on how far single batch sizes miss the curve")
+        text = "one seed: the interval rests on how far single batch sizes miss the curve, or one of another bend"
+        return Note("low", text)
     at = f"one seed at {counted(met, 'batch size')} for {unknowns} unknowns"
     text = f"{at}: too little to tell an error from, so no interval"
     return Note("low", f"{text}. Measure more batch sizes, or more seeds")

@@ -131,10 +131,14 @@ def _shared(data: Cells) -> Array:
     return result
 
 
-def refit(fits: list[Fit], sigma: float, drawn: Cells, size: Array, rng: np.random.Generator) -> Array:
+def refit(fits: list[Fit], sigma: float, drawn: Cells, size: Array, rng: np.random.Generator, alone: bool) -> Array:
     """Figures [R, 6] of each resample: of its best model, and where they hang on the shape of the curve, of a model
-    drawn by how well each is supported by the data themselves (Akaike weights: Burnham and Anderson 2002)."""
-    count = data_points((drawn.kind > 0).sum((-2, -1)))
+    drawn by how well each is supported by the data themselves (Akaike weights: Burnham and Anderson 2002).
+
+    Of one seed `alone` nothing tells a bend of another shape from errors: there all figures do, in every second one.
+    """
+    runs = (drawn.kind > 0).sum((-2, -1))
+    count = data_points(runs)
     least, most = float(size.min()), float(size.max())
     scores, found = [], []
     for fit in fits:
@@ -142,14 +146,18 @@ def refit(fits: list[Fit], sigma: float, drawn: Cells, size: Array, rng: np.rand
         inside = np.clip(fit.p, low + 1.0, high - 1.0) if len(fit.p) > 1 else fit.p  # no slope at the very limits
         start = np.repeat(np.where(np.isfinite(low), inside, fit.p)[None], len(count), axis=0)
         p, cost = minimize(start, evaluator(fit.model, size, drawn, sigma), low, high, rounds=30)
-        scores.append(aicc(2 * cost, count, p.shape[-1]) + handicap(fit.model))
+        scores.append(aicc(2 * cost, count, p.shape[-1]) + handicap(fit.model, runs))
         found.append(steps_model.figures(fit.model, p, least, most))
     rows = np.arange(len(count))
     every = np.stack(found)
     spread: Array = every[np.argmin(scores, axis=0), rows]
     own = np.array([fit.score for fit in fits])
     weights = np.exp(-(own - own.min()) / 2)
-    spread[:, SHAPED] = every[rng.choice(len(fits), len(count), p=weights / weights.sum()), rows][:, SHAPED]
+    supported = every[rng.choice(len(fits), len(count), p=weights / weights.sum()), rows]
+    if alone:
+        spread[::2] = supported[::2]
+    else:
+        spread[:, SHAPED] = supported[:, SHAPED]
     return spread
 
 
