@@ -178,6 +178,13 @@ def test_what_is_no_number_list_or_path(what: str) -> None:
         call()
 
 
+def test_an_option_that_a_sweep_does_not_have_is_named() -> None:
+    with pytest.raises(
+        TypeError, match=re.escape("measure_convergence() got an unexpected keyword argument 'targets'")
+    ):
+        pybatch.measure_convergence(Digits(), [8, 16], targets={"train": 0.1})  # type: ignore[call-arg]
+
+
 def test_what_is_sensible_is_not_refused() -> None:
     """Whole floats, arrays, names of seeds as letters."""
     from pybatch.sweep.options import SweepOptions

@@ -35,15 +35,16 @@ def rate_of(
     inputs: Inputs = {"base_rate": rate, "base_batch": float(base)}
     if base == batch:
         return rate, Reason("learning_rate", f"the rate {origin}", "measured" if tuned else "assumed", inputs)
-    optimizer = (steps.optimizer if steps is not None else None) or (work.optimizer if work else None) or "adamw"
-    factor, rule = _scaled(optimizer, base, batch, critical)
-    text = f"{number(rate)} {origin}, times the {_FACTORS[rule]}: a rule of thumb for {optimizer}, not measured; "
+    optimizer = (steps.optimizer if steps is not None else None) or (work.optimizer if work else None)
+    factor, rule = _scaled(optimizer or "adamw", base, batch, critical)
+    kind = optimizer or "optimizers like Adam"
+    text = f"{number(rate)} {origin}, times the {_FACTORS[rule]}: a rule of thumb for {kind}, not measured; "
     return rate * factor, Reason("learning_rate", f"{text}tune around it", "assumed", inputs | {"rule": rule})
 
 
 def _scaled(optimizer: str, base: int, batch: int, critical: float) -> tuple[float, str]:
     """The factor of the rate from one batch to another, and the rule: linear, as far as it goes, up to the critical."""
-    bend = min(max(critical, min(base, batch)), max(base, batch)) if optimizer in _LINEAR else min(base, batch)
+    bend = min(max(critical, min(base, batch)), max(base, batch)) if optimizer.lower() in _LINEAR else min(base, batch)
     steep, flat = (bend / min(base, batch), max(base, batch) / bend)
     factor = float(steep * math.sqrt(flat))
     rule = "sqrt" if steep == 1 else "linear" if flat == 1 else "linear, then sqrt"

@@ -55,7 +55,7 @@ def advice(
     beyond = f", {best.extrapolated}" if best.extrapolated else ""
     reasons = "; ".join(confidence.reasons)
     answer = f"Use batch {count(best.batch)}{beyond}, {_between(best)}. Confidence: {confidence.level} ({reasons})."
-    rest = [] if critical.disagreement is None else [critical.disagreement]
+    rest = [*_disagreement(critical)]
     if further and wall is not None:
         rest.append(
             f"At batch {batch_size(wall.value)}, the {wall.name}{' by extrapolation' * wall.extrapolated}, the same "
@@ -165,10 +165,10 @@ def bounds(
             )
         if nothing:
             return Answer("No batch can be advised.", f"{lack}, and the critical batch is not known: {_why(critical)}.")
-        far = "Far below it more examples per step save almost as many steps, far above it almost none."
-        if critical.shape is not None and critical.shape.model == "power-law":
-            far = "At it twice the fewest examples are needed; steps fall on and on as a power of the batch."
-        return Answer(f"The critical batch is {known}.", far, (f"{lack}: no batch is advised.",))
+        told = _disagreement(critical)
+        return Answer(
+            f"The critical batch is {known}.", " ".join((*told, _far(critical))), (f"{lack}: no batch is advised.",)
+        )
     if fit.half_batch is None:
         scatter = number(100 * fit.rms_log_error, 2)
         because = f"Step times scatter by {scatter} % and show no trend: measure again on a quiet machine."
@@ -179,11 +179,27 @@ def bounds(
     if span != (None, None):
         beside = {"hardware": ", above the device's half batch", "noise": ", below the device's half batch"}
         because = f"The critical batch is {known}{beside.get(limit, '')}."
-        told = () if critical.disagreement is None else (critical.disagreement,)
-        rest = (*told, f"{device}.", _more(critical))
+        rest = (*_disagreement(critical), f"{device}.", _more(critical))
         return Answer(f"{_distrust(fit)}{_bounded(span, bound)}", because, rest)
     because = f"The critical batch is not known: {_why(critical)}."
     return Answer(f"{_distrust(fit)}No batch can be advised yet.", because, (f"{device}.", _more(critical)))
+
+
+def _disagreement(critical: Critical) -> tuple[str, ...]:
+    return () if critical.disagreement is None else (critical.disagreement,)
+
+
+def _far(critical: Critical) -> str:
+    """What a critical batch means for batch sizes on either side of it."""
+    if critical.shape is not None and critical.shape.model == "power-law":
+        return "At it twice the fewest examples are needed; steps fall on and on as a power of the batch."
+    curve = critical.curve
+    if critical.source == "sweep" and curve is not None and curve.b_min is not None and curve.b_min_low is not None:
+        least = (
+            f"Examples are fewest at batch {batch_size(curve.b_min)}: smaller ones take more steps and more examples;"
+        )
+        return f"{least} far above the critical batch larger ones save almost no steps."
+    return "Far below it more examples per step save almost as many steps, far above it almost none."
 
 
 def _known(critical: Critical) -> tuple[str, ...]:

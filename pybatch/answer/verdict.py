@@ -59,9 +59,9 @@ def advise(
     Any of them may be None or unresolved: what then cannot be said is None, and the text and the notes say why.
     """
     _check(capacity, noise, steps, distributed)
-    critical = critical_of(noise, steps, _target(capacity))
+    critical = critical_of(noise, steps, _target(capacity, steps))
     far = far_from_tuned(capacity, noise, steps, critical.value or 0.0)
-    if far is not None and (alone := critical_of(None, steps, _target(capacity))).value is not None:
+    if far is not None and (alone := critical_of(None, steps, _target(capacity, steps))).value is not None:
         critical, far = alone, f"{far}; it is left out here"
     fit = capacity.model if capacity is not None else None
     best = None
@@ -156,16 +156,17 @@ def ensemble(
     capacity: Capacity, noise: NoiseScale | None, steps: Convergence | None, distributed: Distributed | None = None
 ) -> Ensemble | None:
     """The times to the loss that `advise` weighs; None where a side of them is not known."""
-    critical = critical_of(noise, steps, _target(capacity))
+    critical = critical_of(noise, steps, _target(capacity, steps))
     if critical.value is None or capacity.model is None or capacity.model.half_batch is None:
         return None
     return ensemble_between(critical, capacity, distributed)
 
 
-def _target(capacity: Capacity | None) -> float | None:
-    """The train loss that the workload is to reach."""
-    work = capacity.workload if capacity is not None else None
-    return work.target.get("train") if work is not None else None
+def _target(capacity: Capacity | None, steps: Convergence | None) -> float | None:
+    """The train loss that is to be reached: that of the steps measured, or the workload's."""
+    of_steps = [curve.target for curve in steps.curves if curve.split == "train"] if steps is not None else []
+    works = [part.workload.target.get("train") for part in (capacity, steps) if part is not None and part.workload]
+    return next((target for target in (*of_steps, *works) if target is not None), None)
 
 
 _KINDS = {"capacity": Capacity, "noise": NoiseScale, "steps": Convergence, "distributed": Distributed}

@@ -164,7 +164,9 @@ def _record(
         notes = [*notes, steps_notes.of_turn(float(size[turn]), float(size.max()), size[between])]
     else:
         shape = "inverse" if inverse else "flat" if flat else "faster" if faster else best.model
-        notes = [*notes, *steps_notes.of_fit(shape, point, size, exponent, float(low[2]), float(high[2]))]
+        made = table.steps[np.isfinite(table.steps)]
+        whole = bool((made == np.round(made)).all())
+        notes = [*notes, *steps_notes.of_fit(shape, point, size, exponent, float(low[2]), float(high[2]), whole)]
         point, low, high = point.copy(), low.copy(), high.copy()
         if inverse or faster:
             point[BENDS], high[BENDS] = np.nan, np.inf

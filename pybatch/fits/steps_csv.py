@@ -235,7 +235,7 @@ def _columns(path: str | PathLike[str], head: list[str]) -> dict[str, int]:
     """Where each known column is, and under "of" how many there are."""
     found: dict[str, int] = {"of": len(head)}
     names = {alias: name for name, aliases in _NAMES.items() for alias in aliases}
-    own = [cell.strip().lower() for cell in head]
+    own = ["_".join(cell.lower().split()) for cell in head]
     for place, text in enumerate(own):
         name = names.get(text)
         if name in found:

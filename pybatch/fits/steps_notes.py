@@ -154,7 +154,9 @@ def of_turn(batch: float, largest: float, missed: Array) -> Note:
     return Note("critical_batch", text)
 
 
-def of_fit(model: str, point: Array, size: Array, exponent: float | None, low: float, high: float) -> list[Note]:
+def of_fit(
+    model: str, point: Array, size: Array, exponent: float | None, low: float, high: float, whole: bool
+) -> list[Note]:
     """On the model that won.
 
     Args:
@@ -164,6 +166,7 @@ def of_fit(model: str, point: Array, size: Array, exponent: float | None, low: f
         exponent: of the power model.
         low: lower end of B_50's interval; nan where there is none.
         high: its upper end.
+        whole: whether all steps are whole numbers; logged in thousands they are not.
     """
     smallest, largest = count(float(size.min())), count(float(size.max()))
     if model in ("inverse", "faster") and not low >= size.max():
@@ -196,7 +199,7 @@ def of_fit(model: str, point: Array, size: Array, exponent: float | None, low: f
         every = "every doubling saves more" if np.isinf(point[3]) else "no doubling saves as much"
         notes.append(Note("b_stag", f"none: {every} than 10 % of the steps"))
         return notes
-    if point[0] < FEW_STEPS:
+    if whole and point[0] < FEW_STEPS:
         text = f"only {number(float(point[0]))} steps: so few are too coarse for a fit. Take a harder target"
         notes.append(Note("s_min", text))
     if exponent is not None and exponent < 1:

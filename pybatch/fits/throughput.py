@@ -20,13 +20,12 @@ from pybatch.base.plain import given
 from pybatch.fits.solver import Array, aicc
 from pybatch.fits.throughput_beyond import beyond
 from pybatch.fits.throughput_model import cost, figures, limits, log_time
-from pybatch.fits.throughput_shapes import FLOOR_LEAST, shapes, spread
+from pybatch.fits.throughput_shapes import FAR, FLOOR_LEAST, shapes, spread
 from pybatch.records import Note, ThroughputFit
 
 MOST = 1e18  # examples: far past it the arithmetic overflows
 TINY = 16  # times below the smallest batch: a half batch there, from which nothing keeps it apart from 0, is none
 MISFIT = 0.1  # rms of ln(measured / fitted) from which the fit's error is worth telling
-FAR = 4  # times the largest batch: a half batch past it lets times rise by a quarter at most over all that was measured
 
 
 @typed

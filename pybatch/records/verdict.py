@@ -15,6 +15,15 @@ from pybatch.records.figure import figure
 from pybatch.records.subject import Note
 
 _ENDS = re.compile("_(low|high)$")
+# What stands or falls with another figure, and has no reason of its own, or none where that is not known.
+_WITH = {
+    "confidence": "best_batch",
+    "doubling": "best_batch",
+    "second_device": "best_batch",
+    "frontier": "useful_devices",
+    "critical_source": "critical_batch",
+    "evidence": "critical_batch",
+}
 
 Limit = Literal["noise", "hardware", "balanced", "unresolved", "input"]
 Evidence = Literal["measured", "modelled", "assumed"]
@@ -138,10 +147,8 @@ class Verdict(Shown):
         if figure == "confidence" and self.confidence is not None:
             text = f"{self.confidence.level}: {'; '.join(self.confidence.reasons)}"
             return Reason(figure, text, "modelled")
-        if figure == "critical_source" and self.critical_source is not None:
-            return given["critical_batch"]
         whole = _ENDS.sub("", figure)  # an end of an interval stands with its figure
-        for name in (figure, whole, f"{whole}_batch"):
+        for name in (figure, whole, f"{whole}_batch", _WITH.get(figure, figure)):
             if name in given:
                 return given[name]
             if name in lacking:

@@ -79,6 +79,8 @@ def sections(run: Run) -> list[Section]:
         found.append(schedule.section(run.batch_schedule, unit))
     if run.verdict is not None:
         found.append(verdict.section(run.verdict, run.capacity, run.price))
+    elif run.price is not None:
+        found.append(Section("Verdict", lines=(verdict.cost(None, run.capacity, run.price),)))
     if run.notes:
         found.append(Section("Run", notes=(*notes_of(run.notes), *details_of(run.notes))))
     return found

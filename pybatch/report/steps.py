@@ -77,7 +77,7 @@ def _columns(curve: Curve, batches: Sequence[int], with_rates: bool) -> list[tup
 
 
 def _steps_cell(p: ConvergencePoint) -> str:
-    value = n.count(round(p.steps)) if p.steps is not None else n.words(p.status)
+    value = n.rounded(p.steps) if p.steps is not None else n.words(p.status)
     return value if p.reached >= p.runs else f"{value} ({p.reached}/{p.runs})"
 
 
@@ -88,7 +88,7 @@ def _lines(curve: Curve, unit: str, alone: bool) -> list[tuple[str, str]]:
         if curve.low is not None:
             bound = f"at least {n.number(curve.low)} {unit}"
         elif curve.high is not None:
-            bound = f"at most {n.number(curve.high)} {unit}"
+            bound = f"at most {n.number(curve.high)}" + f" {unit}" * (curve.high != 1)
         return [(name, bound)]
     text = written(curve, "critical_batch", unit)
     if curve.fit is not None and curve.fit.model is not None:
@@ -107,9 +107,13 @@ def _fewest(curve: Curve) -> str:
     """At which batch size the fewest examples are taken: those below it cost more steps and more examples."""
     assert curve.b_min is not None
     where = f"at batch {n.count(round(curve.b_min))}"
-    for end, side, tested in ((curve.b_min_low, "smallest", min), (curve.b_min_high, "largest", max)):
-        if end is None and curve.b_min == tested(p.batch for p in curve.points):
-            return f"{where}, the {side} tested"
+    tested = [p.batch for p in curve.points]
+    if curve.b_min_low is None and curve.b_min == min(tested):
+        further = f", or up to {n.number(curve.b_min_high)}" if curve.b_min_high is not None else ""
+        return f"{where}, the smallest tested{further}"
+    if curve.b_min_high is None and curve.b_min == max(tested):
+        further = f", or down to {n.number(curve.b_min_low)}" if curve.b_min_low is not None else ""
+        return f"{where}, the largest tested{further}"
     return f"{where} {n.interval(curve.b_min_low, curve.b_min_high)}".strip()
 
 

@@ -46,8 +46,8 @@ def section(verdict: Verdict, capacity: Capacity | None = None, price: float | N
         low, high = (_number(twice.get(f"time_factor_{end}")) for end in ("low", "high"))
         ends = n.interval(low, high, lambda value: n.number(value, 2))
         said.append(("twice the batch", f"{factors}; time {ends} by {twice.get('step_times', 'modelled')} step times"))
-    if price is not None and (cost := _cost(verdict, capacity, price)):
-        said.append(("cost", cost))
+    if price is not None:
+        said.append(cost(verdict, capacity, price))
     return Section(
         "Verdict",
         lines=tuple(said),
@@ -67,16 +67,18 @@ def _number(value: float | str | None) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _cost(verdict: Verdict, capacity: Capacity | None, price: float) -> str:
-    """What training on one device costs at the best batch, at a price per device-hour."""
+def cost(verdict: Verdict | None, capacity: Capacity | None, price: float) -> tuple[str, str]:
+    """What training on one device costs at the best batch, at a price per device-hour; or why that is not known."""
     parts = []
-    if verdict.time_to_target is not None:
+    if verdict is not None and verdict.time_to_target is not None:
         parts.append(f"{n.number(price * verdict.time_to_target / 3600)} to the target")
     fit = capacity.model if capacity is not None else None
-    if fit is not None and verdict.best_batch:
+    if verdict is not None and fit is not None and verdict.best_batch:
         seconds = 1e6 / verdict.best_batch * fit.step_s(verdict.best_batch)
         parts.append(f"{n.number(price * seconds / 3600)} a million {examples_of(capacity)}")
-    return f"{', '.join(parts)}, at {n.number(price)} a device-hour (modelled)" if parts else ""
+    lack = "step times were not measured" if capacity is None else "no batch is advised"
+    text = f"{', '.join(parts)}, at {n.number(price)} a device-hour (modelled)" if parts else f"not known: {lack}"
+    return "cost", text
 
 
 def first_figures(verdict: Verdict) -> list[tuple[str, str, str]]:

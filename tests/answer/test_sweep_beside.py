@@ -10,6 +10,7 @@ from pybatch.answer.best import best_of
 from pybatch.answer.confidence import confidence_of
 from pybatch.answer.critical import critical_of
 from pybatch.answer.verdict import advise
+from pybatch.base.errors import UsageError
 from pybatch.fits.steps import fit_steps
 from pybatch.fits.throughput import fit_throughput
 from pybatch.records import Convergence, ConvergencePoint, Curve, RateSteps
@@ -125,6 +126,44 @@ def test_why_tells_the_confidence_and_where_the_critical_batch_is_from():
     verdict = advise(capacity(), noise(235))
     assert verdict.why("confidence").text == f"{verdict.confidence.level}: {'; '.join(verdict.confidence.reasons)}"
     assert verdict.why("critical_source") == verdict.why("critical_batch")
+
+
+@pytest.mark.parametrize("device", [None, "flat", "whole"])
+def test_why_tells_of_what_is_not_known_as_well(device):
+    measured = {None: None, "flat": flat(), "whole": capacity()}[device]
+    for scale in (None, noise(200), noise(None, 50, status="lower_bound")):
+        verdict = advise(measured, scale)
+        for name in ("confidence", "doubling", "second_device", "frontier", "critical_source", "evidence"):
+            found = verdict.why(name)
+            assert found.text
+            if verdict.best_batch is None and name not in ("critical_source", "evidence"):
+                assert found.text.startswith("not known: "), name
+    with pytest.raises(UsageError, match="no figure 'colour' in this verdict"):
+        verdict.why("colour")
+
+
+def test_evidence_that_disagrees_is_told_without_a_capacity():
+    bent = swept(200 * (1 + 50 / SIZES))
+    found = advise(None, noise(5000), bent)
+    assert found.because.startswith("The evidence disagrees on the critical batch: ")
+    assert not advise(None, noise(60), bent).because.startswith("The evidence")
+
+
+def test_a_noise_scale_read_past_the_target_of_a_sweep_is_taken_back_without_a_capacity():
+    bent = swept(200 * (1 + 50 / SIZES))  # to a train loss of 0.3
+    early = dataclasses.replace(noise(400), loss=0.1)
+    assert "disagrees" in advise(None, dataclasses.replace(early, loss=0.3), bent).text
+    assert "disagrees" not in advise(None, early, bent).text
+
+
+def test_a_sweep_whose_smallest_batches_cost_more_says_so():
+    steep = swept(300 * (1 + (80 / SIZES) ** 2))
+    [curve] = steep.curves
+    fit = curve.fit
+    steep = Convergence((dataclasses.replace(curve, b_min=fit.b_min, b_min_low=fit.b_min_low),))
+    assert advise(None, None, steep).because.startswith(
+        f"Examples are fewest at batch {fit.b_min:.0f}: smaller ones take more steps and more examples;"
+    )
 
 
 def test_a_batch_that_was_timed_and_is_surely_faster_is_taken():

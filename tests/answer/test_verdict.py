@@ -355,13 +355,14 @@ def test_the_learning_rate_there():
     swept = advise(capacity(), None, sweep())
     nearest = min(BATCHES, key=lambda b: abs(math.log(b / swept.best_batch)))
     assert swept.learning_rate == pytest.approx(0.1 * math.sqrt(swept.best_batch / nearest))
-    at = dataclasses.replace(sweep(), optimizer="sgd")
-    assert advise(capacity(), None, at).learning_rate == pytest.approx(0.1 * swept.best_batch / nearest)
+    for name in ("sgd", "SGD"):
+        at = dataclasses.replace(sweep(), optimizer=name)
+        assert advise(capacity(), None, at).learning_rate == pytest.approx(0.1 * swept.best_batch / nearest)
     known = capacity()
     work = dataclasses.replace(known.workload, learning_rate=0.01, reference_batch=32)
     found = advise(dataclasses.replace(known, workload=work), noise(400))
     assert found.learning_rate == pytest.approx(0.01 * math.sqrt(found.best_batch / 32))
-    assert "a rule of thumb for adamw, not measured" in found.why("learning_rate").text
+    assert "a rule of thumb for optimizers like Adam, not measured" in found.why("learning_rate").text
     assert advise(capacity(), noise(40)).learning_rate is None
     assert "no rate is known" in advise(capacity(), noise(40)).why("learning_rate").text
 

@@ -262,8 +262,10 @@ def test_one_batch_size_needs_more_of_them():
 def test_extrapolations_and_few_steps_are_noted():
     far = fit_steps(BATCHES[:6], hyperbola(BATCHES[:6], 1000, 400))
     assert any("extrapolated: 4" in note.text and note.figure == "critical_batch" for note in far.notes)
-    few = fit_steps(BATCHES, hyperbola(BATCHES, 4, 100))
+    few = fit_steps(BATCHES, np.round(hyperbola(BATCHES, 4, 100)))
     assert any("too coarse" in note.text for note in few.notes)
+    thousands = fit_steps(BATCHES, hyperbola(BATCHES, 4, 100))  # not whole: logged in thousands, say
+    assert not any("too coarse" in note.text for note in thousands.notes)
 
 
 def test_the_order_of_batches_is_free_and_the_seed_decides_everything():

@@ -306,6 +306,12 @@ def test_a_file_of_runs(tmp_path):
     assert fit_steps_csv(path) == fit_steps(BATCHES, table, cap=4000)
 
 
+def test_names_of_columns_may_be_as_people_write_them(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("Batch Size,Steps to Target, Run \n" + "".join(f"{b:g},{100 + 4000 / b:g},a\n" for b in BATCHES))
+    assert fit_steps_csv(path).critical_batch == pytest.approx(40, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -173,6 +173,18 @@ def test_waves_that_powers_of_two_cannot_show_and_cliffs_are_in_the_intervals(cu
     assert missed >= 4
 
 
+@pytest.mark.parametrize(("batches", "seed"), [(3 * 2 ** np.arange(9), 52), (2 ** np.arange(10), 58)])
+def test_a_floor_left_by_two_sizes_alone_is_no_cliff_past_a_flat_line(batches, seed):
+    """Its ceiling had no end: 640 and 854 times the fastest rate measured."""
+    rng = np.random.default_rng(seed)
+    seconds = [1e-4 * max(200, b) * np.exp(0.01 * rng.standard_normal(8)) for b in batches]
+    fit = fit_throughput(batches, seconds, resamples=100)
+    assert fit.model == "floor"
+    assert fit.ceiling == pytest.approx(1e4, rel=0.03)
+    assert fit.ceiling_high < 1.2e4
+    assert fit.saturation_high < 250
+
+
 def test_samples_are_used_by_their_median_and_order_is_free():
     samples = [[t, t * 1.001, t * 50] for t in affine(BATCHES)]
     fit = fit_throughput(BATCHES[::-1], samples[::-1])

@@ -75,6 +75,25 @@ def test_a_page_has_the_steps_the_reach_rates_and_the_critical_batches(swept, fo
     assert "linear points: said of linear" in text
 
 
+def test_steps_in_other_units_open_ends_and_a_price_without_step_times_are_said(swept):
+    points = (point(32, 11.15), point(64, 6.02), point(512, 2.0), point(1024, 1.77))
+    logged = dataclasses.replace(
+        swept.convergence.curves[1], points=points, b_min=32.0, b_min_high=53.2, fit=None, s_min=1.49
+    )
+    small = Curve("linear", "train", points, None, None, None, 1.0, target=0.1)
+    run = dataclasses.replace(swept, convergence=Convergence((logged, small)), price=2.5)
+    text = " ".join(render(run, "table").split())
+    for part in (
+        "11.2",
+        "6.02",
+        "1.77",
+        "at batch 32, the smallest tested, or up to 53.2",
+        "critical, linear at most 1 ",
+        "cost not known: step times were not measured",
+    ):
+        assert part in text, part
+
+
 def test_csv_has_one_row_a_point(swept):
     rows = list(csv.DictReader(io.StringIO(render(swept, "csv"))))
     assert len(rows) == 9
