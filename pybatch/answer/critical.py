@@ -29,7 +29,7 @@ from pybatch.records import (
 from pybatch.scaling import LOGGED, SEARCHED
 
 _FURTHEST = 0.01  # of the target: the law is not followed further back
-_PAST = 0.8  # of the target: a train loss below it is past the target
+PAST = 0.8  # of the target: a train loss below it is past the target
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _reached(steps: Convergence | None) -> int | None:
 
 
 def _critical_of(noise: NoiseScale | None, steps: Convergence | None, target: float | None) -> Critical:
-    curve, branch = _curve_of(steps), _branch_of(steps, target)
+    curve, branch = curve_of(steps), _branch_of(steps, target)
     bound = curve if curve is not None and curve.critical_batch is None else None
     weighed = combined(
         [r for r in (_by_curve(curve), _by_branch(branch, target), _by_noise(noise, target)) if r is not None]
@@ -204,7 +204,7 @@ def shaped(fit: StepsFit | None) -> StepsFit | None:
     return fit
 
 
-def _curve_of(steps: Convergence | None) -> Curve | None:
+def curve_of(steps: Convergence | None) -> Curve | None:
     """The best-tuned curve that says anything of the critical batch, on the training loss if there is a choice.
 
     Where no tuned curve bends within the batches tested, the bound that this gives: it says more of the problem than
@@ -231,7 +231,7 @@ def _past(branch: Branching, target: float | None) -> float | None:
         return None
     if branch.loss is not None and branch.loss < target:
         return branch.loss
-    return branch.level if branch.level is not None and 0 <= branch.level < _PAST * target else None
+    return branch.level if branch.level is not None and 0 <= branch.level < PAST * target else None
 
 
 def _by_curve(curve: Curve | None) -> Reading | None:
@@ -265,7 +265,7 @@ def _by_noise(noise: NoiseScale | None, target: float | None) -> Reading | None:
         return None
     kind: Kind = "noise"
     back = 1.0
-    if target is not None and noise.loss is not None and 0 <= noise.loss < _PAST * target:
+    if target is not None and noise.loss is not None and 0 <= noise.loss < PAST * target:
         kind, back = "noise past target", _taken_back(noise.loss, target)
     low, high = (end * back if end is not None else None for end in (noise.low, noise.high))
     return Reading("noise", kind, noise.b_simple * back, low, high, FACTORS[kind])

@@ -89,6 +89,8 @@ def _told(clashes: Sequence[tuple[Reading, Reading]], aside: bool) -> str:
     there = list(dict.fromkeys(r for pair in clashes for r in pair))
     figures = " and ".join(f"{r.words} {batch_size(r.value)}" for r in there)
     done = (
-        "the sweep, which measured it, stands" if aside else "the advice lies between and loses least if either holds"
+        "the sweep, which measured it, stands"
+        if aside
+        else "both count, and between them least is lost if either holds"
     )
     return f"The evidence disagrees on the critical batch: {figures}; {done}."

@@ -62,7 +62,7 @@ def far_from_tuned(
     found = _tuned(steps) or _branched(steps)
     if work is None or not work.reference_batch or not rate or not found:
         return None
-    if steps is None or steps.optimizer is None or steps.optimizer != work.optimizer:
+    if steps is None or steps.optimizer is None or steps.optimizer.lower() != (work.optimizer or "").lower():
         return None
     batch = work.reference_batch
     base = min(found, key=lambda b: abs(math.log(b / batch)))

@@ -14,7 +14,7 @@ import numpy as np
 
 from pybatch.answer.best import Best, Bound, best_of, bound_of, ensemble_between
 from pybatch.answer.confidence import confidence_of
-from pybatch.answer.critical import Critical, critical_of, passed_over, unmeasured
+from pybatch.answer.critical import PAST, Critical, critical_of, curve_of, passed_over, unmeasured
 from pybatch.answer.ensemble import EFFICIENCY, Ensemble, Turn, turn_of
 from pybatch.answer.frontier import doubling, frontier
 from pybatch.answer.input import with_loader
@@ -111,6 +111,7 @@ def advise(
     if noise is not None or critical.source is not None:  # else the reason says it
         notes += passed_over(steps, critical.source, critical.bounded)
     notes += [Note("noise.b_simple", far)] if far is not None else []
+    notes += _short(capacity, critical)
     absent = _unknown(capacity)
     for name, value in (("critical_batch", critical.value), ("best_batch", best), ("useful_devices", devices)):
         if value is None:
@@ -163,10 +164,28 @@ def ensemble(
 
 
 def _target(capacity: Capacity | None, steps: Convergence | None) -> float | None:
-    """The train loss that is to be reached: that of the steps measured, or the workload's."""
-    of_steps = [curve.target for curve in steps.curves if curve.split == "train"] if steps is not None else []
-    works = [part.workload.target.get("train") for part in (capacity, steps) if part is not None and part.workload]
-    return next((target for target in (*of_steps, *works) if target is not None), None)
+    """The train loss that is to be reached: that of the steps that count, or the workload's."""
+    curve = curve_of(steps)
+    if curve is not None and curve.split == "train" and curve.target is not None:
+        return curve.target
+    return _declared(capacity) or _declared(steps)
+
+
+def _declared(part: Capacity | Convergence | None) -> float | None:
+    """The workload's own."""
+    work = part.workload if part is not None else None
+    return work.target.get("train") if work is not None else None
+
+
+def _short(capacity: Capacity | None, critical: Critical) -> list[Note]:
+    """On steps to a loss that the workload's training goes far past."""
+    curve, aim = critical.curve, _declared(capacity)
+    if critical.source != "sweep" or curve is None or curve.split != "train" or curve.target is None or aim is None:
+        return []
+    if aim >= PAST * curve.target:
+        return []
+    text = f"steps were measured to train loss {number(curve.target)}, the workload's target is {number(aim)}"
+    return [Note("verdict.critical_source", f"{text}: up to there the critical batch grows. Sweep to that target")]
 
 
 _KINDS = {"capacity": Capacity, "noise": NoiseScale, "steps": Convergence, "distributed": Distributed}

@@ -1,5 +1,5 @@
 """Regimes of data parallelism (Golmant et al. 2018): linear, diminishing, stagnant, for each batch size tested; and
-superlinear, where a smaller batch takes more steps *and* more examples.
+superlinear, where a smaller batch takes more steps *and* more examples, by as much as a larger one past linear.
 
 A label stands where at least nine in ten resamples agree on it; otherwise it is "undetermined".
 """
@@ -28,11 +28,11 @@ def unknown(size: Array) -> Regimes:
     return _agreed(size, np.full((1, len(size)), -1))
 
 
-def of_model(size: Array, b20: Array, b_stag: Array, b_min: Array) -> Regimes:
-    """Labels of batch sizes [n] from the resampled B_20, B_stag and B_min [R]: linear up to the first, stagnant from
-    the second, superlinear below the third."""
+def of_model(size: Array, b20: Array, b_stag: Array, steep: Array) -> Regimes:
+    """Labels of batch sizes [n] from what was resampled [R]: linear up to B_20, stagnant from B_stag on, superlinear up
+    to the batch whose doubling leaves SUPERLINEAR of the steps."""
     codes = np.where(size >= b_stag[:, None], 2, np.where(size <= b20[:, None], 0, 1))
-    codes = np.where(size < b_min[:, None], 3, codes)  # nan: all take as many examples
+    codes = np.where(size < steep[:, None], 3, codes)
     return _agreed(size, codes)
 
 

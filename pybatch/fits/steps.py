@@ -23,7 +23,7 @@ from pybatch.fits.regimes import Regimes, of_doubling, of_model, unknown
 from pybatch.fits.solver import Array
 from pybatch.fits.steps_checks import checked
 from pybatch.fits.steps_data import REACHED, Cells, Table, best_rate, cells, choose_rates, falls_to, stuck
-from pybatch.fits.steps_likelihood import Fit, candidates, fit_model, handicap, shares
+from pybatch.fits.steps_likelihood import FEW, LEAST_THREE, Fit, best_of, candidates, fit_model, shares
 from pybatch.fits.steps_resampling import Scatter, interval, refit, resample, scatter
 from pybatch.records import Note, StepsFit
 
@@ -97,12 +97,12 @@ def fit_steps(
     data = cells(picked[None], variance[None], caps[None], stuck(picked)[None])
     models = [model] if model is not None else candidates(reached)
     fits = [fit_model(name, table.size, data) for name in models]
-    runs = int((data.kind > 0).sum())
-    best = fits[int(np.argmin([fit.score + handicap(fit.model, runs) for fit in fits]))]
+    best = best_of(fits, table.size, data)
     least, largest = float(table.size.min()), float(table.size.max())
     point = steps_model.figures(best.model, best.p[None], least, largest)[0]
-    rivals = [fit for fit in fits if fit.score < best.score]
-    notes += [_rival(fit, best, least, largest) for fit in rivals]
+    rivals = sorted((fit for fit in fits if fit.score < best.score), key=lambda fit: fit.score)
+    few = int((data.kind > 0).sum()) <= FEW
+    notes += [_rival(fit, best, least, largest, few) for fit in (rivals[:1] if few else rivals)]
     share = shares(best, table.size, data)
     notes += steps_notes.of_stuck(table.size, data.kind[0], share)
     met = int((data.kind[0] == REACHED).any(-1).sum())
@@ -114,20 +114,22 @@ def fit_steps(
     found = scatter(best, table.size, data, share)
     notes += _misfit(found)
     drawn, freedom = resample(table, found, data, resamples, np.random.default_rng(seed))
-    spread = refit(fits, best.sigma, drawn, table.size, np.random.default_rng(seed), most == 1)
-    low, high = interval(point, spread, freedom)
+    spread = refit(
+        fits, best.sigma, drawn, table.size, np.random.default_rng(seed), most == 1 or reached == LEAST_THREE
+    )
+    low, high = interval(point, spread[:, :-1], freedom)
     medians = best_rate(
         np.where(drawn.kind == REACHED, np.exp(drawn.log), np.where(drawn.kind > 0, np.inf, np.nan))[None]
     )
-    regimes = of_model(table.size, spread[:, 1], spread[:, 3], spread[:, 5]), of_doubling(table.size, medians[1])
+    regimes = of_model(table.size, spread[:, 1], spread[:, 3], spread[:, -1]), of_doubling(table.size, medians[1])
     astray = found.beyond and found.around > ASTRAY
     return _record(table, fits, best, point, low, high, regimes, data, notes, astray)
 
 
-def _rival(fit: Fit, best: Fit, least: float, largest: float) -> Note:
+def _rival(fit: Fit, best: Fit, least: float, largest: float, few: bool) -> Note:
     """On a model that has a handicap, and whose AICc is lower by less than that."""
     critical = float(steps_model.figures(fit.model, fit.p[None], least, largest)[0][2])
-    return steps_notes.of_rival(fit.model, best.model, best.score - fit.score, critical)
+    return steps_notes.of_rival(fit.model, best.model, None if few else best.score - fit.score, critical)
 
 
 def _misfit(found: Scatter) -> list[Note]:
@@ -165,7 +167,7 @@ def _record(
     else:
         shape = "inverse" if inverse else "flat" if flat else "faster" if faster else best.model
         made = table.steps[np.isfinite(table.steps)]
-        whole = bool((made == np.round(made)).all())
+        whole = bool(np.mean(made == np.round(made)) > 0.5)
         notes = [*notes, *steps_notes.of_fit(shape, point, size, exponent, float(low[2]), float(high[2]), whole)]
         point, low, high = point.copy(), low.copy(), high.copy()
         if inverse or faster:

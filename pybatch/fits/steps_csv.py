@@ -242,18 +242,18 @@ def _columns(path: str | PathLike[str], head: list[str]) -> dict[str, int]:
             raise UsageError(f"{_named(path)}, line 1: two columns for {name}. Rename the one that is not meant.")
         if name is not None:
             found[name] = place
-    for text in own:
+    for text, cell in zip(own, head, strict=True):
         near = difflib.get_close_matches(text, names, 1, cutoff=0.7) if text not in names else []
         # Other columns are left alone, but for what can only be a slip.
         slip = near and (
             names[near[0]] in ("batch", "steps") or sorted(text) == sorted(near[0]) or text[:-1] == near[0]
         )
         if slip and names[near[0]] not in found:
-            asked = f"column {_cut(text)!r}: is it {near[0]!r}? Name it so, or remove it."
+            asked = f"column {_cut(cell.strip().lower())!r}: is it {near[0]!r}? Name it so, or remove it."
             raise UsageError(f"{_named(path)}, line 1: {asked}")
     for name in ("batch", "steps"):
         if name not in found:
-            columns = ", ".join(_cut(cell) for cell in own)
+            columns = ", ".join(_cut(cell.strip().lower()) for cell in head)
             raise UsageError(f"{_named(path)}, line 1: no column {name!r} in {_cut(columns)!r}. Name it {name}.")
     return found
 

@@ -26,6 +26,7 @@ LATE = math.log(1e3)  # log steps past the curve over which a stuck run that rea
 SOFT = 3.0  # standard deviations from which on a residual counts linearly
 RESOLUTION = 2e-3  # log steps: steps are whole numbers, and a perfect fit must not drive AICc to minus infinity
 LEAST_THREE = 4  # batch sizes for a model of three unknowns
+ROUGH = 0.15  # log steps (rms): of four, nearer to a curve of two unknowns a chosen rate may have put them
 FEW = 8  # runs up to which AICc has no correction, or one of 6 to 20 against any bend: models are compared without it
 CHANCE = 0.01  # that a third unknown is taken for nothing, of so few runs
 SETTLED = 1e-3  # relative change of the error's size from which on it stands
@@ -45,6 +46,28 @@ class Fit:
 def candidates(reached: int) -> list[str]:
     """The models that so many batch sizes that reached the target can tell apart."""
     return [name for name, unknowns in steps_model.NAMES.items() if len(unknowns) < 3 or reached >= LEAST_THREE]
+
+
+def best_of(fits: list[Fit], size: Array, data: Cells) -> Fit:
+    """The best of these fits, by AICc and `handicap`.
+
+    Of four batch sizes, whose runs may err together, a third unknown is taken only where they lie far from every curve
+    of two, and not by one seed, which has nothing left to show an error by.
+    """
+    reached = data.kind[0] == REACHED
+    runs = int((data.kind > 0).sum())
+
+    def score(fit: Fit) -> float:
+        return float(fit.score + handicap(fit.model, runs))
+
+    best = min(fits, key=score)
+    plain = [fit for fit in fits if len(fit.p) < 3]
+    if len(best.p) < 3 or not plain or reached.any(-1).sum() > LEAST_THREE:
+        return best
+    simple = min(plain, key=score)
+    value = steps_model.log_steps(simple.model, simple.p[None], size)[0][0]
+    off = [np.median(row[own]) - at for row, own, at in zip(data.log[0], reached, value, strict=True) if own.any()]
+    return simple if reached.sum(-1).max() == 1 or math.sqrt(np.mean(np.square(off))) < ROUGH else best
 
 
 def handicap(model: str, runs: Any) -> Any:

@@ -170,6 +170,20 @@ def figures(model: str, p: Array, least: float, most: float) -> Array:
     return np.stack([first, *found, stagnant, zhang, np.clip(inner, least, most)], -1)
 
 
+def steep(model: str, p: Array, saved: float) -> Array:
+    """Batch [R] up to which a doubling leaves less than the share `saved` < 1/2 of the steps, at log-parameters [R, P];
+    0 where none does, infinite where every one does."""
+    none = np.zeros(len(p))
+    if model == "power-law":
+        return np.where(0.5 ** np.exp(p[:, 1]) < saved, np.inf, none)
+    if model != "power":  # of the others steps fall as 1 / B at most
+        return none
+    power = np.exp(p[:, 2])
+    beyond = saved - 0.5**power
+    ratio = (1 - saved) / np.where(beyond > 0, beyond, 1.0)  # (B_c / B)^alpha there
+    return np.where(beyond > 0, np.exp(p[:, 1]) * ratio ** (-1 / power), none)
+
+
 def _logistic(u: Array) -> Array:
     result: Array = 1 / (1 + np.exp(-np.minimum(np.maximum(u, -700), 700)))
     return result

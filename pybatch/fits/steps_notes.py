@@ -59,7 +59,7 @@ def of_one_seed(met: int, unknowns: int, least: int) -> Note:
     """What the interval of one seed at `met` batch sizes rests on, or why there is none."""
     if met - unknowns >= least:
         text = "one seed: the interval rests on how far single batch sizes miss the curve, or one of another bend"
-        return Note("low", text)
+        return Note("seeds", text)
     at = f"one seed at {counted(met, 'batch size')} for {unknowns} unknowns"
     text = f"{at}: too little to tell an error from, so no interval"
     return Note("low", f"{text}. Measure more batch sizes, or more seeds")
@@ -112,10 +112,14 @@ def of_misfit(around: float, own: float) -> Note:
     )
 
 
-def of_rival(model: str, instead: str, better: float, critical: float) -> Note:
-    """On a model that is about as good as the one taken, and the critical batch it would give."""
-    gives = f"a critical batch of {number(critical)}" if np.isfinite(critical) else "none"
-    text = f"the {model} model is about as good as the {instead} (AICc lower by {number(better, 2)}) and gives {gives}"
+def of_rival(model: str, instead: str, better: float | None, critical: float) -> Note:
+    """On a model that is about as good as the one taken, and the critical batch it would give; or that follows runs too
+    few to tell, where by how much it is better means little (None)."""
+    gives = f"gives a critical batch of {number(critical)}" if np.isfinite(critical) else "gives none"
+    text = f"the {model} model is about as good as the {instead} (AICc lower by {number(better, 2)}) and {gives}"
+    if better is None:
+        text = f"the {model} model is nearer to the runs than the {instead} and {gives}; so few runs do not tell"
+        return Note("critical_batch", f"{text}. Measure more batch sizes, or more seeds")
     return Note("critical_batch", f"{text}. More seeds would tell them apart")
 
 
@@ -166,7 +170,7 @@ def of_fit(
         exponent: of the power model.
         low: lower end of B_50's interval; nan where there is none.
         high: its upper end.
-        whole: whether all steps are whole numbers; logged in thousands they are not.
+        whole: whether most steps are whole numbers; logged in thousands they are not.
     """
     smallest, largest = count(float(size.min())), count(float(size.max()))
     if model in ("inverse", "faster") and not low >= size.max():

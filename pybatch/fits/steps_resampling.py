@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import fdtri, stdtrit
 
 from pybatch.fits import steps_model
+from pybatch.fits.regimes import SUPERLINEAR
 from pybatch.fits.solver import Array, aicc, minimize
 from pybatch.fits.steps_data import REACHED, Cells, Table, best_rate, cells, stuck
 from pybatch.fits.steps_likelihood import RESOLUTION, SOFT, Fit, data_points, evaluator, handicap
@@ -132,8 +133,9 @@ def _shared(data: Cells) -> Array:
 
 
 def refit(fits: list[Fit], sigma: float, drawn: Cells, size: Array, rng: np.random.Generator, alone: bool) -> Array:
-    """Figures [R, 6] of each resample: of its best model, and where they hang on the shape of the curve, of a model
-    drawn by how well each is supported by the data themselves (Akaike weights: Burnham and Anderson 2002).
+    """Figures [R, 6] and beside them `steep` [R, 7] of each resample: of its best model, and where they hang on the
+    shape of the curve, of a model drawn by how well each is supported by the data themselves (Akaike weights: Burnham
+    and Anderson 2002).
 
     Of one seed `alone` nothing tells a bend of another shape from errors: there all figures do, in every second one.
     """
@@ -147,7 +149,8 @@ def refit(fits: list[Fit], sigma: float, drawn: Cells, size: Array, rng: np.rand
         start = np.repeat(np.where(np.isfinite(low), inside, fit.p)[None], len(count), axis=0)
         p, cost = minimize(start, evaluator(fit.model, size, drawn, sigma), low, high, rounds=30)
         scores.append(aicc(2 * cost, count, p.shape[-1]) + handicap(fit.model, runs))
-        found.append(steps_model.figures(fit.model, p, least, most))
+        steep = steps_model.steep(fit.model, p, SUPERLINEAR)
+        found.append(np.column_stack([steps_model.figures(fit.model, p, least, most), steep]))
     rows = np.arange(len(count))
     every = np.stack(found)
     spread: Array = every[np.argmin(scores, axis=0), rows]

@@ -37,7 +37,7 @@ WAVE_LEAST = 3  # batch sizes that share a wave with another, past the first wav
 FLOOR_LEAST = 6  # AICc of four unknowns (alpha, beta, floor and the error) is defined from six batch sizes on
 HIDDEN = 4  # waves that the batch sizes cannot show but may have: so many of the best
 CLIFF_LEAST = 5  # batch sizes up to a cliff
-FAR = 4  # times the largest batch: a half batch past it lets times rise by a quarter at most over all that was measured
+FAR = 4  # times the largest batch fitted: a half batch past it lets times rise by a quarter at most up to there
 CLIFF = 0.05  # log time: past a cliff steps take longer than the line says by this, all of them
 
 
@@ -150,7 +150,7 @@ def _partings(distinct: tuple[float, ...]) -> tuple[Array, NDArray[np.bool_]]:
 def _cliffs(size: Array, data: Array) -> list[Shape]:
     """Lines up to a batch size past which every step takes longer than they say; each such step is an unknown more.
 
-    Of lines that rise: past flat ones, times begin to rise as they do past a floor."""
+    Past a line that hardly rises they must lie one jump above it: times that go on rising have left a floor."""
     made = []
     for edge in np.unique(size)[:-1]:
         kept = size <= edge
@@ -161,7 +161,8 @@ def _cliffs(size: Array, data: Array) -> list[Shape]:
             continue
         p, _ = solve(_near(rough, size[kept], data[kept]), size[kept], data[kept])
         residual = data - log_time(p, size)[0]
-        if p[1] > np.log(FAR * edge) or (residual[~kept] < CLIFF).any():
+        past = residual[~kept]
+        if (past < CLIFF).any() or (p[1] > np.log(FAR * edge) and np.ptp(past) > CLIFF):
             continue
         least = float(cost(np.where(kept, residual, 0.0)))
         made.append(Shape("affine", p, _score(least, len(size), 2 + int((~kept).sum())), size, kept, None, False))

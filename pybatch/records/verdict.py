@@ -153,7 +153,7 @@ class Verdict(Shown):
                 return given[name]
             if name in lacking:
                 return Reason(name, f"not known: {lacking[name]}", "assumed")
-        known = ", ".join(dict.fromkeys([*(reason.figure for reason in self.reasons), *lacking]))
+        known = ", ".join(dict.fromkeys([*(reason.figure for reason in self.reasons), *lacking, *_WITH]))
         raise UsageError(f"no figure {figure!r} in this verdict. Ask for one of: {known}.")
 
     def to_json(self) -> str:

@@ -92,6 +92,8 @@ _DECISIVE = frozenset(
      "critical_batch", "low", "b_min", "stages", "verdict.best_batch", "verdict.critical_source")
 )  # fmt: skip
 
+_CALLED = {"low": "interval"}  # of a critical batch
+
 
 def notes_of(notes: Sequence[Note], before: str = "") -> tuple[str, ...]:
     """Those that change what a reader would do."""
@@ -104,7 +106,7 @@ def details_of(notes: Sequence[Note], before: str = "") -> tuple[str, ...]:
 
 
 def _line(note: Note, before: str) -> str:
-    return f"{before}{note.figure}: {note.text}"
+    return f"{before}{_CALLED.get(note.figure, note.figure)}: {note.text}"
 
 
 def _own(kind: type) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pybatch.base import numerals as n
 from pybatch.fits.steps_model import NAMES, predicted
-from pybatch.records import Convergence, ConvergencePoint, Curve, aim_of
+from pybatch.records import Convergence, ConvergencePoint, Curve, Note, aim_of
 from pybatch.records.figure import figure_of, written
 from pybatch.report import rates
 from pybatch.report.layout import Section, Table, columns, details_of, notes_of, table
@@ -42,15 +42,21 @@ def _split(split: str, curves: list[Curve], steps: Convergence, unit: str) -> Se
             lines.append(("rules start", given))
     if split == steps.curves[0].split and any(p.reached < p.runs for curve in steps.curves for p in curve.points):
         lines.append(("in brackets", "runs that reached the target / runs made, where not all did"))
-    several = len(curves) > 1
-    names = [f"{c.rule} " if several else "" for c in curves]
-    told = list(zip(curves, names, strict=True))
-    notes = tuple(dict.fromkeys(note for c, name in told for note in notes_of(c.notes, before=name)))
-    details = tuple(dict.fromkeys(note for c, name in told for note in details_of(c.notes, before=name)))
+    notes, details = _merged(curves, notes_of), _merged(curves, details_of)
     if split == steps.curves[-1].split:  # the last section: what holds for all of them
         notes, details = notes + notes_of(steps.notes), details + details_of(steps.notes)
     goal = "target" if target is None else _goal(curves[0])
     return Section(f"Steps to {goal}", found, tuple(lines), notes=notes, details=details)
+
+
+def _merged(curves: Sequence[Curve], of: Callable[[Sequence[Note]], tuple[str, ...]]) -> tuple[str, ...]:
+    """The notes of the rules, each once, with the rules of which it holds where there are several."""
+    found: dict[str, list[str]] = {}
+    for curve in curves:
+        for note in of(curve.notes):
+            found.setdefault(note, []).append(curve.rule)
+    said = {note: ", ".join(dict.fromkeys(rules)) for note, rules in found.items()}
+    return tuple(f"{rules} {note}" if len(curves) > 1 else note for note, rules in said.items())
 
 
 def _goal(curve: Curve) -> str:
@@ -86,9 +92,9 @@ def _lines(curve: Curve, unit: str, alone: bool) -> list[tuple[str, str]]:
     if curve.critical_batch is None:
         bound = "not known"
         if curve.low is not None:
-            bound = f"at least {n.number(curve.low)} {unit}"
+            bound = f"at least {n.number(curve.low)} {_units(curve.low, unit)}"
         elif curve.high is not None:
-            bound = f"at most {n.number(curve.high)}" + f" {unit}" * (curve.high != 1)
+            bound = f"at most {n.number(curve.high)} {_units(curve.high, unit)}"
         return [(name, bound)]
     text = written(curve, "critical_batch", unit)
     if curve.fit is not None and curve.fit.model is not None:
@@ -103,16 +109,20 @@ def _lines(curve: Curve, unit: str, alone: bool) -> list[tuple[str, str]]:
     return lines
 
 
+def _units(value: float, unit: str) -> str:
+    return unit.removesuffix("s") if value == 1 else unit
+
+
 def _fewest(curve: Curve) -> str:
     """At which batch size the fewest examples are taken: those below it cost more steps and more examples."""
     assert curve.b_min is not None
     where = f"at batch {n.count(round(curve.b_min))}"
     tested = [p.batch for p in curve.points]
     if curve.b_min_low is None and curve.b_min == min(tested):
-        further = f", or up to {n.number(curve.b_min_high)}" if curve.b_min_high is not None else ""
+        further = f", or up to {n.number(curve.b_min_high)}" if (curve.b_min_high or 0.0) > curve.b_min else ""
         return f"{where}, the smallest tested{further}"
     if curve.b_min_high is None and curve.b_min == max(tested):
-        further = f", or down to {n.number(curve.b_min_low)}" if curve.b_min_low is not None else ""
+        further = f", or down to {n.number(curve.b_min_low)}" if (curve.b_min_low or math.inf) < curve.b_min else ""
         return f"{where}, the largest tested{further}"
     return f"{where} {n.interval(curve.b_min_low, curve.b_min_high)}".strip()
 

@@ -147,6 +147,37 @@ def test_evidence_that_disagrees_is_told_without_a_capacity():
     found = advise(None, noise(5000), bent)
     assert found.because.startswith("The evidence disagrees on the critical batch: ")
     assert not advise(None, noise(60), bent).because.startswith("The evidence")
+    assert "The evidence disagrees on" in advise(flat(), noise(5000), bent).text
+    assert "advice" not in advise(None, noise(5000), dataclasses.replace(bent, curves=(fixed(bent),))).text
+
+
+def fixed(steps):
+    return dataclasses.replace(steps.curves[0], rule="linear")
+
+
+def test_a_sweep_that_says_nothing_leaves_the_noise_scale_at_the_workloads_target():
+    late = dataclasses.replace(noise(400), loss=0.15)
+    aim = dataclasses.replace(capacity().workload, target={"train": 0.1})
+    device = dataclasses.replace(capacity(), workload=aim)
+    points = swept(200 * (1 + 50 / SIZES)).curves[0].points[:2]
+    nothing = Convergence((Curve("tuned", "train", points, None, None, None, None, target=1.0),))
+    alone = advise(device, late)
+    assert advise(device, late, nothing).critical_batch == alone.critical_batch
+    assert advise(device, late, nothing).best_batch == alone.best_batch
+
+
+def test_steps_to_a_loss_far_above_the_workloads_target_are_told():
+    aim = dataclasses.replace(capacity().workload, target={"train": 0.1})
+    device = dataclasses.replace(capacity(), workload=aim)
+    bent = swept(200 * (1 + 50 / SIZES))
+    told = [n.text for n in advise(device, None, bent).notes if n.figure == "verdict.critical_source"]
+    assert told == [
+        "steps were measured to train loss 0.300, the workload's target is 0.100: "
+        "up to there the critical batch grows. Sweep to that target"
+    ]
+    aim = dataclasses.replace(aim, target={"train": 0.27})
+    near = advise(dataclasses.replace(device, workload=aim), None, bent)
+    assert not any(n.figure == "verdict.critical_source" for n in near.notes)
 
 
 def test_a_noise_scale_read_past_the_target_of_a_sweep_is_taken_back_without_a_capacity():

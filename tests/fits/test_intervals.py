@@ -173,6 +173,42 @@ def test_steps_that_fall_faster_than_the_batch_grows_are_not_called_linear(seeds
     assert dict(fit.regimes)[16] != "linear"
 
 
+def test_four_batch_sizes_with_errors_of_their_own_take_no_third_unknown():
+    """Each size 8 % off, as by the rate chosen for it: AICc, which sees 20 runs, took one in 28 of 60 draws."""
+    size, errors = 16 * 4.0 ** np.arange(4), []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        off = 0.08 * rng.standard_normal((4, 1)) + 0.05 * rng.standard_normal((4, 5))
+        fit = fit_steps(size, np.round(300 * (1 + 150 / size)[:, None] * np.exp(off)), resamples=40)
+        assert fit.model == "hyperbola"
+        errors.append(math.log(fit.critical_batch / 150))
+    assert np.std(errors) < 0.25  # by every model 0.32
+
+
+@pytest.mark.parametrize("shape", [lambda b: (1 + (80 / b) ** 3) ** (1 / 3), lambda b: 1 + (80 / b) ** 2])
+def test_one_seed_at_four_batch_sizes_keeps_its_interval_however_well_a_third_unknown_fits(shape):
+    size = 16 * 4.0 ** np.arange(4)
+    fit = fit_steps(size, 300 * shape(size))
+    assert fit.model == "hyperbola"
+    assert fit.low is not None or fit.high is not None
+
+
+def test_perfect_scaling_of_one_seed_is_linear():
+    """Half the draws follow power laws, some a little steeper than 1: all save at least what a linear one does."""
+    size, linear = 2.0 ** np.arange(4, 11), 0
+    for seed in range(10):
+        steps = np.round(runs(np.random.default_rng(seed), 1, 0.02, 0, 4e5 / size)[:, 0])
+        linear += dict(fit_steps(size, steps, resamples=100).regimes)[16] == "linear"
+    assert linear >= 9  # before: half of them
+
+
+def test_of_few_runs_the_nearest_other_model_is_named_once():
+    steps = np.round(runs(np.random.default_rng(3), 1, 0.05, 0, SMOOTH[2.5](25 * 2.0 ** np.arange(5)))[:, 0])
+    texts = [note.text for note in fit_steps(25 * 2.0 ** np.arange(5), steps).notes if note.figure == "critical_batch"]
+    assert sum("is nearer to the runs than the hyperbola" in text for text in texts) == 1
+    assert not any("AICc" in text for text in texts)
+
+
 def test_the_hyperbola_stands_against_a_model_that_is_about_as_good(monkeypatch):
     """Planted hyperbolas with the misfit of chosen rates: without the margin some are another model's."""
     rng, errors = np.random.default_rng(11), {0.0: [], steps_likelihood.SUPPORT: []}

@@ -185,6 +185,17 @@ def test_a_floor_left_by_two_sizes_alone_is_no_cliff_past_a_flat_line(batches, s
     assert fit.saturation_high < 250
 
 
+@pytest.mark.parametrize(("half", "edge", "jump"), [(640, 128, 1.3), (1152, 256, 1.5), (270, 64, 2.0)])
+def test_a_cliff_past_a_line_that_hardly_rises_is_in_the_intervals(half, edge, jump):
+    held = 0
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        seconds = [1e-3 * (1 + b / half) * (jump if b > edge else 1) for b in BATCHES]
+        fit = fit_throughput(BATCHES, [t * np.exp(0.01 * rng.standard_normal(8)) for t in seconds], resamples=60)
+        held += (fit.half_low or 0) <= half <= (fit.half_high or math.inf)
+    assert held >= 3
+
+
 def test_samples_are_used_by_their_median_and_order_is_free():
     samples = [[t, t * 1.001, t * 50] for t in affine(BATCHES)]
     fit = fit_throughput(BATCHES[::-1], samples[::-1])

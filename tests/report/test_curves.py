@@ -88,10 +88,20 @@ def test_steps_in_other_units_open_ends_and_a_price_without_step_times_are_said(
         "6.02",
         "1.77",
         "at batch 32, the smallest tested, or up to 53.2",
-        "critical, linear at most 1 ",
+        "critical, linear at most 1 example ",
         "cost not known: step times were not measured",
     ):
         assert part in text, part
+
+
+def test_a_note_of_several_rules_is_said_once(swept):
+    both, own = Note("critical_batch", "said of both"), Note("critical_batch", "said of one")
+    linear, tuned, _ = swept.convergence.curves
+    curves = dataclasses.replace(linear, notes=(both,)), dataclasses.replace(tuned, notes=(both, own))
+    text = " ".join(render(dataclasses.replace(swept, convergence=Convergence(curves)), "table").split())
+    assert text.count("said of both") == 1
+    assert "linear, tuned critical_batch: said of both" in text
+    assert "· tuned critical_batch: said of one" in text
 
 
 def test_csv_has_one_row_a_point(swept):
