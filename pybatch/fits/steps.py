@@ -5,8 +5,8 @@ not reach the target within its cap T counts by its probability, 1 - Phi((ln T -
 label, never a value; a run that is late among its batch size's, and a batch size that is late among its neighbours, may
 be stuck, and then bends nothing. Where the loss was evaluated now and then, steps lie between two evaluations: they
 count as the mean of their logarithm over that interval, with its variance added to that of the runs. The soft tails
-stay, which the probability of an interval under a normal would lose. The candidates of `steps_model` are compared by
-AICc.
+stay, which the probability of an interval under a normal would lose. The candidates of `steps_model` are compared as
+`steps_likelihood.best_of` says.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pybatch.fits.regimes import Regimes, of_doubling, of_model, unknown
 from pybatch.fits.solver import Array
 from pybatch.fits.steps_checks import checked
 from pybatch.fits.steps_data import REACHED, Cells, Table, best_rate, cells, choose_rates, falls_to, stuck
-from pybatch.fits.steps_likelihood import FEW, LEAST_THREE, Fit, best_of, candidates, fit_model, shares
+from pybatch.fits.steps_likelihood import FEW, Fit, best_of, candidates, fit_model, shares
 from pybatch.fits.steps_resampling import Scatter, interval, refit, resample, scatter
 from pybatch.records import Note, StepsFit
 
@@ -68,8 +68,8 @@ def fit_steps(
         resamples: bootstrap resamples behind the 95 % intervals; whole seeds are drawn, of those that each batch size
             has. What they cannot show (a single seed, a model's misfit) is added as independent errors, and the ends
             are widened as few seeds ask. Where models are about as good, the intervals of figures that hang on the
-            curve's shape (B_20, B_stag) hold those of each. One seed at hardly more batch sizes than the model has
-            unknowns shows nothing: both ends are None.
+            curve's shape (B_20, B_stag) hold those of each; of one seed all intervals do. One seed at hardly more batch
+            sizes than the model has unknowns shows nothing: both ends are None.
 
     Returns:
         The fit, with notes on what a reader must know. Where under three batch sizes reach the target in most of
@@ -114,9 +114,7 @@ def fit_steps(
     found = scatter(best, table.size, data, share)
     notes += _misfit(found)
     drawn, freedom = resample(table, found, data, resamples, np.random.default_rng(seed))
-    spread = refit(
-        fits, best.sigma, drawn, table.size, np.random.default_rng(seed), most == 1 or reached == LEAST_THREE
-    )
+    spread = refit(fits, best.sigma, drawn, table.size, np.random.default_rng(seed), most == 1)
     low, high = interval(point, spread[:, :-1], freedom)
     medians = best_rate(
         np.where(drawn.kind == REACHED, np.exp(drawn.log), np.where(drawn.kind > 0, np.inf, np.nan))[None]

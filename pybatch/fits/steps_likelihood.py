@@ -40,7 +40,7 @@ class Fit:
     model: str
     p: Array  # [P]
     sigma: float  # of the error in log steps
-    score: float  # AICc
+    score: float  # AICc, or AIC of few runs, see `data_points`
 
 
 def candidates(reached: int) -> list[str]:

@@ -132,12 +132,13 @@ def _shared(data: Cells) -> Array:
     return result
 
 
-def refit(fits: list[Fit], sigma: float, drawn: Cells, size: Array, rng: np.random.Generator, alone: bool) -> Array:
+def refit(fits: list[Fit], sigma: float, drawn: Cells, size: Array, rng: np.random.Generator, shapeless: bool) -> Array:
     """Figures [R, 6] and beside them `steep` [R, 7] of each resample: of its best model, and where they hang on the
     shape of the curve, of a model drawn by how well each is supported by the data themselves (Akaike weights: Burnham
     and Anderson 2002).
 
-    Of one seed `alone` nothing tells a bend of another shape from errors: there all figures do, in every second one.
+    Where the data are `shapeless`, and nothing tells a bend of another shape from errors, all figures do, in every
+    second resample.
     """
     runs = (drawn.kind > 0).sum((-2, -1))
     count = data_points(runs)
@@ -157,7 +158,7 @@ def refit(fits: list[Fit], sigma: float, drawn: Cells, size: Array, rng: np.rand
     own = np.array([fit.score for fit in fits])
     weights = np.exp(-(own - own.min()) / 2)
     supported = every[rng.choice(len(fits), len(count), p=weights / weights.sum()), rows]
-    if alone:
+    if shapeless:
         spread[::2] = supported[::2]
     else:
         spread[:, SHAPED] = supported[:, SHAPED]

@@ -108,14 +108,15 @@ class StepsFit(Shown):
     b_min: float | None = None
     b_min_low: float | None = None
     b_min_high: float | None = None
-    # By the model: superlinear (smaller batches cost more examples), linear, diminishing, stagnant, undetermined.
+    # By the model: superlinear (smaller batches cost far more examples), linear, diminishing, stagnant, undetermined.
     regimes: tuple[tuple[int, str], ...] = field(default=(), metadata=figure("regimes", form=_regimes))
     # From the steps saved by doubling, without a model.
     measured_regimes: tuple[tuple[int, str], ...] = field(
         default=(), metadata=figure("measured regimes", form=_regimes)
     )
     parameters: dict[str, float] = field(default_factory=dict)  # of the model, see `steps_model`
-    candidates: dict[str, float] = field(default_factory=dict)  # AICc of every model tried, above the best
+    # AICc of every model tried (of up to 8 runs AIC), above the least.
+    candidates: dict[str, float] = field(default_factory=dict)
     rms_log_error: float | None = None  # root mean square of ln(measured / fitted) over the cells that reached
     batches: int = 0  # batch sizes that reached the target
     seeds: int = 0  # runs of the batch size that has the most
