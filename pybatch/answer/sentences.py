@@ -55,7 +55,7 @@ def advice(
     beyond = f", {best.extrapolated}" if best.extrapolated else ""
     reasons = "; ".join(confidence.reasons)
     answer = f"Use batch {count(best.batch)}{beyond}, {_between(best)}. Confidence: {confidence.level} ({reasons})."
-    rest = [*_disagreement(critical)]
+    rest = list(_disagreement(critical))
     if further and wall is not None:
         rest.append(
             f"At batch {batch_size(wall.value)}, the {wall.name}{' by extrapolation' * wall.extrapolated}, the same "
@@ -139,7 +139,7 @@ def bounds(
         fewest: "examples" or "steps", where time is least where these are fewest within the span.
     """
     fit = capacity.model if capacity is not None else None
-    known, known_too = _said(critical), (*_disagreement(critical), *_known(critical))
+    known, rest = _said(critical), (*_disagreement(critical), *_known(critical))
     if fit is not None and fit.half_batch is None and span != (None, None):
         rises = (
             "Step times do not rise with the batch beyond their scatter"
@@ -148,11 +148,11 @@ def bounds(
         )
         if fewest is not None:
             because = f"{rises}: time is least where {fewest} are fewest, and a sweep measured them."
-            return Answer(f"{_distrust(fit)}{_bounded(span, bound)}", because, known_too)
+            return Answer(f"{_distrust(fit)}{_bounded(span, bound)}", because, rest)
         falls = fit.ceiling is None and span[1] is not None
         beyond = f"past batch {count(span[1])} fewer examples are done a second" if falls else _open(fit, bound)
         because = f"{rises}{f' up to batch {count(span[0])}' if falls else ''}: {beyond}."
-        return Answer(f"{_distrust(fit)}{_bounded(span, bound)}", because, known_too)
+        return Answer(f"{_distrust(fit)}{_bounded(span, bound)}", because, rest)
     if fit is None:
         lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"
         nothing = critical.value is None and critical.low is None and critical.high is None
@@ -172,7 +172,7 @@ def bounds(
     if fit.half_batch is None:
         scatter = number(100 * fit.rms_log_error, 2)
         because = f"Step times scatter by {scatter} % and show no trend: measure again on a quiet machine."
-        return Answer("No batch can be advised yet.", because, known_too)
+        return Answer("No batch can be advised yet.", because, rest)
     device = f"The device is at half its ceiling at batch {batch_size(fit.half_batch)}"
     if wall is not None:
         device += f", and its {wall.name} is {batch_size(wall.value)}"

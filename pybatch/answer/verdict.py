@@ -111,7 +111,7 @@ def advise(
     if noise is not None or critical.source is not None:  # else the reason says it
         notes += passed_over(steps, critical.source, critical.bounded)
     notes += [Note("noise.b_simple", far)] if far is not None else []
-    notes += _short(capacity, critical)
+    notes += _of_easier_target(capacity, critical)
     absent = _unknown(capacity)
     for name, value in (("critical_batch", critical.value), ("best_batch", best), ("useful_devices", devices)):
         if value is None:
@@ -177,7 +177,7 @@ def _declared(part: Capacity | Convergence | None) -> float | None:
     return work.target.get("train") if work is not None else None
 
 
-def _short(capacity: Capacity | None, critical: Critical) -> list[Note]:
+def _of_easier_target(capacity: Capacity | None, critical: Critical) -> list[Note]:
     """On steps to a loss that the workload's training goes far past."""
     curve, aim = critical.curve, _declared(capacity)
     if critical.source != "sweep" or curve is None or curve.split != "train" or curve.target is None or aim is None:

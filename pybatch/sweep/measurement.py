@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Unpack
 
@@ -74,7 +73,7 @@ def measure_convergence(
         WorkloadError: the workload fails before a trial has run; later the record says so.
         Interrupted: on Ctrl-C (KeyboardInterrupt), `partial` holding the Convergence of what was done.
     """
-    if odd := set(options) - {each.name for each in dataclasses.fields(SweepOptions)}:
+    if odd := set(options) - {each.name for each in fields(SweepOptions)}:
         raise TypeError(f"measure_convergence() got an unexpected keyword argument {min(odd)!r}")
     asked = SweepOptions(batches=batches, rules=rules, seeds=seeds, **options)
     try:
