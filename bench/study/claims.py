@@ -19,6 +19,7 @@ from pybatch.scaling import SEARCHED
 Finding = Literal["holds", "does not hold", "undetermined", "not measured"]
 WIDE = 100.0  # high over low of a critical batch
 _FOUND: dict[claim.Finding, Finding] = {"yes": "holds", "no": "does not hold"}
+_COUNTER: dict[Finding, Finding] = {"holds": "does not hold", "does not hold": "holds"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def below_capacity(problems: Mapping[str, Records]) -> Answer:
 
 def rules_fail(problems: Mapping[str, Records]) -> Answer:
     """RQ3: rules that scale the rate with the batch help at first and then fail, each problem at another batch size."""
-    rows, breaks, seeds, late = [], {}, set(), []
+    rows, seeds, late = [], set(), []
+    breaks: dict[tuple[str, str], dict[str, int]] = {}  # by rule and split, of each problem
     for name, records in problems.items():
         run, capacity = records.get("sweep"), capacity_of(records)
         steps = run.convergence if run is not None else None
@@ -196,7 +198,7 @@ def generalizes_worse(problems: Mapping[str, Records]) -> Answer:
                 budget = found.name.partition("gap")[2].lstrip(", ") or "equal train loss"
                 # Of tuned rates the counter-claim is tested: that the gap does not grow.
                 finding = _FOUND.get(found.finding, _open(found.finding))
-                counter: Finding | None = {"holds": "does not hold", "does not hold": "holds"}.get(finding, finding)
+                counter = _COUNTER.get(finding, finding)
                 arm = counter if curve.rule == SEARCHED else None
                 word = {"holds": "grows", "does not hold": "does not grow"}.get(finding, finding)
                 most = _at_most(found, curve) if budget == "equal train loss" else n.MISSING

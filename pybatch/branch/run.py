@@ -223,8 +223,9 @@ class BranchedRun:
         unit = WINDOW * math.lcm(*self.batches)
         return unit * max(1, math.ceil(examples / unit))
 
-    def _shrink(self) -> None:
-        """Shorten the window, then leave out the largest batches, until two repeats keep the deadline.
+    def _shrink(self, searches: bool) -> None:
+        """Shorten the window, then leave out the largest batches, until two repeats keep the deadline, and a search of
+        rates before them if this checkpoint `searches` one yet.
 
         A step is taken to last as long as one of the base run where it is smaller, and in proportion where larger. A
         window in which the target is aimed at keeps it within its first half.
@@ -233,7 +234,7 @@ class BranchedRun:
 
         def seconds() -> float:
             steps = 2 * sum(self.examples / batch * max(1.0, batch / base) for batch in self.batches)
-            steps += _SEARCH * self.examples / base if self.plan.tunes else 0.0
+            steps += _SEARCH * self.examples / base if searches else 0.0
             return steps * self.step_seconds
 
         kept = len(self.batches)
@@ -273,7 +274,7 @@ class BranchedRun:
         if plan.shrinks:
             if self.rest:
                 self._aim(self.rest)
-            self._shrink()
+            self._shrink(searches=plan.tunes)
         initial = self.base.evaluate(self.held_out)
         if step and not initial <= self.untrained:
             text = (
@@ -337,7 +338,7 @@ class BranchedRun:
             self.asides.append(Note("branches.learning_rate", text))
         if plan.shrinks and (rest := self._examples_to_target(curves[best])):  # at this rate it may be nearer
             self._aim(rest)
-            self._shrink()
+            self._shrink(searches=False)
         return rated(plan.group, plan.rule, usual * 2.0**best, plan.base, list(plan.scaled)), abs(best) < _FURTHEST
 
     def _examples_to_target(self, losses: Array) -> int:

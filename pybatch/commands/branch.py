@@ -48,6 +48,9 @@ def branch(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Repeats of every branch.")] = 3,
     tolerance: Annotated[float, typer.Option(help="Share of the base branch's last loss a batch may lose.")] = 0.02,
+    target: Annotated[
+        float | None, typer.Option(help="Train loss the run is to reach, as 0.3. Default: as low as the branches get.")
+    ] = None,
     gpu: flags.Gpu = None,
     cpu: flags.Cpu = False,
     dtype: flags.Dtype = "fp32",
@@ -86,6 +89,7 @@ def branch(
         rule=rule,
         seeds=seeds,
         tolerance=tolerance,
+        target=target,
         seed=seed,
         folder=keep,
     )

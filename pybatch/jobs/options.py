@@ -42,6 +42,7 @@ class BranchOptions:
     rule: str | None = None
     seeds: int = 3  # repeats of every branch
     tolerance: float = 0.02  # share of the base branch's last loss
+    target: float | None = None  # train loss that the run is to reach
     seed: int = 0
     folder: Path | None = None  # where checkpoints are kept
 

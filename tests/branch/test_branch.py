@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -483,6 +484,22 @@ def test_default_factors_are_cut_to_what_the_budget_affords(monkeypatch: pytest.
     assert found.branches[0].window == WINDOW * 64
     assert any("batches above 64 were left out" in note.text for note in found.notes)
     assert found.complete  # one repeat was asked for, and run
+
+
+def test_a_search_that_is_over_costs_no_batch_sizes() -> None:
+    """Once the rate is found, what the search took is behind the deadline, and counts in the time that is left."""
+    batches = [4, 8, 16, 32, 64, 128]
+    scaled = branched_run.rated({"lr": 0.1}, "constant", 0.1, 8, batches)
+    unit = WINDOW * max(batches)
+    seconds = 2 * sum(unit / batch * max(1.0, batch / 8) for batch in batches)  # of two repeats, a step a second
+    for searches, kept in ((True, batches[:-1]), (False, batches)):
+        plan = branched_run.BranchPlan(
+            8, unit, "sgd", {"lr": 0.1}, "constant", scaled, 1, 0.02, time.monotonic() + seconds + 60, True, True
+        )
+        run = branched_run.BranchedRun(Quadratic(d=5), torch.device("cpu"), "fp32", 0, plan, None, None)
+        run.step_seconds = 1.0
+        run._shrink(searches=searches)
+        assert run.batches == kept
 
 
 def test_an_interrupted_run_keeps_its_finished_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:

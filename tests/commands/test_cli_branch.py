@@ -48,6 +48,19 @@ def test_branch_prints_a_row_for_each_checkpoint_and_writes_the_record(typed: Ty
     assert "branches at step" in err
 
 
+def test_branch_towards_a_target_begins_before_half_the_way(typed: Typed) -> None:
+    """Digits, untrained at 2.3, is at 2 in some 10 steps: a checkpoint past that is moved, and the record says so."""
+    command = ("branch", "--cpu", "--checkpoints", "40", "--factors", "0.5,1,2", "--seeds", "1", "--target")
+    status, out, err = typed(*command, "2", "--format", "json", "-q")
+    assert status == 0, err
+    found = json.loads(out)["convergence"]
+    assert found["branches"][0]["step"] < 40
+    assert any("the base run is at the target by step" in note["text"] for note in found["notes"])
+    status, _, err = typed(*command, "nan")
+    assert status == 2
+    assert "target nan is no loss. Give the train loss" in err
+
+
 def test_branch_on_a_dialled_workload_in_json(typed: Typed) -> None:
     command = ("branch", "--workload", "quadratic", "--option", "d=10", "--option", "noise=0.5", *SHORT)
     status, out, _ = typed(
