@@ -26,7 +26,7 @@ FORMULAS: dict[Any, Formula] = {}
 # of data count nothing.
 _PRODUCTS = re.compile(
     r".*(mm|mv|matmul|gemm)|.*attention|rnn|lstm|gru|convolution|conv(\dd)?|transformer|fft|linalg|cholesky|qr|"
-    r"geqrf|ormqr|svd|eigh?|solve|inverse|bilinear|trilinear|[cp]dist"
+    r"geqrf|ormqr|svd|eigh?|solve|inverse|linear|bilinear|trilinear|[cp]dist"
 )
 _ELEMENTWISE = {
     "linalg_vector_norm",
@@ -76,11 +76,13 @@ def _of(*names: str) -> Callable[[F], F]:
 
 @_of("mm", "mv", "bmm", "dot", "vdot")
 def _product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int | None:
-    """a [..., m, k] times b [..., k, n], each also a vector; a sparse one by the numbers it stores."""
+    """a [..., m, k] times b [..., k, n], each also a vector; a sparse one by the numbers it stores. A complex
+    multiply-add is four real ones."""
+    each = 8 if a.is_complex() else 2
     if b.layout != torch.strided:
-        return None if a.layout != torch.strided else _stored(b) * 2 * (prod(a.shape[:-1]) // prod(b.shape[:-2]))
+        return None if a.layout != torch.strided else _stored(b) * each * (prod(a.shape[:-1]) // prod(b.shape[:-2]))
     columns = b.shape[-1] if b.ndim > 1 else 1
-    return 2 * columns * (_stored(a) if a.layout != torch.strided else a.numel())
+    return each * columns * (_stored(a) if a.layout != torch.strided else a.numel())
 
 
 def _stored(sparse: Tensor) -> int:

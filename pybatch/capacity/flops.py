@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pybatch.capacity.flop_formulas import count, holds_products, known, masked
+from pybatch.capacity.operators import Operators
 
 
 def count_flops(work: Callable[[], object]) -> tuple[int | None, str | None]:
@@ -31,7 +31,7 @@ def count_flops(work: Callable[[], object]) -> tuple[int | None, str | None]:
     return counter.flops, f"custom operators count nothing: {custom}" if custom else None
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Counter(Operators):
     """Adds up the FLOPs of the operators run under it, and names those whose work is not known.
 
     torch's own FlopCounterMode also follows modules, which fails where a loss takes a gradient of its own.
@@ -46,14 +46,15 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.custom: set[str] = set()
         self._product: tuple[int, int] | None = None  # the tensor that the newest product made, and its FLOPs
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         packet = func if isinstance(func, HigherOrderOperator) else func.overloadpacket
-        if not known(packet) and packet is not func and func._can_decompose():
+        # A nested tensor has no sizes, nor do its operators show others.
+        nested = any(isinstance(value, torch.Tensor) and value.is_nested for value in (*args, *kwargs.values()))
+        if not (known(packet) or nested or packet is func) and func._can_decompose():
             with self:  # inference mode shows operators that others are behind
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
-        found = count(packet, args, kwargs, result)
+        found = count(packet, args, kwargs, result) if not nested else None if _holds_products(packet) else 0
         product = self._product
         if product is not None and not (args and isinstance(args[0], torch.Tensor) and product[0] == args[0]._cdata):
             product = None
@@ -67,13 +68,17 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _add(self, packet: Any, found: int | None) -> None:
-        namespace, _, name = str(packet).partition(".")
+        namespace = str(packet).partition(".")[0]
         if found is not None:
             self.flops += 0 if _recomputing() else found
         elif not isinstance(packet, HigherOrderOperator) and namespace not in ("aten", "prim", "prims", "profiler"):
             self.custom.add(str(packet))
-        elif known(packet) or holds_products(name or str(packet)):
+        elif known(packet) or _holds_products(packet):
             self.heavy.add(str(packet))
+
+
+def _holds_products(packet: Any) -> bool:
+    return holds_products(str(packet).rpartition(".")[2])
 
 
 def _recomputing() -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from pybatch.capacity.operators import Operators
 
 # Their first tensor is written without being read.
 _OVERWRITE = ("copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_", "exponential_")
@@ -15,7 +16,7 @@ _OVERWRITE = ("copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "r
 _GATHER = ("embedding", "index", "index_select", "gather", "take")
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(Operators):
     """Adds up, in `bytes`, what the operators run under it read and write.
 
     Each operator reads its inputs once and writes its results once; views move nothing, and an expanded tensor has the
@@ -27,9 +28,9 @@ class Traffic(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.bytes += _moved(func, args, kwargs or {}, result)
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        self.bytes += _moved(func, args, kwargs, result)
         return result
 
 

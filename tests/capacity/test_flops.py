@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from pybatch.capacity.flop_formulas import holds_products
@@ -193,3 +195,38 @@ def test_names_tell_products_from_what_sounds_alike() -> None:
         assert holds_products(name), name
     for name in ("upsample_bilinear2d", "_convert_indices_from_coo_to_csr", "linalg_vector_norm", "gammaln"):
         assert not holds_products(name), name
+
+
+def test_a_complex_multiply_add_is_four_real_ones() -> None:
+    a, b = (torch.randn(*shape, dtype=torch.cfloat, requires_grad=True) for shape in ((3, 4), (4, 5)))
+    exactly(lambda: (a @ b).abs().sum().backward(), 3 * 8 * 3 * 4 * 5)
+
+
+def test_jagged_sequences_count_the_tokens_they_hold() -> None:
+    parts = [normal(2, 5), normal(3, 5)]
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    layer = nn.Linear(5, 6)
+    exactly(lambda: layer(jagged).values().sum().backward(), 3 * 2 * 5 * 5 * 6)
+    with torch.no_grad(), Traffic() as traffic:
+        layer(jagged)
+    assert traffic.bytes == 4 * (5 * 5 + 5 * 6 + 6 + 5 * 6)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_strided_nested_tensors_have_no_count_and_a_reason() -> None:
+    """They tell no sizes; asked for them, torch raises."""
+    nested = torch.nested.nested_tensor([normal(2, 5), normal(3, 5)])
+    count, why = count_flops(lambda: nn.Linear(5, 6)(nested))
+    assert (count, why) == (None, "no FLOP formula for aten.linear")
+    exactly(lambda: (2 * nested).relu(), 0)
+
+
+def test_a_sharded_tensor_counts_what_this_process_computes() -> None:
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        a = distribute_tensor(torch.ones(4, 5), mesh, [Shard(0)])
+        b = distribute_tensor(torch.ones(5, 6), mesh, [Replicate()])
+        exactly(lambda: a @ b, 2 * 2 * 5 * 6)
+    finally:
+        torch.distributed.destroy_process_group()
