@@ -22,8 +22,7 @@ def confidence_of(critical: Critical, best: Best | None, capacity: Capacity | No
         return None
     found: list[tuple[int, str]] = []
     if critical.disagreement is not None:
-        settled = critical.weighed is not None and critical.weighed.aside
-        found.append((1 if settled else 2, "the evidence disagrees"))
+        found.append((1 if critical.source == "sweep" else 2, "the evidence disagrees"))
     if capacity.model.rms_log_error > DISTURBED:
         missed = number(100 * capacity.model.rms_log_error, 2)
         found.append((2, f"measure again: step times miss any smooth curve by {missed} %"))

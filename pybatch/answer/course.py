@@ -124,6 +124,8 @@ def _of_noise(run: Run, batch: int | None) -> Course:
     else:
         points = run.noise.trajectory if run.noise is not None else ()
         unit = run.noise.unit if run.noise is not None else None
+    if run.noise is not None and run.noise.misled is not None:
+        raise UsageError(f"no schedule comes from this record: {run.noise.misled.rstrip('.')}.")
     batch = batch or _batch(run)
     known = [p for p in points if p.status != "unresolved" and (p.b_simple or p.low)]
     if len(known) < 2 or batch is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from pybatch.answer.evidence import FACTORS, LEAST, LOSS_POWER, NORMAL, Weighed, combined
+from pybatch.answer.evidence import FACTORS, LEAST, LOSS_POWER, NORMAL, Weighed, combined, with_bound
 from pybatch.base.numerals import batch_size, number
 from pybatch.fits.solver import Array
 from pybatch.records import (
@@ -96,6 +96,9 @@ def _critical_of(noise: NoiseScale | None, steps: Convergence | None, target: fl
     weighed = combined(
         [r for r in (_by_curve(curve), _by_branch(branch, target), _by_noise(noise, target)) if r is not None]
     )
+    if weighed is not None:
+        for reading, side in _bounds_beside(noise, branch, target):
+            weighed = with_bound(weighed, reading, side)
     if bound is not None and (weighed is None or bound.rule == SEARCHED):
         within = (bound.low or 0.0, bound.high if bound.high is not None else math.inf)
         if weighed is None:
@@ -136,6 +139,10 @@ def _valued(
         )
         more: Inputs = {r.words: r.value for r in (*used, *weighed.aside)}
         reason = dataclasses.replace(reason, text=text, inputs=reason.inputs | more)
+    if weighed.bound is not None:
+        reason = dataclasses.replace(
+            reason, inputs=reason.inputs | {f"{weighed.bound.words}, bound": weighed.bound.value}
+        )
     if within != (0.0, math.inf):
         ends = [f"{side} {batch_size(end)}" for side, end in _ends(within)]
         reason = dataclasses.replace(reason, text=f"{reason.text}; within the sweep's bound: {' and '.join(ends)}")
@@ -245,13 +252,33 @@ def _by_branch(branch: Branching | None, target: float | None) -> Reading | None
     fit = branch.fit if branch is not None else None
     if branch is None or fit is None or not fit.critical_batch:
         return None
-    kind: Kind = "tuned branch" if branch.tuned else "branch"
-    back = 1.0
-    if target is not None and (loss := _past(branch, target)) is not None:
-        kind = "branch past target"
-        back = _taken_back(loss, target) if loss >= 0 else 1.0
+    kind, back = _kind_of_branch(branch, target)
     low, high = (end * back if end is not None else None for end in (fit.low, fit.high))
     return Reading("branch", kind, fit.critical_batch * back, low, high, FACTORS[kind])
+
+
+def _kind_of_branch(branch: Branching, target: float | None) -> tuple[Kind, float]:
+    """What branches are as evidence, and what takes them back to the target."""
+    if target is not None and (loss := _past(branch, target)) is not None:
+        return "branch past target", _taken_back(loss, target) if loss >= 0 else 1.0
+    return "tuned branch" if branch.tuned else "branch", 1.0
+
+
+def _bounds_beside(
+    noise: NoiseScale | None, branch: Branching | None, target: float | None
+) -> list[tuple[Reading, int]]:
+    """Evidence that bounds the critical batch from below (1) or from above (-1) and has no value for it."""
+    found: list[tuple[Reading, int]] = []
+    fit = branch.fit if branch is not None else None
+    if branch is not None and fit is not None and not fit.critical_batch:
+        kind, back = _kind_of_branch(branch, target)
+        ends = [(end * back, side) for end, side in ((fit.low, 1), (fit.high, -1)) if end]
+        found += [(Reading("branch", kind, end, None, None, FACTORS[kind]), side) for end, side in ends]
+    if noise is not None and noise.unit is None and noise.misled is None and noise.status == "lower_bound":
+        kind, back = _kind_of_noise(noise, target)
+        if noise.low:
+            found.append((Reading("noise", kind, noise.low * back, None, None, FACTORS[kind]), 1))
+    return found
 
 
 def _taken_back(loss: float, target: float) -> float:
@@ -263,12 +290,17 @@ def _taken_back(loss: float, target: float) -> float:
 def _by_noise(noise: NoiseScale | None, target: float | None) -> Reading | None:
     if noise is None or noise.unit is not None or noise.status != "resolved" or noise.b_simple is None:
         return None
-    kind: Kind = "noise"
-    back = 1.0
-    if target is not None and noise.loss is not None and 0 <= noise.loss < PAST * target:
-        kind, back = "noise past target", _taken_back(noise.loss, target)
+    if noise.misled is not None:
+        return None
+    kind, back = _kind_of_noise(noise, target)
     low, high = (end * back if end is not None else None for end in (noise.low, noise.high))
     return Reading("noise", kind, noise.b_simple * back, low, high, FACTORS[kind])
+
+
+def _kind_of_noise(noise: NoiseScale, target: float | None) -> tuple[Kind, float]:
+    if target is not None and noise.loss is not None and 0 <= noise.loss < PAST * target:
+        return "noise past target", _taken_back(noise.loss, target)
+    return "noise", 1.0
 
 
 def _reason_of_curve(curve: Curve | None) -> Reason:
@@ -327,6 +359,9 @@ def _unread(noise: NoiseScale | None, steps: Convergence | None) -> Critical:
     if noise.unit is not None:
         text = f"the noise scale is in {noise.unit}, batch sizes are not. Give noise.in_examples(mean per example)"
         return Critical(None, None, None, None, Reason("critical_batch", text, "measured", inputs))
+    if noise.misled is not None:
+        inputs["misled"] = "by the loss"
+        return Critical(None, None, None, None, Reason("critical_batch", noise.misled, "measured", inputs))
     why = next((n.text for n in noise.notes if n.figure == "noise.b_simple"), "the noise scale is not resolved")
     reason = Reason("critical_batch", why, "measured", inputs)
     bound = noise.low if noise.status == "lower_bound" else None
@@ -390,7 +425,7 @@ def with_noise_ratio(curve: Curve, noise: NoiseScale | None) -> Curve:
 
     Errors of the two are independent, added in quadrature in logarithms.
     """
-    if noise is None or noise.b_simple is None or not curve.critical_batch:
+    if noise is None or noise.b_simple is None or noise.misled is not None or not curve.critical_batch:
         return curve
     if noise.unit is not None:
         text = f"the noise scale is in {noise.unit}, batch sizes are not. Give noise.in_examples(mean per example)"

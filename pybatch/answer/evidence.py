@@ -3,14 +3,14 @@
 A reading is log-normal with two errors: its own interval, and the factor by which such evidence is known to differ
 from the critical batch of the run that it stands for. Readings are combined on the log scale by variance. What only
 predicts (a noise scale, branches) and contradicts a measured sweep is set aside; predictions that contradict each other
-have their errors scaled up until they agree (Birge's ratio). Either is told.
+have their errors scaled up until they agree (Birge's ratio). Either is told, as is a bound that contradicts them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from pybatch.base.numerals import batch_size
@@ -49,6 +49,7 @@ class Weighed:
     readings: tuple[Reading, ...]  # those that count
     aside: tuple[Reading, ...]
     disagreement: str | None  # in words, with the figures
+    bound: Reading | None = None  # that contradicts them, with no value for the critical batch
 
 
 def error(reading: Reading, side: int = 0) -> float:
@@ -77,6 +78,25 @@ def combined(readings: Sequence[Reading]) -> Weighed | None:
     down, up = (scale * sum(error(r, side) ** -2 for r in used) ** -0.5 for side in (-1, 1))
     value = used[0].value if len(used) == 1 else math.exp(log)
     return Weighed(value, down, up, tuple(used), tuple(aside), _told(clashes, bool(aside)) if clashes else None)
+
+
+def with_bound(weighed: Weighed, bound: Reading, side: int) -> Weighed:
+    """The same beside evidence that gives a bound alone, at its `value`: above it (1) or below (-1). Where that, with
+    what it stands for, contradicts them, it is told, and unless a sweep measured it the interval reaches to the bound.
+    """
+    distance = side * math.log(bound.value / max(weighed.value, LEAST))
+    own = weighed.up if side > 0 else weighed.down
+    if distance <= math.hypot(NORMAL * own, math.log(bound.factor)) or weighed.disagreement is not None:
+        return weighed
+    there = f"{bound.words} {'at least' if side > 0 else 'at most'} {batch_size(bound.value)}"
+    figures = " and ".join([*(f"{r.words} {batch_size(r.value)}" for r in weighed.readings), there])
+    measured = any(r.kind == "sweep" for r in weighed.readings)
+    done = "the sweep, which measured it, stands" if measured else "a bound is no value, and the interval reaches to it"
+    text = f"The evidence disagrees on the critical batch: {figures}; {done}."
+    wide = own if measured else distance / NORMAL
+    if side > 0:
+        return replace(weighed, up=wide, disagreement=text, bound=bound)
+    return replace(weighed, down=wide, disagreement=text, bound=bound)
 
 
 def _apart(one: Reading, other: Reading) -> float:

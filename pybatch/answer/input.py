@@ -16,6 +16,7 @@ from pybatch.records import BatchPoint, Capacity, InputPipeline, Inputs, Reason,
 # Share of the time, from which on data comes before the batch size; of all that a script does between steps, where no
 # DataLoader tells what of it is waiting for data.
 WAITS, WAITS_OR_WORKS = 0.10, 0.25
+_TELLS = 0.2  # of the time: from here on what waiting leaves to gain is worth a sentence
 MOSTLY = 0.5  # of the time: from here on data is the limit, where nothing is loaded beside the steps
 LEAST_MS = 1.0  # between steps, where no DataLoader is: less goes on calls of Python
 
@@ -127,11 +128,12 @@ def _limited(verdict: Verdict, sentence: str, waits: float, workers: int | None,
     Workers load beside the steps: where the device waits for them, theirs is the rate. Without any the two take turns,
     and an example takes as long to load in a larger batch: what that may gain is what the rest of the time is.
     """
-    ahead, inputs = "A larger batch helps nothing before that", dict(inputs)
+    ahead, inputs = "A larger batch helps nothing before that. ", dict(inputs)
     if not workers:
         inputs["gain_at_most"] = 1 / waits
-        ahead = f"Before that a larger batch gains {number(1 / waits, 2)} times the rate at most"
-    because = f"{sentence}. {ahead}. {verdict.because}".strip()
+        most = f"Before that a larger batch gains {number(1 / waits, 2)} times the rate at most. "
+        ahead = most if waits >= _TELLS else ""  # of less, the device's own ceiling is the nearer limit
+    because = f"{sentence}. {ahead}{verdict.because}".strip()
     rest = verdict.text.removeprefix(verdict.answer).strip().removeprefix(verdict.because).strip()
     text = " ".join(part for part in (verdict.answer, because, rest) if part)
     if not workers and waits < MOSTLY:

@@ -273,4 +273,6 @@ def _more(critical: Critical) -> str:
         return f"{runs} with {which} batches would close the interval."
     if critical.source is None and not critical.reason.inputs:
         return "Measure the noise scale as well."
+    if "misled" in critical.reason.inputs:
+        return "A sweep measures it for any loss."
     return "More steps narrow the noise scale: a longer --time-budget of bench, a longer run under watch."

@@ -23,7 +23,7 @@ from pybatch.answer.rate import far_from_tuned, rate_of
 from pybatch.answer.sentences import advice, bounds
 from pybatch.base.arguments import typed
 from pybatch.base.errors import UsageError
-from pybatch.base.numerals import number
+from pybatch.base.numerals import batch_size, number
 from pybatch.fits.throughput import MISFIT
 from pybatch.records import (
     Capacity,
@@ -112,6 +112,7 @@ def advise(
         notes += passed_over(steps, critical.source, critical.bounded)
     notes += [Note("noise.b_simple", far)] if far is not None else []
     notes += _of_easier_target(capacity, critical)
+    notes += _of_past_target(critical)
     absent = _unknown(capacity)
     for name, value in (("critical_batch", critical.value), ("best_batch", best), ("useful_devices", devices)):
         if value is None:
@@ -186,6 +187,14 @@ def _of_easier_target(capacity: Capacity | None, critical: Critical) -> list[Not
         return []
     text = f"steps were measured to train loss {number(curve.target)}, the workload's target is {number(aim)}"
     return [Note("verdict.critical_source", f"{text}: up to there the critical batch grows. Sweep to that target")]
+
+
+def _of_past_target(critical: Critical) -> list[Note]:
+    """On evidence that was read at a loss below the target, and counts as it would be there."""
+    readings = critical.weighed.readings if critical.weighed is not None else ()
+    past = [r for r in readings if r.kind in ("noise past target", "branch past target")]
+    text = "counts as {}, as at the target: critical batches grow along a run"
+    return [Note("critical_batch", f"{r.words.rstrip(',')}, {text.format(batch_size(r.value))}") for r in past]
 
 
 _KINDS = {"capacity": Capacity, "noise": NoiseScale, "steps": Convergence, "distributed": Distributed}

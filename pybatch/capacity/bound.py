@@ -11,6 +11,7 @@ from pybatch.records import BatchPoint, StepLimit, ThroughputFit
 
 WAITING = 0.3  # of the step: without it throughput would grow 1.4-fold
 NEAR = 0.6  # of a roof: from there on Nsight Compute's guide, too, calls a kernel bound by that unit, below by latency
+OVER = 1.25  # of a roof: beyond it the roof is not one of this work, and bounds nothing
 CAPPED = 0.5  # of the looks at the clock: most of the steady region
 FIXED = 0.5  # of the step, independent of the batch: the batch's own work is then the smaller part
 OUT_OF_CACHE = 4  # times the last-level cache that a step must touch, before operators' bytes are taken for memory's
@@ -79,7 +80,7 @@ def _roofs(point: BatchPoint, place: Place) -> list[tuple[float, StepLimit, str]
     found: list[tuple[float, StepLimit, str]] = []
     if point.tensor_active is not None:
         found.append((point.tensor_active, "tensor", "tensor cores active"))
-    if point.mfu_measured is not None:
+    if point.mfu_measured is not None and point.mfu_measured <= OVER:
         found.append((point.mfu_measured, arithmetic, "FLOP/s of the measured matrix product"))
     if point.dram_active is not None:
         found.append((point.dram_active, "memory", "memory bandwidth in use"))
@@ -92,7 +93,8 @@ def _roofs(point: BatchPoint, place: Place) -> list[tuple[float, StepLimit, str]
 
 
 def _both_known(point: BatchPoint) -> bool:
-    return point.mfu_measured is not None and point.mbu_measured is not None and point.mbu_measured < NEAR
+    computes, moves = point.mfu_measured, point.mbu_measured
+    return computes is not None and computes <= OVER and moves is not None and moves < NEAR
 
 
 def undecided(points: Sequence[BatchPoint]) -> str:

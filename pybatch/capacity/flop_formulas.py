@@ -200,8 +200,9 @@ def _rnn_layer(input: Tensor, weight_in: Tensor, weight_hidden: Tensor, *_: Any,
 
 @_of("mkldnn_rnn_layer_backward")
 def _rnn_layer_backward(input: Tensor, weight_in: Tensor, weight_hidden: Tensor, *_: Any, **__: Any) -> int:
-    """Each product of the forward pass has two: for its input and for its weight."""
-    return 2 * _rnn_layer(input, weight_in, weight_hidden)
+    """Each product of the forward pass has two: for its input, where that wants one, and for its weight."""
+    unwanted = 0 if input.requires_grad else 2 * prod(input.shape[:2]) * weight_in.numel()
+    return 2 * _rnn_layer(input, weight_in, weight_hidden) - unwanted
 
 
 @_of("_scaled_dot_product_flash_attention_for_cpu")

@@ -9,8 +9,8 @@ import numpy as np
 
 from pybatch.answer.input import with_input_bounds
 from pybatch.answer.limit import FALL, before_fall, fastest
-from pybatch.base.numerals import counted
-from pybatch.capacity.bound import Place, undecided, with_bounds
+from pybatch.base.numerals import counted, share
+from pybatch.capacity.bound import OVER, Place, undecided, with_bounds
 from pybatch.capacity.burst import BURST_STEPS
 from pybatch.capacity.energy import WINDOW_S
 from pybatch.capacity.exploration import OUT_OF_TIME, Explorer, Look
@@ -166,6 +166,7 @@ def summarize(
     points = with_input_bounds(with_bounds(points, place, fit), pipeline)
     if any(p.status == "ok" and p.bound_by is None for p in points):
         notes.append(Note("batches.bound_by", undecided(points)))
+    notes += _above_roof(timed, place)
     notes += _burst_notes(timed)
     if workload.examples is not None and timed and timed[-1].batch > workload.examples:
         text = (
@@ -248,12 +249,25 @@ def counter_notes(
         notes.append(Note("batches.mfu_datasheet", text))
     if any(p.step_ms_low is None for p in timed):
         notes.append(Note("batches.step_ms_low", "no interval of a median from fewer than 6 steps"))
-    if any(p.mfu_measured is not None and p.mfu_measured > 1 for p in timed):
-        text = "above 1: the matrix product that gave the ceiling was itself disturbed, or smaller ones run faster"
-        notes.append(Note("batches.mfu_measured", text))
     if ceilings is not None and ceilings.datasheet_flops is None:
         notes.append(Note("ceilings.datasheet_flops", reasons["mfu_datasheet"]))
     return notes
+
+
+def _above_roof(timed: Sequence[BatchPoint], place: Place) -> list[Note]:
+    """On model FLOPs beyond those of the measured matrix product."""
+    most = max((p.mfu_measured for p in timed if p.mfu_measured is not None), default=0.0)
+    if most <= 1:
+        return []
+    if most <= OVER:
+        text = "above 1: the matrix product that gave the ceiling was itself disturbed, or smaller ones run faster"
+        return [Note("batches.mfu_measured", text)]
+    text = (
+        f"up to {share(most)} of the measured {place.dtype} matrix product: that was disturbed, or is slower on this "
+        "device than what the steps run, so it bounds nothing here"
+    )
+    slow = place.kind == "cpu" and place.dtype != "fp32"
+    return [Note("capacity", f"{text}. Time steps in fp32 as well" if slow else text)]
 
 
 def _unsteady(timed: Sequence[BatchPoint], drift: float | None) -> list[str]:

@@ -82,14 +82,14 @@ def _pivoted(batches: Any, steps: Any, seeds: Sequence[Hashable], rates: Any, ca
     for value in rate:
         if not (np.isfinite(value) and value > 0):
             raise UsageError(f"rate {value:g} is not a learning rate. Give a positive number for every run.")
-    sizes, names = np.unique(columns["batches"]), {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
+    sizes, places = np.unique(columns["batches"]), _places(seeds, rate)
     grids = [np.unique(rate[columns["batches"] == size]) for size in sizes]
-    shape = (max(map(len, grids), default=0), len(sizes), len(names))
+    shape = (max(map(len, grids), default=0), len(sizes), max(places, default=-1) + 1)
     found = {name: np.full(shape, np.nan) for name in columns}
     taken = np.zeros(shape, dtype=bool)
     for k, seed in enumerate(seeds):
         j = int(np.searchsorted(sizes, columns["batches"][k]))
-        at = int(np.searchsorted(grids[j], rate[k])), j, names[seed]
+        at = int(np.searchsorted(grids[j], rate[k])), j, places[k]
         if taken[at]:
             also = f" at rate {rate[k]:g}" if "rates" in columns else ""
             raise UsageError(f"batch {sizes[j]:g} has two runs of seed {seed}{also}. Give each run a seed of its own.")
@@ -100,6 +100,23 @@ def _pivoted(batches: Any, steps: Any, seeds: Sequence[Hashable], rates: Any, ca
     for j, grid in enumerate(grids):
         given[: len(grid), j] = grid
     return sizes, found["steps"], given, found.get("cap"), found.get("before")
+
+
+def _places(seeds: Sequence[Hashable], rate: Array) -> list[int]:
+    """Which column of the table each run stands in: one a seed; or, where seeds name the runs and no rate has all of
+    them, the seeds of each rate in turn, so that a resample draws among runs that were made."""
+    names = list(dict.fromkeys(seeds))
+    own = {value: [name for name in names if name in made] for value, made in _made(seeds, rate).items()}
+    if max(map(len, own.values()), default=0) == len(names):
+        return [names.index(seed) for seed in seeds]
+    return [own[value].index(seed) for seed, value in zip(seeds, rate.tolist(), strict=True)]
+
+
+def _made(seeds: Sequence[Hashable], rate: Array) -> dict[float, set[Hashable]]:
+    made: dict[float, set[Hashable]] = {}
+    for seed, value in zip(seeds, rate.tolist(), strict=True):
+        made.setdefault(value, set()).add(seed)
+    return made
 
 
 def _between(before: Any, table: Array, shape: tuple[int, ...], size: Array) -> tuple[Array, Array]:

@@ -64,7 +64,8 @@ def fit_steps_csv(
     Args:
         path: a file of comma-, semicolon- or tab-separated lines, the first with the names of the columns. `batch` and
             `steps` (to the target) must be there; `seed` (any name; else runs of a batch size and rate are numbered),
-            `rate`, `cap` (steps at which a run was given up), `before` (the last evaluation above the target) and
+            `rate`, `cap` (steps at which a run was given up; else the most steps logged), `before` (the last evaluation
+            above the target) and
             `status`, or `reached` (true or false), may; a run whose steps are its cap needs one of the last two. Of a
             run that did not reach the target, `steps` or `status` is "inf" or "not reached"; of one that diverged,
             "diverged". A run that nobody made has no line. Other columns are left alone.
@@ -104,9 +105,7 @@ def read_runs(path: str | PathLike[str]) -> LoggedRuns:
         seeds=_seeds(cells, rates),
         steps=[cell.steps() for cell in cells],
         rates=rates,
-        caps=[cell.cap() for cell in cells]
-        if "cap" in columns or any(cell.went or cell.steps() == math.inf for cell in cells)
-        else None,
+        caps=_caps(cells),
         before=[cell.before() for cell in cells] if "before" in columns else None,
     )
     first: dict[tuple[float, str, float], int] = {}
@@ -118,6 +117,20 @@ def read_runs(path: str | PathLike[str]) -> LoggedRuns:
             raise cell.error(text, "Give each run one line, and a seed of its own")
         first[key] = cell.line
     return runs
+
+
+def _caps(cells: list[_Cells]) -> list[float] | None:
+    """Steps at which runs were given up; None where that is told of none, see `fit_steps`."""
+    caps = [cell.cap() for cell in cells]
+    if all(map(math.isnan, caps)):
+        return None
+    for cell, cap in zip(cells, caps, strict=True):
+        if cell.steps() == math.inf and math.isnan(cap):
+            remedy = (
+                "Give the steps at which it was given up in a column 'cap', as of the others, or leave all of them out"
+            )
+            raise cell.error("a run that did not reach the target has no cap", remedy)
+    return caps
 
 
 class _Cells:
@@ -134,12 +147,6 @@ class _Cells:
 
     def text(self, name: str) -> str:
         return self.row[self.columns[name]] if name in self.columns else ""
-
-    @property
-    def went(self) -> bool:
-        """Whether it is a run that did not reach the target, with the steps it ran."""
-        text = self.text("steps").lower()
-        return bool(text) and text not in _ENDS and self.steps() == math.inf
 
     def positive(self, name: str) -> float:
         """A number in the range of batch sizes and steps."""
@@ -178,10 +185,8 @@ class _Cells:
         return status or _WORDS.get(told, "")
 
     def cap(self) -> float:
-        """Steps at which the run was given up: its cap, or its steps where the status says that they did not suffice.
-
-        Nan of a run that reached or diverged without one.
-        """
+        """Steps at which the run was given up: its cap, or its steps where the status says that they did not suffice;
+        nan where neither is told."""
         steps = self.steps()
         if self.text("cap"):
             cap = self.positive("cap")
@@ -195,10 +200,7 @@ class _Cells:
             return math.nan
         if self.text("steps") and self.text("steps").lower() not in _ENDS:
             return self.positive("steps")
-        raise self.error(
-            "a run that did not reach the target has no cap",
-            "Give the steps at which it was given up in a column 'cap'",
-        )
+        return math.nan
 
     def before(self) -> float:
         """The last evaluation above the target."""

@@ -68,7 +68,7 @@ def _point(logged: LoggedRuns, batch: float) -> ConvergencePoint:
         batch=round(batch),
         steps=found if met else None,
         status="reached" if met else lost,
-        seeds=len(seeds) if rates else len(runs),
+        seeds=len(runs),
         learning_rate=grid[best] if logged.rates is not None else None,
         reached=int(np.isfinite(runs).sum()),
         diverged=int(np.isneginf(runs).sum()),

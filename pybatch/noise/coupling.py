@@ -12,10 +12,16 @@ from pybatch.base.errors import WorkloadError
 from pybatch.device.generators import forked
 from pybatch.noise.labels import ignored_in, ragged
 from pybatch.noise.loss import COUPLED
+from pybatch.noise.per_example.formed import dense
 from pybatch.records import Note
 from pybatch.workloads.running.session import Session
 
 PARTS = 3  # examples looked at: with two, those of a mean over tokens are more often of one length
+SUMMED = Note(
+    "noise.loss",
+    "the loss is a sum over the examples of a batch: its gradient grows with the batch, so the scale is distorted, and "
+    "predicts no critical batch. Take the mean over examples",
+)
 APART = 0.05  # relative difference of gradients from which on examples are coupled; rounding of bf16 makes less
 
 
@@ -35,7 +41,7 @@ def coupling(session: Session) -> tuple[Note, ...]:
     session.model.eval()
     try:
         with forked(session.device):
-            apart, size = _apart(session, batch, share)
+            apart, from_sum, size = _apart(session, batch, share)
     except WorkloadError:
         return ()  # a loss that one example does not have
     finally:
@@ -45,19 +51,20 @@ def coupling(session: Session) -> tuple[Note, ...]:
         return ()
     if weights is None and ignored_in(batch):
         return (ragged("the workload's example_weights(batch)"),)
-    return (COUPLED,)
+    return (SUMMED if from_sum <= APART * size else COUPLED,)
 
 
-def _apart(session: Session, batch: Any, share: list[float]) -> tuple[float, float]:
-    """Norm of the gradient of all less the mean of single ones; and of the latter, without what cancels."""
-    left = _gradient(session, batch)
-    size = float(left.norm())
+def _apart(session: Session, batch: Any, share: list[float]) -> tuple[float, float, float]:
+    """Norms of the gradient of all less the mean of single ones, less their sum, and of what does not cancel in it."""
+    together = _gradient(session, batch)
+    size, mean, total = float(together.norm()), torch.zeros_like(together), torch.zeros_like(together)
     for i, part in enumerate(share):
         if part:
             own = _gradient(session, _part(batch, i))
             size = max(size, part * float(own.norm()))
-            left -= part * own
-    return float(left.norm()), size
+            mean += part * own
+            total += own
+    return float((together - mean).norm()), float((together - total).norm()), size
 
 
 def _part(batch: Any, i: int) -> Any:
@@ -68,4 +75,4 @@ def _gradient(session: Session, batch: Any) -> torch.Tensor:
     session.model.zero_grad()
     session.backward(batch)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in session.parameters]
-    return torch.cat([g.detach().float().flatten() for g in grads])
+    return torch.cat([dense(g.detach()).float().flatten() for g in grads])

@@ -31,7 +31,7 @@ from pybatch.noise.outputs import leaves_in
 from pybatch.records import Note
 
 COUPLED = Note(
-    "noise.b_simple",
+    "noise.loss",
     "the loss couples the examples of a batch (as contrastive losses and in-batch negatives do): its gradient is not "
     "the mean of theirs, so the scale holds for micro-batches of this size alone, and predicts no critical batch",
 )

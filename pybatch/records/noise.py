@@ -133,6 +133,11 @@ class NoiseScale(Shown):
         lacking = f": {why}" if self.b_simple is None and why else ""
         return f"{found} ({n.words(self.status)}, by {self.source}{steps}){lacking}"
 
+    @property
+    def misled(self) -> str | None:
+        """What is wrong with a loss that is no mean over examples, whose scale predicts no critical batch."""
+        return next((note.text for note in self.notes if note.figure == "noise.loss"), None)
+
     def in_examples(self, per_example: float, error: float = 0.0) -> NoiseScale:
         """The same in examples, the unit of the batch size, where it is counted in parts of them such as tokens.
 

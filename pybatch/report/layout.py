@@ -88,8 +88,8 @@ def lines(record: Any, words: Mapping[str, Words] | None = None, examples: str =
 
 # Figures whose notes change what a reader would do: what is missing from the answer, and what it may be wrong for.
 _DECISIVE = frozenset(
-    ("run", "capacity", "noise", "branches", "batches.status", "noise.b_simple", "noise.source", "curves", "points",
-     "critical_batch", "low", "b_min", "stages", "verdict.best_batch", "verdict.critical_source")
+    ("run", "capacity", "noise", "branches", "batches.status", "noise.b_simple", "noise.loss", "noise.source", "curves",
+     "points", "critical_batch", "low", "b_min", "stages", "verdict.best_batch", "verdict.critical_source")
 )  # fmt: skip
 
 _CALLED = {"low": "interval"}  # of a critical batch

@@ -397,6 +397,9 @@ def test_a_noise_scale_read_past_the_target_is_taken_back_to_it():
     assert late.critical_high / late.critical_low > 3 * early.critical_high / early.critical_low
     assert late.best_batch < early.best_batch
     assert "read at train loss 0.100, past the target" in late.why("critical_batch").text
+    said = next(note.text for note in late.notes if note.figure == "critical_batch")
+    assert said.startswith("the noise scale, read past the target loss, counts as 100, as at the target")
+    assert not any("past the target" in note.text for note in early.notes)
 
 
 def test_branches_that_begin_past_the_target_stand_for_less():
@@ -596,3 +599,34 @@ def test_flat_step_times_up_to_the_bound_advise_it(limits, name):
     larger = advise(dataclasses.replace(flat, max_batch=10**6, workload=None), noise(40))
     assert larger.answer == "The best batch is not known yet; it is at least 4,096."
     assert "Time larger ones" in larger.text
+
+
+FITTED = BRANCHES["fitted"][0]
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "told"), [(5, 512, None, True), (5000, None, 8, True), (60, 100, None, False)]
+)
+def test_branches_that_only_bound_are_heard_beside_a_noise_scale(value, low, high, told):
+    """They gave way without a word: "critical batch 5" beside branches that saved steps in proportion up to 512."""
+    fit = dataclasses.replace(FITTED.fit, critical_batch=None, b50=None, low=low, high=high)
+    steps = Convergence((), branches=(dataclasses.replace(FITTED, fit=fit, tuned=True),))
+    alone, found = advise(capacity(), noise(value)), advise(capacity(), noise(value), steps)
+    assert found.critical_batch == pytest.approx(value)
+    assert ("The evidence disagrees on the critical batch: the noise scale" in found.text) == told
+    if told:
+        assert found.confidence.level == "low"
+        assert (found.critical_high if low else found.critical_low) == pytest.approx(low or high)
+        assert f"at {'least' if low else 'most'} {low or high}" in found.text
+        assert (found.best_batch > alone.best_batch) == (low is not None)
+    else:
+        assert (found.critical_low, found.critical_high) == (alone.critical_low, alone.critical_high)
+
+
+@pytest.mark.parametrize(("bound", "told"), [(30_000, True), (900, False)])
+def test_a_noise_scale_that_only_bounds_is_heard_beside_what_was_measured(bound, told):
+    beside = noise(None, low=bound, status="lower_bound")
+    branches = Convergence((), branches=(dataclasses.replace(FITTED, tuned=True),))
+    found = advise(capacity(), beside, branches)
+    assert ("The evidence disagrees" in found.text) == told
+    assert found.critical_batch == pytest.approx(FITTED.fit.critical_batch)

@@ -197,6 +197,14 @@ def test_names_tell_products_from_what_sounds_alike() -> None:
         assert not holds_products(name), name
 
 
+def test_the_first_recurrent_layer_has_no_gradient_of_data() -> None:
+    """Two products forward, both again for the weights, and but for the first one's input for what went in."""
+    layer = nn.LSTM(5, 8, batch_first=True)
+    own, hidden = 2 * 3 * 7 * 4 * 8 * 5, 2 * 3 * 7 * 4 * 8 * 8
+    exactly(lambda: backward(layer(normal(3, 7, 5, grad=False))[0]), 2 * own + 3 * hidden)
+    exactly(lambda: backward(layer(normal(3, 7, 5))[0]), 3 * (own + hidden))
+
+
 def test_a_complex_multiply_add_is_four_real_ones() -> None:
     a, b = (torch.randn(*shape, dtype=torch.cfloat, requires_grad=True) for shape in ((3, 4), (4, 5)))
     exactly(lambda: (a @ b).abs().sum().backward(), 3 * 8 * 3 * 4 * 5)

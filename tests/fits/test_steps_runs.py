@@ -12,6 +12,7 @@ from pybatch.base.errors import UsageError
 from pybatch.fits.steps_csv import read_runs
 from pybatch.fits.steps_data import best_rate, stuck
 from pybatch.fits.steps_resampling import _drawn
+from pybatch.jobs.fit import run_fit
 
 INF, NAN = math.inf, math.nan
 BATCHES = 2.0 ** np.arange(3, 12)
@@ -293,6 +294,8 @@ def test_entries_that_cannot_be_runs_are_refused(options, says):
 
 
 HEAD = "batch,seed,steps,rate,cap\n"
+TRUTH = 100 * (1 + 100 / BATCHES)
+RATES = ((0.01, 1.5), (0.1, 1.0))  # and how many times the steps of the best one each takes
 
 
 def test_a_file_of_runs(tmp_path):
@@ -304,6 +307,34 @@ def test_a_file_of_runs(tmp_path):
     path.write_text("\ufeffBatch_size;Seed;Steps;Cap\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
     table[1, 1], table[2, 1] = INF, -INF
     assert fit_steps_csv(path) == fit_steps(BATCHES, table, cap=4000)
+
+
+def test_an_unreached_run_whose_cap_nobody_logged_counts_as_in_a_table(tmp_path):
+    table = np.round(TRUTH * np.ones(1))
+    path = tmp_path / "runs.csv"
+    rows = [f"{b:g},{'inf' if k == 3 else f'{v:g}'}" for k, (b, v) in enumerate(zip(BATCHES, table, strict=True))]
+    path.write_text("batch,steps\n" + "\n".join(rows) + "\n")
+    table[3] = INF
+    assert fit_steps_csv(path) == fit_steps(BATCHES, table)
+
+
+def test_seeds_that_name_the_runs_count_at_the_rate_they_were_made_at(tmp_path):
+    """Two runs at each of two rates, named 0 to 3: a resample draws among the two there are, not among four."""
+    rng = np.random.default_rng(3)
+    path = {}
+    table = {rate: far * TRUTH[:, None] * np.exp(0.05 * rng.standard_normal((len(TRUTH), 2))) for rate, far in RATES}
+    for kind in ("named", "repeated"):
+        rows = [
+            f"{b:g},{k + (2 * (rate == 0.1) if kind == 'named' else 0)},{rate},{table[rate][i, k]:.0f}"
+            for i, b in enumerate(BATCHES)
+            for rate, _ in RATES
+            for k in range(2)
+        ]
+        path[kind] = tmp_path / f"{kind}.csv"
+        path[kind].write_text("batch,seed,rate,steps\n" + "\n".join(rows) + "\n")
+    assert fit_steps_csv(path["named"]) == fit_steps_csv(path["repeated"])
+    points = run_fit(path["named"]).convergence.curves[0].points
+    assert [(p.reached, p.runs) for p in points] == [(2, 2)] * len(BATCHES)
 
 
 def test_names_of_columns_may_be_as_people_write_them(tmp_path):
@@ -325,7 +356,7 @@ def test_names_of_columns_may_be_as_people_write_them(tmp_path):
         (HEAD + "8,0,nan,0.1,900\n", "line 2: steps 'nan' say nothing. Write inf"),
         (HEAD + "8,0,100,0,900\n", "line 2: rate '0'"),
         (
-            HEAD + "8,0,inf,0.1,\n",
+            HEAD + "8,0,inf,0.1,\n8,1,inf,0.1,900\n",
             "line 2: a run that did not reach the target has no cap",
         ),
         (HEAD + "8,0,1000,0.1,900\n", "line 2: steps 1000 are above the cap of 900"),

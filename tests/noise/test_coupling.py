@@ -1,14 +1,21 @@
 """Losses that are no mean over examples are noticed, and others are not."""
 
+import dataclasses
+
 import pytest
 import torch
 from cases.noise_models import Regression
+from cases.verdicts import capacity
 from torch import nn
 from torch.nn import functional as F
 
 import pybatch.noise
+from pybatch.answer.course import course_of
+from pybatch.answer.verdict import advise
+from pybatch.base.errors import UsageError
 from pybatch.noise.coupling import coupling
 from pybatch.noise.measurement import measure_noise
+from pybatch.records import Run
 from pybatch.workloads.base import Workload
 from pybatch.workloads.digits import Digits
 from pybatch.workloads.running.session import Session
@@ -77,6 +84,13 @@ class Single(Contrastive):
         return (model(batch[0]) - model(batch[1])).square().sum(1).mean()
 
 
+class Summed(Regression):
+    """The sum over examples, where a mean is wanted."""
+
+    def loss(self, model, batch):
+        return len(batch) * super().loss(model, batch)
+
+
 def said(work):
     session = Session(work, torch.device("cpu"))
     before, training = session.generator.get_state(), session.model.training
@@ -105,6 +119,37 @@ def test_a_mean_over_examples_is_not(kind):
 def test_the_record_says_so():
     found = measure_noise(Contrastive(), device="cpu", time_budget=0.5, warmup_steps=2)
     assert any("couples the examples" in note.text for note in found.notes)
+
+
+class Sparse(Padded):
+    """An embedding whose gradient torch keeps sparse."""
+
+    def model(self):
+        return nn.Sequential(nn.Embedding(11, 8, sparse=True), nn.Linear(8, 11))
+
+
+def test_a_sparse_gradient_is_looked_at_and_then_refused_with_its_remedy():
+    assert "example_weights" in said(Sparse())
+    with pytest.raises(UsageError, match="Use sparse=False"):
+        measure_noise(Sparse(), device="cpu", time_budget=0.5, warmup_steps=2)
+
+
+def test_a_sum_is_called_so():
+    assert "is a sum over the examples" in said(Summed())
+    assert "Take the mean" in said(Summed())
+
+
+@pytest.mark.parametrize("kind", [Contrastive, Summed])
+def test_a_scale_that_predicts_no_critical_batch_gives_none(kind):
+    found = measure_noise(kind(), device="cpu", time_budget=0.5, warmup_steps=2)
+    taken = dataclasses.replace(found, b_simple=100.0, low=90.0, high=110.0, status="resolved")
+    for noise in (taken, dataclasses.replace(taken, b_simple=None, high=None, status="lower_bound")):
+        verdict = advise(capacity(), noise, None)
+        assert (verdict.critical_batch, verdict.critical_low, verdict.best_batch) == (None, None, None)
+        assert found.misled in verdict.why("critical_batch").text
+        assert "narrow the noise scale" not in verdict.text
+    with pytest.raises(UsageError, match="no schedule comes from this record: the loss"):
+        course_of(Run("2026-12-01", None, noise=taken))
 
 
 class Labelled(nn.Module):

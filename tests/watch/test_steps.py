@@ -123,6 +123,7 @@ def test_without_workers_a_larger_batch_gains_what_is_not_waiting():
     assert found.limit == VERDICT.limit
     assert "Before that a larger batch gains 5 times the rate at most. So it is." in found.because
     assert found.why("input").inputs["gain_at_most"] == pytest.approx(5.0)
+    assert "gains" not in waits(0.13, 0, 1).because  # 7.7 times, beside a ceiling that is much nearer
     assert waits(0.6, 0, 1).limit == "input"
     assert "gains 1.7 times" in waits(0.6, 0, 1).because
     assert "helps nothing" in waits(0.2, 2, 3).because  # the workers' rate is the training's

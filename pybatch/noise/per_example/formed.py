@@ -117,7 +117,7 @@ class FormedFeed(ExampleFeed):
     def _by_itself(self, example: Any) -> tuple[list[Tensor], Tensor]:
         loss = self.session.loss(example)
         grads = torch.autograd.grad(loss, [p for _, p in self.named], allow_unused=True)
-        filled = [torch.zeros_like(p) if g is None else g for g, (_, p) in zip(grads, self.named, strict=True)]
+        filled = [torch.zeros_like(p) if g is None else dense(g) for g, (_, p) in zip(grads, self.named, strict=True)]
         return filled, loss.detach()
 
     @property
@@ -125,6 +125,11 @@ class FormedFeed(ExampleFeed):
         """As Feed.noise."""
         text = f"every example's gradient was formed by itself, which is slow: {self.why}"
         return self.accumulator.estimate(notes=(Note("noise.steps", text),))
+
+
+def dense(grad: Tensor) -> Tensor:
+    """A gradient as its numbers, which an embedding with sparse=True gives as those of the rows it read."""
+    return grad if grad.layout == torch.strided else grad.to_dense()
 
 
 def _cut(batch: Any, part: slice) -> Any:

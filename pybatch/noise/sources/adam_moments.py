@@ -32,7 +32,8 @@ MEMORIES = 3  # windows of so many 1 / (1 - beta1): successive first moments the
 MISSING = "no pair of norms: Adam's moments are read every few steps, and there were too few"
 LAG = Note(
     "noise.b_simple",
-    "from Adam's moments: averages over windows of steps, in which a change of the gradient counts as noise",
+    "from Adam's moments: averages over windows of steps, in which a change of the gradient counts as noise; where the "
+    "script clips, they are of clipped gradients and distorted (source='per-example' is not)",
 )
 ALIKE = Note("noise.b_simple", "every process of the DDP model was taken to have as many examples as this one")
 CLIPPED = Note("noise.b_simple", "the optimizer clips, so its moments are of clipped gradients: B_simple is distorted")
