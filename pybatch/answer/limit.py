@@ -96,10 +96,13 @@ def further_on(best: Best | None, wall: Wall | None) -> Inputs:
     if time < SAME_TIME:
         return {}
     examples = float(model.examples(to) / model.examples(best.batch))
+    faster = float(to / model.step_s(to) / (best.batch / model.step_s(best.batch)))
+    if faster < 1:
+        return {}  # timed past a cliff that the wall's curve does not have: nothing that the device can take
     return {
         "examples_factor": examples,
         "time_factor": time,
-        "throughput_factor": float(to / model.step_s(to) / (best.batch / model.step_s(best.batch))),
+        "throughput_factor": faster,
         "time_factor_low": float(np.quantile(times, 0.025)),
         "time_factor_high": float(np.quantile(times, 0.975)),
     }

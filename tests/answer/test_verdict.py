@@ -630,3 +630,13 @@ def test_a_noise_scale_that_only_bounds_is_heard_beside_what_was_measured(bound,
     found = advise(capacity(), beside, branches)
     assert ("The evidence disagrees" in found.text) == told
     assert found.critical_batch == pytest.approx(FITTED.fit.critical_batch)
+
+
+def test_a_wall_past_a_cliff_that_gives_fewer_examples_a_second_is_not_told():
+    """ "At batch 346, the saturation batch: 0.79 times the examples per second" is not what the device can take."""
+    steep = [2.0 * (1 + b / 60 * (2.5 if b > 256 else 1)) for b in BATCHES]
+    found = advise(capacity(throughput(0.002, 1 / 30_000), times=steep), noise(600))
+    assert found.best_batch <= 256
+    assert "the saturation batch" not in found.text
+    even = [2.0 * (1 + b / 60) for b in BATCHES]
+    assert "the saturation batch" in advise(capacity(throughput(0.002, 1 / 30_000), times=even), noise(100)).text
