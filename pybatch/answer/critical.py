@@ -288,9 +288,9 @@ def _taken_back(loss: float, target: float) -> float:
 
 
 def _by_noise(noise: NoiseScale | None, target: float | None) -> Reading | None:
-    if noise is None or noise.unit is not None or noise.status != "resolved" or noise.b_simple is None:
+    if noise is None or noise.unit is not None or noise.misled is not None:
         return None
-    if noise.misled is not None:
+    if noise.status != "resolved" or noise.b_simple is None:
         return None
     kind, back = _kind_of_noise(noise, target)
     low, high = (end * back if end is not None else None for end in (noise.low, noise.high))

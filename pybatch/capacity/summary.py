@@ -263,8 +263,8 @@ def _above_roof(timed: Sequence[BatchPoint], place: Place) -> list[Note]:
         text = "above 1: the matrix product that gave the ceiling was itself disturbed, or smaller ones run faster"
         return [Note("batches.mfu_measured", text)]
     text = (
-        f"up to {share(most)} of the measured {place.dtype} matrix product: that was disturbed, or is slower on this "
-        "device than what the steps run, so it bounds nothing here"
+        f"steps run at up to {share(most)} of the measured {place.dtype} matrix product: that was disturbed, or is "
+        "slower on this device than what the steps run, so it bounds nothing here"
     )
     slow = place.kind == "cpu" and place.dtype != "fp32"
     return [Note("capacity", f"{text}. Time steps in fp32 as well" if slow else text)]
