@@ -101,6 +101,10 @@ def _of_branches(run: Run) -> Course | None:
     if past:
         text = f"at {n.counted(len(past), 'checkpoint')} the critical batch is above the largest branch: extrapolated"
         notes = (Note("stages", text),)
+    doubt = ""
+    unbounded = sum(fit.low is None or fit.high is None for fit in fits)
+    if 2 * unbounded > len(fits):
+        doubt = f"{unbounded} of {len(fits)} critical batches along the run are not bounded on both sides"
 
     def of(values: Sequence[float | None]) -> Array:
         return np.array([math.nan if value is None else value for value in values], dtype=float)
@@ -113,6 +117,7 @@ def _of_branches(run: Run) -> Course | None:
         of([fit.high for fit in fits]),
         "branches",
         notes,
+        doubt,
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 from pybatch.answer.evidence import FACTORS, LEAST, LOSS_POWER, NORMAL, Weighed, combined, with_bound
-from pybatch.base.numerals import batch_size, number
+from pybatch.base.numerals import batch_size, count, number
 from pybatch.fits.solver import Array
 from pybatch.records import (
     Branching,
@@ -48,6 +48,7 @@ class Critical:
     within: tuple[float, float] = (0.0, math.inf)  # bounds that a sweep measured
     reached: int | None = None  # largest batch of a tuned sweep that reached, where a larger one did not
     unheard: bool = False  # whether a sweep was made that says nothing of it
+    checkpoint: str = ""  # a sentence: which of the checkpoints branched from it is of, where a reader can't tell
 
     @property
     def bounded(self) -> bool:
@@ -77,7 +78,8 @@ def critical_of(noise: NoiseScale | None, steps: Convergence | None, target: flo
     found = _critical_of(noise, steps, target)
     swept = steps is not None and bool(steps.curves)
     unheard = swept and found.source in ("noise", None) and not found.bounded
-    return dataclasses.replace(found, reached=_reached(steps), unheard=unheard)
+    checkpoint = _checkpoint(steps, target) if found.source == "branch" else ""
+    return dataclasses.replace(found, reached=_reached(steps), unheard=unheard, checkpoint=checkpoint)
 
 
 def _reached(steps: Convergence | None) -> int | None:
@@ -230,6 +232,24 @@ def _branch_of(steps: Convergence | None, target: float | None) -> Branching | N
     known = [b for b in steps.branches if b.fit and (b.fit.critical_batch or b.fit.low or b.fit.high)] if steps else []
     within = [b for b in known if _past(b, target) is None]
     return within[-1] if within else known[0] if known else None
+
+
+def _checkpoint(steps: Convergence | None, target: float | None) -> str:
+    branch = _branch_of(steps, target)
+    if steps is None or branch is None or branch.fit is None:
+        return ""
+    found = branch.fit.critical_batch
+    loss = _past(branch, target)
+    if loss is not None and found:
+        at = f"step {count(branch.step)}, {batch_size(found)}"
+        how = "begin at" if loss == branch.loss else "go on to"
+        return f"It is of {at}, where branches {how} loss {number(loss)}, taken back to the target of {number(target)}."
+    if len(steps.branches) < 2:
+        return ""
+    later = [at for at in steps.branches if at.step > branch.step]
+    past = [at for at in later if _past(at, target) is not None]
+    which = f"the last checkpoint{' up to the target' * bool(past)}{' that tells' * (len(later) > len(past))}"
+    return f"It is of step {count(branch.step)}, {which}."
 
 
 def _past(branch: Branching, target: float | None) -> float | None:

@@ -15,8 +15,9 @@ from pybatch.records import Capacity, Convergence, Device, Note, Run, WorkloadIn
 def join(runs: Sequence[Run]) -> list[Run]:
     """Runs in their order, each sweep put into the one bench run of its workload and device, with a verdict anew.
 
-    One sweep given twice, as its record and in its store, counts once, as it was last. Two sweeps of one workload, or
-    two bench runs, stay apart: which of them belong together is not known.
+    One sweep given twice, as its record and in its store, counts once, as it was last. Of several sweeps that of the
+    run's own optimizer is taken. Where that is none or more than one, or there are two bench runs, all stay apart, and
+    a note says so: what belongs together is not known.
     """
     runs = _latest(runs)
     sweeps = [r for r in runs if r.capacity is None and r.convergence is not None and r.convergence.curves]
@@ -25,10 +26,42 @@ def join(runs: Sequence[Run]) -> list[Run]:
     gone: set[int] = set()
     for bench in benches:
         own = [sweep for sweep in sweeps if _alike(bench.capacity, sweep.convergence)]
-        if len(own) == 1 and sum(_alike(other.capacity, own[0].convergence) for other in benches) == 1:
-            joined[id(bench)] = with_sweep(bench, own[0])
-            gone.add(id(own[0]))
+        if not own:
+            continue
+        taken, rivals = _of_its_optimizer(bench, own), sum(_alike(o.capacity, own[0].convergence) for o in benches)
+        if taken is not None and rivals == 1:
+            joined[id(bench)] = with_sweep(bench, taken)
+            gone.add(id(taken))
+        else:
+            joined[id(bench)] = replace(bench, notes=(*bench.notes, _apart(own, rivals)))
     return [joined.get(id(run), run) for run in runs if id(run) not in gone]
+
+
+def _of_its_optimizer(bench: Run, sweeps: Sequence[Run]) -> Run | None:
+    """The one sweep there is, or the one with the optimizer that this run was measured with, its options too."""
+    work = bench.capacity.workload if bench.capacity is not None else None
+    found = list(sweeps)
+    if len(found) > 1 and work is not None:
+        found = [s for s in found if s.convergence and s.convergence.optimizer == work.optimizer]
+    if len(found) > 1 and work is not None:
+        found = [s for s in found if s.convergence and s.convergence.optimizer_options == work.optimizer_options]
+    return found[0] if len(found) == 1 else None
+
+
+def _apart(sweeps: Sequence[Run], rivals: int) -> Note:
+    """Why the verdict of a run stands without the sweeps beside it."""
+    names = ", ".join(_trained(s.convergence) for s in sweeps if s.convergence is not None)
+    if rivals > 1:
+        text = f"the verdict stands without the sweep of this workload ({names}), as {rivals} runs of it are here"
+        return Note("verdict", f"{text}. Give one run and one sweep")
+    text = f"the verdict stands without the {len(sweeps)} sweeps of this workload ({names})"
+    return Note("verdict", f"{text}: which of them belongs to it is not known. Give the record of one")
+
+
+def _trained(steps: Convergence) -> str:
+    options = ",".join(f"{key}={value}" for key, value in steps.optimizer_options.items())
+    name = steps.optimizer or "optimizer not named"
+    return f"{name}:{options}" if options else name
 
 
 def _latest(runs: Sequence[Run]) -> list[Run]:

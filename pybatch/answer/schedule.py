@@ -103,8 +103,9 @@ def plan_schedule(
     notes = (*course.notes, *_notes(course, total, found, critical, (least, most), fits, devices))
     answer, because = _words(found, course.advised)
     if course.doubt:
-        doubt = f"{course.doubt[0].upper()}{course.doubt[1:]}; watch a longer run"
-        answer, because = "No schedule can be advised yet.", f"{doubt}. What they say so far: {answer} {because}"
+        remedy = {"noise": "Watch a longer run", "branches": "Branch with more seeds, or other factors"}[course.source]
+        answer = "No schedule can be advised yet."
+        because = f"{course.doubt[0].upper()}{course.doubt[1:]}. {remedy}; the table takes them as they are."
     found = replace(found, notes=notes)
     return replace(found, answer=answer, because=because)
 

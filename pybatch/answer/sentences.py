@@ -165,10 +165,8 @@ def bounds(
             )
         if nothing:
             return Answer("No batch can be advised.", f"{lack}, and the critical batch is not known: {_why(critical)}.")
-        told = _disagreement(critical)
-        return Answer(
-            f"The critical batch is {known}.", " ".join((*told, _far(critical))), (f"{lack}: no batch is advised.",)
-        )
+        told = (*_disagreement(critical), *([critical.checkpoint] if critical.checkpoint else ()), _far(critical))
+        return Answer(f"The critical batch is {known}.", " ".join(told), (f"{lack}: no batch is advised.",))
     if fit.half_batch is None:
         scatter = number(100 * fit.rms_log_error, 2)
         because = f"Step times scatter by {scatter} % and show no trend: measure again on a quiet machine."

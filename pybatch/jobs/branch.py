@@ -60,9 +60,10 @@ def run_branches(
 
 
 def _schedule(run: Run) -> Schedule | None:
-    """Batch sizes for as long a run as was branched from; None of one checkpoint."""
+    """Batch sizes for as long a run as was branched from; None of one checkpoint, or where one batch serves it all."""
     try:
         course = course_of(run)
-        return plan_schedule(course, examples=float(course.examples[-1]), rate_rule=rate_rule_of(run))
+        found = plan_schedule(course, examples=float(course.examples[-1]), rate_rule=rate_rule_of(run))
     except UsageError:
         return None
+    return found if len(found.stages) > 1 and not course.doubt else None

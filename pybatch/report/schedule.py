@@ -20,6 +20,8 @@ def section(found: Schedule, unit: str) -> Section:
     """One row a stage."""
     sizes = " → ".join(n.count(stage.batch) for stage in found.stages)
     words = {"rate_rule": lambda text: f"times {_RULES[text]}" if text in _RULES else text}
+    if len(found.stages) == 1:  # it is itself the fixed batch, and saves nothing against it
+        words |= {"fixed_batch": lambda text: "", "steps_saved": lambda text: ""}
     names = [name for name in _COLUMNS if name != "passes" or any(stage.passes > 1 for stage in found.stages)]
     return Section(
         "Batch-size schedule",

@@ -90,15 +90,40 @@ def test_what_is_not_clear_stays_apart(bench, sweep):
     slower = dataclasses.replace(SWEEP["fitted"][0], target=0.2)
     second = dataclasses.replace(sweep, convergence=dataclasses.replace(sweep.convergence, curves=(slower,)))
     again = dataclasses.replace(bench, created="2026-01-05T00:00:00+00:00")
-    for runs in (
-        [bench, elsewhere],
-        [bench, nameless],
-        [bench, sweep, second],
-        [bench, again, sweep],
-        [sweep],
-        [bench],
-    ):
+    for runs in ([bench, elsewhere], [bench, nameless], [sweep], [bench]):
         assert join(runs) == runs
+    for runs, says in (
+        ([bench, sweep, second], "without the 2 sweeps of this workload (sgd, sgd): which of them"),
+        ([bench, again, sweep], "without the sweep of this workload (sgd), as 2 runs of it are here"),
+    ):
+        found = join(runs)
+        assert says in found[0].notes[-1].text
+        notes = [run.notes for run in runs]
+        assert [dataclasses.replace(one, notes=own) for one, own in zip(found, notes, strict=True)] == runs
+
+
+def test_of_several_sweeps_that_of_the_runs_own_optimizer_is_taken(bench, sweep):
+    """A store of a sweep with sgd and one with adamw left the verdict on the noise scale."""
+
+    def by(optimizer, **options):
+        return dataclasses.replace(
+            sweep, convergence=dataclasses.replace(sweep.convergence, optimizer=optimizer, optimizer_options=options)
+        )
+
+    def of(optimizer, **options):
+        work = dataclasses.replace(bench.capacity.workload, optimizer=optimizer, optimizer_options=options)
+        return dataclasses.replace(bench, capacity=dataclasses.replace(bench.capacity, workload=work))
+
+    one, other = join([of("adamw"), by("sgd"), by("adamw")])
+    assert (one.convergence.optimizer, one.verdict.critical_source) == ("adamw", "sweep")
+    assert other == by("sgd")
+    heavy = {"weight_decay": "0.1"}
+    one, other = join([of("adamw", **heavy), by("adamw"), by("adamw", **heavy)])
+    assert one.convergence.optimizer_options == heavy
+    assert other == by("adamw")
+    none = join([of("lion"), by("sgd"), by("adamw", **heavy)])
+    assert len(none) == 3
+    assert "(sgd, adamw:weight_decay=0.1)" in none[0].notes[-1].text
 
 
 def test_the_ratio_to_the_noise_scale_is_of_the_noise_scale_shown(bench, sweep):

@@ -248,8 +248,8 @@ def test_a_watched_run_is_read_in_its_own_steps():
     bounds = [point(100 * i + 1, 100 * i + 100, None, 50.0 * 1.5**i, None, "lower_bound") for i in range(8)]
     doubtful = plan_schedule(course_of(watched(bounds)), steps=2000)
     assert doubtful.answer == "No schedule can be advised yet."  # lower bounds pull the batch down alone
-    assert doubtful.because.startswith("8 of 8 readings of the noise scale are lower bounds, and taken as they are; ")
-    assert "What they say so far: " in doubtful.because
+    assert doubtful.because.startswith("8 of 8 readings of the noise scale are lower bounds, and taken as they are. ")
+    assert "batch" not in doubtful.because  # of what bounds alone would advise
 
 
 def branched(*at):
@@ -274,6 +274,17 @@ def test_branches_of_a_run_come_before_its_noise():
     assert course.examples == pytest.approx([1600, 16_000])
     assert course.critical == pytest.approx([20.0, 200.0], rel=0.01)
     assert plan_schedule(course, steps=1000).stages[0].batch < plan_schedule(course, steps=1000).stages[-1].batch
+
+
+def test_branches_without_bounds_advise_no_schedule():
+    run = branched((100, 20.0), (1000, 200.0))
+    steps = run.convergence
+    open_ = tuple(dataclasses.replace(at, fit=dataclasses.replace(at.fit, low=None)) for at in steps.branches)
+    for branches, advised in ((steps.branches, True), ((steps.branches[0], open_[1]), True), (open_, False)):
+        course = course_of(dataclasses.replace(run, convergence=dataclasses.replace(steps, branches=branches)))
+        found = plan_schedule(course, steps=1000)
+        assert (found.answer != "No schedule can be advised yet.") == advised
+    assert found.because.startswith("2 of 2 critical batches along the run are not bounded on both sides. Branch with")
 
 
 def test_a_record_survives_json_and_says_its_first_line():

@@ -432,6 +432,27 @@ def test_branches_that_begin_past_the_target_stand_for_less():
     assert "past the target" not in early.why("critical_batch").text
 
 
+def test_branches_alone_say_which_checkpoint_the_answer_is_of():
+    """The headline was 5.0, the table's rows were 12.2 and 42.0, and no word said how they belong together."""
+    work = dataclasses.replace(capacity().workload, target={"train": 0.4})
+
+    def at(step, loss, critical, high=300.0):
+        found = BRANCHES["fitted"][0]
+        fit = dataclasses.replace(found.fit, critical_batch=critical, low=None, high=high)
+        return dataclasses.replace(found, step=step, loss=loss, level=0.9 * loss, fit=fit, tuned=True)
+
+    def because(*branches, aimed=True):
+        return advise(None, None, Convergence((), branches=branches, workload=work if aimed else None)).because
+
+    early, late, latest = at(20, 0.5, 60.0), at(60, 0.1, 900.0), at(90, 0.05, 2000.0)
+    assert "It is of step" not in because(early)
+    assert because(early, late).startswith("It is of step 20, the last checkpoint up to the target. Far below")
+    assert because(early, late, aimed=False).startswith("It is of step 60, the last checkpoint. Far below")
+    said = "It is of step 60, 900, where branches begin at loss 0.100, taken back to the target of 0.400. Far below"
+    assert because(late, latest).startswith(said)
+    assert because(late).startswith(said)
+
+
 def test_a_bound_of_a_fixed_rule_overrules_nothing():
     """At a rate that fails steps do not fall with the batch: that is no evidence against a noise scale."""
     failed = Curve("constant", "train", (), None, None, None, 4.0, target=0.3)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import pybatch.noise
 from pybatch.base.errors import UsageError
+from pybatch.base.numerals import number
 from pybatch.fits.noise import pair
 from pybatch.noise.ordinary import SINGLE
 
@@ -134,6 +136,34 @@ def test_adams_moments_take_over_where_a_layer_is_not_known(model):
     assert handle.noise.steps >= 1
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert (p == q).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+@pytest.mark.parametrize("clip", [0.5, 1.5, math.inf])
+def test_a_script_that_clips_distorts_adams_moments_and_is_told_so(clip, scale):
+    """Steps that were clipped share one norm, whatever scaled the loss; without clipping no three do."""
+    make, draw = MODELS["lstm"]
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+    handle = pybatch.noise.attach(model, optimizer, "adam-moments")
+    steps, norms = 210, []  # seven windows
+    for _ in range(steps):
+        x, y = draw(4)
+        scaler.scale(loss_of(model(x), y)).backward()
+        scaler.unscale_(optimizer)
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), clip)))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    clipped = sum(norm > clip for norm in norms)
+    said = " ".join(n.text for n in handle.noise.notes if "the script clips" in n.text)
+    if clip == math.inf:
+        assert not said
+    else:
+        assert 3 <= clipped < steps
+        assert f"{clipped} of 210 steps had gradients of norm {number(clip)}" in said
+        assert "source='per-example'" in said
 
 
 def test_where_nothing_can_take_over_the_first_steps_name_the_remedies():

@@ -14,6 +14,7 @@ its drift as noise.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pybatch.base.errors import UsageError
-from pybatch.base.numerals import counted
+from pybatch.base.numerals import counted, number
 from pybatch.noise.handle import Accumulation, Collector, Count, Examples, local_batch, trainable
-from pybatch.noise.norms import squares
+from pybatch.noise.norms import squares, stored
 from pybatch.optim import FusedOptimizer
 from pybatch.records import Note
 
@@ -32,11 +33,13 @@ MEMORIES = 3  # windows of so many 1 / (1 - beta1): successive first moments the
 MISSING = "no pair of norms: Adam's moments are read every few steps, and there were too few"
 LAG = Note(
     "noise.b_simple",
-    "from Adam's moments: averages over windows of steps, in which a change of the gradient counts as noise; where the "
-    "script clips, they are of clipped gradients and distorted (source='per-example' is not)",
+    "from Adam's moments: averages over windows of steps, in which a change of the gradient counts as noise",
 )
 ALIKE = Note("noise.b_simple", "every process of the DDP model was taken to have as many examples as this one")
 CLIPPED = Note("noise.b_simple", "the optimizer clips, so its moments are of clipped gradients: B_simple is distorted")
+SAME = 1e-5  # of a norm: clipping leaves the same one up to rounding, and no two others come as near
+KEPT = 64  # norms on the device, until they are compared
+TIED = 3  # steps with the largest norm of all, from which it is one that they were clipped to
 
 
 class MomentsNoise(Collector):
@@ -117,8 +120,13 @@ class MomentsNoise(Collector):
         self._inverse: Any = 0.0  # sum of 1 / examples,
         self._refused: Any = 0.0  # and those that changed nothing, over all windows
         self._cleared = 0  # micro-batches whose gradients were cleared without a step
+        self._norms: list[Sequence[torch.Tensor]] = []  # of the gradients, by parameter, until compared
+        self._seen = 0  # steps whose norms were looked at,
+        self._top: Any = self._zero  # the largest of them, 0-d on the device,
+        self._tied: Any = self._zero  # and how many steps had it
         self._before: tuple[torch.Tensor, Any] | None = None  # sums of v, and the step they are of
-        self._removals = [self._counter.remove, optimizer.register_step_post_hook(self._stepped).remove]
+        before = [] if clips else [optimizer.register_step_pre_hook(self._about).remove]
+        self._removals = [self._counter.remove, *before, optimizer.register_step_post_hook(self._stepped).remove]
         if any(optimizer.state.get(param) for param in self._params.values()):
             self._before = self._second()
         self._last = self._step()  # of the optimizer, as its state has it
@@ -160,6 +168,30 @@ class MomentsNoise(Collector):
         return torch.stack(sums), self._step()
 
     @torch.no_grad()
+    def _about(self, *_: Any) -> None:
+        """Before an update: the norm of what the script left, which many steps share where it clips."""
+        grads = [stored(p.grad) for p in self._params.values() if p.grad is not None]
+        if grads:
+            self._norms.append(torch._foreach_norm(grads))
+        if len(self._norms) >= KEPT:
+            self._compare()
+
+    def _compare(self) -> None:
+        """The norms kept beside the largest so far; those of steps that change nothing may not be finite."""
+        if not self._norms:
+            return
+        lengths = torch.tensor([len(norms) for norms in self._norms])  # a layer may have had no gradient in some
+        squared = torch.stack([n for norms in self._norms for n in norms]).double().square()
+        each = torch.segment_reduce(squared, "sum", lengths=lengths.to(self._device))
+        norms = torch.nan_to_num(each, nan=0.0, posinf=0.0).sqrt()
+        top = torch.maximum(norms.max(), self._top)
+        held = self._top >= (1.0 - SAME) * top
+        self._tied = torch.where(held, self._tied, 0.0) + (norms >= (1.0 - SAME) * top).sum()
+        self._top = top
+        self._seen += len(self._norms)
+        self._norms = []
+
+    @torch.no_grad()
     def _stepped(self, *_: Any) -> None:
         sizes = self._counter.take() if self._counter is not None else []
         if not sizes:
@@ -194,6 +226,7 @@ class MomentsNoise(Collector):
             kappa = (1.0 - self._beta1) / (1.0 + self._beta1) * (1.0 + faded) / (1.0 - faded)
             n = self._members * self._wide(self._taken) / self._wide(self._inverse)
             self._row(n, n / kappa, self._arrange(small), self._arrange(large))
+        self._compare()
         self._before, self._steps = (after, now), 0
         self._taken, self._inverse = 0.0, 0.0
 
@@ -205,6 +238,15 @@ class MomentsNoise(Collector):
 
     def _said(self) -> tuple[Note, ...]:
         notes, refused = list(self._notes), round(float(self._refused))
+        self._compare()
+        tied = round(float(self._tied))
+        if tied >= TIED and float(self._top) > 0.0:
+            text = (
+                f"the script clips: {tied} of {counted(self._seen, 'step')} had gradients of norm "
+                f"{number(float(self._top))}, and none a longer one; Adam's moments are of those, B_simple is "
+                "distorted, the more the more are clipped. Attach with source='per-example': clipping leaves it alone"
+            )
+            notes.append(Note("noise.b_simple", text))
         if refused:
             text = f"in no window: {counted(refused, 'step')} with a gradient that is not finite"
             notes.append(Note("noise.skipped", text))
