@@ -104,7 +104,8 @@ def _devices(best: Best, devices: tuple[int, int, int], second: Inputs) -> str:
         how = f"modelled with the communication measured on {counted.devices} devices"
     span = f" ({count(low)} to {count(high)})" if (low, high) != (number_of, number_of) else ""
     if number_of > 1 and low == 1:
-        return f"How many devices are worth it is not known: {count(number_of)}{span}, {how}."
+        worth = f"may work at {number(EFFICIENCY, 1)} of their worth or better"
+        return f"Up to {count(number_of)} devices{span} {worth}, {how}."
     if number_of > 1:
         worth = f"work at {number(EFFICIENCY, 1)} of their worth or better"
         return f"Up to {count(number_of)}{more} devices{span} {worth}, {how}."

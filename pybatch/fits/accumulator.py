@@ -188,7 +188,7 @@ class NoiseAccumulator:
         rows = ring.rows[0]
         first = newest(rows, self._sizes[0] / self._pairs if self._pairs else None)
         start, end = first * ring.length * place + 1, ring.steps * place
-        found = self._read(first, single, (*drift_note(rows[first:], start, end), *notes))
+        found = self._read(first, single, (*drift_note(rows[first:]), *notes))
         if not ring.steps:
             return found
         run = trajectory(rows, ring.length * place, end)

@@ -6,6 +6,7 @@ import csv
 import difflib
 import io
 import math
+import re
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -29,7 +30,7 @@ _NAMES = {
     "reached": ("reached", "reached_target"),
 }
 _ENDS = {  # of a run without a number of steps, in either column
-    **dict.fromkeys(("inf", "+inf", "infinity", "not reached", "not_reached", "unreached", "capped"), math.inf),
+    **dict.fromkeys(("inf", "+inf", "infinity", "not reached", "not_reached", "unreached", "capped", "dnf"), math.inf),
     **dict.fromkeys(("-inf", "diverged"), DIVERGED),
 }
 _WORDS = {
@@ -40,6 +41,9 @@ _WORDS = {
     "no": "not reached",
     "0": "not reached",
 }
+_SILENT = ("", "nan", "none", "null", "na", "n/a", "-", "--", "–", "?")
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6}
+_WRITTEN = re.compile(r"(>=?|≥)?\s*([0-9][0-9,' _]*(?:\.[0-9]+)?)\s*([km]?)\s*(steps?|examples?)?", re.IGNORECASE)
 _SHOWN = 40  # characters of a cell in an error
 
 
@@ -156,7 +160,8 @@ class _Cells:
         except ValueError:
             value = math.nan
         if not LEAST <= value <= MOST:
-            raise self.error(f"{name} {_cut(text)!r} is no number from {LEAST:g} to {MOST:g}", f"Give the {name}")
+            what = f"{name} {_cut(text)!r} is no number from {LEAST:g} to {MOST:g}"
+            raise self.error(what, _plainer(text, name) or f"Give the {name}")
         return value
 
     def steps(self) -> float:
@@ -170,7 +175,7 @@ class _Cells:
             raise self.error(f"status 'reached' beside steps {text!r}", "Give the steps it took, or another status")
         if end is not None:  # a number beside it is how far the run went
             return end
-        if text in ("", "nan", "none", "null"):
+        if text in _SILENT:
             remedy = "Write inf for a run that did not reach the target, diverged for one that did that"
             raise self.error(f"steps {text!r} say nothing", f"{remedy}; one that nobody made has no line")
         return self.positive("steps")
@@ -215,6 +220,19 @@ class _Cells:
             text = f"before {_cut(text)!r} is no number from 0 to below the steps of {steps:g}"
             raise self.error(text, "Give the last evaluation above the target, or nothing")
         return value
+
+
+def _plainer(text: str, name: str) -> str | None:
+    """How to write a number that has a unit, a separator or a sign before it; None where it is none of these."""
+    found = _WRITTEN.fullmatch(text)
+    if found is None:
+        return None
+    above, digits, unit, _ = found.groups()
+    value = float(re.sub("[,' _]", "", digits)) * _UNITS[unit.lower()]
+    plain = f"{value:.15g}"
+    if above and name == "steps":
+        return f"Write inf for a run that did not reach the target, and {plain} in a column 'cap'"
+    return f"Write {plain}, without unit, sign or separator"
 
 
 def _rows(path: Path) -> list[tuple[int, list[str]]]:

@@ -75,14 +75,14 @@ def drifts(rows: Rows) -> bool:
     return bool(abs(means[1] - means[0]) > t * error > 0)
 
 
-def drift_note(rows: Rows, start: int, end: int) -> tuple[Note, ...]:
-    """What is said where a stretch of steps `start` to `end` drifts."""
+def drift_note(rows: Rows) -> tuple[Note, ...]:
+    """What is said where a stretch of steps drifts."""
     if not drifts(rows):
         return ()
     before, after = (_said(half) for half in halves(rows))
     text = (
-        f"it drifts along the stretch, steps {n.count(start)} to {n.count(end)}: {before} over its first half, {after} "
-        "over its second; `trajectory` has the whole run"
+        f"it drifts along the steps it is of: {before} over their first half, {after} over their second; `trajectory` "
+        "has the whole run"
     )
     return (Note("noise.b_simple", text),)
 

@@ -293,6 +293,8 @@ class Watching:
         noise = self._noise
         if noise is None and observer.noise is not None and not self._ended:
             noise = observer.noise.read()
+        if noise is not None:
+            noise = noise.until(training.steps)
         lacking = list(notes)
         if noise is None and subject.model is not None:
             reasons = "; ".join(dict.fromkeys(observer.noise.reasons)) if observer.noise is not None else ""

@@ -212,6 +212,7 @@ class Trajectory:
     def _write(self, path: Path, row: NDArray[np.float64], point: NoisePoint) -> None:
         line: dict[str, Any] = dict(zip(_COLUMNS, (v if math.isfinite(v) else None for v in row.tolist()), strict=True))
         line |= {name: getattr(point, name) for name in ("b_simple", "low", "high", "status")}
+        line |= {"source": self._name, "unit": self._unit}  # an ordinary loop's is known after its first steps alone
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -247,6 +248,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[list[float]], int]:
         if head["schema"] != SCHEMA:
             raise ValueError(f"schema {head['schema']!r}")
         rows = [[_figure(c, line[c]) for c in _COLUMNS] for line in lines]
+        head |= {key: line[key] for line in lines[-1:] for key in ("source", "unit") if key in line}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path} is not a noise trajectory ({type(error).__name__}: {error}). Give another path."

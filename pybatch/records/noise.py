@@ -138,6 +138,14 @@ class NoiseScale(Shown):
         """What is wrong with a loss that is no mean over examples, whose scale predicts no critical batch."""
         return next((note.text for note in self.notes if note.figure == "noise.loss"), None)
 
+    def until(self, steps: int) -> NoiseScale:
+        """The same, of a run that ended after so many steps: the last pair stands for as many as there were."""
+        parts = tuple(
+            dataclasses.replace(p, last_step=max(p.first_step, min(p.last_step, steps))) for p in self.trajectory
+        )
+        last = max(self.first_step or 1, min(self.last_step, steps)) if self.last_step is not None else None
+        return dataclasses.replace(self, last_step=last, trajectory=parts)
+
     def in_examples(self, per_example: float, error: float = 0.0) -> NoiseScale:
         """The same in examples, the unit of the batch size, where it is counted in parts of them such as tokens.
 

@@ -354,6 +354,12 @@ def test_names_of_columns_may_be_as_people_write_them(tmp_path):
         (HEAD + "8,0,100,0.1,900\n\nx,0,100,0.1,900\n", "line 4: batch 'x' is no number"),
         (HEAD + "8,0,-3,0.1,900\n", "line 2: steps '-3' is no number"),
         (HEAD + "8,0,nan,0.1,900\n", "line 2: steps 'nan' say nothing. Write inf"),
+        (HEAD + "8,0,-,0.1,900\n", "line 2: steps '-' say nothing. Write inf"),
+        (HEAD + "8,0,23.7k,0.1,900\n", "line 2: steps '23.7k' is no number .*. Write 23700, without unit"),
+        ("batch;steps\n8;23,748\n", "line 2: steps '23,748' is no number .*. Write 23748, without unit"),
+        ("batch;steps\n8;23 748 steps\n", "line 2: steps '23 748 steps' is no number .*. Write 23748, without"),
+        (HEAD + "8,0,>60000,0.1,900\n", "line 2: steps '>60000' is no number .*. Write inf .* 60000 in a column 'cap'"),
+        (HEAD + "1k,0,100,0.1,900\n", "line 2: batch '1k' is no number .*. Write 1000, without unit"),
         (HEAD + "8,0,100,0,900\n", "line 2: rate '0'"),
         (
             HEAD + "8,0,inf,0.1,\n8,1,inf,0.1,900\n",

@@ -11,7 +11,7 @@ import pytest
 from pybatch.base.errors import UsageError
 from pybatch.fits.accumulator import NoiseAccumulator
 from pybatch.noise import trajectory
-from pybatch.noise.trajectory import Trajectory
+from pybatch.noise.trajectory import Trajectory, read_trajectory
 from pybatch.records import NoisePoint, NoiseTrajectory, to_dict
 
 
@@ -114,6 +114,16 @@ def test_a_run_stopped_while_writing_goes_on(tmp_path):
     assert [line["last_step"] for line in lines[1:]] == list(range(1, 1000, 10))
     assert lines[-1]["status"] == "resolved"
     assert lines[-1]["low"] < lines[-1]["b_simple"] < lines[-1]["high"]
+
+
+def test_a_file_names_the_source_that_was_turned_to(tmp_path):
+    """An ordinary loop begins with micro-batches, which give it nothing; its file said so for ever."""
+    run = Run(100)
+    path = Trajectory(run, tmp_path / "noise.jsonl")
+    run.train(path, 1, 3)
+    run.accumulator.source = "per-example"
+    run.train(path, 4, 9)
+    assert read_trajectory(tmp_path / "noise.jsonl").source == path.record.source == "per-example"
 
 
 def test_steps_done_again_replace_what_was_recorded(tmp_path):

@@ -39,13 +39,15 @@ def test_a_context_watches_what_is_trained_in_it(tmp_path, monkeypatch, capsys, 
 
 def test_an_error_in_it_is_passed_on_with_what_was_measured(capsys):
     def fails():
-        steps()
+        steps(43)
         return 1 / 0
 
     watched = pybatch.watch(quiet=True)
     with pytest.raises(ZeroDivisionError), watched:
         fails()
-    assert watched.run.training.steps == 40
+    assert watched.run.training.steps == 43
+    noise = watched.run.noise
+    assert (noise.last_step, noise.trajectory[-1].last_step) == (43, 43)  # the last pair stands for fewer than others
     assert watched.run.verdict is None
     assert capsys.readouterr().err == ""
 

@@ -55,7 +55,7 @@ def noise(
         large_batch=float(ledger["large_sum"]) / pairs if pairs else None,
         skipped=int(ledger["skipped"]),
         single=single,
-        notes=() if whole else stretch.drift_note(rows[first:], start, steps),
+        notes=() if whole else stretch.drift_note(rows[first:]),
     )
     total = dataclasses.replace(
         total, layers=_entries(layers, named, small, first / len(ledger.ring), len(rows) / len(ledger.ring))
