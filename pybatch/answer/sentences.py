@@ -10,8 +10,8 @@ from pybatch.answer.ensemble import EFFICIENCY, MAX_DEVICES
 from pybatch.answer.limit import Wall
 from pybatch.base.numerals import batch_size, count, number
 from pybatch.records import Capacity, Confidence, Inputs, Limit, ThroughputFit
+from pybatch.records.verdict import said_by
 
-_SOURCES: dict[str, str] = {"sweep": "measured steps", "branch": "branched runs", "noise": "gradient noise"}
 _AT_BOUND = 0.7  # of the bound: a smaller batch advised is not one that it keeps from being larger
 _NO_LESS = 0.95  # of the time on one device: what a second one saves is then within the error of any run
 
@@ -243,8 +243,7 @@ def _distrust(fit: ThroughputFit | None) -> str:
 def _said(critical: Critical) -> str:
     """The critical batch in words, with its interval and its source."""
     weighed = critical.weighed.readings if critical.weighed is not None else ()
-    several: list[str | None] = list(dict.fromkeys(r.source for r in weighed)) or [critical.source]
-    source = "by " + " and ".join(_SOURCES[name] for name in several if name)
+    source = said_by(weighed, critical.source)
     if critical.bounded and critical.value is not None:
         source += " within the sweep's bound"
     if critical.value is None:

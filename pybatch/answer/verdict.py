@@ -9,6 +9,7 @@ has the words.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -147,7 +148,7 @@ def advise(
         useful_devices_high=ends[1],
         learning_rate=rate,
         confidence=confidence,
-        evidence=(*weighed.readings, *weighed.aside) if weighed is not None else (),
+        evidence=(*weighed.readings, *(replace(r, aside=True) for r in weighed.aside)) if weighed is not None else (),
         answer=said.answer,
         because=said.because,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +31,7 @@ Evidence = Literal["measured", "modelled", "assumed"]
 Kind = Literal["sweep", "rule", "tuned branch", "branch", "branch past target", "noise", "noise past target"]
 Level = Literal["high", "medium", "low"]
 Inputs = dict[str, float | str | None]  # figures behind one figure
+_SOURCES = {"sweep": "measured steps", "branch": "branched runs", "noise": "gradient noise"}
 _WORDS = {
     "sweep": "the sweep",
     "rule": "a sweep by one rule",
@@ -61,11 +63,23 @@ class Reading:
     low: float | None  # 95 %, of the measurement alone; None: open
     high: float | None
     factor: float  # 95 % of such evidence is within this factor of the run's critical batch, both ways
+    aside: bool = False  # it contradicts what was measured, and does not count
 
     @property
     def words(self) -> str:
         """What it is called in a sentence."""
         return _WORDS[self.kind]
+
+
+def said_by(evidence: Sequence[Reading], source: str | None) -> str:
+    """What a critical batch stands on, in words: "by branched runs and gradient noise"; "" where there is none.
+
+    Args:
+        evidence: weighed for it.
+        source: the strongest, which stands where a bound alone is known.
+    """
+    several: list[str] = list(dict.fromkeys(r.source for r in evidence if not r.aside)) or ([source] if source else [])
+    return f"by {' and '.join(_SOURCES[name] for name in several)}" if several else ""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from pybatch.answer.verdict import ensemble
 from pybatch.base import numerals as n
 from pybatch.records import BatchPoint, Capacity, FrontierPoint, Run, Verdict
 from pybatch.records.figure import figure_of, interval_of
+from pybatch.records.verdict import said_by
 from pybatch.report.capacity import reach, timed_points
 from pybatch.report.layout import Section, columns, details_of, examples_of, lines, notes_of, table
 from pybatch.report.plot import Plot, axis, batch_axis, line, mark, points, safe, spread
 
-_SOURCES = {"noise": "gradient noise", "branch": "branched runs", "sweep": "steps to target"}
 # The figures that an answer opens with.
 _FIRST = ("best_batch", "critical_batch", "saturation_batch", "learning_rate", "useful_devices", "time_to_target")
 
@@ -24,10 +24,9 @@ def section(verdict: Verdict, capacity: Capacity | None = None, price: float | N
         capacity: it stands on.
         price: of a device-hour; None: no money is spoken of.
     """
-    source = _SOURCES.get(verdict.critical_source or "")
     optimum = n.interval(verdict.best_low, verdict.best_high, n.count)
     words = {
-        "critical_batch": lambda text: f"{text} by {source}" if source else text,
+        "critical_batch": lambda text: f"{text} {said_by(verdict.evidence, verdict.critical_source)}".strip(),
         "saturation_batch": lambda text: "",  # the capacity says it, with its interval
         "best_batch": lambda text: f"{text} {optimum}".strip(),
         "limit": lambda text: "" if text in ("balanced", "unresolved") else text,
