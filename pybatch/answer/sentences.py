@@ -155,7 +155,7 @@ def bounds(
         because = f"{rises}{f' up to batch {count(span[0])}' if falls else ''}: {beyond}."
         return Answer(f"{_distrust(fit)}{_bounded(span, bound)}", because, rest)
     if fit is None:
-        lack = "Capacity was not measured" if capacity is None else "Too few batch sizes were timed"
+        lack = _untimed(capacity)
         nothing = critical.value is None and critical.low is None and critical.high is None
         if unmeasured is not None:
             instead = () if nothing else (f"By other evidence it is {known}, which these runs do not confirm.",)
@@ -182,6 +182,16 @@ def bounds(
         return Answer(f"{_distrust(fit)}{_bounded(span, bound)}", because, rest)
     because = f"The critical batch is not known: {_why(critical)}."
     return Answer(f"{_distrust(fit)}No batch can be advised yet.", because, (f"{device}.", _more(critical)))
+
+
+def _untimed(capacity: Capacity | None) -> str:
+    """What keeps a batch from being advised where there is no fit of step times, with the first cause there is."""
+    if capacity is None:
+        return "Capacity was not measured"
+    causes = [(point.batch, point.reason) for point in capacity.batches if point.status != "ok" and point.reason]
+    told = [f"batch {count(n)}: {why.rstrip('.')}" for n, why in causes if not why.startswith("the time budget")]
+    cause = f" ({told[0]})" if told else " before the time budget ended" if causes else ""
+    return f"Too few batch sizes were timed{cause}"
 
 
 def _disagreement(critical: Critical) -> tuple[str, ...]:

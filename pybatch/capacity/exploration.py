@@ -75,6 +75,8 @@ class Explorer:
             try:
                 self._run(n)
             except WorkloadError as error:
+                if error.always:
+                    raise
                 first = first or error
                 continue
             except (RuntimeError, MemoryError) as error:

@@ -151,7 +151,16 @@ class Parts(Workload):
                 "target). Give a function of (model, batch)."
             )
         inputs, target = batch
-        return self._loss(model(inputs), target)
+        output = model(inputs)
+        try:
+            return self._loss(output, target)
+        except (TypeError, AttributeError) as error:
+            if isinstance(output, torch.Tensor):
+                raise
+            raise UsageError(
+                f"the model gives {type(output).__name__}, and loss {called(self._loss)} takes a tensor "
+                f"({type(error).__name__}: {error}). Give a function of (model, batch) that picks it."
+            ) from error
 
     def optimizer(self, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
         """As given."""

@@ -245,3 +245,5 @@ def test_a_constructor_that_fails_is_the_workloads_fault(tmp_path: Path) -> None
     )
     with pytest.raises(WorkloadError, match="raised KeyError: 3"):
         find(f"{path}:Bad", options=["x=3"])
+    with pytest.raises(UsageError, match=r"needs a value for x\. Give it with --option x=VALUE"):
+        find(f"{path}:Bad")

@@ -200,6 +200,21 @@ def test_a_loss_that_was_taken_for_another_kind_is_told_how_to_say_it(loss, said
         Session(parts(loss=loss), CPU).loss((X, Y))
 
 
+def test_a_model_that_gives_several_outputs_is_told_what_to_give():
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make()
+
+        def forward(self, x):
+            return self.inner(x), x
+
+    said = r"the model gives tuple, and loss .* takes a tensor .* Give a function of \(model, batch\) that picks it"
+    for loss in (nn.CrossEntropyLoss(), nn.functional.cross_entropy):
+        with pytest.raises(UsageError, match=said):
+            Session(parts(model=Several, loss=loss), CPU).loss((X, Y))
+
+
 def test_a_partial_loss_is_another_one_by_its_arguments():
     def source(x):
         return parts(loss=functools.partial(nn.functional.cross_entropy, label_smoothing=x)).source()

@@ -58,7 +58,7 @@ def test_a_sound_workload_leaves_gradients() -> None:
 @pytest.mark.parametrize(
     ("method", "planted", "complaint"),
     [
-        ("model", fail, "raised KeyError: 'gone'"),
+        ("model", fail, r"raised KeyError: 'gone', at .*test_session\.py, line \d+: `raise KeyError\(\"gone\"\)`\.$"),
         ("model", lambda: "net", "returned str, not a torch.nn.Module"),
         ("model", nn.ReLU, "without a parameter"),
         ("batch", fail, "raised KeyError"),
@@ -76,6 +76,43 @@ def test_a_sound_workload_leaves_gradients() -> None:
 def test_a_fault_names_the_class_the_method_and_the_cause(method: str, planted: Any, complaint: str) -> None:
     with pytest.raises(WorkloadError, match=rf"Planted\.{method}\(\) of workload 'planted' .*{complaint}"):
         one_step(Planted(**{method: planted}))
+
+
+def test_a_method_of_other_arguments_is_told_how_it_is_called() -> None:
+    class Short(Planted):
+        def batch(self, n: int) -> Any:  # type: ignore[override]
+            return torch.ones(n, 3)
+
+    with pytest.raises(WorkloadError, match=r"but 4 were given; it is called as batch\(n, generator, split\)\.$"):
+        Session(Short(), CPU).batch(4)
+
+
+def test_a_batch_larger_than_asked_for_is_no_matter_of_its_size() -> None:
+    """Where it ignores n, bench timed the one size that it returns and said "too few batch sizes"."""
+    for rows, always in ((32, True), (3, False)):
+        session = Session(Planted(batch=lambda n, g, s, rows=rows: torch.ones(rows, 3)), CPU)
+        with pytest.raises(WorkloadError, match="dimension 0 must be 4") as caught:
+            session.batch(4)
+        assert caught.value.always == always
+
+
+@pytest.mark.parametrize(
+    ("slip", "value", "meant"),
+    [
+        ("lerning_rate", 1e-3, "learning_rate"),
+        ("learnign_rate", 1e-3, "learning_rate"),
+        ("referense_batch", 64, "reference_batch"),
+        ("targets", {"train": 0.3}, "target"),
+    ],
+)
+def test_a_name_that_can_only_be_a_slip_is_asked_about(slip: str, value: Any, meant: str) -> None:
+    for work in (type("Mine", (Planted,), {slip: value})(), Planted()):
+        if type(work) is Planted:
+            setattr(work, slip, value)
+        with pytest.raises(WorkloadError, match=rf"\.{slip}: is it {meant}\? Name it so"):
+            Session(work, CPU)
+    own = {"targets": torch.ones(3), "stepz": "a", "learning_rates": [1e-3], "example": 3, "units": 64}
+    Session(type("Mine", (Planted,), own)(), CPU)
 
 
 def test_a_failing_backward_pass_is_the_losss_fault() -> None:

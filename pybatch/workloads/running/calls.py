@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import linecache
+import os
 import signal
 import sys
 import sysconfig
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,17 +99,33 @@ def where(thread: int) -> str:
     """The innermost line of a thread that is neither pybatch's nor a library's: "at mine.py, line 12: `x = get()`"."""
     frame: FrameType | None = sys._current_frames().get(thread)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith("<") and not _is_library(name):
-            text = linecache.getline(name, frame.f_lineno).strip()
-            return f"at {name}, line {frame.f_lineno}" + (f": `{text[:80]}`" if text else "")
+        if _is_users(frame.f_code.co_filename):
+            return _place(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return "in a library"
 
 
-def _is_library(name: str) -> bool:
+def told(error: BaseException) -> str:
+    """An error in user code: its type, its text, and the innermost line of theirs that it passed."""
+    text = f"{type(error).__name__}: {error}".strip().rstrip(".")
+    if isinstance(error, SyntaxError):
+        return text if error.lineno is None or str(error).endswith(")") else f"{text}, line {error.lineno}"
+    passed = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    own = [(name, line) for name, line in passed if _is_users(name)]
+    return f"{text}, {_place(*own[-1])}" if own else text
+
+
+def _place(name: str, line: int) -> str:
+    text = linecache.getline(name, line).strip()
+    near = os.path.relpath(name) if Path(name).is_relative_to(Path.cwd()) else name
+    return f"at {near}, line {line}" + (f": `{text[:80]}`" if text else "")
+
+
+def _is_users(name: str) -> bool:
+    """Whether a file is neither pybatch's nor a library's."""
     path = Path(name)
-    return path.is_relative_to(_OWN) or any(path.is_relative_to(folder) for folder in _LIBRARIES)
+    library = path.is_relative_to(_OWN) or any(path.is_relative_to(folder) for folder in _LIBRARIES)
+    return not name.startswith("<") and not library
 
 
 def _end(call: Call, budget: float, now: float) -> None:

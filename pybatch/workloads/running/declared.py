@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pybatch.base.errors import WorkloadError
 from pybatch.workloads.base import Workload
+
+_LIKE = 0.9  # of difflib: a letter of ten, or two that changed places
 
 
 def check(workload: Workload) -> None:
@@ -18,6 +21,23 @@ def check(workload: Workload) -> None:
             said = repr(value)
             said = said if len(said) <= 80 else f"{said[:77]}..."
             raise WorkloadError(f"{type(workload).__name__}.{name} is {said}: it must be {wanted}.")
+    _check_names(workload)
+
+
+def _check_names(workload: Workload) -> None:
+    """Raise WorkloadError for a value whose name can only be a slip of an attribute's."""
+    known = {name: fits for name, fits, _ in _ATTRIBUTES}
+    for part in (workload, *(cls for cls in type(workload).__mro__ if cls not in Workload.__mro__)):
+        for key, value in vars(part).items():
+            if key in known or key.startswith("_") or value is None:
+                continue
+            near = next(iter(difflib.get_close_matches(key, known, 1, cutoff=_LIKE)), None)
+            if near is None or near in vars(part) or not known[near](value):
+                continue
+            if f"{key}s" == near and not isinstance(value, Mapping):  # a number of one's own
+                continue
+            asked = f"{type(workload).__name__}.{key}: is it {near}?"
+            raise WorkloadError(f"{asked} Name it so, or otherwise if it is another thing.")
 
 
 def _text(value: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import pybatch.workloads
 from pybatch.base.errors import UsageError, WorkloadError, unknown
 from pybatch.workloads.base import Workload, registered
+from pybatch.workloads.running.calls import told
 from pybatch.workloads.running.sharing import put_back
 
 FILE_MODULE = "_pybatch_workload_"  # prefix of the modules made from users' files
@@ -170,6 +171,13 @@ def _construct(
         if key in given:
             raise UsageError(f"option '{option}': {key} is given twice. Give it once.")
         given[key] = value
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for key, one in takes.items():
+        if one.kind in kinds and one.default is inspect.Parameter.empty and key not in {**usual, **given}:
+            way = f"--{key} VALUE" if key in ("model", "data") else f"--option {key}=VALUE"
+            raise UsageError(
+                f"workload '{spec}' needs a value for {key}. Give it with {way}, or a default in its file."
+            )
     try:
         with put_back(str(Path(spec.rpartition(":")[0]).resolve())):
             return cls(**{**usual, **given})
@@ -184,8 +192,7 @@ def _said(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         remedy = "It is run without arguments. Put what is for the command line under: if __name__ == '__main__'"
         return f"SystemExit: {error}. {remedy}"
-    line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-    return f"{type(error).__name__}: {error}{line}"
+    return told(error)
 
 
 def _parameters(cls: type[Workload]) -> Mapping[str, inspect.Parameter]:

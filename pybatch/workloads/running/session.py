@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pybatch.base.errors import DeviceError, UsageError, WorkloadError
-from pybatch.base.numerals import memory
+from pybatch.base.numerals import counted, memory
 from pybatch.device.abilities import refused_layer
 from pybatch.device.generators import forked, place_in_use, seed_all
 from pybatch.device.identity import DTYPES, cpu_name
@@ -20,7 +21,7 @@ from pybatch.records import WorkloadInfo
 from pybatch.workloads.base import Split, Workload
 from pybatch.workloads.running import optimizers
 from pybatch.workloads.running.batches import copied
-from pybatch.workloads.running.calls import called
+from pybatch.workloads.running.calls import called, told
 from pybatch.workloads.running.choice import is_own
 from pybatch.workloads.running.compiling import compiled
 from pybatch.workloads.running.declared import check
@@ -233,9 +234,10 @@ class Session:
         sizes = {tuple(t.shape[:1]) for t in tensors if t.ndim}
         if (n,) not in sizes:
             shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
-            raise self._error(
-                method, f"was asked for {n} examples and returned shapes {shapes}; dimension 0 must be {n}"
-            )
+            what = f"was asked for {counted(n, 'example')} and returned shapes {shapes}; dimension 0 must be {n}"
+            refused = self._error(method, what)
+            refused.always = all(size > (n,) for size in sizes)  # fewer may be all there are
+            raise refused
         return batch
 
     def moved(self, batch: Any) -> Any:
@@ -322,7 +324,9 @@ class Session:
         with torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
             loss = self._call("loss", model, batch)
         if not isinstance(loss, torch.Tensor):
-            raise self._error("loss", f"returned {type(loss).__name__}, not a tensor")
+            raise self._error(
+                "loss", f"returned {type(loss).__name__}, not a tensor: return the mean loss, nothing else"
+            )
         if loss.ndim or not loss.is_floating_point():  # shape (1,) too: at batch 1 it may be a loss per example
             raise self._error(
                 "loss",
@@ -344,7 +348,7 @@ class Session:
             except BaseException as error:  # `sys.exit()`, GeneratorExit and cancelled tasks too are no answer
                 if is_out_of_memory(error):
                     raise
-                failure = self._error(method, f"raised {type(error).__name__}: {error}")
+                failure = self._error(method, f"raised {told(error)}{_asked(method, error)}")
                 failure.begun = method == "batch"  # whoever trains has drawn the fixed batches before
                 raise failure from error
             finally:
@@ -360,6 +364,15 @@ class Session:
 
     def _error(self, method: str, what: str) -> WorkloadError:
         return WorkloadError(f"{type(self.workload).__name__}.{method}() of workload {self.workload.name!r} {what}.")
+
+
+def _asked(method: str, error: BaseException) -> str:
+    """How a method is called, where an error says that it does not take these arguments."""
+    if not isinstance(error, TypeError) or (error.__traceback__ and error.__traceback__.tb_next):
+        return ""
+    base = getattr(Workload, method, None)
+    takes = [name for name in inspect.signature(base).parameters if name != "self"] if base is not None else []
+    return f"; it is called as {method}({', '.join(takes)})" if takes else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
