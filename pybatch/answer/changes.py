@@ -22,6 +22,7 @@ from pybatch.records.figure import figure_of
 from pybatch.scaling import SEARCHED
 
 _MOST = 1e6  # per cent
+_WORKLOAD = "workload name"  # a difference after which nothing was changed, but something else measured
 Estimate = tuple[float | None, float | None, float | None]  # value, low, high
 
 
@@ -106,6 +107,9 @@ def parse_condition(text: str) -> Condition:
 
 def broken(conditions: Sequence[Condition], comparison: Comparison) -> list[str]:
     """A sentence for each condition that the comparison breaks, or that it can't decide."""
+    other = next((text for text in comparison.differences if text.startswith(_WORKLOAD)), None)
+    if other is not None and conditions:
+        return [f"the runs are not of one workload ({other}), so no change can be checked. Give two runs of the same"]
     said = []
     known = {change.figure: change for change in comparison.changes}
     for condition in conditions:
@@ -275,7 +279,8 @@ def _differences(old: Run, new: Run) -> tuple[str, ...]:
 
     def tell(what: str, before: object, after: object) -> None:
         if before != after:
-            said.append(f"{what}: {before} against {after}")
+            first, second = ("not given" if value is None else value for value in (before, after))
+            said.append(f"{what}: {first} against {second}")
 
     if old.capacity and new.capacity:
         tell("steps", old.capacity.mode, new.capacity.mode)
@@ -296,7 +301,7 @@ def _differences(old: Run, new: Run) -> tuple[str, ...]:
         if before.workload and after.workload:
             for name in ("name", "model", "dtype", "parameters", "examples", "options"):
                 tell(
-                    f"workload {name}" if name == "name" else name,
+                    _WORKLOAD if name == "name" else name,
                     getattr(before.workload, name),
                     getattr(after.workload, name),
                 )

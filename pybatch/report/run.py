@@ -31,6 +31,8 @@ def title(run: Run) -> str:
         return f"{run.training.name} ({run.training.model})"
     if measured is None and run.batch_schedule is not None:
         return "pybatch schedule"
+    if measured is None and run.trajectory is not None:
+        return "Noise scale along a training"
     if measured is None or measured.workload is None or measured.device is None:
         return "pybatch bench" if run.convergence is None else "Steps to a target, as logged"
     work, device = measured.workload, measured.device

@@ -113,6 +113,17 @@ def test_a_condition_that_cannot_be_checked_is_not_taken_as_kept(run):
     assert said == ["energy is not in both runs, so +5 % can't be checked"]
 
 
+def test_a_condition_on_two_workloads_is_not_taken_as_kept(run):
+    """A gate in CI passed while it compared digits with text."""
+    work = dataclasses.replace(run.capacity.workload, name="other", model=None)
+    other = dataclasses.replace(run, capacity=dataclasses.replace(run.capacity, workload=work))
+    comparison = compare(run, other)
+    assert f"model: {run.capacity.workload.model} against not given" in comparison.differences
+    [said] = broken([parse_condition("throughput:-3%"), parse_condition("memory:+9%")], comparison)
+    assert "not of one workload (workload name: " in said
+    assert not broken([], comparison)
+
+
 def test_markdown_says_better_and_worse(run):
     text = markdown("x", sections(compare(run, scaled(run, 0.5))))
     assert "better" in text

@@ -11,6 +11,7 @@ from pybatch.base.errors import UsageError
 from pybatch.commands.saved import read_records
 from pybatch.jobs import bench as main_job
 from pybatch.noise.trajectory import SCHEMA, read_trajectory
+from pybatch.records import Convergence, Curve
 
 runner = typer.testing.CliRunner()
 
@@ -145,9 +146,24 @@ def test_a_trajectory_alone_is_a_table_too(tmp_path):
     done = runner.invoke(cli.app, ["report", str(tmp_path / "noise.jsonl"), "-o", str(tmp_path / "a.md")])
     assert done.exit_code == 0, done.output
     text = (tmp_path / "a.md").read_text()
+    assert text.startswith("# Noise scale along a training\n")
     assert "## Noise scale along training" in text
     assert "ddp, in tokens" in text
     assert "| 0 to " in text
+
+
+def test_a_report_says_the_answers_it_holds(run, tmp_path):
+    """A target that no run reached was told on the page alone."""
+    curve = Curve("tuned", "train", (), None, None, None, None, target=1e-4)
+    steps = Convergence((curve,), optimizer="sgd", device=run.capacity.device, workload=run.capacity.workload)
+    sweep = dataclasses.replace(run, capacity=None, noise=None, verdict=None, convergence=steps)
+    for name, one in (("a.json", run), ("b.json", sweep)):
+        (tmp_path / name).write_text(one.to_json())
+    page = tmp_path / "r.html"
+    done = runner.invoke(cli.app, ["report", str(tmp_path / "b.json"), "-o", str(page)])
+    assert " with sgd: The critical batch cannot be told from these runs." in " ".join(done.output.split())
+    done = runner.invoke(cli.app, ["report", str(tmp_path / "a.json"), "-o", str(page)])
+    assert run.verdict.answer in " ".join(done.output.split())
 
 
 def test_png_flag_writes_figures_alone(saved, tmp_path, monkeypatch):
@@ -157,7 +173,7 @@ def test_png_flag_writes_figures_alone(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(png, "write_pngs", lambda runs, folder: [folder / f"{len(runs)}.png"])
     done = runner.invoke(cli.app, ["report", str(saved), "--png", "figures"])
     assert done.exit_code == 0, done.output
-    assert "wrote 1 figures to figures" in done.output
+    assert "wrote 1 figure to figures" in done.output
     assert not (tmp_path / "report.html").exists()
 
 
