@@ -79,7 +79,13 @@ def _html(record: object) -> str:
     return html
 
 
-display.render_with(_html)
+def _text(record: object) -> str:
+    """A record for `print`, likewise."""
+    text: str = importlib.import_module("pybatch.report.formats.text").printed(record)
+    return text
+
+
+display.show_with(_html, _text)
 
 
 class _Catalogue(ModuleType):

@@ -1,21 +1,26 @@
-"""How a record shows itself in a notebook, without knowing of reports: what renders it is put in from above."""
+"""How records show themselves in notebooks and in `print`; what makes the text is put in from above."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-_renderer: Callable[[object], str] | None = None
+_html: Callable[[object], str] | None = None
+_text: Callable[[object], str] | None = None
 
 
-def render_with(renderer: Callable[[object], str]) -> None:
-    """Let this function make the HTML of every record. `pybatch` itself does, with one that imports when called."""
-    global _renderer
-    _renderer = renderer
+def show_with(html: Callable[[object], str], text: Callable[[object], str]) -> None:
+    """Let these make the HTML and the text of every record. `pybatch` itself does, with two that import when called."""
+    global _html, _text
+    _html, _text = html, text
 
 
 class Shown:
-    """A record that notebooks show as HTML, by IPython's `_repr_html_` protocol."""
+    """A record that `print` and notebooks (IPython's `_repr_html_` protocol) show as a report does; `repr` has every
+    field."""
 
     def _repr_html_(self) -> str | None:
         """HTML without scripts, every text escaped; None, and so the plain text, where nothing renders it."""
-        return _renderer(self) if _renderer is not None else None
+        return _html(self) if _html is not None else None
+
+    def __str__(self) -> str:
+        return _text(self) if _text is not None else repr(self)

@@ -106,7 +106,8 @@ def report(
 
     A run and a sweep of the same workload on the same device become one, with a verdict that stands on the sweep.
     """
-    from pybatch.report.formats.html import as_runs, page
+    from pybatch.report.formats.html import page
+    from pybatch.report.record import as_runs
 
     check_price(price)
     targets = parse_targets(target) if target is not None else None

@@ -167,7 +167,11 @@ class Verdict(Shown):
                 return given[name]
             if name in lacking:
                 return Reason(name, f"not known: {lacking[name]}", "assumed")
-        known = ", ".join(dict.fromkeys([*(reason.figure for reason in self.reasons), *lacking, *_WITH]))
+        names = list(dict.fromkeys([*(reason.figure for reason in self.reasons), *lacking, *_WITH]))
+        meant = [name for name in names if figure in name.split("_")]
+        if len(meant) == 1:  # "devices" of useful_devices
+            return self.why(meant[0])
+        known = ", ".join(names)
         raise UsageError(f"no figure {figure!r} in this verdict. Ask for one of: {known}.")
 
     def to_json(self) -> str:

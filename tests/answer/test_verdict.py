@@ -124,6 +124,9 @@ def test_why():
     assert "steps to a target were not measured" in verdict.why("time_to_target").text
     with pytest.raises(UsageError, match="no figure 'colour'"):
         verdict.why("colour")
+    assert advise(capacity(), noise(1000)).why("devices").figure == "useful_devices"  # the one that has this word
+    with pytest.raises(UsageError, match="no figure 'batch'"):
+        advise(capacity(), noise(1000)).why("batch")
 
 
 FITS = {"affine": throughput(), "floor": throughput(alpha=0.002, floor=0.008), "knee": throughput(1e-5, floor=0.008)}

@@ -84,14 +84,28 @@ def test_a_record_shows_itself(run, kind):
     assert "url(" not in style
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_record_prints_as_a_report_has_it(run, kind):
+    """print() of a fit or a run was its repr, of up to twenty thousand characters."""
+    record, says = shown(run)[kind]
+    text = str(record)
+    assert says in text
+    assert not text.startswith(f"{kind}(")
+    if kind not in ("Verdict", "Convergence"):  # a paragraph, and a rule with a long name
+        assert max(map(len, text.splitlines())) <= 80
+
+
 def test_what_is_no_record_has_no_html():
     with pytest.raises(UsageError, match="int 3"):
         render(3)
 
 
 def test_without_a_renderer_the_plain_text_stands(run, monkeypatch):
-    monkeypatch.setattr(display, "_renderer", None)
+    display_with = {"_html": None, "_text": None}
+    for name, value in display_with.items():
+        monkeypatch.setattr(display, name, value)
     assert run._repr_html_() is None
+    assert str(run) == repr(run)
 
 
 def test_the_import_of_pybatch_stays_light_and_needs_no_torch():
@@ -101,7 +115,8 @@ def test_the_import_of_pybatch_stays_light_and_needs_no_torch():
         "assert not [m for m in sys.modules if m.startswith(('pybatch.', 'numpy')) and m not in known]\n"
         "from pybatch.records import Verdict\n"
         "v = Verdict(*[None] * 8, 'unresolved', None, None, 'No <b>batch</b>.')\n"
-        "assert 'No &lt;b&gt;batch&lt;/b&gt;.' in v._repr_html_()"
+        "assert 'No &lt;b&gt;batch&lt;/b&gt;.' in v._repr_html_()\n"
+        "assert str(v) == 'No <b>batch</b>.'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

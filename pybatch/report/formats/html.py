@@ -19,22 +19,13 @@ from pybatch.base import numerals as n
 from pybatch.base.arguments import typed
 from pybatch.base.codec import encode
 from pybatch.base.errors import UsageError
-from pybatch.records import (
-    Capacity,
-    Convergence,
-    Environment,
-    NoiseScale,
-    NoiseTrajectory,
-    Reason,
-    Run,
-    Schedule,
-    Verdict,
-)
+from pybatch.records import Capacity, Convergence, Environment, Reason, Run, Schedule, Verdict
 from pybatch.records.figure import figure_of
 from pybatch.report import factors
 from pybatch.report.layout import Section, Table
 from pybatch.report.output import Output
 from pybatch.report.plot import SHADES, Plot
+from pybatch.report.record import as_runs
 from pybatch.report.run import answer_of, plots, sections, title
 from pybatch.report.verdict import first_figures, rest_of
 
@@ -54,32 +45,6 @@ def write_report(records: Sequence[object] | object, path: str | Path) -> None:
     runs = as_runs(records if isinstance(records, Sequence) else [records])
     with Output(Path(path)) as output:
         output.write(page(runs))
-
-
-def as_runs(records: Sequence[object]) -> list[Run]:
-    """Runs as they are, and loose results together as one more; raises UsageError as `write_report`."""
-    runs = [record for record in records if isinstance(record, Run)]
-    loose: dict[str, object] = {}
-    names = {
-        Capacity: "capacity",
-        NoiseScale: "noise",
-        NoiseTrajectory: "trajectory",
-        Convergence: "convergence",
-        Verdict: "verdict",
-    }
-    for record in records:
-        if isinstance(record, Run):
-            continue
-        name = names.get(type(record))
-        if name is None or name in loose:
-            why = f"a second {type(record).__name__}" if name else f"{type(record).__name__} {record!r:.60}"
-            raise UsageError(f"write_report: {why} can't be reported. Give Runs, or one result of each kind.")
-        loose[name] = record
-    if loose:
-        runs.append(Run(created="", environment=None, **loose))  # type: ignore[arg-type]
-    if not runs:
-        raise UsageError("write_report: no records were given. Give at least one.")
-    return runs
 
 
 def page(runs: Sequence[Run]) -> str:

@@ -23,6 +23,7 @@ from pybatch.base.plain import visible
 from pybatch.records import Branching, Convergence, ConvergencePoint, Run, Schedule, Verdict, to_dict
 from pybatch.report import factors
 from pybatch.report.layout import Section, Table
+from pybatch.report.record import sections_of
 from pybatch.report.run import answer_of, sections, title
 
 SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".txt": "table"}
@@ -42,6 +43,17 @@ def format_of(path: Path) -> str:
 def render(run: Run, format_: str, verbose: bool = False) -> str:
     """The run as text in one of `FORMATS`, ending in a newline; with every note where a table is to be verbose."""
     return FORMATS[format_](run, verbose)
+
+
+def printed(record: object) -> str:
+    """What `print` shows of a record: a run in the table format, of a part of one its sections.
+
+    Raises:
+        UsageError: it is no record of a run, a part of one, or a fit.
+    """
+    if isinstance(record, Run):
+        return render(record, "table").rstrip("\n")
+    return _printed(lambda console: print_sections(sections_of(record), console)).rstrip("\n")
 
 
 def render_all(runs: Sequence[Run], format_: str, verbose: bool = False) -> str:
