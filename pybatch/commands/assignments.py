@@ -14,8 +14,10 @@ _LARGEST = 1e30  # an argument of an optimizer, in fp32
 
 
 def parse_targets(text: str) -> dict[str, float]:
-    """Loss targets by split. Raises UsageError naming the part that is wrong."""
+    """Loss targets by split; a number alone is a train loss. Raises UsageError naming the part that is wrong."""
     found: dict[str, float] = {}
+    if "=" not in text and "," not in text:
+        text = f"train={text}"
     for key, value in _pairs(text, f"target {said(text)}", "train=0.1,test=0.2"):
         try:
             found[key] = float(value)
@@ -24,6 +26,14 @@ def parse_targets(text: str) -> dict[str, float]:
         if not 0 < found[key] < math.inf:
             raise UsageError(f"target {said(text)}: a loss to reach is finite and above 0. {_TARGETS}")
     return found
+
+
+def parse_train_target(text: str) -> float:
+    """The train loss to reach, as 0.3 or train=0.3. Raises UsageError naming the part that is wrong."""
+    found = parse_targets(text)
+    if list(found) != ["train"]:
+        raise UsageError(f"target {said(text)}: branches go by the train loss. Write '0.3' or 'train=0.3'.")
+    return found["train"]
 
 
 def parse_optimizer(text: str, rated: bool = False) -> tuple[str, dict[str, Any]]:

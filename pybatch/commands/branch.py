@@ -11,7 +11,7 @@ from pybatch.base.arguments import check_seed
 from pybatch.base.errors import UsageError
 from pybatch.base.ranges import LARGEST
 from pybatch.commands import flags
-from pybatch.commands.assignments import parse_optimizer
+from pybatch.commands.assignments import parse_optimizer, parse_train_target
 from pybatch.commands.measuring import (
     RATE,
     SEEDS,
@@ -49,7 +49,8 @@ def branch(
     seeds: Annotated[int, typer.Option(help="Repeats of every branch.")] = 3,
     tolerance: Annotated[float, typer.Option(help="Share of the base branch's last loss a batch may lose.")] = 0.02,
     target: Annotated[
-        float | None, typer.Option(help="Train loss the run is to reach, as 0.3. Default: as low as the branches get.")
+        str | None,
+        typer.Option(help="Train loss the run is to reach: '0.3'. Default: as low as the branches get."),
     ] = None,
     gpu: flags.Gpu = None,
     cpu: flags.Cpu = False,
@@ -89,7 +90,7 @@ def branch(
         rule=rule,
         seeds=seeds,
         tolerance=tolerance,
-        target=target,
+        target=parse_train_target(target) if target is not None else None,
         seed=seed,
         folder=keep,
     )

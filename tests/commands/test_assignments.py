@@ -3,11 +3,16 @@
 import pytest
 
 from pybatch.base.errors import UsageError
-from pybatch.commands.assignments import parse_optimizer, parse_targets
+from pybatch.commands.assignments import parse_optimizer, parse_targets, parse_train_target
 
 
 def test_targets():
     assert parse_targets("train=0.1, test=2e-1") == {"train": 0.1, "test": 0.2}
+    assert parse_targets("0.3") == {"train": 0.3}
+    assert parse_train_target("0.3") == parse_train_target("train=0.3") == 0.3
+    for text in ("test=0.3", "train=0.3,test=0.3"):
+        with pytest.raises(UsageError, match="branches go by the train loss"):
+            parse_train_target(text)
 
 
 @pytest.mark.parametrize(
