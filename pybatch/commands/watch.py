@@ -162,7 +162,8 @@ def _watched(program: script.Program, options: WatchOptions, out: _Out) -> int:
 def _told(watching: Watching | None, ending: script.Ending, out: _Out, console: Console) -> int:
     """Measure what is left, deliver the record; the exit status."""
     if watching is None:
-        out.nothing("the script never imported torch, so that there was no training to watch")
+        never = "the script never imported torch, so that there was no training to watch"
+        out.nothing(_own_end(ending) or never)
         return ending.status
     status = ending.status
     if ending.how == "interrupt" and watching.rank == 0 and watching.watches and not out.quiet:
@@ -181,10 +182,17 @@ def _told(watching: Watching | None, ending: script.Ending, out: _Out, console: 
     if watching.rank > 0:
         return status
     if run is None:
-        out.nothing(watching.problem)
+        out.nothing(_own_end(ending) or watching.problem)
         return status
     failed = out.deliver(run, shown=ending.how != "error")
     return status or failed
+
+
+def _own_end(ending: script.Ending) -> str | None:
+    """Why nothing was measured, where an error ended the script before it came as far as a training."""
+    if ending.how != "error":
+        return None
+    return f"nothing was measured: {type(ending.error).__name__} ended the script before a training was seen"
 
 
 def _notes(ending: script.Ending) -> tuple[Note, ...]:

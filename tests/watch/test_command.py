@@ -176,7 +176,14 @@ def test_bad_arguments(folder, typed, message, capsys, monkeypatch):
     assert said.out == ""
 
 
-@pytest.mark.parametrize(("text", "says"), [("import torch", "what was looked for"), ("pass", "never imported torch")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import torch", "what was looked for"),
+        ("pass", "never imported torch"),
+        ("import torch\n1 / 0", "ZeroDivisionError ended the script before a training was seen"),
+    ],
+)
 def test_files_that_are_not_written_are_told(folder, text, says, capsys, monkeypatch):
     """With the script's own status, also where nothing else is to be printed."""
     from pybatch import cli
@@ -193,9 +200,12 @@ def test_files_that_are_not_written_are_told(folder, text, says, capsys, monkeyp
     with pytest.raises(SystemExit) as stop:
         cli.main()
     said = capsys.readouterr()
-    assert (stop.value.code, said.out) == (7, "")
+    failed = "1 / 0" in text
+    assert (stop.value.code, said.out) == (1 if failed else 7, "")
     assert says in said.err
-    assert said.err.endswith(f". Not written: {folder / 'none.json'}, {folder / 'none.html'}\n")
+    told = said.err.partition("Traceback")[0]
+    assert failed == (told != said.err)
+    assert told.endswith(f". Not written: {folder / 'none.json'}, {folder / 'none.html'}\n")
     assert not (folder / "none.json").exists()
 
 
