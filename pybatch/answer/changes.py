@@ -294,6 +294,9 @@ def _differences(old: Run, new: Run) -> tuple[str, ...]:
         tell("critical batch from", source, another)
     elif one != other:  # a bound is no figure, and yet it may be what changed
         tell("critical batch", _estimate(one), _estimate(other))
+    if old.training and new.training:
+        tell(_WORKLOAD, old.training.name, new.training.name)
+        tell("model", old.training.model, new.training.model)
     before, after = old.capacity or old.convergence, new.capacity or new.convergence
     if before and after:
         if before.device and after.device:

@@ -238,18 +238,19 @@ def _checkpoint(steps: Convergence | None, target: float | None) -> str:
     branch = _branch_of(steps, target)
     if steps is None or branch is None or branch.fit is None:
         return ""
-    found = branch.fit.critical_batch
-    loss = _past(branch, target)
-    if loss is not None and found:
-        at = f"step {count(branch.step)}, {batch_size(found)}"
-        how = "begin at" if loss == branch.loss else "go on to"
-        return f"It is of {at}, where branches {how} loss {number(loss)}, taken back to the target of {number(target)}."
+    read, loss = f"The branches' reading is of step {count(branch.step)}", _past(branch, target)
+    if loss is not None:
+        how = f"they {'begin at' if loss == branch.loss else 'go on to'} loss {number(loss)}, past the target of"
+        found = branch.fit.critical_batch
+        if found and loss >= 0:  # bounds stand as they are
+            return f"{read}, where it is {batch_size(found)}: {how} {number(target)}, and it is taken back to it."
+        return f"{read}: {how} {number(target)}."
     if len(steps.branches) < 2:
         return ""
     later = [at for at in steps.branches if at.step > branch.step]
     past = [at for at in later if _past(at, target) is not None]
     which = f"the last checkpoint{' up to the target' * bool(past)}{' that tells' * (len(later) > len(past))}"
-    return f"It is of step {count(branch.step)}, {which}."
+    return f"{read}, {which}."
 
 
 def _past(branch: Branching, target: float | None) -> float | None:

@@ -15,9 +15,9 @@ from pybatch.records import Capacity, Convergence, Device, Note, Run, WorkloadIn
 def join(runs: Sequence[Run]) -> list[Run]:
     """Runs in their order, each sweep put into the one bench run of its workload and device, with a verdict anew.
 
-    One sweep given twice, as its record and in its store, counts once, as it was last. Of several sweeps that of the
-    run's own optimizer is taken. Where that is none or more than one, or there are two bench runs, all stay apart, and
-    a note says so: what belongs together is not known.
+    One sweep given twice, as its record and in its store, counts once, as it was last. One run and one sweep belong
+    together whatever trained the sweep, which a note says; of several that of the same optimizer. Where that is none or
+    more than one they stay apart, and a note says so: what belongs together is not known.
     """
     runs = _latest(runs)
     sweeps = [r for r in runs if r.capacity is None and r.convergence is not None and r.convergence.curves]
@@ -28,40 +28,56 @@ def join(runs: Sequence[Run]) -> list[Run]:
         own = [sweep for sweep in sweeps if _alike(bench.capacity, sweep.convergence)]
         if not own:
             continue
-        taken, rivals = _of_its_optimizer(bench, own), sum(_alike(o.capacity, own[0].convergence) for o in benches)
-        if taken is not None and rivals == 1:
+        taken = _of_its_optimizer(bench, own)
+        claims = [one for one in benches if _alike(one.capacity, own[0].convergence)]
+        if taken is not None:
+            claims = [one for one in claims if _of_its_optimizer(one, own) is taken]
+            claims = [one for one in claims if _optimizer(one) == _swept(taken)] or claims
+        if taken is not None and claims == [bench]:
             joined[id(bench)] = with_sweep(bench, taken)
             gone.add(id(taken))
         else:
-            joined[id(bench)] = replace(bench, notes=(*bench.notes, _apart(own, rivals)))
+            joined[id(bench)] = replace(bench, notes=(*bench.notes, _apart(own, taken is not None)))
     return [joined.get(id(run), run) for run in runs if id(run) not in gone]
+
+
+Trained = tuple[str | None, dict[str, str]]
 
 
 def _of_its_optimizer(bench: Run, sweeps: Sequence[Run]) -> Run | None:
     """The one sweep there is, or the one with the optimizer that this run was measured with, its options too."""
-    work = bench.capacity.workload if bench.capacity is not None else None
+    name, _ = _optimizer(bench)
     found = list(sweeps)
-    if len(found) > 1 and work is not None:
-        found = [s for s in found if s.convergence and s.convergence.optimizer == work.optimizer]
-    if len(found) > 1 and work is not None:
-        found = [s for s in found if s.convergence and s.convergence.optimizer_options == work.optimizer_options]
+    if len(found) > 1:
+        found = [sweep for sweep in found if _swept(sweep)[0] == name]
+    if len(found) > 1:
+        found = [sweep for sweep in found if _swept(sweep) == _optimizer(bench)]
     return found[0] if len(found) == 1 else None
 
 
-def _apart(sweeps: Sequence[Run], rivals: int) -> Note:
-    """Why the verdict of a run stands without the sweeps beside it."""
-    names = ", ".join(_trained(s.convergence) for s in sweeps if s.convergence is not None)
-    if rivals > 1:
-        text = f"the verdict stands without the sweep of this workload ({names}), as {rivals} runs of it are here"
-        return Note("verdict", f"{text}. Give one run and one sweep")
-    text = f"the verdict stands without the {len(sweeps)} sweeps of this workload ({names})"
+def _optimizer(bench: Run) -> Trained:
+    work = bench.capacity.workload if bench.capacity is not None else None
+    return (work.optimizer, work.optimizer_options) if work is not None else (None, {})
+
+
+def _swept(sweep: Run) -> Trained:
+    steps = sweep.convergence
+    return (steps.optimizer, steps.optimizer_options) if steps is not None else (None, {})
+
+
+def _apart(sweeps: Sequence[Run], claimed: bool) -> Note:
+    """Why the verdict of a run stands without the sweeps beside it; `claimed`: as another run may have its sweep."""
+    several = f"{len(sweeps)} sweeps" if len(sweeps) > 1 else "sweep"
+    text = f"the verdict stands without the {several} of this workload ({', '.join(map(_named, sweeps))})"
+    if claimed:
+        return Note("verdict", f"{text}, as several runs of it are here. Give one run and one sweep")
     return Note("verdict", f"{text}: which of them belongs to it is not known. Give the record of one")
 
 
-def _trained(steps: Convergence) -> str:
-    options = ",".join(f"{key}={value}" for key, value in steps.optimizer_options.items())
-    name = steps.optimizer or "optimizer not named"
-    return f"{name}:{options}" if options else name
+def _named(sweep: Run) -> str:
+    name, given = _swept(sweep)
+    options = ",".join(f"{key}={value}" for key, value in given.items())
+    return ":".join(filter(None, (name or "optimizer not named", options)))
 
 
 def _latest(runs: Sequence[Run]) -> list[Run]:

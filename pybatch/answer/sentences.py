@@ -189,8 +189,11 @@ def _untimed(capacity: Capacity | None) -> str:
     if capacity is None:
         return "Capacity was not measured"
     causes = [(point.batch, point.reason) for point in capacity.batches if point.status != "ok" and point.reason]
-    told = [f"batch {count(n)}: {why.rstrip('.')}" for n, why in causes if not why.startswith("the time budget")]
-    cause = f" ({told[0]})" if told else " before the time budget ended" if causes else ""
+    cause = ""
+    if causes:
+        n, why = min(causes)
+        late = why.startswith("the time budget")
+        cause = " before the time budget ended" if late else f" (batch {count(n)}: {why.rstrip('.')})"
     return f"Too few batch sizes were timed{cause}"
 
 

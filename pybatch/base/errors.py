@@ -19,7 +19,7 @@ class WorkloadError(PybatchError):
     """A workload's own method failed or returned what it must not. Names the method."""
 
     begun = False  # whether it had been trained for a while: then it did not fail at once
-    always = False  # whether no batch size would do
+    rows: int | None = None  # of a batch of another size than was asked for
 
 
 class DeviceError(PybatchError, RuntimeError):

@@ -71,13 +71,15 @@ class Explorer:
         Some models refuse one example (batch normalization), so that a failure there is not yet the workload's.
         """
         first: WorkloadError | None = None
+        rows: set[int | None] = set()  # that came where others were asked for
         for n in dict.fromkeys((1, 2, reference)):
+            if first is not None and rows == {n} == {self._rows(2 * n)}:
+                raise first  # it returns so many whatever it is asked for, and would seem to work at this size alone
             try:
                 self._run(n)
             except WorkloadError as error:
-                if error.always:
-                    raise
                 first = first or error
+                rows.add(error.rows)
                 continue
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -92,6 +94,16 @@ class Explorer:
             return n
         assert first is not None
         raise first
+
+    def _rows(self, n: int) -> int | None:
+        """Examples that come where so many are asked for; None where that fails in another way."""
+        try:
+            self.step.session.batch(n)
+        except WorkloadError as error:
+            return error.rows
+        except (RuntimeError, MemoryError):
+            return None
+        return n
 
     def look(self, n: int) -> Look:
         """Look at one batch size, unless that was done; never raises for what the batch size itself causes."""

@@ -112,7 +112,6 @@ def fit_steps(
         low, high = np.full((2, len(steps_model.FIGURES)), np.nan)
         return _record(table, fits, best, point, low, high, (unknown(table.size),) * 2, data, notes)
     found = scatter(best, table.size, data, share)
-    notes += _misfit(found)
     drawn, freedom = resample(table, found, data, resamples, np.random.default_rng(seed))
     spread = refit(fits, best.sigma, drawn, table.size, np.random.default_rng(seed), most == 1)
     low, high = interval(point, spread[:, :-1], freedom)
@@ -120,18 +119,13 @@ def fit_steps(
         np.where(drawn.kind == REACHED, np.exp(drawn.log), np.where(drawn.kind > 0, np.inf, np.nan))[None]
     )
     regimes = of_model(table.size, spread[:, 1], spread[:, 3], spread[:, -1]), of_doubling(table.size, medians[1])
-    astray = found.beyond and found.around > ASTRAY
-    return _record(table, fits, best, point, low, high, regimes, data, notes, astray)
+    return _record(table, fits, best, point, low, high, regimes, data, notes, found)
 
 
 def _rival(fit: Fit, best: Fit, least: float, largest: float, few: bool) -> Note:
     """On a model that has a handicap, and whose AICc is lower by less than that."""
     critical = float(steps_model.figures(fit.model, fit.p[None], least, largest)[0][2])
     return steps_notes.of_rival(fit.model, best.model, None if few else best.score - fit.score, critical)
-
-
-def _misfit(found: Scatter) -> list[Note]:
-    return [steps_notes.of_misfit(found.around, found.own)] if found.beyond else []
 
 
 def _record(
@@ -144,7 +138,7 @@ def _record(
     regimes: tuple[Regimes, Regimes],
     data: Cells,
     notes: list[Note],
-    astray: bool = False,
+    found: Scatter | None = None,
 ) -> StepsFit:
     size, unknowns = table.size, steps_model.NAMES[best.model]
     parameters = dict(zip(unknowns, np.exp(best.p).tolist(), strict=True))
@@ -155,7 +149,10 @@ def _record(
     flat = best.model == "flat" or (bend is not None and bend < size.min() / reach)
     exponent = parameters.get("alpha")
     faster = best.model == "power-law" and exponent is not None and exponent >= 1
-    turn = falls_to(data) if flat or astray else None
+    astray = found is not None and found.beyond
+    turn = falls_to(data) if flat or (found is not None and astray and found.around > ASTRAY) else None
+    if found is not None and astray:
+        notes = [*notes, steps_notes.of_misfit(found.around, found.own, turn is None)]
     if turn is not None:  # flat lies between batch sizes that fall and those past them, and no curve follows both
         point, low, high = np.full((3, len(steps_model.FIGURES)), np.nan)
         regimes, parameters = (unknown(size), regimes[1]), {}

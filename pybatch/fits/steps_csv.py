@@ -42,8 +42,7 @@ _WORDS = {
     "0": "not reached",
 }
 _SILENT = ("", "nan", "none", "null", "na", "n/a", "-", "--", "–", "?")
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6}
-_WRITTEN = re.compile(r"(>=?|≥)?\s*([0-9][0-9,' _]*(?:\.[0-9]+)?)\s*([km]?)\s*(steps?|examples?)?", re.IGNORECASE)
+_THOUSANDS = re.compile(r"(>=?|≥|~|≈)?\s*(\d{1,3}(?:[,' _]\d{3})+|\d+(?:\.\d+)?)\s*(k?)\s*(steps)?", re.IGNORECASE)
 _SHOWN = 40  # characters of a cell in an error
 
 
@@ -223,16 +222,18 @@ class _Cells:
 
 
 def _plainer(text: str, name: str) -> str | None:
-    """How to write a number that has a unit, a separator or a sign before it; None where it is none of these."""
-    found = _WRITTEN.fullmatch(text)
-    if found is None:
+    """How to write a whole number that has a k, thousands apart or a sign before it; None where it is none of these."""
+    found = _THOUSANDS.fullmatch(text)
+    if found is None or name == "rate":
         return None
-    above, digits, unit, _ = found.groups()
-    value = float(re.sub("[,' _]", "", digits)) * _UNITS[unit.lower()]
+    sign, digits, unit, counted = found.groups()
+    value = float(re.sub("[,' _]", "", digits)) * (1000.0 if unit else 1.0)
     plain = f"{value:.15g}"
-    if above and name == "steps":
+    if plain == text or not LEAST <= value <= MOST or (counted and name not in ("steps", "cap")):
+        return None
+    if sign and name == "steps":
         return f"Write inf for a run that did not reach the target, and {plain} in a column 'cap'"
-    return f"Write {plain}, without unit, sign or separator"
+    return None if sign else f"Write {plain}, without unit or separator"
 
 
 def _rows(path: Path) -> list[tuple[int, list[str]]]:

@@ -104,12 +104,16 @@ def of_stuck(size: Array, kind: NDArray[np.int8], ordinary: Array) -> list[Note]
     return [Note("points.steps", f"{text} here")]
 
 
-def of_misfit(around: float, own: float) -> Note:
-    """On batch sizes that miss the curve by more than their runs' own spread, both in log steps."""
+def of_misfit(around: float, own: float, bounded: bool) -> Note:
+    """On batch sizes that miss the curve by more than their runs' own spread, both in log steps.
+
+    Args:
+        around, own: how far the batch sizes miss it, and what their runs explain.
+        bounded: whether an interval is given.
+    """
     text = f"batch sizes lie {share(math.expm1(around))} from the curve (rms), their runs' own spread explains "
-    return Note(
-        "low", f"{text}{share(math.expm1(own))}: no model here follows them, and the interval is widened for it"
-    )
+    widened = ", and the interval is widened for it" if bounded else ""
+    return Note("low", f"{text}{share(math.expm1(own))}: no model here follows them{widened}")
 
 
 def of_rival(model: str, instead: str, better: float | None, critical: float) -> Note:

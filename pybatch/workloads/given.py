@@ -121,11 +121,8 @@ def kind_of(loss: Callable[..., Any]) -> tuple[Kind, bool]:
     Raises:
         UsageError: it cannot be called with two arguments.
     """
-    inner: Any = loss
-    while isinstance(inner, functools.partial):
-        inner = inner.func
+    inner, torchs = _inner(loss), is_torchs(loss)
     module = isinstance(inner, torch.nn.Module)
-    torchs = str(getattr(type(inner) if module else inner, "__module__", None)).split(".")[0] == "torch"
     try:
         if loss is inner and isinstance(inner, torch.nn.Module):
             signature = inspect.signature(getattr(inner, "_orig_mod", inner).forward)  # of a compiled one
@@ -146,6 +143,20 @@ def kind_of(loss: Callable[..., Any]) -> tuple[Kind, bool]:
     if torchs or second in _TARGETS:
         return "criterion", True
     return "criterion" if module else "function", False
+
+
+def is_torchs(loss: Callable[..., Any]) -> bool:
+    """Whether a loss is one of torch's own modules or functions, arguments given to it or not."""
+    inner = _inner(loss)
+    home = type(inner) if isinstance(inner, torch.nn.Module) else inner
+    return str(getattr(home, "__module__", None)).split(".")[0] == "torch"
+
+
+def _inner(loss: Callable[..., Any]) -> Any:
+    inner: Any = loss
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    return inner
 
 
 def misunderstood(loss: Callable[..., Any], kind: Kind, error: Exception) -> UsageError:

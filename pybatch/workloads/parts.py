@@ -21,6 +21,7 @@ from pybatch.workloads.given import (
     check_functions,
     check_loading,
     check_mappings,
+    is_torchs,
     kind_of,
     misunderstood,
     own_copy,
@@ -155,7 +156,7 @@ class Parts(Workload):
         try:
             return self._loss(output, target)
         except (TypeError, AttributeError) as error:
-            if isinstance(output, torch.Tensor):
+            if isinstance(output, torch.Tensor) or not is_torchs(self._loss):
                 raise
             raise UsageError(
                 f"the model gives {type(output).__name__}, and loss {called(self._loss)} takes a tensor "

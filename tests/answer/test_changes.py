@@ -8,7 +8,7 @@ import pytest
 
 from pybatch.answer.changes import Condition, broken, compare, parse_condition
 from pybatch.base.errors import UsageError
-from pybatch.records import Convergence, ConvergencePoint, Curve, Run
+from pybatch.records import Convergence, ConvergencePoint, Curve, Run, Training
 from pybatch.report.changes import sections
 from pybatch.report.formats.text import markdown
 
@@ -122,6 +122,10 @@ def test_a_condition_on_two_workloads_is_not_taken_as_kept(run):
     [said] = broken([parse_condition("throughput:-3%"), parse_condition("memory:+9%")], comparison)
     assert "not of one workload (workload name: " in said
     assert not broken([], comparison)
+    noise = {"capacity": None, "convergence": None, "verdict": None}
+    one, two = (dataclasses.replace(run, **noise, training=Training(name, "Net", "SGD", ())) for name in ("a", "b"))
+    assert "workload name: a against b" in compare(one, two).differences
+    assert broken([parse_condition("noise_scale:+10%")], compare(one, two))
 
 
 def test_markdown_says_better_and_worse(run):

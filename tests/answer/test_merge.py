@@ -94,7 +94,7 @@ def test_what_is_not_clear_stays_apart(bench, sweep):
         assert join(runs) == runs
     for runs, says in (
         ([bench, sweep, second], "without the 2 sweeps of this workload (sgd, sgd): which of them"),
-        ([bench, again, sweep], "without the sweep of this workload (sgd), as 2 runs of it are here"),
+        ([bench, again, sweep], "without the sweep of this workload (sgd), as several runs of it are here"),
     ):
         found = join(runs)
         assert says in found[0].notes[-1].text
@@ -121,6 +121,11 @@ def test_of_several_sweeps_that_of_the_runs_own_optimizer_is_taken(bench, sweep)
     one, other = join([of("adamw", **heavy), by("adamw"), by("adamw", **heavy)])
     assert one.convergence.optimizer_options == heavy
     assert other == by("adamw")
+    both = join([of("sgd"), of("adamw"), by("sgd"), by("adamw")])
+    assert [one.convergence.optimizer for one in both] == ["sgd", "adamw"]
+    lone = join([of("sgd"), of("adamw"), by("adamw")])
+    assert [one.verdict.critical_source for one in lone] == ["noise", "sweep"]
+    assert "without the sweep of this workload (adamw), as several runs" in lone[0].notes[-1].text
     none = join([of("lion"), by("sgd"), by("adamw", **heavy)])
     assert len(none) == 3
     assert "(sgd, adamw:weight_decay=0.1)" in none[0].notes[-1].text

@@ -447,13 +447,24 @@ def test_branches_alone_say_which_checkpoint_the_answer_is_of():
     def because(*branches, aimed=True):
         return advise(None, None, Convergence((), branches=branches, workload=work if aimed else None)).because
 
-    early, late, latest = at(20, 0.5, 60.0), at(60, 0.1, 900.0), at(90, 0.05, 2000.0)
-    assert "It is of step" not in because(early)
-    assert because(early, late).startswith("It is of step 20, the last checkpoint up to the target. Far below")
-    assert because(early, late, aimed=False).startswith("It is of step 60, the last checkpoint. Far below")
-    said = "It is of step 60, 900, where branches begin at loss 0.100, taken back to the target of 0.400. Far below"
-    assert because(late, latest).startswith(said)
-    assert because(late).startswith(said)
+    early, late, latest = at(20, 0.5, 60.0), at(60, 0.1, 900.0), at(1200, 0.05, 2000.0)
+    assert "reading is of step" not in because(early)
+    last = "The branches' reading is of step 20, the last checkpoint up to the target. Far below"
+    assert because(early, late).startswith(last)
+    assert because(early, late, aimed=False).startswith(
+        "The branches' reading is of step 60, the last checkpoint. Far below"
+    )
+    said = (
+        "The branches' reading is of step 60, where it is 900: they begin at loss 0.100, past the target of 0.400, and "
+    )
+    assert because(late, latest).startswith(f"{said}it is taken back to it. Far below")
+    assert because(late).startswith(f"{said}it is taken back to it. Far below")
+    bound = dataclasses.replace(late, fit=dataclasses.replace(late.fit, critical_batch=None, low=800.0, high=None))
+    for one in (bound, at(60, -0.5, 900.0)):
+        text = because(one)
+        assert "The branches' reading is of step 60: they begin at loss" in text
+        assert "past the target of 0.400. Far below" in text
+        assert "taken back" not in text
 
 
 def test_a_bound_of_a_fixed_rule_overrules_nothing():

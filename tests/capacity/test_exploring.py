@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pybatch.base.errors import WorkloadError
 from pybatch.capacity import measurement
 from pybatch.capacity.exploration import Explorer, Look, explore_doubling, explore_given
 from pybatch.capacity.measurement import measure_capacity
@@ -55,6 +56,35 @@ def test_one_doubling_at_a_go_passes_nothing_over():
     found, said = explored(0.5, 1)
     assert found == [1, 2]
     assert "between" not in said
+
+
+@pytest.mark.parametrize(
+    ("rows", "first"),
+    [
+        (lambda n: n, 1),
+        (lambda n: max(n, 2), 2),  # batch normalization
+        (lambda n: -(-n // 32) * 32, 32),  # rows in packs, of the reference batch
+        (lambda n: 32, None),
+        (lambda n: 7, None),
+    ],
+)
+def test_a_batch_that_ignores_its_size_is_refused_and_one_that_is_rounded_up_is_not(rows, first):
+    """The first ran at the one batch size it returns, and ended in "too few batch sizes"."""
+
+    def drawn(n):
+        if rows(n) != n:
+            error = WorkloadError(f"asked for {n}")
+            error.rows = rows(n)
+            raise error
+
+    explorer = Explorer(SimpleNamespace(session=SimpleNamespace(batch=drawn), clear=lambda: None), None, None, None)
+    explorer._run = drawn
+    explorer.step.held_bytes, explorer.memory = 0, SimpleNamespace(rebase=lambda held: None)
+    if first is not None:
+        assert explorer.sanity(32) == first
+    else:
+        with pytest.raises(WorkloadError, match="asked for 1"):
+            explorer.sanity(32)
 
 
 def given(seconds, setup, budget=10.0):

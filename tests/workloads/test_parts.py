@@ -214,6 +214,12 @@ def test_a_model_that_gives_several_outputs_is_told_what_to_give():
         with pytest.raises(UsageError, match=said):
             Session(parts(model=Several, loss=loss), CPU).loss((X, Y))
 
+    def slips(output, target):
+        return output[0].lnog()
+
+    with pytest.raises(WorkloadError, match=r"no attribute 'lnog', at .*: `return output\[0\]\.lnog\(\)`"):
+        Session(parts(model=Several, loss=slips), CPU).loss((X, Y))
+
 
 def test_a_partial_loss_is_another_one_by_its_arguments():
     def source(x):

@@ -117,7 +117,9 @@ def told(error: BaseException) -> str:
 
 def _place(name: str, line: int) -> str:
     text = linecache.getline(name, line).strip()
-    near = os.path.relpath(name) if Path(name).is_relative_to(Path.cwd()) else name
+    near = name
+    with contextlib.suppress(OSError):  # the working directory may be gone
+        near = os.path.relpath(name) if Path(name).is_relative_to(Path.cwd()) else name
     return f"at {near}, line {line}" + (f": `{text[:80]}`" if text else "")
 
 

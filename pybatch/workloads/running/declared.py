@@ -25,19 +25,20 @@ def check(workload: Workload) -> None:
 
 
 def _check_names(workload: Workload) -> None:
-    """Raise WorkloadError for a value whose name can only be a slip of an attribute's."""
+    """Raise WorkloadError for a value whose name can only be a slip of an attribute's that is left at its default."""
     known = {name: fits for name, fits, _ in _ATTRIBUTES}
-    for part in (workload, *(cls for cls in type(workload).__mro__ if cls not in Workload.__mro__)):
-        for key, value in vars(part).items():
-            if key in known or key.startswith("_") or value is None:
-                continue
-            near = next(iter(difflib.get_close_matches(key, known, 1, cutoff=_LIKE)), None)
-            if near is None or near in vars(part) or not known[near](value):
-                continue
-            if f"{key}s" == near and not isinstance(value, Mapping):  # a number of one's own
-                continue
-            asked = f"{type(workload).__name__}.{key}: is it {near}?"
-            raise WorkloadError(f"{asked} Name it so, or otherwise if it is another thing.")
+    classes = [cls for cls in type(workload).__mro__ if cls not in Workload.__mro__]
+    own = {key: value for part in (*reversed(classes), workload) for key, value in vars(part).items()}
+    for key, value in own.items():
+        near = next(iter(difflib.get_close_matches(key, known, 1, cutoff=_LIKE)), None) if key not in known else None
+        if near is None or near in own or value is None or not known[near](value):
+            continue
+        # With something before or behind it, or without its plural's, a name is one's own; but for targets of losses.
+        if key == near.removesuffix("s") or (near in key and not (key == f"{near}s" and isinstance(value, Mapping))):
+            continue
+        raise WorkloadError(
+            f"{type(workload).__name__}.{key}: is it {near}? Name it so, or otherwise if it is another thing."
+        )
 
 
 def _text(value: Any) -> bool:

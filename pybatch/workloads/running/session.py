@@ -236,7 +236,7 @@ class Session:
             shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
             what = f"was asked for {counted(n, 'example')} and returned shapes {shapes}; dimension 0 must be {n}"
             refused = self._error(method, what)
-            refused.always = all(size > (n,) for size in sizes)  # fewer may be all there are
+            refused.rows = min(size[0] for size in sizes) if sizes else None
             raise refused
         return batch
 
