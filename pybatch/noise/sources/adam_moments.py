@@ -33,13 +33,14 @@ MEMORIES = 3  # windows of so many 1 / (1 - beta1): successive first moments the
 MISSING = "no pair of norms: Adam's moments are read every few steps, and there were too few"
 LAG = Note(
     "noise.b_simple",
-    "from Adam's moments: averages over windows of steps, in which a change of the gradient counts as noise",
+    "from Adam's moments: averages over windows of steps, in which a change of the gradient counts as noise; where the "
+    "script clips, they are of clipped gradients and distorted (source='per-example' is not)",
 )
 ALIKE = Note("noise.b_simple", "every process of the DDP model was taken to have as many examples as this one")
 CLIPPED = Note("noise.b_simple", "the optimizer clips, so its moments are of clipped gradients: B_simple is distorted")
-SAME = 1e-5  # of a norm: clipping leaves the same one up to rounding, and no two others come as near
-KEPT = 64  # norms on the device, until they are compared
-TIED = 3  # steps with the largest norm of all, from which it is one that they were clipped to
+SAME, EPSILON = 1e-5, 1e-6  # of clipped norms: rounding, as a share; what torch adds to a norm that it divides by
+WINDOW = 64  # steps whose norms are compared with the largest of theirs
+TIED = 3  # steps of a window with its largest norm, from which it is one that they may have been clipped to
 
 
 class MomentsNoise(Collector):
@@ -122,11 +123,11 @@ class MomentsNoise(Collector):
         self._cleared = 0  # micro-batches whose gradients were cleared without a step
         self._norms: list[Sequence[torch.Tensor]] = []  # of the gradients, by parameter, until compared
         self._seen = 0  # steps whose norms were looked at,
-        self._top: Any = self._zero  # the largest of them, 0-d on the device,
-        self._tied: Any = self._zero  # and how many steps had it
+        self._tied: Any = self._zero  # of them those that share the largest of their window, 0-d on the device,
+        self._top: Any = self._zero  # and the last that was shared
         self._before: tuple[torch.Tensor, Any] | None = None  # sums of v, and the step they are of
-        before = [] if clips else [optimizer.register_step_pre_hook(self._about).remove]
-        self._removals = [self._counter.remove, *before, optimizer.register_step_post_hook(self._stepped).remove]
+        self._looks = not clips
+        self._removals = [self._counter.remove, optimizer.register_step_post_hook(self._stepped).remove]
         if any(optimizer.state.get(param) for param in self._params.values()):
             self._before = self._second()
         self._last = self._step()  # of the optimizer, as its state has it
@@ -167,27 +168,27 @@ class MomentsNoise(Collector):
         sums = [s["exp_avg_sq"].sum(dtype=torch.float64) if "exp_avg_sq" in s else self._zero for s in own]
         return torch.stack(sums), self._step()
 
-    @torch.no_grad()
-    def _about(self, *_: Any) -> None:
-        """Before an update: the norm of what the script left, which many steps share where it clips."""
+    def _look(self) -> None:
+        """At the norm of the gradients that an update had, which many steps share where the script clips."""
         grads = [stored(p.grad) for p in self._params.values() if p.grad is not None]
         if grads:
             self._norms.append(torch._foreach_norm(grads))
-        if len(self._norms) >= KEPT:
+        if len(self._norms) >= WINDOW:
             self._compare()
 
     def _compare(self) -> None:
-        """The norms kept beside the largest so far; those of steps that change nothing may not be finite."""
+        """The norms kept with the largest of them; those of steps that change nothing may not be finite."""
         if not self._norms:
             return
         lengths = torch.tensor([len(norms) for norms in self._norms])  # a layer may have had no gradient in some
         squared = torch.stack([n for norms in self._norms for n in norms]).double().square()
         each = torch.segment_reduce(squared, "sum", lengths=lengths.to(self._device))
         norms = torch.nan_to_num(each, nan=0.0, posinf=0.0).sqrt()
-        top = torch.maximum(norms.max(), self._top)
-        held = self._top >= (1.0 - SAME) * top
-        self._tied = torch.where(held, self._tied, 0.0) + (norms >= (1.0 - SAME) * top).sum()
-        self._top = top
+        top = norms.max()
+        tied = (norms >= (1.0 - SAME) * top - EPSILON).sum()
+        # Norms that torch's epsilon would make alike are not told apart.
+        shared = (tied >= TIED) & (top > 100.0 * EPSILON)
+        self._tied, self._top = self._tied + torch.where(shared, tied, 0), torch.where(shared, top, self._top)
         self._seen += len(self._norms)
         self._norms = []
 
@@ -199,6 +200,8 @@ class MomentsNoise(Collector):
                 "no examples were counted for this step: the model's forward() was not called. "
                 "Attach with examples='count' and call handle.count(n) before each backward()."
             )
+        if self._looks:
+            self._look()
         step = self._step()
         taken = _number(step != self._last)  # 0 where the gradient was not finite and the optimizer changed nothing
         if self._before is not None:
@@ -240,11 +243,11 @@ class MomentsNoise(Collector):
         notes, refused = list(self._notes), round(float(self._refused))
         self._compare()
         tied = round(float(self._tied))
-        if tied >= TIED and float(self._top) > 0.0:
+        if tied:
             text = (
-                f"the script clips: {tied} of {counted(self._seen, 'step')} had gradients of norm "
-                f"{number(float(self._top))}, and none a longer one; Adam's moments are of those, B_simple is "
-                "distorted, the more the more are clipped. Attach with source='per-example': clipping leaves it alone"
+                f"{tied} of {counted(self._seen, 'step')} share one norm of their gradients with others, "
+                f"{number(float(self._top))} in the last, as where a script clips: B_simple is distorted then, the "
+                "more the more are clipped. Attach with source='per-example': clipping leaves it alone"
             )
             notes.append(Note("noise.b_simple", text))
         if refused:
