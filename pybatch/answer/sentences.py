@@ -9,6 +9,7 @@ from pybatch.answer.critical import Critical
 from pybatch.answer.ensemble import EFFICIENCY, MAX_DEVICES
 from pybatch.answer.limit import Wall
 from pybatch.base.numerals import batch_size, count, number
+from pybatch.fits.throughput import grows
 from pybatch.records import Capacity, Confidence, Inputs, Limit, ThroughputFit
 from pybatch.records.verdict import said_by
 
@@ -145,7 +146,7 @@ def bounds(
         rises = (
             "Step times do not rise with the batch beyond their scatter"
             if fit.ceiling is None
-            else "Step time is proportional to the batch"
+            else f"Step time {grows(fit.rms_log_error)} the batch"
         )
         if fewest is not None:
             because = f"{rises}: time is least where {fewest} are fewest, and a sweep measured them."

@@ -25,7 +25,7 @@ from pybatch.answer.sentences import advice, bounds
 from pybatch.base.arguments import typed
 from pybatch.base.errors import UsageError
 from pybatch.base.numerals import batch_size, number
-from pybatch.fits.throughput import MISFIT
+from pybatch.fits.throughput import MISFIT, grows
 from pybatch.records import (
     Capacity,
     Confidence,
@@ -219,13 +219,15 @@ def _bounded(
     if capacity is None or fit is None:
         return None, None, None, []
     timed = [p.batch for p in capacity.batches if p.status == "ok"]
-    if fit.half_batch is None and fit.rms_log_error > MISFIT:  # no trend is seen for the scatter
+    if (
+        fit.half_batch is None and fit.ceiling is None and fit.rms_log_error > MISFIT
+    ):  # no trend is seen for the scatter
         return None, None, None, []
     proportional = fit.ceiling is not None
     if fit.half_batch is None and (turn := turn_of(critical.curve, proportional)) is not None:
-        return _at_turn(turn, proportional, critical, bound_of(capacity))
+        return _at_turn(turn, fit, critical, bound_of(capacity))
     if fit.half_batch is None and proportional:
-        text = "step time is proportional to the batch: no batch takes less time than the smallest timed"
+        text = f"step time {grows(fit.rms_log_error)} the batch: no batch takes less time than the smallest timed"
         least = int(min(*timed, bound_of(capacity).value))
         return None, least, None, [Reason("best_high", text, "measured", {"smallest_measured": least})]
     if fit.half_batch is None:
@@ -257,15 +259,18 @@ def _bounded(
 
 
 def _at_turn(
-    turn: Turn, proportional: bool, critical: Critical, most: Bound
+    turn: Turn, fit: ThroughputFit, critical: Critical, most: Bound
 ) -> tuple[int | None, int | None, Bound | None, list[Reason]]:
     """As `_bounded`, where the least time is that of the fewest examples, or steps, which a sweep has measured."""
+    proportional = fit.ceiling is not None
     what = "examples" if proportional else "steps"
     low = int(min(turn.low, most.value))
     high = None if turn.high is None else int(min(turn.high, most.value))
     if high is None and not proportional:  # larger ones take no longer, but for what was seen of their steps
         high = critical.reached
-    times = "step time is proportional to the batch" if proportional else "step times do not rise with the batch"
+    times = (
+        f"step time {grows(fit.rms_log_error)} the batch" if proportional else "step times do not rise with the batch"
+    )
     text = f"{times}: time is least where {what} are fewest, of the batch sizes tested at {turn.batch}"
     inputs: Inputs = {"fewest": what, "batch": turn.batch, "more_at": turn.against}
     kept = most if high is None and low + 1 > most.value else None
@@ -342,12 +347,12 @@ def _unknown(capacity: Capacity | None) -> str:
         return "capacity was not measured"
     if capacity.model is None:
         return "too few batch sizes were timed for a throughput fit"
-    if capacity.model.half_batch is None and capacity.model.rms_log_error > MISFIT:
+    if capacity.model.ceiling is None and capacity.model.rms_log_error > MISFIT:
         return f"step times scatter by {number(100 * capacity.model.rms_log_error, 2)} % and show no trend"
     if capacity.model.ceiling is None:
         return "step times do not rise with the batch: no ceiling is in sight"
     if capacity.model.half_batch is None:
-        return "step time is proportional to the batch from the smallest timed on"
+        return f"step time {grows(capacity.model.rms_log_error)} the batch from the smallest timed on"
     return "it needs the critical batch, which is not known"
 
 

@@ -92,7 +92,11 @@ def fit_throughput(
         low, high = _bounds(low, float(size.max()), alpha, gain), np.full(3, np.inf)
         notes = (_no_ceiling(low, size),)
     elif low[1] == 0.0 and point[1] < max(1.05 * np.exp(limits(size)[0]), size.min() / TINY):
-        points, notes = [points[0], None, None], (_no_half(high, size),)
+        points, notes = [points[0], None, None], (_no_half(high, size, error),)
+        if error > MISFIT:
+            rates = np.exp(np.log(size) - data)  # the ceiling is one of them, or between
+            low[0], high[0] = min(low[0], rates.min()), max(high[0], rates.max())
+            notes = (*notes, _misfit(error))
         floor = alpha = 0.0
     else:
         notes = (_misfit(error),) if error > MISFIT else ()
@@ -124,6 +128,15 @@ def fit_throughput(
     )
 
 
+def grows(error: float) -> str:
+    """How step time goes with the batch where half of the ceiling is reached before the smallest: "is proportional to".
+
+    Args:
+        error: root mean square of ln(measured / fitted).
+    """
+    return "is proportional to" if error <= MISFIT else "rises about in proportion to, or faster than,"
+
+
 def _misfit(error: float) -> Note:
     text = (
         f"step times lie {number(100 * error, 2)} % off the curve (rms), by scatter or by a shape that no model here "
@@ -151,11 +164,14 @@ def _no_ceiling(low: Array, size: Array) -> Note:
     return Note("ceiling", f"{text}at least {number(float(low[0]))}/s). Measure larger batches")
 
 
-def _no_half(high: Array, size: Array) -> Note:
+def _no_half(high: Array, size: Array, error: float) -> Note:
     smallest = count(float(size.min()))
     below = f" (below {number(float(high[1]))})" if np.isfinite(high[1]) else ""
-    text = f"step time is proportional to the batch from {smallest}, the smallest measured, on: half of the ceiling is "
-    return Note("half_batch", f"{text}reached before it{below}")
+    how = "is proportional to" if error <= MISFIT else "rises about in proportion to, or faster than,"
+    text = (
+        f"step time {how} the batch from {smallest}, the smallest measured, on: half of the ceiling is reached before "
+    )
+    return Note("half_batch", f"{text}it{below}")
 
 
 def _finite(value: float) -> float | None:

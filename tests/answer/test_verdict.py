@@ -512,6 +512,24 @@ def test_scattered_times_without_a_trend_advise_nothing():
     assert found.best_batch is None or found.confidence.level == "low"
 
 
+@pytest.mark.parametrize(
+    "seconds",
+    [lambda b: 0.01 * b**1.08, lambda b: 0.01 * b**1.15, lambda b: 0.01 * b * (1.8 if b > 32 else 1.0)],
+)
+def test_times_that_rise_faster_than_the_batch_are_no_scatter(seconds):
+    """They rose 900-fold, and "step times scatter by 34 % and show no trend"."""
+    sizes = BATCHES[:11]
+    times = [seconds(b) for b in sizes]
+    fit = fit_throughput(sizes, times)
+    assert any("rises about in proportion to, or faster than, the batch" in note.text for note in fit.notes)
+    assert any("off the curve" in note.text for note in fit.notes)
+    rates = [b / t for b, t in zip(sizes, times, strict=True)]
+    assert fit.ceiling_low <= min(rates) < max(rates) <= fit.ceiling_high
+    found = advise(capacity(fit, batches=sizes, times=[1e3 * t for t in times]), noise(200))
+    assert "Use batch 1. Step time rises about in proportion to, or faster than, the batch" in found.text
+    assert "no trend" not in str(found.notes) + found.text
+
+
 def test_remedies_can_be_followed():
     """No batch is to be tried that the data set or memory does not allow."""
     assert "half batch 50" in advise(capacity(examples=50), noise(2000)).text
