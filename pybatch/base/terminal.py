@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
 import textwrap
-from typing import TextIO
+from typing import Any, TextIO
 
 _UNKNOWN = 80  # columns of a terminal that does not say how many it has
 _LEAST = 20  # narrower ones are taken for this wide
 _QUOTED = re.compile(r"(?<![\w'])'[^'\n]*'(?!\w)")  # a command or a path with spaces; no apostrophe within a word
 _HELD = "\ufffc"  # stands for a space that is no place to break; `visible` text has none
+
+
+class _Heedless(io.RawIOBase):
+    """A file descriptor whose reader may go away: what is written then goes nowhere, and nothing fails for it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._descriptor)
+            return len(data)
+
+
+def heedless(stream: TextIO) -> TextIO:
+    """A text stream like this one that outlives its reader, such as `grep -q`; itself where it is no file."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):
+        return stream
+    raw = io.BufferedWriter(_Heedless(descriptor))
+    return io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True)
 
 
 def tell(text: str) -> None:

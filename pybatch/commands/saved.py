@@ -22,7 +22,7 @@ from pybatch.commands import flags
 from pybatch.commands.assignments import parse_targets
 from pybatch.commands.interrupting import termination_heard
 from pybatch.commands.measuring import BROKEN, DONE, check_price
-from pybatch.commands.printing import ResultConsole
+from pybatch.commands.printing import ResultConsole, drop_stdout
 from pybatch.noise.trajectory import read_trajectory
 from pybatch.records import NoiseTrajectory, Run
 from pybatch.report.changes import sections
@@ -181,12 +181,16 @@ def tell_changes(old: Run, new: Run, conditions: Sequence[Condition], format_: s
     comparison = changes.compare(old, new)
     failures = broken(conditions, comparison)
     parts = sections(comparison)
-    if format_ == "json":
-        print(json.dumps(asdict(comparison) | {"broken": failures}, indent=2))
-    elif format_ == "md":
-        sys.stdout.write(markdown("pybatch compare", parts))
-    else:
-        print_sections(parts, ResultConsole())
+    try:
+        if format_ == "json":
+            print(json.dumps(asdict(comparison) | {"broken": failures}, indent=2))
+        elif format_ == "md":
+            sys.stdout.write(markdown("pybatch compare", parts))
+        else:
+            print_sections(parts, ResultConsole())
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough; whether a condition holds is still to be told
+        drop_stdout()
     for failure in failures:
         tell(visible(failure))
     return BROKEN if failures else DONE

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import typer.testing
@@ -90,6 +92,15 @@ def test_compare_prints_and_fails_where_it_shall(saved, slower):
     done = runner.invoke(cli.app, ["compare", str(saved), str(slower), "--format", "json"])
     assert json.loads(done.output)["changes"][0]["figure"] == "throughput"
     assert runner.invoke(cli.app, ["compare", str(saved), str(slower), "--format", "md"]).output.startswith("# pybatch")
+
+
+@pytest.mark.parametrize("format_", ["table", "json"])
+def test_a_gate_fails_whoever_reads_what_it_says(saved, slower, format_):
+    """Piped with stderr into `grep -q` or `head`, it ended with 0."""
+    command = f"{sys.executable} -m pybatch compare {saved} {slower} --fail-on throughput:-3% --format {format_}"
+    script = f"{command} 2>&1 | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_bench_compares_and_reports_after_measuring(monkeypatch, run, saved, slower, tmp_path):
