@@ -245,6 +245,9 @@ def _checkpoint(steps: Convergence | None, target: float | None) -> str:
         if found and loss >= 0:  # bounds stand as they are
             return f"{read}, where it is {batch_size(found)}: {how} {number(target)}, and it is taken back to it."
         return f"{read}: {how} {number(target)}."
+    if target is not None and branch.level is not None and branch.level > target:
+        text = f"its steps are to loss {number(branch.level)}, as branches were not soon enough at the target of"
+        return f"{read}: {text} {number(target)}."
     if len(steps.branches) < 2:
         return ""
     later = [at for at in steps.branches if at.step > branch.step]

@@ -166,10 +166,17 @@ def ensemble(
 
 
 def _target(capacity: Capacity | None, steps: Convergence | None) -> float | None:
-    """The train loss that is to be reached: that of the steps that count, or the workload's."""
+    """The train loss that is to be reached: that of the steps that count, or the workload's.
+
+    Branches by themselves, made without one, are to reach none.
+    """
     curve = curve_of(steps)
     if curve is not None and curve.split == "train" and curve.target is not None:
         return curve.target
+    if steps is not None and steps.target is not None:
+        return steps.target
+    if capacity is None and steps is not None and not steps.curves:
+        return None
     return _declared(capacity) or _declared(steps)
 
 

@@ -139,7 +139,11 @@ class BranchedRun:
         of its own says, which ends at twice the steps asked for, or where its time is up: then all of them stand.
         """
         target = self.plan.target
-        if target is None or self.untrained <= target:
+        if target is None:
+            return list(steps)
+        if self.untrained <= target:
+            text = f"the target of {number(target)} is met before the first step, at loss {number(self.untrained)}"
+            self.asides.append(Note("critical_batch", f"{text}: branches go as low as they get. Give a lower one"))
             return list(steps)
         with seeded(self.seed, self.device):
             reached = self._steps_to(target, 2 * steps[-1])
@@ -395,6 +399,7 @@ class BranchedRun:
             f"smoothed over five looks, {WINDOW} a branch",
             complete=complete and not self.notes,
             branches=tuple(self.found),
+            target=plan.target if plan.target is not None and plan.target < self.untrained else None,
             device=describe(self.device),
             workload=self.base.session.info,
         )

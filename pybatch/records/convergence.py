@@ -220,6 +220,7 @@ class Convergence(Shown):
     smoothing: str | None = None  # how the train loss was smoothed, and on what the test loss was taken
     complete: bool = True  # False: stopped before every trial had run
     branches: tuple[Branching, ...] = ()  # along one run, by step
+    target: float | None = None  # train loss that the run branched from was to reach; of a sweep see its curves
     gap_epochs: float | None = None  # after which test losses of all batch sizes are compared
     optimizer_options: dict[str, str] = field(default_factory=dict)  # that were given: {"betas": "0.9/0.95"}
     schedule: str | None = None  # "constant", "cosine", "wsd", "average", "own"; None: of logs, or not a sweep's

@@ -437,18 +437,19 @@ def test_branches_that_begin_past_the_target_stand_for_less():
 
 def test_branches_alone_say_which_checkpoint_the_answer_is_of():
     """The headline was 5.0, the table's rows were 12.2 and 42.0, and no word said how they belong together."""
-    work = dataclasses.replace(capacity().workload, target={"train": 0.4})
 
-    def at(step, loss, critical, high=300.0):
+    def at(step, loss, critical, high=300.0, level=0.4):
         found = BRANCHES["fitted"][0]
         fit = dataclasses.replace(found.fit, critical_batch=critical, low=None, high=high)
-        return dataclasses.replace(found, step=step, loss=loss, level=0.9 * loss, fit=fit, tuned=True)
+        return dataclasses.replace(found, step=step, loss=loss, level=level, fit=fit, tuned=True)
 
     def because(*branches, aimed=True):
-        return advise(None, None, Convergence((), branches=branches, workload=work if aimed else None)).because
+        return advise(None, None, Convergence((), branches=branches, target=0.4 if aimed else None)).because
 
     early, late, latest = at(20, 0.5, 60.0), at(60, 0.1, 900.0), at(1200, 0.05, 2000.0)
     assert "reading is of step" not in because(early)
+    short = "The branches' reading is of step 20: its steps are to loss 0.600, as branches were not soon enough at the "
+    assert because(at(20, 0.9, 60.0, level=0.6)).startswith(f"{short}target of 0.400. Far below")
     last = "The branches' reading is of step 20, the last checkpoint up to the target. Far below"
     assert because(early, late).startswith(last)
     assert because(early, late, aimed=False).startswith(
