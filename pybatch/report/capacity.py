@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pybatch.base import numerals as n
@@ -18,6 +19,9 @@ def section(capacity: Capacity, counted: CountedNoise | None = None) -> Section:
     gain = n.share(fit.gain) if fit else "5 %"
     nearest = capacity.saturation_measured
     where = f"; {n.count(nearest)} is the smallest measured within 5 % of the ceiling" if nearest else ""
+    rate = next((p.samples_per_s for p in capacity.batches if p.batch == nearest), None)
+    if nearest and (rate or 0.0) < 0.95 * (capacity.ceiling_samples_per_s or math.inf):
+        where += " by its interval"
     how = "a step of it ran" if capacity.max_batch_verified else "predicted, not run"
     words = {
         "ceiling_samples_per_s": lambda text: f"{text}, modelled ({fit.model})" if fit else "",

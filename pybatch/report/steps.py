@@ -118,6 +118,8 @@ def _fewest(curve: Curve) -> str:
     assert curve.b_min is not None
     where = f"at batch {n.count(round(curve.b_min))}"
     tested = [p.batch for p in curve.points]
+    if curve.b_min_low is None and curve.b_min_high is None and len(tested) > 1:
+        return f"{where} by the fit, and may be at any tested"
     if curve.b_min_low is None and curve.b_min == min(tested):
         further = f", or up to {n.number(curve.b_min_high)}" if (curve.b_min_high or 0.0) > curve.b_min else ""
         return f"{where}, the smallest tested{further}"

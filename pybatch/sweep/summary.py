@@ -127,9 +127,11 @@ def curve(
     if any(p.steps == 0 for p in points):
         text = f"the target {target:g} is met before the first step. Give a {_HARDER[higher]} one"
         return dataclasses.replace(bare, cap=cap, notes=(*found, Note("critical_batch", text)))
-    table, grid, ends = _table(points, ran or {})
-    batches = [p.batch for p in points]
-    ceilings = np.array([max(caps[p.batch], *_reached(p), 1.0) for p in points])
+    # So few steps are too coarse a count to bend a curve, or to show that it does not.
+    counted = [p for p in points if p.steps is None or p.steps > FEW_STEPS] or list(points)
+    table, grid, ends = _table(counted, ran or {})
+    batches = [p.batch for p in counted]
+    ceilings = np.array([max(caps[p.batch], *_reached(p), 1.0) for p in counted])
     ends = np.fmin(ends, ceilings[:, None])  # past it, reaching does not count
     try:
         if len(grid) == 1:
@@ -248,7 +250,9 @@ def _remarks(
         notes.append(Note("points", "one batch size shows no dependence on it. Give at least three"))
     early = [p.batch for p in points if p.steps is not None and 0 < p.steps <= FEW_STEPS]
     if early:
-        text = f"the target is met within {FEW_STEPS} steps at batch {', '.join(map(str, early))}. "
-        text += f"Give a {_HARDER[higher]} one"
-        notes.append(Note("points.steps", text))
+        text = (
+            f"the target is met within {FEW_STEPS} steps at batch {', '.join(map(str, early))}, too coarse a count for "
+        )
+        text += f"the fit, which is without them. Give a {_HARDER[higher]} one"
+        notes.append(Note("points", text))
     return notes

@@ -195,6 +195,8 @@ def test_branches_leave_the_first_half_of_the_way_to_the_target(
     assert [found.step for found in record.branches] == branched
     plain = toward(None, branched, factors=[1, 2], window=256)
     assert [found.loss for found in record.branches] == [found.loss for found in plain.branches]  # the same run
+    assert record.target == (target if target < 1 else None)
+    assert any("is met before the first step" in note.text for note in record.notes) == (target > 1)
     told = [note.text for note in record.notes if note.figure == "branches.step"]
     assert told == ([] if said is None else [f"the base run is {said}"])
     assert record.complete
