@@ -19,7 +19,7 @@ import torch
 
 from pybatch.base.arguments import typed
 from pybatch.base.errors import Interrupted, UsageError, unknown
-from pybatch.base.numerals import counted
+from pybatch.base.numerals import counted, number
 from pybatch.base.progress import told
 from pybatch.device.disturbance import threads_left
 from pybatch.device.generators import seeded
@@ -41,6 +41,7 @@ Mode = Literal["train", "eval", "both"]
 WARMUP_STEPS = 200  # past the first fall of the loss, where the noise scale is least like later training
 STRETCH_STEPS = 400  # of training while measuring: twice the warm-up, as the scale grows where the loss falls further
 WARMUP_SHARE = 0.4  # of the time budget; slower workloads warm up for fewer steps, and the record says so
+ROSE = 3.0  # times the loss before training: a warm-up that is above it has diverged
 CHECK_STEPS = 25  # training steps between looks at the loss, each of which waits for the device
 FIRST_GROUP = 4  # micro-batches per group to begin with
 GROUPS = 32  # the least groups a final answer rests on: one block each in the estimator's interval
@@ -163,6 +164,7 @@ class _Measurement:
 
             self.feed = fastest(self.session, layers)
         self.warmup_steps = self.stretch_steps = 0
+        self.untrained: float | None = None  # loss of the first batch
         self.stretch_end = STRETCH_STEPS
         self.held = False
         self.rounds: list[MicroBatchGroups] = []
@@ -196,7 +198,9 @@ class _Measurement:
             loss = self.session.backward(self.session.batch(work.reference_batch))
             if step % CHECK_STEPS == 0 or step == wanted - 1:
                 rate = rate_of(optimizer)
-                self.session.check_finite(loss, f"in training step {step + 1} at learning rate {rate:g}")
+                at = f"in training step {step + 1} at learning rate {rate:g}"
+                value = self.session.check_finite(loss, at)
+                self.untrained = value if self.untrained is None else self.untrained
             self.step()
             self.warmup_steps = step + 1
         optimizer.zero_grad()
@@ -328,6 +332,13 @@ class _Measurement:
         if found.skipped:
             text = f"left out: {counted(found.skipped, 'group')} with a gradient that is not finite"
             notes.append(Note("noise.skipped", text))
+        first = self.untrained
+        if first is not None and found.loss is not None and found.loss > first + (ROSE - 1) * abs(first):
+            text = (
+                f"the warm-up diverged: training loss {number(found.loss)} where it was {number(first)} before, so the "
+            )
+            text += f"scale predicts no critical batch. Give a learning rate below {rate_of(self.optimizer):g}"
+            notes.append(Note("noise.loss", text))
         notes += confounds(self.session.model, self.workload.examples, found, training=self.mode != "eval")
         if self.mode == "eval":
             notes.append(Note("noise.b_simple", "measured in evaluation mode: without the noise of dropout"))

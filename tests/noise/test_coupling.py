@@ -134,6 +134,24 @@ def test_a_sparse_gradient_is_looked_at_and_then_refused_with_its_remedy():
         measure_noise(Sparse(), device="cpu", time_budget=0.5, warmup_steps=2)
 
 
+class Unsteady(Regression):
+    learning_rate = 1e6
+
+    def optimizer(self, params):
+        return torch.optim.SGD(params, lr=self.learning_rate)
+
+    def loss(self, model, batch):
+        return (model(batch)[:, 0] - 0.5 * batch.sum(1)).square().add(1.0).log().mean()  # grows, and stays finite
+
+
+def test_a_warm_up_that_diverged_is_told_and_predicts_nothing():
+    """The loss was 303,000 where it had been 0.73, and its scale gave a critical batch."""
+    found = measure_noise(Unsteady(), device="cpu", time_budget=1.0, warmup_steps=20)
+    assert "the warm-up diverged: training loss" in found.misled
+    assert "Give a learning rate below 1e+06" in found.misled
+    assert measure_noise(Regression(), device="cpu", time_budget=0.5, warmup_steps=20).misled is None
+
+
 def test_a_sum_is_called_so():
     assert "is a sum over the examples" in said(Summed())
     assert "Take the mean" in said(Summed())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pybatch.base.errors import UsageError
-from pybatch.base.plain import given
+from pybatch.base.plain import given, said
 
 
 def check_count(n: Any) -> float:
@@ -18,7 +18,8 @@ def check_count(n: Any) -> float:
         raise UsageError(f"accumulate(): n is a tensor on {n.device}, reading it would wait. Pass a number: len(x).")
     known = isinstance(n, Real) or (isinstance(n, torch.Tensor) and n.dim() == 0 and not n.is_complex())
     if not (known and math.isfinite(n) and n > 0):
-        raise UsageError(f"accumulate({n!r}): n is the number of examples in the micro-batch, above 0. Pass len(x).")
+        what = f"a tensor of shape {tuple(n.shape)}" if isinstance(n, torch.Tensor) and n.dim() else said(n)
+        raise UsageError(f"accumulate(): {what} is no number of examples in the micro-batch, above 0. Pass len(x).")
     return float(n)
 
 

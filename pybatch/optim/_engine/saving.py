@@ -14,6 +14,9 @@ from pybatch.optim._engine import states, statistics
 from pybatch.optim._engine.options import Options, ParamRule
 from pybatch.optim._engine.tables import Tables
 
+# Arguments that one optimizer has and another has not; schedulers and users add names of their own to groups.
+_TELLING = ("betas", "eps", "momentum", "dampening", "momentum_decay")
+
 
 class SavedOptimizer(Optimizer):
     """The part of a fused optimizer that is saved and loaded; what a step has under way is not."""
@@ -94,6 +97,12 @@ class SavedOptimizer(Optimizer):
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
         """Raise UsageError where saved groups are those of an optimizer whose arguments mean something else."""
         for own, saved in zip(self.param_groups, groups, strict=False):  # torch refuses another number of them
+            kind, other = ({name for name in _TELLING if name in group} for group in (own, saved))
+            # Muon's groups have more than its twin's, as some of its parameters are AdamW's.
+            alike = kind == other or (kind & other & {"momentum"} and not (kind ^ other) & {"dampening"})
+            if not alike:
+                text = f"load_state_dict(): the state is another optimizer's, by {' and '.join(sorted(kind ^ other))}"
+                raise UsageError(f"{text}. Give one of {type(self).__name__}.")
             try:
                 self._check({**own, **saved, "params": own["params"]})
             except UsageError as error:

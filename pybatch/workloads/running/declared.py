@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from pybatch.base.errors import WorkloadError
 from pybatch.workloads.base import Workload
 
-_LIKE = 0.9  # of difflib: a letter of ten, or two that changed places
+_LIKE, _ALIKE = 0.9, 0.85  # of difflib, for values and for methods: a letter of ten, or two that changed places
+_METHODS = tuple(key for key, value in vars(Workload).items() if inspect.isfunction(value) and not key.startswith("_"))
+_SPLITS = ("train", "test")
 
 
 def check(workload: Workload) -> None:
     """Raise WorkloadError for an attribute of a workload that is not what `Workload` says it is."""
+    for name in _METHODS:
+        if not callable(found := getattr(workload, name)) or isinstance(found, torch.nn.Module):
+            kind = type(found).__name__
+            raise WorkloadError(f"{type(workload).__name__}.{name} is of {kind}: make it a method that returns one.")
     for name, fits, wanted in _ATTRIBUTES:
         value = getattr(workload, name)
         if not fits(value):
@@ -36,9 +45,16 @@ def _check_names(workload: Workload) -> None:
         # With something before or behind it, or without its plural's, a name is one's own; but for targets of losses.
         if key == near.removesuffix("s") or (near in key and not (key == f"{near}s" and isinstance(value, Mapping))):
             continue
-        raise WorkloadError(
-            f"{type(workload).__name__}.{key}: is it {near}? Name it so, or otherwise if it is another thing."
-        )
+        raise _asked(workload, key, near)
+    for key in (key for key, value in own.items() if callable(value) and key not in _METHODS):
+        near = next(iter(difflib.get_close_matches(key, _METHODS, 1, cutoff=_ALIKE)), None)
+        if near is not None and near not in own and near not in key and key not in near:
+            raise _asked(workload, key, near)
+
+
+def _asked(workload: Workload, key: str, near: str) -> WorkloadError:
+    asked = f"{type(workload).__name__}.{key}: is it {near}?"
+    return WorkloadError(f"{asked} Name it so, or otherwise if it is another thing.")
 
 
 def _text(value: Any) -> bool:
@@ -60,7 +76,9 @@ def _dials(value: Any) -> bool:
 
 
 def _targets(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(k, str) and _number(v) for k, v in value.items())
+    return isinstance(value, Mapping) and all(
+        isinstance(k, str) and k.partition(":")[0] in _SPLITS and _number(v) for k, v in value.items()
+    )
 
 
 def _ways(value: Any) -> bool:

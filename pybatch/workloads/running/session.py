@@ -230,7 +230,8 @@ class Session:
         batch = self._call(method, n, self.generator, *split)
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
         if not tensors:
-            raise self._error(method, f"returned {type(batch).__name__} without a tensor in it")
+            kinds = ", ".join(dict.fromkeys(type(leaf).__name__ for leaf in tree_leaves(batch)[:100]))
+            raise self._error(method, f"returned {type(batch).__name__} of {kinds or 'nothing'} without a tensor in it")
         sizes = {tuple(t.shape[:1]) for t in tensors if t.ndim}
         if (n,) not in sizes:
             shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
