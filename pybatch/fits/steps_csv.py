@@ -43,6 +43,9 @@ _WORDS = {
 }
 _SILENT = ("", "nan", "none", "null", "na", "n/a", "-", "--", "–", "?")
 _THOUSANDS = re.compile(r"(>=?|≥|~|≈)?\s*(\d{1,3}(?:[,' _]\d{3})+|\d+(?:\.\d+)?)\s*(k?)\s*(steps)?", re.IGNORECASE)
+_INSTEAD = dict.fromkeys(("examples", "samples", "images", "sequences"), "Give steps = examples / batch")
+_INSTEAD |= dict.fromkeys(("epochs", "epoch"), "Give steps = epochs * examples of the training set / batch")
+_INSTEAD |= {"tokens": "Give steps = tokens / tokens of a batch"}
 _SHOWN = 40  # characters of a cell in an error
 
 
@@ -225,8 +228,11 @@ def _plainer(text: str, name: str) -> str | None:
     """How to write a whole number that has a k, thousands apart or a sign before it; None where it is none of these."""
     found = _THOUSANDS.fullmatch(text)
     if found is None or name == "rate":
-        return None
+        point = re.fullmatch(r"\d+,\d+", text)
+        return f"Write {text.replace(',', '.')}, with a decimal point" if point is not None else None
     sign, digits, unit, counted = found.groups()
+    if unit and name == "batch":
+        return f"Write the number: {digits}000, or {float(digits) * 1024:.15g}" if digits.isdigit() else None
     value = float(re.sub("[,' _]", "", digits)) * (1000.0 if unit else 1.0)
     plain = f"{value:.15g}"
     if plain == text or not LEAST <= value <= MOST or (counted and name not in ("steps", "cap")):
@@ -257,6 +263,8 @@ def _columns(path: str | PathLike[str], head: list[str]) -> dict[str, int]:
     found: dict[str, int] = {"of": len(head)}
     names = {alias: name for name, aliases in _NAMES.items() for alias in aliases}
     own = ["_".join(cell.lower().split()) for cell in head]
+    if sum(re.fullmatch(r"(seed|run|steps)_?\d+", text) is not None for text in own) > 1:
+        raise UsageError(f"{_named(path)}, line 1: a column for each run. Give one line for each: batch,seed,steps.")
     for place, text in enumerate(own):
         name = names.get(text)
         if name in found:
@@ -275,7 +283,8 @@ def _columns(path: str | PathLike[str], head: list[str]) -> dict[str, int]:
     for name in ("batch", "steps"):
         if name not in found:
             columns = ", ".join(_cut(cell.strip().lower()) for cell in head)
-            raise UsageError(f"{_named(path)}, line 1: no column {name!r} in {_cut(columns)!r}. Name it {name}.")
+            remedy = next((_INSTEAD[text] for text in own if name == "steps" and text in _INSTEAD), f"Name it {name}")
+            raise UsageError(f"{_named(path)}, line 1: no column {name!r} in {_cut(columns)!r}. {remedy}.")
     return found
 
 

@@ -135,7 +135,7 @@ class NoiseScale(Shown):
 
     @property
     def misled(self) -> str | None:
-        """What is wrong with a loss that is no mean over examples, whose scale predicts no critical batch."""
+        """Why the scale predicts no critical batch: a loss that is no mean over examples, a training that diverged."""
         return next((note.text for note in self.notes if note.figure == "noise.loss"), None)
 
     def until(self, steps: int) -> NoiseScale:

@@ -34,7 +34,7 @@ MISSING = "no pair of norms: Adam's moments are read every few steps, and there 
 LAG = Note(
     "noise.b_simple",
     "from Adam's moments: averages over windows of steps, in which a change of the gradient counts as noise; where the "
-    "script clips, they are of clipped gradients and distorted (source='per-example' is not)",
+    "script clips, they are of clipped gradients and distorted (per-example norms and micro-batches are not)",
 )
 ALIKE = Note("noise.b_simple", "every process of the DDP model was taken to have as many examples as this one")
 CLIPPED = Note("noise.b_simple", "the optimizer clips, so its moments are of clipped gradients: B_simple is distorted")
@@ -247,7 +247,7 @@ class MomentsNoise(Collector):
             text = (
                 f"{tied} of {counted(self._seen, 'step')} share one norm of their gradients with others, "
                 f"{number(float(self._top))} in the last, as where a script clips: B_simple is distorted then, the "
-                "more the more are clipped. Attach with source='per-example': clipping leaves it alone"
+                "more the more are clipped; per-example norms and micro-batches are not"
             )
             notes.append(Note("noise.b_simple", text))
         if refused:
