@@ -29,6 +29,7 @@ from pybatch.jobs import resume as continuation
 from pybatch.jobs.options import BenchOptions
 from pybatch.noise.measurement import measure_noise
 from pybatch.records import BatchPoint, Capacity, Convergence, Environment, NoiseScale, Note, Run
+from pybatch.records.noise import unmeasured
 from pybatch.workloads.base import Progress, Workload
 from pybatch.workloads.running.optimizers import adjusted
 from pybatch.workloads.running.session import Session, is_out_of_memory
@@ -340,7 +341,8 @@ class _Found:
         if self.earlier is not None:
             noise, steps = noise or self.earlier.noise, steps or self.earlier.convergence
             together = self.earlier.distributed
-        verdict = advise(capacity, noise, steps, together) if judged and capacity is not None else None
+        known = noise or unmeasured(notes)
+        verdict = advise(capacity, known, steps, together) if judged and capacity is not None else None
         made = Run(self.created, self.environment, capacity, noise, steps, verdict, complete, notes, together)
         if verdict is None or self.sweep is None:
             return made

@@ -29,6 +29,7 @@ from pybatch.device.environment import capture
 from pybatch.device.identity import usable_cores
 from pybatch.jobs.options import WatchOptions, waiting_for
 from pybatch.records import Capacity, NoiseScale, Note, Run
+from pybatch.records.noise import unmeasured
 from pybatch.report.formats.html import write_report
 from pybatch.report.formats.text import format_of, notes_in, print_run, render
 from pybatch.report.output import Output
@@ -307,7 +308,7 @@ class Watching:
             )
         verdict = None
         if judged:
-            verdict = with_input(advise(capacity, noise), training, usable_cores())
+            verdict = with_input(advise(capacity, noise or unmeasured(lacking)), training, usable_cores())
             if self._capacity is not None:
                 verdict = with_own(verdict, capacity, noise, training)
             verdict = with_doubts(verdict, capacity, training if self._capacity is not None else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -212,6 +213,15 @@ def _ends(
         return (value or one) / by * math.exp(sign * math.hypot(own, _NORMAL * error))
 
     return end(low, -1), end(high, 1)
+
+
+def unmeasured(notes: Sequence[Note]) -> NoiseScale | None:
+    """A noise scale without figures that says why, by a run's notes; None where none of these speaks of it."""
+    text = next((note.text for note in notes if note.figure == "noise"), None)
+    if text is None:
+        return None
+    why = Note("noise.b_simple", f"the noise scale was not measured: {text.removeprefix('not measured: ')}")
+    return NoiseScale(None, None, None, None, None, "unresolved", "", 0, notes=(why,))
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,23 @@ def test_an_error_in_it_is_passed_on_with_what_was_measured(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_first_lines_say_why_there_is_no_noise_scale(monkeypatch, one_thread):
+    """They said "measure again", and the batch normalization that was behind it stood at the page's end."""
+    monkeypatch.setattr("pybatch.capacity.timing._QUANTUM_S", 0.01)
+    monkeypatch.setattr(replay, "measure_ceilings", lambda *given: Ceilings(1e11, 1e10))
+    with pybatch.watch(quiet=True, time_budget=0.3) as watched:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(40):
+            optimizer.zero_grad()
+            model(torch.randn(16, 8)).square().mean().backward()
+            optimizer.step()
+    said = watched.run.verdict.because
+    assert "the noise scale was not measured: " in said
+    assert "BatchNorm1d" in said
+    assert "SGD keeps no two moments" in said
+
+
 def test_nothing_trained_is_said(capsys, tmp_path):
     with pybatch.watch(tmp_path / "run.json") as watched:
         pass

@@ -66,9 +66,8 @@ class MomentsNoise(Collector):
         groups = optimizer.param_groups
         betas = {tuple(map(float, group["betas"])) for group in groups if "betas" in group}
         if [len(pair) for pair in betas] != [2] or any("betas" not in group or "eps" not in group for group in groups):
-            raise UsageError(
-                f"source 'adam-moments': {kind} has the betas {sorted(betas)}. Use Adam or AdamW with one pair."
-            )
+            has = f"has the betas {sorted(betas)}" if betas else "keeps no two moments"
+            raise UsageError(f"source 'adam-moments': {kind} {has}. Use Adam or AdamW with one pair of betas.")
         if isinstance(optimizer, torch.optim.SparseAdam):
             raise UsageError(
                 f"source 'adam-moments': {kind} moves the moments of those rows alone that a batch holds, which are no "
