@@ -24,6 +24,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,18 @@ def truths(rng: np.random.Generator) -> Iterator[Truth]:
             most = int(math.exp(rng.uniform(math.log(24), math.log(600)))) if times == "memory" else MOST
             noise, drift = rng.uniform(0.03, 0.12), rng.uniform(0.003, 0.03)
             yield Truth(steps, times, _steps(bend, rng)[steps], _times(rng)[times], most, noise, drift, bend)
+
+
+def kinked(rng: np.random.Generator) -> Iterator[Truth]:
+    """The knees among them, with the sharpest bend there is: perfect scaling to the batch B_c, and none from it on."""
+    for truth in truths(rng):
+        if truth.steps == "knee":
+            yield replace(truth, steps="kink", s=partial(_kink, truth.critical))
+
+
+def _kink(critical: float, batch: Array) -> Array:
+    found: Array = 100 * np.maximum(1.0, critical / batch)
+    return found
 
 
 def timed(truth: Truth, rng: np.random.Generator) -> Capacity:
@@ -265,6 +278,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2000, help="truths at each level")
     parser.add_argument("--levels", default=",".join(LEVELS))
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kink", action="store_true", help="steps that fall as 1 / B to a kink, and no others")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     result = {}
@@ -272,7 +286,7 @@ def main() -> None:
         rng, looks, others = (np.random.default_rng(seed) for seed in (given.seed, [given.seed, 1], [given.seed, 2]))
         drawn: list[tuple[Truth, dict[str, float | bool]]] = []
         while len(drawn) < given.draws:
-            for truth in truths(rng):
+            for truth in kinked(rng) if given.kink else truths(rng):
                 records = seen(truth, level, rng)
                 row = judged(truth, records, looks)
                 if level != "sweep" and records[1] is not None:
