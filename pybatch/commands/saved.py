@@ -28,7 +28,7 @@ from pybatch.records import NoiseTrajectory, Run
 from pybatch.report.changes import sections
 from pybatch.report.formats.text import SUFFIXES, markdown, print_sections, render_all
 from pybatch.report.output import Output
-from pybatch.report.run import answer_of, title
+from pybatch.report.run import answer_of, titles
 from pybatch.sweep.archive import is_store, read_store
 from pybatch.training.trajectory import SPLITS, split_of
 
@@ -125,21 +125,15 @@ def report(
             # Rows are of one kind each; all else is of one run, whose verdict may stand on both measurements.
             shown = runs if format_ in ("csv", "jsonl") else join(runs)
             file.write(page(shown) if format_ == "html" else render_all(shown, format_, verbose))
-        for run in shown:
+        for run, name in zip(shown, titles(shown), strict=True):
             if (found := answer_of(run)) is not None:
-                print(visible(f"pybatch: {title(run)}{_trained(run)}: {found.answer}"), file=sys.stderr)
+                print(visible(f"pybatch: {name}: {found.answer}"), file=sys.stderr)
         print(visible(f"pybatch: wrote {output}"), file=sys.stderr)
     if png is not None:
         from pybatch.report.formats.png import write_pngs
 
         written = write_pngs(join(runs), png)
         print(visible(f"pybatch: wrote {counted(len(written), 'figure')} to {png}"), file=sys.stderr)
-
-
-def _trained(run: Run) -> str:
-    """Of a sweep by itself: several of one workload have the same title."""
-    swept = run.convergence if run.capacity is None else None
-    return f" with {swept.optimizer}" if swept is not None and swept.optimizer else ""
 
 
 def _report_format(output: Path) -> str:

@@ -16,7 +16,9 @@ def sections(comparison: Comparison) -> list[Section]:
     figures = [(n.words(change.figure), change) for change in comparison.changes]
     other = tuple(text for text in comparison.differences if text.startswith(_OTHER))
     notes = tuple(f"differs between the runs: {text}" for text in comparison.differences if text not in other)
-    title = "Not of the same thing, or not undisturbed: what changed may be that"
+    disturbed = [text for text in other if text.startswith("machine")]
+    what = [*(["not of the same thing"] if len(disturbed) < len(other) else []), *(["disturbed"] if disturbed else [])]
+    title = f"{' and '.join(what).capitalize()}: what changed may be that"
     made = [Section(title, notes=other)] if other else []
     made.append(Section("Change, new against old", _table("figure", figures), notes=notes))
     if comparison.batches:

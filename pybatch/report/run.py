@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pybatch.answer.verdict import advise
@@ -39,6 +40,16 @@ def title(run: Run) -> str:
     model = f"{work.model}, " if work.model else ""
     place = f"{device.name}, {device.cores} cores" if device.kind == "cpu" and device.cores else device.name
     return f"{work.name} ({model}{n.count(work.parameters)} parameters, {work.dtype}) on {place}"
+
+
+def titles(runs: Sequence[Run]) -> list[str]:
+    """The title of each; sweeps of one workload, which have the same, are told apart by what trained them."""
+    found = []
+    for run in runs:
+        swept = run.convergence if run.capacity is None and len(runs) > 1 else None
+        trained = f", swept with {swept.optimizer}" if swept is not None and swept.curves and swept.optimizer else ""
+        found.append(f"{title(run)}{trained}")
+    return found
 
 
 def answer_of(run: Run) -> Verdict | Schedule | None:

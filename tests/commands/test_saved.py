@@ -171,8 +171,9 @@ def test_a_report_says_the_answers_it_holds(run, tmp_path):
     for name, one in (("a.json", run), ("b.json", sweep)):
         (tmp_path / name).write_text(one.to_json())
     page = tmp_path / "r.html"
-    done = runner.invoke(cli.app, ["report", str(tmp_path / "b.json"), "-o", str(page)])
-    assert " with sgd: The critical batch cannot be told from these runs." in " ".join(done.output.split())
+    done = runner.invoke(cli.app, ["report", str(tmp_path / "b.json"), str(tmp_path / "b.json"), "-o", str(page)])
+    assert ", swept with sgd</a>" in page.read_text()
+    assert ", swept with sgd: The critical batch cannot be told from these runs." in " ".join(done.output.split())
     done = runner.invoke(cli.app, ["report", str(tmp_path / "a.json"), "-o", str(page)])
     assert run.verdict.answer in " ".join(done.output.split())
 

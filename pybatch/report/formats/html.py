@@ -26,7 +26,7 @@ from pybatch.report.layout import Section, Table
 from pybatch.report.output import Output
 from pybatch.report.plot import SHADES, Plot
 from pybatch.report.record import as_runs
-from pybatch.report.run import answer_of, plots, sections, title
+from pybatch.report.run import answer_of, plots, sections, title, titles
 from pybatch.report.verdict import first_figures, rest_of
 
 
@@ -50,12 +50,13 @@ def write_report(records: Sequence[object] | object, path: str | Path) -> None:
 def page(runs: Sequence[Run]) -> str:
     """The whole page as text."""
     drawn = [plots(run, number) for number, run in enumerate(runs)]
-    several = len(runs) > 1  # else the page's own heading names the run
-    parts = [_run(run, own, number, several) for number, (run, own) in enumerate(zip(runs, drawn, strict=True))]
+    names: list[str | None] = [*titles(runs)] if len(runs) > 1 else [None]  # the page's own heading names a single one
+    told = zip(runs, drawn, names, strict=True)
+    parts = [_run(run, own, number, name) for number, (run, own, name) in enumerate(told)]
     heading = title(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"
     nav = ""
     if len(runs) > 1:
-        nav = "<nav>" + "".join(f'<a href="#run-{i}">{_text(title(run))}</a>' for i, run in enumerate(runs)) + "</nav>"
+        nav = "<nav>" + "".join(f'<a href="#run-{i}">{_text(name)}</a>' for i, name in enumerate(names)) + "</nav>"
     parts += [f"<section>\n{section_html(section)}</section>\n" for section in factors.sections(runs)]
     data = [as_data(plot) for own in drawn for plot in own if plot.missing is None]
     script = resource("page.js")
@@ -119,11 +120,11 @@ def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def _run(run: Run, drawn: Sequence[Plot], number: int, titled: bool) -> str:
+def _run(run: Run, drawn: Sequence[Plot], number: int, name: str | None) -> str:
     found = sections(run)
     when = f'<p class="soft">{_text(n.when(run.created))}</p>\n' if run.created else ""
     incomplete = "" if run.complete else "<p><strong>Incomplete:</strong> the notes below say what is missing.</p>\n"
-    heading = f"<h2>{_text(title(run))}</h2>\n" if titled else ""
+    heading = f"<h2>{_text(name)}</h2>\n" if name is not None else ""
     parts = [f'<section id="run-{number}">\n{heading}{when}{incomplete}']
     if (answer := answer_of(run)) is not None:
         parts.append(_answer(answer))
