@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from typing import Any
 
 from pybatch.base.errors import UsageError
@@ -16,9 +17,9 @@ _LARGEST = 1e30  # an argument of an optimizer, in fp32
 def parse_targets(text: str) -> dict[str, float]:
     """Loss targets by split; a number alone is a train loss. Raises UsageError naming the part that is wrong."""
     found: dict[str, float] = {}
-    if "=" not in text and "," not in text:
-        text = f"train={text}"
-    for key, value in _pairs(text, f"target {said(text)}", "train=0.1,test=0.2"):
+    alone = re.fullmatch(r"\s*[-+]?(\d[\d.eE+-]*|\.\d[\d.eE+-]*|nan|inf)\s*", text) is not None
+    pairs = [("train", text.strip())] if alone else _pairs(text, f"target {said(text)}", "train=0.1,test=0.2")
+    for key, value in pairs:
         try:
             found[key] = float(value)
         except ValueError:

@@ -58,7 +58,7 @@ def test_branch_towards_a_target_begins_before_half_the_way(typed: Typed) -> Non
     assert any("the base run is at the target by step" in note["text"] for note in found["notes"])
     status, _, err = typed(*command, "nan")
     assert status == 2
-    assert "target nan is no loss. Give the train loss" in err
+    assert "target 'nan': a loss to reach is finite and above 0" in err
 
 
 def test_branch_on_a_dialled_workload_in_json(typed: Typed) -> None:

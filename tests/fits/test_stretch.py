@@ -77,7 +77,7 @@ def test_a_drift_between_the_halves_is_said_with_both_figures():
     assert np.mean(alike) < 0.1
     accumulator = fed(np.repeat([20.0, 20.0, 20.0, 600.0], 64))
     [note] = [note for note in accumulator.newest().notes if "drifts" in note.text]
-    assert "steps 1 to 256: 19.2 [17.9 to 20.6] over its first half, at least 186" in note.text
+    assert "19.2 [17.9 to 20.6] over their first half, at least 186 over their second" in note.text
     assert "trajectory" in note.text
     assert not any("drifts" in note.text for note in fed(np.full(256, 40.0)).newest().notes)
 
