@@ -208,6 +208,7 @@ def test_numbers_of_every_kind_are_taken() -> None:
     for batches, budget in zip(sizes, budgets, strict=True):
         found = ENTRIES["capacity"](Digits(), batches=batches, time_budget=budget, find_max_batch=False)
         assert [point.batch for point in found.batches][:2] == [1, 2]
+        assert not [point for point in found.batches if "dimension 0" in (point.reason or "")]
 
 
 def test_a_plan_of_tensors_is_of_numbers() -> None:

@@ -95,6 +95,7 @@ def measure_capacity(
     checked(workload)
     if batches is not None and (not len(batches) or any(n < 1 for n in batches)):
         raise UsageError(f"batches {list(batches)!r}: give at least one, each 1 or more.")
+    batches = [int(n) for n in batches] if batches is not None else None  # a tensor's are no keys to look up
     if not time_budget > 0:
         raise UsageError(f"time budget {time_budget!r} s: give more than 0.")
     place, mode = resolve(device), Mode(compile, graph)
