@@ -226,9 +226,8 @@ def _bounded(
     if capacity is None or fit is None:
         return None, None, None, []
     timed = [p.batch for p in capacity.batches if p.status == "ok"]
-    if (
-        fit.half_batch is None and fit.ceiling is None and fit.rms_log_error > MISFIT
-    ):  # no trend is seen for the scatter
+    # No trend is seen for the scatter.
+    if fit.half_batch is None and fit.ceiling is None and fit.rms_log_error > MISFIT:
         return None, None, None, []
     proportional = fit.ceiling is not None
     if fit.half_batch is None and (turn := turn_of(critical.curve, proportional)) is not None:

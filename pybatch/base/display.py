@@ -23,4 +23,5 @@ class Shown:
         return _html(self) if _html is not None else None
 
     def __str__(self) -> str:
-        return _text(self) if _text is not None else repr(self)
+        text = _text(self) if _text is not None else ""
+        return text or repr(self)  # an empty record has nothing to show

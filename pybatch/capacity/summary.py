@@ -30,9 +30,9 @@ from pybatch.records import (
     ThroughputFit,
     WorkloadInfo,
 )
+from pybatch.records.capacity import SATURATED
 
 _AVERAGED = ("sm_active", "sm_occupancy", "tensor_active", "dram_active", "cpu_active", "sm_clock_mhz")
-_NEAR = 0.95  # of the ceiling: a measured batch that reaches this saturates the device
 _NEARLY = 0.90  # the same for its median
 _DRIFT = 0.05  # change of the anchor's step time that a reader should hear of
 _SPREAD = 0.15  # of a step time's medians in different rounds
@@ -308,7 +308,7 @@ def _saturation_measured(fit: ThroughputFit | None, timed: Sequence[BatchPoint])
     """
     if fit is None or fit.ceiling is None:
         return None
-    near = (p for p in timed if fastest(p) >= _NEAR * fit.ceiling)
+    near = (p for p in timed if fastest(p) >= SATURATED * fit.ceiling)
     return next((p.batch for p in near if (p.samples_per_s or 0.0) >= _NEARLY * fit.ceiling), None)
 
 
@@ -332,5 +332,5 @@ def _fit_notes(fit: ThroughputFit, timed: Sequence[BatchPoint], largest: Largest
         text = f"not saturated: modelled, above the largest measured batch {most}"
         notes.append(Note("capacity.saturation_batch", text))
     if _saturation_measured(fit, timed) is None:
-        notes.append(Note("capacity.saturation_measured", f"no measured batch reaches {_NEAR:.0%} of the ceiling"))
+        notes.append(Note("capacity.saturation_measured", f"no measured batch reaches {SATURATED:.0%} of the ceiling"))
     return notes

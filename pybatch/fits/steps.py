@@ -149,10 +149,10 @@ def _record(
     flat = best.model == "flat" or (bend is not None and bend < size.min() / reach)
     exponent = parameters.get("alpha")
     faster = best.model == "power-law" and exponent is not None and exponent >= 1
-    astray = found is not None and found.beyond
-    turn = falls_to(data) if flat or (found is not None and astray and found.around > ASTRAY) else None
-    if found is not None and astray:
-        notes = [*notes, steps_notes.of_misfit(found.around, found.own, turn is None)]
+    missed = found if found is not None and found.beyond else None
+    turn = falls_to(data) if flat or (missed is not None and missed.around > ASTRAY) else None
+    if missed is not None:
+        notes = [*notes, steps_notes.of_misfit(missed.around, missed.own, turn is None)]
     if turn is not None:  # flat lies between batch sizes that fall and those past them, and no curve follows both
         point, low, high = np.full((3, len(steps_model.FIGURES)), np.nan)
         regimes, parameters = (unknown(size), regimes[1]), {}

@@ -263,7 +263,8 @@ def _columns(path: str | PathLike[str], head: list[str]) -> dict[str, int]:
     found: dict[str, int] = {"of": len(head)}
     names = {alias: name for name, aliases in _NAMES.items() for alias in aliases}
     own = ["_".join(cell.lower().split()) for cell in head]
-    if sum(re.fullmatch(r"(seed|run|steps)_?\d+", text) is not None for text in own) > 1:
+    each = [text for text in own if re.fullmatch(r"(seed|run|steps)_?\d+", text)]
+    if len(each) > 1 and not any(names.get(text) == "steps" for text in own):
         raise UsageError(f"{_named(path)}, line 1: a column for each run. Give one line for each: batch,seed,steps.")
     for place, text in enumerate(own):
         name = names.get(text)

@@ -146,6 +146,9 @@ class ThroughputFit(Shown):
         return max(self.t0_s, time) if self.model == "floor" else time
 
 
+SATURATED = 0.95  # of the ceiling: a measured batch that reaches this saturates the device
+
+
 @dataclass(frozen=True)
 class Capacity(Shown):
     """What the device does with this workload at each batch size, and where its ceiling is."""

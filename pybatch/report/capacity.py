@@ -7,6 +7,7 @@ from typing import Any
 
 from pybatch.base import numerals as n
 from pybatch.records import BatchPoint, Capacity, Ceilings, CountedNoise, InputPipeline, Verdict
+from pybatch.records.capacity import SATURATED
 from pybatch.report.layout import Section, details_of, examples_of, lines, notes_of, table
 from pybatch.report.plot import Plot, axis, band, batch_axis, line, mark, points, spread
 
@@ -20,7 +21,7 @@ def section(capacity: Capacity, counted: CountedNoise | None = None) -> Section:
     nearest = capacity.saturation_measured
     where = f"; {n.count(nearest)} is the smallest measured within 5 % of the ceiling" if nearest else ""
     rate = next((p.samples_per_s for p in capacity.batches if p.batch == nearest), None)
-    if nearest and (rate or 0.0) < 0.95 * (capacity.ceiling_samples_per_s or math.inf):
+    if nearest and (rate or 0.0) < SATURATED * (capacity.ceiling_samples_per_s or math.inf):
         where += " by its interval"
     how = "a step of it ran" if capacity.max_batch_verified else "predicted, not run"
     words = {

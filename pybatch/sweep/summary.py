@@ -128,7 +128,9 @@ def curve(
         text = f"the target {target:g} is met before the first step. Give a {_HARDER[higher]} one"
         return dataclasses.replace(bare, cap=cap, notes=(*found, Note("critical_batch", text)))
     # So few steps are too coarse a count to bend a curve, or to show that it does not.
-    counted = [p for p in points if p.steps is None or p.steps > FEW_STEPS] or list(points)
+    counted = [p for p in points if p.steps is None or p.steps > FEW_STEPS]
+    if not counted:
+        return dataclasses.replace(bare, cap=cap)
     table, grid, ends = _table(counted, ran or {})
     batches = [p.batch for p in counted]
     ceilings = np.array([max(caps[p.batch], *_reached(p), 1.0) for p in counted])

@@ -337,6 +337,12 @@ def test_seeds_that_name_the_runs_count_at_the_rate_they_were_made_at(tmp_path):
     assert [(p.reached, p.runs) for p in points] == [(2, 2)] * len(BATCHES)
 
 
+def test_columns_of_ones_own_beside_the_steps_are_left_alone(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("batch,steps,run10,run11\n" + "".join(f"{b:g},{100 + 4000 / b:g},x,y\n" for b in BATCHES))
+    assert fit_steps_csv(path).critical_batch == pytest.approx(40, rel=0.05)
+
+
 def test_names_of_columns_may_be_as_people_write_them(tmp_path):
     path = tmp_path / "runs.csv"
     path.write_text("Batch Size,Steps to Target, Run \n" + "".join(f"{b:g},{100 + 4000 / b:g},a\n" for b in BATCHES))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pybatch.fits.steps import fit_steps
+from pybatch.records import ConvergencePoint, RateSteps
 from pybatch.scaling import Scaled
 from pybatch.sweep.search import EXTENSIONS, SURE, Grid, Racing, best_rate, nearest_rate
 from pybatch.sweep.summary import beyond, curve, nearest, point, steps_of
@@ -364,3 +365,24 @@ def test_of_uneven_rates_those_that_were_left_out_are_tried():
     tried = {o.trial.lr for o in outcomes}
     assert tried > {3e-4, 1e-3, 3e-3, 1e-2, 3e-2}
     assert 1e-4 not in tried
+
+
+@pytest.mark.parametrize(
+    ("steps", "fitted"),
+    [((200, 120, 60, 40, 2), 4), ((66, 23, 5, 1, 1), 3), ((4, 3, 2, 1, 1), 0), ((90, 50, 30, 20, 15), 5)],
+)
+def test_steps_of_four_or_fewer_bend_no_curve(steps, fitted):
+    """66, 23, 5 and 1 steps gave "at least 256" and overruled a noise scale that was right."""
+    points = [
+        ConvergencePoint(
+            8 * 4**i, float(n), "reached", 3, 0.1, reached=3, rates=(RateSteps(0.1, (n, n, n), ("reached",) * 3),)
+        )
+        for i, n in enumerate(steps)
+    ]
+    found = curve("tuned", "train", 0.1, points, dict.fromkeys((p.batch for p in points), 1000.0), None)
+    assert (found.fit.batches if found.fit else 0) == fitted
+    told = [
+        note.text for note in found.notes if note.figure == "points" and "too coarse a count for the fit" in note.text
+    ]
+    assert len(told) == (fitted < 5)
+    assert fitted or (found.critical_batch, found.low, found.high) == (None, None, None)
